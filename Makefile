@@ -1,0 +1,57 @@
+# `make book` and `make test` are all a reader needs; both set up what they use and skip what is done.
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# what runs here reads the notebooks' committed data or the embedded text: nothing is asked of the Hub
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: book test setup fetch notebooks lint unit nbval stored-book lab bench clean
+
+book: fetch
+	$(PY) -m thesislib.book
+
+test: lint unit nbval stored-book
+
+setup: $(STAMP)
+
+# torch first and by its pin: a bare requirement may resolve to a build for another accelerator
+$(STAMP): constraints.txt pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet "$$(grep '^torch==' constraints.txt)" -c constraints.txt
+	$(PY) -m pip install --quiet -e ".[harness,book,test]" -c constraints.txt
+	touch $@
+
+fetch: setup
+	$(PY) -m thesislib.cli fetch
+
+lint: setup
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+unit: fetch
+	$(PY) -m pytest tests thesislib -m "not browser" --durations=10
+
+# every notebook runs once, against its stored outputs; its default data is the embedded text
+nbval: fetch
+	$(PY) -m pytest -p no:cacheprovider -o addopts= -q --nbval --nbval-cell-timeout=900 --nbval-kernel-name python3 notebooks
+
+# from the notebooks as stored, from scratch; then looked at in a browser where there is one
+stored-book: setup
+	rm -rf _build/stored
+	$(PY) -m thesislib.book --stored --out _build/stored
+	$(PY) -m pytest tests -m browser -rs
+
+notebooks: fetch
+	$(PY) -m thesislib.book --store
+
+lab: fetch
+	$(PY) -m jupyter lab notebooks
+
+bench: fetch
+	$(PY) -m benchmarks
+
+clean:
+	rm -rf _build

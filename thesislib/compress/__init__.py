@@ -1,0 +1,1 @@
+"""Compression stages: each takes a subject and gives a subject."""

@@ -1,0 +1,74 @@
+"""A GGUF file turned, once, into the safetensors folder that everything else loads."""
+
+import shutil
+import sys
+from pathlib import Path
+
+from filelock import FileLock
+
+from thesislib.errors import BadInput
+from thesislib.files import cache_dir, whole_folder
+from thesislib.wheels import sha256_of
+
+
+def safetensors_folder(gguf: Path, sha256: str | None = None) -> Path:
+    """The Hugging Face folder (float32 safetensors, tokenizer, chat template) made from `gguf`, converted if need be.
+
+    transformers dequantises; every weight is exact, since a Q4_1 or Q8_0 value (an fp16 scale times a small integer,
+    plus an fp16 minimum) fits float32. Takes about 20 s, once; loading the result takes under a second.
+
+    Raises:
+        BadInput: not a GGUF file, truncated, of another sha256 than given, or of an architecture transformers
+            cannot read from GGUF.
+    """
+    with gguf.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise BadInput(f"{gguf} is not a GGUF file (it does not start with 'GGUF')")
+    digest = sha256_of(gguf)
+    if sha256 and digest != sha256:
+        raise BadInput(f"{gguf.name} has sha256 {digest}, expected {sha256}: truncated or altered; delete it and fetch it again")
+    folder = cache_dir() / "subjects" / f"{gguf.stem}-{digest[:12]}"
+    if not (folder / "model.safetensors").is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.parent / f"{folder.name}.lock"):
+            if not (folder / "model.safetensors").is_file():
+                _check_complete(gguf)
+                print(f"converting {gguf.name} to safetensors (once, about 20 s)", file=sys.stderr)
+                with whole_folder(folder) as temporary:
+                    _convert(gguf, temporary)
+    return folder
+
+
+def _check_complete(gguf: Path) -> None:
+    """A truncated file has tensors that end behind its last byte."""
+    from gguf import GGUFReader
+
+    try:
+        reader = GGUFReader(gguf)
+        end = max(int(t.data_offset) + int(t.n_bytes) for t in reader.tensors)
+    except Exception as error:  # the reader maps the file and fails in many ways on a short one
+        raise BadInput(f"{gguf} cannot be read as GGUF ({error}): truncated? fetch it again") from error
+    if end > gguf.stat().st_size:
+        raise BadInput(f"{gguf} is truncated: its tensors end at byte {end}, the file at {gguf.stat().st_size}")
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from thesislib.subject import quiet_transformers
+
+    with quiet_transformers():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        except (ValueError, KeyError, OSError) as error:
+            raise BadInput(f"transformers cannot read {gguf.name} ({str(error).splitlines()[0]})") from error
+        # transformers refuses to save what it calls a quantised model; dequantised, it is an ordinary one
+        del model.config.quantization_config
+        model.hf_quantizer, model.is_quantized = None, False
+        if hasattr(model.config, "rms_norm_eps"):  # GGUF stores it in float32: 9.999999747e-06
+            model.config.rms_norm_eps = float(f"{model.config.rms_norm_eps:.6g}")
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors writes it private

@@ -1,0 +1,120 @@
+"""lm-evaluation-harness on a loaded subject, its stock tasks pointed at local rows.
+
+The harness is the field's reference for these tasks, so its wording, scoring and names are taken as they are: each
+task includes the stock YAML file and changes only where the rows come from.
+"""
+
+import contextlib
+import io
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import yaml
+
+from thesislib.corpus import Row, kind_of, rows, take
+from thesislib.errors import BadInput, unknown
+from thesislib.evaluate.stats import bootstrap_mean, proportion
+from thesislib.records import Measurement, provenance
+from thesislib.subject import Subject, quiet_transformers
+
+# task: its stock file in lm_eval/tasks, the metric to lead with
+STOCK = {
+    "hellaswag": ("hellaswag/hellaswag.yaml", "acc_norm"),
+    "piqa": ("piqa/piqa.yaml", "acc_norm"),
+    "arc_easy": ("arc/arc_easy.yaml", "acc_norm"),
+    "arc_challenge": ("arc/arc_challenge.yaml", "acc_norm"),
+    "winogrande": ("winogrande/default.yaml", "acc"),
+    "openbookqa": ("openbookqa/openbookqa.yaml", "acc_norm"),
+    "wikitext": ("wikitext/wikitext.yaml", "word_perplexity"),
+}
+
+
+def lm_eval_task(
+    subject: Subject, task: str, data: str | Path = "embedded", *, limit: int | None = None, seed: int = 0, batch: int = 8
+) -> Measurement:
+    """One stock task of lm-evaluation-harness, 0-shot, on rows from `data`.
+
+    'wikitext' is the harness's word perplexity of detokenised WikiText-2 articles, another number than
+    `thesislib.evaluate.perplexity`; it needs a folder or the Hub.
+
+    Args:
+        subject: the model and tokenizer.
+        task: one of `STOCK`.
+        data: a data spec.
+        limit: a seeded choice of that many rows.
+        seed: of that choice.
+        batch: requests at a time.
+
+    Raises:
+        BadInput: unknown task or data; 'wikitext' on embedded text, which is not WikiText; harness not installed.
+    """
+    if task not in STOCK:
+        raise unknown("lm-eval task", task, STOCK)
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise BadInput("lm-evaluation-harness is not installed: pip install 'thesislib[harness]'") from error
+    started = time.perf_counter()
+    chosen = take(_pages(data) if task == "wikitext" else rows(task, data), limit, seed)
+    stock, metric = STOCK[task]
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as quiet:
+        quiet.enter_context(quiet_transformers())
+        quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        if not sys.stderr.isatty():  # the harness draws its bars into logs too
+            quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        file = Path(folder) / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in chosen), "utf8")
+        split = "test" if task == "wikitext" else "validation"
+        name = f"local_{task}"
+        (Path(folder) / "task.yaml").write_text(yaml.safe_dump({
+            "include": str(Path(lm_eval.__file__).parent / "tasks" / stock), "task": name, "tag": None,
+            "dataset_path": "json", "dataset_name": None,
+            "dataset_kwargs": {"data_files": {split: str(file)}, "cache_dir": str(Path(folder) / "cache")},
+            "training_split": None, "validation_split": split if split == "validation" else None,
+            "test_split": split if split == "test" else None,
+        }))  # fmt: skip
+        results = lm_eval.simple_evaluate(
+            model=HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=batch),
+            tasks=[name], task_manager=TaskManager(include_path=folder, include_defaults=False),
+            num_fewshot=0, log_samples=True, bootstrap_iters=0, verbosity="ERROR",
+        )  # fmt: skip
+    samples = sorted(results["samples"][name], key=lambda s: s["doc_id"])
+    settings = {"task": task, "limit": limit, "seed": seed, "protocol": "lm-eval 0-shot", "lm_eval": lm_eval.__version__}
+    made = provenance(subject, started, **settings)
+    if task == "wikitext":
+        return _word_perplexity(samples, made)
+    items = [{"id": str(s["doc_id"]), "correct": bool(s[metric]), **{m: float(s[m]) for m in ("acc", "acc_norm") if m in s}} for s in samples]
+    n, right = len(items), sum(i["correct"] for i in items)
+    extra = {m: sum(i[m] for i in items) / n for m in ("acc", "acc_norm") if m in items[0]}
+    return Measurement(task, metric, right / n, *proportion(right, n), n, "item", items, extra, made)
+
+
+def _word_perplexity(samples: list[dict], made: dict) -> Measurement:
+    """The harness gives no interval for perplexities: this is its own sum, resampled by article."""
+    import numpy as np
+
+    loglikelihood, words = zip(*(s["word_perplexity"] for s in samples), strict=True)
+    low, high = bootstrap_mean([-x for x in loglikelihood], words, range(len(samples)))
+    value = -sum(loglikelihood) / sum(words)
+    items = [{"id": str(s["doc_id"]), "nats": -s["word_perplexity"][0], "words": s["word_perplexity"][1]} for s in samples]
+    extra = {"bits_per_byte": -sum(loglikelihood) / sum(s["bits_per_byte"][1] for s in samples) / float(np.log(2))}
+    return Measurement("wikitext (lm-eval)", "word_perplexity", *np.exp([value, low, high]).tolist(), len(items), "article", items, extra, made)
+
+
+def _pages(data: str | Path) -> list[Row]:
+    """WikiText-2 articles as the harness wants them, one `page` each, in the official line layout."""
+    from thesislib.corpus import is_article_heading
+
+    if kind_of(data) == "embedded":
+        raise BadInput("the harness's wikitext task needs WikiText-2 itself: give a folder with wikitext2/test.jsonl or 'hub' as data")
+    pages: list[list[str]] = [[]]
+    for row in rows("wikitext", data):
+        if is_article_heading(row["text"]) and any(line.strip() for line in pages[-1]):
+            pages.append([])
+        pages[-1].append(row["text"] or " \n")
+    return [{"page": "".join(page)} for page in pages]

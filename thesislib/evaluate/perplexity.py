@@ -1,0 +1,95 @@
+"""Perplexity: exp of the mean loss per token over non-overlapping windows."""
+
+import math
+import time
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from thesislib.corpus import Text, Windows, windows
+from thesislib.evaluate.stats import Comparison, bootstrap_mean, paired_means
+from thesislib.forward import Plan, final_states, token_losses
+from thesislib.records import Measurement, provenance
+from thesislib.subject import Subject
+
+AS_IT_IS = "as it is"
+
+
+def perplexity(subject: Subject, text: Text, *, length: int = 512, limit: int | None = None, batch: int = 4) -> Measurement:
+    """The subject's perplexity on `text`.
+
+    The text is tokenised once and cut into windows of `length` tokens, no token added, the tail dropped; in each, all
+    tokens but the first are predicted, and the mean is over tokens (GPTQ's and WANDA's protocol). The interval is a
+    bootstrap over the text's documents. `extra` has the same losses per word and per byte.
+
+    Args:
+        subject: the model and tokenizer.
+        text: what to predict.
+        length: tokens in a window; longer windows give lower perplexities, so only equal lengths compare.
+        limit: use this many windows, spread evenly over the text.
+        batch: windows at a time. It does not change the result.
+
+    Raises:
+        BadInput: empty text, window longer than the text, length below 2.
+    """
+    return perplexities(subject, text, {AS_IT_IS: None}, length=length, limit=limit, batch=batch)[AS_IT_IS]
+
+
+def perplexities(
+    subject: Subject, text: Text, plans: Mapping[str, Plan | None], *, length: int = 512, limit: int | None = None, batch: int = 4
+) -> dict[str, Measurement]:
+    """`perplexity` of the subject under every plan (an order of its blocks), blocks that plans share run once.
+
+    The plan None is the model as it is and must stand alone; see `thesislib.forward.final_states`.
+    """
+    started = time.perf_counter()
+    cut = windows(text, subject.tokenizer, length, limit)
+    names = list(plans)
+    orders = None if plans[names[0]] is None else [plans[name] for name in names]
+    nats = np.zeros((len(names), len(cut.ids)))
+    with torch.inference_mode():
+        for at in tqdm(range(0, len(cut.ids), batch), desc="perplexity", unit="batch", disable=None, leave=False):
+            ids = cut.ids[at : at + batch].to(subject.device)
+            targets = ids[:, 1:].reshape(-1)
+            for which, states in final_states(subject.model, ids, orders):
+                losses = token_losses(subject.model, states[:, :-1].reshape(-1, states.shape[-1]), targets)
+                nats[which, at : at + len(ids)] = losses.view(len(ids), -1).double().sum(1).cpu().numpy()
+    settings = {"length": length, "limit": limit, "text": text.name, "text_sha256": text.sha256, "bootstrap_seed": 0}
+    made = provenance(subject, started, **settings)
+    return {
+        name: _measurement(text.name, cut, nats[i], made if plans[name] is None else {**made, "plan": list(plans[name])})
+        for i, name in enumerate(names)
+    }
+
+
+def _measurement(task: str, cut: Windows, nats: np.ndarray, made: dict) -> Measurement:
+    n, length = cut.ids.shape
+    tokens = np.full(n, length - 1)
+    mean = nats.sum() / tokens.sum()
+    low, high = bootstrap_mean(nats, tokens, cut.document)
+    extra = {
+        "tokens": int(n * length),
+        "predicted_tokens": int(tokens.sum()),
+        "documents": len(set(cut.document.tolist())),
+        "nats_per_token": float(mean),
+        "word_perplexity": _exp(nats.sum() / cut.scored_words.sum()),
+        "bits_per_byte": float(nats.sum() / math.log(2) / cut.scored_bytes.sum()),
+    }
+    items = [{"id": i, "document": int(d), "nats": float(v), "tokens": length - 1} for i, (d, v) in enumerate(zip(cut.document, nats, strict=True))]
+    return Measurement(task, "perplexity", _exp(mean), _exp(low), _exp(high), n, f"window of {length} tokens", items, extra, made)
+
+
+def _exp(x: float) -> float:
+    return math.exp(min(float(x), 700))
+
+
+def compare(a: Measurement, b: Measurement) -> Comparison:
+    """Paired t test of b's loss against a's in nats per token, windows of one document averaged.
+
+    exp(difference) is the ratio of the two perplexities.
+    """
+    nats_a, nats_b = (np.asarray(x) for x in a.paired_with(b, "nats"))
+    tokens = np.asarray(a.column("tokens"))
+    return paired_means(nats_a / tokens, nats_b / tokens, a.column("document"))

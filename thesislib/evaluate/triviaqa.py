@@ -1,0 +1,105 @@
+"""TriviaQA as the thesis scores it, with its three tiers of "correct" kept apart, because the last two flatter."""
+
+import re
+import string
+import time
+from collections import Counter
+
+from thesislib.corpus import Question
+from thesislib.errors import BadInput, unknown
+from thesislib.evaluate.generate import greedy
+from thesislib.evaluate.stats import Comparison, paired_outcomes, proportion
+from thesislib.records import Measurement, provenance
+from thesislib.subject import Subject
+
+TIERS = ("exact", "substring", "overlap")
+PROMPTS = ("chat", "thesis")
+
+
+def normalise(text: str) -> str:
+    """Lower case, punctuation to spaces, articles dropped, white space folded (TriviaQA's own evaluation script)."""
+    text = text.lower().replace("_", " ")
+    text = "".join(" " if c in string.punctuation + "‘’´`" else c for c in text)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def tier(answer: str, aliases: tuple[str, ...]) -> str:
+    """The strictest tier by which an answer counts as correct, or "".
+
+    exact: the whole answer is an alias. substring: an alias occurs in it, even inside a word ("not Mark Twain"
+    counts for Mark Twain, "Austria" for US). overlap: at least 80 % of the words of an alias of several words occur.
+    """
+    said = normalise(answer)
+    names = {n for n in map(normalise, aliases) if n}
+    if said in names:
+        return "exact"
+    if any(name in said for name in names):
+        return "substring"
+    words = set(said.split())
+    several = [set(name.split()) for name in names if " " in name]
+    if any(len(name & words) >= 0.8 * len(name) for name in several):
+        return "overlap"
+    return ""
+
+
+def prompt_for(subject: Subject, question: Question, style: str) -> str:
+    """The thesis's prompt, bare ('thesis') or as the user's turn in the subject's own chat template ('chat')."""
+    bare = f"Question: {question.question} Answer:"
+    if question.context is not None:
+        bare = f"Context: {question.context} {bare}"
+    if style == "thesis":
+        return bare
+    return subject.tokenizer.apply_chat_template([{"role": "user", "content": bare}], tokenize=False, add_generation_prompt=True)
+
+
+def default_prompt(subject: Subject) -> str:
+    """'chat' for a subject with a chat template, else 'thesis'."""
+    return "chat" if subject.tokenizer.chat_template else "thesis"
+
+
+def triviaqa(
+    subject: Subject, items: list[Question], *, source: str, prompt: str | None = None, batch: int = 32, max_new_tokens: int = 50
+) -> Measurement:
+    """Share of questions answered correctly by any of the three tiers; each tier alone is in `extra`.
+
+    Args:
+        subject: the model and tokenizer.
+        items: from `thesislib.corpus.questions`.
+        source: what the questions are, for the record (`thesislib.corpus.question_source`).
+        prompt: 'chat' or 'thesis'; by default `default_prompt`.
+        batch: prompts at a time.
+        max_new_tokens: the longest answer; the thesis allows 50.
+
+    Raises:
+        BadInput: no questions, unknown prompt, or 'chat' for a subject without a chat template.
+    """
+    if not items:
+        raise BadInput("no questions to ask: expected at least one")
+    prompt = prompt or default_prompt(subject)
+    if prompt not in PROMPTS:
+        raise unknown("prompt", prompt, PROMPTS)
+    if prompt == "chat" and not subject.tokenizer.chat_template:
+        raise BadInput(f"{subject.name} has no chat template: use prompt 'thesis'")
+    started = time.perf_counter()
+    answers = greedy(subject, [prompt_for(subject, q, prompt) for q in items], max_new_tokens, batch)
+    outcomes = [
+        {"id": q.id, "answer": answer.strip(), "tier": tier(answer, q.aliases)} for q, answer in zip(items, answers, strict=True)
+    ]
+    for outcome in outcomes:
+        outcome["correct"] = bool(outcome["tier"])
+    counts = Counter(o["tier"] for o in outcomes)
+    n = len(items)
+    correct = sum(counts[t] for t in TIERS)
+    low, high = proportion(correct, n)
+    extra = {}
+    for name in TIERS:  # each tier's own share, with its own interval
+        a, b = proportion(counts[name], n)
+        extra[name] = {"value": counts[name] / n, "low": a, "high": b}
+    settings = {"prompt": prompt, "source": source, "max_new_tokens": max_new_tokens, "batch": batch,
+                "open_book": items[0].context is not None}  # fmt: skip
+    return Measurement(source, "accuracy", correct / n, low, high, n, "question", outcomes, extra, provenance(subject, started, **settings))
+
+
+def compare(a: Measurement, b: Measurement) -> Comparison:
+    """Exact McNemar test of b's correct answers against a's."""
+    return paired_outcomes(*a.paired_with(b, "correct"))

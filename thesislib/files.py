@@ -1,0 +1,77 @@
+"""Where files live, and how one is written: to a temporary name first, renamed only when whole."""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from platformdirs import user_cache_dir
+
+from thesislib.errors import BadInput
+
+
+def cache_dir() -> Path:
+    """The cache folder: `THESISLIB_CACHE`, else the user's cache directory."""
+    path = Path(os.environ.get("THESISLIB_CACHE") or user_cache_dir("thesislib")).expanduser()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"the cache folder {path} cannot be made ({error.strerror}): set THESISLIB_CACHE to one that can") from error
+    return path
+
+
+def data_file(name: str) -> Path:
+    """A file of the project's `data/` folder: in a checkout beside the package, in a wheel inside it."""
+    package = Path(__file__).parent
+    for folder in (package.parent / "data", package / "data"):
+        if (folder / name).exists():
+            return folder / name
+    raise BadInput(f"no data file '{name}' in this installation of thesislib")
+
+
+@contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """A temporary folder beside `final` that takes its name, replacing what was there, only if the block succeeds.
+
+    Raises:
+        BadInput: the disk is full (said with the folder and the way out); nothing is left behind.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+    temporary.chmod(0o755)  # mkdtemp makes it private; a cache may be shared
+    try:
+        yield temporary
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(temporary, final)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise BadInput(f"the disk is full at {final.parent}: free some space there or set THESISLIB_CACHE to another disk") from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that `path` never holds half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON file, or an error that names it."""
+    try:
+        return json.loads(path.read_text("utf8"))
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read as JSON ({error})") from error

@@ -1,0 +1,51 @@
+"""The Hugging Face Hub: models and data sets by name, and one clear line within seconds when it cannot be reached."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+from thesislib.errors import BadInput
+
+
+def hub_folder(name: str, revision: str | None = None) -> Path:
+    """The local copy of a model repository, downloaded if it is not cached.
+
+    Raises:
+        BadInput: no such repository, no permission, or no network and no cached copy.
+    """
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        with cached_only_if_unreachable():
+            return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # network, gated, missing: the hub's own classes change between versions
+        raise hub_error(f"model '{name}'", error) from error
+
+
+def hub_error(what: str, error: Exception) -> BadInput:
+    """One line for anything that goes wrong with the Hub, with what to do about it."""
+    first = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
+    return BadInput(f"{what} could not be fetched from the Hugging Face Hub ({type(error).__name__}: {first}): check the name and the "
+                    f"network, log in with `hf auth login` if it is gated, or give a folder or 'embedded' instead")  # fmt: skip
+
+
+@contextmanager
+def cached_only_if_unreachable(timeout_s: float = 5) -> Iterator[None]:
+    """Ask the Hub once; if it does not answer, work offline from the local cache inside the block.
+
+    Without this its clients retry for half a minute before they give up.
+    """
+    import datasets
+    import httpx
+    from huggingface_hub import constants
+
+    try:
+        httpx.head(constants.ENDPOINT, timeout=timeout_s, follow_redirects=True)
+        offline = constants.HF_HUB_OFFLINE
+    except (httpx.HTTPError, OSError):
+        offline = True
+    # both libraries read their switch at call time, from these two places
+    with patch.object(constants, "HF_HUB_OFFLINE", offline), patch.object(datasets.config, "HF_HUB_OFFLINE", offline):
+        yield

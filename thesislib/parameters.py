@@ -1,0 +1,76 @@
+"""A notebook's parameters: read from its one tagged cell into a typed, frozen dataclass that refuses the rest."""
+
+import ctypes
+import dataclasses
+import os
+import signal
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from thesislib.errors import BadInput, unknown
+
+T = TypeVar("T")
+PARENT = "THESISLIB_RUN_PID"
+
+
+def settings(kind: type[T], namespace: Mapping[str, Any]) -> T:
+    """The parameters of a notebook as a `kind`, from the namespace (`globals()`) right after its parameters cell.
+
+    papermill defines whatever it is given, misspelt or not, so a plain value under any other name is refused here.
+
+    Raises:
+        BadInput: a name `kind` does not have, a value of the wrong type, or one its own check refuses.
+    """
+    _die_with_parent()
+    names = [f.name for f in dataclasses.fields(kind)]
+    # IPython's own names begin with an underscore or are capitalised
+    plain = {k: v for k, v in namespace.items() if not k.startswith("_") and k.islower() and isinstance(v, (str, int, float, list, dict, types.NoneType))}
+    return build(kind, {k: v for k, v in plain.items() if k in names or k not in ("exit", "quit")})
+
+
+def build(kind: type[T], values: Mapping[str, Any]) -> T:
+    """`kind(**values)`, each value checked against its annotation.
+
+    Raises:
+        BadInput: see `settings`.
+    """
+    hints = typing.get_type_hints(kind)
+    for name, value in values.items():
+        if name not in hints:
+            raise unknown(f"parameter of {kind.__name__}", name, hints)
+        if not _fits(value, hints[name]):
+            raise BadInput(f"parameter '{name}' is {value!r} ({type(value).__name__}): expected {_called(hints[name])}")
+    return kind(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_fits(value, h) for h in typing.get_args(hint))
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, typing.get_origin(hint) or hint)
+
+
+def _called(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint).replace("NoneType", "None")
+
+
+def positive(**values: int | None) -> None:
+    """Raises BadInput for the first value that is neither None nor at least 1."""
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise BadInput(f"parameter '{name}' is {value}: expected at least 1")
+
+
+def _die_with_parent() -> None:
+    """In a kernel that `thesislib run` started (Linux): be killed when it is, however it dies."""
+    if os.environ.get(PARENT) == str(os.getppid()) and sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.environ[PARENT] != str(os.getppid()):  # it died while we asked
+            os.kill(os.getpid(), signal.SIGKILL)

