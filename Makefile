@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: book test setup fetch notebooks lint unit nbval stored-book lab bench clean
+.PHONY: book test setup fetch notebooks findings lint unit nbval stored-book lab bench clean
 
 book: fetch
 	$(PY) -m thesislib.book
@@ -46,6 +46,9 @@ stored-book: setup
 
 notebooks: fetch
 	$(PY) -m thesislib.book --store
+
+findings: setup
+	$(PY) -m thesislib.chapters
 
 lab: fetch
 	$(PY) -m jupyter lab notebooks

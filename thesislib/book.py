@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-
+from thesislib.chapters import findings as chapter_findings
 from thesislib.errors import BadInput, unknown
 from thesislib.parameters import PARENT
 
@@ -107,9 +107,25 @@ def build(out: Path, stored: bool = False, root: Path = ROOT) -> Path:
         wanted.add(_place(notebook if stored else executed(name, notebook, out / "executed"), source / "notebooks" / f"{name}.ipynb", strip=True))
     for page in [root / "_config.yml", root / "_toc.yml", *(p for p in (root / "book").rglob("*") if p.is_file())]:
         wanted.add(_place(page, source / page.relative_to(root)))
+    findings = source / "book" / "_findings.md"  # the first page includes it
+    wanted.add(findings)
+    if not findings.exists() or findings.read_text("utf8") != chapter_findings():
+        findings.write_text(chapter_findings(), "utf8")
     for left_over in {p for p in source.rglob("*") if p.is_file() and "_build" not in p.relative_to(source).parts} - wanted:
         left_over.unlink()
-    command = [sys.executable, "-m", "jupyter_book", "build", str(source), "--path-output", str(out), "-W", "-n", "--keep-going", "--quiet"]
+    command = [
+        sys.executable,
+        "-c",
+        "from jupyter_book.cli.main import main; main()",
+        "build",
+        str(source),
+        "--path-output",
+        str(out),
+        "-W",
+        "-n",
+        "--keep-going",
+        "--quiet",
+    ]
     run = subprocess.run(command, stdout=sys.stderr, env={**os.environ, "PYTHONPATH": str(root)})
     index = out / "_build" / "html" / "index.html"
     if run.returncode or not index.exists():

@@ -13,8 +13,9 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # Okabe 
 
 
 def style() -> None:
-    """The look of every figure; call it once at the top of a notebook."""
+    """The look of every figure and table; call it once at the top of a notebook."""
     sns.set_theme(style="whitegrid", context="notebook", rc={"figure.dpi": 110, "axes.titlesize": 11, "axes.labelsize": 10})
+    pd.set_option("display.max_colwidth", None, "display.max_rows", None)
 
 
 def plan_chart(plans: Mapping[str, Sequence[int]], table: pd.DataFrame, baseline: str = "baseline") -> plt.Figure:
@@ -23,9 +24,9 @@ def plan_chart(plans: Mapping[str, Sequence[int]], table: pd.DataFrame, baseline
     depth = max(max(p) for p in plans.values()) + 1
     times = np.array([np.bincount(plans[name], minlength=depth) for name in order])
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13.5, 8), sharey=True, width_ratios=(5, 3, 3), layout="constrained")
-    colours = sns.light_palette(BLUE, 6)
-    left.pcolormesh(np.arange(depth + 1) - 0.5, np.arange(len(order) + 1) - 0.5, np.minimum(times, 5), cmap=sns.blend_palette(["white", *colours[2:]], as_cmap=True),
-                    vmin=0, vmax=5, edgecolors="#dddddd", linewidth=0.4)  # fmt: skip
+    shades = sns.blend_palette(["white", *sns.light_palette(BLUE, 6)[2:]], as_cmap=True)
+    edges_x, edges_y = np.arange(depth + 1) - 0.5, np.arange(len(order) + 1) - 0.5
+    left.pcolormesh(edges_x, edges_y, np.minimum(times, 5), cmap=shades, vmin=0, vmax=5, edgecolors="#dddddd", linewidth=0.4)
     for y, row in enumerate(times):
         for x, n in enumerate(row):
             if n > 1:

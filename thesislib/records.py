@@ -1,9 +1,13 @@
 """A measurement with everything needed to make it again."""
 
+import gzip
 import json
+import math
 import os
 import platform
 import time
+import zlib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib.metadata import version
@@ -14,6 +18,7 @@ import torch
 
 import thesislib
 from thesislib.errors import BadInput
+from thesislib.files import write_whole
 from thesislib.subject import Subject
 
 
@@ -57,14 +62,46 @@ class Measurement:
         return self.column(key), other.column(key)
 
     def to_json(self, items: bool = True) -> str:
-        """One line of JSON; infinite bounds (too few items for an interval) become null."""
+        """One line of JSON; what is not finite (a bound where too few items allow no interval) becomes null."""
         plain = asdict(self)
         if not items:
             del plain["items"]
-        for bound in ("low", "high"):
-            if plain[bound] in (float("inf"), float("-inf")):
+        for bound in ("value", "low", "high"):
+            if plain[bound] is None or not math.isfinite(plain[bound]):
                 plain[bound] = None
         return json.dumps(plain, ensure_ascii=False, allow_nan=False)
+
+
+def write(measurements: Iterable[Measurement], path: Path) -> None:
+    """Record measurements, outcomes included, one JSON line each; gzipped if the name ends in .gz."""
+    text = "".join(m.to_json() + "\n" for m in measurements)
+    if path.suffix == ".gz":
+        write_whole(path, gzip.compress(text.encode(), mtime=0))  # the same text gives the same file
+    else:
+        write_whole(path, text)
+
+
+def read(path: Path) -> tuple[Measurement, ...]:
+    """The measurements that `write` recorded.
+
+    Raises:
+        BadInput: not such a file.
+    """
+    try:
+        text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text("utf8")
+        return tuple(Measurement(**json.loads(line)) for line in text.splitlines())
+    except (OSError, EOFError, ValueError, TypeError, zlib.error) as error:
+        raise BadInput(f"{path} is not a record of measurements ({type(error).__name__}: {error})") from error
+
+
+def cost(measurements: Iterable[Measurement]) -> str:
+    """How long recorded measurements took and on what, in a sentence."""
+    runs = {(m.metric, json.dumps(m.provenance["settings"])): m.provenance for m in measurements}
+    one = next(iter(runs.values()))
+    minutes = sum(made["seconds"] for made in runs.values()) / 60
+    place = one["hardware"]["accelerator"] or f"{one['hardware']['torch_threads']} cores of {one['hardware']['cpu']}"
+    types = " and ".join(sorted({made["dtype"] for made in runs.values()}))
+    return f"Recorded on {one['date']} in {minutes:.0f} minutes on {place}, {types}."
 
 
 @cache

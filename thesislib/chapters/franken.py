@@ -1,7 +1,6 @@
 """Chapter 1, Franken-LLaMA: 25 ways to skip and repeat blocks, measured together, and what the original study claimed."""
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,13 +10,13 @@ import pandas as pd
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
+from thesislib import records
 from thesislib.compress.plan import Plan, apply_plan, format_plan, franken_plans
 from thesislib.corpus import choices, evaluation_text
 from thesislib.errors import BadInput
 from thesislib.evaluate import choice, perplexity
 from thesislib.evaluate.generate import Timed, complete
 from thesislib.evaluate.stats import Comparison, holm, proportion
-from thesislib.files import write_whole
 from thesislib.parameters import positive
 from thesislib.records import Measurement
 from thesislib.subject import DTYPES, Subject, load_subject
@@ -30,7 +29,8 @@ class Franken:
     """Parameters of chapter 1.
 
     subject, data: specs. dtype, device: see `load_subject`. windows of length tokens: what perplexity is measured on.
-    items: HellaSwag items. singles: how many single blocks, spread over the depth, are skipped and repeated. tokens: length of a completion of `prompt`. shown: the plan whose attention is drawn.
+    items: HellaSwag items. singles: how many single blocks, spread over the depth, are skipped and repeated.
+    tokens: length of a completion of `prompt`. shown: the plan whose attention is drawn.
     """
 
     subject: str = "embedded"
@@ -129,6 +129,31 @@ def table(results: Results, written: dict[str, tuple[Timed, int]]) -> pd.DataFra
     return pd.DataFrame(rows).set_index("plan")
 
 
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """The same table for a page: intervals beside their numbers, three digits."""
+    return pd.DataFrame(
+        {
+            "blocks run": table["run"],
+            "perplexity": [f"{v:.3g} [{lo:.3g}, {hi:.3g}]" for v, lo, hi in zip(table["perplexity"], table["ppl low"], table["ppl high"], strict=True)],
+            "HellaSwag": [f"{v:.2f} [{lo:.2f}, {hi:.2f}]" for v, lo, hi in zip(table["HellaSwag"], table["hs low"], table["hs high"], strict=True)],
+            "ms per token": table["ms per token"].map("{:.1f}".format),
+            "parameters, M": table["parameters, M"].map("{:.1f}".format),
+        },
+        index=table.index,
+    )
+
+
+def texts(results: Results, written: dict[str, tuple[Timed, int]], prompt: str) -> pd.DataFrame:
+    """Every plan's completion, best perplexity first."""
+    order = sorted(written, key=lambda n: results.perplexity[n].value)
+    return pd.DataFrame({"completion": [prompt + written[n][0].text for n in order]}, index=pd.Index(order, name="plan"))
+
+
+def agreement(a: Results, b: Results) -> float:
+    """Spearman's rank correlation of the plans' perplexities in two runs."""
+    return float(spearmanr([a.perplexity[n].value for n in a.plans], [b.perplexity[n].value for n in a.plans]).statistic)
+
+
 @dataclass(frozen=True)
 class Claim:
     """What the original study said, and what this subject shows. verdict: holds, does not hold, or undecided."""
@@ -165,13 +190,46 @@ def _points(c: Comparison) -> str:
     return f"{100 * c.difference:+.1f} points [{100 * c.low:+.1f}, {100 * c.high:+.1f}], p {_p(c.p)}"
 
 
+def side_by_side(record: Results, run: Results) -> pd.DataFrame:
+    """The original study's conclusions with their verdicts on the record and in this run."""
+    rows = [
+        {"the study said": a.said, "record": a.verdict, "shown by the record": a.shown, "this run": b.verdict}
+        for a, b in zip(claims(record), claims(run), strict=True)
+    ]
+    return pd.DataFrame(rows).set_index("the study said")
+
+
+def headline(results: Results) -> str:
+    """What chapter 1 found, in sentences, for the book's first page and the README."""
+    base = results.perplexity[BASELINE]
+    against = results.against_baseline()
+    ruined = sum(c.low > np.log(10) for c, _ in against.values())
+    best = min(against, key=lambda n: against[n][0].difference)
+    mildest = min(results.repeated, key=lambda b: perplexity.compare(base, results.repeated[b]).difference)
+    again = perplexity.compare(base, results.repeated[mildest])
+    said = {c.verdict: 0 for c in claims(results)} | {"holds": 0, "does not hold": 0, "undecided": 0}
+    for claim in claims(results):
+        said[claim.verdict] += 1
+    change = "raises" if again.difference > 0 else "lowers"
+    return (
+        f"On {base.task} (windows of {base.items[0]['tokens'] + 1} tokens, n = {base.n}) the whole model has perplexity {base.value:.1f} "
+        f"[{base.low:.1f}, {base.high:.1f}]. {ruined} of the {len(against)} ways to skip and repeat blocks multiply it by ten or more; the mildest, "
+        f"{best}, multiplies it by {np.exp(against[best][0].difference):.2f}. Running one block twice {change} it even where that does least harm "
+        f"(block {mildest}: x {np.exp(again.difference):.3f} [{np.exp(again.low):.3f}, {np.exp(again.high):.3f}]). Of the original study's "
+        f"{sum(said.values())} conclusions {said['holds']} hold here, {said['does not hold']} do not, and {said['undecided']} stay undecided."
+    )
+
+
 def _skipping_helps(against) -> Claim:
     name = "skip_near_end_keep_last_two"
     c = against[name][1]
     verdict = "undecided" if c.p >= 0.05 else "holds" if c.difference > 0 else "does not hold"
     a, b = ORIGINAL_HELLASWAG[BASELINE], ORIGINAL_HELLASWAG[name]
     (la, ha), (lb, hb) = proportion(a, ORIGINAL_ITEMS), proportion(b, ORIGINAL_ITEMS)
-    said = f"Skipping three blocks near the end raises HellaSwag: {b / 50:.2f} [{lb:.2f}, {hb:.2f}] against {a / 50:.2f} [{la:.2f}, {ha:.2f}] (50 items; intervals ours)."
+    said = (
+        f"Skipping three blocks near the end raises HellaSwag: {b / ORIGINAL_ITEMS:.2f} [{lb:.2f}, {hb:.2f}] against "
+        f"{a / ORIGINAL_ITEMS:.2f} [{la:.2f}, {ha:.2f}] ({ORIGINAL_ITEMS} items; intervals ours)."
+    )
     return Claim(said, verdict, f"HellaSwag {_points(c)} over {c.n} items.")
 
 
@@ -192,7 +250,10 @@ def _repetition(results: Results) -> Claim:
     verdict = "does not hold" if better else "holds" if worse > len(p) / 2 else "undecided"
     mildest = min(range(len(p)), key=lambda i: against[i].difference)
     c = Comparison(**{**asdict(against[mildest]), "p": p[mildest]})
-    shown = f"Of {len(p)} blocks run twice, one at a time, {worse} make it worse and {better} better; the mildest, block {list(results.repeated)[mildest]}: {_ratio(c)}."
+    shown = (
+        f"Of {len(p)} blocks run twice, one at a time, {worse} make it worse and {better} better; "
+        f"the mildest, block {list(results.repeated)[mildest]}: {_ratio(c)}."
+    )
     return Claim("Repeating blocks generally makes the result worse.", verdict, shown)
 
 
@@ -233,29 +294,27 @@ def _two_thirds(results: Results) -> Claim:
 # ---------------------------------------------------------------- recorded runs
 
 
-def write_record(results: Results, path: Path) -> None:
-    """One JSON line a measurement, outcomes included, so that every test can be made again."""
-    groups = (results.perplexity, results.hellaswag, results.skipped, results.repeated)
-    write_whole(path, "".join(m.to_json() + "\n" for group in groups for m in group.values()))
+def as_measurements(results: Results) -> list[Measurement]:
+    """All of them, as `thesislib.records.write` takes them."""
+    return [m for group in (results.perplexity, results.hellaswag, results.skipped, results.repeated) for m in group.values()]
 
 
-def read_record(path: Path) -> Results:
-    """The results that `write_record` wrote.
+def from_measurements(found: Sequence[Measurement]) -> Results:
+    """The results that `as_measurements` gave, told apart by metric and plan.
 
     Raises:
-        BadInput: not such a file.
+        BadInput: a plan of this chapter was not measured.
     """
+    by_plan = {(m.metric, tuple(m.provenance["plan"] or ())): m for m in found}
+    depth = max((max(plan) for _, plan in by_plan if plan), default=0) + 1
+    plans = franken_plans(depth)
+    skipped, repeated = single_block_plans(depth, range(depth))
     try:
-        found = [Measurement(**json.loads(line)) for line in path.read_text("utf8").splitlines()]
-        by_plan = {(m.metric, tuple(m.provenance["plan"])): m for m in found}
-        depth = max(max(plan) for _, plan in by_plan) + 1
-        plans = franken_plans(depth)
-        skipped, repeated = single_block_plans(depth, range(depth))
         ppl, hella = ({n: by_plan[metric, plan] for n, plan in plans.items()} for metric in ("perplexity", "acc_norm"))
-        single = [{b: by_plan["perplexity", q] for b, q in group.items() if ("perplexity", q) in by_plan} for group in (skipped, repeated)]
-        return Results(plans, ppl, hella, *single)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise BadInput(f"{path} is not a record of chapter 1 ({type(error).__name__}: {error})") from error
+    except KeyError as error:
+        raise BadInput(f"these are not the results of chapter 1: {error.args[0][0]} of plan {format_plan(error.args[0][1])} is missing") from error
+    single = [{b: by_plan["perplexity", q] for b, q in group.items() if ("perplexity", q) in by_plan} for group in (skipped, repeated)]
+    return Results(plans, ppl, hella, *single)
 
 
 def main() -> None:
@@ -267,7 +326,7 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     out = arguments.pop("out")
     p = Franken(**arguments)
-    write_record(measure(load_subject(p.subject, p.dtype, p.device), p), out)
+    records.write(as_measurements(measure(load_subject(p.subject, p.dtype, p.device), p)), out)
 
 
 if __name__ == "__main__":

@@ -54,9 +54,7 @@ def multiple_choice(subject: Subject, items: list[Choice], *, task: str, batch: 
     return multiple_choices(subject, items, {AS_IT_IS: None}, task=task, batch=batch)[AS_IT_IS]
 
 
-def multiple_choices(
-    subject: Subject, items: list[Choice], plans: Mapping[str, Plan | None], *, task: str, batch: int = 8
-) -> dict[str, Measurement]:
+def multiple_choices(subject: Subject, items: list[Choice], plans: Mapping[str, Plan | None], *, task: str, batch: int = 8) -> dict[str, Measurement]:
     """`multiple_choice` of the subject under every plan, blocks that plans share run once."""
     if not items:
         raise BadInput("no multiple-choice items: expected at least one")
@@ -80,10 +78,7 @@ def multiple_choices(
                     np.subtract.at(scores[which][i], p.owner, losses[done : done + len(p.owner)])
                     done += len(p.owner)
     made = provenance(subject, started, task=task, n=len(items), protocol="0-shot, packed endings")
-    return {
-        name: _measurement(task, items, scores[k], made if plans[name] is None else {**made, "plan": list(plans[name])})
-        for k, name in enumerate(names)
-    }
+    return {name: _measurement(task, items, scores[k], made if plans[name] is None else {**made, "plan": list(plans[name])}) for k, name in enumerate(names)}
 
 
 def _pad(members: list[_Packed], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,5 +1,6 @@
 """Greedy text from a subject: batched and left-padded, or one prompt with the time of each token."""
 
+import itertools
 import time
 from dataclasses import dataclass
 from statistics import median
@@ -76,7 +77,7 @@ def complete(subject: Subject, prompt: str, max_new_tokens: int = 50) -> Timed:
     out = _generate(subject, encoded["input_ids"], encoded["attention_mask"], max_new_tokens, clock)
     text = subject.tokenizer.decode(out[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
     ticks = clock.ticks[1:]  # the first call hands over the prompt
-    return Timed(text, tuple(b - a for a, b in zip(ticks, ticks[1:], strict=False)))
+    return Timed(text, tuple(b - a for a, b in itertools.pairwise(ticks)))
 
 
 def _generate(subject: Subject, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, streamer=None) -> torch.Tensor:
@@ -86,9 +87,7 @@ def _generate(subject: Subject, ids: torch.Tensor, mask: torch.Tensor, max_new_t
         eos_token_id=subject.model.generation_config.eos_token_id or tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     with torch.inference_mode():
-        return subject.model.generate(
-            ids.to(subject.device), attention_mask=mask.to(subject.device), generation_config=config, streamer=streamer
-        ).cpu()
+        return subject.model.generate(ids.to(subject.device), attention_mask=mask.to(subject.device), generation_config=config, streamer=streamer).cpu()
 
 
 def _adds_bos(subject: Subject, prompt: str) -> bool:

@@ -32,9 +32,7 @@ STOCK = {
 }
 
 
-def lm_eval_task(
-    subject: Subject, task: str, data: str | Path = "embedded", *, limit: int | None = None, seed: int = 0, batch: int = 8
-) -> Measurement:
+def lm_eval_task(subject: Subject, task: str, data: str | Path = "embedded", *, limit: int | None = None, seed: int = 0, batch: int = 8) -> Measurement:
     """One stock task of lm-evaluation-harness, 0-shot, on rows from `data`.
 
     'wikitext' is the harness's word perplexity of detokenised WikiText-2 articles, another number than

@@ -58,10 +58,7 @@ def perplexities(
                 nats[which, at : at + len(ids)] = losses.view(len(ids), -1).double().sum(1).cpu().numpy()
     settings = {"length": length, "limit": limit, "text": text.name, "text_sha256": text.sha256, "bootstrap_seed": 0}
     made = provenance(subject, started, **settings)
-    return {
-        name: _measurement(text.name, cut, nats[i], made if plans[name] is None else {**made, "plan": list(plans[name])})
-        for i, name in enumerate(names)
-    }
+    return {name: _measurement(text.name, cut, nats[i], made if plans[name] is None else {**made, "plan": list(plans[name])}) for i, name in enumerate(names)}
 
 
 def _measurement(task: str, cut: Windows, nats: np.ndarray, made: dict) -> Measurement:
@@ -82,7 +79,9 @@ def _measurement(task: str, cut: Windows, nats: np.ndarray, made: dict) -> Measu
 
 
 def _exp(x: float) -> float:
-    return math.exp(min(float(x), 700))
+    """exp, infinite where it overflows."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(x))
 
 
 def compare(a: Measurement, b: Measurement) -> Comparison:

@@ -15,16 +15,14 @@ from thesislib.errors import BadInput
 LEVEL = 0.95
 
 
-def bootstrap_mean(
-    totals: Sequence[float], weights: Sequence[float], groups: Sequence, *, resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
+def bootstrap_mean(totals: Sequence[float], weights: Sequence[float], groups: Sequence, *, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
     """95 % percentile bootstrap interval of sum(totals) / sum(weights), whole groups resampled (Efron 1979).
 
-    With a single group there is nothing to resample: the interval is (-inf, inf).
+    With a single group there is nothing to resample, so no interval: (nan, nan).
     """
     names, index = np.unique(np.asarray(groups), return_inverse=True)
     if len(names) < 2:
-        return -np.inf, np.inf
+        return np.nan, np.nan
     total = np.bincount(index, weights=np.asarray(totals, float))
     weight = np.bincount(index, weights=np.asarray(weights, float))
     draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)

@@ -57,9 +57,7 @@ def default_prompt(subject: Subject) -> str:
     return "chat" if subject.tokenizer.chat_template else "thesis"
 
 
-def triviaqa(
-    subject: Subject, items: list[Question], *, source: str, prompt: str | None = None, batch: int = 32, max_new_tokens: int = 50
-) -> Measurement:
+def triviaqa(subject: Subject, items: list[Question], *, source: str, prompt: str | None = None, batch: int = 32, max_new_tokens: int = 50) -> Measurement:
     """Share of questions answered correctly by any of the three tiers; each tier alone is in `extra`.
 
     Args:
@@ -82,9 +80,7 @@ def triviaqa(
         raise BadInput(f"{subject.name} has no chat template: use prompt 'thesis'")
     started = time.perf_counter()
     answers = greedy(subject, [prompt_for(subject, q, prompt) for q in items], max_new_tokens, batch)
-    outcomes = [
-        {"id": q.id, "answer": answer.strip(), "tier": tier(answer, q.aliases)} for q, answer in zip(items, answers, strict=True)
-    ]
+    outcomes = [{"id": q.id, "answer": answer.strip(), "tier": tier(answer, q.aliases)} for q, answer in zip(items, answers, strict=True)]
     for outcome in outcomes:
         outcome["correct"] = bool(outcome["tier"])
     counts = Counter(o["tier"] for o in outcomes)

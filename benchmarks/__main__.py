@@ -1,0 +1,142 @@
+"""`make bench`: print the table, and with --write keep it in benchmarks/results.json. Timings decide no test."""
+
+import argparse
+import json
+import multiprocessing
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from thesislib.compress.plan import apply_plan, franken_plans
+from thesislib.corpus import evaluation_text, questions, windows
+from thesislib.evaluate.choice import multiple_choice
+from thesislib.evaluate.harness import lm_eval_task
+from thesislib.evaluate.perplexity import perplexities, perplexity
+from thesislib.evaluate.triviaqa import triviaqa
+from thesislib.records import hardware
+from thesislib.subject import load_subject
+
+MB = 1e6
+
+
+def seconds(function) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def alternating(first, second, repeats: int) -> tuple[float, float]:
+    """Median seconds of each, run in turns so that a busy machine slows both."""
+    pairs = [(seconds(first), seconds(second)) for _ in range(repeats)]
+    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
+
+
+def perplexity_against_bare_forward(dtype: str, repeats: int = 3) -> dict:
+    """32 windows of 512 in batches of 4: our whole measurement against the model's own forward, logits and all."""
+    subject, text = load_subject(dtype=dtype), evaluation_text()
+    ids = windows(text, subject.tokenizer, 512, 32).ids
+    subject.fingerprint  # noqa: B018  the first use computes it, once for a loaded model
+
+    def bare():
+        with torch.inference_mode():
+            for i in range(0, 32, 4):
+                subject.model(ids[i : i + 4], use_cache=False)
+
+    perplexity(subject, text, limit=4)
+    ours, theirs = alternating(lambda: perplexity(subject, text, limit=32), bare, repeats)
+    tokens = 32 * 512
+    return {"tokens_per_s": round(tokens / ours), "bare_tokens_per_s": round(tokens / theirs), "ratio": round(theirs / ours, 3), "bar": ">= 0.9"}
+
+
+def plans_together_and_apart(repeats: int = 1) -> dict:
+    """The 25 Franken-LLaMA plans over 4 windows of 512: blocks shared, and one plan after the other."""
+    subject, text = load_subject(dtype="bfloat16"), evaluation_text()
+    plans = franken_plans(subject.depth)
+    perplexity(subject, text, limit=4)
+    ours, theirs = alternating(
+        lambda: perplexities(subject, text, plans, limit=4),
+        lambda: [perplexity(apply_plan(subject, p), text, limit=4) for p in plans.values()],
+        repeats,
+    )
+    return {"together_s": round(ours, 1), "apart_s": round(theirs, 1), "ratio": round(ours / theirs, 3)}
+
+
+def trivia_batched(repeats: int = 3) -> dict:
+    """Closed-book questions per second at batch 32 and at batch 1."""
+    subject, asked = load_subject(dtype="bfloat16"), questions(limit=64)
+    triviaqa(subject, asked[:2], source="warm-up")
+    many, one = alternating(lambda: triviaqa(subject, asked, source="bench", batch=32), lambda: triviaqa(subject, asked[:8], source="bench", batch=1), repeats)
+    return {"batch_32_per_s": round(64 / many, 2), "batch_1_per_s": round(8 / one, 2), "ratio": round((64 / many) / (8 / one), 2), "bar": ">= 4"}
+
+
+def choice_against_harness(repeats: int = 1) -> dict:
+    """24 HellaSwag items: endings packed behind one context, and lm-evaluation-harness's pairs."""
+    from thesislib.corpus import choices
+
+    subject = load_subject(dtype="bfloat16")
+    items = choices("hellaswag", limit=24)
+    ours, theirs = alternating(lambda: multiple_choice(subject, items, task="hellaswag"), lambda: lm_eval_task(subject, "hellaswag", limit=24), repeats)
+    return {"packed_s": round(ours, 1), "harness_s": round(theirs, 1), "ratio": round(ours / theirs, 3)}
+
+
+def load_seconds() -> dict:
+    """Loading the embedded subject once it is converted."""
+    return {"seconds": round(statistics.median(seconds(load_subject) for _ in range(3)), 2), "bar": "< 4"}
+
+
+def _memory_at_2048(queue) -> None:
+    subject, text = load_subject(), evaluation_text()
+    ids = windows(text, subject.tokenizer, 2048, 3)  # what tokenising takes is not the forward pass's
+    del ids
+    weights = sum(p.numel() * p.element_size() for p in subject.model.parameters())
+    loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    perplexity(subject, text, length=2048, limit=3, batch=1)
+    queue.put((weights, loaded, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024))
+
+
+def memory_at_2048() -> dict:
+    """Peak resident bytes of a process that loads the float32 subject and measures windows of 2,048, one at a time."""
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_memory_at_2048, args=(queue,))
+    process.start()
+    weights, loaded, peak = queue.get(timeout=600)
+    process.join()
+    return {"peak_MB": round(peak / MB), "model_MB": round(weights / MB), "above_model_MB": round((peak - weights) / MB),
+            "loaded_MB": round(loaded / MB), "bar": "< 700 above the model"}  # fmt: skip
+
+
+BENCHMARKS = {
+    "load": load_seconds,
+    "perplexity, bfloat16": lambda: perplexity_against_bare_forward("bfloat16"),
+    "perplexity, float32": lambda: perplexity_against_bare_forward("float32"),
+    "memory at 2,048": memory_at_2048,
+    "trivia": trivia_batched,
+    "plans": plans_together_and_apart,
+    "choice": choice_against_harness,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", choices=BENCHMARKS)
+    parser.add_argument("--write", action="store_true")
+    arguments = parser.parse_args()
+    results = {}
+    for name, benchmark in BENCHMARKS.items():
+        if arguments.only in (None, name):
+            results[name] = benchmark()
+            print(name, results[name], flush=True)
+    if arguments.write:
+        path = Path(__file__).parent / "results.json"
+        kept = json.loads(path.read_text())["results"] if path.exists() else {}
+        made = {"hardware": hardware(), "torch": torch.__version__, "python": sys.version.split()[0], "date": time.strftime("%Y-%m-%d", time.gmtime())}
+        path.write_text(json.dumps({**made, "results": {**kept, **results}}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from thesislib.book import ROOT, cache_key, chapters, check_parameters, clean, execute, executed
+from thesislib.errors import BadInput
+
+
+def notebook(*cells, parameters="seconds = 0"):
+    nb = nbformat.v4.new_notebook()
+    nb.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    nb.cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}), *map(nbformat.v4.new_code_cell, cells)]
+    return nb
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A small project: one notebook and what its cache key reads."""
+    for folder in ("notebooks", "thesislib", "data"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "thesislib" / "a.py").write_text("x = 1")
+    (tmp_path / "data" / "manifest.json").write_text("{}")
+    (tmp_path / "constraints.txt").write_text("torch==2.13.0")
+    nbformat.write(notebook("print(1 + seconds)"), tmp_path / "notebooks" / "01_one.ipynb")
+    return tmp_path
+
+
+def test_key_depends_on_what_the_notebook_depends_on(checkout):
+    path = checkout / "notebooks" / "01_one.ipynb"
+    key = cache_key(path, {}, checkout)
+    assert cache_key(path, {}, checkout) == key
+    assert cache_key(path, {"seconds": 1}, checkout) != key
+    for file in ("thesislib/a.py", "data/manifest.json", "constraints.txt"):
+        before = (checkout / file).read_text()
+        (checkout / file).write_text(before + " ")
+        assert cache_key(path, {}, checkout) != key, file
+        (checkout / file).write_text(before)
+    nb = nbformat.read(path, 4)
+    nb.cells[1].outputs = [nbformat.v4.new_output("stream", text="2\n")]
+    nbformat.write(nb, path)
+    assert cache_key(path, {}, checkout) == key  # outputs are a result, not a cause
+    nb.cells[1].source += "  # changed"
+    nbformat.write(nb, path)
+    assert cache_key(path, {}, checkout) != key
+
+
+def test_executed_runs_once_and_again_when_something_changes(checkout, monkeypatch, capsys):
+    monkeypatch.setattr("thesislib.book.ROOT", checkout)
+    monkeypatch.setattr("thesislib.book.cache_key.__defaults__", (checkout,))
+    path, cache = checkout / "notebooks" / "01_one.ipynb", checkout / "cache"
+    first = executed("01_one", path, cache)
+    stamp = first.stat().st_mtime_ns
+    assert executed("01_one", path, cache) == first and first.stat().st_mtime_ns == stamp
+    assert "unchanged" in capsys.readouterr().err
+    (checkout / "thesislib" / "a.py").write_text("x = 2")
+    second = executed("01_one", path, cache)
+    assert second != first and not first.exists()
+    assert [f.name for f in cache.iterdir()] == [second.name]
+
+
+def test_execute_with_parameters_and_failure(tmp_path):
+    source = tmp_path / "one.ipynb"
+    nbformat.write(notebook("print(seconds * 2)", "assert seconds < 5, 'too many'"), source)
+    execute(source, tmp_path / "out.ipynb", {"seconds": 4})
+    assert "8\n" in (tmp_path / "out.ipynb").read_text().replace("\\n", "\n")
+    with pytest.raises(RuntimeError, match="raised AssertionError: too many"):
+        execute(source, tmp_path / "bad.ipynb", {"seconds": 6})
+    assert (tmp_path / "bad.failed.ipynb").exists() and not (tmp_path / "bad.ipynb").exists()
+    with pytest.raises(BadInput, match="unknown parameter of one 'secnods': did you mean 'seconds'"):
+        execute(source, tmp_path / "never.ipynb", {"secnods": 1})
+    assert not list(tmp_path.glob("never*")) and not list(tmp_path.glob(".*partial*"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_the_kernel_dies_with_its_run(tmp_path):
+    """kill -9 on the run: its kernel, in the middle of a long cell, is gone too and nothing has the final name."""
+    source, pid_file = tmp_path / "long.ipynb", tmp_path / "kernel.pid"
+    cells = ["import os, time, pathlib\nfrom dataclasses import make_dataclass\nfrom thesislib.parameters import settings\n"
+             "settings(make_dataclass('P', [('seconds', int)]), {'seconds': 1})",
+             f"pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\nx = 0\nwhile True: x += 1"]  # fmt: skip
+    nbformat.write(notebook(*cells), source)
+    code = f"from pathlib import Path; from thesislib.book import execute; execute(Path({str(source)!r}), Path({str(tmp_path / 'out.ipynb')!r}), {{}})"
+    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    kernel = int(_wait_for(lambda: pid_file.exists() and pid_file.read_text()))
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    assert _wait_for(lambda: not _alive(kernel)), "the kernel outlived its run"
+    assert not (tmp_path / "out.ipynb").exists()
+
+
+def _alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split(")")[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def _wait_for(condition, seconds=90):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        if value := condition():
+            return value
+        time.sleep(0.2)
+    return None
+
+
+def test_clean_takes_out_what_differs_and_refuses_paths():
+    nb = notebook("1")
+    nb.cells[0].metadata["papermill"] = {"duration": 1}
+    nb.cells[1].outputs = [nbformat.v4.new_output("stream", name="stderr", text="bar"), nbformat.v4.new_output("stream", text="kept")]
+    nb.metadata["papermill"] = {"input_path": "x"}
+    text = clean(nbformat.writes(nb))
+    assert "papermill" not in text and "bar" not in text and "kept" in text
+    assert clean(text) == text
+    nb.cells[1].outputs = [nbformat.v4.new_output("stream", text="saved in " + "/".join(["", "root", "secret"]))]
+    with pytest.raises(BadInput, match="path of this machine"):
+        clean(nbformat.writes(nb))
+
+
+def test_stored_notebooks_are_clean_thin_and_tagged():
+    for name, path in chapters().items():
+        nb = nbformat.read(path, 4)
+        assert clean(path.read_text("utf8")) == path.read_text("utf8"), f"{name}: run `make notebooks`"
+        code = [c for c in nb.cells if c.cell_type == "code"]
+        assert sum("parameters" in c.metadata.get("tags", []) for c in code) == 1
+        assert not any(o.output_type == "error" for c in code for o in c.outputs)
+        assert not any(line.startswith(("def ", "class ")) for c in code for line in c.source.splitlines()), f"{name} defines a helper"
+        assert sum(bool(c.outputs) for c in code) >= 5, f"{name} has no stored outputs"
+        compared = [c for c in code if c.outputs and "nbval-ignore-output" not in c.metadata.get("tags", [])]
+        assert len(compared) >= 3, f"{name}: nbval compares nothing"
+        for c in code:
+            if any("image/png" in o.get("data", {}) for o in c.outputs):
+                assert c.metadata["mystnb"]["image"]["alt"], f"{name}: a figure without alternative text"
+
+
+def test_every_notebook_is_in_the_book_and_its_parameters_are_its_configs():
+    from papermill import inspect_notebook
+
+    from thesislib.chapters.franken import Franken
+    from thesislib.chapters.measures import Measures
+
+    toc = (ROOT / "_toc.yml").read_text()
+    for name, kind in (("00_measures", Measures), ("01_franken_llama", Franken)):
+        assert f"notebooks/{name}" in toc
+        assert set(inspect_notebook(str(chapters()[name]))) == {f.name for f in fields(kind)}
+    with pytest.raises(BadInput, match="did you mean 'windows'"):
+        check_parameters(chapters()["01_franken_llama"], {"windos": 1})
+
+
+def canonical(name):
+    return name.strip().lower().replace("_", "-")
+
+
+def locked():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return {canonical(n): v for n, v in (line.split("==") for line in lines if "==" in line and not line.startswith("#"))}
+
+
+def test_conda_and_pip_install_the_same_versions():
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())
+    (pip,) = (d["pip"] for d in conda["dependencies"] if isinstance(d, dict))
+    listed = {canonical(n): v for n, v in (p.split("==") for p in pip if "==" in p)}
+    pins = locked()
+    assert {n: pins.get(n) for n in listed} == listed
+    assert "python=3.11" in conda["dependencies"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *(d for extra in project["optional-dependencies"].values() for d in extra)]
+    assert {canonical(re.match(r"[\w.-]+", d)[0]) for d in wanted} == set(listed)
+    for name in ("torch", "jupyterlab", "jupyter-book", "papermill", "nbval", "transformers", "peft", "matplotlib", "seaborn", "lm-eval"):
+        assert name in listed, name
+
+
+@pytest.mark.skipif("THESISLIB_ANY_VERSIONS" in os.environ, reason="THESISLIB_ANY_VERSIONS: other versions on purpose")
+@pytest.mark.parametrize("name", ["torch", "transformers", "lm-eval", "datasets", "jupyter-book", "papermill", "nbval"])
+def test_the_environment_has_the_pinned_versions(name):
+    assert version(name).split("+")[0] == locked()[name]

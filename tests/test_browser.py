@@ -1,0 +1,108 @@
+"""The book in a real browser: `make stored-book` builds it first."""
+
+import functools
+import http.server
+import shutil
+import threading
+
+import pytest
+
+from thesislib.book import ROOT
+
+HTML = ROOT / "_build" / "stored" / "_build" / "html"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine: Debian's package chromium has one"),
+    pytest.mark.skipif(not (HTML / "index.html").exists(), reason="the book is not built: make stored-book"),
+]
+CHAPTERS = ["notebooks/00_measures.html", "notebooks/01_franken_llama.html"]
+PAGES = ["index.html", "book/background.html", "book/rerun.html", "book/sources.html", "book/api.html", *CHAPTERS]
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def site():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(HTML)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with sync_playwright() as p:
+        found = p.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def page(browser):
+    """A page that notes what goes wrong on it."""
+    found = browser.new_page(viewport={"width": 1280, "height": 900})
+    found.wrong = []
+    found.on("console", lambda m: found.wrong.append(m.text) if m.type == "error" else None)
+    found.on("pageerror", lambda e: found.wrong.append(str(e)))
+    found.on("requestfailed", lambda r: found.wrong.append(f"failed: {r.url}"))
+    found.on("response", lambda r: found.wrong.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
+    found.on("request", lambda r: found.wrong.append(f"leaves the site: {r.url}") if not r.url.startswith(("http://127.0.0.1", "data:", "blob:")) else None)
+    yield found
+    found.close()
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_pages_load_without_an_error(site, page, path):
+    page.goto(f"{site}/{path}", wait_until="networkidle")
+    assert page.wrong == []
+    assert page.locator("h1").first.inner_text().strip()
+
+
+@pytest.mark.parametrize("path", CHAPTERS)
+def test_figures_show_and_say_what_they_show(site, page, path):
+    page.goto(f"{site}/{path}", wait_until="networkidle")
+    images = page.locator(".cell_output img")
+    expected = 4 if "franken" in path else 0
+    assert images.count() >= expected
+    for i in range(images.count()):
+        width, alt = images.nth(i).evaluate("e => [e.naturalWidth, e.alt]")
+        assert width > 300 and len(alt) > 30
+
+
+def test_the_first_page_has_the_findings_and_links_to_the_chapters(site, page):
+    from thesislib.chapters import findings
+
+    page.goto(f"{site}/index.html", wait_until="networkidle")
+    page.wait_for_url("**/book/intro.html")
+    text = page.locator("article").inner_text()
+    for sentence in findings().split("**")[2].split(". ")[:2]:
+        assert sentence.strip().rstrip(".") in text
+    page.get_by_role("link", name="chapter 1", exact=True).first.click()
+    page.wait_for_url("**/01_franken_llama.html")
+
+
+def test_formulas_are_typeset(site, page):
+    page.goto(f"{site}/book/background.html", wait_until="networkidle")
+    page.wait_for_selector("mjx-container", timeout=30_000)
+    assert page.locator("mjx-container").count() > 20
+    assert page.locator("mjx-merror, [data-mjx-error]").count() == 0
+    assert page.wrong == []
+
+
+@pytest.mark.parametrize(("word", "where"), [("Franken-LLaMA", "01_franken_llama"), ("bootstrap_mean", "api")])
+def test_search_finds_a_word(site, page, word, where):
+    page.goto(f"{site}/search.html?q={word}", wait_until="networkidle")
+    page.wait_for_selector("#search-results li a", timeout=30_000)
+    assert any(where in link for link in page.locator("#search-results li a").evaluate_all("e => e.map(a => a.href)"))
+
+
+def test_nothing_is_wider_than_the_page(site, page):
+    page.goto(f"{site}/{CHAPTERS[1]}", wait_until="networkidle")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1280 + 1

@@ -1,0 +1,73 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from thesislib.compress.plan import apply_plan, franken_plans
+from thesislib.errors import BadInput
+from thesislib.forward import blocks_run, final_states, token_losses
+from thesislib.subject import SUPPORTED
+
+PLANS = [(0, 1, 2, 3, 4, 5), (0, 1, 2, 2, 3), (0, 1), (5,), (0, 1, 2, 3, 4, 5)]
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED)
+def test_shared_beginnings_change_nothing(tiny, model_type):
+    subject = tiny(model_type)
+    ids = torch.randint(0, 200, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        found = dict(final_states(subject.model, ids, PLANS))
+        assert sorted(found) == list(range(len(PLANS)))
+        for i, plan in enumerate(PLANS):
+            expected = apply_plan(subject, plan).model.model(ids).last_hidden_state
+            torch.testing.assert_close(found[i], expected)
+
+
+def test_each_shared_block_runs_once(tiny):
+    subject = tiny()
+    runs = []
+    for block in subject.blocks:
+        block.register_forward_hook(lambda *_: runs.append(1))
+    with torch.inference_mode():
+        list(final_states(subject.model, torch.tensor([[1, 2, 3]]), PLANS))
+    assert (len(runs), sum(map(len, PLANS))) == blocks_run(PLANS) == (9, 20)
+
+
+def test_franken_plans_share_as_the_module_says():
+    assert blocks_run(list(franken_plans(30).values())) == (347, 469)
+
+
+def test_no_plan_is_the_model_itself(tiny):
+    subject = tiny()
+    ids = torch.tensor([[1, 2, 3, 4]])
+    with torch.inference_mode():
+        ((index, states),) = final_states(subject.model, ids)
+        assert index == 0
+        torch.testing.assert_close(states, subject.model.model(ids).last_hidden_state)
+
+
+def test_a_sliding_window_is_not_ignored(tiny):
+    subject = tiny("mistral", sliding_window=8)
+    ids = torch.ones(1, 9, dtype=torch.long)
+    with torch.inference_mode():
+        list(final_states(subject.model, ids[:, :8], [(0, 1)]))
+        with pytest.raises(BadInput, match="length 9 exceeds the model's sliding attention window of 8"):
+            list(final_states(subject.model, ids, [(0, 1)]))
+
+
+@pytest.mark.parametrize("slice_tokens", [1, 3, 7, 100])
+def test_sliced_losses_are_cross_entropy(tiny, slice_tokens):
+    subject = tiny()
+    states = torch.randn(7, 32, generator=torch.Generator().manual_seed(0))
+    targets = torch.arange(7)
+    with torch.inference_mode():
+        expected = F.cross_entropy(subject.model.lm_head(states), targets, reduction="none")
+        torch.testing.assert_close(token_losses(subject.model, states, targets, slice_tokens), expected)
+
+
+def test_no_slice_holds_all_logits(tiny):
+    subject = tiny()
+    seen = []
+    subject.model.lm_head.register_forward_hook(lambda _m, _i, out: seen.append(out.shape[0]))
+    with torch.inference_mode():
+        token_losses(subject.model, torch.zeros(1000, 32), torch.zeros(1000, dtype=torch.long))
+    assert max(seen) == 128 and sum(seen) == 1000
