@@ -33,9 +33,10 @@ def results():
     for name, per_token in (("baseline", 3.0), ("15_single_skip", 3.05), ("0-23_27-31", 3.08), ("skip_near_end_keep_last_two", 3.08), ("2_3rd_of_llama", 9.5)):
         ppl[name] = loss(plans[name], per_token)
     skipped, repeated = franken.single_block_plans(DEPTH, range(DEPTH))
+    assert skipped[14] == plans["15_single_skip"]  # one plan by two names has one measurement
     return franken.Results(
         plans, ppl, {n: hella(p, 80) for n, p in plans.items()},
-        {b: loss(p, 3.1 + abs(b - 14.5) / 100, b) for b, p in skipped.items()},
+        {b: ppl["15_single_skip"] if b == 14 else loss(p, 3.1 + abs(b - 14.5) / 100, b) for b, p in skipped.items()},
         {b: loss(p, 3.2, b) for b, p in repeated.items()},
     )  # fmt: skip
 
@@ -62,6 +63,10 @@ def test_each_verdict_turns_on_contrary_records(results):
     assert verdicts(outward) == ["does not hold"] * 6
 
 
+def test_skip_or_repeat_counts_both_ways(results):
+    assert franken.skip_or_repeat(results).startswith("Of 30 blocks, leaving out costs more than running twice for 10, less for ")
+
+
 def test_noise_leaves_claims_undecided(results):
     """The same numbers everywhere settle nothing about an order."""
     same = loss(results.plans["baseline"], 3.0)
@@ -80,7 +85,7 @@ def test_results_survive_being_recorded(results, tmp_path):
 
 def test_headline_counts_and_names(results):
     said = franken.headline(results)
-    assert "20 of the 24 ways" in said and "15_single_skip, multiplies it by 1.05" in said
+    assert "21 of the 24 ways" in said and "15_single_skip, multiplies it by 1.05" in said
 
 
 def test_measure_on_a_tiny_model(tiny, monkeypatch):
@@ -117,8 +122,8 @@ def test_recorded_reference_values():
     assert (short.n, long.n) == (595, 148)
     assert short.value == pytest.approx(30.21, abs=0.01) and long.value == pytest.approx(21.61, abs=0.01)
     hellaswag = found["acc_norm", None]
-    assert hellaswag.n == 10_042
-    assert hellaswag.value == pytest.approx(0.407, abs=0.003) and hellaswag.extra["acc"]["value"] == pytest.approx(0.337, abs=0.003)
+    assert hellaswag.n == 2000  # the references are of all 10,042
+    assert hellaswag.low < 0.407 < hellaswag.high and hellaswag.extra["acc"]["low"] < 0.337 < hellaswag.extra["acc"]["high"]
     trivia = {m.provenance["settings"]["prompt"]: m for m in recorded("00_measures") if m.metric == "accuracy" and not m.provenance["settings"]["open_book"]}
     assert trivia["chat"].n == 1200 and trivia["chat"].low < 0.14 < trivia["chat"].high
     assert trivia["thesis"].low < 0.046 < trivia["thesis"].high

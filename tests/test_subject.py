@@ -76,7 +76,7 @@ def test_untied_head_is_kept(tiny, tmp_path):
     assert not torch.equal(again.model.lm_head.weight, again.model.model.embed_tokens.weight)
 
 
-def test_fingerprint_sees_one_weight_the_type_and_the_order(tiny):
+def test_fingerprint_sees_one_weight_the_type_the_shape_and_the_order(tiny):
     same = tiny().fingerprint
     assert len(same) == 64 and tiny().fingerprint == same
     one = tiny()
@@ -85,8 +85,11 @@ def test_fingerprint_sees_one_weight_the_type_and_the_order(tiny):
     half.model.to(torch.bfloat16)
     order = tiny()
     order.blocks[0], order.blocks[1] = order.blocks[1], order.blocks[0]
+    shape = tiny()
+    gate = shape.linears(0)["gate_proj"]
+    gate.weight = torch.nn.Parameter(gate.weight.view(32, 64))
     seed = tiny(seed=1)
-    assert len({same, one.fingerprint, half.fingerprint, order.fingerprint, seed.fingerprint}) == 5
+    assert len({same, *(s.fingerprint for s in (one, half, order, shape, seed))}) == 6
 
 
 def test_saved_checkpoint_needs_no_thesislib(tiny, tmp_path):

@@ -75,6 +75,7 @@ def files(folder):
 def test_real_pip_brings_exactly_the_members(cache, wheel, monkeypatch, capfd):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
+    monkeypatch.setenv("PIP_VERBOSE", "1")  # so that it has something to say
     folder = wheels.wheel_folder("tinywheel")
     assert folder == cache / "tinywheel-1.0"
     assert files(folder) == sorted(MEMBERS)

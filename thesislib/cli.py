@@ -97,7 +97,8 @@ def run(
     from thesislib.book import ROOT, chapters, execute
 
     known = chapters()
-    name = next((n for n in known if chapter in (n, n.split("_")[0], str(int(n.split("_")[0])) if n[:2].isdigit() else n)), None)
+    numbers = {n: n.split("_")[0] for n in known}
+    name = next((n for n in known if chapter in (n, numbers[n], numbers[n].lstrip("0") or "0")), None)
     if name is None:
         raise unknown("chapter", chapter, known)
     parameters = {}

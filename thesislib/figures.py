@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 
+from thesislib.evaluate.perplexity import compare
 from thesislib.records import Measurement
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # Okabe and Ito
@@ -50,17 +51,20 @@ def plan_chart(plans: Mapping[str, Sequence[int]], table: pd.DataFrame, baseline
 
 
 def single_blocks(baseline: Measurement, skipped: Mapping[int, Measurement], repeated: Mapping[int, Measurement]) -> plt.Figure:
-    """Perplexity, as a multiple of the baseline's, with one block left out or run twice."""
-    from thesislib.evaluate.perplexity import compare
-
+    """By how many percent perplexity changes with one block left out or run twice. Linear to 10 %, logarithmic beyond."""
     figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
+    bounds = []
     for runs, marker, colour, label, shift in ((skipped, "o", BLUE, "left out", -0.12), (repeated, "^", ORANGE, "run twice", 0.12)):
         c = [compare(baseline, m) for m in runs.values()]
-        middle, low, high = (np.exp([getattr(x, name) for x in c]) for name in ("difference", "low", "high"))
+        middle, low, high = (100 * np.expm1([getattr(x, name) for x in c]) for name in ("difference", "low", "high"))
         axis.errorbar(np.array(list(runs)) + shift, middle, yerr=[middle - low, high - middle], fmt=marker, color=colour,
                       markersize=5, capsize=2, linewidth=1, label=label)  # fmt: skip
-    axis.axhline(1, color=GREY, linestyle="--", linewidth=1)
-    axis.set(yscale="log", xlabel="block", ylabel="perplexity / baseline's", title="one block left out or run twice, 95 % paired interval")
+        bounds += [*low, *high]
+    axis.axhline(0, color=GREY, linestyle="--", linewidth=1)
+    axis.set_yscale("symlog", linthresh=10)
+    axis.set_ylim(min(*bounds, 0) * 1.5 - 3, max(bounds) * 2)
+    axis.yaxis.set_major_formatter("{x:,.0f} %")
+    axis.set(xlabel="block", ylabel="change of perplexity", title="one block left out or run twice, 95 % paired interval")
     axis.legend()
     return figure
 

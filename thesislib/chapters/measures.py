@@ -52,9 +52,19 @@ def prompts_for(subject: Subject) -> tuple[str, ...]:
 
 def measure(subject: Subject, p: Measures) -> list[Measurement]:
     """Everything this chapter measures, in the order of its table."""
+    return [*measure_text(subject, p), *measure_answers(subject, p)]
+
+
+def measure_text(subject: Subject, p: Measures) -> list[Measurement]:
+    """Perplexity at each length, over the same number of tokens: a window of 2,048 costs four of 512."""
     text = evaluation_text(p.data)
-    # the same tokens at every length: a window of 2,048 costs four of 512
-    found = [perplexity(subject, text, length=n, limit=p.windows and max(1, p.windows * min(p.lengths) // n), batch=max(1, 2048 // n)) for n in p.lengths]
+    limits = [p.windows and max(1, p.windows * min(p.lengths) // n) for n in p.lengths]
+    return [perplexity(subject, text, length=n, limit=limit, batch=max(1, 2048 // n)) for n, limit in zip(p.lengths, limits, strict=True)]
+
+
+def measure_answers(subject: Subject, p: Measures) -> list[Measurement]:
+    """Trivia closed and open book with each prompt, and HellaSwag."""
+    found = []
     for open_book, limit in ((False, p.questions), (True, p.passages)):
         asked = questions(p.data, open_book=open_book, limit=limit)
         found += [triviaqa(subject, asked, source=question_source(p.data, open_book), prompt=prompt) for prompt in prompts_for(subject)]
@@ -115,17 +125,21 @@ def flattering(m: Measurement, count: int = 3) -> pd.DataFrame:
 
 
 def main() -> None:
-    """Make a recorded run: `python -m thesislib.chapters.measures --data DIR --out FILE`, everything by default."""
+    """Make a recorded run: `python -m thesislib.chapters.measures --data DIR --out FILE`.
+
+    Perplexity over the whole text in float32, answers to a stated number of questions in --dtype.
+    """
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    for name, default in (("windows", None), ("questions", 1200), ("passages", None), ("items", None)):
+    for name, default in (("windows", None), ("questions", 1200), ("passages", 96), ("items", 2000)):
         parser.add_argument(f"--{name}", type=int, default=default)
     for name in ("subject", "data", "dtype", "device"):
         parser.add_argument(f"--{name}", default=getattr(Measures, name))
     arguments = vars(parser.parse_args())
     out = arguments.pop("out")
     p = Measures(**arguments)
-    records.write(measure(load_subject(p.subject, p.dtype, p.device), p), out)
+    text = measure_text(load_subject(p.subject, "float32", p.device), p)
+    records.write([*text, *measure_answers(load_subject(p.subject, p.dtype, p.device), p)], out)
 
 
 if __name__ == "__main__":
