@@ -1,5 +1,6 @@
 """A GGUF file turned, once, into the safetensors folder that everything else loads."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 from filelock import FileLock
 
 from thesislib.errors import BadInput
-from thesislib.files import cache_dir, whole_folder
+from thesislib.files import cache_dir, read_json, whole_folder
 from thesislib.wheels import sha256_of
+
+SIZES = "sizes.json"  # beside the converted files: what each must measure
 
 
 def safetensors_folder(gguf: Path, sha256: str | None = None) -> Path:
@@ -28,15 +31,25 @@ def safetensors_folder(gguf: Path, sha256: str | None = None) -> Path:
     if sha256 and digest != sha256:
         raise BadInput(f"{gguf.name} has sha256 {digest}, expected {sha256}: truncated or altered; delete it and fetch it again")
     folder = cache_dir() / "subjects" / f"{gguf.stem}-{digest[:12]}"
-    if not (folder / "model.safetensors").is_file():
+    if not _whole(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f"{folder.name}.lock"):
-            if not (folder / "model.safetensors").is_file():
+            if not _whole(folder):
                 _check_complete(gguf)
                 print(f"converting {gguf.name} to safetensors (once, about 20 s)", file=sys.stderr)
                 with whole_folder(folder) as temporary:
                     _convert(gguf, temporary)
+                    sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
+                    (temporary / SIZES).write_text(json.dumps(sizes), "utf8")
     return folder
+
+
+def _whole(folder: Path) -> bool:
+    """Whether every file of a conversion is there in its size."""
+    if not (folder / SIZES).is_file():
+        return False
+    sizes = read_json(folder / SIZES)
+    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
 
 
 def _check_complete(gguf: Path) -> None:

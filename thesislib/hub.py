@@ -41,11 +41,12 @@ def cached_only_if_unreachable(timeout_s: float = 5) -> Iterator[None]:
     import httpx
     from huggingface_hub import constants
 
-    try:
-        httpx.head(constants.ENDPOINT, timeout=timeout_s, follow_redirects=True)
-        offline = constants.HF_HUB_OFFLINE
-    except (httpx.HTTPError, OSError):
-        offline = True
+    offline = constants.HF_HUB_OFFLINE
+    if not offline:
+        try:
+            httpx.head(constants.ENDPOINT, timeout=timeout_s, follow_redirects=True)
+        except (httpx.HTTPError, OSError):
+            offline = True
     # both libraries read their switch at call time, from these two places
     with patch.object(constants, "HF_HUB_OFFLINE", offline), patch.object(datasets.config, "HF_HUB_OFFLINE", offline):
         yield

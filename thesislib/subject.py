@@ -15,7 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from thesislib.convert import safetensors_folder
 from thesislib.errors import BadInput, unknown
-from thesislib.files import whole_folder
+from thesislib.files import is_folder, whole_folder
 from thesislib.hub import hub_folder
 from thesislib.wheels import manifest, wheel_folder
 
@@ -81,6 +81,8 @@ class Subject:
         the loaded model computes the same and is larger.
         """
         folder = Path(folder)
+        if is_folder(folder) and any(folder.iterdir()) and not (folder / "config.json").is_file():
+            raise BadInput(f"{folder} holds something that is no checkpoint: save into a new folder")
         tied = {"lm_head.weight"} if self.model.config.tie_word_embeddings else set()
         tensors = {k: v.detach().clone() for k, v in self.model.state_dict().items() if k not in tied}
         with whole_folder(folder) as temporary, quiet_transformers():
@@ -109,17 +111,21 @@ def load_subject(spec: str | Path = "embedded", dtype: str = "float32", device: 
     with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        except (ValueError, OSError) as error:
+        except Exception as error:  # each kind of nonsense in a configuration has its own class
             raise BadInput(f"{folder} is not a checkpoint that transformers can read ({str(error).splitlines()[0]})") from error
         if config.model_type not in SUPPORTED:
             raise BadInput(f"unsupported architecture '{config.model_type}' in {folder}: supported are {', '.join(SUPPORTED)}")
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype], trust_remote_code=False).eval()
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=DTYPES[dtype], trust_remote_code=False, use_safetensors=True, output_loading_info=True
+            )
         except Exception as error:  # safetensors, tokenizers and transformers each have their own for a damaged file
             raise BadInput(f"{folder} cannot be loaded ({str(error).splitlines()[0]})") from error
+    if found["missing_keys"]:  # transformers would make them up
+        raise BadInput(f"{folder} lacks the weight '{min(found['missing_keys'])}': the checkpoint is not whole")
     try:
-        model = model.to(device)
+        model = model.eval().to(device)
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"device '{device}' cannot be used ({str(error).splitlines()[0]}): 'cpu' always works") from error
     for key, tensor in model.state_dict().items():
@@ -141,11 +147,11 @@ def _resolve(spec: str) -> tuple[Path, str]:
         name, _, revision = spec.removeprefix("hub:").partition("@")
         return hub_folder(name, revision or None), name.split("/")[-1]
     path = Path(spec).expanduser()
-    if path.suffix == ".gguf" and path.is_file():
-        return safetensors_folder(path), path.stem
-    if (path / "config.json").is_file():
+    if is_folder(path) and (path / "config.json").is_file():
         return path, path.resolve().name
-    what = "is a folder without config.json" if path.is_dir() else "is not known"
+    if path.suffix == ".gguf" and is_folder(path.parent) and path.is_file():
+        return safetensors_folder(path), path.stem
+    what = "is a folder without config.json" if is_folder(path) else "is not known"
     raise BadInput(f"subject '{spec}' {what}: expected {SPECS}")
 
 
