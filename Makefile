@@ -7,6 +7,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # what runs here reads the notebooks' committed data or the embedded text: nothing is asked of the Hub
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
+# tqdm asks for ipywidgets in every kernel that has none; nbval would compare the request
+export PYTHONWARNINGS = ignore:IProgress not found
 
 .PHONY: book test setup fetch notebooks findings lint unit nbval stored-book lab bench clean
 
