@@ -205,3 +205,11 @@ def test_norms_and_settings_come_along(embedded_subject, tensors):
     assert "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n" in embedded_subject.tokenizer.apply_chat_template(
         prompt, tokenize=False, add_generation_prompt=True
     )
+
+
+def test_damaged_list_of_sizes_is_made_anew(tmp_path, cache, counted):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF1")
+    (safetensors_folder(path) / "sizes.json").write_text("{")
+    load_subject(path)
+    assert len(counted) == 2

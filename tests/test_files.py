@@ -145,3 +145,10 @@ def test_read_json_names_the_file(tmp_path, content):
         path.write_bytes(content)
     with pytest.raises(BadInput, match=r"x\.json"):
         read_json(path)
+
+
+def test_cache_folder_that_cannot_be_written(monkeypatch):
+    monkeypatch.setenv("THESISLIB_CACHE", "/proc")
+    monkeypatch.setattr("thesislib.files.os.access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(BadInput, match="/proc cannot be written: set THESISLIB_CACHE"):
+        cache_dir()

@@ -46,9 +46,10 @@ def safetensors_folder(gguf: Path, sha256: str | None = None) -> Path:
 
 def _whole(folder: Path) -> bool:
     """Whether every file of a conversion is there in its size."""
-    if not (folder / SIZES).is_file():
+    try:
+        sizes = read_json(folder / SIZES)
+    except BadInput:
         return False
-    sizes = read_json(folder / SIZES)
     return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
 
 

