@@ -90,7 +90,7 @@ def point_at(monkeypatch, endpoint):
     monkeypatch.setattr(datasets.config, "HF_ENDPOINT", endpoint)
 
 
-def fails_soon(ask, name):
+def check_fails_soon(ask, name):
     began = time.monotonic()
     with pytest.raises(BadInput) as raised:
         ask()
@@ -103,24 +103,24 @@ def fails_soon(ask, name):
 
 @pytest.mark.parametrize("spec", ["hub:meta-llama/Llama-3.2-1B-Instruct", "hub:org/tiny@v1"])
 def test_model_without_network(no_hub, spec):
-    fails_soon(lambda: load_subject(spec), spec.removeprefix("hub:").split("@")[0])
+    check_fails_soon(lambda: load_subject(spec), spec.removeprefix("hub:").split("@")[0])
 
 
 @pytest.mark.parametrize(("task", "name"), [("wikitext", "Salesforce/wikitext"), ("trivia", "mandarjoshi/trivia_qa"), ("calibration_c4", "allenai/c4")])
 def test_data_without_network(no_hub, task, name):
-    fails_soon(lambda: corpus.rows(task, "hub"), name)
+    check_fails_soon(lambda: corpus.rows(task, "hub"), name)
 
 
 def test_network_that_swallows_everything(no_hub, monkeypatch):
     # as a firewall does: the connection opens and no answer comes
     with socket.create_server(("127.0.0.1", 0)) as mute:
         point_at(monkeypatch, f"http://127.0.0.1:{mute.getsockname()[1]}")
-        fails_soon(lambda: load_subject("hub:org/tiny"), "org/tiny")
+        check_fails_soon(lambda: load_subject("hub:org/tiny"), "org/tiny")
 
 
 @pytest.mark.parametrize("spec", ["hub:", "hub:a/b/c", "hub:no spaces/please"])
 def test_name_that_cannot_be(no_hub, spec):
-    fails_soon(lambda: load_subject(spec), spec.removeprefix("hub:"))
+    check_fails_soon(lambda: load_subject(spec), spec.removeprefix("hub:"))
 
 
 def test_offline_switch_is_obeyed(no_hub, monkeypatch):
@@ -129,7 +129,7 @@ def test_offline_switch_is_obeyed(no_hub, monkeypatch):
     asked = []
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr("httpx.head", lambda *a, **k: asked.append(a))
-    fails_soon(lambda: load_subject("hub:org/tiny"), "org/tiny")
+    check_fails_soon(lambda: load_subject("hub:org/tiny"), "org/tiny")
     assert asked == []
 
 
