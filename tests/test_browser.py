@@ -62,6 +62,8 @@ def page(browser):
 def test_pages_load_without_an_error(site, page, path):
     page.goto(f"{site}/{path}", wait_until="networkidle")
     assert page.wrong == []
+    # the icon a browser asks for by itself, at a moment of its own choosing
+    assert page.request.get(f"{site}/favicon.ico").ok
     assert page.locator("h1").first.inner_text().strip()
 
 

@@ -7,7 +7,6 @@ and each edge of it, one block, runs once: the 25 Franken-LLaMA plans on 30 bloc
 from collections.abc import Iterator, Sequence
 
 import torch
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from thesislib.errors import BadInput
@@ -72,21 +71,30 @@ def check_full_attention(model: PreTrainedModel, length: int) -> None:
         raise BadInput(f"length {length} exceeds the model's sliding attention window of {window} tokens: use a length up to that")
 
 
-def token_losses(model: PreTrainedModel, states: torch.Tensor, targets: torch.Tensor, slice_tokens: int = 128) -> torch.Tensor:
+def token_losses(model: PreTrainedModel, states: torch.Tensor, targets: torch.Tensor, rows: int = 1024, columns: int = 2048) -> torch.Tensor:
     """-log p(target) in nats for each state, without ever holding all logits.
 
     Args:
         model: gives the output embedding.
         states: (N, D) normed states.
         targets: (N,) the tokens they should predict.
-        slice_tokens: how many states meet the vocabulary at once; 128 x 49,152 float32 logits are 25 MB, and stay in a cache.
+        rows, columns: how many states meet how many words of the vocabulary at once. 1,024 x 2,048 float32 logits are
+            8 MB and stay in a cache; a slice of few states and all words is slower and makes the matrix library copy
+            the whole output embedding.
 
     Returns:
         (N,) float32.
     """
-    head = model.get_output_embeddings()
-    parts = [
-        F.cross_entropy(head(states[i : i + slice_tokens]).float(), targets[i : i + slice_tokens], reduction="none")
-        for i in range(0, len(states), slice_tokens)
-    ]
-    return torch.cat(parts)
+    words = model.get_output_embeddings().weight  # (V, D)
+    losses = torch.empty(len(states), dtype=torch.float32, device=states.device)
+    for i in range(0, len(states), rows):
+        x, target = states[i : i + rows], targets[i : i + rows]
+        total = torch.full((len(x),), -torch.inf, device=x.device)  # log of the sum of exp(logits) so far
+        hit = torch.empty_like(total)
+        for j in range(0, len(words), columns):
+            logits = (x @ words[j : j + columns].T).float()
+            total = torch.logaddexp(total, logits.logsumexp(1))
+            here = (target >= j) & (target < j + columns)
+            hit[here] = logits[here, target[here] - j]
+        losses[i : i + rows] = total - hit
+    return losses
