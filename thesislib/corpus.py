@@ -332,6 +332,19 @@ def windows(text: Text, tokenizer, length: int = 512, limit: int | None = None) 
     )
 
 
+def calibration_windows(tokenizer, kind: str, data: str | Path, n: int, length: int = 512, seed: int = 0) -> torch.Tensor:
+    """A seeded choice of `n` windows of calibration text, (n, length); a larger n only adds.
+
+    Raises:
+        BadInput: text with fewer windows; see `calibration_text` and `windows`.
+    """
+    text = calibration_text(kind, data)
+    ids = windows(text, tokenizer, length).ids
+    if not 1 <= n <= len(ids):
+        raise BadInput(f"{n} calibration windows of {length} tokens asked for: '{text.name}' has {len(ids)}")
+    return ids[take(list(range(len(ids))), n, seed)]
+
+
 @lru_cache(maxsize=4)  # a study measures many models on one text, and a second of tokenising each time adds up
 def _encode(text: Text, tokenizer) -> tuple[torch.Tensor, np.ndarray]:
     """Tokens (N,) and the characters (N, 2) where each begins and ends."""

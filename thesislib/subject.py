@@ -1,5 +1,6 @@
 """The model under study with its tokenizer: loaded from a spec, named by a fingerprint, saved as a Hugging Face folder."""
 
+import copy
 import hashlib
 import shutil
 from collections.abc import Iterator
@@ -57,8 +58,8 @@ class Subject:
         return self.model.device
 
     def linears(self, block: int) -> dict[str, nn.Linear]:
-        """The seven projections of a block by name; weights have shape (outputs, inputs)."""
-        return {name.split(".")[-1]: module for name, module in self.blocks[block].named_modules() if name.split(".")[-1] in LINEARS}
+        """The projections of a block by name; weights have shape (outputs, inputs)."""
+        return projections(self.blocks[block])
 
     @property
     def parameters(self) -> int:
@@ -74,23 +75,46 @@ class Subject:
             digest.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
         return digest.hexdigest()
 
+    def copy(self) -> "Subject":
+        """An independent subject with the same weights, for a stage to change; packed weights become plain ones.
+
+        Blocks that a plan repeats go on sharing theirs.
+        """
+        from thesislib.layers import replace, unpack
+
+        model = copy.deepcopy(self.model)
+        for block in model.model.layers:
+            for name, linear in projections(block).items():
+                replace(block, name, unpack(linear))
+        return Subject(model, self.tokenizer, self.name, self.plan)
+
     def save(self, folder: str | Path) -> Path:
         """Write a checkpoint that `AutoModelForCausalLM.from_pretrained` loads, whole or not at all.
 
-        Blocks that a plan repeats are written out once for each place, since the format has no word for sharing:
-        the loaded model computes the same and is larger.
+        Blocks that a plan repeats are written out once for each place, and removed attentions and MLPs as zeros,
+        since the format has no words for either: the loaded model computes the same and is larger.
         """
         folder = Path(folder)
         if is_folder(folder) and any(folder.iterdir()) and not (folder / "config.json").is_file():
             raise BadInput(f"{folder} holds something that is no checkpoint: save into a new folder")
         tied = {"lm_head.weight"} if self.model.config.tie_word_embeddings else set()
         tensors = {k: v.detach().clone() for k, v in self.model.state_dict().items() if k not in tied}
+        with torch.device("meta"), quiet_transformers():
+            whole = AutoModelForCausalLM.from_config(self.model.config).state_dict()
+        for key in whole.keys() - tensors.keys() - tied:  # of a removed attention or MLP: with zeros it adds nothing
+            tensors[key] = torch.zeros(whole[key].shape, dtype=self.model.dtype)
         with whole_folder(folder) as temporary, quiet_transformers():
             self.model.save_pretrained(temporary, state_dict=tensors)
             self.tokenizer.save_pretrained(temporary)
             for file in temporary.glob("*.safetensors"):
                 shutil.copymode(temporary / "config.json", file)
         return folder
+
+
+def projections(block: nn.Module) -> dict[str, nn.Module]:
+    """The seven projections of a decoder block by name, fewer where its attention or MLP was removed."""
+    parts = [part for part in (getattr(block, "self_attn", None), getattr(block, "mlp", None)) if part is not None]
+    return {name: module for part in parts for name, module in part.named_children() if name in LINEARS}
 
 
 def load_subject(spec: str | Path = "embedded", dtype: str = "float32", device: str = "cpu") -> Subject:

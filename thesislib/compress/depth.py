@@ -1,0 +1,318 @@
+"""Depth pruning: how much each block matters, and a subject without the blocks, attentions or MLPs that matter least."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from thesislib.compress.plan import apply_plan
+from thesislib.corpus import calibration_windows
+from thesislib.errors import BadInput, unknown
+from thesislib.forward import final_states, token_losses
+from thesislib.stream import Visitor, stream
+from thesislib.subject import Subject, projections
+
+METRICS = ("perplexity", "taylor", "magnitude", "influence", "angular")
+PARTS = ("block", "attention", "mlp")
+SLOTS = {"attention": "self_attn", "mlp": "mlp"}
+
+
+@dataclass(frozen=True)
+class Depth:
+    """Remove `remove` blocks, those that matter least by `metric`, or exactly `blocks`.
+
+    metric: perplexity (leave it out and measure), taylor (sum of |w * gradient|), magnitude (sum of |w|), influence
+    (1 - mean cosine of input and output) or angular (the run of `remove` neighbours whose input and output point most
+    alike). greedy: score again after each removal. protect_first, protect_last: blocks that always stay (the thesis's
+    four and two). part: remove whole blocks, or only their attention or MLP. text, windows, length, seed: calibration.
+    """
+
+    remove: int | None = None
+    blocks: tuple | list | None = None
+    metric: str = "perplexity"
+    greedy: bool = False
+    protect_first: int = 4
+    protect_last: int = 2
+    part: str = "block"
+    text: str = "wikipedia"
+    windows: int = 8
+    length: int = 512
+    seed: int = 0
+
+    def __post_init__(self):
+        if (self.remove is None) == (self.blocks is None):
+            raise BadInput("depth needs either 'remove', a number of blocks, or 'blocks', a list of them")
+        if self.blocks is not None:
+            object.__setattr__(self, "blocks", tuple(self.blocks))
+            if not self.blocks or len(set(self.blocks)) < len(self.blocks) or not all(isinstance(b, int) and b >= 0 for b in self.blocks):
+                raise BadInput(f"blocks {list(self.blocks)}: expected different indices from 0 on, at least one")
+        if self.remove is not None and self.remove < 1:
+            raise BadInput(f"remove is {self.remove}: expected at least 1 block")
+        if self.metric not in METRICS:
+            raise unknown("importance metric", self.metric, METRICS)
+        if self.part not in PARTS:
+            raise unknown("part", self.part, PARTS)
+        if self.metric == "angular" and (self.greedy or self.part != "block"):
+            raise BadInput("metric 'angular' removes a run of neighbouring blocks at once: it knows neither greedy nor parts")
+        if min(self.protect_first, self.protect_last) < 0 or min(self.windows, self.length) < 1:
+            raise BadInput("protect_first and protect_last must be at least 0, windows and length at least 1")
+
+    @property
+    def count(self) -> int:
+        """How many blocks go."""
+        return self.remove if self.blocks is None else len(self.blocks)
+
+    @property
+    def label(self) -> str:
+        """As the thesis writes it: D2; DA2 and DM2 where only attentions or MLPs go."""
+        return "D" + {"block": "", "attention": "A", "mlp": "M"}[self.part] + str(self.count)
+
+    def check(self, depth: int) -> None:
+        """Raises BadInput if a model of `depth` blocks cannot lose what this removes."""
+        if self.blocks is not None:
+            if max(self.blocks) >= depth:
+                raise BadInput(f"block {max(self.blocks)} is out of range: the model has blocks 0 to {depth - 1}")
+            if self.part == "block" and len(self.blocks) == depth:
+                raise BadInput(f"removing all {depth} blocks leaves no model")
+            return
+        free = depth - self.protect_first - self.protect_last
+        if self.remove > free:
+            raise BadInput(
+                f"cannot remove {self.remove} of {depth} blocks: {self.protect_first} at the beginning and {self.protect_last} at the end "
+                f"are protected, which leaves {max(free, 0)}"
+            )
+
+    def apply(self, subject: Subject, *, data: str = "embedded", work: Path | None = None) -> tuple[Subject, dict]:
+        """The subject without them, sharing the weights of what stays, and a report of which went and why.
+
+        Raises:
+            BadInput: more blocks than are unprotected, or whatever the calibration text refuses.
+        """
+        self.check(subject.depth)
+        if self.blocks is not None:
+            return remove(subject, self.blocks, self.part), {"removed": sorted(self.blocks), "part": self.part}
+        ids = calibration_windows(subject.tokenizer, self.text, data, self.windows, self.length, self.seed)
+        rounds: list[tuple[int, dict[int, float]]] = []
+        gone: list[int] = []
+        if self.metric == "angular":
+            distance = angular_distances(subject, ids)[self.remove]
+            starts = range(self.protect_first, subject.depth - self.protect_last - self.remove + 1)
+            first = min(starts, key=lambda i: distance[i])
+            gone = list(range(first, first + self.remove))
+            scores = {i: float(distance[i]) for i in starts}
+        else:
+            scores = self._scores(subject, ids, gone)
+            if not self.greedy:
+                gone = sorted(scores, key=lambda b: (scores[b], b))[: self.remove]
+            while len(gone) < self.remove:
+                least = min(scores, key=lambda b: (scores[b], b))
+                rounds.append((least, scores))
+                gone.append(least)
+                scores = self._scores(subject, ids, gone) if len(gone) < self.remove else scores
+        report = {"removed": sorted(gone), "order": gone, "part": self.part, "metric": self.metric, "greedy": self.greedy}
+        return remove(subject, gone, self.part), {**report, "scores": rounds[0][1] if rounds else scores}
+
+    def _scores(self, subject: Subject, ids: torch.Tensor, gone: Sequence[int]) -> dict[int, float]:
+        """Importance of every unprotected block that is still there, by its index in the whole model."""
+        free = [b for b in range(self.protect_first, subject.depth - self.protect_last) if b not in gone]
+        if self.part == "block":
+            left = [b for b in range(subject.depth) if b not in gone]
+            found = importance(remove(subject, gone) if gone else subject, ids, self.metric, blocks=[left.index(b) for b in free])
+            return {b: found[left.index(b)] for b in free}
+        return importance(remove(subject, gone, self.part) if gone else subject, ids, self.metric, blocks=free, part=self.part)
+
+
+# ---------------------------------------------------------------- importance
+
+
+def importance(subject: Subject, ids: torch.Tensor, metric: str, *, blocks: Sequence[int] | None = None, part: str = "block") -> dict[int, float]:
+    """How much each of `blocks` matters (all by default): the lower, the sooner it can go.
+
+    Args:
+        subject: the model.
+        ids: (N, T) calibration windows; magnitude looks at none.
+        metric: one of `METRICS` but angular, whose scores are runs' (see `angular_distances`).
+        blocks: which to score.
+        part: score whole blocks, or only their attention or MLP (not known to influence, which compares blocks).
+
+    Raises:
+        BadInput: unknown metric, or one that does not fit the part or the subject.
+    """
+    blocks = range(subject.depth) if blocks is None else blocks
+    if metric == "perplexity":
+        return leave_one_out(subject, ids, blocks, part)
+    if metric == "influence":
+        if part != "block":
+            raise BadInput(f"metric 'influence' compares a block's input and output: for part '{part}' use perplexity, taylor or magnitude")
+        scores = influence(subject, ids)
+        return {b: scores[b] for b in blocks}
+    if metric == "magnitude":
+        return {b: _sum_over(subject, b, part, lambda w: w.detach().float().abs().sum()) for b in blocks}
+    if metric == "taylor":
+        return taylor(subject, ids, blocks, part)
+    raise unknown("importance metric", metric, METRICS)
+
+
+def leave_one_out(subject: Subject, ids: torch.Tensor, blocks: Sequence[int], part: str = "block", batch: int = 4) -> dict[int, float]:
+    """Perplexity with each of `blocks` left out (Kim et al. 2024, one-shot), activations before it computed once.
+
+    Where only an attention or MLP is left out, every variant runs by itself: the tree of plans knows whole blocks only.
+    """
+    nats = dict.fromkeys(blocks, 0.0)
+    with torch.inference_mode():
+        for at in tqdm(range(0, len(ids), batch), desc="leave one out", unit="batch", disable=None, leave=False):
+            some = ids[at : at + batch].to(subject.device)
+            targets = some[:, 1:].reshape(-1)
+            if part == "block":
+                whole = tuple(range(subject.depth))
+                variants = ((blocks[k], h) for k, h in final_states(subject.model, some, [whole[:b] + whole[b + 1 :] for b in blocks]))
+            else:
+                variants = ((b, h) for b in blocks for _, h in final_states(remove(subject, [b], part).model, some))
+            for b, h in variants:
+                nats[b] += token_losses(subject.model, h[:, :-1].flatten(0, 1), targets).double().sum().item()
+    return {b: _exp(total / (len(ids) * (ids.shape[1] - 1))) for b, total in nats.items()}
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf
+
+
+def influence(subject: Subject, ids: torch.Tensor) -> list[float]:
+    """1 - mean over tokens of cos(block input, block output), for each block (Men et al. 2024, ShortGPT, eq. 1).
+
+    Blocks are watched where they run: the last of transformers' `hidden_states` is the output of the final norm, and
+    would give the last block another block's score.
+    """
+    sums = [0.0] * subject.depth
+
+    class Cosine(Visitor):
+        def seen(self, block, first, x, y):
+            sums[block] += nn.functional.cosine_similarity(x.float(), y.float(), dim=-1).double().sum().item()
+
+    stream(subject, ids, Cosine(), title="influence")
+    return [1 - s / ids.numel() for s in sums]
+
+
+def angular_distances(subject: Subject, ids: torch.Tensor) -> np.ndarray:
+    """arccos(cos(x_l, x_{l+n})) / pi of the last token's residual, mean over windows (Gromov et al. 2024, eq. 8).
+
+    Returns:
+        (depth + 1, depth + 1): [n, l] for a run of n blocks from block l on, x_l being the input of block l; nan where
+        the run would end after the last block.
+    """
+    states: list[torch.Tensor] = [torch.empty(0)] * (subject.depth + 1)
+
+    class Last(Visitor):
+        def seen(self, block, first, x, y):
+            states[block] = torch.cat([states[block], x[:, -1].float().cpu()])
+            if block == subject.depth - 1:
+                states[block + 1] = torch.cat([states[block + 1], y[:, -1].float().cpu()])
+
+    stream(subject, ids, Last(), title="angular distance")
+    x = nn.functional.normalize(torch.stack(states).double(), dim=-1)  # (depth + 1, N, D)
+    angle = torch.arccos(torch.einsum("lnd,mnd->lmn", x, x).clamp(-1, 1)).mean(-1).numpy() / math.pi
+    distances = np.full((subject.depth + 1, subject.depth + 1), np.nan)
+    for n in range(subject.depth + 1):
+        distances[n, : subject.depth + 1 - n] = np.diagonal(angle, n)
+    return distances
+
+
+def taylor(subject: Subject, ids: torch.Tensor, blocks: Sequence[int], part: str = "block", batch: int = 2) -> dict[int, float]:
+    """Sum over a block's weights of |w * g|, g the gradient of the mean loss over all windows (Kim et al. 2024, eq. 3).
+
+    Raises:
+        BadInput: weights that carry no gradient, such as packed or quantised ones.
+    """
+    own = {b: list(_weights(subject, b, part)) for b in blocks}
+    if any(not isinstance(w, nn.Parameter) or not w.is_floating_point() for weights in own.values() for w in weights):
+        raise BadInput("metric 'taylor' needs gradients, which packed or quantised weights do not carry: use perplexity, influence or magnitude")
+    try:
+        for weights in own.values():
+            for w in weights:
+                w.requires_grad_(True)
+        for at in tqdm(range(0, len(ids), batch), desc="taylor", unit="batch", disable=None, leave=False):
+            some = ids[at : at + batch].to(subject.device)
+            states = subject.model.model(input_ids=some, use_cache=False).last_hidden_state
+            logits = subject.model.get_output_embeddings()(states[:, :-1]).float().flatten(0, 1)
+            loss = nn.functional.cross_entropy(logits, some[:, 1:].flatten(), reduction="sum") / (len(ids) * (ids.shape[1] - 1))
+            loss.backward()
+        return {b: sum((w.detach().float() * w.grad.float()).abs().sum().item() for w in weights) for b, weights in own.items()}
+    finally:
+        for weights in own.values():
+            for w in weights:
+                w.requires_grad_(False)
+                w.grad = None
+
+
+def _weights(subject: Subject, block: int, part: str):
+    """The projections' weights of a block or of a part of it; norms, a thousandth of a block, do not count."""
+    whole = subject.blocks[block]
+    for name, module in projections(whole).items():
+        if part == "block" or hasattr(getattr(whole, SLOTS[part]), name):
+            yield module.weight
+
+
+def _sum_over(subject: Subject, block: int, part: str, of: Callable[[torch.Tensor], torch.Tensor]) -> float:
+    return sum(of(w).item() for w in _weights(subject, block, part))
+
+
+# ---------------------------------------------------------------- removal
+
+
+def remove(subject: Subject, blocks: Sequence[int], part: str = "block") -> Subject:
+    """The subject without these blocks, or without their attentions or MLPs, sharing all weights that stay.
+
+    Raises:
+        BadInput: a block out of range, or no block left.
+    """
+    if part == "block":
+        gone = set(blocks)
+        if gone and not 0 <= min(gone) <= max(gone) < subject.depth:
+            raise BadInput(f"blocks {sorted(gone)} are out of range: the model has blocks 0 to {subject.depth - 1}")
+        return apply_plan(subject, [b for b in range(subject.depth) if b not in gone])
+    return without_parts(subject, dict.fromkeys(blocks, part))
+
+
+class Without(nn.Module):
+    """Stands where an attention or MLP was removed, and adds nothing to the residual."""
+
+    def __init__(self, part: str):
+        super().__init__()
+        self.part = part
+
+    def forward(self, hidden_states: torch.Tensor, **_kwargs):
+        """Zeros, in the form that the decoder block expects."""
+        zeros = torch.zeros_like(hidden_states)
+        return (zeros, None) if self.part == "attention" else zeros
+
+
+def without_parts(subject: Subject, parts: Mapping[int, str]) -> Subject:
+    """The subject without the attention or the MLP of some blocks: {block: 'attention' or 'mlp'}.
+
+    The attentions that stay are renumbered: the KV cache counts by them, and asks its first one for the length so far.
+    """
+    out = apply_plan(subject, range(subject.depth))
+    for block, part in parts.items():
+        if part not in SLOTS:
+            raise unknown("part", part, SLOTS)
+        if not 0 <= block < subject.depth:
+            raise BadInput(f"block {block} is out of range: the model has blocks 0 to {subject.depth - 1}")
+        setattr(out.blocks[block], SLOTS[part], Without(part))
+    place = 0
+    for block in out.blocks:
+        if not isinstance(block.self_attn, Without):
+            block.self_attn.layer_idx = place
+            place += 1
+    if place == 0:
+        raise BadInput("removing every attention leaves a model that sees one token at a time: keep at least one")
+    return Subject(out.model, out.tokenizer, out.name, subject.plan)
+
+
+def removed_parts(subject: Subject) -> dict[int, str]:
+    """{block: 'attention' or 'mlp'} of what `without_parts` removed."""
+    return {i: m.part for i, block in enumerate(subject.blocks) for m in (block.self_attn, block.mlp) if isinstance(m, Without)}

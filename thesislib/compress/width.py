@@ -1,0 +1,177 @@
+"""Width pruning: single weights set to zero, by magnitude or by WANDA, unstructured or n of each m neighbours."""
+
+import fnmatch
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from thesislib.corpus import calibration_windows
+from thesislib.errors import BadInput, unknown
+from thesislib.stream import ALL_AT_ONCE, Blocks, Statistics, Visitor, check_weighting, stream
+from thesislib.subject import LINEARS, Subject
+
+METRICS = ("wanda", "magnitude")
+THESIS_PATTERNS = ((1, 2), (2, 4), (3, 4), (1, 8), (4, 8), (6, 8), (1, 16), (8, 16), (12, 16))
+
+
+@dataclass(frozen=True)
+class Width:
+    """Set to zero `remove` of each `of` consecutive inputs of a row, or the share `ratio` of each row.
+
+    metric: wanda (|w| times the root mean square of its input; Sun et al. 2023, eq. 1) or magnitude (|w|). linears:
+    names or patterns of projections, e.g. 'q_proj', '*_proj', 'blocks.3.*'; all seven by default. ratios: {pattern:
+    ratio} for some of them, the last that fits counts. text, windows, length, seed: calibration. weighting: how tokens
+    count, see `thesislib.stream.token_weights`; WANDA counts them equally, and so does the default.
+    """
+
+    remove: int | None = None
+    of: int | None = None
+    ratio: float | None = None
+    ratios: dict | None = None
+    metric: str = "wanda"
+    linears: str | list | tuple = "*"
+    text: str = "c4"
+    windows: int = 32
+    length: int = 512
+    weighting: str = "equal"
+    seed: int = 0
+
+    def __post_init__(self):
+        if (self.remove is None) != (self.of is None) or (self.remove is None) == (self.ratio is None and self.ratios is None):
+            raise BadInput("width needs either 'remove' and 'of' (n of each m inputs), or 'ratio' or 'ratios'")
+        if self.of is not None and not 0 < self.remove < self.of:
+            raise BadInput(f"pattern {self.remove}:{self.of} removes {'none' if self.remove <= 0 else 'all'}: expected 0 < removed < {self.of}")
+        for ratio in (self.ratio, *(self.ratios or {}).values()):
+            if ratio is not None and not (isinstance(ratio, (int, float)) and 0 <= ratio < 1):
+                raise BadInput(f"ratio {ratio}: expected a share of the weights in [0, 1)")
+        if self.metric not in METRICS:
+            raise unknown("width metric", self.metric, METRICS)
+        object.__setattr__(self, "linears", (self.linears,) if isinstance(self.linears, str) else tuple(self.linears))
+        for pattern in (*self.linears, *(self.ratios or {})):
+            if not any(_fits(f"blocks.{i}.{name}", pattern) for i in range(200) for name in LINEARS):
+                raise unknown("projection or pattern", pattern, LINEARS)
+        check_weighting(self.weighting, self.length)
+        if min(self.windows, self.length - 1) < 1:
+            raise BadInput("width needs at least 1 calibration window of at least 2 tokens")
+
+    @property
+    def label(self) -> str:
+        """As the thesis writes it: W1:8; W50% where unstructured, W~ where the ratio differs by layer."""
+        return f"W{self.remove}:{self.of}" if self.of else "W~" if self.ratios else f"W{100 * self.ratio:g}%"
+
+    def share(self, block: int, name: str) -> float | None:
+        """The share of this projection's weights that goes, None if it takes no part."""
+        path = f"blocks.{block}.{name}"
+        found = None
+        if any(_fits(path, pattern) for pattern in self.linears):
+            found = self.remove / self.of if self.of else self.ratio
+        for pattern, ratio in (self.ratios or {}).items():
+            if _fits(path, pattern):
+                found = ratio
+        return found or None
+
+    def check(self, inputs: Mapping[str, int]) -> None:
+        """Raises BadInput if some projection's row length ({name: inputs}) is no multiple of `of`, with those that fit."""
+        for name, length in inputs.items():
+            if self.of and length % self.of and any(self.share(i, name) for i in range(200)):
+                fit = [m for m in range(2, 33) if all(n % m == 0 for n in inputs.values())]
+                raise BadInput(
+                    f"pattern {self.remove}:{self.of} does not fit {name}: its rows have {length} inputs, which {self.of} does not divide; "
+                    f"all rows of this model are multiples of {', '.join(map(str, fit)) or 'no m up to 32'}"
+                )
+
+    def apply(self, subject: Subject, *, data: str = "embedded", work: Path | None = None) -> tuple[Subject, dict]:
+        """A pruned copy of the subject, and a report of the shares removed.
+
+        Raises:
+            BadInput: rows that the pattern does not divide, text too short, inputs that are not finite.
+        """
+        self.check({name: m.weight.shape[1] for b in range(subject.depth) for name, m in subject.linears(b).items()})
+        pruned = subject.copy()
+        visitor = Prune(self)
+        if self.metric == "magnitude":
+            for b in range(pruned.depth):
+                visitor.change(b, {n: m for n, m in pruned.linears(b).items() if visitor.wants(b, n)}, {})
+        else:
+            ids = calibration_windows(subject.tokenizer, self.text, data, self.windows, self.length, self.seed)
+            stream(pruned, ids, visitor, weighting=self.weighting, title=self.label)
+        return pruned, visitor.report()
+
+    def stream_weights(self, blocks: Blocks, windows: torch.Tensor) -> dict:
+        """The same on blocks that are in memory one at a time; the report."""
+        visitor = Prune(self)
+        stream(blocks, windows, visitor, weighting=self.weighting, title=self.label)
+        return visitor.report()
+
+
+def _fits(path: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path.rpartition(".")[2], pattern)
+
+
+class Prune(Visitor):
+    """Sets each projection's least important weights to zero, all seven by the statistics of the unpruned block."""
+
+    groups = ALL_AT_ONCE
+
+    def __init__(self, config: Width):
+        self.config = config
+        self.removed = self.total = 0
+        self.dead: list[str] = []
+
+    def wants(self, block: int, name: str) -> bool:
+        """See `Visitor`."""
+        return self.config.share(block, name) is not None
+
+    def change(self, block: int, linears: Mapping[str, nn.Module], statistics: Mapping[str, Statistics]) -> None:
+        """See `Visitor`."""
+        for name, linear in linears.items():
+            score = linear.weight.detach().float().abs()
+            if self.config.metric == "wanda":
+                rms = statistics[name].rms
+                if rms.any():
+                    score *= rms
+                else:
+                    self.dead.append(f"blocks.{block}.{name}")
+                    said = f"all inputs of block {block}'s {name} are zero on the calibration text: its weights are compared by magnitude alone"
+                    warnings.warn(said, stacklevel=2)
+            c = self.config
+            gone = least_of_each(score, c.remove, c.of) if c.of else least_share(score, c.share(block, name))
+            linear.weight.data.masked_fill_(gone, 0)  # not a product with a mask, which would leave zeros of either sign
+            self.removed += int(gone.sum())
+            self.total += gone.numel()
+
+    def report(self) -> dict:
+        """What was done, as plain data."""
+        return {"removed_weights": self.removed, "of_weights": self.total, **({"compared by magnitude": self.dead} if self.dead else {})}
+
+
+def least_of_each(score: torch.Tensor, remove: int, of: int) -> torch.Tensor:
+    """True for the `remove` lowest of each `of` consecutive entries of a row; equal scores go from the left.
+
+    This is WANDA's and the thesis's reading of N:M, in which N counts what is REMOVED; NVIDIA's N counts what is kept.
+
+    >>> least_of_each(torch.tensor([[3.0, 1.0, 2.0, 4.0]]), 1, 2)
+    tensor([[False,  True,  True, False]])
+    """
+    rows, columns = score.shape
+    if columns % of:
+        raise BadInput(f"rows of {columns} do not divide into groups of {of}")
+    order = score.reshape(rows, -1, of).argsort(dim=-1, stable=True)
+    gone = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order[..., :remove], True)
+    return gone.view(rows, columns)
+
+
+def least_share(score: torch.Tensor, ratio: float) -> torch.Tensor:
+    """True for the int(columns * ratio) lowest entries of each row (WANDA compares within an output's row)."""
+    count = int(score.shape[1] * ratio)
+    order = score.argsort(dim=-1, stable=True)
+    return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order[:, :count], True)
+
+
+def zero_shares(subject: Subject) -> dict[str, list[float]]:
+    """For each projection the share of zeros in each block."""
+    return {name: [float((m.weight == 0).float().mean()) for b in range(subject.depth) if (m := subject.linears(b).get(name)) is not None] for name in LINEARS}

@@ -1,0 +1,123 @@
+"""Blocks read from a checkpoint's safetensors one at a time and written back: models larger than memory, see `stream`."""
+
+import copy
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from thesislib.errors import BadInput, unknown
+from thesislib.files import read_json, write_whole
+from thesislib.subject import DTYPES, SUPPORTED, projections, quiet_transformers
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+class FromFolder:
+    """The blocks of a plain checkpoint folder; each is written into `target` when it has been visited.
+
+    After the pass, `finish` writes what is no block (embedding, last norm, head), the index, configuration and
+    tokenizer: a plain sharded checkpoint, one file a block.
+
+    Args:
+        source: a folder with config.json and safetensors.
+        target: an existing folder, best a temporary one (`thesislib.files.whole_folder`).
+        dtype: 'float32' or 'bfloat16', of the computation and of what is written.
+        device: where the one block is that is in memory.
+
+    Raises:
+        BadInput: a folder that is no such checkpoint, unknown architecture or dtype.
+    """
+
+    def __init__(self, source: Path, target: Path, dtype: str = "bfloat16", device: str = "cpu"):
+        if dtype not in DTYPES:
+            raise unknown("dtype", dtype, DTYPES)
+        self.source, self.target, self.dtype, self.device = Path(source), Path(target), DTYPES[dtype], device
+        self.files = _files(self.source)
+        with quiet_transformers(), torch.device("meta"):
+            config = AutoConfig.from_pretrained(self.source, trust_remote_code=False)
+            if config.model_type not in SUPPORTED:
+                raise BadInput(f"unsupported architecture '{config.model_type}' in {source}: supported are {', '.join(SUPPORTED)}")
+            self.model = AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval().requires_grad_(False)
+        self.config, self.depth = config, config.num_hidden_layers
+        self._rotary = type(self.model.model.rotary_emb)(config).to(device)
+        self.written: dict[str, str] = {}
+
+    @property
+    def inputs(self) -> dict[str, int]:
+        """{projection: inputs} of one block."""
+        return {name: m.weight.shape[1] for name, m in projections(self.model.model.layers[0]).items()}
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """(B, T) tokens to (B, T, D); the embedding stays in memory only for this call."""
+        with self._open("model.embed_tokens.weight") as file:
+            table = file.get_tensor("model.embed_tokens.weight")
+        return nn.functional.embedding(ids, table).to(self.dtype)
+
+    def rotary(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `thesislib.stream.Blocks`."""
+        return self._rotary(x, position_ids=positions)
+
+    @contextmanager
+    def hold(self, i: int) -> Iterator[nn.Module]:
+        """Block i in memory; its changes are written when the context ends without an error."""
+        block, prefix = copy.deepcopy(self.model.model.layers[i]), f"model.layers.{i}."
+        block.load_state_dict({k: self._tensor(prefix + k) for k in block.state_dict()}, assign=True)
+        block.requires_grad_(False)
+        for key, tensor in block.state_dict().items():
+            if not torch.isfinite(tensor.sum(dtype=torch.float32)):
+                raise BadInput(f"weight '{prefix}{key}' holds NaN or infinity: the checkpoint is damaged")
+        yield block
+        self._write(f"model-{i:05d}.safetensors", {prefix + k: v.cpu() for k, v in block.state_dict().items()})
+
+    def finish(self) -> None:
+        """Write the rest of the checkpoint."""
+        rest = {k: self._tensor(k).cpu() for k in self.model.state_dict() if not k.startswith("model.layers.") and k in self.files}
+        self._write(f"model-{self.depth:05d}.safetensors", rest)
+        size = sum((self.target / f).stat().st_size for f in set(self.written.values()))
+        write_whole(self.target / INDEX, json.dumps({"metadata": {"total_size": size}, "weight_map": self.written}, indent=1))
+        config = copy.deepcopy(self.config)
+        config.dtype = self.dtype
+        config.save_pretrained(self.target)
+        for file in self.source.iterdir():  # tokenizer, chat template, generation settings
+            if (
+                file.is_file()
+                and file.suffix in (".json", ".jinja", ".model", ".txt")
+                and not (self.target / file.name).exists()
+                and file.name != "artifact.json"
+            ):
+                shutil.copyfile(file, self.target / file.name)
+
+    def _open(self, key: str):
+        if key not in self.files:
+            raise BadInput(f"{self.source} lacks the weight '{key}': the checkpoint is not whole")
+        return safe_open(self.source / self.files[key], framework="pt")
+
+    def _tensor(self, key: str) -> torch.Tensor:
+        with self._open(key) as file:  # opened anew each time: a file kept open keeps its pages in memory
+            return file.get_tensor(key).to(self.device, self.dtype)
+
+    def _write(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, self.target / name, metadata={"format": "pt"})
+        self.written.update(dict.fromkeys(tensors, name))
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """{tensor: file} of a plain checkpoint."""
+    if (folder / INDEX).is_file():
+        return read_json(folder / INDEX)["weight_map"]
+    if not (folder / SINGLE).is_file():
+        raise BadInput(f"{folder} has neither {SINGLE} nor {INDEX}: weights can be streamed from a plain safetensors checkpoint only")
+    try:
+        with safe_open(folder / SINGLE, framework="pt") as file:
+            return dict.fromkeys(file.keys(), SINGLE)
+    except SafetensorError as error:
+        raise BadInput(f"{folder / SINGLE} cannot be read ({error})") from error
