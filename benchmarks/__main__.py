@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import stream
 from thesislib.compress.plan import apply_plan, franken_plans
 from thesislib.corpus import evaluation_text, questions, windows
 from thesislib.evaluate.choice import multiple_choice
@@ -99,6 +100,11 @@ BENCHMARKS = {
     "trivia": trivia_batched,
     "plans": plans_together_and_apart,
     "choice": choice_against_harness,
+    "WANDA pass": stream.wanda_against_bare_forward,
+    "block ablation": stream.ablation_against_naive,
+    "memory, WANDA over 64 windows": lambda: stream.memory("embedded"),
+    "memory, WANDA on 1B": lambda: stream.memory("1B"),
+    "memory, WANDA on 1B, weights streamed": lambda: stream.memory("1B-streamed"),
 }
 
 

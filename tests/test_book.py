@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from thesislib.book import ROOT, cache_key, chapters, check_parameters, clean, execute, executed
+from thesislib.chapters import CHAPTERS
 from thesislib.errors import BadInput
 
 
@@ -147,11 +148,15 @@ def test_stored_notebooks_are_clean_thin_and_tagged():
 def test_every_notebook_is_in_the_book_and_its_parameters_are_its_configs():
     from papermill import inspect_notebook
 
+    from thesislib.chapters.depth import DepthChapter
     from thesislib.chapters.franken import Franken
     from thesislib.chapters.measures import Measures
+    from thesislib.chapters.width import WidthChapter
 
     toc = (ROOT / "_toc.yml").read_text()
-    for name, kind in (("00_measures", Measures), ("01_franken_llama", Franken)):
+    kinds = {"00_measures": Measures, "01_franken_llama": Franken, "02_depth_pruning": DepthChapter, "03_width_pruning": WidthChapter}
+    assert set(kinds) == set(chapters()) == set(CHAPTERS)
+    for name, kind in kinds.items():
         assert f"notebooks/{name}" in toc
         assert set(inspect_notebook(str(chapters()[name]))) == {f.name for f in fields(kind)}
     with pytest.raises(BadInput, match="did you mean 'windows'"):

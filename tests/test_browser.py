@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine: Debian's package chromium has one"),
     pytest.mark.skipif(not (HTML / "index.html").exists(), reason="the book is not built: make stored-book"),
 ]
-CHAPTERS = ["notebooks/00_measures.html", "notebooks/01_franken_llama.html"]
+CHAPTERS = [f"notebooks/{name}.html" for name in ("00_measures", "01_franken_llama", "02_depth_pruning", "03_width_pruning")]
 PAGES = ["index.html", "book/background.html", "book/rerun.html", "book/sources.html", "book/api.html", *CHAPTERS]
 
 
@@ -71,8 +71,8 @@ def test_pages_load_without_an_error(site, page, path):
 def test_figures_show_and_say_what_they_show(site, page, path):
     page.goto(f"{site}/{path}", wait_until="networkidle")
     images = page.locator(".cell_output img")
-    expected = 4 if "franken" in path else 0
-    assert images.count() >= expected
+    expected = {"franken": 4, "depth": 3, "width": 2}
+    assert images.count() >= next((n for word, n in expected.items() if word in path), 0)
     for i in range(images.count()):
         width, alt = images.nth(i).evaluate("e => [e.naturalWidth, e.alt]")
         assert width > 300 and len(alt) > 30

@@ -184,10 +184,10 @@ def test_parts_removed_one_after_the_other_add_up(tiny):
     subject = tiny(layers=4)
     first, _ = Depth(blocks=[1], part="attention").apply(subject)
     both, _ = Depth(blocks=[2], part="mlp").apply(first)
-    assert removed_parts(both) == {1: "attention", 2: "mlp"} and removed_parts(subject) == {}
+    assert removed_parts(both) == {"attention": [1], "mlp": [2]} and removed_parts(subject) == {}
     assert isinstance(both.blocks[1].self_attn, Without) and set(both.linears(1)) == {"gate_proj", "up_proj", "down_proj"}
     shorter = remove(both, [0])
-    assert removed_parts(shorter) == {0: "attention", 1: "mlp"}
+    assert removed_parts(shorter) == {"attention": [0], "mlp": [1]}
 
 
 def test_the_given_subject_is_not_changed(tiny):

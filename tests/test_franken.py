@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from thesislib import records
-from thesislib.chapters import RECORDS, findings, franken, measures, recorded
+from thesislib.chapters import CHAPTERS, findings, franken, measures, record_file, recorded
 from thesislib.compress.plan import franken_plans
 from thesislib.errors import BadInput
 from thesislib.files import data_file
@@ -107,8 +107,8 @@ def test_measure_on_a_tiny_model(tiny, monkeypatch):
 
 
 def test_the_committed_records_are_whole_and_say_where_they_come_from():
-    for chapter in RECORDS:
-        for m in records.read(data_file(RECORDS[chapter])):
+    for chapter in CHAPTERS:
+        for m in records.read(record_file(chapter)):
             assert len(m.items) == m.n and m.low <= m.value <= m.high
             made = m.provenance
             assert made["subject"] == "SmolLM2-135M-Instruct" and len(made["fingerprint"]) == 64

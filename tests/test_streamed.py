@@ -1,15 +1,18 @@
 """Blocks streamed from disk against the same model in memory."""
 
 import json
+import re
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from thesislib import formats
 from thesislib.compress.width import Prune, Width
 from thesislib.errors import BadInput
+from thesislib.formats import read_artifact
 from thesislib.stream import stream
-from thesislib.streamed import FromFolder
+from thesislib.streamed import FromFolder, compress_streamed
 from thesislib.subject import load_subject
 
 IDS = torch.randint(0, 250, (4, 16), generator=torch.Generator().manual_seed(1))
@@ -75,6 +78,32 @@ def test_damaged_checkpoints(tiny, tmp_path):
         streamed(tmp_path / "nan", tmp_path / "out", Width(1, 8))
     config = json.loads((tmp_path / "nan" / "config.json").read_text())
     (tmp_path / "nan" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    with pytest.raises(BadInput, match=r"lacks the weight 'model\.layers\.2"):
-        with FromFolder(tmp_path / "nan", tmp_path / "out").hold(2):
-            pass
+    with pytest.raises(BadInput, match=r"lacks the weight 'model\.layers\.2"), FromFolder(tmp_path / "nan", tmp_path / "out").hold(2):
+        pass
+
+
+def test_a_streamed_artifact_is_the_one_made_in_memory(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("thesislib.streamed.calibration_windows", lambda *_: IDS)
+    monkeypatch.setattr("thesislib.compress.width.calibration_windows", lambda *_: IDS)
+    dense = tiny(layers=3, hidden_size=48)
+    dense.save(tmp_path / "dense")
+    compress_streamed(str(tmp_path / "dense"), "W2:4", tmp_path / "out", data="embedded", dtype="float32")
+    record = read_artifact(tmp_path / "out")  # all checksums hold
+    pruned, report = Width(2, 4).apply(load_subject(tmp_path / "dense"))
+    assert record["fingerprint"] == pruned.fingerprint == load_subject(tmp_path / "out").fingerprint
+    assert record["base"]["fingerprint"] == dense.fingerprint and record["label"] == "W2:4" and record["reports"] == [report]
+    sizes = formats.sizes(pruned)
+    assert {k: record["sizes"][k] for k in sizes} == sizes
+
+
+def test_what_cannot_be_streamed(tiny, tmp_path):
+    subject = tiny(layers=8)
+    subject.save(tmp_path / "dense")
+    for recipe in ("D2", "D2+W2:4"):
+        with pytest.raises(BadInput, match=rf"takes a recipe of one WANDA stage, e.g. W2:4, and this one is {re.escape(recipe)}"):
+            compress_streamed(str(tmp_path / "dense"), recipe, tmp_path / "out")
+    pruned, _ = Width(2, 4, metric="magnitude").apply(subject)
+    formats.save_artifact(pruned, tmp_path / "packed")
+    with pytest.raises(BadInput, match="is a packed artifact: weights are streamed from a plain checkpoint"):
+        compress_streamed(str(tmp_path / "packed"), "W1:8", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -3,7 +3,8 @@ import pytest
 from thesislib.corpus import Question
 from thesislib.errors import BadInput
 from thesislib.evaluate import triviaqa as module
-from thesislib.evaluate.triviaqa import compare, normalise, prompt_for, tier, triviaqa
+from thesislib.evaluate.triviaqa import compare, tier, triviaqa
+from thesislib.prompts import normalise, prompt_for
 
 ASKED = [
     Question("1", "Who wrote Tom Sawyer?", ("Mark Twain", "Samuel Clemens")),

@@ -6,7 +6,7 @@ import torch
 
 from thesislib.compress.width import THESIS_PATTERNS, Prune, Width, least_of_each, least_share, zero_shares
 from thesislib.errors import BadInput
-from thesislib.stream import stream
+from thesislib.stream import Statistics, stream
 from thesislib.subject import LINEARS
 
 IDS = torch.randint(0, 250, (4, 16), generator=torch.Generator().manual_seed(1))
@@ -53,7 +53,8 @@ def wanda_by_hooks(subject, remove, of):
     for b in range(subject.depth):
         inputs, handles = {}, []
         for name, linear in subject.linears(b).items():
-            handles.append(linear.register_forward_pre_hook(lambda _m, args, name=name: inputs.__setitem__(name, args[0].flatten(0, 1))))
+            keep = lambda _m, args, name=name, inputs=inputs: inputs.__setitem__(name, args[0].flatten(0, 1))  # noqa: E731
+            handles.append(linear.register_forward_pre_hook(keep))
         with torch.no_grad():
             subject.model(IDS, use_cache=False)
         for name, linear in subject.linears(b).items():
@@ -79,8 +80,6 @@ def test_wanda_is_the_papers(tiny, kind):
 def test_wanda_with_equal_activations_is_magnitude(tiny):
     subject = tiny(layers=1)
     linear = subject.linears(0)["up_proj"]
-    from thesislib.stream import Statistics
-
     expected = torch.from_numpy(lowest_by_loops(linear.weight.abs().numpy(), 4, 8))
     Prune(Width(4, 8)).change(0, {"up_proj": linear}, {"up_proj": Statistics(torch.full((32,), 7.0), None, 3.0)})
     assert ((linear.weight == 0) == expected).all()
@@ -155,7 +154,10 @@ def test_inputs_that_are_not_finite(tiny):
 
 
 def test_rows_that_the_pattern_does_not_divide(tiny):
-    with pytest.raises(BadInput, match="pattern 1:7 does not fit q_proj: its rows have 32 inputs, which 7 does not divide; all rows of this model are multiples of 2, 4, 8, 16, 32"):
+    with pytest.raises(
+        BadInput,
+        match="pattern 1:7 does not fit q_proj: its rows have 32 inputs, which 7 does not divide; all rows of this model are multiples of 2, 4, 8, 16, 32",
+    ):
         Width(1, 7).apply(tiny())
 
 

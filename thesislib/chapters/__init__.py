@@ -1,23 +1,30 @@
-"""What each notebook measures: its parameters, its measurements, and the claims it holds them against."""
+"""What each notebook measures: its parameters, its measurements, and the claims it holds them against.
 
-RECORDS = {"00_measures": "results/00_measures.jsonl.gz", "01_franken_llama": "results/01_franken_llama.jsonl.gz"}
+A chapter's module has a TITLE, `read_recorded(path)` for its recorded run, and `headline(record)`, what was found, in sentences.
+"""
+
+from importlib import import_module
+from pathlib import Path
+
+from thesislib.files import data_file
+
+CHAPTERS = {"00_measures": "measures", "01_franken_llama": "franken", "02_depth_pruning": "depth", "03_width_pruning": "width"}
+
+
+def record_file(chapter: str) -> Path:
+    """Where a chapter's recorded run lies."""
+    return data_file(f"results/{chapter}.jsonl.gz")
 
 
 def recorded(chapter: str):
     """The recorded run of a chapter, as its functions take it."""
-    from thesislib import records
-    from thesislib.chapters import franken
-    from thesislib.files import data_file
-
-    found = records.read(data_file(RECORDS[chapter]))
-    return franken.from_measurements(found) if chapter == "01_franken_llama" else found
+    return import_module(f"thesislib.chapters.{CHAPTERS[chapter]}").read_recorded(record_file(chapter))
 
 
 def findings() -> str:
     """What was found, in sentences filled in from the recorded runs: for the book's first page and the README."""
-    from thesislib.chapters import franken, measures
-
-    return (
-        f"**Chapter 0, the subject and its measures.** {measures.headline(recorded('00_measures'))}\n\n"
-        f"**Chapter 1, skipping and repeating blocks.** {franken.headline(recorded('01_franken_llama'))}\n"
-    )
+    said = []
+    for name, module in CHAPTERS.items():
+        chapter = import_module(f"thesislib.chapters.{module}")
+        said.append(f"**Chapter {int(name[:2])}, {chapter.TITLE}.** {chapter.headline(recorded(name))}\n")
+    return "\n".join(said)

@@ -25,6 +25,7 @@ from thesislib.parameters import positive
 from thesislib.records import Measurement, provenance
 from thesislib.subject import DTYPES, Subject, load_subject
 
+TITLE = "depth pruning"
 GREEDY, RANDOM = "perplexity, greedy", "random"
 NOTHING = "nothing removed"
 THESIS = (2, 4, 6, 8)
@@ -164,6 +165,17 @@ def measure(subject: Subject, scores: Scores, p: DepthChapter) -> Results:
     return Results(scores, found, trivia, {k: p.prompt + complete(model, p.prompt, p.tokens).text for k, model in small.items()})
 
 
+def parts(subject: Subject, p: DepthChapter, count: int = 2) -> pd.DataFrame:
+    """Whole blocks, only attentions, only MLPs: the `count` of least Taylor score each."""
+    rows = []
+    for part in ("block", "attention", "mlp"):
+        small, report = Depth(count, part=part, metric="taylor", windows=p.calibration, length=p.length).apply(subject, data=p.data)
+        m = perplexity.perplexity(small, evaluation_text(p.data), length=p.length, limit=p.windows)
+        gone = ", ".join(map(str, report["removed"]))
+        rows.append({"removed": f"{count} x {part}", "of blocks": gone, "parameters, M": f"{small.parameters / 1e6:.1f}", "perplexity": _number(m)})
+    return pd.DataFrame(rows).set_index("removed")
+
+
 # ---------------------------------------------------------------- what the chapter shows
 
 
@@ -218,6 +230,10 @@ def _share(m: Measurement) -> str:
     return f"{m.value:.1%} [{m.low:.1%}, {m.high:.1%}]"
 
 
+def _times(ratio: float) -> str:
+    return f"x {ratio:,.2f}" if ratio < 100 else f"x {ratio:,.0f}"
+
+
 def _list(names: Sequence[str]) -> str:
     return ", ".join(names) if names else "none"
 
@@ -242,8 +258,9 @@ def best(results: Results, k: int) -> str:
 def headline(results: Results) -> str:
     """What chapter 2 found, in sentences, for the book's first page and the README."""
     dense, counts = results.dense, [k for k in THESIS if ("perplexity", k) in results.perplexity]
-    grow = ", ".join(f"D{k} {results.perplexity['perplexity', k].value:.3g} (x {results.perplexity['perplexity', k].value / dense.value:.2f})" for k in counts)
-    theirs = ", ".join(f"x {thesis_row(f'D{k}').perplexity / thesis_row('dense').perplexity:,.3g}" for k in counts)
+    ours = {k: results.perplexity["perplexity", k].value for k in counts}
+    grow = ", ".join(f"{x:.3g} with D{k} ({_times(x / dense.value)})" for k, x in ours.items())
+    theirs = ", ".join(_times(thesis_row(f"D{k}").perplexity / thesis_row("dense").perplexity) for k in counts)
     correlation = rank_correlations(results.scores)["perplexity"].drop("perplexity")
     near, far = correlation.idxmax(), correlation.idxmin()
     last, trivia = counts[-1], results.trivia

@@ -22,6 +22,7 @@ from thesislib.parameters import positive
 from thesislib.records import Measurement
 from thesislib.subject import DTYPES, Subject, load_subject
 
+TITLE = "skipping and repeating blocks"
 BASELINE = "baseline"
 
 
@@ -327,6 +328,11 @@ def from_measurements(found: Sequence[Measurement]) -> Results:
         raise BadInput(f"these are not the results of chapter 1: {error.args[0][0]} of plan {format_plan(error.args[0][1])} is missing") from error
     single = [{b: by_plan["perplexity", q] for b, q in group.items() if ("perplexity", q) in by_plan} for group in (skipped, repeated)]
     return Results(plans, ppl, hella, *single)
+
+
+def read_recorded(path: Path) -> Results:
+    """A recorded run."""
+    return from_measurements(records.read(path))
 
 
 def main() -> None:

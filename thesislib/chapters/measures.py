@@ -12,10 +12,13 @@ from thesislib.corpus import choices, evaluation_text, question_source, question
 from thesislib.errors import BadInput
 from thesislib.evaluate.choice import multiple_choice
 from thesislib.evaluate.perplexity import perplexity
-from thesislib.evaluate.triviaqa import PROMPTS, TIERS, default_prompt, triviaqa
+from thesislib.evaluate.triviaqa import TIERS, triviaqa
 from thesislib.parameters import positive
+from thesislib.prompts import PROMPTS, default_prompt
 from thesislib.records import Measurement
 from thesislib.subject import DTYPES, Subject, load_subject
+
+TITLE = "the subject and its measures"
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,11 @@ def flattering(m: Measurement, count: int = 3) -> pd.DataFrame:
     """Answers counted as correct only by a flattering tier, the longest first: what 'correct' can mean."""
     loose = [i for i in m.items if i["tier"] in ("substring", "overlap")]
     return pd.DataFrame(sorted(loose, key=lambda i: -len(i["answer"]))[:count], columns=["tier", "answer"])
+
+
+def read_recorded(path: Path) -> tuple[Measurement, ...]:
+    """A recorded run."""
+    return records.read(path)
 
 
 def main() -> None:

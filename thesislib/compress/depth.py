@@ -96,7 +96,9 @@ class Depth:
         self.check(subject.depth)
         if self.blocks is not None:
             return remove(subject, self.blocks, self.part), {"removed": sorted(self.blocks), "part": self.part}
-        ids = calibration_windows(subject.tokenizer, self.text, data, self.windows, self.length, self.seed)
+        ids = torch.empty(0)
+        if self.metric != "magnitude":
+            ids = calibration_windows(subject.tokenizer, self.text, data, self.windows, self.length, self.seed)
         rounds: list[tuple[int, dict[int, float]]] = []
         gone: list[int] = []
         if self.metric == "angular":
@@ -313,6 +315,7 @@ def without_parts(subject: Subject, parts: Mapping[int, str]) -> Subject:
     return Subject(out.model, out.tokenizer, out.name, subject.plan)
 
 
-def removed_parts(subject: Subject) -> dict[int, str]:
-    """{block: 'attention' or 'mlp'} of what `without_parts` removed."""
-    return {i: m.part for i, block in enumerate(subject.blocks) for m in (block.self_attn, block.mlp) if isinstance(m, Without)}
+def removed_parts(subject: Subject) -> dict[str, list[int]]:
+    """{'attention': blocks, 'mlp': blocks} of what `without_parts` removed; a part that no block lost is left out."""
+    gone = {part: [i for i, block in enumerate(subject.blocks) if isinstance(getattr(block, slot), Without)] for part, slot in SLOTS.items()}
+    return {part: blocks for part, blocks in gone.items() if blocks}

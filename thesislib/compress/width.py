@@ -1,6 +1,5 @@
 """Width pruning: single weights set to zero, by magnitude or by WANDA, unstructured or n of each m neighbours."""
 
-import fnmatch
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from thesislib.compress.selection import fits, patterns
 from thesislib.corpus import calibration_windows
 from thesislib.errors import BadInput, unknown
 from thesislib.stream import ALL_AT_ONCE, Blocks, Statistics, Visitor, check_weighting, stream
@@ -50,10 +50,8 @@ class Width:
                 raise BadInput(f"ratio {ratio}: expected a share of the weights in [0, 1)")
         if self.metric not in METRICS:
             raise unknown("width metric", self.metric, METRICS)
-        object.__setattr__(self, "linears", (self.linears,) if isinstance(self.linears, str) else tuple(self.linears))
-        for pattern in (*self.linears, *(self.ratios or {})):
-            if not any(_fits(f"blocks.{i}.{name}", pattern) for i in range(200) for name in LINEARS):
-                raise unknown("projection or pattern", pattern, LINEARS)
+        object.__setattr__(self, "linears", patterns(self.linears))
+        patterns(self.ratios or ())
         check_weighting(self.weighting, self.length)
         if min(self.windows, self.length - 1) < 1:
             raise BadInput("width needs at least 1 calibration window of at least 2 tokens")
@@ -65,12 +63,11 @@ class Width:
 
     def share(self, block: int, name: str) -> float | None:
         """The share of this projection's weights that goes, None if it takes no part."""
-        path = f"blocks.{block}.{name}"
         found = None
-        if any(_fits(path, pattern) for pattern in self.linears):
+        if any(fits(pattern, block, name) for pattern in self.linears):
             found = self.remove / self.of if self.of else self.ratio
         for pattern, ratio in (self.ratios or {}).items():
-            if _fits(path, pattern):
+            if fits(pattern, block, name):
                 found = ratio
         return found or None
 
@@ -106,10 +103,6 @@ class Width:
         visitor = Prune(self)
         stream(blocks, windows, visitor, weighting=self.weighting, title=self.label)
         return visitor.report()
-
-
-def _fits(path: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(path, pattern) or fnmatch.fnmatchcase(path.rpartition(".")[2], pattern)
 
 
 class Prune(Visitor):

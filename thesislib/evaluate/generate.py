@@ -10,6 +10,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from thesislib.errors import BadInput
+from thesislib.prompts import adds_bos
 from thesislib.subject import Subject
 
 
@@ -25,7 +26,7 @@ def greedy(subject: Subject, prompts: list[str], max_new_tokens: int = 50, batch
     if max_new_tokens < 1 or batch < 1:
         raise BadInput(f"max_new_tokens {max_new_tokens} and batch {batch}: expected at least 1 each")
     tokenizer = subject.tokenizer
-    encoded = [tokenizer(p, add_special_tokens=_adds_bos(subject, p))["input_ids"] for p in prompts]
+    encoded = [tokenizer(p, add_special_tokens=adds_bos(subject, p))["input_ids"] for p in prompts]
     if any(not e for e in encoded):
         raise BadInput(f"prompt {[bool(e) for e in encoded].index(False)} is empty: expected some text")
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
@@ -72,7 +73,7 @@ class _Clock:
 
 def complete(subject: Subject, prompt: str, max_new_tokens: int = 50) -> Timed:
     """The greedy completion of one prompt, timed token by token with the KV cache in use."""
-    encoded = subject.tokenizer(prompt, return_tensors="pt", add_special_tokens=_adds_bos(subject, prompt))
+    encoded = subject.tokenizer(prompt, return_tensors="pt", add_special_tokens=adds_bos(subject, prompt))
     clock = _Clock()
     out = _generate(subject, encoded["input_ids"], encoded["attention_mask"], max_new_tokens, clock)
     text = subject.tokenizer.decode(out[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -88,9 +89,3 @@ def _generate(subject: Subject, ids: torch.Tensor, mask: torch.Tensor, max_new_t
     )  # fmt: skip
     with torch.inference_mode():
         return subject.model.generate(ids.to(subject.device), attention_mask=mask.to(subject.device), generation_config=config, streamer=streamer).cpu()
-
-
-def _adds_bos(subject: Subject, prompt: str) -> bool:
-    """Special tokens as the tokenizer adds them (Llama-3 one in front), unless a chat template already wrote them."""
-    bos = subject.tokenizer.bos_token
-    return not (bos and prompt.startswith(bos))

@@ -1,7 +1,5 @@
 """TriviaQA as the thesis scores it, with its three tiers of "correct" kept apart, because the last two flatter."""
 
-import re
-import string
 import time
 from collections import Counter
 
@@ -9,18 +7,11 @@ from thesislib.corpus import Question
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate.generate import greedy
 from thesislib.evaluate.stats import Comparison, paired_outcomes, proportion
+from thesislib.prompts import PROMPTS, default_prompt, normalise, prompt_for
 from thesislib.records import Measurement, provenance
 from thesislib.subject import Subject
 
 TIERS = ("exact", "substring", "overlap")
-PROMPTS = ("chat", "thesis")
-
-
-def normalise(text: str) -> str:
-    """Lower case, punctuation to spaces, articles dropped, white space folded (TriviaQA's own evaluation script)."""
-    text = text.lower().replace("_", " ")
-    text = "".join(" " if c in string.punctuation + "‘’´`" else c for c in text)
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def tier(answer: str, aliases: tuple[str, ...]) -> str:
@@ -40,21 +31,6 @@ def tier(answer: str, aliases: tuple[str, ...]) -> str:
     if any(len(name & words) >= 0.8 * len(name) for name in several):
         return "overlap"
     return ""
-
-
-def prompt_for(subject: Subject, question: Question, style: str) -> str:
-    """The thesis's prompt, bare ('thesis') or as the user's turn in the subject's own chat template ('chat')."""
-    bare = f"Question: {question.question} Answer:"
-    if question.context is not None:
-        bare = f"Context: {question.context} {bare}"
-    if style == "thesis":
-        return bare
-    return subject.tokenizer.apply_chat_template([{"role": "user", "content": bare}], tokenize=False, add_generation_prompt=True)
-
-
-def default_prompt(subject: Subject) -> str:
-    """'chat' for a subject with a chat template, else 'thesis'."""
-    return "chat" if subject.tokenizer.chat_template else "thesis"
 
 
 def triviaqa(subject: Subject, items: list[Question], *, source: str, prompt: str | None = None, batch: int = 32, max_new_tokens: int = 50) -> Measurement:

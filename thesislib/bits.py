@@ -1,0 +1,51 @@
+"""Small integers, 1 to 8 bits each, without a bit to spare, in bytes."""
+
+import torch
+from torch.nn import functional as F
+
+
+def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes (any shape, uint8, each below 2^bits) as a flat row of bytes, the first code in the lowest bits.
+
+    Where `bits` does not divide 8, the codes are split: all low parts first, then all high parts. 3 bits are 2 and 1.
+
+    >>> pack_bits(torch.tensor([1, 2, 15], dtype=torch.uint8), 4).tolist()
+    [33, 15]
+    """
+    codes = codes.reshape(-1)
+    parts = []
+    for low, width in _parts(bits):
+        part = codes >> low & (1 << width) - 1
+        part = F.pad(part, (0, -len(part) % (8 // width))).view(-1, 8 // width)
+        parts.append((part << _shifts(width, codes.device)).sum(1, dtype=torch.uint8))
+    return torch.cat(parts)
+
+
+def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """The (count,) uint8 codes that `pack_bits` packed."""
+    at, codes = 0, None
+    for low, width in _parts(bits):
+        size = -(-count * width // 8)
+        part = (packed[at : at + size, None] >> _shifts(width, packed.device) & (1 << width) - 1).view(-1)[:count]
+        codes = part if codes is None else codes | part << low
+        at += size
+    return codes
+
+
+def packed_length(bits: int, count: int) -> int:
+    """How many bytes `count` codes take."""
+    return sum(-(-count * width // 8) for _, width in _parts(bits))
+
+
+def _parts(bits: int) -> list[tuple[int, int]]:
+    """(lowest bit, width) of the parts of a code whose widths divide 8."""
+    parts, low = [], 0
+    for width in (8, 4, 2, 1):
+        if bits & width:
+            parts.append((low, width))
+            low += width
+    return parts
+
+
+def _shifts(width: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(0, 8, width, dtype=torch.uint8, device=device)

@@ -1,0 +1,25 @@
+"""Which projections a stage takes: by name, by pattern, or by the block they stand in."""
+
+import fnmatch
+from collections.abc import Iterable
+
+from thesislib.errors import unknown
+from thesislib.subject import LINEARS
+
+
+def patterns(given: str | Iterable[str]) -> tuple[str, ...]:
+    """The patterns that a setting gives, checked: 'q_proj', '*_proj', 'blocks.3.*', '*' for all.
+
+    Raises:
+        BadInput: a pattern that fits no projection of any of the first 200 blocks.
+    """
+    given = (given,) if isinstance(given, str) else tuple(given)
+    for pattern in given:
+        if not any(fits(pattern, i, name) for i in range(200) for name in LINEARS):
+            raise unknown("projection or pattern", pattern, LINEARS)
+    return given
+
+
+def fits(pattern: str, block: int, name: str) -> bool:
+    """Whether a pattern names projection `name` of a block."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(f"blocks.{block}.{name}", pattern)

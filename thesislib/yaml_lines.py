@@ -1,0 +1,100 @@
+"""YAML in which every node knows its line and means what it looks like: no guessed types, no aliases, no tags."""
+
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from thesislib.errors import BadInput, unknown
+
+LARGEST, DEEPEST = 1 << 20, 20  # bytes, levels: whatever is larger was not written by hand
+OPENING = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken, yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken)
+CLOSING = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
+
+
+def compose(path: Path) -> yaml.Node:
+    """The YAML document in a file, as nodes.
+
+    Raises:
+        BadInput: no such file, not text, not YAML (with the line), empty, too large, nested too deeply, or with aliases.
+    """
+    if not is_file(path):
+        raise BadInput(f"{path} is {'a folder' if path.is_dir() else 'not there'}: expected a .yaml file")
+    try:
+        if path.stat().st_size > LARGEST:
+            raise BadInput(f"{path} is larger than {LARGEST} bytes: expected a .yaml file written by hand")
+        text = path.read_text("utf-8-sig")
+        depth = 0
+        for token in yaml.scan(text, yaml.BaseLoader):  # reads no further than asked, so nonsense ends early
+            depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
+            if depth > DEEPEST:
+                raise BadInput(f"{path}:{token.start_mark.line + 1}: nested more than {DEEPEST} deep")
+            if isinstance(token, yaml.AliasToken):
+                raise BadInput(f"{path}:{token.start_mark.line + 1}: aliases such as '*{token.value}' are not understood: write the value out")
+        root = yaml.compose(text, yaml.BaseLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        why = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise BadInput(f"{path}{f':{mark.line + 1}' if mark else ''}: not YAML ({why})") from error
+    if root is None:
+        raise BadInput(f"{path} is empty")
+    return root
+
+
+def at(path: Path, node: yaml.Node, message: object) -> BadInput:
+    """An error that says where: 'FILE:LINE: message'."""
+    return BadInput(f"{place(path, node)}: {message}")
+
+
+def place(path: Path, node: yaml.Node) -> str:
+    """FILE:LINE, lines counted from 1."""
+    return f"{path}:{node.start_mark.line + 1}"
+
+
+def entries(node: yaml.MappingNode, path: Path, what: str, options: Iterable[str] | None = None) -> dict[str, yaml.Node]:
+    """A mapping's nodes by key, each key there once and among `options`, if any are given."""
+    found: dict[str, yaml.Node] = {}
+    for key, child in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise at(path, key, f"a {what} must be a plain text")
+        if options is not None and key.value not in options:
+            raise at(path, key, unknown(what, key.value, options))
+        if key.value in found:
+            raise at(path, key, f"the {what} '{key.value}' is there twice")
+        found[key.value] = child
+    return found
+
+
+def value(node: yaml.Node, path: Path) -> Any:
+    """What a node says. Plain texts are read as YAML 1.2 does: 1:8 is a text, not 68 as in YAML 1.1, and 1e-4 a number."""
+    if node.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"):
+        raise at(path, node, f"the tag '{node.tag}' is not understood: write the plain value")
+    if isinstance(node, yaml.SequenceNode):
+        return [value(child, path) for child in node.value]
+    if isinstance(node, yaml.MappingNode):
+        return {key: value(child, path) for key, child in entries(node, path, "key").items()}
+    text = node.value
+    if node.style is not None:  # quoted
+        return text
+    if text in ("true", "false"):
+        return text == "true"
+    if text in ("null", "~", ""):
+        return None
+    if re.fullmatch(r"[-+]?\d{1,18}", text, re.ASCII):
+        return int(text)
+    if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", text, re.ASCII) and math.isfinite(float(text)):
+        return float(text)
+    return text
+
+
+def is_file(path: Path) -> bool:
+    """Whether `path` is a file; False too for what cannot be a path at all."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
