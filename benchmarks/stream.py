@@ -75,12 +75,6 @@ def ablation_against_naive(repeats: int = 1) -> dict:
     }  # fmt: skip
 
 
-def memory(which: str) -> dict:
-    """One of `PEAKS`, in a process of its own."""
-    done = subprocess.run([sys.executable, "-m", "benchmarks.stream", which], capture_output=True, text=True, check=True)
-    return json.loads(done.stdout)
-
-
 def embedded_64_windows() -> dict:
     subject = load_subject(dtype="float32")
     Width(2, 4, windows=64).apply(subject)

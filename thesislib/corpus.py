@@ -397,11 +397,8 @@ def question_source(data: str | Path, open_book: bool) -> str:
 
 
 def _question(row: Row, context: str | None = None) -> Question:
-    answer = row["answer"]
-    if isinstance(answer, list):  # NQ-open
-        names = answer
-    else:
-        names = [answer.get("value"), *(answer.get("aliases") or ()), *(answer.get("normalized_aliases") or ())]
+    answer = row["answer"] if isinstance(row["answer"], dict) else {"aliases": row["answer"]}  # NQ-open has a list
+    names = [answer.get("value"), *(answer.get("aliases") or ()), *(answer.get("normalized_aliases") or ())]
     aliases = tuple(dict.fromkeys(a for a in names if a))
     if not aliases:
         raise BadInput(f"question '{row['question']}' has no answer")
