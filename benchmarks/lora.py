@@ -11,15 +11,15 @@ from thesislib.subject import load_subject
 from thesislib.training import sequences
 
 
-def lora_against_bare_loop(autocast: bool | None = None, steps: int = 2, repeats: int = 3) -> dict:
-    """Tokens per second on WikiText-like text, the thesis's adapters, 4 sequences of 512, autocast as by default.
+def lora_against_bare_loop(autocast: bool | None = None, batch: int = 4, steps: int = 1, repeats: int = 3) -> dict:
+    """Tokens per second on WikiText-like text, the thesis's adapters, `batch` sequences of 512, autocast as by default.
 
     Ours is the whole step: data, loss, backward, clipping, optimiser, schedule. Bare is `model(ids, labels=ids)` and
     `backward()`, nothing else, of the very same model: adapters, dropout, weights in the same types.
     """
     subject = load_subject()
     autocast = bfloat16_is_fast(subject.device) if autocast is None else autocast
-    config = Lora(accumulate=1, autocast=autocast)
+    config = Lora(batch=batch, accumulate=1, autocast=autocast)
     train = sequences("wikitext", subject, "embedded", validation=0).train
     torch.manual_seed(0)
     training = Training(config, subject, config.places(subject), autocast)

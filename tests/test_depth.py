@@ -20,8 +20,11 @@ from thesislib.compress.depth import (
     taylor,
     without_parts,
 )
+from thesislib.compress.gptq import Rtn
 from thesislib.compress.plan import apply_plan
+from thesislib.compress.width import Width
 from thesislib.errors import BadInput
+from thesislib.layers import pack_all
 from thesislib.subject import load_subject
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -234,3 +237,14 @@ def test_what_a_model_cannot_lose(tiny):
 
 def test_labels():
     assert [Depth(2).label, Depth(blocks=[3, 4, 5]).label, Depth(2, part="mlp").label] == ["D2", "D3", "DM2"]
+
+
+def test_taylor_on_weights_without_gradients(tiny):
+    pruned, _ = Width(2, 4, metric="magnitude").apply(tiny(layers=2))
+    quantised, _ = Rtn(group=16).apply(tiny(layers=2))
+    for subject in (pack_all(pruned), quantised):
+        with pytest.raises(
+            BadInput, match="metric 'taylor' needs gradients, which packed or quantised weights do not carry: use perplexity, influence or magnitude"
+        ):
+            importance(subject, IDS, "taylor")
+        assert set(importance(subject, IDS, "magnitude")) == {0, 1}

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from thesislib.compress.plan import apply_plan
+from thesislib.corpus import calibration_windows, join
 from thesislib.errors import BadInput
 from thesislib.stream import ALL_AT_ONCE, INPUTS, TRUE_SEQUENTIAL, Visitor, stream, token_weights
 from thesislib.subject import LINEARS
@@ -179,3 +180,13 @@ def test_projections_with_one_input_share_one_statistic(tiny):
     for a in LINEARS:
         for b in LINEARS:
             assert (visitor.found[0, a] is visitor.found[0, b]) == (INPUTS[a] == INPUTS[b])
+
+
+def test_calibration_windows_are_a_seeded_choice_to_which_a_larger_one_adds(byte_tokenizer, monkeypatch):
+    monkeypatch.setattr("thesislib.corpus.calibration_text", lambda *_: join("calibration", ["".join(map(chr, range(97, 122)))] * 8))
+    few, more, other = (calibration_windows(byte_tokenizer, "c4", "embedded", n, 16, seed) for n, seed in ((3, 0), (6, 0), (6, 1)))
+    assert few.shape == (3, 16) and torch.equal(few, more[:3]) and not torch.equal(more, other)
+    with pytest.raises(BadInput, match="14 calibration windows of 16 tokens asked for: 'calibration' has 13"):
+        calibration_windows(byte_tokenizer, "c4", "embedded", 14, 16)
+    with pytest.raises(BadInput, match="window length 300 is longer than text 'calibration', which has 214 tokens"):
+        calibration_windows(byte_tokenizer, "c4", "embedded", 1, 300)

@@ -157,7 +157,7 @@ def pattern_chart(series: Mapping[str, Mapping[str, Measurement]], zeros: Mappin
         zeros: {pattern: share of weights removed}.
         dense: the whole model's perplexity.
     """
-    order = sorted(zeros, key=lambda x: (zeros[x], -int(x.split(":")[-1]) if ":" in x else 0))
+    order = sorted(zeros, key=lambda x: (zeros[x], -int(x.split(":")[-1]) if ":" in x else -1000))  # the freest choice first
     figure, axis = plt.subplots(figsize=(10, 4.6), layout="constrained")
     for (name, found), marker, colour, shift in zip(series.items(), "os", (BLUE, ORANGE), (-0.1, 0.1), strict=False):
         here = [x for x in order if x in found]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -158,7 +159,7 @@ def pattern_table(results: Results, p: WidthChapter) -> pd.DataFrame:
         share = shares(wanda)[pattern]
         rows.append(
             {
-                "pattern": pattern, "zeros": f"{share:.1%}", "WANDA": _number(m), "x dense": f"{m.value / dense.value:.2f}",
+                "pattern": pattern, "zeros": f"{share:.1%}", "WANDA": _number(m), "x dense": f"{m.value / dense.value:,.2f}",
                 "magnitude": _number(magnitude[pattern]) if pattern in magnitude else "", "linears' bytes": f"{size['packed'] / size['dense']:.1%}",
             }
         )  # fmt: skip
@@ -179,7 +180,8 @@ def _plain(m: Measurement) -> dict:
 
 
 def _number(m: Measurement) -> str:
-    return f"{m.value:.4g} [{m.low:.4g}, {m.high:.4g}]"
+    value, low, high = (f"{x:,.0f}" if x >= 1000 else f"{x:.4g}" for x in (m.value, m.low, m.high))
+    return f"{value} [{low}, {high}]"
 
 
 def calibration_table(results: Results, p: WidthChapter) -> pd.DataFrame:
@@ -310,9 +312,9 @@ def from_measurements(found: Sequence[Measurement]) -> dict[Width | None, Measur
         raise BadInput(f"these are not the results of chapter 3 ({error})") from error
 
 
-def read_recorded(path: Path) -> dict[Width | None, Measurement]:
-    """A recorded run."""
-    return from_measurements(records.read(path))
+def read_recorded(path: Path) -> Results:
+    """A recorded run, read only: in a notebook a plain dict would be taken for a parameter."""
+    return MappingProxyType(from_measurements(records.read(path)))
 
 
 RECORDED = {"calibration": 32, "ratios": [0.125, 0.25, 0.5, 0.75], "by_magnitude": [*NINE], "weightings": ["unit_norm", "first_16", "skip_1"]}
