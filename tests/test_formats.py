@@ -402,6 +402,7 @@ def test_quantised_subjects_come_back_bit_for_bit_and_small(tiny, tmp_path, stag
     with torch.no_grad():
         assert torch.equal(again.model(ids).logits, made.model(ids).logits)
         assert torch.equal(load_artifact(tmp_path / "q", packed=False).model(ids).logits, made.model(ids).logits)
+    assert predicted_disk_bytes(made) == (tmp_path / "q" / "packed.safetensors").stat().st_size
     assert sizes(again) == sizes(made) and sizes(made)["parameters"] == sizes(dense)["parameters"]
     assert sizes(made)["bytes_in_memory"] < sizes(dense)["bytes_in_memory"]
 

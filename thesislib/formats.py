@@ -31,6 +31,10 @@ from thesislib.quantised import TABLES, QuantisedLinear, is_encoding, put_table,
 from thesislib.subject import DTYPES, LINEARS, SUPPORTED, Subject, projections, quiet_transformers
 
 SCHEMA = 1
+# tensors lie in a safetensors file by type, in this order from the last to the first, then by name
+TYPES = (
+    torch.bool, torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16, torch.int32, torch.float32, torch.float64, torch.int64,
+)  # fmt: skip
 RECORD, PACKED, ADAPTER = "artifact.json", "packed.safetensors", "adapter"
 BLOCKS = "model.layers."
 
@@ -237,6 +241,8 @@ def predicted_disk_bytes(subject: Subject, removed: str | float | None = None) -
                 shapes[f"{path}.{name}"] = (packed_shape, torch.uint8 if name in ("codes", "bitmap") else dtype)
         if module.bias is not None:
             shapes[f"{path}.bias"] = (tuple(module.bias.shape), module.bias.dtype)
+    for path, table in tables(subject.model):
+        shapes |= {f"{path}.{name}": (tuple(t.shape), t.dtype) for name, t in table.held.items()}
     total = file_bytes(shapes)
     corrections = {}
     for path, module in _projections(subject):
@@ -250,7 +256,7 @@ def predicted_disk_bytes(subject: Subject, removed: str | float | None = None) -
 def file_bytes(shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
     """The size of a safetensors file with tensors of these shapes and types: 8 bytes, a header of JSON, the tensors."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, (shape, dtype) in sorted(shapes.items(), key=lambda item: (-item[1][1].itemsize, item[0])):
+    for name, (shape, dtype) in sorted(shapes.items(), key=lambda item: (-TYPES.index(item[1][1]), item[0])):
         start, end = end, end + prod(shape) * dtype.itemsize
         kind = {torch.bfloat16: "BF16"}.get(dtype, f"{'F' if dtype.is_floating_point else 'I' if dtype.is_signed else 'U'}{8 * dtype.itemsize}")
         header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}

@@ -73,7 +73,8 @@ class FromFolder:
         for key in self.files:
             tensor = self._tensor(key)
             parameters, nonzero = parameters + tensor.numel(), nonzero + int(torch.count_nonzero(tensor))
-        return {"parameters": parameters, "nonzero_parameters": nonzero, "bytes_in_memory": parameters * self.dtype.itemsize}
+        held = parameters * self.dtype.itemsize + sum(buffer.nbytes for buffer in self._rotary.buffers())
+        return {"parameters": parameters, "nonzero_parameters": nonzero, "bytes_in_memory": held}
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """(B, T) tokens to (B, T, D); the embedding stays in memory only for this call."""
