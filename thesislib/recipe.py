@@ -1,6 +1,6 @@
 """Recipes: which compression stages, with which settings, in which order; what cannot work fails before anything loads.
 
-A recipe is a YAML file, or a label such as D2+W1:8 where the label says it all:
+A recipe is a YAML file, or a label such as D2+W1:8 where the label says it all::
 
     label: D2+W1:8          # optional, checked against what the stages make
     include: other.yaml     # optional: its stages come first; a file in this one's folder or below

@@ -114,7 +114,7 @@ def token_weights(weighting: str, x: torch.Tensor) -> torch.Tensor:
     heads read its value at every step, yet X^T X counts it once in T.
 
     Args:
-        weighting: 'equal' (the originals), 'unit_norm' (x / |x|), 'first_N' (the first token of each window counted N
+        weighting: 'equal' (the originals), 'unit_norm' (x over its norm), 'first_N' (the first token of each window counted N
             times), 'skip_N' (the first N tokens left out).
         x: the inputs.
 

@@ -26,7 +26,7 @@ SLOTS = {"attention": "self_attn", "mlp": "mlp"}
 class Depth:
     """Remove `remove` blocks, those that matter least by `metric`, or exactly `blocks`.
 
-    metric: perplexity (leave it out and measure), taylor (sum of |w * gradient|), magnitude (sum of |w|), influence
+    metric: perplexity (leave it out and measure), taylor (sum of abs(w * gradient)), magnitude (sum of abs(w)), influence
     (1 - mean cosine of input and output) or angular (the run of `remove` neighbours whose input and output point most
     alike). greedy: score again after each removal. protect_first, protect_last: blocks that always stay (the thesis's
     four and two). part: remove whole blocks, or only their attention or MLP. text, windows, length, seed: calibration.
@@ -225,7 +225,7 @@ def angular_distances(subject: Subject, ids: torch.Tensor) -> np.ndarray:
 
 
 def taylor(subject: Subject, ids: torch.Tensor, blocks: Sequence[int], part: str = "block", batch: int = 2) -> dict[int, float]:
-    """Sum over a block's weights of |w * g|, g the gradient of the mean loss over all windows (Kim et al. 2024, eq. 3).
+    """Sum over a block's weights of abs(w * g), g the gradient of the mean loss over all windows (Kim et al. 2024, eq. 3).
 
     Raises:
         BadInput: weights that carry no gradient, such as packed or quantised ones.

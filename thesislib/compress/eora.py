@@ -240,14 +240,14 @@ def square_root(moment: torch.Tensor, where: str = "the projection") -> tuple[to
 
 
 def correction(missing: torch.Tensor, root: torch.Tensor, inverse: torch.Tensor, rank: int, whole: float = 1.0) -> Correction:
-    """The B A of the given rank with the least |(missing - B A) X| (EoRA, section 3): the SVD of missing S, and back.
+    """The B A of the given rank with the least norm of (missing - B A) X (EoRA, section 3): the SVD of missing S, and back.
 
     Args:
         missing: (outputs, inputs) W - W_compressed.
         root: S (inputs, k) with S S^T = X^T X; any root gives the same product.
         inverse: its pseudo-inverse (k, inputs).
         rank: at most; the projection's smaller side is enough to restore it.
-        whole: |W X|^2, which gains are relative to.
+        whole: squared norm of W X, which gains are relative to.
     """
     u, s, v = torch.linalg.svd(missing.double() @ root, full_matrices=False)
     u, s, v = u[:, :rank], s[:rank], v[:rank]

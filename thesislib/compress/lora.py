@@ -36,12 +36,12 @@ class Lora:
     `thesislib.training`. linears: names or patterns, e.g. 'q_proj', '*_proj', 'blocks.3.*'; rank, alpha, dropout: as in
     the thesis by default. init: default (A uniform, B zero), gaussian, orthogonal, or eora: train the corrections that
     the subject has, which an EoRA stage of the same rank put there, instead of adding new ones. learning_rate: of
-    AdamW, with warm-up over the share `warmup` of the steps and then down a cosine. The default lies between the 2e-4
-    usual for models of 7 billion parameters and the 1e-3 or more that small ones bear; a few hundred steps at 2e-4
-    hardly move rank 8. steps: of the optimiser, each on `accumulate` batches of `batch` sequences of `length` tokens;
-    clip: the largest norm of the gradient. every: steps between validations on `validation` held-out sequences; the best
-    adapter is kept, the untrained one included. checkpoint_every: steps between checkpoints. merge: beside, masked or
-    dense, see `MERGES`. autocast: compute in bfloat16; None for where the processor has instructions for it. seed: of
+    AdamW, with warm-up over the share `warmup` of the steps and then down a cosine; the default lies between the 2e-4
+    usual for models of 7 billion parameters and 1e-3, because rates grow as models shrink, and is not tuned. steps: of
+    the optimiser, each on `accumulate` batches of `batch` sequences of `length` tokens; clip: the largest norm of the
+    gradient. every: steps between validations on `validation` held-out sequences; the best adapter is kept, the
+    untrained one included. checkpoint_every: steps between checkpoints. merge: beside, masked or dense, see `MERGES`.
+    autocast: compute in bfloat16; None for where the processor has instructions for it. seed: of
     everything random.
     """
 

@@ -22,7 +22,7 @@ THESIS_PATTERNS = ((1, 2), (2, 4), (3, 4), (1, 8), (4, 8), (6, 8), (1, 16), (8, 
 class Width:
     """Set to zero `remove` of each `of` consecutive inputs of a row, or the share `ratio` of each row.
 
-    metric: wanda (|w| times the root mean square of its input; Sun et al. 2023, eq. 1) or magnitude (|w|). linears:
+    metric: wanda (abs(w) times the root mean square of its input; Sun et al. 2023, eq. 1) or magnitude (abs(w)). linears:
     names or patterns of projections, e.g. 'q_proj', '*_proj', 'blocks.3.*'; all seven by default. ratios: {pattern:
     ratio} for some of them, the last that fits counts. text, windows, length, seed: calibration. weighting: how tokens
     count, see `thesislib.stream.token_weights`; WANDA counts them equally, and so does the default.
