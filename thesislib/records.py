@@ -96,7 +96,8 @@ def read(path: Path) -> tuple[Measurement, ...]:
 
 def cost(measurements: Iterable[Measurement]) -> str:
     """How long recorded measurements took (not the compression before them) and on what, in a sentence."""
-    runs = {(m.metric, json.dumps(m.provenance["settings"])): m.provenance for m in measurements}
+    # what was measured together, such as many plans in one tree, has its one duration in every row
+    runs = {(m.metric, json.dumps(m.provenance["settings"]), m.provenance["seconds"]): m.provenance for m in measurements}
     one = next(iter(runs.values()))
     minutes = sum(made["seconds"] for made in runs.values()) / 60
     place = one["hardware"]["accelerator"] or f"{one['hardware']['torch_threads']} cores of {one['hardware']['cpu']}"
