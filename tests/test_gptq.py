@@ -65,7 +65,7 @@ def gptq_by_elimination(w, h, bits, group, act_order="none", damping=0.01, prune
     return torch.from_numpy(result).float()
 
 
-def same(a, b, share=0.995):
+def check_same(a, b, share=0.995):
     """A tie may fall either way, and what follows in its row with it; a wrong formula changes most of them."""
     assert ((a - b).abs() < 1e-4).float().mean() > share
 
@@ -75,7 +75,7 @@ def same(a, b, share=0.995):
 def test_it_is_the_papers(act_order, bits, group):
     w, h = problem()
     q, damping = gptq(w, h, Grid(bits, group), act_order=act_order)
-    same(q.weight, gptq_by_elimination(w, h, bits, 96 if group == "row" else group, act_order))
+    check_same(q.weight, gptq_by_elimination(w, h, bits, 96 if group == "row" else group, act_order))
     assert damping == 0.01
     assert (q.index is None) == (act_order != "index")
 
@@ -86,14 +86,14 @@ def test_blocks_change_nothing_but_the_speed(act_order, group):
     w, h = problem(columns=192)
     results = [gptq(w, h, Grid(4, group), act_order=act_order, block=block)[0].weight for block in (1, 33, 128, 1000)]
     for other in results[1:]:
-        same(results[0], other)
+        check_same(results[0], other)
 
 
 def test_groups_inside_a_block_see_corrected_weights_unlike_the_papers_code():
     w, h = problem(columns=128)
     q, _ = gptq(w, h, Grid(4, 32))
     stale = gptq_by_elimination(w, h, 4, 32, stale=128)
-    same(q.weight[:, :32], stale[:, :32])  # the first group has nothing to miss
+    check_same(q.weight[:, :32], stale[:, :32])  # the first group has nothing to miss
     assert ((q.weight - stale)[:, 32:].abs() > 1e-4).float().mean() > 0.5
     errors = [relative_error(w - new, w, h) for new in (q.weight, stale)]
     assert errors[0] < errors[1]
@@ -140,7 +140,7 @@ def test_pruned_weights_stay_zero_and_their_error_moves_on(remove, of, act_order
     w = w.masked_fill(pruned, 0)
     q, _ = gptq(w, h, Grid(3, 32), act_order=act_order)
     assert (q.weight[pruned] == 0).all()
-    same(q.weight, gptq_by_elimination(w, h, 3, 32, act_order, pruned=pruned.numpy()), 0.99)
+    check_same(q.weight, gptq_by_elimination(w, h, 3, 32, act_order, pruned=pruned.numpy()), 0.99)
     assert relative_error(w - q.weight, w, h) < 0.96 * relative_error(w - round_to_nearest(w, Grid(3, 32)).weight, w, h)
 
 
@@ -221,7 +221,7 @@ def test_the_stage_goes_through_the_model_in_the_papers_order(tiny, kind, sequen
     gptq_by_hooks(reference, (("k_proj", "v_proj", "q_proj"), ("o_proj",), ("up_proj", "gate_proj"), ("down_proj",)) if sequential else (LINEARS,), 4, 16)
     for i in range(2):
         for name, linear in reference.linears(i).items():
-            same(result.linears(i)[name].weight, linear.weight, 0.98)
+            check_same(result.linears(i)[name].weight, linear.weight, 0.98)
             assert isinstance(result.linears(i)[name], QuantisedLinear)
             assert not is_quantised(subject.linears(i)[name])
     assert subject.fingerprint == tiny(kind, layers=2).fingerprint  # the given one is as it was
@@ -240,7 +240,7 @@ def test_unit_norm_and_the_first_token_counted_often_are_what_they_say(tiny):
         gptq_by_hooks(reference, (LINEARS,), 4, 16, weigh)
         result, _ = Gptq(**SMALL, clip="none", sequential=False, weighting=weighting).apply(tiny(layers=1))
         for name, linear in reference.linears(0).items():
-            same(result.linears(0)[name].weight, linear.weight, 0.98)
+            check_same(result.linears(0)[name].weight, linear.weight, 0.98)
 
 
 def test_the_stage_hands_its_settings_on(tiny):
@@ -253,7 +253,7 @@ def test_the_stage_hands_its_settings_on(tiny):
         stage = Gptq(**{**SMALL, **own}, weighting="equal", linears="q_proj")
         expected, _ = gptq(w, x.T @ x, stage.levels, act_order=stage.act_order, damping=stage.damping, clip=stage.clip)
         results.append(stage.apply(subject)[0].linears(0)["q_proj"].weight)
-        same(results[-1], expected.weight)
+        check_same(results[-1], expected.weight)
     assert all((a != b).float().mean() > 0.02 for i, a in enumerate(results) for b in results[:i])  # and each makes a difference
 
 

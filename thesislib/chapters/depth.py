@@ -15,7 +15,7 @@ from tqdm import tqdm
 from thesislib import records
 from thesislib.chapters.thesis import thesis_row
 from thesislib.compress.depth import METRICS, Depth, angular_distances, importance, remove
-from thesislib.corpus import calibration_windows, evaluation_text, question_source, questions
+from thesislib.corpus import calibration_windows, evaluation_text, kind_of, question_source, questions
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import perplexity, triviaqa
 from thesislib.evaluate.generate import complete
@@ -123,7 +123,7 @@ def score(subject: Subject, p: DepthChapter) -> Scores:
     for seed in range(p.seeds):
         order = np.random.default_rng(seed).permutation(free).tolist()
         removed[f"{RANDOM} {seed}"] = {k: tuple(sorted(order[:k])) for k in p.counts}
-    return Scores(metrics, removed, provenance(subject, started, text="wikipedia", data=p.data, windows=p.calibration, length=p.length, seed=0))
+    return Scores(metrics, removed, provenance(subject, started, text="wikipedia", data=kind_of(p.data), windows=p.calibration, length=p.length, seed=0))
 
 
 @dataclass(frozen=True)
