@@ -49,9 +49,7 @@ def write(tmp_path, monkeypatch):
     return write
 
 
-def test_a_recipe_becomes_typed_configs_in_order(write):
-    recipe = read_recipe(
-        write("""
+IN_ORDER = """
 label: D2+W1:8+D1+X
 name: "any order"
 data: embedded
@@ -63,8 +61,11 @@ stages:
       linears: [q_proj, "down_*"]
   - depth: {blocks: [3]}
   - toy: {rate: 1e-4, name: "12"}
-""")
-    )
+"""
+
+
+def test_a_recipe_becomes_typed_configs_in_order(write):
+    recipe = read_recipe(write(IN_ORDER))
     assert recipe.stages == (
         Depth(remove=2, metric="magnitude", greedy=True),
         Width(remove=1, of=8, linears=["q_proj", "down_*"]),
