@@ -3,12 +3,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from thesislib import records
 from thesislib.chapters import CHAPTERS, findings, franken, measures, record_file, recorded
 from thesislib.compress.plan import franken_plans
 from thesislib.errors import BadInput
 from thesislib.files import data_file
 from thesislib.records import Measurement
+from thesislib.store import Store
 
 DEPTH, WINDOWS, ITEMS = 30, 24, 200
 
@@ -76,8 +76,10 @@ def test_noise_leaves_claims_undecided(results):
 
 
 def test_results_survive_being_recorded(results, tmp_path):
-    records.write(franken.as_measurements(results), tmp_path / "r.jsonl.gz")
-    again = franken.from_measurements(records.read(tmp_path / "r.jsonl.gz"))
+    store = Store(tmp_path / "r.jsonl")
+    for m in franken.as_measurements(results):
+        store.append(m)
+    again = franken.read_recorded(store.path)
     assert again == results
     with pytest.raises(BadInput, match="perplexity of plan 0-7 is missing"):
         franken.from_measurements([m for m in franken.as_measurements(results) if m.provenance["plan"] != list(range(8))])
@@ -108,7 +110,7 @@ def test_measure_on_a_tiny_model(tiny, monkeypatch):
 
 def test_the_committed_records_are_whole_and_say_where_they_come_from():
     for chapter in CHAPTERS:
-        for m in records.read(record_file(chapter)):
+        for m in Store(record_file(chapter)).rows().values():
             assert len(m.items) == m.n and m.low <= m.value <= m.high
             made = m.provenance
             assert made["subject"] == "SmolLM2-135M-Instruct" and len(made["fingerprint"]) == 64

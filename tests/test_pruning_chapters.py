@@ -6,13 +6,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from thesislib import records
 from thesislib.chapters import depth, width
 from thesislib.chapters.thesis import thesis_row, thesis_rows
 from thesislib.compress.width import Width
 from thesislib.corpus import Question, join
 from thesislib.errors import BadInput
 from thesislib.records import Measurement
+from thesislib.store import Store
 
 WINDOWS = 24
 
@@ -97,8 +97,9 @@ def test_verdict_turns_with_the_numbers(measured):
 
 
 def test_depth_results_survive_being_recorded(measured, tmp_path):
-    path = tmp_path / "r.jsonl.gz"
-    records.write(depth.as_measurements(measured), path)
+    path = tmp_path / "r.jsonl"
+    for m in depth.as_measurements(measured):
+        Store(path).append(m)
     (tmp_path / "r_scores.json").write_text(measured.scores.to_json())
     again = depth.read_recorded(path)
     assert again.scores == measured.scores and again.texts == measured.texts
@@ -158,8 +159,9 @@ def test_done_configurations_are_not_measured_again(tiny, pruned):
 
 
 def test_width_results_survive_being_recorded(pruned, tmp_path):
-    records.write(pruned.values(), tmp_path / "r.jsonl.gz")
-    again = width.read_recorded(tmp_path / "r.jsonl.gz")
+    for m in pruned.values():
+        Store(tmp_path / "r.jsonl").append(m)
+    again = width.read_recorded(tmp_path / "r.jsonl")
     assert list(again) == list(pruned) and again[None].value == pruned[None].value
     with pytest.raises(BadInput, match="not the results of chapter 3"):
         width.from_measurements([loss(3.0)])

@@ -13,7 +13,6 @@ from thesislib.errors import BadInput, unknown
 
 app = typer.Typer(help="Compress a small language model step by step, and measure what each step costs.",
                   no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)  # fmt: skip
-PERPLEXITY, TRIVIA = "wikitext", ("trivia", "trivia_open")
 
 
 def one_line_errors(command: Callable) -> Callable:
@@ -54,12 +53,10 @@ def evaluate(
 ) -> None:
     """One measurement of a subject: value, 95 % interval, n."""
     from thesislib import corpus
-    from thesislib.evaluate import choice, harness, perplexity, triviaqa
+    from thesislib.evaluate.protocol import Protocol
     from thesislib.subject import load_subject
 
-    known = (PERPLEXITY, *TRIVIA, *(t for t in harness.STOCK if t != "wikitext"), "lm_eval_wikitext")
-    if on not in known:
-        raise unknown("task", on, known)
+    protocol = Protocol(on, length=length, limit=limit, prompt=prompt, seed=seed, fast=fast, batch=batch)
     data = data or corpus.default_data()
     corpus.kind_of(data)  # before a model is loaded
     loaded = load_subject(subject, dtype, device, packed=not unpack)
@@ -67,16 +64,7 @@ def evaluate(
         from thesislib.compress.plan import apply_plan, parse_plan
 
         loaded = apply_plan(loaded, parse_plan(plan, loaded.depth))
-    if on == PERPLEXITY:
-        result = perplexity.perplexity(loaded, corpus.evaluation_text(data), length=length, limit=limit, batch=batch or 4)
-    elif on in TRIVIA:
-        asked = corpus.questions(data, open_book=on == "trivia_open", limit=limit, seed=seed)
-        source = corpus.question_source(data, on == "trivia_open")
-        result = triviaqa.triviaqa(loaded, asked, source=source, prompt=prompt, batch=batch or 32)
-    elif fast:
-        result = choice.multiple_choice(loaded, corpus.choices(on, data, limit, seed), task=on, batch=batch or 8)
-    else:
-        result = harness.lm_eval_task(loaded, on.removeprefix("lm_eval_"), data, limit=limit, seed=seed, batch=batch or 8)
+    result = protocol.measure(loaded, data)
     if as_json:
         typer.echo(result.to_json(items=items))
     else:
@@ -199,6 +187,59 @@ def label(file: Annotated[str, typer.Argument(help="a recipe's .yaml file")]) ->
     from thesislib.recipe import read_recipe
 
     typer.echo(read_recipe(file).label)
+
+
+listed = typer.Typer(help="Recorded measurements: list, filter and export them, or make one again.")
+app.add_typer(listed, name="records")
+STORES = typer.Option("--store", help="a .jsonl file of records or a folder of them; default the study's own")
+
+
+@listed.callback(invoke_without_command=True)
+@one_line_errors
+def records(
+    context: typer.Context,
+    store: Annotated[list[Path] | None, STORES] = None,
+    label: Annotated[str | None, typer.Option(help="only configurations with this label, e.g. D2+W1:8+W")] = None,
+    task: Annotated[str | None, typer.Option(help="only tasks that have this in their name, e.g. TriviaQA")] = None,
+    metric: Annotated[str | None, typer.Option(help="only this metric, e.g. perplexity")] = None,
+    csv: Annotated[Path | None, typer.Option(help="write them there, one row a measurement, instead of listing")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one line of JSON each, with provenance, without items")] = False,
+) -> None:
+    """Recorded measurements: list, filter and export them."""
+    if context.invoked_subcommand is not None:
+        return
+    from thesislib import store as stored
+
+    found = stored.select(stored.stores(store or [stored.study()]), label=label, task=task, metric=metric)
+    if csv is not None:
+        stored.write_csv(found, csv)
+        typer.echo(f"{csv}: {len(found)} records")
+        return
+    for name, m in found.items():
+        if as_json:
+            typer.echo(m.to_json(items=False))
+        else:
+            who = stored.flat(name, m)["label"]
+            typer.echo(f"{name}  {who:<28} {m.task:<34} {m.metric:<11} {m.value:>10.4g} [{m.low:.4g}, {m.high:.4g}]  n = {m.n}")
+
+
+@listed.command()
+@one_line_errors
+def verify(
+    name: Annotated[str, typer.Argument(metavar="ID", help="the record's id, or how it begins")],
+    store: Annotated[list[Path] | None, STORES] = None,
+    subject: Annotated[str, typer.Option(help="what the record began with")] = "embedded",
+    data: Annotated[str | None, typer.Option(help="the data it was made with; default THESISLIB_DATA, else embedded")] = None,
+    device: Annotated[str, typer.Option(help="a torch device")] = "cpu",
+) -> None:
+    """Make a measurement again from its own record: does it agree within its stated tolerance? If not, the exit code is 1."""
+    from thesislib import store as stored
+    from thesislib.experiment import again
+
+    verdict = again(stored.find(name, stored.stores(store or [stored.study()])), subject, data, device)
+    typer.echo(str(verdict))
+    if not verdict.agrees:
+        raise typer.Exit(1)
 
 
 def main() -> None:

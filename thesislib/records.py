@@ -1,12 +1,13 @@
 """A measurement with everything needed to make it again."""
 
-import gzip
 import json
 import math
 import os
 import platform
+import resource
+import subprocess
+import sys
 import time
-import zlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -18,7 +19,6 @@ import torch
 
 import thesislib
 from thesislib.errors import BadInput
-from thesislib.files import write_whole
 from thesislib.subject import Subject
 
 
@@ -72,28 +72,6 @@ class Measurement:
         return json.dumps(plain, ensure_ascii=False, allow_nan=False)
 
 
-def write(measurements: Iterable[Measurement], path: Path) -> None:
-    """Record measurements, outcomes included, one JSON line each; gzipped if the name ends in .gz."""
-    text = "".join(m.to_json() + "\n" for m in measurements)
-    if path.suffix == ".gz":
-        write_whole(path, gzip.compress(text.encode(), mtime=0))  # the same text gives the same file
-    else:
-        write_whole(path, text)
-
-
-def read(path: Path) -> tuple[Measurement, ...]:
-    """The measurements that `write` recorded.
-
-    Raises:
-        BadInput: not such a file.
-    """
-    try:
-        text = gzip.decompress(path.read_bytes()).decode() if path.suffix == ".gz" else path.read_text("utf8")
-        return tuple(Measurement(**json.loads(line)) for line in text.splitlines())
-    except (OSError, EOFError, ValueError, TypeError, zlib.error) as error:
-        raise BadInput(f"{path} is not a record of measurements ({type(error).__name__}: {error})") from error
-
-
 def cost(measurements: Iterable[Measurement]) -> str:
     """How long recorded measurements took (not the compression before them) and on what, in a sentence."""
     # what was measured together, such as many plans in one tree, has its one duration in every row
@@ -103,6 +81,26 @@ def cost(measurements: Iterable[Measurement]) -> str:
     place = one["hardware"]["accelerator"] or f"{one['hardware']['torch_threads']} cores of {one['hardware']['cpu']}"
     types = " and ".join(sorted({made["dtype"] for made in runs.values()}))
     return f"Measured on {one['date']} in {minutes:.0f} minutes on {place}, {types}."
+
+
+@cache
+def commit() -> str | None:
+    """The git commit of this package's checkout, with "+" where files in it were changed; None outside a checkout."""
+    folder = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no", "--", str(folder)) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def peak_memory() -> int:
+    """Bytes: the most that this process has held until now."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 @cache
@@ -133,6 +131,9 @@ def provenance(subject: Subject, started: float, **settings: Any) -> dict[str, A
         "settings": settings,
         "versions": {"thesislib": thesislib.__version__, "python": platform.python_version(), **{n: version(n) for n in names}},
         "hardware": {**hardware(), "device": str(subject.device)},
+        "commit": commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "seconds": round(time.perf_counter() - started, 2),
+        "peak_memory": peak_memory(),
     }

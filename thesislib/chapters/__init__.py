@@ -13,7 +13,7 @@ CHAPTERS = {"00_measures": "measures", "01_franken_llama": "franken", "02_depth_
 
 def record_file(chapter: str) -> Path:
     """Where a chapter's recorded run lies."""
-    return data_file(f"results/{chapter}.jsonl.gz")
+    return data_file(f"results/{chapter}.jsonl")
 
 
 def recorded(chapter: str):

@@ -12,7 +12,6 @@ import pandas as pd
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
-from thesislib import records
 from thesislib.chapters.thesis import thesis_row
 from thesislib.compress.depth import METRICS, Depth, angular_distances, importance, remove
 from thesislib.corpus import calibration_windows, evaluation_text, kind_of, question_source, questions
@@ -20,9 +19,11 @@ from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import perplexity, triviaqa
 from thesislib.evaluate.generate import complete
 from thesislib.evaluate.stats import Comparison, holm
+from thesislib.experiment import described
 from thesislib.files import read_json, write_whole
 from thesislib.parameters import positive
 from thesislib.records import Measurement, provenance
+from thesislib.store import Store
 from thesislib.subject import DTYPES, Subject, load_subject
 
 TITLE = "depth pruning"
@@ -286,6 +287,12 @@ def _named(m: Measurement, **names) -> Measurement:
     return replace(m, provenance={**m.provenance, "chapter": names})
 
 
+def stages_of(m: Measurement, depth: int) -> list[Depth]:
+    """What makes a record's subject of one with `depth` blocks: its removed blocks by number, whoever chose them."""
+    gone = tuple(sorted(set(range(depth)) - set(m.provenance["plan"] or range(depth))))
+    return [Depth(blocks=gone)] if gone else []
+
+
 def from_measurements(found: Sequence[Measurement], scores: Scores) -> Results:
     """The results that `as_measurements` gave."""
     ppl = {(m.provenance["chapter"]["method"], m.provenance["chapter"]["removed"]): m for m in found if m.metric == "perplexity"}
@@ -297,16 +304,16 @@ def from_measurements(found: Sequence[Measurement], scores: Scores) -> Results:
 
 
 def read_recorded(path: Path) -> Results:
-    """A recorded run: PATH.jsonl.gz and, beside it, the scores."""
-    return from_measurements(records.read(path), Scores.from_json(read_json(_scores_file(path))))
+    """A recorded run: PATH.jsonl and, beside it, the scores."""
+    return from_measurements(list(Store(path).rows().values()), Scores.from_json(read_json(_scores_file(path))))
 
 
 def _scores_file(path: Path) -> Path:
-    return path.with_name(path.name.removesuffix(".jsonl.gz") + "_scores.json")
+    return path.with_name(path.name.removesuffix(".jsonl") + "_scores.json")
 
 
 def main() -> None:
-    """Make a recorded run: `python -m thesislib.chapters.depth --data DIR --out FILE.jsonl.gz`; scores once made are not made again."""
+    """Make a recorded run: `python -m thesislib.chapters.depth --data DIR --out FILE.jsonl`; scores once made are not made again."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True)
     for name, kind, default in (("calibration", int, 8), ("windows", int, 64), ("greedy", int, 12), ("questions", int, 400), ("passages", int, 96)):
@@ -319,7 +326,9 @@ def main() -> None:
     subject = load_subject(p.subject, p.dtype, p.device)
     if not _scores_file(out).exists():
         write_whole(_scores_file(out), score(subject, p).to_json())
-    records.write(as_measurements(measure(subject, Scores.from_json(read_json(_scores_file(out))), p)), out)
+    store = Store.new(out)
+    for m in as_measurements(measure(subject, Scores.from_json(read_json(_scores_file(out))), p)):
+        store.append(described(m, subject, p.data, stages_of(m, subject.depth)))
 
 
 if __name__ == "__main__":

@@ -11,15 +11,16 @@ import pandas as pd
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
-from thesislib import records
 from thesislib.compress.plan import Plan, apply_plan, format_plan, franken_plans
 from thesislib.corpus import choices, evaluation_text
 from thesislib.errors import BadInput
 from thesislib.evaluate import choice, perplexity
 from thesislib.evaluate.generate import Timed, complete
 from thesislib.evaluate.stats import Comparison, holm, proportion
+from thesislib.experiment import described
 from thesislib.parameters import positive
 from thesislib.records import Measurement
+from thesislib.store import Store
 from thesislib.subject import DTYPES, Subject, load_subject
 
 TITLE = "skipping and repeating blocks"
@@ -308,8 +309,13 @@ def _two_thirds(results: Results) -> Claim:
 
 
 def as_measurements(results: Results) -> list[Measurement]:
-    """All of them, as `thesislib.records.write` takes them."""
+    """All of them, as they are recorded."""
     return [m for group in (results.perplexity, results.hellaswag, results.skipped, results.repeated) for m in group.values()]
+
+
+def plan_label(m: Measurement) -> str:
+    """What a record is called: no recipe's stages stand for a plan."""
+    return f"plan {format_plan(m.provenance['plan'])}"
 
 
 def from_measurements(found: Sequence[Measurement]) -> Results:
@@ -332,7 +338,7 @@ def from_measurements(found: Sequence[Measurement]) -> Results:
 
 def read_recorded(path: Path) -> Results:
     """A recorded run."""
-    return from_measurements(records.read(path))
+    return from_measurements(list(Store(path).rows().values()))
 
 
 def main() -> None:
@@ -344,7 +350,9 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     out = arguments.pop("out")
     p = Franken(**arguments)
-    records.write(as_measurements(measure(load_subject(p.subject, p.dtype, p.device), p)), out)
+    store, subject = Store.new(out), load_subject(p.subject, p.dtype, p.device)
+    for m in as_measurements(measure(subject, p)):
+        store.append(described(m, subject, p.data, label=plan_label(m)))
 
 
 if __name__ == "__main__":

@@ -7,15 +7,16 @@ from pathlib import Path
 
 import pandas as pd
 
-from thesislib import records
 from thesislib.corpus import choices, evaluation_text, question_source, questions
 from thesislib.errors import BadInput
 from thesislib.evaluate.choice import multiple_choice
 from thesislib.evaluate.perplexity import perplexity
 from thesislib.evaluate.triviaqa import TIERS, triviaqa
+from thesislib.experiment import described
 from thesislib.parameters import positive
 from thesislib.prompts import PROMPTS, default_prompt
 from thesislib.records import Measurement
+from thesislib.store import Store
 from thesislib.subject import DTYPES, Subject, load_subject
 
 TITLE = "the subject and its measures"
@@ -129,7 +130,7 @@ def flattering(m: Measurement, count: int = 3) -> pd.DataFrame:
 
 def read_recorded(path: Path) -> tuple[Measurement, ...]:
     """A recorded run."""
-    return records.read(path)
+    return tuple(Store(path).rows().values())
 
 
 def main() -> None:
@@ -146,8 +147,11 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     out = arguments.pop("out")
     p = Measures(**arguments)
-    text = measure_text(load_subject(p.subject, "float32", p.device), p)
-    records.write([*text, *measure_answers(load_subject(p.subject, p.dtype, p.device), p)], out)
+    store = Store.new(out)
+    for dtype, made in (("float32", measure_text), (p.dtype, measure_answers)):
+        subject = load_subject(p.subject, dtype, p.device)
+        for m in made(subject, p):
+            store.append(described(m, subject, p.data))
 
 
 if __name__ == "__main__":

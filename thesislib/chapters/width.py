@@ -15,16 +15,18 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from thesislib import formats, packing, records
+from thesislib import formats, packing
 from thesislib.chapters.thesis import thesis_row
 from thesislib.compress.width import THESIS_PATTERNS, Width
 from thesislib.corpus import evaluation_text
 from thesislib.errors import BadInput
 from thesislib.evaluate import perplexity
 from thesislib.evaluate.stats import Comparison, holm
+from thesislib.experiment import described
 from thesislib.layers import pack_all
 from thesislib.parameters import positive
 from thesislib.records import Measurement
+from thesislib.store import Store
 from thesislib.subject import DTYPES, Subject, load_subject
 
 TITLE = "width pruning"
@@ -299,6 +301,11 @@ def _seconds(subject: Subject, ids: torch.Tensor) -> float:
 # ---------------------------------------------------------------- recorded runs
 
 
+def stages_of(m: Measurement) -> list[Width]:
+    """What makes a record's subject."""
+    return [Width(**config)] if (config := m.provenance["chapter"]["config"]) else []
+
+
 def from_measurements(found: Sequence[Measurement]) -> dict[Width | None, Measurement]:
     """The results, by configuration.
 
@@ -314,7 +321,7 @@ def from_measurements(found: Sequence[Measurement]) -> dict[Width | None, Measur
 
 def read_recorded(path: Path) -> Results:
     """A recorded run, read only: in a notebook a plain dict would be taken for a parameter."""
-    return MappingProxyType(from_measurements(records.read(path)))
+    return MappingProxyType(from_measurements(list(Store(path).rows().values())))
 
 
 RECORDED = {"calibration": 32, "ratios": [0.125, 0.25, 0.5, 0.75], "by_magnitude": [*NINE], "weightings": ["unit_norm", "first_16", "skip_1"]}
@@ -326,7 +333,7 @@ def recorded_parameters(**settings) -> WidthChapter:
 
 
 def main() -> None:
-    """Make a recorded run: `python -m thesislib.chapters.width --data DIR --out FILE.jsonl.gz`; started again, it goes on where it was."""
+    """Make a recorded run: `python -m thesislib.chapters.width --data DIR --out FILE.jsonl`; started again, it goes on where it was."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=64)
@@ -335,16 +342,9 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     out = arguments.pop("out")
     p = recorded_parameters(**arguments)
-    partial = out.with_name(out.name.removesuffix(".gz") + ".partial")
-    done = from_measurements(records.read(partial)) if partial.exists() else {}
-
-    def keep(m: Measurement) -> None:
-        with partial.open("a", encoding="utf8") as file:
-            file.write(m.to_json() + "\n")
-
-    results = measure(load_subject(p.subject, p.dtype, p.device), [*configurations(p), *calibrations(p)], p, done, keep)
-    records.write(results.values(), out)
-    partial.unlink(missing_ok=True)
+    store, subject = Store(out), load_subject(p.subject, p.dtype, p.device)
+    done = from_measurements(list(store.rows().values())) if out.exists() else {}
+    measure(subject, [*configurations(p), *calibrations(p)], p, done, lambda m: store.append(described(m, subject, p.data, stages_of(m))))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,196 @@
+"""A configuration measured: stages carried out on a subject and the result measured; and the same once more from a record."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from thesislib import corpus
+from thesislib.checkpoints import Job
+from thesislib.compress.plan import apply_plan
+from thesislib.compress.stages import STAGES
+from thesislib.errors import BadInput, unknown
+from thesislib.evaluate.protocol import Protocol, protocol_of
+from thesislib.files import read_json
+from thesislib.formats import RECORD, sizes
+from thesislib.parameters import build
+from thesislib.recipe import Recipe
+from thesislib.records import Measurement
+from thesislib.subject import Subject
+
+DENSE = "dense"
+
+
+def recipe_of(stages: Sequence) -> Recipe:
+    """The recipe of some stages' configs; of none, which leaves a subject as it is."""
+    return Recipe(tuple(stages), tuple(f"stage {n}" for n, _ in enumerate(stages, 1)))
+
+
+def recipe_hash(recipe: Recipe) -> str | None:
+    """12 digits that stand for the stages with every setting; None for no stages."""
+    return hashlib.sha256(json.dumps(recipe.plain(), sort_keys=True).encode()).hexdigest()[:12] if recipe.stages else None
+
+
+def made(recipe: Recipe, base: dict, data: str, size: dict, reports: Sequence[dict]) -> dict:
+    """What a record says of how its subject was made.
+
+    label, recipe, stage: the configuration, its hash and its last stage's kind. stages: all settings. base: name and
+    fingerprint of what the stages began with. data: the kind of data they were calibrated on or trained with. bytes: of
+    the result, see `thesislib.formats.sizes`. reports: what each stage said of itself.
+    """
+    plain = recipe.plain()
+    facts = {
+        "label": recipe.label or DENSE,
+        "recipe": recipe_hash(recipe),
+        "stage": next(iter(plain[-1])) if plain else None,
+        "stages": plain,
+        "base": base,
+        "data": corpus.kind_of(data),
+        "bytes": size,
+        "reports": list(reports),
+    }
+    return json.loads(json.dumps(facts))  # as it will be read back: JSON has lists only, and keys that are texts
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A configuration ready to be measured: the model, and what its records say of how it was made (see `made`)."""
+
+    model: Subject
+    made: dict
+
+    def measure(self, protocol: Protocol, data: str, **more: object) -> Measurement:
+        """The measurement by a protocol on a data spec, with all that would make it again; `more` is noted beside it."""
+        m = protocol.measure(self.model, data)
+        m = dataclasses.replace(m, provenance={**m.provenance, "made": self.made, **more})
+        return dataclasses.replace(m, provenance={**m.provenance, "tolerance": tolerance(m)})
+
+
+def prepare(subject: str, stages: Sequence, *, data: str, dtype: str = "bfloat16", device: str = "cpu") -> Prepared:
+    """Carry out stages on the subject of a spec; what the cache holds is not made again.
+
+    Args:
+        subject: a subject spec.
+        stages: their configs; none for the subject as it is.
+        data: a data spec for calibration and training.
+        dtype, device: see `thesislib.subject.load_subject`.
+
+    Raises:
+        BadInput: stages that cannot work on this subject, or whatever one of them refuses.
+    """
+    recipe = recipe_of(stages)
+    job = Job.prepare(subject, recipe, data, dtype, device)
+    model, reports = job.after(len(stages))
+    size = read_json(job.folder(len(stages)) / RECORD)["sizes"] if stages else sizes(model)
+    return Prepared(model, made(recipe, job.base, data, size, reports))
+
+
+def described(m: Measurement, base: Subject | dict, data: str, stages: Sequence = (), label: str | None = None) -> Measurement:
+    """A measurement of a subject that a chapter made by itself, noting what would make it again; its bytes were not counted.
+
+    Args:
+        m: made on the subject after `stages`, or under the plan in its provenance.
+        base: what the stages or the plan began with, or its name and fingerprint.
+        data: a data spec, of the calibration.
+        stages: their configs.
+        label: of a plan, for which no stages stand.
+    """
+    facts = {"name": base.name, "fingerprint": base.fingerprint} if isinstance(base, Subject) else base
+    note = made(recipe_of(stages), facts, data, {}, [])
+    m = dataclasses.replace(m, provenance={**m.provenance, "made": {**note, "label": label or note["label"]}})
+    return dataclasses.replace(m, provenance={**m.provenance, "tolerance": tolerance(m)})
+
+
+# ---------------------------------------------------------------- once more
+
+
+def tolerance(m: Measurement) -> dict[str, float]:
+    """How far the same measurement may lie from this one on another machine: {"relative": share} or {"absolute": difference}.
+
+    On the same processor with as many threads a record is made again to the last bit. Elsewhere matrix products add up in
+    another order: nothing to see in float32, some in bfloat16, and training, which follows its own rounding for hundreds of
+    steps, ends at another adapter. Answers differ where two tokens were about equally likely.
+    """
+    made = m.provenance
+    if "tolerance" in made:
+        return made["tolerance"]
+    trained = any("lora" in stage for stage in made.get("made", {}).get("stages", []))
+    rank = 2 if trained else 1 if made["dtype"] == "bfloat16" else 0
+    if "perplexity" in m.metric:
+        return {"relative": (0.001, 0.01, 0.03)[rank]}
+    return {"absolute": (0.005, 0.02, 0.04)[rank]}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A record beside the same measurement made again.
+
+    same_bits: the value is equal to the last bit. same_subject: so are the weights that were measured. agrees: the values lie
+    within the record's tolerance.
+    """
+
+    recorded: Measurement
+    again: Measurement
+    tolerance: dict[str, float]
+    same_subject: bool
+
+    @property
+    def same_bits(self) -> bool:
+        """See the class."""
+        return self.recorded.value == self.again.value
+
+    @property
+    def agrees(self) -> bool:
+        """See the class."""
+        apart = abs(self.again.value - self.recorded.value)
+        return apart <= self.tolerance.get("absolute", 0) + self.tolerance.get("relative", 0) * abs(self.recorded.value)
+
+    def __str__(self) -> str:
+        (kind, allowed), r = next(iter(self.tolerance.items())), self.recorded
+        word = "the same to the last bit" if self.same_bits else "within" if self.agrees else "NOT within"
+        rest = "" if self.same_bits else f" the tolerance of {allowed:.1%} {kind}"
+        weights = "" if self.same_subject else "; the weights differ from the recorded ones in rounding"
+        return f"{r.metric} on {r.task}: recorded {r.value:.6g}, again {self.again.value:.6g}: {word}{rest}{weights}"
+
+
+def again(m: Measurement, subject: str = "embedded", data: str | None = None, device: str = "cpu") -> Verdict:
+    """Make a recorded measurement once more from what its record says.
+
+    Args:
+        m: the record.
+        subject: a spec of what it began with.
+        data: a data spec that has its text; by default `thesislib.corpus.default_data()`.
+        device: a torch device.
+
+    Raises:
+        BadInput: the subject or the text is another than the record's; stages or settings this version does not know.
+    """
+    made, data = m.provenance, data or corpus.default_data()
+    protocol = protocol_of(m)
+    stages = [_stage(plain) for plain in made.get("made", {}).get("stages", [])]
+    job = Job.prepare(subject, recipe_of(stages), data, made["dtype"], device)
+    base = made.get("made", {}).get("base", {}).get("fingerprint")
+    if base is not None and job.base["fingerprint"] != base:
+        raise BadInput(f"the record began with {made['subject']}, fingerprint {base[:12]}...; '{subject}' in {made['dtype']} has "
+                       f"{job.base['fingerprint'][:12]}...: name the record's subject")  # fmt: skip
+    model, _ = job.after(len(stages))
+    if made["plan"] is not None and not stages:
+        model = apply_plan(model, made["plan"])
+    result = protocol.measure(model, data)
+    if [i["id"] for i in result.items] != [i["id"] for i in m.items]:
+        raise BadInput(f"data '{data}' gives {result.n} other items ({result.task}) than the record's {m.n} ({m.task}): name the data that it was made with")
+    for key, now in (("text_sha256", result.provenance["settings"].get("text_sha256")), ("corpus_sha256", result.provenance.get("corpus_sha256"))):
+        then = made["settings"].get(key, made.get(key))
+        if then is not None and now is not None and then != now:
+            raise BadInput(f"data '{data}' has another text for {m.task} (sha256 {now[:12]}..., recorded {then[:12]}...): name the data that it was made with")
+    # many plans of one subject are measured in one pass, under the fingerprint of the whole
+    return Verdict(m, result, tolerance(m), made["fingerprint"] in (model.fingerprint, job.base["fingerprint"]))
+
+
+def _stage(plain: dict[str, dict]):
+    """A stage's config from a record."""
+    ((name, settings),) = plain.items()
+    if name not in STAGES:
+        raise unknown("stage in the record", name, STAGES)
+    return build(STAGES[name], settings)
