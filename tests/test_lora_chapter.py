@@ -1,16 +1,17 @@
 """Chapter 4: what it measures on a tiny model, that a run killed goes on, and that its sentences turn with the numbers."""
 
-import dataclasses
 import json
 import random
 
+import numpy as np
 import pytest
 
-from thesislib import corpus
-from thesislib.chapters import lora
+from thesislib import corpus, figures
+from thesislib.chapters import lora, recovery
 from thesislib.chapters.lora import CLOSED, OPEN, PPL, Configuration, LoraChapter
 from thesislib.errors import BadInput
 from thesislib.experiment import again
+from thesislib.records import Measurement
 from thesislib.store import Store
 
 WORDS = ["alpha", "beta", "gamma", "delta", "of", "the", "and"]
@@ -110,10 +111,86 @@ def test_what_the_chapter_refuses():
         with pytest.raises(BadInput, match=message):
             LoraChapter(**settings)
     with pytest.raises(BadInput, match="not the results of chapter 4"):
-        lora.from_measurements([dataclasses.replace(_any(), provenance={"chapter": {}})])
+        lora.from_measurements([Measurement("t", "perplexity", 1.0, 1.0, 1.0, 1, "u", [], {}, {"chapter": {}})])
 
 
-def _any():
-    from thesislib.records import Measurement
+# ---------------------------------------------------------------- what it says
 
-    return Measurement("t", "perplexity", 1.0, 1.0, 1.0, 1, "u", [])
+
+def loss(per_token, seed=0, **settings):
+    """A made-up perplexity over 24 documents."""
+    noise = np.random.default_rng(0).normal(0, 0.3, 24) + np.random.default_rng(seed).normal(0, 0.01, 24)
+    items = [{"id": i, "document": i, "nats": 100 * (per_token + noise[i]), "tokens": 100} for i in range(24)]
+    report = {
+        "curve": [{"step": 1, "loss": 3.0}], "validation": [{"step": 0, "loss": 3.5}, {"step": 4, "loss": 3.0}], "best_loss": 3.0, "best_step": 4,
+        "tokens": 1000, "parameters": 10**6, "tokens_per_second": 100.0,
+    }  # fmt: skip
+    made = {"reports": [report], "bytes": {"parameters": 10, "nonzero_parameters": 8, "bytes_on_disk": 10**6}, "stages": [{"lora": {"learning_rate": 0.002}}]}
+    value = float(np.exp(per_token))
+    return Measurement("text", "perplexity", value, value * 0.9, value * 1.1, 24, "window", items, {}, {"made": made, "chapter": {"text": "x"}, **settings})
+
+
+def answers(share, n=200):
+    items = [{"id": i, "correct": i < share * n} for i in range(n)]
+    return Measurement("q", "accuracy", share, share - 0.05, share + 0.05, n, "question", items)
+
+
+@pytest.fixture
+def story():
+    """Pruning costs 0.7 nats in D2 and 1 in W2:4; training wins back 0.6 and 0.8, of which the control gains 0.2 by itself."""
+    C = Configuration
+    found = {
+        C("dense"): 3.3, C("D2"): 4.0, C("W2:4"): 4.3, C("D2", "wikitext"): 3.4, C("W2:4", "wikitext"): 3.5, C("dense", "wikitext"): 3.1,
+        C("D2", "trivia"): 3.9, C("W2:4", "trivia"): 4.2, C("dense", "trivia"): 3.3, C("W2:4", "wikitext", merge="masked"): 3.6,
+        C("W2:4", "wikitext", merge="dense"): 3.5, C("W2:4", "trivia", merge="masked"): 4.25, C("W2:4", "trivia", merge="dense"): 4.2,
+        C("D2+W1:8"): 4.1, C("D2+W1:8", "wikitext"): 3.5, C("D2", "wikitext", after="W1:8"): 3.7, C("D2", "wikitext", seed=1): 3.42,
+        C("D2+W1:8", "wikitext", merge="masked"): 3.5, C("D2+W1:8", "wikitext", merge="dense"): 3.5,
+    }  # fmt: skip
+    results = {(c, PPL): loss(x, seed) for seed, (c, x) in enumerate(found.items())}
+    for c, share in ((C("dense"), 0.3), (C("D2"), 0.1), (C("D2", "wikitext"), 0.25), (C("D2", "trivia"), 0.15), (C("dense", "wikitext"), 0.3),
+                     (C("dense", "trivia"), 0.31)):  # fmt: skip
+        results[c, CLOSED] = answers(share)
+        results[c, OPEN] = answers(share + 0.3)
+    return results
+
+
+def test_recovery_is_counted_against_the_control(story):
+    table = recovery.recovered(story)
+    assert table.loc["D2", "naive"] == pytest.approx(0.6 / 0.7, abs=0.02) and table.loc["W2:4", "naive"] == pytest.approx(0.8, abs=0.02)
+    assert table.loc["D2", "fair"] == pytest.approx((0.7 - 0.3) / 0.7, abs=0.02)
+    assert "changes the dense model's" in recovery.control_sentence(story)
+    story[Configuration("dense", "wikitext"), PPL] = loss(3.3, seed=99)
+    assert "does not measurably change the dense model's" in recovery.control_sentence(story)
+    assert recovery.recovered(story).loc["D2", "fair"] == pytest.approx(0.6 / 0.7, abs=0.02)
+
+
+def test_sentences_turn_with_the_numbers(story):
+    assert "WikiText is better for D2, worse for none, and within noise for the other 1" in recovery.texts_sentence(story)
+    story[Configuration("D2", "wikitext"), CLOSED] = answers(0.02)
+    assert "better for none, worse for D2" in recovery.texts_sentence(story)
+    assert "D2+W+W1:8 (40.45) is worse than D2+W1:8+W" in recovery.order_sentence(story)
+    story[Configuration("D2", "wikitext", after="W1:8"), PPL] = loss(3.3)
+    assert "is better than D2+W1:8+W" in recovery.order_sentence(story)
+    story[Configuration("D2", "wikitext", after="W1:8"), PPL] = loss(3.5, seed=77)
+    assert "is within noise of D2+W1:8+W" in recovery.order_sentence(story)
+    assert "D2+W with 2 seeds" in recovery.seeds_sentence(story) and "above the dense model's" in recovery.headline(story)
+    story[Configuration("D2", "wikitext"), PPL] = loss(3.0)
+    assert "below the dense model's" in recovery.headline(story)
+
+
+def test_tables_and_figures_hold_what_was_measured(story):
+    p = LoraChapter(pruned=["D2", "W2:4", "D2+W1:8"], texts=["wikitext", "trivia"])
+    assert list(recovery.recovery_table(story).index) == ["D2", "W2:4", "D2+W1:8", "dense"]
+    assert recovery.recovery_table(story).loc["D2", "thesis +W"] == "21.3"
+    assert "*" in recovery.answers_table(story).loc["D2", "closed book, +W"] and "*" not in recovery.answers_table(story).loc["dense", "closed book, +W"]
+    merge = recovery.merge_table(story)
+    assert set(merge.index) == {(m, way) for m in ("W2:4+W", "W2:4+T", "D2+W1:8+W") for way in ("beside", "masked", "dense")}
+    assert merge.loc[("W2:4+W", "masked"), "against beside, paired"].startswith("x 1.1")
+    assert "W2:4+W takes 1.0 MB" in recovery.merge_sentence(story)
+    assert len(recovery.training_table(story)) == 8 and recovery.rates_sentence(story, p).endswith("trains with 0.002.")
+    assert set(recovery.samples(story, p).index) >= {"dense", "D2+W", "dense+W"}
+    chart = figures.recovery_chart(recovery.points(story))
+    assert [t.get_text() for t in chart.axes[0].get_yticklabels()] == ["D2", "W2:4", "D2+W1:8", "dense"]
+    lines = figures.loss_curves(recovery.curves(story))
+    assert [a.get_title() for a in lines.axes] == ["trained on WikiText", "trained on questions"]
+    figures.plt.close("all")

@@ -192,3 +192,58 @@ def calibration_chart(table: pd.DataFrame) -> plt.Figure:
     axis.set(xlabel="calibration windows of 512 tokens (log)", ylabel="perplexity of 2:4", title="a dot a seed, lines through the means")
     axis.legend()
     return figure
+
+
+LOOKS = {"untrained": ("o", GREY, "none"), "+W": ("s", BLUE, BLUE), "+T": ("^", ORANGE, ORANGE)}
+
+
+def recovery_chart(points: Mapping[str, Mapping[str, Measurement]], dense: str = "dense") -> plt.Figure:
+    """Perplexity of each model untrained and trained on each text; lines mark the dense model untrained and trained alike.
+
+    Args:
+        points: {model: {"untrained", "+W" or "+T": measurement}}.
+        dense: the control's name.
+    """
+    models = [*(m for m in points if m != dense), *(m for m in points if m == dense)]
+    figure, axis = plt.subplots(figsize=(9, 0.62 * len(models) + 1.6), layout="constrained")
+    for shift, (name, (marker, colour, fill)) in zip((-0.18, 0, 0.18), LOOKS.items(), strict=True):
+        rows = [(y + shift, points[m][name]) for y, m in enumerate(models) if name in points[m]]
+        if rows:
+            value = np.array([m.value for _, m in rows])
+            error = [value - [m.low for _, m in rows], [m.high for _, m in rows] - value]
+            axis.errorbar(
+                value, [y for y, _ in rows], xerr=error, fmt=marker, color=colour, mfc=fill, markersize=7, capsize=3, linewidth=1, label=name,
+            )  # fmt: skip
+        if name in points.get(dense, {}):
+            axis.axvline(points[dense][name].value, color=colour, linestyle="--" if name == "untrained" else ":", linewidth=1)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.xaxis.set_minor_formatter("{x:,.0f}")
+    axis.tick_params(axis="x", which="minor", labelsize=8)
+    axis.set(xlabel="perplexity (log), 95 % interval; lines: the dense model, untrained and trained alike", yticks=range(len(models)), yticklabels=models)
+    axis.invert_yaxis()
+    axis.legend()
+    return figure
+
+
+def loss_curves(curves: Mapping[str, tuple[Sequence[dict], Sequence[dict]]]) -> plt.Figure:
+    """Training loss by step (thin, as it came) and held-out loss (thick, marked), one panel a training text.
+
+    Args:
+        curves: {label: (curve, validation)}, each a list of {"step", "loss", ...}; labels end in +W or +T.
+    """
+    groups = {title: {n: c for n, c in curves.items() if n.endswith(end)} for end, title in (("+W", "trained on WikiText"), ("+T", "trained on questions"))}
+    groups = {title: found for title, found in groups.items() if found}
+    figure, axes = plt.subplots(1, len(groups), figsize=(5.8 * len(groups), 4.2), layout="constrained", squeeze=False)
+    palette = [BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
+    names = list(dict.fromkeys(label.rpartition("+")[0] for label in curves))
+    for axis, (title, found) in zip(axes[0], groups.items(), strict=True):
+        for label, (curve, validation) in found.items():
+            which = names.index(label.rpartition("+")[0])
+            colour, marker = palette[which % len(palette)], "os^DvPX"[which % 7]
+            axis.plot([c["step"] for c in curve], [c["loss"] for c in curve], color=colour, linewidth=0.6, alpha=0.35)
+            held = [(v["step"], v["loss"]) for v in validation]
+            axis.plot(*zip(*held, strict=True), marker + "-", color=colour, markersize=6, linewidth=1.8, label=names[which])
+        axis.set(xlabel="step", ylabel="loss, nats per predicted token", title=title)
+        axis.legend(fontsize=9)
+    return figure

@@ -1,4 +1,4 @@
-"""Chapter 4, LoRA recovery: what training wins back of what pruning cost, on which text, and what of it is only adaptation."""
+"""Chapter 4, LoRA recovery: which models are trained, on what, and what of them is measured."""
 
 import argparse
 import copy
@@ -27,7 +27,6 @@ from thesislib.store import Store
 from thesislib.subject import DTYPES
 from thesislib.training import TEXTS
 
-TITLE = "LoRA recovery"
 PPL, CLOSED, OPEN = "perplexity", "closed book", "open book"
 
 
@@ -223,7 +222,7 @@ def read_recorded(path: Path) -> Results:
 
 
 RECORDED = {
-    "pruned": ["D2", "W2:4", "D2+W1:8", "D4", "W8:16"], "texts": ["wikitext", "trivia"], "steps": 64, "validation": 16, "every": 16, "seeds": 3, "windows": 24,
+    "pruned": ["D2", "W2:4", "D2+W1:8", "D4", "W8:16"], "texts": ["wikitext", "trivia"], "steps": 48, "validation": 8, "every": 16, "seeds": 3, "windows": 24,
     "questions": 200, "passages": 64, "tokens": 40,
 }  # fmt: skip
 
