@@ -1,6 +1,8 @@
 """Stand-ins that need no network: a tiny random model with a byte tokenizer, and the real ones where they can be had."""
 
+import json
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -8,12 +10,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from thesislib import corpus
 from thesislib.subject import Subject, load_subject
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+WORDS = ["alpha", "beta", "gamma", "delta", "of", "the", "and"]
 
 
 @pytest.fixture(scope="session")
@@ -44,6 +49,30 @@ def tiny(byte_tokenizer):
         return Subject(model.requires_grad_(False), byte_tokenizer, f"tiny {model_type}")
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    """A data folder with some training, calibration and evaluation data; its path."""
+    root, r = tmp_path_factory.mktemp("text"), random.Random(0)
+    prose = {half: [row for i in range(20) for row in (f" = {half} {i} = \n", " ".join(r.choices(WORDS, k=60)) + "\n")] for half in ("Train", "Test")}
+    answer = {"value": "number", "aliases": ["number"]}
+    tables = {
+        "wikitext_train": [{"text": t} for t in prose["Train"]],
+        "wikitext": [{"text": t} for t in prose["Test"]],
+        "calibration_wikipedia": [{"text": " ".join(r.choices(WORDS, k=300)) + "."} for i in range(30)],
+        "calibration_c4": [{"text": " ".join(r.choices(WORDS, k=300)) + "."} for i in range(30)],
+        "trivia_train": [{"question": f"What is {i}?", "answer": {"value": f"number {i % 7}"}} for i in range(200)],
+        "trivia": [{"question_id": str(i), "question": f"Who is {i}?", "answer": answer} for i in range(4)],
+        "trivia_open": [
+            {"question_id": str(i), "question": f"Who is {i}?", "answer": answer, "ctxs": [{"text": "Of a number.", "has_answer": True}]} for i in range(4)
+        ],
+    }
+    for task, rows in tables.items():
+        path = root / f"{corpus.TASKS[task].folder}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(root)
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,9 @@
 """Chapter 4: what it measures on a tiny model, that a run killed goes on, and that its sentences turn with the numbers."""
 
-import json
-import random
-
 import numpy as np
 import pytest
 
-from thesislib import corpus, figures
+from thesislib import figures
 from thesislib.chapters import lora, recovery
 from thesislib.chapters.lora import CLOSED, OPEN, PPL, Configuration, LoraChapter
 from thesislib.errors import BadInput
@@ -14,42 +11,16 @@ from thesislib.experiment import again
 from thesislib.records import Measurement
 from thesislib.store import Store
 
-WORDS = ["alpha", "beta", "gamma", "delta", "of", "the", "and"]
-
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """Training, calibration and evaluation data, small."""
-    root, r = tmp_path_factory.mktemp("text"), random.Random(0)
-    prose = {half: [row for i in range(20) for row in (f" = {half} {i} = \n", " ".join(r.choices(WORDS, k=60)) + "\n")] for half in ("Train", "Test")}
-    answer = {"value": "number", "aliases": ["number"]}
-    tables = {
-        "wikitext_train": [{"text": t} for t in prose["Train"]],
-        "wikitext": [{"text": t} for t in prose["Test"]],
-        "calibration_wikipedia": [{"text": " ".join(r.choices(WORDS, k=300)) + "."} for i in range(30)],
-        "calibration_c4": [{"text": " ".join(r.choices(WORDS, k=300)) + "."} for i in range(30)],
-        "trivia_train": [{"question": f"What is {i}?", "answer": {"value": f"number {i % 7}"}} for i in range(200)],
-        "trivia": [{"question_id": str(i), "question": f"Who is {i}?", "answer": answer} for i in range(4)],
-        "trivia_open": [
-            {"question_id": str(i), "question": f"Who is {i}?", "answer": answer, "ctxs": [{"text": "Of a number.", "has_answer": True}]} for i in range(4)
-        ],
-    }
-    for task, rows in tables.items():
-        path = root / f"{corpus.TASKS[task].folder}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(root)
-
-
-@pytest.fixture(scope="module")
-def small(tiny, data, tmp_path_factory):
+def small(tiny, tiny_data, tmp_path_factory):
     """Parameters, with a cache of their own."""
     patch = pytest.MonkeyPatch()
     patch.setenv("THESISLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
     folder = tiny(layers=8).save(tmp_path_factory.mktemp("subject") / "tiny")
     yield LoraChapter(
-        subject=str(folder), data=data, dtype="float32", pruned=["D1", "W2:4"], texts=["wikitext", "trivia"], steps=4, batch=2, length=64, rank=2, validation=2,
-        every=2, seeds=2, windows=4, questions=2, passages=2, tokens=4, learning_rate=1e-2,
+        subject=str(folder), data=tiny_data, dtype="float32", pruned=["D1", "W2:4"], texts=["wikitext", "trivia"], steps=4, batch=2, length=64, rank=2,
+        validation=2, every=2, seeds=2, windows=4, questions=2, passages=2, tokens=4, learning_rate=1e-2,
     )  # fmt: skip
     patch.undo()
 
@@ -88,14 +59,14 @@ def test_a_run_goes_on_where_it_was(small, measured):
     assert not {(c, w) for c, w in lora.from_measurements(later)} & set(some)
 
 
-def test_records_come_back_and_can_be_made_again(small, measured, data, tmp_path):
+def test_records_come_back_and_can_be_made_again(small, measured, tiny_data, tmp_path):
     results, found = measured
     store = Store(tmp_path / "r.jsonl")
     for m in found:
         store.append(m)
     assert dict(lora.read_recorded(store.path)) == results
     for key in ((Configuration("W2:4", "wikitext", merge="masked"), PPL), (Configuration("D1", "trivia", after="W1:8"), PPL), (Configuration("dense"), CLOSED)):
-        verdict = again(results[key], small.subject, data)
+        verdict = again(results[key], small.subject, tiny_data)
         assert verdict.agrees and verdict.same_bits and verdict.same_subject, (key, str(verdict))
 
 
@@ -174,6 +145,9 @@ def test_sentences_turn_with_the_numbers(story):
     story[Configuration("D2", "wikitext", after="W1:8"), PPL] = loss(3.5, seed=77)
     assert "is within noise of D2+W1:8+W" in recovery.order_sentence(story)
     assert "D2+W with 2 seeds" in recovery.seeds_sentence(story) and "above the dense model's" in recovery.headline(story)
+    assert "tells the seeds apart" not in recovery.seeds_sentence(story)
+    story[Configuration("D2", "wikitext", seed=2), PPL] = loss(3.6, seed=50)
+    assert "tells the seeds apart (p < 0.001)" in recovery.seeds_sentence(story)
     story[Configuration("D2", "wikitext"), PPL] = loss(3.0)
     assert "below the dense model's" in recovery.headline(story)
 
@@ -189,6 +163,9 @@ def test_tables_and_figures_hold_what_was_measured(story):
     assert "W2:4+W takes 1.0 MB" in recovery.merge_sentence(story)
     assert len(recovery.training_table(story)) == 8 and recovery.rates_sentence(story, p).endswith("trains with 0.002.")
     assert set(recovery.samples(story, p).index) >= {"dense", "D2+W", "dense+W"}
+    tests = recovery.tests_table(story)
+    assert list(tests.columns) == ["paired t", "paired bootstrap", "Wilcoxon signed-rank"] and len(tests) == 6
+    assert all(tests.loc["D2 to D2+W"].str.startswith("x 0.5")) and all(tests.loc["D2 to D2+W"].str.endswith("p < 0.001"))
     chart = figures.recovery_chart(recovery.points(story))
     assert [t.get_text() for t in chart.axes[0].get_yticklabels()] == ["D2", "W2:4", "D2+W1:8", "dense"]
     lines = figures.loss_curves(recovery.curves(story))

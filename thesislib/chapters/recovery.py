@@ -13,7 +13,7 @@ from thesislib.chapters.lora import CLOSED, OPEN, PPL, Configuration, LoraChapte
 from thesislib.chapters.thesis import thesis_row
 from thesislib.errors import BadInput
 from thesislib.evaluate import perplexity, triviaqa
-from thesislib.evaluate.stats import Comparison, bootstrap_mean, holm
+from thesislib.evaluate.stats import Comparison, bootstrap_mean, friedman, holm, paired_bootstrap, paired_means, signed_rank
 from thesislib.experiment import DENSE
 from thesislib.records import Measurement
 from thesislib.training import TEXTS
@@ -202,10 +202,37 @@ def seeds_sentence(results: Results) -> str:
         return f"{config.label} was trained with one seed."
     base = _get(results, PPL, config.pruned).value
     listed = ", ".join(f"{v:.2f}" for v in values)
+    told = ""
+    if len(runs) > 2:
+        test = friedman({str(i): m.column("nats") for i, m in enumerate(runs)}, runs[0].column("document"))
+        told = f" A Friedman test over {test.n} documents {'tells the seeds apart' if test.p < 0.05 else 'does not tell the seeds apart'} ({_p(test.p)})."
     return (
         f"{config.label} with {len(runs)} seeds: {listed}; standard deviation {values.std(ddof=1):.2f}, "
-        f"{values.std(ddof=1) / (base - values.mean()):.1%} of what training gains."
+        f"{values.std(ddof=1) / (base - values.mean()):.1%} of what training gains.{told}"
     )
+
+
+def tests_table(results: Results) -> pd.DataFrame:
+    """Some of the chapter's comparisons by three paired tests that assume different things of the losses, ratios of perplexity."""
+    C = Configuration
+    asked_of = {
+        "D2 to D2+W": (C("D2"), C("D2", "wikitext")),
+        "dense to dense+W": (C(DENSE), C(DENSE, "wikitext")),
+        "dense to D2+W": (C(DENSE), C("D2", "wikitext")),
+        "D2+W1:8+W to D2+W+W1:8": (C("D2+W1:8", "wikitext"), C("D2", "wikitext", after="W1:8")),
+        "W2:4+W, beside to masked": (C("W2:4", "wikitext"), C("W2:4", "wikitext", merge="masked")),
+        "D2+W, seed 0 to seed 1": (C("D2", "wikitext"), C("D2", "wikitext", seed=1)),
+    }
+    rows = []
+    for name, (first, second) in asked_of.items():
+        a, b = results.get((first, PPL)), results.get((second, PPL))
+        if a is None or b is None:
+            continue
+        x, y = ([n / t for n, t in zip(m.column("nats"), m.column("tokens"), strict=True)] for m in (a, b))
+        documents, tokens = a.column("document"), a.column("tokens")
+        found = (paired_means(x, y, documents), paired_bootstrap(x, y, documents, tokens), signed_rank(x, y, documents))
+        rows.append({"comparison": name} | {c.test: f"{_ratio(c)}, {_p(c.p)}" for c in found})
+    return pd.DataFrame(rows).set_index("comparison")
 
 
 def training_report(m: Measurement) -> dict:

@@ -87,7 +87,8 @@ def _exp(x: float) -> float:
 def compare(a: Measurement, b: Measurement) -> Comparison:
     """Paired t test of b's loss against a's in nats per token, windows of one document averaged.
 
-    exp(difference) is the ratio of the two perplexities.
+    exp(difference) is the ratio of two geometric means over documents: the ratio of the perplexities where every document has
+    as many windows, and close to it elsewhere. `thesislib.evaluate.stats.paired_bootstrap` with tokens as weights is exact.
     """
     nats_a, nats_b = (np.asarray(x) for x in a.paired_with(b, "nats"))
     tokens = np.asarray(a.column("tokens"))

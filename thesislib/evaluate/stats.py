@@ -4,11 +4,11 @@ Errors of neighbouring windows are alike, so where documents are known they, not
 are always compared on the same items, item by item: the items' own difficulty then cancels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import binomtest, t, ttest_1samp
+from scipy.stats import binomtest, friedmanchisquare, norm, rankdata, t, ttest_1samp, wilcoxon
 
 from thesislib.errors import BadInput
 
@@ -23,10 +23,20 @@ def bootstrap_mean(totals: Sequence[float], weights: Sequence[float], groups: Se
     names, index = np.unique(np.asarray(groups), return_inverse=True)
     if len(names) < 2:
         return np.nan, np.nan
-    total = np.bincount(index, weights=np.asarray(totals, float))
-    weight = np.bincount(index, weights=np.asarray(weights, float))
-    draws = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)), size=resamples)
-    low, high = np.quantile((draws @ total) / (draws @ weight), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return _middle(_resampled(np.asarray(totals, float), np.asarray(weights, float), index, resamples, seed))
+
+
+def _resampled(totals: np.ndarray, weights: np.ndarray, index: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """sum(totals) / sum(weights) of every resample of whole groups, `index` being each item's group."""
+    total, weight = np.bincount(index, weights=totals), np.bincount(index, weights=weights)
+    n = len(total)
+    draws = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
+    return (draws @ total) / (draws @ weight)
+
+
+def _middle(values: np.ndarray) -> tuple[float, float]:
+    """The quantiles that leave LEVEL of the values between them."""
+    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 
@@ -50,23 +60,101 @@ class Comparison:
     test: str
 
 
+def _aligned(samples: Mapping[str, Sequence[float]], groups: Sequence | None) -> tuple[list[np.ndarray], np.ndarray]:
+    """The samples as arrays and each item's group (itself if there are none), refused unless fit for a paired test."""
+    rows = [np.asarray(x, float) for x in samples.values()]
+    if len({x.shape for x in rows}) > 1:
+        sides = "both sides" if len(rows) == 2 else "every side"
+        raise BadInput(f"a paired test needs the same items on {sides}: got {' and '.join(str(len(x)) for x in rows)} ({', '.join(samples)})")
+    n = len(rows[0])
+    if groups is not None and len(groups) != n:
+        raise BadInput(f"{len(groups)} groups for {n} items: expected one for each item")
+    broken = {name: int((~np.isfinite(x)).sum()) for name, x in zip(samples, rows, strict=True)}
+    if any(broken.values()):
+        counts = ", ".join(f"{k} in {name}" for name, k in broken.items() if k)
+        raise BadInput(f"NaN or infinite values ({counts}, of {n} items): a paired test needs finite ones; leave those items out on every side and say so")
+    index = np.arange(n) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    if index.max(initial=0) < 1:
+        raise BadInput(f"a paired test needs at least two independent items or documents: got {n} items{'' if groups is None else ' in one group'}")
+    return rows, index
+
+
+def _averaged(values: np.ndarray, index: np.ndarray) -> np.ndarray:
+    """Every group's mean."""
+    return np.bincount(index, weights=values) / np.bincount(index)
+
+
 def paired_means(a: Sequence[float], b: Sequence[float], groups: Sequence | None = None) -> Comparison:
     """Paired t test of b - a, each group's pairs first averaged.
 
     Raises:
-        BadInput: different lengths, or fewer than two groups.
+        BadInput: different lengths, NaN or infinite values, or fewer than two groups.
     """
-    a, b = np.asarray(a, float), np.asarray(b, float)
-    if a.shape != b.shape:
-        raise BadInput(f"a paired test needs the same items on both sides: got {len(a)} and {len(b)}")
-    index = np.unique(np.asarray(groups), return_inverse=True)[1] if groups is not None else np.arange(len(a))
-    d = np.bincount(index, weights=b - a) / np.bincount(index)
-    if len(d) < 2:
-        raise BadInput("a paired test needs at least two independent items or documents")
+    (a, b), index = _aligned({"a": a, "b": b}, groups)
+    d = _averaged(b - a, index)
     spread = d.std(ddof=1) / np.sqrt(len(d))
     half = t.ppf((1 + LEVEL) / 2, len(d) - 1) * spread
     p = float(ttest_1samp(d, 0).pvalue) if spread > 0 else float(d.mean() == 0)
     return Comparison(float(d.mean()), float(d.mean() - half), float(d.mean() + half), p, len(d), "paired t")
+
+
+def paired_bootstrap(
+    a: Sequence[float], b: Sequence[float], groups: Sequence | None = None, weights: Sequence[float] | None = None, *, resamples: int = 10_000, seed: int = 0
+) -> Comparison:
+    """Bootstrap of mean(b) - mean(a) over the same items, whole groups resampled (Efron 1979; for two systems Koehn 2004).
+
+    `a`, `b`, `groups` and `weights` have one value an item. Nothing is averaged within a group: every item counts by its
+    weight, so for nats per token with tokens as weights this is the difference of two perplexities' logarithms. The interval
+    is the percentile one, too short for few groups (ten: it covers some 91 %). The p value is twice the smaller of the shares
+    of resamples on either side of zero (zero counts for both), with one added above and below so that it is never 0
+    (Davison and Hinkley 1997).
+
+    Raises:
+        BadInput: different lengths, NaN or infinite values, fewer than two groups, or a weight that is not above 0.
+    """
+    (a, b), index = _aligned({"a": a, "b": b}, groups)
+    weights = np.ones(len(a)) if weights is None else np.asarray(weights, float)
+    good = np.isfinite(weights) & (weights > 0)
+    if weights.shape != a.shape or not good.all():
+        raise BadInput(f"expected {len(a)} finite weights above 0, one for each item: got {good.sum()} such of {len(good)}")
+    d = weights * (b - a)
+    means = _resampled(d, weights, index, resamples, seed)
+    beyond = min((means <= 0).sum(), (means >= 0).sum())
+    p = min(1.0, 2 * (beyond + 1) / (resamples + 1))
+    return Comparison(float(d.sum() / weights.sum()), *_middle(means), float(p), int(index.max()) + 1, "paired bootstrap")
+
+
+def signed_rank(a: Sequence[float], b: Sequence[float], groups: Sequence | None = None) -> Comparison:
+    """Wilcoxon's signed-rank test of b - a, each group's pairs first averaged (Wilcoxon 1945).
+
+    It asks whether the differences lie symmetrically about zero, so a few enormous ones weigh no more than their ranks.
+    The difference is the Hodges-Lehmann estimate, the median of the n (n + 1) / 2 means of two differences, and the interval
+    two of those means in order (Hodges and Lehmann 1963): by the exact null distribution for n up to 50 and
+    its normal approximation above, as scipy chooses for p. Below 6 groups no such interval reaches 95 %, so it is
+    (-inf, inf). p leaves out differences of zero, n counts them; ties make the interval longer than need be. The means
+    are held in memory: 400 MB for 10,000 groups.
+
+    Raises:
+        BadInput: different lengths, NaN or infinite values, or fewer than two groups.
+    """
+    (a, b), index = _aligned({"a": a, "b": b}, groups)
+    d = _averaged(b - a, index)
+    means = np.sort(np.concatenate([(d[i:] + x) / 2 for i, x in enumerate(d)]))
+    k = _largest_rejected(len(d))
+    low, high = (means[k], means[-1 - k]) if k >= 0 else (-np.inf, np.inf)
+    p = wilcoxon(d).pvalue if d.any() else 1.0
+    return Comparison(float(np.median(means)), float(low), float(high), float(p), len(d), "Wilcoxon signed-rank")
+
+
+def _largest_rejected(n: int) -> int:
+    """The largest sum of signed ranks that a two-sided 5 % test of n differences rejects; -1 if it rejects none."""
+    if n > 50:
+        mean, deviation = n * (n + 1) / 4, np.sqrt(n * (n + 1) * (2 * n + 1) / 24)
+        return int(np.ceil(mean - norm.ppf((1 + LEVEL) / 2) * deviation)) - 1
+    null = np.ones(1)  # P(sum = 0, 1, ...): every rank is in the sum or not, with equal chances
+    for rank in range(1, n + 1):
+        null = (np.pad(null, (0, rank)) + np.pad(null, (rank, 0))) / 2
+    return int(np.searchsorted(null.cumsum(), (1 - LEVEL) / 2, side="right")) - 1
 
 
 def paired_outcomes(a: Sequence[bool], b: Sequence[bool]) -> Comparison:
@@ -88,3 +176,34 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = np.empty(len(p))
     adjusted[order] = np.minimum(1, np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order]))
     return adjusted.tolist()
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Friedman's statistic, its p value, the number of items or groups, each name's mean rank (1 is the smallest value) and
+    Kendall's coefficient of concordance W, from 0 (the rankings cancel) to 1 (all alike)."""
+
+    statistic: float
+    p: float
+    n: int
+    mean_ranks: dict[str, float]
+    w: float
+
+
+def friedman(table: Mapping[str, Sequence[float]], groups: Sequence | None = None) -> Ranking:
+    """Friedman's test that at least three configurations rank alike over the same items (Friedman 1937).
+
+    Each group's items are first averaged. p is from the chi-squared approximation, rough below ten items; if everything is
+    tied the statistic is 0 and p 1. Which pairs differ is for `signed_rank`, with `holm`.
+
+    Raises:
+        BadInput: fewer than three configurations, different lengths, NaN or infinite values, or fewer than two groups.
+    """
+    if len(table) < 3:
+        raise BadInput(f"Friedman's test needs at least three configurations, got {len(table)}: signed_rank compares two")
+    rows, index = _aligned(table, groups)
+    means = np.array([_averaged(row, index) for row in rows])
+    k, n = means.shape
+    statistic, p = friedmanchisquare(*means) if np.ptp(means, axis=0).any() else (0.0, 1.0)
+    ranks = rankdata(means, axis=0).mean(axis=1).tolist()
+    return Ranking(float(statistic), float(p), n, dict(zip(table, ranks, strict=True)), float(statistic / (n * (k - 1))))

@@ -1,0 +1,133 @@
+"""Chapter 5: what it measures on a tiny model, and that its tables and sentences turn with the numbers."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from thesislib.chapters import gptq, quantisation
+from thesislib.chapters.gptq import BEST, CLOSED, HELD_OUT, INGREDIENTS, OPEN, PAPER, PPL, QuantChapter
+from thesislib.errors import BadInput
+from thesislib.evaluate import protocol
+from thesislib.experiment import again
+from thesislib.records import Measurement
+from thesislib.store import Store
+
+
+@pytest.fixture(scope="module")
+def small(tiny, tiny_data, tmp_path_factory):
+    """Parameters, with a cache of their own and the folder's text for held-out text too."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("THESISLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
+    text = protocol.corpus.evaluation_text
+    patch.setattr(protocol.corpus, "evaluation_text", lambda data: text(tiny_data))
+    folder = tiny(layers=3, hidden_size=64, intermediate_size=64, num_attention_heads=8).save(tmp_path_factory.mktemp("subject") / "tiny")
+    settings = {"length": 64, "calibration": 3, "rank": 4, "windows": 4, "held_out": 3, "questions": 2, "passages": 2, "tokens": 4, "group": 32}
+    yield QuantChapter(subject=str(folder), data=tiny_data, dtype="float32", bits=[3], **settings)
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def measured(small):
+    found = []
+    results = gptq.measure([*gptq.table(small), *gptq.pruned(small, ["W2:4"]), *gptq.ranks(small, tried=(2, 8))], small, found=found.append)
+    return results, found
+
+
+def test_every_model_is_made_and_measured_once(small, measured):
+    results, found = measured
+    assert len(found) == len(results) == len({(m.provenance["made"]["recipe"], m.provenance["chapter"]["what"]) for m in found})
+    table = quantisation.main_table(results, gptq.table(small))
+    assert list(table.index) == ["dense", *(f"{way} 3-bit asymmetric{more}" for way in ("rounding", "GPTQ") for more in ("", " + EoRA"))]
+    assert (table[["WikiText-2", "held-out Wikipedia", "closed book", "open book"]] != "").all().all()
+    without, with_eora = (results[c.key, PPL].provenance["made"]["bytes"]["bytes_on_disk"] for c in gptq.table(small)[-2:])
+    assert without < with_eora
+    assert list(quantisation.pruned_table(results, small).index) == ["W2:4", "W2:4, rounding", "W2:4, GPTQ", "W2:4, GPTQ + EoRA"]
+    ranks = quantisation.rank_table(results, small)
+    assert list(ranks["MB of factors"]) == sorted(ranks["MB of factors"]) and ranks.loc["0", "against rank 0"] == ""
+    errors = quantisation.layer_table(quantisation.errors_by_layer(results, gptq.table(small)[-1]))
+    assert (errors["GPTQ + EoRA"] < errors["GPTQ"]).all() and len(errors) == 7
+    assert gptq.measure(gptq.table(small), small, results, pytest.fail) == results  # nothing is done twice
+
+
+def test_records_come_back_and_can_be_made_again(small, measured, tiny_data, tmp_path):
+    results, found = measured
+    store = Store(tmp_path / "r.jsonl")
+    for m in found:
+        store.append(m)
+    assert dict(gptq.read_recorded(store.path)) == results
+    verdict = again(results[gptq.table(small)[-1].key, CLOSED], small.subject, tiny_data)
+    assert verdict.same_bits and verdict.same_subject
+
+
+def test_ingredients_change_one_thing_each():
+    p = gptq.recorded_parameters()
+    paper = dataclasses.asdict(gptq.alone(p)[1].stages[0])
+    for c in gptq.alone(p)[2:]:
+        changed = {k for k, v in dataclasses.asdict(c.stages[0]).items() if v != paper[k]} - {"windows"}
+        assert changed == {INGREDIENTS[c.name.split(":")[0]][0]}, c.name
+    (_, *less), best = gptq.without(p), dataclasses.asdict(gptq.without(p)[0].stages[0])
+    assert {k: best[k] for k in BEST} == BEST and len(less) == sum(PAPER[k] != BEST[k] for k in BEST)
+    for c in less:
+        assert len({k for k, v in dataclasses.asdict(c.stages[0]).items() if v != best[k]}) == 1, c.name
+    long = next(c for c in gptq.alone(p) if "window length" in c.name).stages[0]
+    assert long.windows * long.length == p.calibration * p.length  # as many tokens
+
+
+# ---------------------------------------------------------------- sentences
+
+
+def loss(per_token, seed=0):
+    noise = np.random.default_rng(0).normal(0, 0.3, 24) + np.random.default_rng(seed).normal(0, 0.01, 24)
+    items = [{"id": i, "document": i, "nats": 100 * (per_token + noise[i]), "tokens": 100} for i in range(24)]
+    value = float(np.exp(per_token))
+    return Measurement("text", "perplexity", value, value * 0.9, value * 1.1, 24, "window", items, {}, {"made": {"bytes": {"bytes_on_disk": 10**6}}})
+
+
+def test_sentences_turn_with_the_numbers():
+    p = gptq.recorded_parameters()
+    configs = gptq.alone(p)
+    results = {(c.key, HELD_OUT): loss(4.0, i) for i, c in enumerate(configs)}
+    results[configs[0].key, HELD_OUT] = loss(3.7, 90)
+    results[configs[3].key, HELD_OUT] = loss(3.5, 91)
+    results[configs[5].key, HELD_OUT] = loss(5.0, 92)
+    said = quantisation.textbook_sentence(results, p)
+    assert (
+        "is worse than plain rounding (x 1.3" in said
+        and "gained by token weighting: first_16 (x 0.6" in said
+        and "harm is done by token weighting: skip_1" in said
+    )
+    table = quantisation.ingredient_table(results, configs)
+    assert table.loc["token weighting: first_16", ""] == "better" and table.loc["act-order: static", ""] == "within noise"
+    results[configs[0].key, HELD_OUT] = loss(4.5, 90)
+    assert "is better than plain rounding" in quantisation.textbook_sentence(results, p)
+    results[configs[0].key, HELD_OUT] = loss(4.0, 90)
+    assert "is within noise of plain rounding" in quantisation.textbook_sentence(results, p)
+
+    tables = gptq.table(p)
+    results |= {(c.key, PPL): loss(3.4 - 0.05 * i, i) for i, c in enumerate(tables)}
+    said = quantisation.method_sentence(results, tables)
+    assert "GPTQ 4-bit asymmetric against rounding: better" in said and "rounding 3-bit asymmetric + EoRA against without: better" in said
+    results[tables[4].key, PPL] = loss(3.9, 5)
+    assert "GPTQ 4-bit asymmetric + EoRA against without: worse" in quantisation.method_sentence(results, tables)
+    results |= {(c.key, PPL): loss(3.5 if c.name.startswith("EoRA") else 3.6, i) for i, c in enumerate(gptq.starts(p))}
+    assert "lower for every seed" in quantisation.starts_sentence(results, p)
+    results[gptq.starts(p)[0].key, PPL] = loss(3.0)
+    assert "lower for 2 of 3 seeds" in quantisation.starts_sentence(results, p)
+    with pytest.raises(BadInput, match="no seed has both starts"):
+        quantisation.starts_sentence({}, p)
+
+
+def test_thesis_figures_stand_beside():
+    table = quantisation.thesis_table()
+    assert table.loc["W1:8+W", "perplexity, 4-bit + EoRA"] == 16.68 and table.loc["W1:8+W", "perplexity, recovered"] == 15.7
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"bits": [5]}, "5 bits"), ({"calibration": 0}, "calibration"), ({"dtype": "int8"}, "'int8'"), ({"group": 1}, "group '1'")],
+)
+def test_what_the_chapter_refuses(settings, message):
+    with pytest.raises(BadInput, match=message):
+        QuantChapter(**settings)
+    assert OPEN in QuantChapter().protocols()
