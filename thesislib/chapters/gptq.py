@@ -175,8 +175,8 @@ def starts(p: QuantChapter, bits: int = 3, steps: int = 48, seeds: Iterable[int]
         training = Lora(rank=p.rank, alpha=p.rank, linears="*", learning_rate=5e-4, steps=steps, batch=2, accumulate=1, every=16, validation=8,
                         checkpoint_every=16, seed=seed)  # fmt: skip
         found += [
-            Configuration("start", f"usual, seed {seed}", (p.gptq(bits), training), (PPL,)),
-            Configuration("start", f"EoRA, seed {seed}", (p.gptq(bits), p.eora(), dataclasses.replace(training, init="eora")), (PPL,)),
+            Configuration("start", f"usual, seed {seed}", (p.gptq(bits), training), (HELD_OUT,)),
+            Configuration("start", f"EoRA, seed {seed}", (p.gptq(bits), p.eora(), dataclasses.replace(training, init="eora")), (HELD_OUT,)),
         ]
     return found
 
@@ -231,7 +231,7 @@ def recorded_parameters(**settings) -> QuantChapter:
 def recorded_configurations(p: QuantChapter) -> list[Configuration]:
     """All that the recorded run measures, what matters most first."""
     q = dataclasses.replace(p, calibration=ABLATION)
-    return [*table(p), *alone(q), *without(q), *table(p, ("symmetric",), answers=False), *pruned(q), *ranks(p), *starts(p)]
+    return [*table(p), *alone(q), *without(q), *pruned(q), *ranks(p), *starts(p), *table(p, ("symmetric",), answers=False)]
 
 
 def main() -> None:

@@ -188,7 +188,7 @@ def rank_table(results: Results, p: QuantChapter) -> pd.DataFrame:
 
 def starts_sentence(results: Results, p: QuantChapter) -> str:
     """LoRA begun at EoRA's correction against LoRA begun at zero: equal rank, steps and seeds."""
-    found = {c.name: results[c.key, PPL].value for c in starts(p) if (c.key, PPL) in results}
+    found = {c.name: results[c.key, HELD_OUT].value for c in starts(p) if (c.key, HELD_OUT) in results}
     seeds = [s for s in range(9) if f"usual, seed {s}" in found and f"EoRA, seed {s}" in found]
     if not seeds:
         raise BadInput("no seed has both starts measured")
