@@ -150,11 +150,15 @@ def test_every_notebook_is_in_the_book_and_its_parameters_are_its_configs():
 
     from thesislib.chapters.depth import DepthChapter
     from thesislib.chapters.franken import Franken
+    from thesislib.chapters.lora import LoraChapter
     from thesislib.chapters.measures import Measures
     from thesislib.chapters.width import WidthChapter
 
     toc = (ROOT / "_toc.yml").read_text()
-    kinds = {"00_measures": Measures, "01_franken_llama": Franken, "02_depth_pruning": DepthChapter, "03_width_pruning": WidthChapter}
+    kinds = {
+        "00_measures": Measures, "01_franken_llama": Franken, "02_depth_pruning": DepthChapter, "03_width_pruning": WidthChapter,
+        "04_lora_recovery": LoraChapter,
+    }  # fmt: skip
     assert set(kinds) == set(chapters()) == set(CHAPTERS)
     for name, kind in kinds.items():
         assert f"notebooks/{name}" in toc

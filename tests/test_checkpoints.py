@@ -8,7 +8,7 @@ import random
 import shutil
 import signal
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -19,11 +19,12 @@ from thesislib import checkpoints, formats
 from thesislib.checkpoints import Job, compress
 from thesislib.cli import app
 from thesislib.compress.depth import Depth
+from thesislib.compress.gptq import Rtn
+from thesislib.compress.lora import Lora
 from thesislib.compress.stages import STAGES
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.files import cache_dir
-from thesislib.forecast import Forecast, forecast
 from thesislib.formats import RECORD, load_artifact, read_artifact
 from thesislib.recipe import Recipe
 from thesislib.subject import load_subject
@@ -307,7 +308,9 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written(folder, place, monkeypa
     recipe = of(Toy(2), W18)
     with monkeypatch.context() as patch:
         patch.setattr(formats, "write_tensors", full)
-        with pytest.raises(BadInput, match="the disk is full at .*: free some space there or set THESISLIB_CACHE") as caught:
+        with pytest.raises(
+            BadInput, match="the disk is full at .*: free some space there or write elsewhere \\(the cache's place is THESISLIB_CACHE"
+        ) as caught:
             compress(folder, recipe, place / "out")
     assert "\n" not in str(caught.value)
     stages, job = cache_dir() / "stages", Job.prepare(folder, recipe)
@@ -438,31 +441,32 @@ def test_two_at_once_share_the_work_and_the_folder(folder, place, start):
     assert leftovers(other) == []
 
 
-# ---------------------------------------------------------------- forecasts and the command line
+# ---------------------------------------------------------------- what is refused before anything is computed
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "recipe",
-    [(D2,), (W18,), (D2, W18), (Depth(blocks=[1, 4], part="attention"), Width(remove=2, of=4, metric="magnitude")), (Width(ratio=0.5, metric="magnitude"), D2)],
-    ids=lambda stages: "+".join(stage.label for stage in stages),
+    ("recipe", "message"),
+    [
+        ((D2, Width(remove=1, of=8, linears="blocks.6.*")), r"no projection fits 'blocks\.6\.\*': the model has .* in blocks 0 to 5"),
+        ((W18, Rtn(bits=4, group=16, grid="minimum")), "grid 'minimum' has no exact zero"),
+        ((D2, Lora(rank=999)), "rank 999 is larger than q_proj"),
+    ],
+    ids=["no such block", "no zero", "rank"],
 )
-def test_sizes_are_foreseen_exactly(folder, place, recipe, dtype):
-    foreseen = forecast(Job.prepare(folder, of(*recipe), dtype=dtype))
-    record = read_artifact(compress(folder, of(*recipe), place / "out", dtype=dtype))
-    sizes, own = record["sizes"], 32  # zeros: the embedding of padding
-    assert foreseen[-1] == Forecast(record["label"], False, sizes["parameters"], sizes["nonzero_parameters"] + own, sizes["bytes_on_disk"])
-    assert forecast(Job.prepare(folder, of(*recipe), dtype=dtype))[-1] == replace(foreseen[-1], cached=True, nonzero=sizes["nonzero_parameters"])
+def test_what_does_not_fit_the_subject_fails_before_the_first_stage(folder, place, capfd, recipe, message):
+    with pytest.raises(BadInput, match=message):
+        compress(folder, of(*recipe), place / "out")
+    assert "computing" not in capfd.readouterr().err
 
 
-def test_what_cannot_be_foreseen_is_not_guessed(folder, place):
-    rows = forecast(Job.prepare(folder, of(W18, Width(remove=2, of=4), D2)))
-    assert [row.disk_bytes is None for row in rows] == [False, True, True]
-    assert forecast(Job.prepare(folder, of(Toy(2), D2)))[1].parameters is None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Toy, "keeps_sizes", True, raising=False)
-        assert forecast(Job.prepare(folder, of(Toy(2), D2)))[1] == replace(forecast(Job.prepare(folder, of(D2)))[0], label="X2+D2")
-    assert forecast(Job.prepare(folder, of(Width(remove=1, of=8, linears="q_proj"))))[0].nonzero is None
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "loop/out"])
+def test_what_is_no_path_is_said_so(folder, place, name):
+    (place / "loop").symlink_to(place / "loop")
+    with pytest.raises(BadInput, match="cannot be a folder"):
+        compress(folder, of(W18), place / name)
+
+
+# ---------------------------------------------------------------- the command line
 
 
 def test_on_the_command_line(folder, place):

@@ -248,3 +248,18 @@ def test_taylor_on_weights_without_gradients(tiny):
         ):
             importance(subject, IDS, "taylor")
         assert set(importance(subject, IDS, "magnitude")) == {0, 1}
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "taylor", "magnitude"])
+def test_a_part_that_is_gone_is_not_chosen_again(tiny, tiny_data, metric):
+    subject = tiny()
+    stage = Depth(remove=1, part="attention", metric=metric, text="wikipedia", windows=2, length=16, protect_first=1, protect_last=1)
+    once, first = stage.apply(subject, data=tiny_data)
+    twice, second = stage.apply(once, data=tiny_data)
+    assert first["removed"] != second["removed"] and first["removed"][0] not in second["scores"]
+    assert removed_parts(twice)["attention"] == sorted(first["removed"] + second["removed"])
+    with pytest.raises(BadInput, match=f"the attention of block {first['removed'][0]} is gone already"):
+        Depth(blocks=first["removed"], part="attention").apply(once)
+    left = subject.depth - 1 - 2
+    with pytest.raises(BadInput, match=f"cannot remove {left + 1}: {left} unprotected blocks"):
+        Depth(remove=left + 1, part="attention", metric="magnitude", protect_first=1, protect_last=1).apply(once)

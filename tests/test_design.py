@@ -13,6 +13,8 @@ import pytest
         ("thesislib.recipe, thesislib.checkpoints, thesislib.streamed", "thesislib.evaluate"),
         ("thesislib.evaluate.perplexity, thesislib.evaluate.triviaqa, thesislib.evaluate.choice, thesislib.evaluate.harness", "thesislib.compress"),
         ("thesislib.subject, thesislib.corpus, thesislib.forward", "thesislib.records"),
+        ("thesislib.store, thesislib.records", ("thesislib.compress", "thesislib.evaluate")),
+        ("thesislib.evaluate.protocol", "thesislib.compress"),
     ],
 )
 def test_imports_go_one_way(imported, never):

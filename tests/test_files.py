@@ -1,5 +1,6 @@
 import errno
 import os
+import shutil
 import stat
 
 import pytest
@@ -21,6 +22,27 @@ def test_folder_appears_only_when_whole(tmp_path):
     assert [p.name for p in final.parent.iterdir()] == ["final"]
     assert (final / "a").read_text() == "1"
     assert stat.S_IMODE(final.stat().st_mode) == 0o755
+
+
+def test_a_kill_while_one_folder_replaces_another_leaves_no_half_of_either(tmp_path, monkeypatch):
+    """At every step that changes the disk, what stands under the name is the old folder, the new one, or nothing."""
+    seen, change = [], {"replace": os.replace, "rmtree": shutil.rmtree}
+
+    def looked_at(name):
+        def step(*args, **kwargs):
+            change[name](*args, **kwargs)
+            seen.append(sorted(p.name for p in (tmp_path / "final").glob("*")))
+
+        return step
+
+    for text in ("old", "new"):
+        monkeypatch.setattr(os, "replace", looked_at("replace"))
+        monkeypatch.setattr(shutil, "rmtree", looked_at("rmtree"))
+        with whole_folder(tmp_path / "final") as temporary:
+            for name in "ab":
+                (temporary / f"{text}_{name}").write_text(text)
+    assert {tuple(names) for names in seen} == {(), ("old_a", "old_b"), ("new_a", "new_b")}
+    assert [p.name for p in tmp_path.iterdir()] == ["final"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

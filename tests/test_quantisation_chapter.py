@@ -110,9 +110,9 @@ def test_sentences_turn_with_the_numbers():
     assert "GPTQ 4-bit asymmetric against rounding: better" in said and "rounding 3-bit asymmetric + EoRA against without: better" in said
     results[tables[4].key, PPL] = loss(3.9, 5)
     assert "GPTQ 4-bit asymmetric + EoRA against without: worse" in quantisation.method_sentence(results, tables)
-    results |= {(c.key, PPL): loss(3.5 if c.name.startswith("EoRA") else 3.6, i) for i, c in enumerate(gptq.starts(p))}
+    results |= {(c.key, HELD_OUT): loss(3.5 if c.name.startswith("EoRA") else 3.6, i) for i, c in enumerate(gptq.starts(p))}
     assert "lower for every seed" in quantisation.starts_sentence(results, p)
-    results[gptq.starts(p)[0].key, PPL] = loss(3.0)
+    results[gptq.starts(p)[0].key, HELD_OUT] = loss(3.0)
     assert "lower for 2 of 3 seeds" in quantisation.starts_sentence(results, p)
     with pytest.raises(BadInput, match="no seed has both starts"):
         quantisation.starts_sentence({}, p)

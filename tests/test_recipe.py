@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from thesislib.compress.depth import Depth
+from thesislib.compress.lora import Lora
 from thesislib.compress.stages import STAGES
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
@@ -166,6 +167,14 @@ def test_an_included_recipe_comes_first(write):
     assert read_recipe(write("include: second.yaml", "third.yaml")).data == "hub"
 
 
+@pytest.mark.parametrize("name", ["a\\0b.yaml", "loop.yaml", f"{'x' * 300}.yaml"])
+def test_an_include_that_is_no_path(write, name):
+    file = write(f'include: "{name}"')
+    (file.parent / "loop.yaml").symlink_to(file.parent / "loop.yaml")
+    with pytest.raises(BadInput, match=r"recipe.yaml:1: .*(is no path|there is no file)"):
+        read_recipe(file)
+
+
 def test_a_wrong_stage_is_placed_in_the_file_that_has_it(write):
     first = write("stages: [depth: {remove: 0}]", "first.yaml")
     with pytest.raises(BadInput) as error:
@@ -293,12 +302,21 @@ def test_two_recipes_with_one_label(write, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "label"),
-    [("d4", "D4"), ("w2_4", "W2:4"), ("w1_8", "W1:8"), ("d2_w1_8", "D2+W1:8"), ("thesis", "D2+W1:8+W"), ("order_depth_lora_width", "D2+W+W1:8")],
+    [
+        ("d4", "D4"),
+        ("w2_4", "W2:4"),
+        ("w1_8", "W1:8"),
+        ("d2_w1_8", "D2+W1:8"),
+        ("thesis", "D2+W1:8+W+Q+E"),
+        ("order_depth_lora_width", "D2+W+W1:8"),
+        ("order_depth_width_lora", "D2+W1:8+W"),
+    ],
 )
 def test_the_recipes_that_come_along(name, label):
-    if "lora" not in STAGES and "+W" in label.replace("+W1:8", ""):
-        pytest.skip("stage 'lora' is not there")
     recipe = read_recipe(data_file(f"recipes/{name}.yaml"))
     assert recipe.label == label
     recipe.check(SMOLLM2)
-    assert recipe.stages == parse_label(label).stages  # so `compress LABEL` and `compress FILE` are one
+    named = parse_label(label).stages
+    assert [type(stage) for stage in recipe.stages] == [type(stage) for stage in named]
+    # so `compress LABEL` and `compress FILE` are one, but for the quick training of the files
+    assert [a == b for a, b in zip(recipe.stages, named, strict=True)] == [not isinstance(stage, Lora) for stage in recipe.stages]

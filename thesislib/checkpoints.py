@@ -26,7 +26,7 @@ import thesislib
 from thesislib.corpus import default_data, kind_of
 from thesislib.errors import BadInput, unknown
 from thesislib.files import cache_dir, is_folder, read_json, whole_folder, write_whole
-from thesislib.forecast import shape_of, stand_in
+from thesislib.forecast import forecast, shape_of, stand_in
 from thesislib.formats import RECORD, load_artifact, read_artifact, save_artifact
 from thesislib.layers import PackedLinear, replace, unpack
 from thesislib.recipe import Recipe, read_recipe
@@ -64,6 +64,7 @@ def compress(
     with _plain_disk_errors():
         job = Job.prepare(subject, recipe, data, dtype, device)
         _check_out(out, job.source)
+        forecast(job)  # refuses what does not fit the subject's shapes, while nothing is computed yet
         job.write(out, packed)
     return out
 
@@ -249,8 +250,12 @@ def _hash(facts: object) -> str:
 
 def _check_out(out: Path, source: Path) -> None:
     """Raises BadInput, before any work, if an artifact cannot be written at `out`."""
-    if out.is_file() or any(parent.is_file() for parent in out.parents):
-        raise BadInput(f"{out} cannot be a folder: a file stands there or above it")
+    try:
+        if out.is_file() or any(parent.is_file() for parent in out.parents):
+            raise BadInput(f"{out} cannot be a folder: a file stands there or above it")
+        out.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # too long; links in a circle; no character of a path
+        raise BadInput(f"'{str(out)[:60]}' cannot be a folder ({error.args[-1] if error.args else error}): expected a new folder's name") from error
     if source.resolve().is_relative_to(out.resolve()):
         raise BadInput(f"{out} holds the subject itself: expected another folder for the artifact")
     if is_folder(out) and any(out.iterdir()) and not (out / RECORD).is_file():
@@ -283,7 +288,8 @@ def _plain_disk_errors() -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise BadInput(f"the disk is full at {error.filename or cache_dir()}: free some space there or set THESISLIB_CACHE to another disk") from error
+            where = error.filename or cache_dir()
+            raise BadInput(f"the disk is full at {where}: free some space there or write elsewhere (the cache's place is THESISLIB_CACHE)") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise BadInput(f"{error.filename} cannot be written ({error.strerror})") from error
         raise

@@ -1,6 +1,7 @@
 """The command line: every command one call. Results go to stdout, progress to stderr; 0 done, 1 failed, 2 bad input."""
 
 import functools
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -207,6 +208,8 @@ def records(
 ) -> None:
     """Recorded measurements: list, filter and export them."""
     if context.invoked_subcommand is not None:
+        if store or label or task or metric or csv or as_json:
+            raise BadInput(f"options of the listing before '{context.invoked_subcommand}' would do nothing: expected its own behind it, see --help")
         return
     from thesislib import store as stored
 
@@ -217,10 +220,10 @@ def records(
         return
     for name, m in found.items():
         if as_json:
-            typer.echo(m.to_json(items=False))
+            typer.echo(json.dumps({"id": name, **json.loads(m.to_json(items=False))}, ensure_ascii=False))
         else:
-            who = stored.flat(name, m)["label"]
-            typer.echo(f"{name}  {who:<28} {m.task:<34} {m.metric:<11} {m.value:>10.4g} [{m.low:.4g}, {m.high:.4g}]  n = {m.n}")
+            value, low, high = ("?" if x is None else f"{x:.4g}" for x in (m.value, m.low, m.high))  # None: not finite
+            typer.echo(f"{name}  {stored.flat(name, m)['label']:<28} {m.task:<34} {m.metric:<11} {value:>10} [{low}, {high}]  n = {m.n}")
 
 
 @listed.command()

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -113,7 +114,7 @@ def tolerance(m: Measurement) -> dict[str, float]:
     steps, ends at another adapter. Answers differ where two tokens were about equally likely.
     """
     made = m.provenance
-    if "tolerance" in made:
+    if made.get("tolerance"):
         return made["tolerance"]
     trained = any("lora" in stage for stage in made.get("made", {}).get("stages", []))
     rank = 2 if trained else 1 if made["dtype"] == "bfloat16" else 0
@@ -138,11 +139,13 @@ class Verdict:
     @property
     def same_bits(self) -> bool:
         """See the class."""
-        return self.recorded.value == self.again.value
+        return _finite(self.recorded.value) == _finite(self.again.value)
 
     @property
     def agrees(self) -> bool:
         """See the class."""
+        if self.same_bits or None in (_finite(self.recorded.value), _finite(self.again.value)):
+            return self.same_bits
         apart = abs(self.again.value - self.recorded.value)
         return apart <= self.tolerance.get("absolute", 0) + self.tolerance.get("relative", 0) * abs(self.recorded.value)
 
@@ -150,8 +153,14 @@ class Verdict:
         (kind, allowed), r = next(iter(self.tolerance.items())), self.recorded
         word = "the same to the last bit" if self.same_bits else "within" if self.agrees else "NOT within"
         rest = "" if self.same_bits else f" the tolerance of {allowed:.1%} {kind}"
-        weights = "" if self.same_subject else "; the weights differ from the recorded ones in rounding"
-        return f"{r.metric} on {r.task}: recorded {r.value:.6g}, again {self.again.value:.6g}: {word}{rest}{weights}"
+        weights = "" if self.same_subject else "; the weights are not the recorded ones to the last bit: other rounding, or another calibration text"
+        then, now = ("not finite" if _finite(x) is None else f"{x:.6g}" for x in (r.value, self.again.value))
+        return f"{r.metric} on {r.task}: recorded {then}, again {now}: {word}{rest}{weights}"
+
+
+def _finite(value: float | None) -> float | None:
+    """As a record keeps it: None for what is not finite."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def again(m: Measurement, subject: str = "embedded", data: str | None = None, device: str = "cpu") -> Verdict:
@@ -168,15 +177,23 @@ def again(m: Measurement, subject: str = "embedded", data: str | None = None, de
     """
     made, data = m.provenance, data or corpus.default_data()
     protocol = protocol_of(m)
-    stages = [_stage(plain) for plain in made.get("made", {}).get("stages", [])]
+    missing = [key for key in ("subject", "fingerprint", "dtype", "settings") if key not in made]
+    if missing:
+        raise BadInput(f"the record does not say its {', '.join(missing)}: it cannot be measured again")
+    note = made.get("made") or {}
+    stages = [_stage(plain) for plain in note.get("stages", [])]
     job = Job.prepare(subject, recipe_of(stages), data, made["dtype"], device)
-    base = made.get("made", {}).get("base", {}).get("fingerprint")
+    base = note.get("base", {}).get("fingerprint")
     if base is not None and job.base["fingerprint"] != base:
         raise BadInput(f"the record began with {made['subject']}, fingerprint {base[:12]}...; '{subject}' in {made['dtype']} has "
                        f"{job.base['fingerprint'][:12]}...: name the record's subject")  # fmt: skip
     model, _ = job.after(len(stages))
-    if made["plan"] is not None and not stages:
+    if made.get("plan") is not None and not stages:
         model = apply_plan(model, made["plan"])
+    same = made["fingerprint"] in (model.fingerprint, job.base["fingerprint"])  # many plans are measured in one pass, under that of the whole
+    if base is None and not same:  # measured directly, without `Prepared` or `described`
+        raise BadInput(f"the record is of {made['subject']}, fingerprint {made['fingerprint'][:12]}...; '{subject}' in {made['dtype']} has "
+                       f"{model.fingerprint[:12]}...: name the record's subject")  # fmt: skip
     result = protocol.measure(model, data)
     if [i["id"] for i in result.items] != [i["id"] for i in m.items]:
         raise BadInput(f"data '{data}' gives {result.n} other items ({result.task}) than the record's {m.n} ({m.task}): name the data that it was made with")
@@ -184,13 +201,17 @@ def again(m: Measurement, subject: str = "embedded", data: str | None = None, de
         then = made["settings"].get(key, made.get(key))
         if then is not None and now is not None and then != now:
             raise BadInput(f"data '{data}' has another text for {m.task} (sha256 {now[:12]}..., recorded {then[:12]}...): name the data that it was made with")
-    # many plans of one subject are measured in one pass, under the fingerprint of the whole
-    return Verdict(m, result, tolerance(m), made["fingerprint"] in (model.fingerprint, job.base["fingerprint"]))
+    return Verdict(m, result, tolerance(m), same)
 
 
 def _stage(plain: dict[str, dict]):
     """A stage's config from a record."""
-    ((name, settings),) = plain.items()
-    if name not in STAGES:
-        raise unknown("stage in the record", name, STAGES)
-    return build(STAGES[name], settings)
+    try:
+        ((name, settings),) = plain.items()
+        if name in STAGES:
+            return build(STAGES[name], settings)
+    except BadInput as error:
+        raise BadInput(f"stage '{name}' in the record: {error}") from error
+    except (AttributeError, TypeError, ValueError) as error:
+        raise BadInput(f"stage {plain!r} in the record is not understood: expected a name and its settings") from error
+    raise unknown("stage in the record", name, STAGES)

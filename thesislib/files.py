@@ -44,23 +44,24 @@ def whole_folder(final: Path) -> Iterator[Path]:
     """
     if final.is_file() or any(parent.is_file() for parent in final.parents):
         raise BadInput(f"{final} cannot be a folder: a file stands there or above it")
-    temporary = None
+    temporary = before = None
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
         temporary.chmod(0o755)  # mkdtemp makes it private; a cache may be shared
         yield temporary
-        if final.exists():
-            shutil.rmtree(final)
+        if final.exists():  # moved aside, so that a kill leaves the old one or the new one there, or none, but no half of either
+            before = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+            os.replace(final, before)
         os.replace(temporary, final)
     except Exception as error:
         # safetensors' writer is Rust and has its own class for a full disk
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
-            raise BadInput(f"the disk is full at {final.parent}: free some space there or set THESISLIB_CACHE to another disk") from error
+            raise BadInput(f"the disk is full at {final.parent}: free some space there or write elsewhere (the cache's place is THESISLIB_CACHE)") from error
         raise
     finally:
-        if temporary:
-            shutil.rmtree(temporary, ignore_errors=True)
+        for folder in filter(None, (temporary, before)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_folder(path: Path) -> bool:

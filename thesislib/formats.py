@@ -78,7 +78,7 @@ def save_artifact(
         if encodings:
             write_tensors(tensors, temporary / PACKED)
             config = copy.deepcopy(subject.model.config)
-            config.dtype = subject.model.dtype
+            config.dtype = subject.dtype
             config.save_pretrained(temporary)
             subject.model.generation_config.save_pretrained(temporary)
         else:
@@ -94,7 +94,7 @@ def save_artifact(
             reports=reports or [],
             base=base or {},
             fingerprint=subject.fingerprint,
-            dtype=str(subject.model.dtype).removeprefix("torch."),
+            dtype=str(subject.dtype).removeprefix("torch."),
             sizes=sizes(subject),
             encodings=encodings,
             repeats=repeats,
@@ -152,7 +152,7 @@ def plain_tensors(subject: Subject) -> dict[str, torch.Tensor]:
     """What a plain Hugging Face checkpoint of the subject holds: repeated blocks once for each place, zeros for attentions
     and MLPs that were removed (which then add nothing), corrections left out."""
     state = {key: tensor for key, tensor in subject.model.state_dict().items() if not key.endswith((".lora_A", ".lora_B"))}
-    for key, like in _empty_model(subject.model.config, subject.model.dtype).state_dict().items():
+    for key, like in _empty_model(subject.model.config, subject.dtype).state_dict().items():
         if key not in state:
             state[key] = torch.zeros(like.shape, dtype=like.dtype)
     if subject.model.config.tie_word_embeddings:
@@ -226,7 +226,7 @@ def predicted_disk_bytes(subject: Subject, removed: str | float | None = None) -
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {name: (tuple(t.shape), t.dtype) for name, t in _others(subject).items()}
     for path, module in _stored(subject):
         module = getattr(module, "base", module)
-        shape, dtype = (module.out_features, module.in_features), subject.model.dtype
+        shape, dtype = (module.out_features, module.in_features), subject.dtype
         if removed is None and isinstance(module, ComputedLinear) and module.encoding:
             shapes |= {f"{path}.{name}": (tuple(t.shape), t.dtype) for name, t in module.held.items()}
         else:

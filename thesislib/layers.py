@@ -254,7 +254,7 @@ def semi_structured(subject: Subject) -> Subject:
     Raises:
         BadInput: no NVIDIA card of compute capability 8.0 or newer under the subject; neither float16 nor bfloat16; no linear that holds 2:4.
     """
-    device, dtype = subject.device, subject.model.dtype
+    device, dtype = subject.device, subject.dtype
     if device.type != "cuda" or torch.version.hip:
         raise BadInput(
             f"2:4 kernels cannot run on '{device}': expected an NVIDIA GPU of compute capability 8.0 or newer; elsewhere packed linears unpack at use"

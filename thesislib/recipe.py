@@ -20,6 +20,7 @@ from typing import Any, Protocol
 import yaml
 
 from thesislib.compress.depth import Depth
+from thesislib.compress.selection import check_all_fit
 from thesislib.compress.stages import STAGES
 from thesislib.compress.width import Width
 from thesislib.corpus import kind_of
@@ -91,6 +92,8 @@ class Recipe:
                     stage.check(shape.depth)
                 elif shape is not None and isinstance(stage, Width):
                     stage.check(shape.inputs)
+                if shape is not None:
+                    check_all_fit(getattr(stage, "linears", None) or (), shape.depth)
                 if hasattr(stage, "check_after"):
                     stage.check_after(list(self.stages[:i]), shape)
             except BadInput as error:
@@ -258,6 +261,10 @@ def _number(text: str) -> int:
 def _inside(path: Path, node: yaml.ScalarNode) -> Path:
     """The path that a recipe's file names, if it is in the file's folder or below."""
     target, root = path.parent / node.value, path.parent.resolve()
-    if not target.resolve().is_relative_to(root):
+    try:
+        inside = target.resolve().is_relative_to(root)
+    except (OSError, RuntimeError, ValueError) as error:  # too long; links in a circle; no character of a path
+        raise at(path, node, f"{node.value!r} is no path ({error})") from error
+    if not inside:
         raise at(path, node, f"'{node.value}' leads out of {root}: expected a path in that folder or below")
     return target

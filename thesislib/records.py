@@ -127,7 +127,7 @@ def provenance(subject: Subject, started: float, **settings: Any) -> dict[str, A
         "subject": subject.name,
         "fingerprint": subject.fingerprint,
         "plan": list(subject.plan) if subject.plan is not None else None,
-        "dtype": str(subject.model.dtype).removeprefix("torch."),
+        "dtype": str(subject.dtype).removeprefix("torch."),
         "settings": settings,
         "versions": {"thesislib": thesislib.__version__, "python": platform.python_version(), **{n: version(n) for n in names}},
         "hardware": {**hardware(), "device": str(subject.device)},

@@ -72,11 +72,13 @@ class Store:
     def append(self, m: Measurement) -> str:
         """Add a row; its id. What is there already, to the last digit and second, is not added again.
 
+        A number of the row that is not finite becomes null, since JSON has no word for it.
+
         Raises:
             BadInput: the disk is full, or the file cannot be written; the rows before are as they were.
         """
         packed = gzip.compress("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in m.items).encode(), mtime=0)
-        plain = json.loads(m.to_json(items=False))
+        plain = json.loads(json.dumps({field: getattr(m, field) for field in FIELDS}), parse_constant=lambda _: None)
         made = plain["provenance"].get("made") or {}
         row: dict[str, Any] = {"label": made.get("label"), "recipe": made.get("recipe"), "stage": made.get("stage")}
         row |= {field: plain[field] for field in FIELDS}
@@ -89,7 +91,11 @@ class Store:
                     return name
                 offset = _append(self.items, packed)
                 row = {"schema": SCHEMA, "id": name, **row, "items": {"offset": offset, "bytes": len(packed), "sha256": digest}}
-                _append(self.path, json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n", new_line=True)
+                try:
+                    _append(self.path, json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n", new_line=True)
+                except OSError:
+                    _cut(self.items, offset)  # tried again and again, the items alone would fill what is left of the disk
+                    raise
         except OSError as error:
             raise BadInput(f"{self.path} cannot be added to ({error.strerror}): free some space there, or write to another folder") from error
         return name
@@ -115,11 +121,15 @@ class Store:
         damage: list[Damage] = []
         for line, row in self._lines(damage):
             try:
+                if not (isinstance(row["id"], str) and isinstance(row["provenance"], dict)):
+                    raise TypeError("its id or provenance is of another kind")
+                if not all(row[key] is None or isinstance(row[key], (int, float)) for key in ("value", "low", "high")):
+                    raise TypeError("its value or a bound is no number")
                 outcomes = self._outcomes(row["items"]) if items else []
                 found[row["id"]] = Measurement(**{field: row[field] for field in FIELDS}, items=outcomes)
             except (KeyError, TypeError) as error:
                 damage.append(Damage(line, f"it is not a row of records ({type(error).__name__}: {error})"))
-            except (OSError, EOFError, ValueError, zlib.error) as error:
+            except (OSError, EOFError, ValueError, OverflowError, MemoryError, zlib.error) as error:  # also of a length in the row
                 damage.append(Damage(line, f"its items in {self.items.name} are damaged ({error})"))
         return found, sorted(damage, key=lambda d: d.line)
 
@@ -134,7 +144,7 @@ class Store:
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise ValueError("no JSON object")
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 torn = n == len(lines)
                 damage.append(Damage(n, "it was not written to its end" if torn else f"it cannot be read as JSON ({error})"))
                 continue
@@ -148,7 +158,7 @@ class Store:
             packed = file.read(where["bytes"])
         if hashlib.sha256(packed).hexdigest() != where["sha256"]:
             raise ValueError("their sha256 is another")
-        return [json.loads(line) for line in gzip.decompress(packed).decode().splitlines()]
+        return [json.loads(line) for line in gzip.decompress(packed).splitlines()]  # bytes: a text also ends lines at U+2028, which JSON leaves as it is
 
 
 def _append(path: Path, content: bytes, new_line: bool = False) -> int:
@@ -156,20 +166,29 @@ def _append(path: Path, content: bytes, new_line: bool = False) -> int:
 
     If the disk is full, the file is cut back to what it was.
     """
-    with path.open("ab") as file:
+    with path.open("ab", buffering=0) as file:  # what a buffer could not write, it would write when it is closed, into the space just freed
         end = file.seek(0, os.SEEK_END)
         if new_line and end:
             with path.open("rb") as before:
                 before.seek(end - 1)
                 content = content if before.read() == b"\n" else b"\n" + content
         try:
-            file.write(content)
-            file.flush()
+            left = memoryview(content)
+            while left:
+                left = left[file.write(left) :]
             os.fsync(file.fileno())
         except OSError:
-            os.truncate(path, end)
+            _cut(path, end)
             raise
     return end
+
+
+def _cut(path: Path, end: int) -> None:
+    """Make a file as long as it was; one that was empty goes, so that a run may begin there again (`Store.new`)."""
+    if end:
+        os.truncate(path, end)
+    else:
+        path.unlink()
 
 
 def stores(places: Iterable[str | Path]) -> list[Store]:
@@ -193,7 +212,7 @@ def find(name: str, places: Iterable[Store]) -> Measurement:
     """The one row whose id begins with `name`.
 
     Raises:
-        BadInput: no row or several.
+        BadInput: no row or several, or one whose items are damaged.
     """
     known = {row: store for store in places for row in store.rows(items=False)}
     matching = [row for row in known if row.startswith(name)] if name else []
@@ -202,7 +221,11 @@ def find(name: str, places: Iterable[Store]) -> Measurement:
         raise BadInput(f"no record has the id '{name}'{f': did you mean {near[0]}?' if near else ''} `thesislib records` lists all {len(known)}")
     if len(matching) > 1:
         raise BadInput(f"'{name}' begins the ids of {len(matching)} records, {', '.join(matching[:3])}, ...: expected more of the id")
-    return known[matching[0]].rows()[matching[0]]
+    store = known[matching[0]]
+    whole, _ = store.read()
+    if matching[0] not in whole:
+        raise BadInput(f"the items of record {matching[0]} are damaged or gone: expected them whole in {store.items}, as they were written")
+    return whole[matching[0]]
 
 
 def study() -> Path:
@@ -214,7 +237,7 @@ def select(places: Iterable[Store], *, label: str | None = None, task: str | Non
     """Rows by id, without items: those of one label, with `task` in their task's name, of one metric.
 
     Raises:
-        BadInput: none is left; the message lists the labels, tasks or metrics there are.
+        BadInput: none is left; the message lists the labels, tasks or metrics there are, the nearest first.
     """
     found = {name: m for store in places for name, m in store.rows(items=False).items()}
     for what, wanted, fits in (
@@ -225,31 +248,44 @@ def select(places: Iterable[Store], *, label: str | None = None, task: str | Non
         if wanted is not None:
             kept = {name: m for name, m in found.items() if fits(flat(name, m))}
             if not kept:
-                raise unknown(f"{what} of records", wanted, sorted({flat(name, m)[what] for name, m in found.items()}))
+                names = {flat(name, m)[what] for name, m in found.items()}
+                if what == "task":  # a part of a name will do, and its beginning is what one types
+                    names |= {name.split(",")[0].split(" ")[0] for name in names}
+                raise unknown(f"{what} of records", wanted, sorted(names))
             found = kept
     return found
 
 
 def flat(name: str, m: Measurement) -> dict[str, Any]:
-    """A row without nesting: for a table."""
-    made, run = m.provenance.get("made", {}), m.provenance
+    """A row without nesting: for a table. What the record does not say is None, and "?" for the label."""
+    run = m.provenance
+    made, settings, protocol, hardware, versions = (run.get(key) or {} for key in ("made", "settings", "protocol", "hardware", "versions"))
     sizes = made.get("bytes") or {}
-    row = {"id": name, "label": made.get("label", "dense"), "recipe": made.get("recipe"), "stage": made.get("stage")}
-    row |= {"subject": run["subject"], "fingerprint": run["fingerprint"], "task": m.task, "metric": m.metric}
-    row |= {key: run["settings"].get(key) for key in ("length", "limit", "prompt")}
+    row = {"id": name, "label": made.get("label") or "?", "recipe": made.get("recipe"), "stage": made.get("stage")}
+    row |= {"subject": run.get("subject"), "fingerprint": run.get("fingerprint"), "task": m.task, "metric": m.metric}
+    row |= {key: settings.get(key) for key in ("length", "limit", "prompt")}
     row |= {key: getattr(m, key) for key in ("value", "low", "high", "n", "unit")}
-    row |= {"seed": (run.get("protocol") or {}).get("seed"), "dtype": run["dtype"], "device": run["hardware"]["accelerator"] or run["hardware"]["cpu"]}
+    row |= {"seed": protocol.get("seed"), "dtype": run.get("dtype"), "device": hardware.get("accelerator") or hardware.get("cpu")}
     row |= {key: sizes.get(key) for key in ("bytes_on_disk", "parameters", "nonzero_parameters")}
-    row |= {"threads": run["hardware"]["torch_threads"], "peak_memory": run.get("peak_memory"), "seconds": run["seconds"]}
-    row |= {"torch": run["versions"]["torch"], "thesislib": run["versions"]["thesislib"], "commit": run.get("commit")}
+    row |= {"threads": hardware.get("torch_threads"), "peak_memory": run.get("peak_memory"), "seconds": run.get("seconds")}
+    row |= {"torch": versions.get("torch"), "thesislib": versions.get("thesislib"), "commit": run.get("commit")}
     return {**row, "time": run.get("time", run.get("date"))}
 
 
 def write_csv(found: Mapping[str, Measurement], path: Path) -> None:
-    """One row a measurement, columns as in `flat`."""
+    """One row a measurement, columns as in `flat`.
+
+    Raises:
+        BadInput: no measurement, or a path that cannot be written.
+    """
     rows = [flat(name, m) for name, m in found.items()]
+    if not rows:
+        raise BadInput(f"there are no records to write to {path}")
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(path, text.getvalue())
+    try:
+        write_whole(path, text.getvalue())
+    except OSError as error:
+        raise BadInput(f"{path} cannot be written ({error.strerror}): expected a new file's name in a folder that can be written") from error

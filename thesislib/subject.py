@@ -53,6 +53,11 @@ class Subject:
         return len(self.blocks)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations: the final norm's. transformers' own `model.dtype` asks the first parameter, which an adapter may be."""
+        return self.model.model.norm.weight.dtype
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.model.device

@@ -9,10 +9,13 @@ from pathlib import Path
 from types import MappingProxyType
 
 from filelock import FileLock, Timeout
+from torch import nn
 from tqdm import tqdm
 
+from thesislib import corpus
 from thesislib.compress.eora import Eora
 from thesislib.compress.gptq import Gptq, Rtn
+from thesislib.compress.layerwise import layer_errors
 from thesislib.compress.lora import Lora
 from thesislib.errors import BadInput
 from thesislib.evaluate.generate import complete
@@ -23,7 +26,8 @@ from thesislib.parameters import positive
 from thesislib.recipe import parse_label
 from thesislib.records import Measurement
 from thesislib.store import Store
-from thesislib.subject import DTYPES
+from thesislib.stream import ALL_AT_ONCE, Statistics, Visitor, stream
+from thesislib.subject import DTYPES, LINEARS
 
 PPL, HELD_OUT, CLOSED, OPEN = "perplexity", "held-out perplexity", "closed book", "open book"
 PAPER = {"grid": "symmetric", "clip": "none", "act_order": "none", "damping": 0.01, "sequential": False, "weighting": "equal", "text": "c4"}
@@ -40,6 +44,8 @@ INGREDIENTS = {
     "window length": ("length", (2048,)),
     "group": ("group", (32, 192, "row")),
 }
+BUDGET = 19_537_920  # bytes of EoRA's corrections at rank 32 of the embedded subject, for a budget to be compared with
+SHAPES = {8: (64,), 4: (32, 64, 192, "row"), 3: (32, 64, 192, "row"), 2: (32, 64)}  # groups tried at each number of bits
 
 
 @dataclass(frozen=True)
@@ -77,15 +83,17 @@ class QuantChapter:
         for bits in self.bits:
             self.rtn(bits)
 
-    def rtn(self, bits: int, grid: str = "asymmetric", clip: str = "squared") -> Rtn:
-        """Rounding."""
-        return Rtn(bits=bits, group=self.group, grid=grid, clip=clip)
+    def rtn(self, bits: int, **settings) -> Rtn:
+        """Rounding, by default on the grid of the chapter's best settings."""
+        return Rtn(**{"bits": bits, "group": self.group, "grid": BEST["grid"], "clip": BEST["clip"], **settings})
 
     def gptq(self, bits: int, **settings) -> Gptq:
-        """GPTQ, by default with the chapter's best settings."""
-        windows = {} if settings.get("length") in (None, self.length) else {"windows": max(1, self.calibration * self.length // settings["length"])}
+        """GPTQ, by default with the chapter's best settings; on as many tokens where the windows' length is another."""
         shared = {"bits": bits, "group": self.group, "windows": self.calibration, "length": self.length}
-        return Gptq(**{**shared, **BEST, **settings, **windows})
+        found = {**shared, **BEST, **settings}
+        if found["length"] != self.length:
+            found["windows"] = max(1, found["windows"] * self.length // found["length"])
+        return Gptq(**found)
 
     def eora(self, **settings) -> Eora:
         """EoRA."""
@@ -111,7 +119,7 @@ class Configuration:
     cell: str
     name: str
     stages: tuple = ()
-    measured: tuple = (PPL,)
+    measured: tuple = (HELD_OUT,)
 
     @property
     def key(self) -> str | None:
@@ -119,42 +127,88 @@ class Configuration:
         return recipe_hash(recipe_of(self.stages))
 
 
-def table(p: QuantChapter, grids: Iterable[str] = ("asymmetric",), answers: bool = True) -> list[Configuration]:
+# ---------------------------------------------------------------- the chapter's questions, each a list of configurations
+
+
+def table(p: QuantChapter, grids: Iterable[str] = ("asymmetric",), measured: tuple = (PPL, HELD_OUT, CLOSED, OPEN)) -> list[Configuration]:
     """Bits by method: rounding and GPTQ, each without and with EoRA on top."""
-    more = (PPL, HELD_OUT, *((CLOSED, OPEN) if answers else ()))
-    found = [Configuration("table", DENSE, (), more)]
+    found = [Configuration("table", DENSE, (), measured)]
     for bits in p.bits:
         for grid in grids:
-            for name, stage in ((f"rounding {bits}-bit {grid}", p.rtn(bits, grid)), (f"GPTQ {bits}-bit {grid}", p.gptq(bits, grid=grid))):
-                found += [Configuration("table", name, (stage,), more), Configuration("table", f"{name} + EoRA", (stage, p.eora()), more)]
+            for name, stage in ((f"rounding {bits}-bit {grid}", p.rtn(bits, grid=grid)), (f"GPTQ {bits}-bit {grid}", p.gptq(bits, grid=grid))):
+                found += [Configuration("table", name, (stage,), measured), Configuration("table", f"{name} + EoRA", (stage, p.eora()), measured)]
+    return found
+
+
+def shapes(p: QuantChapter) -> list[Configuration]:
+    """Bits by group, rounding and GPTQ."""
+    found = []
+    for bits, groups in SHAPES.items():
+        for group in groups:
+            found += [
+                Configuration("shapes", f"rounding, {bits} bits, group {group}", (p.rtn(bits, group=group),)),
+                Configuration("shapes", f"GPTQ, {bits} bits, group {group}", (p.gptq(bits, group=group),)),
+            ]
     return found
 
 
 def alone(p: QuantChapter, bits: int = 4) -> list[Configuration]:
     """The paper's settings, rounding, and each ingredient changed alone."""
     found = [
-        Configuration("alone", "rounding, symmetric, no clipping", (p.rtn(bits, "symmetric", "none"),), (HELD_OUT,)),
-        Configuration("alone", "the paper's settings", (p.gptq(bits, **PAPER),), (HELD_OUT,)),
+        Configuration("alone", "rounding, symmetric, no clipping", (p.rtn(bits, grid="symmetric", clip="none"),)),
+        Configuration("alone", "the paper's settings", (p.gptq(bits, **PAPER),)),
     ]
     for title, (key, values) in INGREDIENTS.items():
-        found += [Configuration("alone", f"{title}: {value}", (p.gptq(bits, **{**PAPER, key: value}),), (HELD_OUT,)) for value in values]
+        found += [Configuration("alone", f"{title}: {value}", (p.gptq(bits, **{**PAPER, key: value}),)) for value in values]
     return found
 
 
 def without(p: QuantChapter, bits: int = 4) -> list[Configuration]:
     """The best settings, and each ingredient taken back to the paper's."""
-    found = [Configuration("without", "all of them", (p.gptq(bits),), (HELD_OUT,))]
+    found = [Configuration("without", "all of them", (p.gptq(bits),))]
     for title, (key, _) in INGREDIENTS.items():
         if key in PAPER and PAPER[key] != BEST[key]:
-            found.append(Configuration("without", f"without {title}", (p.gptq(bits, **{key: PAPER[key]}),), (HELD_OUT,)))
+            found.append(Configuration("without", f"without {title}", (p.gptq(bits, **{key: PAPER[key]}),)))
     return found
 
 
-def ranks(p: QuantChapter, bits: int = 3, tried: Iterable[int] = (8, 32, 128)) -> list[Configuration]:
-    """EoRA's rank on GPTQ, and the same bytes as a budget."""
+def kinds(p: QuantChapter, bits: int = 4) -> list[Configuration]:
+    """One kind of projection quantised and all others as they were: rounding and GPTQ with the paper's settings."""
+    found = []
+    for kind in LINEARS:
+        rounding = p.rtn(bits, grid="symmetric", clip="none", linears=(kind,))
+        found += [Configuration("kinds", f"{kind}, rounding", (rounding,)), Configuration("kinds", f"{kind}, GPTQ", (p.gptq(bits, **PAPER, linears=(kind,)),))]
+    return found
+
+
+def calibrations(p: QuantChapter, bits: int = 4, amounts: Iterable[int] = (4, 16, 64), seeds: Iterable[int] = (0, 1, 2)) -> list[Configuration]:
+    """The best settings on more and less text, and on other windows of it."""
+    found = [Configuration("calibrations", f"{n} windows", (p.gptq(bits, windows=n),)) for n in amounts]
+    return found + [Configuration("calibrations", f"{p.calibration} windows, seed {s}", (p.gptq(bits, seed=s),)) for s in seeds]
+
+
+def compensations(p: QuantChapter, bits: int = 4) -> list[Configuration]:
+    """EoRA's own choices: whose inputs, how tokens count, a byte budget instead of one rank; on GPTQ and on rounding."""
+    found = []
+    for name, base in (("GPTQ", p.gptq(bits)), ("rounding", p.rtn(bits))):
+        found += [
+            Configuration("compensations", name, (base,)),
+            Configuration("compensations", f"{name} + EoRA", (base, p.eora())),
+            Configuration("compensations", f"{name} + EoRA, tokens by unit norm", (base, p.eora(weighting="unit_norm"))),
+        ]
     base = p.gptq(bits)
-    found = [Configuration("rank", "0", (base,), (HELD_OUT,))]
-    return found + [Configuration("rank", str(rank), (base, p.eora(rank=rank)), (HELD_OUT,)) for rank in tried]
+    return [
+        *found,
+        Configuration("compensations", "GPTQ + EoRA, the original's inputs", (base, p.eora(inputs="original"))),
+        Configuration("compensations", f"GPTQ + EoRA, {BUDGET / 1e6:.1f} MB shared out", (base, p.eora(bytes=BUDGET))),
+    ]
+
+
+def ranks(p: QuantChapter, bits: int = 3, tried: Iterable[int] = (8, 32, 128)) -> list[Configuration]:
+    """EoRA's rank on GPTQ."""
+    base = p.gptq(bits)
+    found = [Configuration("rank", "0", (base,))]
+    return found + [Configuration("rank", str(rank), (base, p.eora(rank=rank))) for rank in tried]
 
 
 def pruned(p: QuantChapter, labels: Iterable[str] = ("W2:4", "D4"), bits: int = 4) -> list[Configuration]:
@@ -162,9 +216,9 @@ def pruned(p: QuantChapter, labels: Iterable[str] = ("W2:4", "D4"), bits: int = 
     found = []
     for label in labels:
         before, grid = parse_label(label).stages, "symmetric" if label.startswith("W") else "asymmetric"
-        for name, stages in ((label, ()), (f"{label}, rounding", (p.rtn(bits, grid),)), (f"{label}, GPTQ", (p.gptq(bits, grid=grid),)),
+        for name, stages in ((label, ()), (f"{label}, rounding", (p.rtn(bits, grid=grid),)), (f"{label}, GPTQ", (p.gptq(bits, grid=grid),)),
                              (f"{label}, GPTQ + EoRA", (p.gptq(bits, grid=grid), p.eora()))):  # fmt: skip
-            found.append(Configuration("pruned", name, (*before, *stages), (HELD_OUT,)))
+            found.append(Configuration("pruned", name, (*before, *stages)))
     return found
 
 
@@ -175,8 +229,8 @@ def starts(p: QuantChapter, bits: int = 3, steps: int = 48, seeds: Iterable[int]
         training = Lora(rank=p.rank, alpha=p.rank, linears="*", learning_rate=5e-4, steps=steps, batch=2, accumulate=1, every=16, validation=8,
                         checkpoint_every=16, seed=seed)  # fmt: skip
         found += [
-            Configuration("start", f"usual, seed {seed}", (p.gptq(bits), training), (HELD_OUT,)),
-            Configuration("start", f"EoRA, seed {seed}", (p.gptq(bits), p.eora(), dataclasses.replace(training, init="eora")), (HELD_OUT,)),
+            Configuration("start", f"usual, seed {seed}", (p.gptq(bits), training)),
+            Configuration("start", f"EoRA, seed {seed}", (p.gptq(bits), p.eora(), dataclasses.replace(training, init="eora"))),
         ]
     return found
 
@@ -202,6 +256,39 @@ def measure(configs: Iterable[Configuration], p: QuantChapter, done: Results | N
     return results
 
 
+def layers(p: QuantChapter, configs: Iterable[Configuration], windows: int = 8) -> dict[str, dict[str, float]]:
+    """{name: {"blocks.B.PROJECTION": relative error of its output}} on held-out text, each projection by itself on the original's inputs."""
+    original = prepare(p.subject, (), data=p.data, dtype=p.dtype, device=p.device).model
+    ids = corpus.windows(corpus.evaluation_text("embedded"), original.tokenizer, p.length, windows).ids
+    made = {c.name: prepare(p.subject, c.stages, data=p.data, dtype=p.dtype, device=p.device).model for c in configs}
+    found = layer_errors(original, made, ids)
+    return {name: {f"blocks.{b}.{kind}": round(error, 6) for (b, kind), error in errors.items()} for name, errors in found.items()}
+
+
+def sink_shares(p: QuantChapter, windows: int = 4) -> dict[str, float]:
+    """{"blocks.B.PROJECTION": the share of the trace of X^T X that the first tokens of windows of calibration text have}."""
+    original = prepare(p.subject, (), data=p.data, dtype=p.dtype, device=p.device).model
+    ids = corpus.calibration_windows(original.tokenizer, BEST["text"], p.data, windows, p.length)
+    both = []
+    for weighting in ("equal", "skip_1"):
+        visitor = _Traces()
+        stream(original, ids, visitor, weighting=weighting, feed="original", title="sinks")
+        both.append(visitor.traces)
+    whole, rest = both
+    return {place: 1 - rest[place] / whole[place] for place in whole}
+
+
+class _Traces(Visitor):
+    groups = ALL_AT_ONCE
+
+    def __init__(self):
+        self.traces: dict[str, float] = {}
+
+    def change(self, block: int, linears: Mapping[str, nn.Module], statistics: Mapping[str, Statistics]) -> None:
+        """See `Visitor`; it changes nothing."""
+        self.traces |= {f"blocks.{block}.{name}": float(s.squares.sum()) for name, s in statistics.items()}
+
+
 def from_measurements(found: Iterable[Measurement]) -> dict[tuple[str | None, str], Measurement]:
     """The results, by the stages' hash and what was measured.
 
@@ -219,8 +306,8 @@ def read_recorded(path: Path) -> Results:
     return MappingProxyType(from_measurements(Store(path).rows().values()))
 
 
-RECORDED = {"bits": [4, 3], "calibration": 64, "windows": None, "held_out": 48, "questions": 200, "passages": 64, "tokens": 40}
-ABLATION = 32  # calibration windows of the ablations: they compare settings with each other, at half the price
+RECORDED = {"bits": [4, 3], "calibration": 64, "windows": None, "held_out": 24, "questions": 200, "passages": 64, "tokens": 40}
+ABLATION = 16  # calibration windows of all but the table: settings are compared with each other, at a third of the price
 
 
 def recorded_parameters(**settings) -> QuantChapter:
@@ -228,10 +315,24 @@ def recorded_parameters(**settings) -> QuantChapter:
     return QuantChapter(**{**RECORDED, **settings})
 
 
+def ablation_parameters(**settings) -> QuantChapter:
+    """The parameters of all that the recorded run compares on held-out text."""
+    return recorded_parameters(calibration=ABLATION, **settings)
+
+
+def recorded_table(p: QuantChapter) -> list[Configuration]:
+    """The recorded run's table: on the test text what its bars and its headline need, the rest on held-out text."""
+    answering = {DENSE, "rounding 4-bit asymmetric", "GPTQ 4-bit asymmetric", "GPTQ 4-bit asymmetric + EoRA", "GPTQ 3-bit asymmetric + EoRA"}
+    found = [c if c.name in answering else dataclasses.replace(c, measured=(PPL, HELD_OUT)) for c in table(p)]
+    return found + table(p, ("symmetric",), (HELD_OUT,))[1:]
+
+
 def recorded_configurations(p: QuantChapter) -> list[Configuration]:
-    """All that the recorded run measures, what matters most first."""
+    """All that the recorded run measures: what settings are chosen by first."""
     q = dataclasses.replace(p, calibration=ABLATION)
-    return [*table(p), *alone(q), *without(q), *pruned(q), *ranks(p), *starts(p), *table(p, ("symmetric",), answers=False)]
+    return [
+        *alone(q), *without(q), *compensations(q), *recorded_table(p), *kinds(q), *pruned(q), *ranks(q), *starts(q), *calibrations(q), *shapes(q),
+    ]  # fmt: skip
 
 
 def main() -> None:

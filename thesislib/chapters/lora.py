@@ -37,7 +37,8 @@ class LoraChapter:
     subject, data: specs. dtype, device: see `load_subject`. pruned: labels of the models to recover; the dense one is always
     trained too, as the control. texts: to train on. steps: of the optimiser, each on batch sequences of length tokens.
     learning_rate, rank, validation (held-out sequences, every so many steps): see `thesislib.compress.lora.Lora`. seeds:
-    how many, for the first pruned model on the first text. windows, questions, passages: that is measured on.
+    how many, for the first pruned model on the first text. answering: how many of the pruned models, and the dense one, are also
+    asked questions. windows, questions, passages: that is measured on.
     tokens: of a completion of prompt.
     """
 
@@ -47,17 +48,18 @@ class LoraChapter:
     device: str = "cpu"
     pruned: list | None = None
     texts: list | None = None
-    steps: int = 24
+    steps: int = 16
     batch: int = 2
     length: int = 512
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     rank: int = 8
     validation: int = 4
     every: int = 8
     seeds: int = 1
-    windows: int | None = 8
-    questions: int = 32
-    passages: int = 12
+    answering: int = 3
+    windows: int | None = 6
+    questions: int = 24
+    passages: int = 8
     tokens: int = 30
     prompt: str = "Once upon a time"
 
@@ -71,7 +73,7 @@ class LoraChapter:
                 raise unknown("training text", text, TEXTS)
         if not self.pruned or not self.texts:
             raise BadInput("parameters 'pruned' and 'texts' must name at least one model and one text: expected e.g. ['D2'] and ['wikitext']")
-        names = ("steps", "batch", "length", "rank", "every", "seeds", "windows", "questions", "passages", "tokens")
+        names = ("steps", "batch", "length", "rank", "every", "seeds", "answering", "windows", "questions", "passages", "tokens")
         positive(**{name: getattr(self, name) for name in names})
         if self.dtype not in DTYPES:
             raise unknown("dtype", self.dtype, DTYPES)
@@ -134,7 +136,7 @@ def order_experiment(p: LoraChapter, depth: str = "D2", width: str = "W1:8") -> 
     return [Configuration(depth, text, after=width) for text in p.texts]
 
 
-def rates(p: LoraChapter, others: Sequence[float] = (0.5, 2)) -> list[Configuration]:
+def rates(p: LoraChapter, others: Sequence[float] = (0.25, 0.5, 2)) -> list[Configuration]:
     """The first training at other learning rates, multiples of the chapter's: what its default was chosen among."""
     return [Configuration(p.pruned[0], p.texts[0], learning_rate=x * p.learning_rate) for x in others]
 
@@ -159,7 +161,7 @@ def measure(configs: Iterable[Configuration], p: LoraChapter, done: Results | No
             found(m)
 
     for c in tqdm([*configs], desc="LoRA", unit="model", disable=None, leave=False):
-        todo = [what for what in p.protocols() if (what == PPL or asked(c)) and (c, what) not in results]
+        todo = [what for what in p.protocols() if (what == PPL or (asked(c) and c.pruned in (DENSE, *p.pruned[: p.answering]))) and (c, what) not in results]
         ways = [w for w in merges(c) if (w, PPL) not in results]
         if not todo and not ways:
             continue
@@ -173,8 +175,8 @@ def measure(configs: Iterable[Configuration], p: LoraChapter, done: Results | No
 
 
 def asked(c: Configuration) -> bool:
-    """Whether this configuration also answers questions: all but further seeds and rates."""
-    return c.seed == 0 and c.learning_rate is None
+    """Whether this is one of the chapter's main models: no further seed, rate, or order."""
+    return c.seed == 0 and c.learning_rate is None and not c.after
 
 
 def merges(c: Configuration) -> list[Configuration]:
@@ -244,7 +246,7 @@ def main() -> None:
     arguments = vars(parser.parse_args())
     store = Store(arguments.pop("out"))
     p = recorded_parameters(**arguments)
-    for c in [Configuration(DENSE), Configuration("D2"), Configuration("D2", "wikitext"), *rates(p), *configurations(p), *order_experiment(p)]:
+    for c in [*configurations(p), *order_experiment(p), *rates(p)]:
         name = f"{c.label}-{c.seed}-{c.learning_rate}".replace(":", "-")
         try:
             with FileLock(cache_dir() / f"chapter-4-{name}.lock", timeout=0):

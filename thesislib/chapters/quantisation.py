@@ -30,10 +30,10 @@ from thesislib.evaluate import perplexity, triviaqa
 from thesislib.evaluate.stats import Comparison, holm
 from thesislib.experiment import DENSE
 from thesislib.records import Measurement
+from thesislib.subject import LINEARS
 
 __all__ = ["TITLE", "headline", "read_recorded"]
 TITLE = "quantisation and compensation"
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def _number(m: Measurement | None) -> str:

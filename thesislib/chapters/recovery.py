@@ -133,14 +133,20 @@ def answers_table(results: Results) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("model")
 
 
-def texts_sentence(results: Results, what: str = CLOSED) -> str:
-    """Does training on WikiText or on questions answer more questions? All models' answers together, and each alone."""
+def _texts_compared(results: Results, what: str) -> tuple[list, dict[str, list[str]]]:
+    """[(model, trained on questions, trained on WikiText)], and the models for which WikiText is told better or worse."""
     pairs = [(m, _get(results, what, m, "trivia"), _get(results, what, m, "wikitext")) for m in _models(results)]
     pairs = [(name, t, w) for name, t, w in pairs if t is not None and w is not None]
     tests = [triviaqa.compare(t, w) for _, t, w in pairs]
     adjusted = holm([c.p for c in tests])
-    better = [name for (name, *_), c, q in zip(pairs, tests, adjusted, strict=True) if q < 0.05 and c.difference > 0]
-    worse = [name for (name, *_), c, q in zip(pairs, tests, adjusted, strict=True) if q < 0.05 and c.difference < 0]
+    told = [(name, c.difference) for (name, *_), c, q in zip(pairs, tests, adjusted, strict=True) if q < 0.05]
+    return pairs, {"better": [name for name, d in told if d > 0], "worse": [name for name, d in told if d < 0]}
+
+
+def texts_sentence(results: Results, what: str = CLOSED) -> str:
+    """Does training on WikiText or on questions answer more questions? Each model by itself."""
+    pairs, told = _texts_compared(results, what)
+    better, worse = told["better"], told["worse"]
     sums = ", ".join(f"{name} {w.value:.1%} against {t.value:.1%}" for name, t, w in pairs)
     return (
         f"{what.capitalize()}, trained on WikiText against trained on questions: {sums}. By exact McNemar tests, Holm-adjusted, WikiText is better for "
@@ -180,14 +186,17 @@ def merge_table(results: Results) -> pd.DataFrame:
 
 def merge_sentence(results: Results) -> str:
     """What merging costs, in words."""
-    table = merge_table(results)
-    said = []
-    for model in table.index.get_level_values("model").unique():
-        rows = table.loc[model]
-        beside, masked, dense = (rows.loc[way, "MB on disk"] for way in ("beside", "masked", "dense"))
-        lost = rows.loc["masked", "against beside, paired"]
-        said.append(f"{model} takes {beside} MB with the adapter beside its weights, {masked} merged under the mask (perplexity {lost}), {dense} merged dense")
-    return "; ".join(said) + "."
+    masked, grown, moved = [], [], []
+    for c in dict.fromkeys(c for c, what in results if what == PPL and c.merge == "beside" and merges(c)):
+        beside, under, dense = (_get(results, PPL, **dataclasses.asdict(one)) for one in (c, *merges(c)))
+        masked.append(f"{c.label} {_ratio(perplexity.compare(beside, under))}")
+        size, larger = (m.provenance["made"]["bytes"]["bytes_on_disk"] for m in (beside, dense))
+        grown.append(larger / size - 1)
+        moved.append(dense.value / beside.value)
+    return (
+        f"Merged under the mask, perplexity changes by {', '.join(masked)} (paired t tests). Merged dense it stays where it was "
+        f"(x {min(moved):.3f} to x {max(moved):.3f}), and the file grows by {min(grown):.1%} to {max(grown):.1%}."
+    )
 
 
 def seeds_sentence(results: Results) -> str:
@@ -312,8 +321,12 @@ def headline(results: Results) -> str:
     theirs = f"{thesis_row('D2').perplexity:.1f} to {thesis_row('D2', 'W').perplexity:.1f}, dense {thesis_row('dense').perplexity:.1f}"
     tokens, test = training_report(after)["tokens"], perplexity.compare(dense, after)
     word = "within noise of" if test.p >= 0.05 else "above" if test.difference > 0 else "below"
+    shares, (pairs, told) = recovered(results), _texts_compared(results, CLOSED)
+    answers = "; ".join(f"{how} for {', '.join(names)}" for how, names in told.items() if names) or "told from it for none"
     return (
         f"LoRA on {tokens:,} tokens of WikiText takes D2 from perplexity {before.value:.1f} to {after.value:.1f}, {word} the dense model's "
-        f"{dense.value:.1f} (the thesis's subject: {theirs}); the dense model, trained alike, goes to {control.value:.1f}. {control_sentence(results)} "
-        f"{texts_sentence(results)} {order_sentence(results)}"
+        f"{dense.value:.1f} (the thesis's subject: {theirs}). But the dense model, trained alike, goes to {control.value:.1f}: of the loss that "
+        f"pruning caused, D2 seems to win back {shares.naive['D2']:.0%}, and against that control it is {shares.fair['D2']:.0%}; over all "
+        f"{len(shares)} pruned models {shares.fair.min():.0%} to {shares.fair.max():.0%}. On closed-book questions, training on WikiText against training "
+        f"on questions is {answers}, of {len(pairs)} models. {order_sentence(results)}"
     )

@@ -94,6 +94,13 @@ class Depth:
             BadInput: more blocks than are unprotected, or whatever the calibration text refuses.
         """
         self.check(subject.depth)
+        lost = removed_parts(subject).get(self.part, [])
+        if again := sorted({*lost} & {*(self.blocks or ())}):
+            raise BadInput(f"the {self.part} of block {', '.join(map(str, again))} is gone already: expected blocks that still have one")
+        # what is gone costs nothing to leave out, and would be chosen again
+        free = [b for b in range(self.protect_first, subject.depth - self.protect_last) if b not in lost]
+        if self.remove and self.remove > len(free):
+            raise BadInput(f"cannot remove {self.remove}: {len(free)} unprotected blocks still have an {self.part}")
         if self.blocks is not None:
             return remove(subject, self.blocks, self.part), {"removed": sorted(self.blocks), "part": self.part}
         ids = torch.empty(0)
@@ -108,20 +115,20 @@ class Depth:
             gone = list(range(first, first + self.remove))
             scores = {i: float(distance[i]) for i in starts}
         else:
-            scores = self._scores(subject, ids, gone)
+            scores = self._scores(subject, ids, free, gone)
             if not self.greedy:
                 gone = sorted(scores, key=lambda b: (scores[b], b))[: self.remove]
             while len(gone) < self.remove:
                 least = min(scores, key=lambda b: (scores[b], b))
                 rounds.append((least, scores))
                 gone.append(least)
-                scores = self._scores(subject, ids, gone) if len(gone) < self.remove else scores
+                scores = self._scores(subject, ids, free, gone) if len(gone) < self.remove else scores
         report = {"removed": sorted(gone), "order": gone, "part": self.part, "metric": self.metric, "greedy": self.greedy}
         return remove(subject, gone, self.part), {**report, "scores": rounds[0][1] if rounds else scores}
 
-    def _scores(self, subject: Subject, ids: torch.Tensor, gone: Sequence[int]) -> dict[int, float]:
-        """Importance of every unprotected block that is still there, by its index in the whole model."""
-        free = [b for b in range(self.protect_first, subject.depth - self.protect_last) if b not in gone]
+    def _scores(self, subject: Subject, ids: torch.Tensor, free: Sequence[int], gone: Sequence[int]) -> dict[int, float]:
+        """Importance of every block of `free` that is still there, by its index in the whole model."""
+        free = [b for b in free if b not in gone]
         if self.part == "block":
             left = [b for b in range(subject.depth) if b not in gone]
             found = importance(remove(subject, gone) if gone else subject, ids, self.metric, blocks=[left.index(b) for b in free])

@@ -11,7 +11,7 @@ from torch import nn
 
 from thesislib.compress.gptq import Rtn
 from thesislib.compress.layerwise import Place, effective_weight, relative_error, same_places
-from thesislib.compress.selection import fits, patterns
+from thesislib.compress.selection import check_all_fit, fits, patterns
 from thesislib.compress.width import Width
 from thesislib.corpus import calibration_windows
 from thesislib.errors import BadInput, unknown
@@ -102,6 +102,7 @@ class Eora:
         if original is None:
             raise BadInput("eora corrects the difference to the original weights and needs them at hand: apply(..., original=SUBJECT), or a recipe")
         same_places(original, subject)
+        check_all_fit(self.linears, subject.depth)
         ids = calibration_windows(subject.tokenizer, self.text, data, self.windows, self.length, self.seed)
         visitor = Correct(self, original, subject)
         stream(original if self.inputs == "original" else subject, ids, visitor, weighting=self.weighting, feed="original", title=self.label)
@@ -249,10 +250,16 @@ def correction(missing: torch.Tensor, root: torch.Tensor, inverse: torch.Tensor,
         rank: at most; the projection's smaller side is enough to restore it.
         whole: squared norm of W X, which gains are relative to.
     """
-    u, s, v = torch.linalg.svd(missing.double() @ root, full_matrices=False)
-    u, s, v = u[:, :rank], s[:rank], v[:rank]
-    B, A = u * s.sqrt(), s.sqrt()[:, None] * (v @ inverse)
-    return Correction(A.float(), B.float(), (s.square() / whole).tolist(), ENTRY * sum(missing.shape))
+    m = missing.double() @ root
+    # the singular vectors of the shorter side are the eigenvectors of its Gram matrix, in a quarter of an SVD's time; with them
+    # orthonormal, u u^T m is a projection of m however small a singular value is
+    tall = m.shape[0] > m.shape[1]
+    short = torch.linalg.eigh(m.T @ m if tall else m @ m.T).eigenvectors.flip(1)[:, :rank]
+    long = m @ short if tall else m.T @ short  # times the singular values
+    s = long.norm(dim=0)
+    half = torch.where(s > 0, s.rsqrt(), 0)
+    u, v = (long * half, short * s.sqrt()) if tall else (short * s.sqrt(), long * half)
+    return Correction((v.T @ inverse).float(), u.float(), (s.square() / whole).tolist(), ENTRY * sum(missing.shape))
 
 
 def share_out(gains: Mapping[Place, list[float]], costs: Mapping[Place, int], budget: int) -> dict[Place, int]:

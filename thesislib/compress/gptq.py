@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from thesislib.compress.grid import CLIPS, ROW, Grid, Quantised, round_to_nearest
 from thesislib.compress.layerwise import Place, relative_error
-from thesislib.compress.selection import fits, patterns
+from thesislib.compress.selection import check_all_fit, fits, patterns
 from thesislib.corpus import calibration_windows
 from thesislib.errors import BadInput, unknown
 from thesislib.layers import Adapted, replace
@@ -96,6 +96,7 @@ class Rtn:
             BadInput: a subject that is quantised already; a group that does not divide a row; a floating minimum on
                 pruned weights. For GPTQ also too little text, or a projection whose inputs are all zero or not finite.
         """
+        check_all_fit(self.linears, subject.depth)
         self._check_subject(subject)
         result = subject.copy()
         made, report = self._quantise(result, data)

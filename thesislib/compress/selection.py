@@ -3,7 +3,7 @@
 import fnmatch
 from collections.abc import Iterable
 
-from thesislib.errors import unknown
+from thesislib.errors import BadInput, unknown
 from thesislib.subject import LINEARS
 
 
@@ -18,6 +18,13 @@ def patterns(given: str | Iterable[str]) -> tuple[str, ...]:
         if not any(fits(pattern, i, name) for i in range(200) for name in LINEARS):
             raise unknown("projection or pattern", pattern, LINEARS)
     return given
+
+
+def check_all_fit(given: Iterable[str], depth: int) -> None:
+    """Raises BadInput for a pattern that names nothing in a model of `depth` blocks, such as 'blocks.30.*' of 30."""
+    for pattern in given:
+        if not any(fits(pattern, i, name) for i in range(depth) for name in LINEARS):
+            raise BadInput(f"no projection fits '{pattern}': the model has {', '.join(LINEARS)} in blocks 0 to {depth - 1}")
 
 
 def fits(pattern: str, block: int, name: str) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from thesislib.compress.selection import fits, patterns
+from thesislib.compress.selection import check_all_fit, fits, patterns
 from thesislib.corpus import calibration_windows
 from thesislib.errors import BadInput, unknown
 from thesislib.stream import ALL_AT_ONCE, Blocks, Statistics, Visitor, check_weighting, stream
@@ -87,6 +87,7 @@ class Width:
         Raises:
             BadInput: rows that the pattern does not divide, text too short, inputs that are not finite.
         """
+        check_all_fit(self.linears, subject.depth)
         self.check({name: m.weight.shape[1] for b in range(subject.depth) for name, m in subject.linears(b).items()})
         pruned = subject.copy()
         visitor = Prune(self)

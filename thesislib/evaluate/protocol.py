@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from thesislib import corpus
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import choice, harness, perplexity, triviaqa
+from thesislib.parameters import build, positive
 from thesislib.records import Measurement
 from thesislib.subject import Subject
 
@@ -38,6 +39,7 @@ class Protocol:
     def __post_init__(self):
         if self.on not in TASKS:
             raise unknown("task", self.on, TASKS)
+        positive(batch=self.batch)  # a loop in negative steps measures nothing, and a loss of nothing is a perplexity of 1
 
     def measure(self, subject: Subject, data: str) -> Measurement:
         """The measurement; its provenance has this protocol and the sha256 of the text or items that were used.
@@ -78,15 +80,15 @@ def protocol_of(m: Measurement) -> Protocol:
     made = m.provenance
     if "protocol" in made:
         try:
-            return Protocol(**made["protocol"])
-        except TypeError as error:
+            return build(Protocol, made["protocol"])
+        except (BadInput, TypeError, AttributeError) as error:
             raise BadInput(f"the record's protocol is not one that this version knows ({error})") from error
     settings = made.get("settings", {})
-    if m.metric == "perplexity":
-        return Protocol("wikitext", length=settings["length"], limit=settings["limit"])
+    if m.metric == "perplexity" and "length" in settings:
+        return Protocol("wikitext", length=settings["length"], limit=settings.get("limit"))
     if m.metric == "accuracy" and "open_book" in settings:
-        return Protocol(TRIVIA[settings["open_book"]], limit=m.n, prompt=settings["prompt"], batch=settings["batch"])
-    task = m.task.lower().split()[0].replace("-", "_")
+        return Protocol(TRIVIA[settings["open_book"]], limit=m.n, prompt=settings.get("prompt"), batch=settings.get("batch"))
+    task = m.task.lower().partition(" ")[0].replace("-", "_")
     if task in CHOICES and "packed" in settings.get("protocol", ""):
         return Protocol(task, limit=m.n, fast=True)
     raise BadInput(f"'{m.metric}' on '{m.task}' cannot be measured again from its record: expected one of {', '.join(TASKS)}")
