@@ -158,6 +158,24 @@ def compress(
                f"{sizes['bytes_on_disk'] / 1e6:.1f} MB, fingerprint {made['fingerprint']}")  # fmt: skip
 
 
+@app.command()
+@one_line_errors
+def export(
+    subject: Annotated[str, typer.Argument(help="an artifact folder with quantised weights, or another subject spec")],
+    gptq: Annotated[bool, typer.Option("--gptq", help="as a GPTQ checkpoint, which transformers and GPTQModel load")] = False,
+    out: Annotated[Path | None, typer.Option(help="the new folder; default the artifact's name with -gptq behind it")] = None,
+) -> None:
+    """Write a compressed model as others load it."""
+    from thesislib.gptq_format import export_gptq
+    from thesislib.subject import load_subject
+
+    if not gptq:
+        raise BadInput("which format to export is not said: expected --gptq")
+    loaded = load_subject(subject)
+    folder = export_gptq(loaded, out or Path(f"{Path(subject).name}-gptq"))
+    typer.echo(f"{folder}: a GPTQ checkpoint of {loaded.name}" + (", corrections as a PEFT adapter in adapter/" if (folder / "adapter").is_dir() else ""))
+
+
 recipes = typer.Typer(help="Look at recipes without running them.", no_args_is_help=True)
 app.add_typer(recipes, name="recipe")
 

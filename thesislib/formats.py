@@ -84,7 +84,7 @@ def save_artifact(
         else:
             subject.model.save_pretrained(temporary, state_dict=tensors)
         subject.tokenizer.save_pretrained(temporary)
-        _write_adapter(subject, temporary / ADAPTER)
+        write_adapter(subject, temporary / ADAPTER)
         write_record(
             temporary,
             label=label or subject.name,
@@ -166,9 +166,9 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path, {"format": "pt"})
 
 
-def _write_adapter(subject: Subject, folder: Path) -> None:
+def write_adapter(subject: Subject, folder: Path) -> None:
     """The corrections as an adapter that `peft.PeftModel.from_pretrained` loads onto the plain model; nothing if there are none."""
-    adapted = {path: module for path, module in _projections(subject) if isinstance(module, Adapted)}
+    adapted = {path: module for path, module in projection_paths(subject) if isinstance(module, Adapted)}
     if not adapted:
         return
     tensors = {}
@@ -245,7 +245,7 @@ def predicted_disk_bytes(subject: Subject, removed: str | float | None = None) -
         shapes |= {f"{path}.{name}": (tuple(t.shape), t.dtype) for name, t in table.held.items()}
     total = file_bytes(shapes)
     corrections = {}
-    for path, module in _projections(subject):
+    for path, module in projection_paths(subject):
         if isinstance(module, Adapted):
             for name in ("lora_A", "lora_B"):
                 tensor = getattr(module, name)
@@ -362,7 +362,7 @@ def _fill(subject: Subject, tensors: Mapping[str, torch.Tensor], encodings: Mapp
             raise BadInput(f"'{key}' has shape {tuple(tensors[key].shape)}, expected {tuple(shape)}")
         return tensors[key]
 
-    for path, linear in list(_projections(subject)):
+    for path, linear in list(projection_paths(subject)):
         key = source(path)
         if key not in layers:
             layer, shape = linear, (linear.out_features, linear.in_features)
@@ -414,7 +414,7 @@ def repeated_blocks(subject: Subject) -> dict[int, int]:
     return repeats
 
 
-def _projections(subject: Subject) -> Iterator[tuple[str, nn.Module]]:
+def projection_paths(subject: Subject) -> Iterator[tuple[str, nn.Module]]:
     """Every projection by its path in the model; those that repeat too."""
     for i, block in enumerate(subject.blocks):
         own = set(map(id, projections(block).values()))
@@ -424,7 +424,7 @@ def _projections(subject: Subject) -> Iterator[tuple[str, nn.Module]]:
 def _stored(subject: Subject) -> Iterator[tuple[str, nn.Module]]:
     """The projections that a packed file holds: those of blocks that repeat no earlier one."""
     repeats = repeated_blocks(subject)
-    yield from ((path, module) for path, module in _projections(subject) if _block(path) not in repeats)
+    yield from ((path, module) for path, module in projection_paths(subject) if _block(path) not in repeats)
 
 
 def _block(path: str) -> int:
@@ -435,7 +435,7 @@ def _block(path: str) -> int:
 def _others(subject: Subject) -> dict[str, torch.Tensor]:
     """All that a packed file holds besides projections."""
     skip = {"lm_head.weight"} if subject.model.config.tie_word_embeddings else set()
-    away = tuple([f"{path}." for path, _ in _projections(subject)] + [f"{BLOCKS}{i}." for i in repeated_blocks(subject)])
+    away = tuple([f"{path}." for path, _ in projection_paths(subject)] + [f"{BLOCKS}{i}." for i in repeated_blocks(subject)])
     found = subject.model.named_parameters(remove_duplicate=False)
     return {name: p.detach() for name, p in found if name not in skip and not name.startswith(away)}
 

@@ -34,18 +34,18 @@ PAPER = {"grid": "symmetric", "clip": "none", "act_order": "none", "damping": 0.
 BEST = {"grid": "asymmetric", "clip": "squared", "act_order": "static", "damping": 0.01, "sequential": True, "weighting": "unit_norm", "text": "c4"}
 # every ingredient, and what it can be instead of the paper's; the first is what the chapter's best settings have
 INGREDIENTS = {
-    "token weighting": ("weighting", ("unit_norm", "first_16", "first_64", "skip_1")),
+    "token weighting": ("weighting", ("unit_norm", "first_16", "skip_1")),
     "act-order": ("act_order", ("static", "index")),
-    "clipping": ("clip", ("squared", "weighted")),
+    "clipping": ("clip", ("squared",)),
     "sequential order": ("sequential", (True,)),
     "symmetry": ("grid", ("asymmetric",)),
-    "damping": ("damping", (0.1, 0.001)),
+    "damping": ("damping", (0.1,)),
     "calibration text": ("text", ("wikipedia",)),
     "window length": ("length", (2048,)),
-    "group": ("group", (32, 192, "row")),
+    "group": ("group", (32,)),
 }
 BUDGET = 19_537_920  # bytes of EoRA's corrections at rank 32 of the embedded subject, for a budget to be compared with
-SHAPES = {8: (64,), 4: (32, 64, 192, "row"), 3: (32, 64, 192, "row"), 2: (32, 64)}  # groups tried at each number of bits
+SHAPES = {8: (64,), 4: (32, 64, "row"), 3: (32, 64, "row"), 2: (64,)}  # groups tried at each number of bits
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ def kinds(p: QuantChapter, bits: int = 4) -> list[Configuration]:
     return found
 
 
-def calibrations(p: QuantChapter, bits: int = 4, amounts: Iterable[int] = (4, 16, 64), seeds: Iterable[int] = (0, 1, 2)) -> list[Configuration]:
+def calibrations(p: QuantChapter, bits: int = 4, amounts: Iterable[int] = (4, 64), seeds: Iterable[int] = (0, 1, 2)) -> list[Configuration]:
     """The best settings on more and less text, and on other windows of it."""
     found = [Configuration("calibrations", f"{n} windows", (p.gptq(bits, windows=n),)) for n in amounts]
     return found + [Configuration("calibrations", f"{p.calibration} windows, seed {s}", (p.gptq(bits, seed=s),)) for s in seeds]
@@ -222,12 +222,12 @@ def pruned(p: QuantChapter, labels: Iterable[str] = ("W2:4", "D4"), bits: int = 
     return found
 
 
-def starts(p: QuantChapter, bits: int = 3, steps: int = 48, seeds: Iterable[int] = (0, 1, 2)) -> list[Configuration]:
+def starts(p: QuantChapter, bits: int = 3, steps: int = 24, seeds: Iterable[int] = (0, 1, 2)) -> list[Configuration]:
     """LoRA on a quantised model, started as usual and from EoRA's correction, at equal rank and steps."""
     found = []
     for seed in seeds:
-        training = Lora(rank=p.rank, alpha=p.rank, linears="*", learning_rate=5e-4, steps=steps, batch=2, accumulate=1, every=16, validation=8,
-                        checkpoint_every=16, seed=seed)  # fmt: skip
+        training = Lora(rank=p.rank, alpha=p.rank, linears="*", learning_rate=5e-4, steps=steps, batch=2, accumulate=1, every=12, validation=8,
+                        checkpoint_every=12, seed=seed)  # fmt: skip
         found += [
             Configuration("start", f"usual, seed {seed}", (p.gptq(bits), training)),
             Configuration("start", f"EoRA, seed {seed}", (p.gptq(bits), p.eora(), dataclasses.replace(training, init="eora"))),
@@ -302,8 +302,13 @@ def from_measurements(found: Iterable[Measurement]) -> dict[tuple[str | None, st
 
 
 def read_recorded(path: Path) -> Results:
-    """A recorded run, read only."""
-    return MappingProxyType(from_measurements(Store(path).rows().values()))
+    """A recorded run, read only; the dense model on the test text and its answers are chapter 0's and chapter 4's, on the same items."""
+    found = from_measurements(Store(path).rows().values())
+    measures, lora = (list(Store(path.with_name(f"{name}.jsonl")).rows().values()) for name in ("00_measures", "04_lora_recovery"))
+    dense = {PPL: [m for m in measures if m.metric == "perplexity" and m.provenance["settings"]["length"] == 512]}
+    of_dense = [m for m in lora if m.provenance["made"]["label"] == DENSE]
+    dense |= {what: [m for m in of_dense if m.provenance["chapter"]["what"] == what] for what in (CLOSED, OPEN)}
+    return MappingProxyType({(None, what): ms[0] for what, ms in dense.items() if ms} | found)
 
 
 RECORDED = {"bits": [4, 3], "calibration": 64, "windows": None, "held_out": 24, "questions": 200, "passages": 64, "tokens": 40}
@@ -321,17 +326,19 @@ def ablation_parameters(**settings) -> QuantChapter:
 
 
 def recorded_table(p: QuantChapter) -> list[Configuration]:
-    """The recorded run's table: on the test text what its bars and its headline need, the rest on held-out text."""
-    answering = {DENSE, "rounding 4-bit asymmetric", "GPTQ 4-bit asymmetric", "GPTQ 4-bit asymmetric + EoRA", "GPTQ 3-bit asymmetric + EoRA"}
-    found = [c if c.name in answering else dataclasses.replace(c, measured=(PPL, HELD_OUT)) for c in table(p)]
-    return found + table(p, ("symmetric",), (HELD_OUT,))[1:]
+    """The recorded run's table: on the test text what its bars need, answers of two, the rest on held-out text."""
+    on_test = {name for c in table(p) if (name := c.name).startswith("GPTQ")}
+    answering = {"rounding 4-bit asymmetric", "GPTQ 4-bit asymmetric + EoRA"}
+    measured = {c.name: (*([PPL] if c.name in on_test else []), HELD_OUT, *((CLOSED, OPEN) if c.name in answering else ())) for c in table(p)}
+    return [dataclasses.replace(c, measured=measured[c.name]) for c in table(p)]
 
 
 def recorded_configurations(p: QuantChapter) -> list[Configuration]:
     """All that the recorded run measures: what settings are chosen by first."""
     q = dataclasses.replace(p, calibration=ABLATION)
     return [
-        *alone(q), *without(q), *compensations(q), *recorded_table(p), *kinds(q), *pruned(q), *ranks(q), *starts(q), *calibrations(q), *shapes(q),
+        *alone(q), *without(q), *compensations(q), *recorded_table(p), *kinds(q), *starts(q), *ranks(q), *pruned(q), *shapes(q), *calibrations(q),
+        *table(q, ("symmetric",), (HELD_OUT,)),
     ]  # fmt: skip
 
 
