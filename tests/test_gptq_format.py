@@ -64,13 +64,14 @@ def test_every_weight_is_where_the_layout_has_it(subject, tmp_path, bits, grid, 
     assert torch.equal(tensors["model.embed_tokens.weight"], made.model.model.embed_tokens.weight)
 
 
-def test_a_zero_of_0_asks_for_the_second_version(subject, tmp_path):
+def test_a_zero_of_0_is_kept(subject, tmp_path):
     for linear in subject.linears(0).values():
         linear.weight.data.abs_()  # nothing below 0: the lowest level is 0
     made, _ = Rtn(bits=4, group=32, grid="asymmetric").apply(subject)
-    assert json.loads((export_gptq(made, tmp_path / "v2") / "config.json").read_text())["quantization_config"]["checkpoint_format"] == "gptq_v2"
-    made, _ = Rtn(bits=4, group=32, grid="symmetric").apply(subject)
-    assert json.loads((export_gptq(made, tmp_path / "v1") / "config.json").read_text())["quantization_config"]["checkpoint_format"] == "gptq"
+    folder = export_gptq(made, tmp_path / "out")
+    config, tensors = json.loads((folder / "config.json").read_text())["quantization_config"], load_file(folder / "model.safetensors")
+    assert config["checkpoint_format"] == "gptq_v2" and not tensors["model.layers.0.mlp.up_proj.qzeros"].any()
+    assert torch.equal(read_linear(tensors, "model.layers.0.mlp.up_proj", config), made.linears(0)["up_proj"].weight)
 
 
 def test_act_order_masks_and_corrections(subject, tiny_data, tmp_path):
@@ -138,5 +139,7 @@ def test_gptqmodel_computes_the_same(tiny, tmp_path, bits, grid):
     with torch.no_grad():
         ours = made.model(ids).logits
         loaded = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.TORCH)
-        theirs = loaded.model(ids).logits.float()
-    assert float((theirs - ours).abs().max()) < 0.02 * float(ours.abs().max())
+        theirs = loaded.model(ids).logits
+        halved = made.model.to(theirs.dtype)(ids).logits.float()  # it computes in half precision: as far off as ours do there
+    assert theirs.dtype in (torch.bfloat16, torch.float16)
+    assert float((theirs.float() - ours).abs().mean()) < 1.5 * float((halved - ours).abs().mean())

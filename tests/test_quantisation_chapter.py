@@ -7,6 +7,7 @@ import pytest
 
 from thesislib.chapters import gptq, quantisation
 from thesislib.chapters.gptq import BEST, CLOSED, HELD_OUT, INGREDIENTS, OPEN, PAPER, PPL, QuantChapter
+from thesislib.compress.grid import Grid, round_to_nearest
 from thesislib.errors import BadInput
 from thesislib.evaluate import protocol
 from thesislib.experiment import again
@@ -45,8 +46,10 @@ def test_every_model_is_made_and_measured_once(small, measured):
     assert list(quantisation.pruned_table(results, small).index) == ["W2:4", "W2:4, rounding", "W2:4, GPTQ", "W2:4, GPTQ + EoRA"]
     ranks = quantisation.rank_table(results, small)
     assert list(ranks["MB of factors"]) == sorted(ranks["MB of factors"]) and ranks.loc["0", "against rank 0"] == ""
-    errors = quantisation.layer_table(quantisation.errors_by_layer(results, gptq.table(small)[-1]))
-    assert (errors["GPTQ + EoRA"] < errors["GPTQ"]).all() and len(errors) == 7
+    errors = gptq.layers(small, gptq.table(small)[-2:], windows=3)
+    means = quantisation.layer_table(errors)
+    assert (means["GPTQ 3-bit asymmetric + EoRA"] < means["GPTQ 3-bit asymmetric"]).all() and len(means) == 7
+    assert quantisation.layer_sentence({"rounding": errors["GPTQ 3-bit asymmetric"], **errors}).startswith("Of 21 projections")
     assert gptq.measure(gptq.table(small), small, results, pytest.fail) == results  # nothing is done twice
 
 
@@ -116,6 +119,61 @@ def test_sentences_turn_with_the_numbers():
     assert "lower for 2 of 3 seeds" in quantisation.starts_sentence(results, p)
     with pytest.raises(BadInput, match="no seed has both starts"):
         quantisation.starts_sentence({}, p)
+
+
+def told(c, per_token, seed=0):
+    """A loss of a configuration's subject, with what its stages would have reported."""
+    made = {"bytes": {"bytes_on_disk": 10**6 * (1 + len(c.stages))}, "stages": [{type(s).__name__.lower(): {}} for s in c.stages]}
+    m = loss(per_token, seed)
+    return dataclasses.replace(m, provenance={"made": {**made, "label": "", "reports": [{"bytes": 2 * 10**6} for _ in c.stages]}})
+
+
+def test_every_cell_says_what_its_numbers_say():
+    p, q = gptq.recorded_parameters(), gptq.ablation_parameters()
+    cells = [gptq.kinds(q), gptq.shapes(q), gptq.calibrations(q), gptq.compensations(q), gptq.pruned(q), gptq.ranks(q)]
+    results = {(c.key, HELD_OUT): told(c, 4.0 - 0.1 * c.name.startswith("GPTQ"), i) for cell in cells for i, c in enumerate(cell)}
+    worse = next(c for c in gptq.kinds(q) if c.name == "v_proj, GPTQ")
+    better = next(c for c in gptq.kinds(q) if c.name == "k_proj, GPTQ")
+    results |= {(worse.key, HELD_OUT): told(worse, 4.2), (better.key, HELD_OUT): told(better, 3.8)}
+    said = quantisation.kinds_sentence(results, q)
+    assert "worse than rounding for v_proj; better than rounding for k_proj; within noise of rounding for q_proj" in said
+    results[worse.key, HELD_OUT] = told(worse, 3.8)
+    assert "better than rounding for k_proj, v_proj" in quantisation.kinds_sentence(results, q)
+
+    table = quantisation.shapes_table(results, q)
+    assert set(table.index) == {(str(b), str(g)) for b, groups in gptq.SHAPES.items() for g in groups}
+    assert table.loc[("8", "64"), "GPTQ / rounding"].endswith("better than") and table.loc[("4", "row"), "MB on disk"] == "2.0"
+    gone = next(c for c in gptq.shapes(q) if c.name == "GPTQ, 2 bits, group 64")
+    missing = {k: m for k, m in results.items() if k != (gone.key, HELD_OUT)}
+    assert quantisation.shapes_table(missing, q).loc[("2", "64"), "GPTQ"] == "not run"
+
+    assert "3 choices of 16 windows" in quantisation.calibration_sentence(results, q)
+    compensation = quantisation.compensation_table(results, q)
+    assert compensation.loc["rounding", "against without"] == "" and compensation.loc["rounding + EoRA", "MB"] == "2.0"
+    assert "W2:4: GPTQ than rounding" in quantisation.pruned_sentence(results, q)
+
+    few, many = gptq.table(p)[-1], gptq.table(p)[3]
+    assert (few.name, many.name) == ("GPTQ 3-bit asymmetric + EoRA", "GPTQ 4-bit asymmetric")
+    results |= {(few.key, PPL): told(few, np.log(40)), (many.key, PPL): told(many, np.log(36))}
+    assert "take 3.0 MB, 4 bits without 2.0 MB; in perplexity the first are worse than the second" in quantisation.bytes_sentence(results, p)
+    bars = quantisation.bars_table(results, p)
+    assert list(bars[""]) == ["not met", "not run", "not run", "met"]
+    both = quantisation.sizes_and_losses(results)
+    assert set(both["method"]) >= {"GPTQ", "rounding", "GPTQ + EoRA"} and (both["MB"] > 0).all()
+
+
+def test_what_is_measured_directly(small, tiny):
+    shares = gptq.sink_shares(small, windows=3)
+    assert len(shares) == 21 and all(0 < v < 0.5 for v in shares.values())  # one token of 64 in a random model
+    assert quantisation.sink_sentence({"blocks.0.q_proj": 0.05, "blocks.28.down_proj": 0.8}) == (
+        "The first of 512 tokens makes 80% of the trace of block 28's down_proj, its largest share, and over 10% at 1 of 2 projections."
+    )
+    subject = tiny(hidden_size=64)
+    assert "is 0;" not in quantisation.grid_sentence(subject)
+    for b in (0, 1):
+        for linear in subject.linears(b).values():
+            linear.weight.data = round_to_nearest(linear.weight, Grid(4, 32, "minimum")).weight
+    assert "in 14 linears is 0; with an integer zero-point instead, the mean change is 0.2" in quantisation.grid_sentence(subject)
 
 
 def test_thesis_figures_stand_beside():

@@ -247,3 +247,59 @@ def loss_curves(curves: Mapping[str, tuple[Sequence[dict], Sequence[dict]]]) -> 
         axis.set(xlabel="step", ylabel="loss, nats per predicted token", title=title)
         axis.legend(fontsize=9)
     return figure
+
+
+QUANTISED_LOOKS = {"rounding": ("o", GREY), "rounding + EoRA": ("s", ORANGE), "GPTQ": ("^", BLUE), "GPTQ + EoRA": ("D", GREEN)}
+
+
+def bytes_chart(table: pd.DataFrame, dense: float, most: float = 150) -> plt.Figure:
+    """Perplexity over megabytes on disk, a marker a method, bits beside it; what lies above `most` is left out and counted.
+
+    Args:
+        table: columns method, bits, MB, perplexity, low, high (see `thesislib.chapters.quantisation.sizes_and_losses`).
+        dense: the whole model's perplexity.
+        most: the highest perplexity drawn.
+    """
+    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+    shown = table[table["perplexity"] <= most]
+    for method, (marker, colour) in QUANTISED_LOOKS.items():
+        rows = shown[shown["method"] == method]
+        if len(rows):
+            error = [rows["perplexity"] - rows["low"], rows["high"] - rows["perplexity"]]
+            axis.errorbar(rows["MB"], rows["perplexity"], yerr=error, fmt=marker, color=colour, markersize=7, capsize=2, linewidth=0.7, label=method)
+            for _, row in rows.iterrows():
+                axis.annotate(f" {row['bits']}", (row["MB"], row["perplexity"]), fontsize=8, color=colour, va="bottom")
+    axis.axhline(dense, color=GREY, linestyle="--", linewidth=1)
+    axis.annotate("dense", (0.99, dense), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9, color=GREY)
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:,.0f}")
+    axis.yaxis.set_minor_formatter("{x:,.0f}")
+    axis.tick_params(axis="y", which="minor", labelsize=8)
+    left_out = f"; {len(table) - len(shown)} above {most:.0f} not drawn" if len(table) > len(shown) else ""
+    axis.set(xlabel="MB on disk, embedding included", ylabel="held-out perplexity (log)", title=f"numbers: bits a weight without scales{left_out}")
+    axis.legend()
+    return figure
+
+
+def layers_chart(errors: Mapping[str, Mapping[str, float]], kinds: Sequence[str]) -> plt.Figure:
+    """Relative output error of each projection by block, a panel a kind, a line a method.
+
+    Args:
+        errors: {method: {"blocks.B.NAME": error}}.
+        kinds: names of projections.
+    """
+    figure, axes = plt.subplots(2, (len(kinds) + 1) // 2, figsize=(13, 6), sharex=True, layout="constrained")
+    looks = zip(errors, "o^sD", (GREY, ORANGE, BLUE, GREEN), strict=False)
+    for method, marker, colour in looks:
+        for axis, kind in zip(axes.flat, kinds, strict=False):
+            here = {int(place.split(".")[1]): e for place, e in errors[method].items() if place.endswith(f".{kind}")}
+            axis.plot(list(here), list(here.values()), marker + "-", color=colour, markersize=3, linewidth=1, label=method)
+            axis.set(title=kind, yscale="log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.tick_params(labelsize=8, which="both")
+    for axis in list(axes.flat)[len(kinds) :]:
+        axis.axis("off")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="lower right", fontsize=10)
+    figure.supxlabel("block")
+    figure.supylabel("|(W - W') X| / |W X| on held-out text (log)")
+    return figure

@@ -28,8 +28,9 @@ def export_gptq(subject: Subject, folder: str | Path) -> Path:
     Codes, scales and zeros are the subject's own, so the weights are the same numbers. Pruned weights, which artifacts
     leave out, are written as codes of zero: this layout has no sparse form.
 
-    Zeros are stored less one, as the layout's first version has it, if none is 0; else as they are, which its second
-    version does (`checkpoint_format: gptq_v2`): a 0 less one would borrow from its neighbour in the word.
+    On the symmetric grid zeros are stored less one, as the layout's first version has it and all loaders read it. On the
+    asymmetric grid they are stored as they are, which is its second version (`checkpoint_format: gptq_v2`): a zero of 0 less
+    one would borrow from its neighbour in the word, and loaders refuse the first version there.
 
     Args:
         subject: all of whose projections are quantised, alike.
@@ -45,14 +46,13 @@ def export_gptq(subject: Subject, folder: str | Path) -> Path:
     linears = {path: getattr(module, "base", module) for path, module in projection_paths(subject)}
     settings = _settings(subject, linears)
     quantised = {path: linear.quantised for path, linear in linears.items()}
-    first_version = all(bool((q.offset >= 1).all()) for q in quantised.values())
-    settings["checkpoint_format"] = "gptq" if first_version else "gptq_v2"
+    less = int(settings["checkpoint_format"] == "gptq")
     away = tuple(f"{path}." for path in linears)
     dense = dataclasses.replace(subject, model=unpack_all(copy.deepcopy(subject.model)))
     tensors = {name: tensor for name, tensor in plain_tensors(dense).items() if not name.startswith(away)}
     for path, q in quantised.items():
         groups = torch.arange(q.codes.shape[1]) // q.grid.size(q.codes.shape[1]) if q.index is None else q.index
-        zeros = (q.offset.long() - int(first_version)).to(torch.uint8)
+        zeros = (q.offset.long() - less).to(torch.uint8)
         tensors |= {
             f"{path}.qweight": words(q.codes, q.grid.bits).T,  # (inputs x bits / 32, outputs)
             f"{path}.qzeros": words(zeros.T, q.grid.bits),  # (groups, outputs x bits / 32)
@@ -107,6 +107,7 @@ def _settings(subject: Subject, linears: dict[str, Any]) -> dict[str, Any]:
         raise BadInput(f"group {grid.group} is none that GPTQ's loaders know: here {', '.join(map(str, fit))} or '{ROW}' would be")
     return {
         "quant_method": "gptq",
+        "checkpoint_format": "gptq" if grid.kind == "symmetric" else "gptq_v2",
         "bits": grid.bits,
         "group_size": -1 if grid.group == ROW else grid.group,
         "sym": grid.kind == "symmetric",

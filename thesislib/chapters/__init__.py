@@ -8,7 +8,10 @@ from pathlib import Path
 
 from thesislib.files import data_file
 
-CHAPTERS = {"00_measures": "measures", "01_franken_llama": "franken", "02_depth_pruning": "depth", "03_width_pruning": "width", "04_lora_recovery": "recovery"}
+CHAPTERS = {
+    "00_measures": "measures", "01_franken_llama": "franken", "02_depth_pruning": "depth", "03_width_pruning": "width", "04_lora_recovery": "recovery",
+    "05_quantisation": "quantisation",
+}  # fmt: skip
 
 
 def record_file(chapter: str) -> Path:

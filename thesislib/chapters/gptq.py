@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from thesislib.errors import BadInput
 from thesislib.evaluate.generate import complete
 from thesislib.evaluate.protocol import Protocol
 from thesislib.experiment import DENSE, prepare, recipe_hash, recipe_of
-from thesislib.files import cache_dir
+from thesislib.files import cache_dir, write_whole
 from thesislib.parameters import positive
 from thesislib.recipe import parse_label
 from thesislib.records import Measurement
@@ -45,7 +46,7 @@ INGREDIENTS = {
     "group": ("group", (32,)),
 }
 BUDGET = 19_537_920  # bytes of EoRA's corrections at rank 32 of the embedded subject, for a budget to be compared with
-SHAPES = {8: (64,), 4: (32, 64, "row"), 3: (32, 64, "row"), 2: (64,)}  # groups tried at each number of bits
+SHAPES = {8: (64,), 4: (32, 64, "row"), 3: (32, 64), 2: (64,)}  # groups tried at each number of bits
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def kinds(p: QuantChapter, bits: int = 4) -> list[Configuration]:
     return found
 
 
-def calibrations(p: QuantChapter, bits: int = 4, amounts: Iterable[int] = (4, 64), seeds: Iterable[int] = (0, 1, 2)) -> list[Configuration]:
+def calibrations(p: QuantChapter, bits: int = 4, amounts: Iterable[int] = (4, 32), seeds: Iterable[int] = (0, 1, 2)) -> list[Configuration]:
     """The best settings on more and less text, and on other windows of it."""
     found = [Configuration("calibrations", f"{n} windows", (p.gptq(bits, windows=n),)) for n in amounts]
     return found + [Configuration("calibrations", f"{p.calibration} windows, seed {s}", (p.gptq(bits, seed=s),)) for s in seeds]
@@ -311,8 +312,8 @@ def read_recorded(path: Path) -> Results:
     return MappingProxyType({(None, what): ms[0] for what, ms in dense.items() if ms} | found)
 
 
-RECORDED = {"bits": [4, 3], "calibration": 64, "windows": None, "held_out": 24, "questions": 200, "passages": 64, "tokens": 40}
-ABLATION = 16  # calibration windows of all but the table: settings are compared with each other, at a third of the price
+RECORDED = {"bits": [4, 3], "calibration": 32, "windows": None, "held_out": 24, "questions": 200, "passages": 64, "tokens": 40}
+ABLATION = 16  # calibration windows of all but the table: settings are compared with each other, at half the price
 
 
 def recorded_parameters(**settings) -> QuantChapter:
@@ -336,10 +337,15 @@ def recorded_table(p: QuantChapter) -> list[Configuration]:
 def recorded_configurations(p: QuantChapter) -> list[Configuration]:
     """All that the recorded run measures: what settings are chosen by first."""
     q = dataclasses.replace(p, calibration=ABLATION)
+    symmetric = [c for c in table(q, ("symmetric",), (HELD_OUT,)) if "EoRA" not in c.name]
     return [
-        *alone(q), *without(q), *compensations(q), *recorded_table(p), *kinds(q), *starts(q), *ranks(q), *pruned(q), *shapes(q), *calibrations(q),
-        *table(q, ("symmetric",), (HELD_OUT,)),
+        *alone(q), *without(q), *recorded_table(p), *compensations(q), *kinds(q), *starts(q), *ranks(q), *pruned(q), *calibrations(q), *symmetric, *shapes(q),
     ]  # fmt: skip
+
+
+def layers_file(path: Path) -> Path:
+    """Where a recorded run keeps its layer errors."""
+    return path.with_name(f"{path.stem}_layers.json")
 
 
 def main() -> None:
@@ -359,6 +365,14 @@ def main() -> None:
                 print(c.cell, c.name, "done", file=sys.stderr, flush=True)
         except Timeout:
             continue
+    q = dataclasses.replace(p, calibration=ABLATION)
+    rounding, *_, gptq, both = (c for c in table(q) if "4-bit" in c.name)
+    named = {"rounding": rounding, "GPTQ, tokens equal": Configuration("layers", "", (q.gptq(4, weighting="equal"),)), "GPTQ": gptq, "GPTQ + EoRA": both}
+    with FileLock(cache_dir() / "chapter-5-layers.lock"):
+        if not layers_file(store.path).exists():
+            found = layers(p, [dataclasses.replace(c, name=name) for name, c in named.items()])
+            made = {"stages": {name: recipe_of(c.stages).plain() for name, c in named.items()}, "text": "embedded", "windows": 8, "length": p.length}
+            write_whole(layers_file(store.path), json.dumps({"errors": found, **made}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

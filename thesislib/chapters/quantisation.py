@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from thesislib.chapters.gptq import (
-    ABLATION,
     CLOSED,
     HELD_OUT,
     OPEN,
@@ -15,25 +15,35 @@ from thesislib.chapters.gptq import (
     Configuration,
     QuantChapter,
     Results,
+    ablation_parameters,
     alone,
+    calibrations,
+    compensations,
+    kinds,
+    layers_file,
     pruned,
     ranks,
     read_recorded,
     recorded_parameters,
+    shapes,
     starts,
     table,
     without,
 )
 from thesislib.chapters.thesis import thesis_row
+from thesislib.compress.grid import Grid, round_to_nearest
 from thesislib.errors import BadInput
 from thesislib.evaluate import perplexity, triviaqa
 from thesislib.evaluate.stats import Comparison, holm
 from thesislib.experiment import DENSE
+from thesislib.files import read_json
 from thesislib.records import Measurement
-from thesislib.subject import LINEARS
+from thesislib.subject import LINEARS, Subject
 
 __all__ = ["TITLE", "headline", "read_recorded"]
 TITLE = "quantisation and compensation"
+# what the chapter set itself before it was run: perplexity on the whole of WikiText-2 test, windows of 512, groups of 64
+BARS = {"GPTQ 4-bit asymmetric": 35.0, "GPTQ 4-bit asymmetric + EoRA": 32.8, "GPTQ 3-bit asymmetric": 48.0, "GPTQ 3-bit asymmetric + EoRA": 40.5}
 
 
 def _number(m: Measurement | None) -> str:
@@ -46,6 +56,11 @@ def _share(m: Measurement | None) -> str:
 
 def _ratio(c: Comparison) -> str:
     return f"x {np.exp(c.difference):.3f} [{np.exp(c.low):.3f}, {np.exp(c.high):.3f}]"
+
+
+def _word(c: Comparison, up: bool = False) -> str:
+    """What a paired test says of b against a; `up` where more is better."""
+    return "within noise of" if c.p >= 0.05 else "better than" if (c.difference > 0) == up else "worse than"
 
 
 def _p(p: float) -> str:
@@ -121,8 +136,7 @@ def method_sentence(results: Results, configs: Sequence[Configuration], what: st
     """The same in words."""
     said = []
     for name, c in method_comparisons(results, configs, what):
-        word = "within noise" if c.p >= 0.05 else "better" if c.difference < 0 else "worse"
-        said.append(f"{name}: {word} ({_ratio(c)}, {_p(c.p)})")
+        said.append(f"{name}: {_word(c).removesuffix(' of').removesuffix(' than')} ({_ratio(c)}, {_p(c.p)})")
     return "Paired t tests over documents, Holm-adjusted: " + "; ".join(said) + "."
 
 
@@ -134,7 +148,7 @@ def ingredient_table(results: Results, configs: Sequence[Configuration], base: i
     for c in configs:
         if (c.key, HELD_OUT) in results:
             t = tests.get(c.name)
-            word = "" if t is None else "within noise" if t.p >= 0.05 else "better" if t.difference < 0 else "worse"
+            word = "" if t is None else _word(t).removesuffix(" of").removesuffix(" than")
             rows.append(
                 {"settings": c.name, "held-out perplexity": _number(results[c.key, HELD_OUT]), f"against {start.name}": _ratio(t) if t else "", "": word}
             )
@@ -145,13 +159,139 @@ def textbook_sentence(results: Results, p: QuantChapter, bits: int = 4) -> str:
     """Does GPTQ with its paper's settings beat rounding here, and which single change helps most?"""
     rounding, paper, *others = alone(p, bits)
     ((_, first),) = _pairs(results, [("paper", rounding, paper)], HELD_OUT)
-    word = "is within noise of" if first.p >= 0.05 else "is better than" if first.difference < 0 else "is worse than"
     tests = _pairs(results, [(c.name, paper, c) for c in others], HELD_OUT)
     name, best = min(tests, key=lambda pair: pair[1].difference)
-    harm = [n for n, c in tests if c.p < 0.05 and c.difference > 0]
+    harm = [f"{n} ({_ratio(c)})" for n, c in tests if c.p < 0.05 and c.difference > 0]
     return (
-        f"At {bits} bits GPTQ with its paper's settings {word} plain rounding ({_ratio(first)}, {_p(first.p)}). Of the single changes the most is gained by "
-        f"{name} ({_ratio(best)}); harm is done by {', '.join(harm) or 'none'}."
+        f"At {bits} bits GPTQ with its paper's settings is {_word(first)} plain rounding ({_ratio(first)}, {_p(first.p)}). Of the single changes the most "
+        f"is gained by {name} ({_ratio(best)}); harm is done by {', '.join(harm) or 'none'}."
+    )
+
+
+def kinds_table(results: Results, p: QuantChapter) -> pd.DataFrame:
+    """One kind of projection quantised at a time: GPTQ with the paper's settings against rounding, paired and Holm-adjusted."""
+    found = {c.name: c for c in kinds(p)}
+    pairs = [(kind, found[f"{kind}, rounding"], found[f"{kind}, GPTQ"]) for kind in LINEARS]
+    rows = []
+    for kind, c in _pairs(results, pairs, HELD_OUT):
+        rounding, gptq = (results[found[f"{kind}, {how}"].key, HELD_OUT] for how in ("rounding", "GPTQ"))
+        rows.append(
+            {"quantised alone": kind, "rounding": f"{rounding.value:.2f}", "GPTQ, paper": f"{gptq.value:.2f}", "GPTQ / rounding": _ratio(c), "": _word(c)}
+        )
+    return pd.DataFrame(rows).set_index("quantised alone")
+
+
+def kinds_sentence(results: Results, p: QuantChapter) -> str:
+    """Where the paper's settings lose."""
+    told: dict[str, list[str]] = {"worse than": [], "better than": [], "within noise of": []}
+    for kind, row in kinds_table(results, p).iterrows():
+        told[row[""]].append(kind)
+    listed = "; ".join(f"{word} rounding for {', '.join(names)}" for word, names in told.items() if names)
+    return f"One kind of projection at a time, GPTQ with its paper's settings is {listed} (paired t tests, Holm-adjusted)."
+
+
+def shapes_table(results: Results, p: QuantChapter) -> pd.DataFrame:
+    """Bits by group: rounding, GPTQ, and the ratio of the two, paired and Holm-adjusted."""
+    found = {c.name: c for c in shapes(p)}
+    names = list(dict.fromkeys(name.split(", ", 1)[1] for name in found))
+    tests = dict(_pairs(results, [(n, found[f"rounding, {n}"], found[f"GPTQ, {n}"]) for n in names], HELD_OUT))
+    rows = []
+    for name in names:
+        ms = {how: results.get((found[f"{how}, {name}"].key, HELD_OUT)) for how in ("rounding", "GPTQ")}
+        if any(ms.values()):
+            bits, group = name.split(", ")
+            size = next(m for m in ms.values() if m).provenance["made"]["bytes"]["bytes_on_disk"]
+            said = f"{_ratio(tests[name])}, {_word(tests[name])}" if name in tests else "not run"
+            numbers = {how: _number(m) or "not run" for how, m in ms.items()}
+            rows.append({"bits": bits.split()[0], "group": group.split()[1], **numbers, "GPTQ / rounding": said, "MB on disk": f"{size / 1e6:.1f}"})
+    return pd.DataFrame(rows).set_index(["bits", "group"])
+
+
+def calibration_sentence(results: Results, p: QuantChapter) -> str:
+    """How far other windows of the same text, and fewer or more of them, move the best settings' result."""
+    found = {c.name: results[c.key, HELD_OUT].value for c in calibrations(p) if (c.key, HELD_OUT) in results}
+    seeds = [v for name, v in found.items() if "seed" in name]
+    amounts = [f"{v:.2f} with {name}" for name, v in found.items() if "seed" not in name]
+    spread = f"{len(seeds)} choices of {p.calibration} windows give {', '.join(f'{v:.2f}' for v in seeds)}: {max(seeds) / min(seeds) - 1:.1%} apart"
+    return f"Held-out perplexity, 4 bits: {spread}; {', '.join(amounts)}. Differences of that size between settings are the calibration's noise."
+
+
+def compensation_table(results: Results, p: QuantChapter) -> pd.DataFrame:
+    """EoRA's choices, each against the same weights without it, with the bytes of its factors."""
+    configs = compensations(p)
+    plain = {name: c for name in ("GPTQ", "rounding") for c in configs if c.name == name}
+    tests = dict(_pairs(results, [(c.name, plain[c.name.split(" +")[0]], c) for c in configs if c.name not in plain], HELD_OUT))
+    rows = []
+    for c in configs:
+        m = results.get((c.key, HELD_OUT))
+        if m is not None:
+            size = f"{stage_report(m, 'eora')['bytes'] / 1e6:.1f}" if c.name in tests else ""
+            rows.append({"model": c.name, "held-out perplexity": _number(m), "against without": _ratio(tests[c.name]) if c.name in tests else "", "MB": size})
+    return pd.DataFrame(rows).set_index("model")
+
+
+def bytes_sentence(results: Results, p: QuantChapter) -> str:
+    """Is a correction worth its bytes: the fewer bits with EoRA against more bits without?"""
+    few, many = (next(c for c in table(p) if c.name == name) for name in ("GPTQ 3-bit asymmetric + EoRA", "GPTQ 4-bit asymmetric"))
+    a, b = results[few.key, PPL], results[many.key, PPL]
+    c = perplexity.compare(b, a)
+    sizes = [m.provenance["made"]["bytes"]["bytes_on_disk"] / 1e6 for m in (a, b)]
+    return (
+        f"3 bits with EoRA of rank {p.rank} take {sizes[0]:.1f} MB, 4 bits without {sizes[1]:.1f} MB; in perplexity the first are {_word(c)} the second "
+        f"({a.value:.1f} and {b.value:.1f}, {_ratio(c)}, {_p(c.p)})."
+    )
+
+
+def sizes_and_losses(results: Results) -> pd.DataFrame:
+    """(method, bits, MB on disk, held-out perplexity, low, high) of every model whose linears are all quantised and whose blocks are all there."""
+    rows, seen = [], set()
+    p, q = recorded_parameters(), ablation_parameters()
+    for c in (*table(p), *table(q, ("symmetric",)), *shapes(q), *ranks(q)):
+        m = results.get((c.key, HELD_OUT))
+        if m is None or c.key in seen or not c.stages:
+            continue
+        seen.add(c.key)
+        first = c.stages[0]
+        method = ("GPTQ" if first.letter == "Q" else "rounding") + (" + EoRA" if len(c.stages) > 1 else "")
+        size = m.provenance["made"]["bytes"]["bytes_on_disk"] / 1e6
+        rows.append({"method": method, "bits": first.bits, "MB": size, "perplexity": m.value, "low": m.low, "high": m.high})
+    return pd.DataFrame(rows)
+
+
+def bars_table(results: Results, p: QuantChapter) -> pd.DataFrame:
+    """What chapter 5 set itself before it was run, on the whole of WikiText-2 test, and what came out."""
+    rows = []
+    for name, bar in BARS.items():
+        m = results.get((next(c for c in table(p) if c.name == name).key, PPL))
+        met = "not run" if m is None else "met" if m.value <= bar else "not met"
+        rows.append({"model": name, "at most": bar, "perplexity": _number(m), "": met})
+    return pd.DataFrame(rows).set_index("model")
+
+
+def sink_sentence(shares: Mapping[str, float]) -> str:
+    """How much of X^T X is the first token's (see `thesislib.chapters.gptq.sink_shares`)."""
+    place = max(shares, key=shares.get)
+    block, kind = place.split(".")[1:]
+    many = sum(v > 0.1 for v in shares.values())
+    return (
+        f"The first of 512 tokens makes {shares[place]:.0%} of the trace of block {block}'s {kind}, its largest share, "
+        f"and over 10% at {many} of {len(shares)} projections."
+    )
+
+
+def grid_sentence(subject: Subject, blocks: Sequence[int] = (0, 1)) -> str:
+    """What the subject's own 4-bit grid does to rounding: nothing is lost on that grid, the usual quarter step on an integer zero-point's."""
+    own, other = Grid(4, 32, "minimum"), Grid(4, 32, "asymmetric")
+    lost, steps = 0.0, []
+    linears = [m for b in blocks for m in subject.linears(b).values()]
+    for m in linears:
+        w = m.weight.detach().float()
+        lost = max(lost, float((round_to_nearest(w, own).weight - w).abs().max()))
+        q = round_to_nearest(w, other)
+        steps.append(float(((q.weight - w).abs() / q.scale.repeat_interleave(32, 1)).mean()))
+    return (
+        f"Rounded to its own grid (groups of 32, a floating minimum), the largest change of a weight in {len(linears)} linears is {lost:g}; "
+        f"with an integer zero-point instead, the mean change is {np.mean(steps):.2f} steps."
     )
 
 
@@ -161,15 +301,19 @@ def layer_table(errors: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
     Args:
         errors: {method: {"blocks.B.NAME": error}}.
     """
-    kinds = {method: {kind: np.mean([e for place, e in found.items() if place.endswith(kind)]) for kind in LINEARS} for method, found in errors.items()}
-    return pd.DataFrame(kinds).loc[list(LINEARS)]
+    means = {method: {kind: np.mean([e for place, e in found.items() if place.endswith(kind)]) for kind in LINEARS} for method, found in errors.items()}
+    return pd.DataFrame(means).loc[list(LINEARS)].round(4)
 
 
-def errors_by_layer(results: Results, c: Configuration) -> dict[str, dict[str, float]]:
-    """{method: {place: relative error of the output}} that the stages of GPTQ + EoRA reported on their calibration text."""
-    m = next(results[c.key, what] for what in (PPL, HELD_OUT) if (c.key, what) in results)
-    after = stage_report(m, "eora")["relative_errors"]
-    return {"GPTQ": stage_report(m, "gptq")["relative_errors"], "GPTQ + EoRA": {place: pair[1] for place, pair in after.items()}}
+def layer_sentence(errors: Mapping[str, Mapping[str, float]], base: str = "rounding") -> str:
+    """At how many projections each method's error on held-out text is above rounding's."""
+    said = [f"{method} at {sum(found[place] > errors[base][place] for place in found)}" for method, found in errors.items() if method != base]
+    return f"Of {len(errors[base])} projections the error on held-out text is above {base}'s with {', with '.join(said)}."
+
+
+def read_layers(path: Path) -> dict[str, dict[str, float]]:
+    """The recorded layer errors, beside the recorded run."""
+    return read_json(layers_file(path))["errors"]
 
 
 def rank_table(results: Results, p: QuantChapter) -> pd.DataFrame:
@@ -202,13 +346,16 @@ def starts_sentence(results: Results, p: QuantChapter) -> str:
 
 def headline(results: Results) -> str:
     """What chapter 5 found, in sentences, for the book's first page and the README."""
-    p = recorded_parameters()
-    dense = results[None, PPL]
-    best = {c.name: results[c.key, PPL] for c in table(p) if (c.key, PPL) in results and c.name != DENSE}
-    listed = ", ".join(f"{name} {m.value:.1f}" for name, m in best.items())
+    p, q = recorded_parameters(), ablation_parameters()
+    found = {c.name: results[c.key, PPL] for c in table(p) if c.name in BARS}
+    listed = ", ".join(f"{name.replace(' asymmetric', '')} {m.value:.1f}" for name, m in found.items())
+    _, paper, *_ = alone(q)
+    ((_, change),) = _pairs(results, [("best", paper, without(q)[0])], HELD_OUT)
     return (
-        f"{textbook_sentence(results, replace(p, calibration=ABLATION))} On WikiText-2 test (dense {dense.value:.1f}), groups of {p.group}: {listed}. "
-        f"{method_sentence(results, table(p))}"
+        f"{textbook_sentence(results, q)} {kinds_sentence(results, q)} With all of the chapter's changes the paper's perplexity is multiplied by "
+        f"{np.exp(change.difference):.2f}. On WikiText-2 test (dense {results[None, PPL].value:.1f}), groups of {p.group}: "
+        f"{listed}. {bytes_sentence(results, p)} "
+        f"{starts_sentence(results, q)}"
     )
 
 
@@ -217,6 +364,37 @@ def pruned_table(results: Results, p: QuantChapter) -> pd.DataFrame:
     return main_table(results, pruned(p))[["held-out Wikipedia", "MB on disk"]]
 
 
+def pruned_sentence(results: Results, p: QuantChapter) -> str:
+    """GPTQ against rounding, and EoRA against none, on pruned models."""
+    by_name = {c.name: c for c in pruned(p)}
+    pairs = []
+    for name in (n for n in by_name if "," not in n):
+        r, g, e = (by_name[f"{name}, {how}"] for how in ("rounding", "GPTQ", "GPTQ + EoRA"))
+        pairs += [(f"{name}: GPTQ than rounding", r, g), (f"{name}: EoRA than none", g, e)]
+    said = [f"{name} {_word(c).split()[0]} ({_ratio(c)}, {_p(c.p)})" for name, c in _pairs(results, pairs, HELD_OUT)]
+    return f"Paired t tests, Holm-adjusted: {'; '.join(said)}."
+
+
 def without_table(results: Results, p: QuantChapter) -> pd.DataFrame:
     """The best settings with each ingredient taken away."""
     return ingredient_table(results, without(p), base=0)
+
+
+def samples(results: Results) -> pd.DataFrame:
+    """Greedy completions of the models that answered questions."""
+    rows = {}
+    for (_, what), m in results.items():
+        if what == CLOSED and (note := m.provenance["chapter"]).get("text"):
+            rows[note.get("name", DENSE)] = {"what it writes": note["text"].replace("\n", " ")}
+    return pd.DataFrame(rows).T.rename_axis("model")
+
+
+def answers_sentence(results: Results, p: QuantChapter) -> str:
+    """Questions answered by the quantised models against the dense one, exact McNemar tests."""
+    said = []
+    for what in (CLOSED, OPEN):
+        pairs = [(c.name, table(p)[0], c) for c in table(p)[1:]]
+        tests = _pairs(results, pairs, what)
+        listed = [f"{n} {results[next(c.key for c in table(p) if c.name == n), what].value:.1%} ({_word(c, up=True)} dense, {_p(c.p)})" for n, c in tests]
+        said.append(f"{what}, dense {results[None, what].value:.1%}: {'; '.join(listed) or 'not run'}")
+    return ". ".join(x[0].upper() + x[1:] for x in said) + ". Exact McNemar tests, Holm-adjusted."

@@ -3,8 +3,6 @@
 import argparse
 import dataclasses
 import itertools
-import statistics
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +13,13 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from thesislib import formats, packing
+from thesislib import packing
 from thesislib.chapters.thesis import thesis_row
 from thesislib.compress.width import THESIS_PATTERNS, Width
 from thesislib.corpus import evaluation_text
 from thesislib.errors import BadInput
 from thesislib.evaluate import perplexity
+from thesislib.evaluate.speed import speeds
 from thesislib.evaluate.stats import Comparison, holm
 from thesislib.experiment import described
 from thesislib.layers import pack_all
@@ -275,27 +274,11 @@ def headline(results: Results) -> str:
 # ---------------------------------------------------------------- packed models
 
 
-def packed_speed(subject: Subject, pattern: str = "2:4", tokens: int = 512, repeats: int = 3) -> pd.DataFrame:
-    """A pruned subject with dense, packed and unpacked weights: bytes held, tokens per second of a prefill and one at a time."""
+def packed_speed(subject: Subject, pattern: str = "2:4") -> pd.DataFrame:
+    """A pruned subject with dense and with packed weights: bytes held, tokens per second of a prefill and one at a time."""
     remove, of = packing.Pattern.parse(pattern)
     dense, _ = Width(remove, of, metric="magnitude").apply(subject)
-    packed = pack_all(dense)
-    ids = torch.arange(tokens)[None] % subject.model.config.vocab_size
-    rows = []
-    for name, model in ((f"{pattern}, held dense", dense), (f"{pattern}, held packed", packed)):
-        prefill, one = (statistics.median(_seconds(model, ids[:, :n]) for _ in range(repeats + 1)) for n in (tokens, 1))
-        held = formats.sizes(model)["bytes_in_memory"] / 1e6
-        rows.append(
-            {"weights": name, "MB in memory": round(held, 1), "tokens/s, prefill": round(tokens / prefill), "tokens/s, one at a time": round(1 / one, 1)}
-        )
-    return pd.DataFrame(rows).set_index("weights")
-
-
-def _seconds(subject: Subject, ids: torch.Tensor) -> float:
-    start = time.perf_counter()
-    with torch.inference_mode():
-        subject.model.model(input_ids=ids.to(subject.device), use_cache=False)
-    return time.perf_counter() - start
+    return speeds({f"{pattern}, held dense": dense, f"{pattern}, held packed": pack_all(dense)})
 
 
 # ---------------------------------------------------------------- recorded runs

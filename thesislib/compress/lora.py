@@ -37,7 +37,7 @@ class Lora:
     the thesis by default. init: default (A uniform, B zero), gaussian, orthogonal, or eora: train the corrections that
     the subject has, which an EoRA stage of the same rank put there, instead of adding new ones. learning_rate: of
     AdamW, with warm-up over the share `warmup` of the steps and then down a cosine; the default lies between the 2e-4
-    usual for models of 7 billion parameters and 1e-3, because rates grow as models shrink, and is not tuned. steps: of
+    usual for models of 7 billion parameters and the 4e-3 that chapter 4 found for 135 million (held-out loss, 48 steps). steps: of
     the optimiser, each on `accumulate` batches of `batch` sequences of `length` tokens; clip: the largest norm of the
     gradient. every: steps between validations on `validation` held-out sequences; the best adapter is kept, the
     untrained one included. checkpoint_every: steps between checkpoints. merge: beside, masked or dense, see `MERGES`.

@@ -1,0 +1,77 @@
+"""GPTQ of the embedded model side by side with GPTQModel: the same 16 windows of 512, 4 bits, groups of 64, symmetric; seconds and perplexity.
+
+Run it in the environment that CONTRIBUTING describes: `GPTQMODEL_CPU_WORKERS=2 python -m benchmarks.gptqmodel`. Ours is measured with
+GPTQModel's settings as far as they go (damping 0.05, no act-order, no clipping, tokens equal, sequential; its act_group_aware has no counterpart here)
+and with this study's defaults.
+"""
+
+import importlib.util
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from thesislib.compress.gptq import Gptq
+from thesislib.corpus import calibration_windows, evaluation_text
+from thesislib.evaluate.perplexity import perplexity
+from thesislib.subject import Subject, load_subject
+
+WINDOWS, LENGTH, HELD_OUT = 16, 512, 24
+THEIRS = {"damping": 0.05, "act_order": "none", "clip": "none", "weighting": "equal", "sequential": True}
+
+
+def unpacked(words: np.ndarray, bits: int) -> np.ndarray:
+    """(n, m) int32 words to (n, m x 32 / bits) codes, the lowest bits first."""
+    single = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little").reshape(len(words), -1, bits)
+    return (single.astype(int) << np.arange(bits)).sum(-1)
+
+
+def dense(subject: Subject, folder: Path, bits: int = 4) -> Subject:
+    """A copy of the subject with the weights of a GPTQ checkpoint."""
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    tensors = {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+    result, less = subject.copy(), int(config.get("checkpoint_format", "gptq") == "gptq")
+    for i in range(subject.depth):
+        for name, linear in result.linears(i).items():
+            path = next(p.removesuffix(".qweight") for p in tensors if p.startswith(f"model.layers.{i}.") and p.endswith(f".{name}.qweight"))
+            codes = unpacked(np.ascontiguousarray(tensors[f"{path}.qweight"].T.numpy()), bits)
+            zeros = unpacked(np.ascontiguousarray(tensors[f"{path}.qzeros"].numpy()), bits).T + less
+            groups, scales = tensors[f"{path}.g_idx"].long().numpy(), tensors[f"{path}.scales"].float().T.numpy()
+            linear.weight.data = torch.from_numpy(scales[:, groups] * (codes - zeros[:, groups])).to(linear.weight.dtype)
+    return result
+
+
+def main() -> None:
+    if importlib.util.find_spec("gptqmodel") is None:
+        sys.exit("skipped: GPTQModel is not installed here; CONTRIBUTING says how")
+    from gptqmodel import GPTQModel, QuantizeConfig
+
+    subject = load_subject()
+    ids = calibration_windows(subject.tokenizer, "c4", "embedded", WINDOWS, LENGTH, 0)
+    found, text = {}, evaluation_text()
+    found["dense"] = {"perplexity": round(perplexity(subject, text, limit=HELD_OUT).value, 2)}
+    with tempfile.TemporaryDirectory() as place:
+        subject.model.save_pretrained(f"{place}/dense")
+        subject.tokenizer.save_pretrained(f"{place}/dense")
+        model = GPTQModel.load(f"{place}/dense", QuantizeConfig(bits=4, group_size=64, sym=True, desc_act=False), device="cpu")
+        start = time.perf_counter()
+        model.quantize([{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in ids], batch_size=4)
+        seconds = time.perf_counter() - start
+        model.save(f"{place}/theirs")
+        theirs = dense(subject, Path(f"{place}/theirs"))
+    found["GPTQModel"] = {"seconds": round(seconds, 1), "perplexity": round(perplexity(theirs, text, limit=HELD_OUT).value, 2)}
+    for name, settings in (("thesislib, the same settings", THEIRS), ("thesislib, its defaults", {})):
+        start = time.perf_counter()
+        ours, _ = Gptq(bits=4, group=64, windows=WINDOWS, length=LENGTH, **settings).apply(subject)
+        seconds = time.perf_counter() - start
+        found[name] = {"seconds": round(seconds, 1), "perplexity": round(perplexity(ours, text, limit=HELD_OUT).value, 2)}
+    print(json.dumps({**found, "threads": torch.get_num_threads()}))
+
+
+if __name__ == "__main__":
+    main()
