@@ -329,7 +329,7 @@ def ablation_parameters(**settings) -> QuantChapter:
 def recorded_table(p: QuantChapter) -> list[Configuration]:
     """The recorded run's table: on the test text what its bars need, answers of two, the rest on held-out text."""
     on_test = {name for c in table(p) if (name := c.name).startswith("GPTQ")}
-    answering = {"rounding 4-bit asymmetric", "GPTQ 4-bit asymmetric + EoRA"}
+    answering = {"GPTQ 4-bit asymmetric", "GPTQ 4-bit asymmetric + EoRA"}
     measured = {c.name: (*([PPL] if c.name in on_test else []), HELD_OUT, *((CLOSED, OPEN) if c.name in answering else ())) for c in table(p)}
     return [dataclasses.replace(c, measured=measured[c.name]) for c in table(p)]
 
