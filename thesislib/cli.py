@@ -161,19 +161,29 @@ def compress(
 @app.command()
 @one_line_errors
 def export(
-    subject: Annotated[str, typer.Argument(help="an artifact folder with quantised weights, or another subject spec")],
+    subject: Annotated[str, typer.Argument(help="an artifact folder, or another subject spec")],
     gptq: Annotated[bool, typer.Option("--gptq", help="as a GPTQ checkpoint, which transformers and GPTQModel load")] = False,
-    out: Annotated[Path | None, typer.Option(help="the new folder; default the artifact's name with -gptq behind it")] = None,
+    gguf: Annotated[str | None, typer.Option(help="as a GGUF file for llama.cpp: F16, Q8_0, Q4_0 or Q4_1")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="with --gguf: add low-rank corrections to the weights, which fills zeros")] = False,
+    out: Annotated[Path | None, typer.Option(help="the new folder or file; default NAME-gptq or NAME-TYPE.gguf")] = None,
 ) -> None:
     """Write a compressed model as others load it."""
-    from thesislib.gptq_format import export_gptq
     from thesislib.subject import load_subject
 
-    if not gptq:
-        raise BadInput("which format to export is not said: expected --gptq")
-    loaded = load_subject(subject)
-    folder = export_gptq(loaded, out or Path(f"{Path(subject).name}-gptq"))
-    typer.echo(f"{folder}: a GPTQ checkpoint of {loaded.name}" + (", corrections as a PEFT adapter in adapter/" if (folder / "adapter").is_dir() else ""))
+    if gptq == (gguf is not None):
+        raise BadInput("which format to export is not said: expected either --gptq or --gguf TYPE")
+    loaded, name = load_subject(subject), Path(subject).name
+    if gptq:
+        from thesislib.gptq_format import export_gptq
+
+        folder = export_gptq(loaded, out or Path(f"{name}-gptq"))
+        beside = ", corrections as a PEFT adapter in adapter/" if (folder / "adapter").is_dir() else ""
+        typer.echo(f"{folder}: a GPTQ checkpoint of {loaded.name}{beside}")
+        return
+    from thesislib.gguf_format import export_gguf
+
+    file = export_gguf(loaded, out or Path(f"{name}-{gguf}.gguf"), gguf, merge_corrections=merge)
+    typer.echo(f"{file}: {loaded.name} as {gguf}, {file.stat().st_size / 1e6:.1f} MB{', corrections merged into the weights' if merge else ''}")
 
 
 recipes = typer.Typer(help="Look at recipes without running them.", no_args_is_help=True)

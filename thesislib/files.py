@@ -85,6 +85,19 @@ def write_whole(path: Path, content: str | bytes) -> None:
         Path(temporary).unlink(missing_ok=True)
 
 
+@contextmanager
+def whole_file(final: Path) -> Iterator[Path]:
+    """A temporary name beside `final`, for writers that take names; it becomes `final` only if the block succeeds."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+    try:
+        yield folder / final.name
+        (folder / final.name).chmod(0o644)
+        os.replace(folder / final.name, final)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def read_json(path: Path) -> dict:
     """A JSON file, or an error that names it."""
     try:
