@@ -223,12 +223,12 @@ def pruned(p: QuantChapter, labels: Iterable[str] = ("W2:4", "D4"), bits: int = 
     return found
 
 
-def starts(p: QuantChapter, bits: int = 3, steps: int = 24, seeds: Iterable[int] = (0, 1, 2)) -> list[Configuration]:
+def starts(p: QuantChapter, bits: int = 3, steps: int = 16, seeds: Iterable[int] = (0, 1, 2)) -> list[Configuration]:
     """LoRA on a quantised model, started as usual and from EoRA's correction, at equal rank and steps."""
     found = []
     for seed in seeds:
-        training = Lora(rank=p.rank, alpha=p.rank, linears="*", learning_rate=5e-4, steps=steps, batch=2, accumulate=1, every=12, validation=8,
-                        checkpoint_every=12, seed=seed)  # fmt: skip
+        training = Lora(rank=p.rank, alpha=p.rank, linears="*", learning_rate=2e-3, steps=steps, batch=2, accumulate=1, every=8, validation=8,
+                        checkpoint_every=8, seed=seed)  # fmt: skip
         found += [
             Configuration("start", f"usual, seed {seed}", (p.gptq(bits), training)),
             Configuration("start", f"EoRA, seed {seed}", (p.gptq(bits), p.eora(), dataclasses.replace(training, init="eora"))),
