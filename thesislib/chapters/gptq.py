@@ -165,11 +165,13 @@ def alone(p: QuantChapter, bits: int = 4) -> list[Configuration]:
 
 
 def without(p: QuantChapter, bits: int = 4) -> list[Configuration]:
-    """The best settings, and each ingredient taken back to the paper's."""
+    """The best settings, and each ingredient taken back to the paper's or, where the two agree, changed."""
     found = [Configuration("without", "all of them", (p.gptq(bits),))]
-    for title, (key, _) in INGREDIENTS.items():
+    for title, (key, (value, *_)) in INGREDIENTS.items():
         if key in PAPER and PAPER[key] != BEST[key]:
             found.append(Configuration("without", f"without {title}", (p.gptq(bits, **{key: PAPER[key]}),)))
+        elif key != "group":
+            found.append(Configuration("without", f"with {title} {value}", (p.gptq(bits, **{key: value}),)))
     return found
 
 
