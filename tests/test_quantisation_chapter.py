@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from thesislib import figures
 from thesislib.chapters import gptq, quantisation
 from thesislib.chapters.gptq import BEST, CLOSED, HELD_OUT, INGREDIENTS, OPEN, PAPER, PPL, QuantChapter
 from thesislib.compress.grid import Grid, round_to_nearest
@@ -13,6 +14,7 @@ from thesislib.evaluate import protocol
 from thesislib.experiment import again
 from thesislib.records import Measurement
 from thesislib.store import Store
+from thesislib.subject import LINEARS
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +164,15 @@ def test_every_cell_says_what_its_numbers_say():
     assert list(bars[""]) == ["not met", "not run", "not run", "met"]
     both = quantisation.sizes_and_losses(results)
     assert set(both["method"]) >= {"GPTQ", "rounding", "GPTQ + EoRA"} and (both["MB"] > 0).all()
+    chart = figures.bytes_chart(both, 30.0, most=52)
+    axis, above = chart.axes[0], int((both["perplexity"] > 52).sum())
+    assert {t.get_text() for t in axis.get_legend().get_texts()} == set(
+        both.loc[both["perplexity"] <= 52, "method"]
+    ) and f"{above} above 52 not drawn" in axis.get_title()
+    errors = {how: {f"blocks.{b}.{kind}": 0.1 * (b + 1) for b in range(3) for kind in LINEARS} for how in ("rounding", "GPTQ")}
+    lines = figures.layers_chart(errors, LINEARS)
+    assert [a.get_title() for a in lines.axes[:7]] == list(LINEARS) and all(len(a.lines) == 2 for a in lines.axes[:7])
+    figures.plt.close("all")
 
 
 def test_what_is_measured_directly(small, tiny):
