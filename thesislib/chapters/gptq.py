@@ -28,7 +28,7 @@ from thesislib.recipe import parse_label
 from thesislib.records import Measurement
 from thesislib.store import Store
 from thesislib.stream import ALL_AT_ONCE, Statistics, Visitor, stream
-from thesislib.subject import DTYPES, LINEARS
+from thesislib.subject import DTYPES, LINEARS, Subject
 
 PPL, HELD_OUT, CLOSED, OPEN = "perplexity", "held-out perplexity", "closed book", "open book"
 PAPER = {"grid": "symmetric", "clip": "none", "act_order": "none", "damping": 0.01, "sequential": False, "weighting": "equal", "text": "c4"}
@@ -259,18 +259,22 @@ def measure(configs: Iterable[Configuration], p: QuantChapter, done: Results | N
     return results
 
 
+def models(p: QuantChapter, configs: Iterable[Configuration]) -> dict[str, Subject]:
+    """{name: subject}, out of the cache where it has them; weights packed as they are kept."""
+    return {c.name: prepare(p.subject, c.stages, data=p.data, dtype=p.dtype, device=p.device).model for c in configs}
+
+
 def layers(p: QuantChapter, configs: Iterable[Configuration], windows: int = 8) -> dict[str, dict[str, float]]:
     """{name: {"blocks.B.PROJECTION": relative error of its output}} on held-out text, each projection by itself on the original's inputs."""
-    original = prepare(p.subject, (), data=p.data, dtype=p.dtype, device=p.device).model
+    (original,) = models(p, [Configuration("layers", DENSE)]).values()
     ids = corpus.windows(corpus.evaluation_text("embedded"), original.tokenizer, p.length, windows).ids
-    made = {c.name: prepare(p.subject, c.stages, data=p.data, dtype=p.dtype, device=p.device).model for c in configs}
-    found = layer_errors(original, made, ids)
+    found = layer_errors(original, models(p, configs), ids)
     return {name: {f"blocks.{b}.{kind}": round(error, 6) for (b, kind), error in errors.items()} for name, errors in found.items()}
 
 
 def sink_shares(p: QuantChapter, windows: int = 4) -> dict[str, float]:
     """{"blocks.B.PROJECTION": the share of the trace of X^T X that the first tokens of windows of calibration text have}."""
-    original = prepare(p.subject, (), data=p.data, dtype=p.dtype, device=p.device).model
+    (original,) = models(p, [Configuration("sinks", DENSE)]).values()
     ids = corpus.calibration_windows(original.tokenizer, BEST["text"], p.data, windows, p.length)
     both = []
     for weighting in ("equal", "skip_1"):
