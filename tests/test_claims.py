@@ -99,9 +99,9 @@ def test_every_claim_is_shown_where_it_says():
 
 
 def test_plans_by_name():
-    assert plan_name(None) == plan_name(list(range(8))) == "dense"
-    assert plan_name(list(parse_plan("0-3,3-7", 8))) == "block 3 twice"
-    assert plan_name([0, 2, 1]).startswith("plan")
+    assert plan_name(None, 8) == plan_name(list(range(8)), 8) == "dense"
+    assert plan_name(list(parse_plan("0-3,3-7", 8)), 8) == "block 3 twice"
+    assert plan_name([0, 2, 1], 3).startswith("plan") and plan_name([0, 1], 3).startswith("plan")  # the last block left out
 
 
 def test_the_page_says_what_the_records_say():

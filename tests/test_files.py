@@ -6,7 +6,7 @@ import stat
 import pytest
 
 from thesislib.errors import BadInput
-from thesislib.files import cache_dir, data_file, read_json, whole_folder, write_whole
+from thesislib.files import cache_dir, data_file, read_json, whole_file, whole_folder, write_whole
 
 
 def no_space(*_, **__):
@@ -43,6 +43,21 @@ def test_a_kill_while_one_folder_replaces_another_leaves_no_half_of_either(tmp_p
                 (temporary / f"{text}_{name}").write_text(text)
     assert {tuple(names) for names in seen} == {(), ("old_a", "old_b"), ("new_a", "new_b")}
     assert [p.name for p in tmp_path.iterdir()] == ["final"]
+
+
+def test_a_file_appears_only_when_whole(tmp_path):
+    final = tmp_path / "deep" / "final.bin"
+    with whole_file(final) as temporary:
+        temporary.write_bytes(b"whole")
+        assert not final.exists() and temporary.suffix == ".bin"
+    assert final.read_bytes() == b"whole" and [p.name for p in final.parent.iterdir()] == ["final.bin"]
+    for error, expected in ((OSError(errno.ENOSPC, "full"), BadInput), (RuntimeError("x"), RuntimeError)):
+        with pytest.raises(expected), whole_file(final.with_name("other.bin")) as temporary:
+            temporary.write_bytes(b"half")
+            raise error
+    with pytest.raises(BadInput, match="where its folder should be"), whole_file(final / "below.bin"):
+        pass
+    assert [p.name for p in final.parent.iterdir()] == ["final.bin"]
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])

@@ -16,7 +16,7 @@ from thesislib.compress.gptq import Rtn
 from thesislib.compress.plan import apply_plan
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
-from thesislib.gguf_format import export_gguf, interleaved, pre_tokenizer
+from thesislib.gguf_format import PATTERNS, export_gguf, interleaved, pre_tokenizer
 from thesislib.wheels import wheel_folder
 
 IDS = torch.randint(0, 250, (2, 12), generator=torch.Generator().manual_seed(3))
@@ -42,10 +42,9 @@ def logits(subject):
 def halved(subject):
     """A copy with weights as float16 has them, norms apart."""
     result = subject.copy()
-    for name, p in result.model.named_parameters():
+    for p in result.model.parameters():
         if p.ndim == 2:
             p.data = p.data.half().float()
-        assert name
     return result
 
 
@@ -98,6 +97,8 @@ def test_zeros_stay_zeros(tiny, tmp_path):
     for kind in ("F16", "Q8_0", "Q4_0"):
         found = numbers(export_gguf(sparse, tmp_path / f"{kind}.gguf", kind))["blk.0.ffn_up.weight"]
         assert (found[sparse.linears(0)["up_proj"].weight.numpy() == 0] == 0).all()
+    with pytest.raises(BadInput, match="Q4_1 has no exact zero, and 50% of .* Q4_0, Q8_0 and F16 keep them"):
+        export_gguf(sparse, tmp_path / "m.gguf", "Q4_1")
 
 
 def test_corrections_are_merged_only_when_asked(tiny, tiny_data, tmp_path):
@@ -140,10 +141,13 @@ def test_rows_are_reordered_for_rotation_of_neighbours():
 def test_how_text_is_cut():
     whole = {"type": "ByteLevel", "use_regex": True}
     digits = {"type": "Digits", "individual_digits": True}
-    llama, qwen = ({"type": "Split", "pattern": {"Regex": r}} for r in (r"x|\p{N}{1,3}|y", r"x|\p{N}|y"))
+    llama, qwen = ({"type": "Split", "pattern": {"Regex": r}} for r in PATTERNS)
     cuts = {"gpt-2": [whole], "smollm": [digits, whole], "llama-bpe": [llama, whole], "qwen2": [qwen, whole]}
     assert {name: pre_tokenizer({"type": "Sequence", "pretokenizers": steps}) for name, steps in cuts.items()} == {name: name for name in cuts}
     assert pre_tokenizer(whole) == "gpt-2"
+    tekken = {"type": "Split", "pattern": {"Regex": r"[^\r\n\p{L}\p{N}]?[\p{Lu}]*[\p{Ll}]+|\p{N}|\s+"}}  # Mistral NeMo's is like it
+    with pytest.raises(BadInput, match="cuts text by Split, ByteLevel in a way not known"):
+        pre_tokenizer({"type": "Sequence", "pretokenizers": [tekken, whole]})
     with pytest.raises(BadInput, match="cuts text by Metaspace"):
         pre_tokenizer({"type": "Metaspace"})
 
@@ -170,7 +174,7 @@ def test_on_the_command_line(tiny, tmp_path, monkeypatch):
     tiny(layers=1).save(tmp_path / "small")
     done = CliRunner().invoke(app, ["export", "small", "--gguf", "Q8_0"])
     assert done.exit_code == 0 and (tmp_path / "small-Q8_0.gguf").stat().st_size > 0, done.output
-    for options in (["--gguf", "Q8_0", "--gptq"], [], ["--gguf", "Q9"]):
+    for options in (["--gguf", "Q8_0", "--gptq"], [], ["--gguf", "Q9"], ["--gptq", "--merge"]):
         assert CliRunner().invoke(app, ["export", "small", *options]).exit_code == 2
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import stat
 
 import pytest
 import torch
@@ -87,6 +88,7 @@ def test_act_order_masks_and_corrections(subject, tiny_data, tmp_path):
     assert sorted(tensors[f"{path}.g_idx"].tolist()) != tensors[f"{path}.g_idx"].tolist()
     adapter = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert adapter["r"] == 4 and len(adapter["target_modules"]) == 14
+    assert {stat.S_IMODE(f.stat().st_mode) for f in folder.rglob("*") if f.is_file()} == {0o644}
 
 
 def test_words_are_strings_of_bits():
@@ -115,11 +117,20 @@ def test_what_the_layout_cannot_hold(tiny, subject, tmp_path):
     assert not out.exists()
 
 
+def tiny_in_bfloat16(subject):
+    result = subject.copy()
+    result.model.to(torch.bfloat16)
+    return result
+
+
 def test_on_the_command_line(subject, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_artifact(Rtn(group=32).apply(subject)[0], tmp_path / "small")
     done = CliRunner().invoke(app, ["export", "small", "--gptq"])
     assert done.exit_code == 0 and (tmp_path / "small-gptq" / "model.safetensors").is_file(), done.output
+    save_artifact(Rtn(group=32).apply(tiny_in_bfloat16(subject))[0], tmp_path / "half")
+    assert CliRunner().invoke(app, ["export", "half", "--gptq"]).exit_code == 0
+    assert load_file(tmp_path / "half-gptq" / "model.safetensors")["model.embed_tokens.weight"].dtype == torch.bfloat16
     again = CliRunner().invoke(app, ["export", "small", "--gptq"])
     assert again.exit_code == 2 and "holds something" in again.stderr
     assert CliRunner().invoke(app, ["export", "small"]).exit_code == 2

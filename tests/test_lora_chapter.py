@@ -161,7 +161,7 @@ def test_tables_and_figures_hold_what_was_measured(story):
     assert set(merge.index) == {(m, way) for m in ("W2:4+W", "W2:4+T", "D2+W1:8+W") for way in ("beside", "masked", "dense")}
     assert merge.loc[("W2:4+W", "masked"), "against beside, paired"].startswith("x 1.1")
     assert "W2:4+W x 1.1" in recovery.merge_sentence(story) and "stays where it was (x 1.000 to x 1.000)" in recovery.merge_sentence(story)
-    assert len(recovery.training_table(story)) == 8 and recovery.rates_sentence(story, p).endswith("trains with 0.004.")
+    assert len(recovery.training_table(story)) == 8 and "trains with 0.004. Perplexity" in recovery.rates_sentence(story, p)
     assert set(recovery.samples(story, p).index) >= {"dense", "D2+W", "dense+W"}
     tests = recovery.tests_table(story)
     assert list(tests.columns) == ["paired t", "paired bootstrap", "Wilcoxon signed-rank"] and len(tests) == 6

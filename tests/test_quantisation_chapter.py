@@ -7,7 +7,7 @@ import pytest
 
 from thesislib import figures
 from thesislib.chapters import gptq, quantisation
-from thesislib.chapters.gptq import BEST, CLOSED, HELD_OUT, INGREDIENTS, OPEN, PAPER, PPL, QuantChapter
+from thesislib.chapters.gptq import BEST, CLOSED, HELD_OUT, INGREDIENTS, OPEN, PLAIN, PPL, QuantChapter
 from thesislib.compress.grid import Grid, round_to_nearest
 from thesislib.errors import BadInput
 from thesislib.evaluate import protocol
@@ -67,13 +67,13 @@ def test_records_come_back_and_can_be_made_again(small, measured, tiny_data, tmp
 
 def test_ingredients_change_one_thing_each():
     p = gptq.recorded_parameters()
-    paper = dataclasses.asdict(gptq.alone(p)[1].stages[0])
-    for c in gptq.alone(p)[2:]:
-        changed = {k for k, v in dataclasses.asdict(c.stages[0]).items() if v != paper[k]} - {"windows"}
+    plain = dataclasses.asdict(gptq.alone(p)[1].stages[0])
+    for c in gptq.alone(p)[2:-1]:
+        changed = {k for k, v in dataclasses.asdict(c.stages[0]).items() if v != plain[k]} - {"windows"}
         assert changed == {INGREDIENTS[c.name.split(":")[0]][0]}, c.name
     (_, *less), best = gptq.without(p), dataclasses.asdict(gptq.without(p)[0].stages[0])
     assert {k: best[k] for k in BEST} == BEST
-    assert [c.name for c in less if c.name.startswith("without")] == [f"without {t}" for t, (k, _) in INGREDIENTS.items() if k in PAPER and PAPER[k] != BEST[k]]
+    assert [c.name for c in less if c.name.startswith("without")] == [f"without {t}" for t, (k, _) in INGREDIENTS.items() if k in PLAIN and PLAIN[k] != BEST[k]]
     assert len(less) == len(INGREDIENTS) - 1  # groups have a table of their own
     for c in less:
         assert len({k for k, v in dataclasses.asdict(c.stages[0]).items() if v != best[k]} - {"windows"}) == 1, c.name
@@ -102,7 +102,8 @@ def test_sentences_turn_with_the_numbers():
     assert (
         "is worse than plain rounding (x 1.3" in said
         and "gained by token weighting: first_16 (x 0.6" in said
-        and "harm is done by token weighting: skip_1" in said
+        and "harming: token weighting: skip_1" in said
+        and "with an integer zero-point within noise of it" in said
     )
     table = quantisation.ingredient_table(results, configs)
     assert table.loc["token weighting: first_16", ""] == "better" and table.loc["act-order: static", ""] == "within noise"
@@ -114,15 +115,14 @@ def test_sentences_turn_with_the_numbers():
     tables = gptq.table(p)
     results |= {(c.key, PPL): loss(3.4 - 0.05 * i, i) for i, c in enumerate(tables)}
     said = quantisation.method_sentence(results, tables)
-    assert "GPTQ 4-bit asymmetric against rounding: better" in said and "rounding 3-bit asymmetric + EoRA against without: better" in said
+    assert "GPTQ 4-bit asymmetric against rounding 4-bit asymmetric: better" in said and "rounding 3-bit asymmetric + EoRA against without: better" in said
     results[tables[4].key, PPL] = loss(3.9, 5)
     assert "GPTQ 4-bit asymmetric + EoRA against without: worse" in quantisation.method_sentence(results, tables)
     results |= {(c.key, HELD_OUT): loss(3.5 if c.name.startswith("EoRA") else 3.6, i) for i, c in enumerate(gptq.starts(p))}
-    assert "lower for every seed" in quantisation.starts_sentence(results, p)
+    assert "better for 3 of 3 seeds, worse for 0" in quantisation.starts_sentence(results, p)
     results[gptq.starts(p)[0].key, HELD_OUT] = loss(3.0)
-    assert "lower for 2 of 3 seeds" in quantisation.starts_sentence(results, p)
-    with pytest.raises(BadInput, match="no seed has both starts"):
-        quantisation.starts_sentence({}, p)
+    assert "better for 2 of 3 seeds, worse for 1" in quantisation.starts_sentence(results, p)
+    assert quantisation.starts_sentence({}, p) == "Starts of LoRA were not run."
 
 
 def told(c, per_token, seed=0):
@@ -154,7 +154,7 @@ def test_every_cell_says_what_its_numbers_say():
     assert "3 choices of 16 windows" in quantisation.calibration_sentence(results, q)
     compensation = quantisation.compensation_table(results, q)
     assert compensation.loc["rounding", "against without"] == "" and compensation.loc["rounding + EoRA", "MB"] == "2.0"
-    assert "W2:4: GPTQ than rounding" in quantisation.pruned_sentence(results, q)
+    assert "W2:4: GPTQ against rounding, within noise (x 0.9" in quantisation.pruned_sentence(results, q)
 
     few, many = gptq.table(p)[-1], gptq.table(p)[3]
     assert (few.name, many.name) == ("GPTQ 3-bit asymmetric + EoRA", "GPTQ 4-bit asymmetric")
@@ -178,8 +178,9 @@ def test_every_cell_says_what_its_numbers_say():
 def test_what_is_measured_directly(small, tiny):
     shares = gptq.sink_shares(small, windows=3)
     assert len(shares) == 21 and all(0 < v < 0.5 for v in shares.values())  # one token of 64 in a random model
-    assert quantisation.sink_sentence({"blocks.0.q_proj": 0.05, "blocks.28.down_proj": 0.8}) == (
-        "The first of 512 tokens makes 80% of the trace of block 28's down_proj, its largest share, and over 10% at 1 of 2 projections."
+    assert quantisation.sink_sentence({"blocks.0.v_proj": 0.05, "blocks.28.down_proj": 0.8}, 64) == (
+        "The first of 64 tokens makes 80% of the trace of block 28's down_proj, its largest share, and over 10% at 1 of 2 projections; "
+        "at v_proj it makes 5.0% to 5.0%."
     )
     subject = tiny(hidden_size=64)
     assert "is 0;" not in quantisation.grid_sentence(subject)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from thesislib.chapters import record_file
+from thesislib.chapters.depth import NOTHING
 from thesislib.chapters.franken import single_block_plans
 from thesislib.chapters.gptq import HELD_OUT, PPL
 from thesislib.chapters.gptq import recorded_parameters as quantised
@@ -24,6 +25,7 @@ from thesislib.store import Store
 
 HOLDS, FAILS, UNDECIDED, MISSING = "holds", "does not hold", "undecided", "not measured"
 WIKITEXT, CLOSED, OPEN, WHOLE = "WikiText-2, 24 windows", "closed book", "open book", "WikiText-2, 32 windows"
+MOST = 8  # comparisons of a claim that its page shows
 Records = Mapping[tuple[str, str], Measurement]  # by label and what was measured
 
 
@@ -38,12 +40,13 @@ def pool(chapters: Mapping[str, Iterable[Measurement]]) -> dict[tuple[str, str],
     def add(label: str, what: str, m: Measurement) -> None:
         found.setdefault((label, what), m)
 
-    for m in chapters.get("01_franken_llama", ()):
-        if m.metric == "perplexity":
-            add(plan_name(m.provenance["plan"]), WHOLE, m)
+    franken = [m for m in chapters.get("01_franken_llama", ()) if m.metric == "perplexity"]
+    depth = max((max(m.provenance["plan"] or [0]) for m in franken), default=0) + 1
+    for m in franken:
+        add(plan_name(m.provenance["plan"], depth), WHOLE, m)
     for m in chapters.get("02_depth_pruning", ()):
         note = m.provenance["chapter"]
-        if note["method"] in ("perplexity", "nothing"):
+        if note["method"] in ("perplexity", NOTHING):
             add(f"D{note['removed']}" if note["removed"] else "dense", {"perplexity": WIKITEXT}.get(m.metric, _book(m)), m)
     for m in chapters.get("03_width_pruning", ()):
         config = m.provenance["chapter"]["config"]
@@ -68,15 +71,12 @@ def _book(m: Measurement) -> str:
     return OPEN if m.provenance["settings"].get("open_book") else CLOSED
 
 
-def plan_name(plan: list[int] | None) -> str:
-    """What a record of chapter 1 is called here: dense, or the block that runs twice, or nothing of interest."""
-    if plan is None:
+def plan_name(plan: list[int] | None, depth: int) -> str:
+    """What a plan of a model with `depth` blocks is called here: dense, a block that runs twice, or its numbers."""
+    if plan is None or list(plan) == list(range(depth)):
         return "dense"
-    depth = max(plan) + 1
-    if len(plan) == depth + 1:
-        _, repeated = single_block_plans(depth, range(depth))
-        return next((f"block {b} twice" for b, p in repeated.items() if list(p) == list(plan)), f"plan {plan}")
-    return "dense" if list(plan) == list(range(depth)) else f"plan {plan}"
+    _, repeated = single_block_plans(depth, range(depth))
+    return next((f"block {b} twice" for b, p in repeated.items() if list(p) == list(plan)), f"plan {plan}")
 
 
 def recorded_pool() -> dict[tuple[str, str], Measurement]:
@@ -180,7 +180,7 @@ CLAIMS = (
         "Removing blocks hurts more than removing as many weights singly (here, of the blocks' weights: D2 6.7 % and W1:16 6.3 %, D4 13.3 % and W1:8 12.5 %, "
         "D8 26.7 % and unstructured pruning 25 %).",
         _on(WIKITEXT, ("W1:16", "D2"), ("W1:8", "D4"), ("W0.25", "D8")),
-        "03_width_pruning", "nine-patterns-and-some-ratios", _ppl(("W1:16",), ("D2",), ("W1:8",), ("D4",)),
+        "03_width_pruning", "nine-patterns-and-some-ratios", f"{_ppl(('W1:8',), ('D2',))} (2 of its 16 blocks are 12.5 %)",
     ),
     Claim(
         "W1:8 is nearly free (read here as: perplexity up by less than 10 %).",
@@ -213,21 +213,22 @@ CLAIMS = (
     Claim(
         "The same, open book.",
         _on(OPEN, *((f"{m}+T", f"{m}+W") for m in _ASKED), ("T", "W")), "04_lora_recovery", "what-training-on-one-text-does-to-the-other-measure",
-        f"D2+W {thesis_row('D2', 'W').open} %, D2+T {thesis_row('D2', 'T').open} %",
+        ", ".join(f"{m}+{t} {thesis_row(m, t).open} %" for m in ("D2", "D2+W1:8") for t in "WT"),
     ),
     Claim(
-        "Pruning depth and width and then training beats training between the two.",
+        "Pruning depth and width and then training beats training between the two (single trainings: the test is over documents, not over seeds).",
         _on(WIKITEXT, ("D2+W1:8+W", "D2+W+W1:8"), ("D2+W1:8+T", "D2+T+W1:8")), "04_lora_recovery", "prune-recover-prune",
     ),
     Claim(
         "4 bits by GPTQ cost 3 to 6 points of TriviaQA, closed book.",
         _on(CLOSED, ("dense", _Q)), "05_quantisation", "answers-and-text",
-        f"W1:8+W {thesis_row('W1:8', 'W').closed} %, quantised {thesis_row('W1:8', 'W', 'Q').closed} %", None, (-0.06, -0.03),
+        f"D2+W {thesis_row('D2', 'W').closed} %, quantised {thesis_row('D2', 'W', 'Q').closed} %; its models were pruned and trained, ours is the dense one",
+        None, (-0.06, -0.03),
     ),
     Claim(
         "EoRA gives 1 to 2 points back.",
         _on(CLOSED, (_Q, _E)), "05_quantisation", "answers-and-text",
-        f"W1:8+W, quantised {thesis_row('W1:8', 'W', 'Q').closed} %, with EoRA {thesis_row('W1:8', 'W', 'E').closed} %", None, (0.01, 0.02),
+        f"D2+W, quantised {thesis_row('D2', 'W', 'Q').closed} %, with EoRA {thesis_row('D2', 'W', 'E').closed} %", None, (0.01, 0.02),
     ),
     Claim("Repeating a block never helps.", _repeats, "01_franken_llama", "one-block-at-a-time"),
 )  # fmt: skip
@@ -246,7 +247,9 @@ def page(records: Records) -> str:
         f"{' '.join((__doc__ or '').split(chr(10) + chr(10), 1)[1].split())}", "",
         f"On SmolLM2-135M-Instruct, of {len(verdicts)}: {counts}. A claim may hold for the thesis's own subject, Llama-3.2-1B-Instruct, and not here, "
         "and the other way round. "
-        "Effects are paired, on the same items: for perplexity the ratio of the second to the first, for answers the difference in points.", "",
+        "Effects are paired, on the same items: for perplexity the ratio of the second to the first, for answers the "
+        "difference in points. Intervals are those of each comparison alone; "
+        "p values are adjusted for all of a claim's.", "",
         "| claim | on this subject |", "| --- | --- |",
         *(f"| {v.claim.says} | **{v.word}** |" for v in verdicts), "",
     ]  # fmt: skip
@@ -258,6 +261,8 @@ def page(records: Records) -> str:
             lines += ["| compared | effect | 95 % interval | n | test | p, Holm |", "| --- | ---: | --- | ---: | --- | ---: |"]
             lines += [_row(*row) for row in _shown(v.comparisons)]
             lines += [""]
+            if len(v.comparisons) > MOST:
+                lines += [f"The extremes of {len(v.comparisons)} comparisons, all adjusted together.", ""]
         if v.missing:
             lines += [f"Not measured: {'; '.join(v.missing)}.", ""]
         href = f"../notebooks/{v.claim.page}.html#{v.claim.anchor}"
@@ -265,12 +270,12 @@ def page(records: Records) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _shown(comparisons: list, most: int = 8) -> list:
+def _shown(comparisons: list) -> list:
     """All comparisons of a claim, or of many the extremes."""
-    if len(comparisons) <= most:
+    if len(comparisons) <= MOST:
         return comparisons
     ordered = sorted(comparisons, key=lambda row: row[1].difference)
-    return [*ordered[: most // 2], *ordered[-(most // 2) :]]
+    return [*ordered[: MOST // 2], *ordered[-(MOST // 2) :]]
 
 
 def _row(name: str, c: Comparison, ratio: bool) -> str:

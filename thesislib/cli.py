@@ -165,14 +165,19 @@ def export(
     gptq: Annotated[bool, typer.Option("--gptq", help="as a GPTQ checkpoint, which transformers and GPTQModel load")] = False,
     gguf: Annotated[str | None, typer.Option(help="as a GGUF file for llama.cpp: F16, Q8_0, Q4_0 or Q4_1")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="with --gguf: add low-rank corrections to the weights, which fills zeros")] = False,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16, for what is not quantised; default the artifact's own, else float32")] = None,
     out: Annotated[Path | None, typer.Option(help="the new folder or file; default NAME-gptq or NAME-TYPE.gguf")] = None,
 ) -> None:
     """Write a compressed model as others load it."""
+    from thesislib.formats import RECORD, load_artifact
     from thesislib.subject import load_subject
 
     if gptq == (gguf is not None):
         raise BadInput("which format to export is not said: expected either --gptq or --gguf TYPE")
-    loaded, name = load_subject(subject), Path(subject).name
+    if gptq and merge:
+        raise BadInput("--merge would do nothing with --gptq, which keeps corrections beside the weights: leave it out")
+    loaded = load_artifact(subject, dtype) if (Path(subject) / RECORD).is_file() else load_subject(subject, dtype or "float32")
+    name = Path(subject).name
     if gptq:
         from thesislib.gptq_format import export_gptq
 

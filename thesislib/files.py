@@ -55,13 +55,18 @@ def whole_folder(final: Path) -> Iterator[Path]:
             os.replace(final, before)
         os.replace(temporary, final)
     except Exception as error:
-        # safetensors' writer is Rust and has its own class for a full disk
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
-            raise BadInput(f"the disk is full at {final.parent}: free some space there or write elsewhere (the cache's place is THESISLIB_CACHE)") from error
-        raise
+        raise _said(error, final) from error
     finally:
         for folder in filter(None, (temporary, before)):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _said(error: Exception, final: Path) -> Exception:
+    """A full disk in one line; any other error as it is."""
+    # safetensors' writer is Rust and has its own class for it
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+        return BadInput(f"the disk is full at {final.parent}: free some space there or write elsewhere (the cache's place is THESISLIB_CACHE)")
+    return error
 
 
 def is_folder(path: Path) -> bool:
@@ -87,15 +92,25 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def whole_file(final: Path) -> Iterator[Path]:
-    """A temporary name beside `final`, for writers that take names; it becomes `final` only if the block succeeds."""
-    final.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+    """A temporary name beside `final`, for writers that take names; it becomes `final` only if the block succeeds.
+
+    Raises:
+        BadInput: the disk is full, or a file stands where a folder should; nothing is left behind.
+    """
+    if any(parent.is_file() for parent in final.parents):
+        raise BadInput(f"{final} cannot be a file: a file stands where its folder should be")
+    folder = None
     try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
         yield folder / final.name
         (folder / final.name).chmod(0o644)
         os.replace(folder / final.name, final)
+    except Exception as error:
+        raise _said(error, final) from error
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def read_json(path: Path) -> dict:

@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import torch
 
+from thesislib.compress.gptq import PRUNED
 from thesislib.errors import BadInput, unknown
 from thesislib.files import whole_file
 from thesislib.formats import plain_tensors
@@ -25,6 +26,8 @@ TYPES = {
 ARCHITECTURES = {"llama": gguf.MODEL_ARCH.LLAMA, "mistral": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2, "qwen3": gguf.MODEL_ARCH.QWEN3}
 RUN = 32  # weights that share a scale in Q8_0, Q4_0 and Q4_1
 SPECIAL, ADDED, NORMAL, UNUSED = 3, 4, 1, 5  # llama.cpp's kinds of tokens
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+PATTERNS = {_WORDS % r"\p{N}{1,3}": "llama-bpe", _WORDS % r"\p{N}": "qwen2"}  # how a text is cut, whole: other models differ by a letter
 
 
 def export_gguf(subject: Subject, file: str | Path, kind: str = "F16", *, merge_corrections: bool = False) -> Path:
@@ -34,13 +37,14 @@ def export_gguf(subject: Subject, file: str | Path, kind: str = "F16", *, merge_
     repeats stand in the file as often as they run; attentions and MLPs that were removed are zeros.
 
     Args:
-        subject: depth-pruned, masked, quantised (its weights are written as the numbers that they are) or as it is.
+        subject: depth-pruned, masked, quantised or as it is. Weights that are quantised already are rounded once more, to the type's own grid.
         file: ends in .gguf; not there yet.
         kind: of all other matrices, one of `TYPES`. Q8_0, Q4_0 and Q4_1 round 32 neighbours of a row at a time.
         merge_corrections: add low-rank corrections to the weights, which fills the zeros of masked ones.
 
     Raises:
-        BadInput: another type, K-quants among them; an architecture, position embedding or tokenizer that is not written here;
+        BadInput: another type, K-quants among them; Q4_1, which has no exact zero, of pruned weights; an architecture, position
+            embedding or tokenizer that is not written here;
             rows that the type does not divide; corrections without `merge_corrections`; a file that is there.
     """
     file = Path(file)
@@ -62,6 +66,10 @@ def export_gguf(subject: Subject, file: str | Path, kind: str = "F16", *, merge_
         odd = {name: tuple(t.shape) for name, t in tensors.items() if t.ndim == 2 and t.shape[1] % RUN}
         for name, shape in odd.items():
             raise BadInput(f"{name} of shape {shape} cannot be {kind}: its rows are no multiple of {RUN}; F16 always fits")
+    if kind == "Q4_1":
+        for name, t in tensors.items():
+            if "_proj" in name and (share := float((t == 0).float().mean())) > PRUNED:
+                raise BadInput(f"Q4_1 has no exact zero, and {share:.0%} of {name} are zeros: Q4_0, Q8_0 and F16 keep them")
     with whole_file(file) as temporary:
         writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[architecture])
         _describe(writer, dense, TYPES[kind])
@@ -152,6 +160,9 @@ def _tokenizer(writer: gguf.GGUFWriter, subject: Subject) -> None:
     if raw["model"]["type"] != "BPE" or "ByteLevel" not in json.dumps(raw["pre_tokenizer"]):
         raise BadInput(f"the tokenizer of {subject.name} cannot be written as GGUF here: expected byte-level BPE, as LLaMA 3, Qwen and SmolLM have")
     size = subject.model.config.vocab_size
+    most = max([*raw["model"]["vocab"].values(), *(added["id"] for added in raw["added_tokens"])])
+    if most >= size:
+        raise BadInput(f"the tokenizer of {subject.name} has a token {most}, its embedding only {size} rows: expected a tokenizer that fits the model")
     tokens, kinds = [f"[UNUSED{i}]" for i in range(size)], [UNUSED] * size
     for token, i in raw["model"]["vocab"].items():
         tokens[i], kinds[i] = token, NORMAL
@@ -179,13 +190,10 @@ def pre_tokenizer(raw: dict[str, Any]) -> str:
     """
     steps = raw.get("pretokenizers", [raw])
     kinds = [step["type"] for step in steps]
-    patterns = " ".join(step["pattern"].get("Regex", "") for step in steps if step["type"] == "Split")
     if kinds == ["ByteLevel"]:
         return "gpt-2"
     if kinds == ["Digits", "ByteLevel"]:
         return "smollm"
-    if kinds == ["Split", "ByteLevel"] and r"\p{N}{1,3}" in patterns:
-        return "llama-bpe"
-    if kinds == ["Split", "ByteLevel"] and r"|\p{N}|" in patterns:
-        return "qwen2"
+    if kinds == ["Split", "ByteLevel"] and (found := steps[0]["pattern"].get("Regex")) in PATTERNS:
+        return PATTERNS[found]
     raise BadInput(f"the tokenizer cuts text by {', '.join(kinds)} in a way not known here: expected GPT-2's, SmolLM's, LLaMA 3's or Qwen 2's")

@@ -71,6 +71,8 @@ def export_gptq(subject: Subject, folder: str | Path) -> Path:
         subject.model.generation_config.save_pretrained(temporary)
         subject.tokenizer.save_pretrained(temporary)
         write_adapter(subject, temporary / "adapter")
+        for file in temporary.rglob("*.safetensors"):
+            file.chmod(0o644)  # safetensors makes its files private
     return folder
 
 

@@ -31,15 +31,16 @@ from thesislib.stream import ALL_AT_ONCE, Statistics, Visitor, stream
 from thesislib.subject import DTYPES, LINEARS, Subject
 
 PPL, HELD_OUT, CLOSED, OPEN = "perplexity", "held-out perplexity", "closed book", "open book"
-PAPER = {"grid": "symmetric", "clip": "none", "act_order": "none", "damping": 0.01, "sequential": False, "weighting": "equal", "text": "c4"}
+# GPTQ as it is usually set up. Its paper's code has an integer zero-point by default, whole rows, and 128 windows of 2,048 tokens
+PLAIN = {"grid": "symmetric", "clip": "none", "act_order": "none", "damping": 0.01, "sequential": False, "weighting": "equal", "text": "c4"}
 BEST = {"grid": "asymmetric", "clip": "squared", "act_order": "static", "damping": 0.01, "sequential": True, "weighting": "unit_norm", "text": "c4"}
-# every ingredient, and what it can be instead of the paper's; the first is what the chapter's best settings have
+# every ingredient, and what it can be instead of the plain recipe's; the first is what the chapter's best settings have
 INGREDIENTS = {
     "token weighting": ("weighting", ("unit_norm", "first_16", "skip_1")),
     "act-order": ("act_order", ("static", "index")),
     "clipping": ("clip", ("squared",)),
     "sequential order": ("sequential", (True,)),
-    "symmetry": ("grid", ("asymmetric",)),
+    "integer zero-point": ("grid", ("asymmetric",)),
     "damping": ("damping", (0.1,)),
     "calibration text": ("text", ("wikipedia",)),
     "window length": ("length", (2048,)),
@@ -154,33 +155,33 @@ def shapes(p: QuantChapter) -> list[Configuration]:
 
 
 def alone(p: QuantChapter, bits: int = 4) -> list[Configuration]:
-    """The paper's settings, rounding, and each ingredient changed alone."""
+    """Rounding, the plain recipe, each ingredient of it changed alone, and rounding with an integer zero-point."""
     found = [
         Configuration("alone", "rounding, symmetric, no clipping", (p.rtn(bits, grid="symmetric", clip="none"),)),
-        Configuration("alone", "the paper's settings", (p.gptq(bits, **PAPER),)),
+        Configuration("alone", "the plain recipe", (p.gptq(bits, **PLAIN),)),
     ]
     for title, (key, values) in INGREDIENTS.items():
-        found += [Configuration("alone", f"{title}: {value}", (p.gptq(bits, **{**PAPER, key: value}),)) for value in values]
-    return found
+        found += [Configuration("alone", f"{title}: {value}", (p.gptq(bits, **{**PLAIN, key: value}),)) for value in values]
+    return [*found, Configuration("alone", "rounding, integer zero-point, no clipping", (p.rtn(bits, clip="none"),))]
 
 
 def without(p: QuantChapter, bits: int = 4) -> list[Configuration]:
-    """The best settings, and each ingredient taken back to the paper's or, where the two agree, changed."""
+    """The best settings, and each ingredient taken back to the plain recipe's or, where the two agree, changed."""
     found = [Configuration("without", "all of them", (p.gptq(bits),))]
     for title, (key, (value, *_)) in INGREDIENTS.items():
-        if key in PAPER and PAPER[key] != BEST[key]:
-            found.append(Configuration("without", f"without {title}", (p.gptq(bits, **{key: PAPER[key]}),)))
+        if key in PLAIN and PLAIN[key] != BEST[key]:
+            found.append(Configuration("without", f"without {title}", (p.gptq(bits, **{key: PLAIN[key]}),)))
         elif key != "group":
             found.append(Configuration("without", f"with {title} {value}", (p.gptq(bits, **{key: value}),)))
     return found
 
 
 def kinds(p: QuantChapter, bits: int = 4) -> list[Configuration]:
-    """One kind of projection quantised and all others as they were: rounding and GPTQ with the paper's settings."""
+    """One kind of projection quantised and all others as they were: rounding and the plain recipe."""
     found = []
     for kind in LINEARS:
         rounding = p.rtn(bits, grid="symmetric", clip="none", linears=(kind,))
-        found += [Configuration("kinds", f"{kind}, rounding", (rounding,)), Configuration("kinds", f"{kind}, GPTQ", (p.gptq(bits, **PAPER, linears=(kind,)),))]
+        found += [Configuration("kinds", f"{kind}, rounding", (rounding,)), Configuration("kinds", f"{kind}, GPTQ", (p.gptq(bits, **PLAIN, linears=(kind,)),))]
     return found
 
 
@@ -315,7 +316,8 @@ def read_recorded(path: Path) -> Results:
     dense = {PPL: [m for m in measures if m.metric == "perplexity" and m.provenance["settings"]["length"] == 512]}
     of_dense = [m for m in lora if m.provenance["made"]["label"] == DENSE]
     dense |= {what: [m for m in of_dense if m.provenance["chapter"]["what"] == what] for what in (CLOSED, OPEN)}
-    return MappingProxyType({(None, what): ms[0] for what, ms in dense.items() if ms} | found)
+    noted = {what: dataclasses.replace(ms[0], provenance={"chapter": {"what": what}, **ms[0].provenance}) for what, ms in dense.items() if ms}
+    return MappingProxyType({(None, what): m for what, m in noted.items()} | found)
 
 
 RECORDED = {"bits": [4, 3], "calibration": 32, "windows": None, "held_out": 24, "questions": 200, "passages": 64, "tokens": 40}

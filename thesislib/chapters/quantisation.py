@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from thesislib import records
 from thesislib.chapters.gptq import (
     CLOSED,
     HELD_OUT,
@@ -63,6 +64,10 @@ def _word(c: Comparison, up: bool = False) -> str:
     return "within noise of" if c.p >= 0.05 else "better than" if (c.difference > 0) == up else "worse than"
 
 
+def _short(c: Comparison, up: bool = False) -> str:
+    return _word(c, up).removesuffix(" of").removesuffix(" than")
+
+
 def _p(p: float) -> str:
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
@@ -93,10 +98,16 @@ def main_table(results: Results, configs: Sequence[Configuration]) -> pd.DataFra
             {
                 "model": c.name, "WikiText-2": _number(found[PPL]), "x dense": times, "held-out Wikipedia": _number(found[HELD_OUT]),
                 "closed book": _share(found[CLOSED]), "open book": _share(found[OPEN]),
-                "MB on disk": f"{size['bytes_on_disk'] / 1e6:.1f}" if "bytes_on_disk" in size else "",
+                "MB": f"{size.get('bytes_on_disk', size.get('bytes_in_memory', 0)) / 1e6:.1f}", "linears, of bfloat16": _share_of_bfloat16(c, found),
             }
         )  # fmt: skip
     return pd.DataFrame(rows).set_index("model")
+
+
+def _share_of_bfloat16(c: Configuration, found: Mapping[str, Measurement | None]) -> str:
+    """The bytes of a quantised configuration's linears, corrections apart, as a share of what they take in bfloat16."""
+    kind = next((k for s in c.stages if (k := {"R": "rtn", "Q": "gptq"}.get(getattr(s, "letter", "")))), None)
+    return f"{stage_report(next(m for m in found.values() if m), kind)['bits_per_weight'] / 16:.3f}" if kind else ""
 
 
 def thesis_table(labels: Sequence[str] = ("W1:8", "D2+W1:8", "D2", "D4")) -> pd.DataFrame:
@@ -126,9 +137,12 @@ def method_comparisons(results: Results, configs: Sequence[Configuration], what:
     pairs = []
     for name, c in named.items():
         if name.startswith("GPTQ"):
-            pairs.append((f"{name} against rounding", named[name.replace("GPTQ", "rounding")], c))
+            pairs.append((f"{name} against {name.replace('GPTQ', 'rounding')}", named[name.replace("GPTQ", "rounding")], c))
         if name.endswith("EoRA"):
             pairs.append((f"{name} against without", named[name.removesuffix(" + EoRA")], c))
+        if name.startswith("rounding") and name.endswith("EoRA"):
+            gptq = name.replace("rounding", "GPTQ").removesuffix(" + EoRA")
+            pairs.append((f"{name} against {gptq}", named[gptq], c))
     return _pairs(results, pairs, what)
 
 
@@ -136,7 +150,7 @@ def method_sentence(results: Results, configs: Sequence[Configuration], what: st
     """The same in words."""
     said = []
     for name, c in method_comparisons(results, configs, what):
-        said.append(f"{name}: {_word(c).removesuffix(' of').removesuffix(' than')} ({_ratio(c)}, {_p(c.p)})")
+        said.append(f"{name}: {_short(c)} ({_ratio(c)}, {_p(c.p)})")
     return "Paired t tests over documents, Holm-adjusted: " + "; ".join(said) + "."
 
 
@@ -148,7 +162,7 @@ def ingredient_table(results: Results, configs: Sequence[Configuration], base: i
     for c in configs:
         if (c.key, HELD_OUT) in results:
             t = tests.get(c.name)
-            word = "" if t is None else _word(t).removesuffix(" of").removesuffix(" than")
+            word = "" if t is None else _short(t)
             rows.append(
                 {"settings": c.name, "held-out perplexity": _number(results[c.key, HELD_OUT]), f"against {start.name}": _ratio(t) if t else "", "": word}
             )
@@ -156,29 +170,49 @@ def ingredient_table(results: Results, configs: Sequence[Configuration], base: i
 
 
 def textbook_sentence(results: Results, p: QuantChapter, bits: int = 4) -> str:
-    """Does GPTQ with its paper's settings beat rounding here, and which single change helps most?"""
-    rounding, paper, *others = alone(p, bits)
-    ((_, first),) = _pairs(results, [("paper", rounding, paper)], HELD_OUT)
-    tests = _pairs(results, [(c.name, paper, c) for c in others], HELD_OUT)
+    """Does GPTQ by the plain recipe beat rounding here, and which single change helps most?"""
+    rounding, plain, *others, asymmetric = alone(p, bits)
+    own = next(c for c in others if c.name.startswith("integer zero-point"))
+    compared = dict(_pairs(results, [("plain", rounding, plain), ("own", asymmetric, own)], HELD_OUT))
+    tests = _pairs(results, [(c.name, plain, c) for c in others], HELD_OUT)
     name, best = min(tests, key=lambda pair: pair[1].difference)
+    gain = [f"{n} ({_ratio(c)})" for n, c in tests if c.p < 0.05 and c.difference < 0 and n != name]
     harm = [f"{n} ({_ratio(c)})" for n, c in tests if c.p < 0.05 and c.difference > 0]
+    first, second = compared["plain"], compared.get("own")
+    most = f"the most is gained by {name} ({_ratio(best)})" if best.p < 0.05 and best.difference < 0 else "none is told from it"
+    also = f", with an integer zero-point {_word(second)} it ({_ratio(second)}, {_p(second.p)})" if second else ""
     return (
-        f"At {bits} bits GPTQ with its paper's settings is {_word(first)} plain rounding ({_ratio(first)}, {_p(first.p)}). Of the single changes the most "
-        f"is gained by {name} ({_ratio(best)}); harm is done by {', '.join(harm) or 'none'}."
+        f"At {bits} bits, on held-out text, GPTQ by the plain recipe (symmetric, no act-order, no clipping, all tokens equal) is {_word(first)} plain rounding "
+        f"({_ratio(first)}, {_p(first.p)}){also}. Of the single changes {most}; also gaining: {', '.join(gain) or 'none'}; "
+        f"harming: {', '.join(harm) or 'none'}."
     )
 
 
+def worth_sentence(results: Results, p: QuantChapter) -> str:
+    """What each ingredient gains alone, and what it is still worth among the others."""
+    best, *less = without(p)
+    plain, single = alone(p)[1], {c.name.split(":")[0]: c for c in reversed(alone(p)[2:-1])}
+    there = dict(_pairs(results, [(c.name.removeprefix("without "), best, c) for c in less if c.name.startswith("without")], HELD_OUT))
+    first = dict(_pairs(results, [(title, plain, single[title]) for title in there], HELD_OUT))
+    said = [f"{t} x {np.exp(first[t].difference):.3f} alone, and taken away x {np.exp(c.difference):.3f} ({_told(c)})" for t, c in there.items() if t in first]
+    return f"{'; '.join(said)} (paired t tests, Holm-adjusted)."
+
+
+def _told(c: Comparison) -> str:
+    return "within noise" if c.p >= 0.05 else _p(c.p)
+
+
 def kinds_table(results: Results, p: QuantChapter) -> pd.DataFrame:
-    """One kind of projection quantised at a time: GPTQ with the paper's settings against rounding, paired and Holm-adjusted."""
+    """One kind of projection quantised at a time: GPTQ by the plain recipe against rounding, paired and Holm-adjusted."""
     found = {c.name: c for c in kinds(p)}
     pairs = [(kind, found[f"{kind}, rounding"], found[f"{kind}, GPTQ"]) for kind in LINEARS]
     rows = []
     for kind, c in _pairs(results, pairs, HELD_OUT):
         rounding, gptq = (results[found[f"{kind}, {how}"].key, HELD_OUT] for how in ("rounding", "GPTQ"))
         rows.append(
-            {"quantised alone": kind, "rounding": f"{rounding.value:.2f}", "GPTQ, paper": f"{gptq.value:.2f}", "GPTQ / rounding": _ratio(c), "": _word(c)}
+            {"quantised alone": kind, "rounding": f"{rounding.value:.2f}", "GPTQ, plain": f"{gptq.value:.2f}", "GPTQ / rounding": _ratio(c), "": _word(c)}
         )
-    return pd.DataFrame(rows).set_index("quantised alone")
+    return pd.DataFrame(rows, columns=["quantised alone", "rounding", "GPTQ, plain", "GPTQ / rounding", ""]).set_index("quantised alone")
 
 
 def kinds_sentence(results: Results, p: QuantChapter) -> str:
@@ -187,7 +221,7 @@ def kinds_sentence(results: Results, p: QuantChapter) -> str:
     for kind, row in kinds_table(results, p).iterrows():
         told[row[""]].append(kind)
     listed = "; ".join(f"{word} rounding for {', '.join(names)}" for word, names in told.items() if names)
-    return f"One kind of projection at a time, GPTQ with its paper's settings is {listed} (paired t tests, Holm-adjusted)."
+    return f"One kind of projection at a time, GPTQ by the plain recipe is {listed or 'not run'} (paired t tests, Holm-adjusted)."
 
 
 def shapes_table(results: Results, p: QuantChapter) -> pd.DataFrame:
@@ -211,6 +245,8 @@ def calibration_sentence(results: Results, p: QuantChapter) -> str:
     """How far other windows of the same text, and fewer or more of them, move the best settings' result."""
     found = {c.name: results[c.key, HELD_OUT].value for c in calibrations(p) if (c.key, HELD_OUT) in results}
     seeds = [v for name, v in found.items() if "seed" in name]
+    if len(seeds) < 2:
+        return "Other windows of calibration text were not run."
     amounts = [f"{v:.2f} with {name}" for name, v in found.items() if "seed" not in name]
     spread = f"{len(seeds)} choices of {p.calibration} windows give {', '.join(f'{v:.2f}' for v in seeds)}: {max(seeds) / min(seeds) - 1:.1%} apart"
     return f"Held-out perplexity, 4 bits: {spread}; {', '.join(amounts)}. Differences of that size between settings are the calibration's noise."
@@ -233,7 +269,9 @@ def compensation_table(results: Results, p: QuantChapter) -> pd.DataFrame:
 def bytes_sentence(results: Results, p: QuantChapter) -> str:
     """Is a correction worth its bytes: the fewer bits with EoRA against more bits without?"""
     few, many = (next(c for c in table(p) if c.name == name) for name in ("GPTQ 3-bit asymmetric + EoRA", "GPTQ 4-bit asymmetric"))
-    a, b = results[few.key, PPL], results[many.key, PPL]
+    a, b = results.get((few.key, PPL)), results.get((many.key, PPL))
+    if a is None or b is None:
+        return "3 bits with EoRA against 4 bits without were not run."
     c = perplexity.compare(b, a)
     sizes = [m.provenance["made"]["bytes"]["bytes_on_disk"] / 1e6 for m in (a, b)]
     return (
@@ -243,7 +281,7 @@ def bytes_sentence(results: Results, p: QuantChapter) -> str:
 
 
 def sizes_and_losses(results: Results) -> pd.DataFrame:
-    """(method, bits, MB on disk, held-out perplexity, low, high) of every model whose linears are all quantised and whose blocks are all there."""
+    """(method, bits, MB on disk, held-out perplexity, low, high) of the models of the chapter's tables of methods, shapes and ranks."""
     rows, seen = [], set()
     p, q = recorded_parameters(), ablation_parameters()
     for c in (*table(p), *table(q, ("symmetric",)), *shapes(q), *ranks(q)):
@@ -264,18 +302,19 @@ def bars_table(results: Results, p: QuantChapter) -> pd.DataFrame:
     for name, bar in BARS.items():
         m = results.get((next(c for c in table(p) if c.name == name).key, PPL))
         met = "not run" if m is None else "met" if m.value <= bar else "not met"
-        rows.append({"model": name, "at most": bar, "perplexity": _number(m), "": met})
+        margin = "" if m is None else f"{m.value / bar - 1:+.1%}"
+        rows.append({"model": name, "at most": bar, "perplexity": _number(m), "off by": margin, "": met})
     return pd.DataFrame(rows).set_index("model")
 
 
-def sink_sentence(shares: Mapping[str, float]) -> str:
+def sink_sentence(shares: Mapping[str, float], length: int) -> str:
     """How much of X^T X is the first token's (see `thesislib.chapters.gptq.sink_shares`)."""
     place = max(shares, key=shares.get)
     block, kind = place.split(".")[1:]
-    many = sum(v > 0.1 for v in shares.values())
+    many, values = sum(v > 0.1 for v in shares.values()), [v for at, v in shares.items() if at.endswith("v_proj")]
     return (
-        f"The first of 512 tokens makes {shares[place]:.0%} of the trace of block {block}'s {kind}, its largest share, "
-        f"and over 10% at {many} of {len(shares)} projections."
+        f"The first of {length} tokens makes {shares[place]:.0%} of the trace of block {block}'s {kind}, its largest share, "
+        f"and over 10% at {many} of {len(shares)} projections; at v_proj it makes {min(values):.1%} to {max(values):.1%}."
     )
 
 
@@ -311,6 +350,11 @@ def layer_sentence(errors: Mapping[str, Mapping[str, float]], base: str = "round
     return f"Of {len(errors[base])} projections the error on held-out text is above {base}'s with {', with '.join(said)}."
 
 
+def cost_sentence(results: Results) -> str:
+    """How long this chapter's own measurements took; the dense model's on the test text and its answers are other chapters'."""
+    return records.cost(m for m in results.values() if "cell" in m.provenance["chapter"])
+
+
 def read_layers(path: Path) -> dict[str, dict[str, float]]:
     """The recorded layer errors, beside the recorded run."""
     return read_json(layers_file(path))["errors"]
@@ -332,36 +376,41 @@ def rank_table(results: Results, p: QuantChapter) -> pd.DataFrame:
 
 def starts_sentence(results: Results, p: QuantChapter) -> str:
     """LoRA begun at EoRA's correction against LoRA begun at zero: equal rank, steps and seeds."""
-    found = {c.name: results[c.key, HELD_OUT].value for c in starts(p) if (c.key, HELD_OUT) in results}
+    found = {c.name: c for c in starts(p) if (c.key, HELD_OUT) in results}
     seeds = [s for s in range(9) if f"usual, seed {s}" in found and f"EoRA, seed {s}" in found]
     if not seeds:
-        raise BadInput("no seed has both starts measured")
-    usual, eora = (np.array([found[f"{kind}, seed {s}"] for s in seeds]) for kind in ("usual", "EoRA"))
-    word = "every" if (eora < usual).all() else "no" if (eora > usual).all() else f"{(eora < usual).sum()} of {len(seeds)}"
+        return "Starts of LoRA were not run."
+    usual, eora = ([results[found[f"{kind}, seed {s}"].key, HELD_OUT].value for s in seeds] for kind in ("usual", "EoRA"))
+    tests = _pairs(results, [(str(s), found[f"usual, seed {s}"], found[f"EoRA, seed {s}"]) for s in seeds], HELD_OUT)
+    told = {word: sum(_word(c).startswith(word) for _, c in tests) for word in ("better", "worse", "within")}
+    before = {c.name: results[c.key, HELD_OUT].value for c in ranks(p) if c.name in ("0", str(p.rank)) and (c.key, HELD_OUT) in results}
+    begun = f", from {before['0']:.2f} before training" if "0" in before else "", f", from {before[str(p.rank)]:.2f}" if str(p.rank) in before else ""
     return (
-        f"Started from EoRA's correction LoRA ends at {', '.join(f'{x:.2f}' for x in eora)} (mean {eora.mean():.2f}), started as usual at "
-        f"{', '.join(f'{x:.2f}' for x in usual)} (mean {usual.mean():.2f}): lower for {word} seed{'s' if word[0].isdigit() else ''}."
+        f"Started from EoRA's correction LoRA ends at {', '.join(f'{x:.2f}' for x in eora)} (mean {np.mean(eora):.2f}{begun[1]}), started as usual at "
+        f"{', '.join(f'{x:.2f}' for x in usual)} (mean {np.mean(usual):.2f}{begun[0]}). By paired t tests, Holm-adjusted, EoRA's start is better for "
+        f"{told['better']} of {len(seeds)} seeds, worse for {told['worse']}, within noise for {told['within']}."
     )
 
 
 def headline(results: Results) -> str:
     """What chapter 5 found, in sentences, for the book's first page and the README."""
     p, q = recorded_parameters(), ablation_parameters()
-    found = {c.name: results[c.key, PPL] for c in table(p) if c.name in BARS}
+    found = {c.name: results[c.key, PPL] for c in table(p) if c.name in BARS and (c.key, PPL) in results}
     listed = ", ".join(f"{name.replace(' asymmetric', '')} {m.value:.1f}" for name, m in found.items())
-    _, paper, *_ = alone(q)
-    ((_, change),) = _pairs(results, [("best", paper, without(q)[0])], HELD_OUT)
+    plain = alone(q)[1]
+    ((_, change),) = _pairs(results, [("best", plain, without(q)[0])], HELD_OUT)
+    with_eora = dict(method_comparisons(results, table(p), HELD_OUT))["GPTQ 4-bit asymmetric + EoRA against rounding 4-bit asymmetric + EoRA"]
     return (
-        f"{textbook_sentence(results, q)} {kinds_sentence(results, q)} With all of the chapter's changes the paper's perplexity is multiplied by "
-        f"{np.exp(change.difference):.2f}. On WikiText-2 test (dense {results[None, PPL].value:.1f}), groups of {p.group}: "
-        f"{listed}. {bytes_sentence(results, p)} "
-        f"{starts_sentence(results, q)}"
+        f"{textbook_sentence(results, q)} {kinds_sentence(results, q)} All of the chapter's changes together multiply the plain recipe's perplexity by "
+        f"{np.exp(change.difference):.2f}. With EoRA on top, GPTQ is {_word(with_eora)} rounding ({_ratio(with_eora)}). On WikiText-2 test "
+        f"(dense, in {results[None, PPL].provenance['dtype']}, {results[None, PPL].value:.1f}), groups of "
+        f"{p.group}: {listed}. {bytes_sentence(results, p)} {starts_sentence(results, q)}"
     )
 
 
 def pruned_table(results: Results, p: QuantChapter) -> pd.DataFrame:
     """Pruned models before and after quantisation and compensation, on held-out text, with bytes."""
-    return main_table(results, pruned(p))[["held-out Wikipedia", "MB on disk"]]
+    return main_table(results, pruned(p))[["held-out Wikipedia", "MB"]]
 
 
 def pruned_sentence(results: Results, p: QuantChapter) -> str:
@@ -370,9 +419,9 @@ def pruned_sentence(results: Results, p: QuantChapter) -> str:
     pairs = []
     for name in (n for n in by_name if "," not in n):
         r, g, e = (by_name[f"{name}, {how}"] for how in ("rounding", "GPTQ", "GPTQ + EoRA"))
-        pairs += [(f"{name}: GPTQ than rounding", r, g), (f"{name}: EoRA than none", g, e)]
-    said = [f"{name} {_word(c).split()[0]} ({_ratio(c)}, {_p(c.p)})" for name, c in _pairs(results, pairs, HELD_OUT)]
-    return f"Paired t tests, Holm-adjusted: {'; '.join(said)}."
+        pairs += [(f"{name}: GPTQ against rounding", r, g), (f"{name}: EoRA against none", g, e)]
+    said = [f"{name}, {_short(c)} ({_ratio(c)}, {_p(c.p)})" for name, c in _pairs(results, pairs, HELD_OUT)]
+    return f"Paired t tests, Holm-adjusted: {'; '.join(said)}." if said else "Pruned models were not run."
 
 
 def without_table(results: Results, p: QuantChapter) -> pd.DataFrame:
@@ -390,11 +439,12 @@ def samples(results: Results) -> pd.DataFrame:
 
 
 def answers_sentence(results: Results, p: QuantChapter) -> str:
-    """Questions answered by the quantised models against the dense one, exact McNemar tests."""
-    said = []
+    """Questions answered by the quantised models against the dense one, and with EoRA against without, exact McNemar tests."""
+    said, by_name = [], {c.name: c for c in table(p)}
     for what in (CLOSED, OPEN):
-        pairs = [(c.name, table(p)[0], c) for c in table(p)[1:]]
+        pairs = [(f"{name} against dense", by_name[DENSE], c) for name, c in by_name.items() if name != DENSE]
+        pairs += [(f"{name} against without", by_name[name.removesuffix(" + EoRA")], c) for name, c in by_name.items() if name.endswith("EoRA")]
         tests = _pairs(results, pairs, what)
-        listed = [f"{n} {results[next(c.key for c in table(p) if c.name == n), what].value:.1%} ({_word(c, up=True)} dense, {_p(c.p)})" for n, c in tests]
+        listed = [f"{n} {results[by_name[n.split(' against')[0]].key, what].value:.1%} ({_short(c, up=True)}, {_p(c.p)})" for n, c in tests]
         said.append(f"{what}, dense {results[None, what].value:.1%}: {'; '.join(listed) or 'not run'}")
     return ". ".join(x[0].upper() + x[1:] for x in said) + ". Exact McNemar tests, Holm-adjusted."

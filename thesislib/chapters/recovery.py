@@ -128,7 +128,7 @@ def answers_table(results: Results) -> pd.DataFrame:
                 m = _get(results, what, model, text)
                 star = "*" if text and told.get((what, Configuration(model, text))) else ""
                 name = f"{what}{f', +{LETTERS[text]}' if text else ''}"
-                row[name] = "" if m is None else f"{m.value:.1%}{star} [{m.low:.1%}, {m.high:.1%}]"
+                row[name] = "not asked" if m is None else f"{m.value:.1%}{star} [{m.low:.1%}, {m.high:.1%}]"
         rows.append(row)
     return pd.DataFrame(rows).set_index("model")
 
@@ -151,6 +151,15 @@ def texts_sentence(results: Results, what: str = CLOSED) -> str:
     return (
         f"{what.capitalize()}, trained on WikiText against trained on questions: {sums}. By exact McNemar tests, Holm-adjusted, WikiText is better for "
         f"{', '.join(better) or 'none'}, worse for {', '.join(worse) or 'none'}, and within noise for the other {len(pairs) - len(better) - len(worse)}."
+    )
+
+
+def other_measure_sentence(results: Results, text: str = "trivia") -> str:
+    """What training on questions does to perplexity, against the untrained models."""
+    found = [(c, t) for c, t in _against_untrained(results, PPL) if c.text == text]
+    listed = ", ".join(f"{c.pruned} {_ratio(t)}{'' if t.p < 0.05 else ' (within noise)'}" for c, t in found)
+    return (
+        f"Perplexity on Wikipedia text after training on {text}, against untrained: {listed or 'not run'} (paired t tests, Holm-adjusted over all trainings)."
     )
 
 
@@ -285,7 +294,12 @@ def rates_sentence(results: Results, p: LoraChapter) -> str:
     best = min(tried, key=tried.get)
     listed = ", ".join(f"{rate:g}: {tried[rate]:.3f}" for rate in sorted(tried))
     name = f"{p.pruned[0]}+{LETTERS[p.texts[0]]}"
-    return f"Held-out loss of {name} by learning rate: {listed}. Best of these: {best:g}; the chapter trains with {p.learning_rate:g}."
+    test = ", ".join(f"{rate:g}: {m.value:.2f}" for rate, m in sorted((c.learning_rate or p.learning_rate, results[c, PPL]) for c in
+                                                                    [Configuration(p.pruned[0], p.texts[0]), *rates(p)] if (c, PPL) in results))  # fmt: skip
+    return (
+        f"Held-out loss of {name} by learning rate: {listed}. Best of these: {best:g}; the chapter trains with {p.learning_rate:g}. Perplexity on the test "
+        f"text, which decided nothing: {test}."
+    )
 
 
 def curves(results: Results) -> dict[str, tuple[list, list]]:
@@ -322,7 +336,8 @@ def headline(results: Results) -> str:
     tokens, test = training_report(after)["tokens"], perplexity.compare(dense, after)
     word = "within noise of" if test.p >= 0.05 else "above" if test.difference > 0 else "below"
     shares, (pairs, told) = recovered(results), _texts_compared(results, CLOSED)
-    answers = "; ".join(f"{how} for {', '.join(names)}" for how, names in told.items() if names) or "told from it for none"
+    numbers = {name: f"{name} ({w.value:.1%} against {t.value:.1%}, untrained {_get(results, CLOSED, name).value:.1%})" for name, t, w in pairs}
+    answers = "; ".join(f"{how} for {', '.join(numbers[n] for n in names)}" for how, names in told.items() if names) or "told from it for none"
     return (
         f"LoRA on {tokens:,} tokens of WikiText takes D2 from perplexity {before.value:.1f} to {after.value:.1f}, {word} the dense model's "
         f"{dense.value:.1f} (the thesis's subject: {theirs}). But the dense model, trained alike, goes to {control.value:.1f}: of the loss that "
