@@ -105,6 +105,8 @@ def test_sentences_turn_with_the_numbers():
         and "harming: token weighting: skip_1" in said
         and "with an integer zero-point within noise of it" in said
     )
+    assert "harming" not in quantisation.textbook_sentence(results, p, brief=True)
+    assert all(table(results, p).empty for table in (quantisation.pruned_table, quantisation.rank_table, quantisation.kinds_table))
     table = quantisation.ingredient_table(results, configs)
     assert table.loc["token weighting: first_16", ""] == "better" and table.loc["act-order: static", ""] == "within noise"
     results[configs[0].key, HELD_OUT] = loss(4.5, 90)

@@ -92,7 +92,7 @@ def main_table(results: Results, configs: Sequence[Configuration]) -> pd.DataFra
         found = {what: results.get((c.key, what)) for what in (PPL, HELD_OUT, CLOSED, OPEN)}
         if not any(found.values()):
             continue
-        size = next(m for m in found.values() if m).provenance["made"]["bytes"]
+        size = next((size for m in found.values() if m and (size := m.provenance["made"]["bytes"])), {})
         times = f"{found[PPL].value / dense.value:.2f}" if found[PPL] and dense else ""
         rows.append(
             {
@@ -101,7 +101,12 @@ def main_table(results: Results, configs: Sequence[Configuration]) -> pd.DataFra
                 "MB": f"{size.get('bytes_on_disk', size.get('bytes_in_memory', 0)) / 1e6:.1f}", "linears, of bfloat16": _share_of_bfloat16(c, found),
             }
         )  # fmt: skip
-    return pd.DataFrame(rows).set_index("model")
+    return _framed(rows, "model", "held-out Wikipedia", "MB")
+
+
+def _framed(rows: Sequence[dict], index: str, *columns: str) -> pd.DataFrame:
+    """Rows as a table, with these columns even if nothing was run."""
+    return pd.DataFrame(rows, columns=None if rows else [index, *columns]).set_index(index)
 
 
 def _share_of_bfloat16(c: Configuration, found: Mapping[str, Measurement | None]) -> str:
@@ -169,8 +174,8 @@ def ingredient_table(results: Results, configs: Sequence[Configuration], base: i
     return pd.DataFrame(rows).set_index("settings")
 
 
-def textbook_sentence(results: Results, p: QuantChapter, bits: int = 4) -> str:
-    """Does GPTQ by the plain recipe beat rounding here, and which single change helps most?"""
+def textbook_sentence(results: Results, p: QuantChapter, bits: int = 4, brief: bool = False) -> str:
+    """Does GPTQ by the plain recipe beat rounding here, and which single change helps most? Unless brief, which others move it."""
     rounding, plain, *others, asymmetric = alone(p, bits)
     own = next(c for c in others if c.name.startswith("integer zero-point"))
     compared = dict(_pairs(results, [("plain", rounding, plain), ("own", asymmetric, own)], HELD_OUT))
@@ -181,10 +186,10 @@ def textbook_sentence(results: Results, p: QuantChapter, bits: int = 4) -> str:
     first, second = compared["plain"], compared.get("own")
     most = f"the most is gained by {name} ({_ratio(best)})" if best.p < 0.05 and best.difference < 0 else "none is told from it"
     also = f", with an integer zero-point {_word(second)} it ({_ratio(second)}, {_p(second.p)})" if second else ""
+    others_too = "" if brief else f"; also gaining: {', '.join(gain) or 'none'}; harming: {', '.join(harm) or 'none'}"
     return (
         f"At {bits} bits, on held-out text, GPTQ by the plain recipe (symmetric, no act-order, no clipping, all tokens equal) is {_word(first)} plain rounding "
-        f"({_ratio(first)}, {_p(first.p)}){also}. Of the single changes {most}; also gaining: {', '.join(gain) or 'none'}; "
-        f"harming: {', '.join(harm) or 'none'}."
+        f"({_ratio(first)}, {_p(first.p)}){also}. Of the single changes {most}{others_too}."
     )
 
 
@@ -212,11 +217,11 @@ def kinds_table(results: Results, p: QuantChapter) -> pd.DataFrame:
         rows.append(
             {"quantised alone": kind, "rounding": f"{rounding.value:.2f}", "GPTQ, plain": f"{gptq.value:.2f}", "GPTQ / rounding": _ratio(c), "": _word(c)}
         )
-    return pd.DataFrame(rows, columns=["quantised alone", "rounding", "GPTQ, plain", "GPTQ / rounding", ""]).set_index("quantised alone")
+    return _framed(rows, "quantised alone", "rounding", "GPTQ, plain", "GPTQ / rounding", "")
 
 
 def kinds_sentence(results: Results, p: QuantChapter) -> str:
-    """Where the paper's settings lose."""
+    """Where the plain recipe loses."""
     told: dict[str, list[str]] = {"worse than": [], "better than": [], "within noise of": []}
     for kind, row in kinds_table(results, p).iterrows():
         told[row[""]].append(kind)
@@ -371,7 +376,7 @@ def rank_table(results: Results, p: QuantChapter) -> pd.DataFrame:
             size = 0 if c.name == "0" else stage_report(m, "eora")["bytes"]
             gain = _ratio(tests[c.name]) if c.name in tests else ""
             rows.append({"rank": c.name, "MB of factors": f"{size / 1e6:.2f}", "held-out perplexity": _number(m), "against rank 0": gain})
-    return pd.DataFrame(rows).set_index("rank")
+    return _framed(rows, "rank", "held-out perplexity")
 
 
 def starts_sentence(results: Results, p: QuantChapter) -> str:
@@ -401,8 +406,8 @@ def headline(results: Results) -> str:
     ((_, change),) = _pairs(results, [("best", plain, without(q)[0])], HELD_OUT)
     with_eora = dict(method_comparisons(results, table(p), HELD_OUT))["GPTQ 4-bit asymmetric + EoRA against rounding 4-bit asymmetric + EoRA"]
     return (
-        f"{textbook_sentence(results, q)} {kinds_sentence(results, q)} All of the chapter's changes together multiply the plain recipe's perplexity by "
-        f"{np.exp(change.difference):.2f}. With EoRA on top, GPTQ is {_word(with_eora)} rounding ({_ratio(with_eora)}). On WikiText-2 test "
+        f"{textbook_sentence(results, q, brief=True)} {kinds_sentence(results, q)} All of the chapter's changes together multiply the "
+        f"plain recipe's perplexity by {np.exp(change.difference):.2f}. With EoRA on top, GPTQ is {_word(with_eora)} rounding ({_ratio(with_eora)}). On WikiText-2 test "
         f"(dense, in {results[None, PPL].provenance['dtype']}, {results[None, PPL].value:.1f}), groups of "
         f"{p.group}: {listed}. {bytes_sentence(results, p)} {starts_sentence(results, q)}"
     )
