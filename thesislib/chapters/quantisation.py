@@ -407,8 +407,8 @@ def headline(results: Results) -> str:
     with_eora = dict(method_comparisons(results, table(p), HELD_OUT))["GPTQ 4-bit asymmetric + EoRA against rounding 4-bit asymmetric + EoRA"]
     return (
         f"{textbook_sentence(results, q, brief=True)} {kinds_sentence(results, q)} All of the chapter's changes together multiply the "
-        f"plain recipe's perplexity by {np.exp(change.difference):.2f}. With EoRA on top, GPTQ is {_word(with_eora)} rounding ({_ratio(with_eora)}). On WikiText-2 test "
-        f"(dense, in {results[None, PPL].provenance['dtype']}, {results[None, PPL].value:.1f}), groups of "
+        f"plain recipe's perplexity by {np.exp(change.difference):.2f}. With EoRA on top, GPTQ is {_word(with_eora)} rounding ({_ratio(with_eora)}). "
+        f"On WikiText-2 test (dense, in {results[None, PPL].provenance['dtype']}, {results[None, PPL].value:.1f}), groups of "
         f"{p.group}: {listed}. {bytes_sentence(results, p)} {starts_sentence(results, q)}"
     )
 
