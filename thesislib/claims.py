@@ -240,12 +240,12 @@ CLAIMS = (
 def page(records: Records) -> str:
     """book/claims.md."""
     verdicts = [judge(claim, records) for claim in CLAIMS]
-    counts = ", ".join(f"{n} {word}" for word in (HOLDS, FAILS, UNDECIDED, MISSING) if (n := sum(v.word == word for v in verdicts)))
+    counts = ", ".join(f"{word} {n}" for word in (HOLDS, FAILS, UNDECIDED, MISSING) if (n := sum(v.word == word for v in verdicts)))
     lines = [
         "# The thesis's claims, one by one", "",
         "<!-- written by `make findings` from data/results/, checked by a test: do not edit -->", "",
         f"{' '.join((__doc__ or '').split(chr(10) + chr(10), 1)[1].split())}", "",
-        f"On SmolLM2-135M-Instruct, of {len(verdicts)}: {counts}. A claim may hold for the thesis's own subject, Llama-3.2-1B-Instruct, and not here, "
+        f"On SmolLM2-135M-Instruct, of {len(verdicts)} claims: {counts}. A claim may hold for the thesis's own subject, Llama-3.2-1B-Instruct, and not here, "
         "and the other way round. "
         "Effects are paired, on the same items: for perplexity the ratio of the second to the first, for answers the "
         "difference in points. Intervals are those of each comparison alone; "
@@ -279,5 +279,5 @@ def _shown(comparisons: list) -> list:
 
 
 def _row(name: str, c: Comparison, ratio: bool) -> str:
-    effect, low, high = (f"x {math.exp(x):.3f}" if ratio else f"{100 * x:+.1f}" for x in (c.difference, c.low, c.high))
+    effect, low, high = (f"x\u00a0{math.exp(x):.3f}" if ratio else f"{100 * x:+.1f}" for x in (c.difference, c.low, c.high))
     return f"| {name} | {effect} | {low} to {high} | {c.n} | {c.test} | {'< 0.001' if c.p < 0.001 else f'{c.p:.3f}'} |"
