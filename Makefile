@@ -23,7 +23,7 @@ setup: $(STAMP)
 $(STAMP): constraints.txt pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet "$$(grep '^torch==' constraints.txt)" -c constraints.txt
-	$(PY) -m pip install --quiet -e ".[harness,book,test]" -c constraints.txt
+	$(PY) -m pip install --quiet -e ".[harness,book,sweep,test]" -c constraints.txt
 	touch $@
 
 fetch: setup
@@ -50,6 +50,7 @@ notebooks: fetch
 	$(PY) -m thesislib.book --store
 
 findings: setup
+	$(PY) -m thesislib.cli recipe expand data/grid.yaml --out data/recipes/grid
 	$(PY) -m thesislib.chapters
 
 lab: fetch

@@ -16,6 +16,7 @@ import yaml
 from thesislib.book import ROOT, cache_key, chapters, check_parameters, clean, execute, executed
 from thesislib.chapters import CHAPTERS
 from thesislib.errors import BadInput
+from thesislib.sweep.notebooks import results
 
 
 def notebook(*cells, parameters="seconds = 0"):
@@ -166,6 +167,12 @@ def test_every_notebook_is_in_the_book_and_its_parameters_are_its_configs():
         assert set(inspect_notebook(str(chapters()[name]))) == {f.name for f in fields(kind)}
     with pytest.raises(BadInput, match="did you mean 'windows'"):
         check_parameters(chapters()["01_franken_llama"], {"windos": 1})
+
+
+@pytest.mark.parametrize("name", list(chapters()))
+def test_every_notebook_has_one_table_that_a_sweep_reads(name):
+    rows = results(chapters()[name])
+    assert rows and all(any(isinstance(value, str) and value for value in row.values()) for row in rows)
 
 
 def canonical(name):

@@ -62,6 +62,9 @@ def execute(notebook: Path, out: Path, parameters: Mapping[str, Any]) -> None:
     check_parameters(notebook, parameters)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial, failed = out.with_name(f".{out.stem}-{os.getpid()}.partial.ipynb"), out.with_suffix(".failed.ipynb")
+    for left in out.parent.glob(f".{out.stem}-*.partial.ipynb"):  # of a process that was killed
+        if not _alive(int(left.name.removesuffix(".partial.ipynb").rpartition("-")[2])):
+            left.unlink(missing_ok=True)
     os.environ[PARENT] = str(os.getpid())  # the kernel's promise to die with us, see thesislib.parameters
     try:
         execute_notebook(str(notebook), str(partial), dict(parameters), kernel_name="python3", cwd=str(notebook.parent),
@@ -73,6 +76,16 @@ def execute(notebook: Path, out: Path, parameters: Mapping[str, Any]) -> None:
     finally:
         os.environ.pop(PARENT, None)
         partial.unlink(missing_ok=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def executed(name: str, notebook: Path, cache: Path) -> Path:

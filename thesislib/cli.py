@@ -84,21 +84,12 @@ def run(
     out: Annotated[Path | None, typer.Option(help="the executed notebook; default _build/runs/CHAPTER.ipynb")] = None,
 ) -> None:
     """Execute one notebook with other parameters and leave it, with its outputs, at --out."""
-    from thesislib.book import ROOT, chapters, execute
+    from thesislib.book import ROOT, execute
 
-    known = chapters()
-    numbers = {n: n.split("_")[0] for n in known}
-    name = next((n for n in known if chapter in (n, numbers[n], numbers[n].lstrip("0") or "0")), None)
-    if name is None:
-        raise unknown("chapter", chapter, known)
-    parameters = {}
-    for pair in parameter or []:
-        key, equals, value = pair.partition("=")
-        if not equals or not key:
-            raise BadInput(f"parameter '{pair}' is not understood: expected key=value")
-        parameters[key] = yaml.safe_load(value)
+    name, notebook = _notebook(chapter)
+    parameters = {key: yaml.safe_load(text) for key, text in map(_pair, parameter or [])}
     target = out or ROOT / "_build" / "runs" / f"{name}.ipynb"
-    execute(known[name], target, parameters)
+    execute(notebook, target, parameters)
     typer.echo(target)
 
 
@@ -191,6 +182,92 @@ def export(
     typer.echo(f"{file}: {loaded.name} as {gguf}, {file.stat().st_size / 1e6:.1f} MB{', corrections merged into the weights' if merge else ''}")
 
 
+@app.command()
+@one_line_errors
+def sweep(
+    grid: Annotated[Path | None, typer.Argument(help="a grid's .yaml file, such as data/grid.yaml")] = None,
+    size: Annotated[str, typer.Option(help="which of the grid's sizes")] = "quick",
+    chapter: Annotated[str | None, typer.Option(help="instead of a grid: a notebook's name or number")] = None,
+    parameter: Annotated[list[str] | None, typer.Option("-p", "--parameter", help="with --chapter: key=value,value,..., as often as needed")] = None,
+    out: Annotated[Path | None, typer.Option(help="records' .jsonl file, or with --chapter a folder; default below _build/sweeps")] = None,
+    also: Annotated[list[Path] | None, typer.Option("--with", help="records that are not made again: files or folders")] = None,
+    workers: Annotated[int, typer.Option(help="processes on this machine")] = 1,
+    threads: Annotated[int | None, typer.Option(help="threads of each; default the cores, shared out")] = None,
+    scheduler: Annotated[str | None, typer.Option(help="a running Dask scheduler instead, tcp://... or tls://...")] = None,
+    host: Annotated[str, typer.Option(help="address that this machine's workers listen at")] = "127.0.0.1",
+    retries: Annotated[int, typer.Option(help="after an error or the death of a worker")] = 2,
+    subject: Annotated[str, typer.Option(help="embedded, a checkpoint or artifact folder, a .gguf file, or hub:NAME[@REVISION]")] = "embedded",
+    data: Annotated[str | None, typer.Option(help="embedded, a folder, or hub; default THESISLIB_DATA, else embedded")] = None,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="a torch device; on cuda a worker takes one configuration at a time")] = "cpu",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only list what is missing")] = False,
+) -> None:
+    """Measure a grid of configurations, or execute a notebook with many parameters. Run again, it does what is missing."""
+    from thesislib import corpus
+    from thesislib.store import Store, stores
+    from thesislib.sweep.drive import Workers
+    from thesislib.sweep.grid import read_grid
+    from thesislib.sweep.notebooks import sweep_notebook
+    from thesislib.sweep.run import Place, missing
+    from thesislib.sweep.run import sweep as carry_out
+
+    if (grid is None) == (chapter is None):
+        raise BadInput("what to sweep is not said: expected either a grid's file or --chapter NAME")
+    base = Path("_build") / "sweeps"
+    crew = Workers(workers, scheduler, host, retries, device.startswith("cuda"), threads)
+    if chapter is not None:
+        name, notebook = _notebook(chapter)
+        axes = {key: _listed(key, text) for key, text in map(_pair, parameter or [])}
+        table, failed = sweep_notebook(name, notebook, axes, out or base / name, crew)
+        typer.echo(table)
+    else:
+        if parameter:
+            raise BadInput("-p goes with --chapter: a grid's settings stand in its file")
+        place = Place(subject, data or corpus.default_data(), dtype, device)
+        found = read_grid(grid, size)
+        store, others = Store(out or base / f"{found.name}-{size}.jsonl"), stores(also) if also else []
+        if dry_run:
+            lacking = missing(found, place, [store, *others])
+            for label, measures in lacking.items():
+                typer.echo(f"{label}: {', '.join(measures)}")
+            typer.echo(f"{len(lacking)} of {len(found.configurations)} configurations are not complete in {store.path}", err=True)
+            return
+        failed = carry_out(found, place, store, crew, others)
+        typer.echo(store.path)
+    if failed:
+        raise RuntimeError("; ".join(f"{label}: {why}" for label, why in failed.items()))
+
+
+def _notebook(chapter: str) -> tuple[str, Path]:
+    """A notebook's name and file by its name or number."""
+    from thesislib.book import chapters
+
+    known = chapters()
+    numbers = {n: n.split("_")[0] for n in known}
+    name = next((n for n in known if chapter in (n, numbers[n], numbers[n].lstrip("0") or "0")), None)
+    if name is None:
+        raise unknown("chapter", chapter, known)
+    return name, known[name]
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise BadInput(f"parameter '{text}' is not understood: expected key=value")
+    return key, value
+
+
+def _listed(key: str, text: str) -> list:
+    """The values of one parameter: 2,4,6 or [2,4],[6]."""
+    try:
+        values = yaml.safe_load(f"[{text}]")
+    except yaml.YAMLError as error:
+        raise BadInput(f"parameter '{key}={text}' is not understood: expected values with commas between, a list of one in brackets") from error
+    if not values:
+        raise BadInput(f"parameter '{key}' has no value: expected e.g. {key}=2,4,6")
+    return values
+
+
 recipes = typer.Typer(help="Look at recipes without running them.", no_args_is_help=True)
 app.add_typer(recipes, name="recipe")
 
@@ -221,6 +298,19 @@ def label(file: Annotated[str, typer.Argument(help="a recipe's .yaml file")]) ->
     from thesislib.recipe import read_recipe
 
     typer.echo(read_recipe(file).label)
+
+
+@recipes.command()
+@one_line_errors
+def expand(
+    grid: Annotated[Path, typer.Argument(help="a grid's .yaml file, such as data/grid.yaml")],
+    out: Annotated[Path, typer.Option(help="a folder for the recipes, one a configuration")],
+    size: Annotated[str, typer.Option(help="which of the grid's sizes")] = "full",
+) -> None:
+    """Write a grid's configurations as recipes."""
+    from thesislib.sweep.grid import read_grid, write_recipes
+
+    typer.echo(f"{out}: {len(write_recipes(read_grid(grid, size), out))} recipes")
 
 
 listed = typer.Typer(help="Recorded measurements: list, filter and export them, or make one again.")

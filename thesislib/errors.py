@@ -3,6 +3,8 @@
 import difflib
 from collections.abc import Iterable
 
+MOST = 60  # options that a message lists
+
 
 class BadInput(ValueError):
     """The caller gave something that cannot work. The message names the value, what was expected and the nearest
@@ -14,4 +16,5 @@ def unknown(what: str, value: object, options: Iterable[str]) -> BadInput:
     options = list(options)
     near = difflib.get_close_matches(str(value), options, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'? " if near else ""
-    return BadInput(f"unknown {what} '{value}': {hint}expected one of {', '.join(options) or 'none'}")
+    listed = ", ".join(options[:MOST]) + (f" and {len(options) - MOST} more" if len(options) > MOST else "")
+    return BadInput(f"unknown {what} '{value}': {hint}expected one of {listed or 'none'}")

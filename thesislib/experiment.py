@@ -63,9 +63,12 @@ class Prepared:
 
     def measure(self, protocol: Protocol, data: str, **more: object) -> Measurement:
         """The measurement by a protocol on a data spec, with all that would make it again; `more` is noted beside it."""
-        m = protocol.measure(self.model, data)
-        m = dataclasses.replace(m, provenance={**m.provenance, "made": self.made, **more})
+        m = self.noted(protocol.measure(self.model, data), **more)
         return dataclasses.replace(m, provenance={**m.provenance, "tolerance": tolerance(m)})
+
+    def noted(self, m: Measurement, **more: object) -> Measurement:
+        """A measurement of this model that says how the model was made, and `more`."""
+        return dataclasses.replace(m, provenance={**m.provenance, "made": self.made, **more})
 
 
 def prepare(subject: str, stages: Sequence, *, data: str, dtype: str = "bfloat16", device: str = "cpu") -> Prepared:
@@ -181,7 +184,7 @@ def again(m: Measurement, subject: str = "embedded", data: str | None = None, de
     if missing:
         raise BadInput(f"the record does not say its {', '.join(missing)}: it cannot be measured again")
     note = made.get("made") or {}
-    stages = [_stage(plain) for plain in note.get("stages", [])]
+    stages = [stage_of(plain) for plain in note.get("stages", [])]
     job = Job.prepare(subject, recipe_of(stages), data, made["dtype"], device)
     base = note.get("base", {}).get("fingerprint")
     if base is not None and job.base["fingerprint"] != base:
@@ -204,8 +207,12 @@ def again(m: Measurement, subject: str = "embedded", data: str | None = None, de
     return Verdict(m, result, tolerance(m), same)
 
 
-def _stage(plain: dict[str, dict]):
-    """A stage's config from a record."""
+def stage_of(plain: dict[str, dict]):
+    """A stage's config from a record: {name: settings}.
+
+    Raises:
+        BadInput: a stage or a setting that this version does not know.
+    """
     try:
         ((name, settings),) = plain.items()
         if name in STAGES:

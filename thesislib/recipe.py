@@ -129,7 +129,7 @@ def read_all(sources: Iterable[str | Path]) -> dict[str, Recipe]:
     for source in sources:
         files = [source]
         if is_folder(Path(source)):
-            files = sorted(f for f in Path(source).rglob("*") if f.suffix in (".yaml", ".yml"))
+            files = sorted(f for f in Path(source).iterdir() if f.suffix in (".yaml", ".yml"))
             if not files:
                 raise BadInput(f"{source} holds no recipe: expected .yaml files")
         for file in files:

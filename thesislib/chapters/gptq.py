@@ -46,6 +46,7 @@ INGREDIENTS = {
     "window length": ("length", (2048,)),
     "group": ("group", (32,)),
 }
+MORE = {"text": "wikipedia", "windows": 128}  # calibration on the kind of text that is measured on, and four times as much of it
 BUDGET = 19_537_920  # bytes of EoRA's corrections at rank 32 of the embedded subject, for a budget to be compared with
 SHAPES = {8: (64,), 4: (32, 64, "row"), 3: (32, 64), 2: (64,)}  # groups tried at each number of bits
 
@@ -189,6 +190,12 @@ def calibrations(p: QuantChapter, bits: int = 4, amounts: Iterable[int] = (4, 32
     """The best settings on more and less text, and on other windows of it."""
     found = [Configuration("calibrations", f"{n} windows", (p.gptq(bits, windows=n),)) for n in amounts]
     return found + [Configuration("calibrations", f"{p.calibration} windows, seed {s}", (p.gptq(bits, seed=s),)) for s in seeds]
+
+
+def more(p: QuantChapter, bits: int = 3) -> list[Configuration]:
+    """The best settings on more and nearer calibration text, GPTQ's and EoRA's: what the table's bars at 3 bits needed."""
+    stage, name = p.gptq(bits, **MORE), f"GPTQ {bits}-bit asymmetric, {MORE['windows']} windows of {MORE['text'].capitalize()}"
+    return [Configuration("more", name, (stage,), (PPL, HELD_OUT)), Configuration("more", f"{name} + EoRA", (stage, p.eora(**MORE)), (PPL, HELD_OUT))]
 
 
 def compensations(p: QuantChapter, bits: int = 4) -> list[Configuration]:
@@ -347,7 +354,8 @@ def recorded_configurations(p: QuantChapter) -> list[Configuration]:
     q = dataclasses.replace(p, calibration=ABLATION)
     symmetric = [c for c in table(q, ("symmetric",), (HELD_OUT,)) if "EoRA" not in c.name]
     return [
-        *alone(q), *without(q), *recorded_table(p), *compensations(q), *kinds(q), *starts(q), *ranks(q), *pruned(q), *calibrations(q), *symmetric, *shapes(q),
+        *alone(q), *without(q), *recorded_table(p), *more(p), *compensations(q), *kinds(q), *starts(q), *ranks(q), *pruned(q), *calibrations(q), *symmetric,
+        *shapes(q), *more(p, 4),
     ]  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Tokens per second of a model as it is held: reading a prompt, and one token at a time."""
+"""How fast a model is as it is held: reading a prompt, and one token at a time."""
 
 import statistics
 import time
@@ -8,7 +8,10 @@ import pandas as pd
 import torch
 
 from thesislib import formats
+from thesislib.records import Measurement, provenance
 from thesislib.subject import Subject
+
+SECONDS_PER_TOKEN = "seconds per token"
 
 
 def speeds(models: Mapping[str, Subject], tokens: int = 512, repeats: int = 3) -> pd.DataFrame:
@@ -37,3 +40,17 @@ def _seconds(subject: Subject, ids: torch.Tensor) -> float:
     if subject.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+def token_seconds(subject: Subject, repeats: int = 32) -> Measurement:
+    """Seconds of one token without a cache: the median, and as its interval the quartiles of what was seen (no confidence interval).
+
+    It depends on the machine and on what else runs there; a record of it cannot be made again.
+    """
+    started, ids = time.perf_counter(), torch.zeros(1, 1, dtype=torch.long)
+    _seconds(subject, ids)
+    seen = [_seconds(subject, ids) for _ in range(repeats)]
+    low, middle, high = statistics.quantiles(seen, n=4) if repeats > 1 else seen * 3
+    items = [{"id": str(i), "seconds": s} for i, s in enumerate(seen)]
+    settings = {"repeats": repeats, "interval": "quartiles"}
+    return Measurement("one token, no cache", SECONDS_PER_TOKEN, middle, low, high, repeats, "repetition", items, {}, provenance(subject, started, **settings))

@@ -1,0 +1,204 @@
+"""Orders carried out by Dask's workers: a few at a time, each claimed by one driver, each answer kept as it comes."""
+
+import json
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from thesislib.errors import BadInput
+from thesislib.sweep.task import carry_out, versions
+
+CONNECT = 8  # seconds until a scheduler that does not answer is given up
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Order:
+    """One task.
+
+    name: for the reader. key: what no two orders share. text: what `thesislib.sweep.task.carry_out` takes, less the versions.
+    done: whether its answer is kept already, asked right before it is begun. keep: takes the answer.
+    """
+
+    name: str
+    key: str
+    text: dict = field(repr=False)
+    done: Callable[[], bool] = field(repr=False)
+    keep: Callable[[dict], None] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Who carries orders out: `count` processes on this machine, bound to `host`, or whoever is at a running scheduler.
+
+    retries: how often an order is tried again after an error, or after the death of its worker. gpu: one order at a time for each
+    worker that was started with the resource GPU.
+    """
+
+    count: int = 2
+    scheduler: str | None = None
+    host: str = LOOPBACK
+    retries: int = 2
+    gpu: bool = False
+    threads: int | None = None
+
+    def __post_init__(self):
+        if self.count < 1:
+            raise BadInput(f"--workers is {self.count}: expected at least 1")
+        if self.retries < 0:
+            raise BadInput(f"--retries is {self.retries}: expected 0 or more")
+
+
+def drive(orders: Sequence[Order], workers: Workers, locks: Path) -> dict[str, str]:
+    """Carry out what is not done yet; {name: why} of what failed, the rest goes on.
+
+    Two drivers with one `locks` folder share the work: what one has claimed, the other leaves, and looks at again when that is released.
+
+    Raises:
+        BadInput: no scheduler there; workers of another version; whatever `keep` raises, such as a full disk.
+        RuntimeError: the scheduler is gone. In both cases what was kept stays, and the same call goes on from there.
+    """
+    waiting = deque(order for order in orders if not order.done())
+    if not waiting:
+        return {}
+    failed: dict[str, str] = {}
+    locks.mkdir(parents=True, exist_ok=True)
+    with _client(workers) as client, tqdm(total=len(waiting), unit="task", disable=None, smoothing=0) as bar:
+        started, finished, running, others = time.monotonic(), 0, {}, 0
+        while waiting or running:
+            # no more than workers: if one dies, Dask counts it against every order that it had in hand, and gives up the innocent too
+            slots = max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
+            for _ in range(len(waiting)):
+                if len(running) >= slots:
+                    break
+                order = waiting.popleft()
+                lock = FileLock(locks / f"{order.key}.lock")
+                try:
+                    lock.acquire(timeout=0)
+                except Timeout:
+                    waiting.append(order)  # another driver is at it
+                    continue
+                if order.done():
+                    lock.release()
+                    others += 1
+                    bar.update()
+                    continue
+                text = json.dumps({"versions": versions(), **order.text})
+                future = client.submit(carry_out, text, key=f"{order.key}-{time.time_ns()}", pure=False, retries=workers.retries,
+                                       resources={"GPU": 1} if workers.gpu else None)  # fmt: skip
+                running[future] = (order, lock)
+            try:
+                for future in _finished(client, running, workers):
+                    order, lock = running.pop(future)
+                    try:
+                        why = _answer(future, order, workers)
+                    finally:
+                        lock.release()
+                    finished += 1
+                    if why:
+                        failed[order.name] = why
+                    bar.update()
+                    left = (time.monotonic() - started) / finished * (len(waiting) + len(running))
+                    word = f"failed: {why}" if why else "done"
+                    tqdm.write(f"{order.name}: {word}; {finished + others} of {bar.total}, about {_minutes(left)} left", file=sys.stderr)
+            except BaseException:
+                client.cancel(list(running))
+                for _, lock in running.values():
+                    lock.release()
+                raise
+    return failed
+
+
+def _finished(client, running: dict, workers: Workers) -> list:
+    """Those of the futures that have ended; after a second at most.
+
+    Raises:
+        RuntimeError: the scheduler is gone.
+    """
+    if running:
+        end = time.monotonic() + 1
+        while time.monotonic() < end and not any(future.done() for future in running):
+            time.sleep(0.02)
+    else:
+        time.sleep(0.5)
+    if client.status != "running" or any(future.status in ("cancelled", "lost") for future in running):
+        raise RuntimeError(f"the scheduler{f' at {workers.scheduler}' if workers.scheduler else ''} is gone: what was measured is kept; start it again, "
+                           "and give the same command to go on")  # fmt: skip
+    return [future for future in running if future.done()]
+
+
+def _answer(future, order: Order, workers: Workers) -> str | None:
+    """Keep a future's answer, or say why there is none."""
+    error = future.exception()
+    if error is None:
+        answer = json.loads(future.result())
+        if "failed" not in answer:
+            order.keep(answer)
+        return answer.get("failed")
+    if type(error).__name__ == "KilledWorker":
+        return f"its worker died {workers.retries + 1} times (out of memory, or killed): given up"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+@contextmanager
+def _client(workers: Workers) -> Iterator:
+    """A client of the workers, all of them with this driver's versions."""
+    try:
+        import dask
+        from distributed import Client, LocalCluster
+        from distributed.security import Security
+    except ImportError as error:
+        raise BadInput('sweeps need Dask: expected it installed, by pip install "thesislib[sweep]"') from error
+    with ExitStack() as stack:
+        stack.enter_context(dask.config.set({"distributed.scheduler.allowed-failures": workers.retries, "distributed.comm.timeouts.connect": f"{CONNECT}s"}))
+        if workers.scheduler is None:
+            threads = workers.threads or max(1, _cores() // workers.count)
+            cluster = stack.enter_context(
+                LocalCluster(n_workers=workers.count, threads_per_worker=1, processes=True, host=workers.host, dashboard_address=f"{workers.host}:0",
+                             resources={"GPU": 1} if workers.gpu else None, env={"OMP_NUM_THREADS": str(threads)}, memory_limit=0, silence_logs=50)
+            )  # fmt: skip
+            client = stack.enter_context(Client(cluster, timeout=60))
+        else:
+            security = Security(require_encryption=True) if workers.scheduler.startswith("tls://") else None
+            try:
+                client = stack.enter_context(Client(workers.scheduler, timeout=CONNECT, security=security))
+            except (OSError, TimeoutError, ValueError, TypeError) as error:
+                raise BadInput(f"no scheduler answers at {workers.scheduler} ({type(error).__name__}): expected one that `dask scheduler` started, "
+                               "such as tcp://127.0.0.1:8786; without --scheduler this machine does the work") from error  # fmt: skip
+        if client.dashboard_link:
+            print(f"dashboard: {client.dashboard_link}", file=sys.stderr)
+        _refuse_other_versions(client, workers)
+        yield client
+
+
+def _refuse_other_versions(client, workers: Workers) -> None:
+    """Raises BadInput if there is no worker, or one with another version than the driver's."""
+    if workers.scheduler is not None:
+        try:
+            client.wait_for_workers(1, timeout=CONNECT)
+        except TimeoutError as error:
+            raise BadInput(f"the scheduler at {workers.scheduler} has no workers: start some, by `dask worker {workers.scheduler} --nthreads 1`") from error
+    here, other = versions(), {}
+    for address, found in client.run(versions, on_error="return").items():
+        if found != here:
+            other[address] = str(found) if isinstance(found, BaseException) else ", ".join(f"{name} {number}" for name, number in found.items())
+    if other:
+        listed = "; ".join(f"{address} has {found}" for address, found in other.items())
+        raise BadInput(f"workers of another version: {listed}. Expected {', '.join(f'{name} {number}' for name, number in here.items())}, as here")
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

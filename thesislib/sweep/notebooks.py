@@ -1,0 +1,73 @@
+"""A notebook swept: one executed copy for every combination of parameters, and one table of what their results cells show."""
+
+import hashlib
+import io
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from thesislib.errors import BadInput
+from thesislib.files import write_whole
+from thesislib.sweep.drive import Order, Workers, drive
+
+TAG = "results"  # of the cell whose table is a notebook's result
+
+
+def combinations(axes: Mapping[str, Sequence]) -> list[dict[str, Any]]:
+    """Every combination of one value a parameter."""
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def results(notebook: Path) -> list[dict[str, Any]]:
+    """The rows of the table that a notebook's cell tagged `results` shows.
+
+    Raises:
+        BadInput: no such cell, or no table in its output.
+    """
+    import nbformat
+    import pandas as pd
+
+    cells = [c for c in nbformat.read(notebook, 4).cells if TAG in c.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise BadInput(f"{notebook.name} has {len(cells)} cells tagged '{TAG}': expected one, that shows its table of results")
+    for output in cells[0].get("outputs", []):
+        if html := output.get("data", {}).get("text/html"):
+            table = pd.read_html(io.StringIO("".join(html)))[0]
+            if isinstance(table.columns, pd.MultiIndex):  # headings in levels; an index with a name has a row of its own
+                table.columns = [", ".join(dict.fromkeys(str(x) for x in names if not str(x).startswith("Unnamed"))) for names in table.columns]
+            return json.loads(table.to_json(orient="records"))
+    raise BadInput(f"the cell tagged '{TAG}' of {notebook.name} shows no table: expected a DataFrame as its last line")
+
+
+def sweep_notebook(name: str, notebook: Path, axes: Mapping[str, Sequence], out: Path, workers: Workers) -> tuple[Path, dict[str, str]]:
+    """Execute a notebook with every combination of parameters that is not in `out` yet; the table's path, and {cell: why} of those that failed.
+
+    Raises:
+        BadInput: a parameter that the notebook does not have; see also `thesislib.sweep.drive.drive`.
+    """
+    from thesislib.book import cache_key, check_parameters
+
+    check_parameters(notebook, dict.fromkeys(axes))
+    cells = combinations(axes)
+    files = {}
+    for parameters in cells:
+        written = " ".join(f"{key}={json.dumps(value)}" for key, value in parameters.items()) or "defaults"
+        safe = "".join(x if x.isalnum() or x in "=.-" else "_" for x in written)[:60].strip("_")
+        digest = hashlib.sha256(cache_key(notebook, parameters).encode()).hexdigest()[:8]
+        files[written] = (out / f"{name}-{safe}-{digest}.ipynb", parameters)
+    orders = []
+    for written, (file, parameters) in files.items():
+        text = {"do": "notebook", "notebook": str(notebook.resolve()), "out": str(file.resolve()), "parameters": parameters}
+        orders.append(Order(written, file.stem, text, file.exists, lambda answer: None))
+    failed = drive(orders, workers, out / ".claims")
+    rows = [{**parameters, **row} for file, parameters in files.values() if file.exists() for row in results(file)]
+    if not rows:
+        raise BadInput(f"no cell of the sweep ran: {'; '.join(f'{cell}: {why}' for cell, why in failed.items())}")
+    import pandas as pd
+
+    frame = pd.DataFrame([{key: json.dumps(value) if isinstance(value, (list, dict)) else value for key, value in row.items()} for row in rows])
+    table = out / f"{name}.csv"
+    write_whole(table, frame.to_csv(index=False, lineterminator="\n"))
+    return table, failed

@@ -1,0 +1,67 @@
+"""What a worker does: one configuration made and measured, or one notebook executed. Texts go in and come out, so that versions can differ and be told."""
+
+import json
+import os
+import platform
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import thesislib
+from thesislib.errors import BadInput
+
+
+def versions() -> dict[str, str | None]:
+    """What must agree between a driver and its workers."""
+    try:
+        torch = version("torch").partition("+")[0]
+    except PackageNotFoundError:
+        torch = None
+    return {"thesislib": thesislib.__version__, "torch": torch, "python": platform.python_version().rpartition(".")[0]}
+
+
+def carry_out(order: str) -> str:
+    """Do what an order says: {"versions": those of who gave it, "do": configuration or notebook, ...}; the answer as JSON.
+
+    Bad input, which a second try would not mend, comes back as {"failed": why}; whatever else goes wrong is raised.
+
+    Raises:
+        RuntimeError: an order from another version of this package.
+    """
+    plain = json.loads(order)
+    if plain["versions"] != (here := versions()):
+        raise RuntimeError(f"the order is from {_said(plain['versions'])}, this worker has {_said(here)}: expected the same on both")
+    try:
+        return json.dumps({"configuration": _configuration, "notebook": _notebook}[plain["do"]](plain))
+    except BadInput as error:
+        return json.dumps({"failed": str(error)})
+
+
+def _said(found: dict[str, str | None]) -> str:
+    return ", ".join(f"{name} {number}" for name, number in found.items())
+
+
+def _configuration(order: dict) -> dict:
+    """{"rows": its measurements, with items}."""
+    from thesislib.evaluate.protocol import Protocol
+    from thesislib.evaluate.speed import token_seconds
+    from thesislib.experiment import prepare, stage_of
+
+    stages = [stage_of(plain) for plain in order["stages"]]
+    ready = prepare(order["subject"], stages, data=order["data"], dtype=order["dtype"], device=order["device"])
+    rows = [ready.measure(Protocol(**protocol), order["data"], sweep=order["note"]) for protocol in order["protocols"]]
+    if order["timed"]:
+        rows.append(ready.noted(token_seconds(ready.model, order["timed"]), sweep=order["note"]))
+    return {"rows": [asdict(m) for m in rows]}
+
+
+def _notebook(order: dict) -> dict:
+    """{"table": the rows of its cell tagged `results`}; the executed notebook is at `out`, unless it is there already."""
+    from thesislib.book import execute
+    from thesislib.sweep.notebooks import results
+
+    out = Path(order["out"])
+    if not out.exists():
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        execute(Path(order["notebook"]), out, order["parameters"])
+    return {"table": results(out)}
