@@ -229,6 +229,15 @@ def test_a_notebook_without_results_is_refused(notebook, tmp_path):
         results(tmp_path / "none.ipynb")
 
 
+def test_headings_that_stand_twice_are_numbered(notebook, tmp_path):
+    nb = nbformat.read(notebook("1"), 4)
+    html = "<table><tr><th></th><th>k</th><th>x</th><th>x</th></tr><tr><th>name</th><th></th><th></th><th></th></tr><tr><th>a</th><td>1</td><td>2</td><td>3</td></tr></table>"
+    html = html.replace("<table><tr>", "<table><thead><tr>").replace("<tr><th>a", "</thead><tbody><tr><th>a").replace("</table>", "</tbody></table>")
+    nb.cells[-1].outputs = [nbformat.v4.new_output("execute_result", {"text/html": html}, execution_count=1)]
+    nbformat.write(nb, tmp_path / "twice.ipynb")
+    assert results(tmp_path / "twice.ipynb") == [{"name": "a", "k": 1, "x": 2, "x (2)": 3}]
+
+
 def test_lists_of_values_are_read():
     assert _listed("k", "2,4,6") == [2, 4, 6] and _listed("k", "[2, 4],[6]") == [[2, 4], [6]] and _listed("t", "c4, wikipedia") == ["c4", "wikipedia"]
     for text in ("", "[1", "{"):

@@ -4,7 +4,7 @@ import hashlib
 import io
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,18 @@ def results(notebook: Path) -> list[dict[str, Any]]:
             table = pd.read_html(io.StringIO("".join(html)))[0]
             if isinstance(table.columns, pd.MultiIndex):  # headings in levels; an index with a name has a row of its own
                 table.columns = [", ".join(dict.fromkeys(str(x) for x in names if not str(x).startswith("Unnamed"))) for names in table.columns]
+            table.columns = _distinct(table.columns)
             return json.loads(table.to_json(orient="records"))
     raise BadInput(f"the cell tagged '{TAG}' of {notebook.name} shows no table: expected a DataFrame as its last line")
+
+
+def _distinct(names: Iterable[str]) -> list[str]:
+    """Names, those that are there already with a number."""
+    found: list[str] = []
+    for name in names:
+        taken = sum(other == name or other.startswith(f"{name} (") for other in found)
+        found.append(f"{name} ({taken + 1})" if name in found else name)
+    return found
 
 
 def sweep_notebook(name: str, notebook: Path, axes: Mapping[str, Sequence], out: Path, workers: Workers) -> tuple[Path, dict[str, str]]:
@@ -62,7 +72,8 @@ def sweep_notebook(name: str, notebook: Path, axes: Mapping[str, Sequence], out:
         text = {"do": "notebook", "notebook": str(notebook.resolve()), "out": str(file.resolve()), "parameters": parameters}
         orders.append(Order(written, file.stem, text, file.exists, lambda answer: None))
     failed = drive(orders, workers, out / ".claims")
-    rows = [{**parameters, **row} for file, parameters in files.values() if file.exists() for row in results(file)]
+    found = [(parameters, row) for file, parameters in files.values() if file.exists() for row in results(file)]
+    rows = [dict(zip(_distinct([*parameters, *row]), [*parameters.values(), *row.values()], strict=True)) for parameters, row in found]
     if not rows:
         raise BadInput(f"no cell of the sweep ran: {'; '.join(f'{cell}: {why}' for cell, why in failed.items())}")
     import pandas as pd
