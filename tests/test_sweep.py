@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 import psutil
 import pytest
 
@@ -231,8 +232,7 @@ def test_a_notebook_without_results_is_refused(notebook, tmp_path):
 
 def test_headings_that_stand_twice_are_numbered(notebook, tmp_path):
     nb = nbformat.read(notebook("1"), 4)
-    html = "<table><tr><th></th><th>k</th><th>x</th><th>x</th></tr><tr><th>name</th><th></th><th></th><th></th></tr><tr><th>a</th><td>1</td><td>2</td><td>3</td></tr></table>"
-    html = html.replace("<table><tr>", "<table><thead><tr>").replace("<tr><th>a", "</thead><tbody><tr><th>a").replace("</table>", "</tbody></table>")
+    html = pd.DataFrame([[1, 2, 3]], pd.Index(["a"], name="name"), ["k", "x", "x"]).to_html()
     nb.cells[-1].outputs = [nbformat.v4.new_output("execute_result", {"text/html": html}, execution_count=1)]
     nbformat.write(nb, tmp_path / "twice.ipynb")
     assert results(tmp_path / "twice.ipynb") == [{"name": "a", "k": 1, "x": 2, "x (2)": 3}]
