@@ -2,12 +2,13 @@
 
 import functools
 import http.server
+import json
 import shutil
 import threading
 
 import pytest
 
-from thesislib.book import ROOT
+from thesislib.book import ROOT, chapters
 
 HTML = ROOT / "_build" / "stored" / "_build" / "html"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -16,8 +17,8 @@ pytestmark = [
     pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine: Debian's package chromium has one"),
     pytest.mark.skipif(not (HTML / "index.html").exists(), reason="the book is not built: make stored-book"),
 ]
-CHAPTERS = [f"notebooks/{name}.html" for name in ("00_measures", "01_franken_llama", "02_depth_pruning", "03_width_pruning")]
-PAGES = ["index.html", "book/background.html", "book/rerun.html", "book/sources.html", "book/api.html", *CHAPTERS]
+CHAPTERS = [f"notebooks/{name}.html" for name in chapters()]
+PAGES = ["index.html", "book/background.html", "book/rerun.html", "book/claims.html", "book/sources.html", "book/api.html", *CHAPTERS]
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -108,3 +109,43 @@ def test_search_finds_a_word(site, page, word, where):
 def test_nothing_is_wider_than_the_page(site, page):
     page.goto(f"{site}/{CHAPTERS[1]}", wait_until="networkidle")
     assert page.evaluate("document.documentElement.scrollWidth") <= 1280 + 1
+
+
+def test_a_table_sorts_by_its_headings(site, page):
+    page.goto(f"{site}/notebooks/06_evaluation.html")
+    table = page.locator("table.dataframe").first
+    heading = table.locator("thead th").filter(has_text="x dense").first
+
+    def column():
+        return table.locator("tbody tr").evaluate_all("(rows, i) => rows.map((row) => row.cells[i].textContent.replace(/,/g, ''))", 2)
+
+    def known(texts):
+        return [float(text) for text in texts if text]
+
+    before = column()
+    heading.click()
+    up = column()
+    assert known(up) == sorted(known(before)) and len(up) == len(before) and not any(up[len(known(up)) :])
+    heading.press("Enter")
+    assert known(column()) == sorted(known(before), reverse=True) and heading.get_attribute("aria-sort") == "descending"
+    assert page.wrong == []
+
+
+def test_the_explorer_finds_what_fits_a_budget(site, page):
+    page.goto(f"{site}/notebooks/06_evaluation.html")
+    box = page.locator(".explorer")
+    names = box.locator("tbody th")
+    size, measure = box.locator("select").nth(0), box.locator("select").nth(1)
+    rows = page.evaluate("() => document.querySelector('.explorer').nextElementSibling.textContent.match(/const rows = (.*);/)[1]")
+    rows = [row for row in json.loads(rows) if row["MB"] is not None and row.get("perplexity") is not None]
+    assert names.first.text_content() == min(rows, key=lambda row: row["perplexity"])["label"]
+    budget = sorted(row["MB"] for row in rows)[len(rows) // 2] + 0.01
+    box.locator("input").evaluate("(e, v) => { e.value = v; e.dispatchEvent(new Event('input')); }", budget)
+    within = [row for row in rows if row["MB"] <= budget]
+    assert names.first.text_content() == min(within, key=lambda row: row["perplexity"])["label"]
+    assert box.locator("p").last.text_content().startswith(f"{len(within)} of {len(rows)} models fit")
+    measure.select_option("open book")
+    size.select_option("M")
+    answered = [row for row in rows if row.get("open book") is not None and row["M"] is not None]
+    assert box.locator("tbody tr").first.locator("td").first.text_content() == f"{100 * max(row['open book'] for row in answered):.1f} %"
+    assert box.locator("svg title").count() == len(answered) and page.wrong == []

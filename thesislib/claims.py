@@ -58,6 +58,10 @@ def pool(chapters: Mapping[str, Iterable[Measurement]]) -> dict[tuple[str, str],
         c = m.provenance["chapter"]["configuration"]
         if c["seed"] == 0 and c["learning_rate"] is None:
             add(m.provenance["made"]["label"], {"perplexity": WIKITEXT}.get(m.metric, _book(m)), m)
+    for m in chapters.get("06_evaluation", ()):
+        run = m.provenance
+        if run["dtype"] == "bfloat16" and run["sweep"]["size"] == "sample" and m.metric in ("perplexity", "accuracy"):
+            add(run["sweep"]["label"], {"perplexity": WIKITEXT}.get(m.metric, _book(m)), m)
     p = quantised()
     names = {c.key: c.name for c in quantised_table(p)}
     for m in chapters.get("05_quantisation", ()):
@@ -81,7 +85,7 @@ def plan_name(plan: list[int] | None, depth: int) -> str:
 
 def recorded_pool() -> dict[tuple[str, str], Measurement]:
     """The study's own records."""
-    names = ("01_franken_llama", "02_depth_pruning", "03_width_pruning", "04_lora_recovery", "05_quantisation")
+    names = ("01_franken_llama", "02_depth_pruning", "03_width_pruning", "04_lora_recovery", "05_quantisation", "06_evaluation")
     found = {}
     for name in names:
         try:
@@ -156,6 +160,17 @@ def judge(claim: Claim, records: Records) -> Verdict:
     return Verdict(claim, UNDECIDED if missing and word == HOLDS else word, done, missing)
 
 
+def _trained(base: str | None) -> Callable[[Records], list]:
+    """Chapter 4's pruned models and all others that were trained on WikiText, each against what it was before, or against `base`."""
+
+    def pairs(records: Records) -> list:
+        trained = [label.removesuffix("+W") for label, what in records if what == WIKITEXT and label.endswith("+W")]
+        others = [x for x in trained if x != "dense" and not {"W", "T", "Q", "E"} & set(x.split("+"))]
+        return _on(WIKITEXT, *((base or x, f"{x}+W") for x in dict.fromkeys([*_RECOVERED, *others])))(records)
+
+    return pairs
+
+
 def _on(what: str, *pairs: tuple[str, str]) -> Callable[[Records], list]:
     return lambda _records: [(f"{a} to {b}, {what}", (a, what), (b, what)) for a, b in pairs]
 
@@ -193,17 +208,17 @@ CLAIMS = (
     ),
     Claim(
         "LoRA on WikiText takes a pruned model's perplexity below what it was.",
-        _on(WIKITEXT, *((m, f"{m}+W") for m in _RECOVERED)), "04_lora_recovery", "before-and-after",
+        _trained(None), "04_lora_recovery", "before-and-after",
         _ppl(("D2",), ("D2", "W"), ("W2:4",), ("W2:4", "W")), False,
     ),
     Claim(
         "LoRA on WikiText often takes pruned models below the dense model's perplexity.",
-        _on(WIKITEXT, *(("dense", f"{m}+W") for m in _RECOVERED)), "04_lora_recovery", "before-and-after", _ppl(("dense",), ("D2", "W"), ("W2:4", "W")), False,
+        _trained("dense"), "04_lora_recovery", "before-and-after", _ppl(("dense",), ("D2", "W"), ("W2:4", "W")), False,
         often=True,
     ),
     Claim(
         "The same, against the dense model trained alike (not in the thesis: the control it lacked).",
-        _on(WIKITEXT, *(("W", f"{m}+W") for m in _RECOVERED)), "04_lora_recovery", "recovery-or-adaptation", "", False,
+        _trained("W"), "04_lora_recovery", "recovery-or-adaptation", "", False,
     ),
     Claim(
         "Training on WikiText answers more of TriviaQA, closed book, than training on TriviaQA does.",

@@ -14,7 +14,7 @@ from thesislib.compress.stages import STAGES
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate.protocol import Protocol, protocol_of
 from thesislib.files import read_json
-from thesislib.formats import RECORD, sizes
+from thesislib.formats import RECORD, predicted_disk_bytes, sizes
 from thesislib.parameters import build
 from thesislib.recipe import Recipe
 from thesislib.records import Measurement
@@ -86,7 +86,7 @@ def prepare(subject: str, stages: Sequence, *, data: str, dtype: str = "bfloat16
     recipe = recipe_of(stages)
     job = Job.prepare(subject, recipe, data, dtype, device)
     model, reports = job.after(len(stages))
-    size = read_json(job.folder(len(stages)) / RECORD)["sizes"] if stages else sizes(model)
+    size = read_json(job.folder(len(stages)) / RECORD)["sizes"] if stages else {**sizes(model), "bytes_on_disk": predicted_disk_bytes(model)}
     return Prepared(model, made(recipe, job.base, data, size, reports))
 
 

@@ -303,3 +303,67 @@ def layers_chart(errors: Mapping[str, Mapping[str, float]], kinds: Sequence[str]
     figure.supxlabel("block")
     figure.supylabel("|(W - W') X| / |W X| on held-out text (log)")
     return figure
+
+
+FAMILY_LOOKS = {"pruned": ("o", GREY), "+ LoRA": ("s", BLUE), "+ GPTQ": ("^", ORANGE), "+ EoRA": ("D", GREEN)}
+
+
+def pareto_chart(table: pd.DataFrame, fronts: Mapping[tuple[str, str], Sequence[str]], measures: Mapping[str, bool], most: float = 100) -> plt.Figure:
+    """Each measure over bytes and over parameters that are not zero; the line joins the models that none beats at once in size and measure.
+
+    Args:
+        table: see `thesislib.chapters.evaluation.points`.
+        fronts: {(size, measure): labels}.
+        measures: {column: whether it is a perplexity, drawn on a logarithmic scale up to `most`}.
+        most: perplexities above it are not drawn, but counted.
+    """
+    sizes = {"MB": "MB on disk", "M": "million parameters that are not zero"}
+    figure, axes = plt.subplots(len(measures), 2, figsize=(12, 4.6 * len(measures)), layout="constrained", squeeze=False)
+    for row, (measure, logarithmic) in zip(axes, measures.items(), strict=True):
+        for axis, (size, words) in zip(row, sizes.items(), strict=True):
+            known = table.dropna(subset=[size, measure])
+            shown = known[known[measure] <= most] if logarithmic else known
+            for name, (marker, colour) in FAMILY_LOOKS.items():
+                here = shown[shown["family"] == name]
+                if len(here):
+                    error = [here[measure] - here[f"{measure} low"], here[f"{measure} high"] - here[measure]]
+                    axis.errorbar(here[size], here[measure], yerr=error, fmt=marker, color=colour, markersize=6, capsize=0, linewidth=0.5, label=name)
+            front = shown[shown["label"].isin(fronts[size, measure])].sort_values(size)
+            axis.plot(front[size], front[measure], "-", color="black", linewidth=1, zorder=0)
+            for _, point in front.iterrows():
+                axis.annotate(point["label"], (point[size], point[measure]), textcoords="offset points", xytext=(5, -9), fontsize=7)
+            if logarithmic:
+                axis.set_yscale("log")
+                axis.yaxis.set_major_formatter("{x:,.0f}")
+                axis.yaxis.set_minor_formatter("{x:,.0f}")
+                axis.tick_params(axis="y", which="minor", labelsize=8)
+            else:
+                axis.yaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f}%")
+            left = f"; {len(known) - len(shown)} above {most:.0f} not drawn" if len(known) > len(shown) else ""
+            axis.set(
+                xlabel=words, ylabel=f"{measure}{' (log), lower is better' if logarithmic else ', higher is better'}", title=f"n = {len(shown)} models{left}"
+            )
+    axes[0][0].legend()
+    return figure
+
+
+def interaction_chart(table: pd.DataFrame) -> plt.Figure:
+    """Perplexity by blocks removed, a line a width pattern: parallel lines, on the logarithmic scale, would mean that losses add up.
+
+    Args:
+        table: columns removed (blocks), width ("none" or a pattern), perplexity, low, high.
+    """
+    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+    palette = ["#000000", BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", GREY, "#8B4513", "#5D3A9B"]
+    for i, (name, rows) in enumerate(table.groupby("width", sort=False)):
+        rows = rows.sort_values("removed")
+        error = [rows["perplexity"] - rows["low"], rows["high"] - rows["perplexity"]]
+        x = rows["removed"] + 0.05 * (i - 4)
+        axis.errorbar(
+            x, rows["perplexity"], yerr=error, fmt="os^DvPX<>*"[i % 10] + "-", color=palette[i % 10], markersize=6, capsize=2, linewidth=1, label=name
+        )
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:,.0f}")
+    axis.set(xlabel="blocks removed", ylabel="perplexity (log), 95 % interval", xticks=sorted(table["removed"].unique()))
+    axis.legend(title="of each group removed", ncols=2, fontsize=8)
+    return figure

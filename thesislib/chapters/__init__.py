@@ -3,6 +3,7 @@
 A chapter's module has a TITLE, `read_recorded(path)` for its recorded run, and `headline(record)`, what was found, in sentences.
 """
 
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from thesislib.files import data_file
 
 CHAPTERS = {
     "00_measures": "measures", "01_franken_llama": "franken", "02_depth_pruning": "depth", "03_width_pruning": "width", "04_lora_recovery": "recovery",
-    "05_quantisation": "quantisation",
+    "05_quantisation": "quantisation", "06_evaluation": "evaluation",
 }  # fmt: skip
 
 
@@ -31,3 +32,20 @@ def findings() -> str:
         chapter = import_module(f"thesislib.chapters.{module}")
         said.append(f"**Chapter {int(name[:2])}, {chapter.TITLE}.** {chapter.headline(recorded(name))}\n")
     return "\n".join(said)
+
+
+FIGURE = "book/_static/pareto.png"  # the README's, drawn by `make findings`
+
+
+def three_findings() -> str:
+    """The findings that matter most, for the README."""
+    evaluation = import_module("thesislib.chapters.evaluation")
+    return "".join(f"- {finding}\n" for finding in evaluation.top_findings(recorded("06_evaluation")))
+
+
+def block(text: str, name: str) -> tuple[str, str]:
+    """What stands before and after the part of a text that is written from records, between <!-- NAME: ... --> and <!-- /NAME -->."""
+    found = re.search(rf"(?s)^(.*<!-- {name}: [^\n]*-->\n).*?(<!-- /{name} -->.*)$", text)
+    if not found:
+        raise ValueError(f"no part '{name}' between <!-- {name}: ... --> and <!-- /{name} -->")
+    return found[1], found[2]

@@ -1,14 +1,27 @@
-"""`make findings`: write what was found, from the records, into the README and the page of claims."""
+"""`make findings`: write what was found, from the records, into the README, its figure, and the page of claims."""
 
-import re
+import io
 
+import matplotlib
+
+from thesislib import figures
 from thesislib.book import ROOT
-from thesislib.chapters import findings
+from thesislib.chapters import FIGURE, block, evaluation, findings, recorded, three_findings
 from thesislib.claims import page, recorded_pool
 from thesislib.files import write_whole
 
+matplotlib.use("agg")
 readme = ROOT / "README.md"
 text = readme.read_text("utf8")
-block = re.compile(r"(<!-- findings: .*? -->\n).*?(<!-- /findings -->)", re.DOTALL)
-write_whole(readme, block.sub(lambda m: m[1] + findings() + m[2], text))
+for name, content in (("findings", findings()), ("three", three_findings())):
+    before, after = block(text, name)
+    text = before + content + after
+write_whole(readme, text)
 write_whole(ROOT / "book" / "claims.md", page(recorded_pool()))
+record = recorded("06_evaluation")
+figures.style()
+table = evaluation.points(record)
+drawn = figures.pareto_chart(table, evaluation.fronts(table), {evaluation.PPL: True, evaluation.OPEN: False})
+image = io.BytesIO()
+drawn.savefig(image, dpi=80, metadata={"Description": evaluation.digest(record), "Software": None})
+write_whole(ROOT / FIGURE, image.getvalue())

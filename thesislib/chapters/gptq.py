@@ -48,6 +48,7 @@ INGREDIENTS = {
 }
 MORE = {"text": "wikipedia", "windows": 128}  # calibration on the kind of text that is measured on, and four times as much of it
 BUDGET = 19_537_920  # bytes of EoRA's corrections at rank 32 of the embedded subject, for a budget to be compared with
+RATES = (2e-3, 2e-4)  # of training from either start: the first suits a start at zero, and may be too fast for one that is not
 SHAPES = {8: (64,), 4: (32, 64, "row"), 3: (32, 64), 2: (64,)}  # groups tried at each number of bits
 
 
@@ -233,16 +234,17 @@ def pruned(p: QuantChapter, labels: Iterable[str] = ("W2:4", "D4"), bits: int = 
     return found
 
 
-def starts(p: QuantChapter, bits: int = 3, steps: int = 16, seeds: Iterable[int] = (0, 1, 2)) -> list[Configuration]:
-    """LoRA on a quantised model, started as usual and from EoRA's correction, at equal rank and steps."""
+def starts(p: QuantChapter, bits: int = 3, steps: int = 16, seeds: Iterable[int] = (0, 1, 2), rates: Iterable[float] = RATES) -> list[Configuration]:
+    """LoRA on a quantised model, started as usual and from EoRA's correction, at equal rank and steps; each at two learning rates."""
     found = []
-    for seed in seeds:
-        training = Lora(rank=p.rank, alpha=p.rank, linears="*", learning_rate=2e-3, steps=steps, batch=2, accumulate=1, every=8, validation=8,
-                        checkpoint_every=8, seed=seed)  # fmt: skip
-        found += [
-            Configuration("start", f"usual, seed {seed}", (p.gptq(bits), training)),
-            Configuration("start", f"EoRA, seed {seed}", (p.gptq(bits), p.eora(), dataclasses.replace(training, init="eora"))),
-        ]
+    for rate in rates:
+        for seed in seeds:
+            training = Lora(rank=p.rank, alpha=p.rank, linears="*", learning_rate=rate, steps=steps, batch=2, accumulate=1, every=8, validation=8,
+                            checkpoint_every=8, seed=seed)  # fmt: skip
+            found += [
+                Configuration("start", f"usual, rate {rate:g}, seed {seed}", (p.gptq(bits), training)),
+                Configuration("start", f"EoRA, rate {rate:g}, seed {seed}", (p.gptq(bits), p.eora(), dataclasses.replace(training, init="eora"))),
+            ]
     return found
 
 

@@ -48,22 +48,26 @@ class Protocol:
             BadInput: whatever the measure refuses.
         """
         if self.on == "wikitext":
-            text = corpus.evaluation_text(data)
-            made = perplexity.perplexity(subject, text, length=self.length, limit=self.limit, batch=self.batch or 4)
-            used = text.sha256
+            made = perplexity.perplexity(subject, corpus.evaluation_text(data), length=self.length, limit=self.limit, batch=self.batch or 4)
         elif self.on in TRIVIA:
-            open_book = self.on == "trivia_open"
-            items = corpus.questions(data, open_book=open_book, limit=self.limit, seed=self.seed)
-            made = triviaqa.triviaqa(subject, items, source=corpus.question_source(data, open_book), prompt=self.prompt, batch=self.batch or 32)
-            used = sha256_of_items(items)
+            source = corpus.question_source(data, self.on == "trivia_open")
+            made = triviaqa.triviaqa(subject, self._items(data), source=source, prompt=self.prompt, batch=self.batch or 32)
         elif self.fast:
-            items = corpus.choices(self.on, data, self.limit, self.seed)
-            made = choice.multiple_choice(subject, items, task=self.on, batch=self.batch or 8)
-            used = sha256_of_items(items)
+            made = choice.multiple_choice(subject, self._items(data), task=self.on, batch=self.batch or 8)
         else:
             made = harness.lm_eval_task(subject, self.on.removeprefix("lm_eval_"), data, limit=self.limit, seed=self.seed, batch=self.batch or 8)
-            used = None  # lm-eval's rows: the ids in its items name them
-        return dataclasses.replace(made, provenance={**made.provenance, "protocol": dataclasses.asdict(self), "corpus_sha256": used})
+        return dataclasses.replace(made, provenance={**made.provenance, "protocol": dataclasses.asdict(self), "corpus_sha256": self.corpus_sha256(data)})
+
+    def _items(self, data: str) -> Sequence:
+        if self.on in TRIVIA:
+            return corpus.questions(data, open_book=self.on == "trivia_open", limit=self.limit, seed=self.seed)
+        return corpus.choices(self.on, data, self.limit, self.seed)
+
+    def corpus_sha256(self, data: str) -> str | None:
+        """Of the text or the items that a measurement on these data uses; None for lm-eval's rows, which the ids in its items name."""
+        if self.on == "wikitext":
+            return corpus.evaluation_text(data).sha256
+        return sha256_of_items(self._items(data)) if self.on in TRIVIA or self.fast else None
 
 
 def sha256_of_items(items: Sequence) -> str:

@@ -38,13 +38,18 @@ class Place:
         return Job.prepare(self.subject, recipe_of(()), self.data, self.dtype, self.device)
 
 
-def identity(fingerprint: str, dtype: str, data: str, stages: list[dict], protocol: Protocol | str) -> str:
-    """16 digits for one measurement: of what, made how, measured how. Records with the same are the same measurement.
+def identity(fingerprint: str, dtype: str, data: str, stages: list[dict], protocol: Protocol | str, text: str | None) -> str:
+    """16 digits for one measurement: of what, made how, measured how on which text. Records with the same are the same measurement.
 
-    The batch, which changes rounding only, and the machine do not count; another subject, setting or kind of data does.
+    Args:
+        fingerprint: of what the stages began with; dtype: how it ran.
+        data: the kind of data they were calibrated on or trained with; a model without stages knows none.
+        stages: with all settings.
+        protocol: its batch, which changes rounding only, does not count; or a metric that has none.
+        text: sha256 of the text or items that were measured on.
     """
     how = protocol if isinstance(protocol, str) else {**dataclasses.asdict(protocol), "batch": None}
-    facts = json.dumps([fingerprint, dtype, data, stages, how], sort_keys=True)
+    facts = json.dumps([fingerprint, dtype, data if stages else None, stages, how, text], sort_keys=True)
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
@@ -53,16 +58,58 @@ def identity_of(m: Measurement) -> str | None:
     made = m.provenance.get("made") or {}
     try:
         protocol = m.metric if m.metric in (SECONDS_PER_TOKEN, FAILED) else protocol_of(m)
-        return identity(made["base"]["fingerprint"], m.provenance["dtype"], made["data"], made["stages"], protocol)
+        text = m.provenance.get("corpus_sha256") or m.provenance.get("settings", {}).get("text_sha256")
+        return identity(made["base"]["fingerprint"], m.provenance["dtype"], made["data"], made["stages"], protocol, text)
     except (BadInput, KeyError, TypeError):
         return None
 
 
-def wanted(grid: Grid, c: Configuration, place: Place, fingerprint: str) -> dict[str, str]:
-    """{measure: identity} of a configuration's measurements."""
-    ways: dict[str, Protocol | str] = {**c.measures, **({SECONDS_PER_TOKEN: SECONDS_PER_TOKEN} if grid.timed else {})}
-    kind, plain = corpus.kind_of(place.data), _plain(c)
-    return {name: identity(fingerprint, place.dtype, kind, plain, way) for name, way in ways.items()}
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What identities of planned measurements depend on besides the grid.
+
+    fingerprint: of the subject. dtype: how it runs. data: kind of data for calibration and training. texts: {protocol, its batch None:
+    sha256 of the text that it measures on}.
+    """
+
+    fingerprint: str
+    dtype: str
+    data: str
+    texts: dict[Protocol, str | None] = dataclasses.field(hash=False)
+
+    @classmethod
+    def of(cls, grid: Grid, place: Place) -> "Setting":
+        """A grid's, carried out at a place: its texts are read."""
+        protocols = {_plainly(way) for c in grid.configurations for way in c.measures.values()}
+        texts = {way: way.corpus_sha256(place.data) for way in protocols}
+        return cls(place.job().base["fingerprint"], place.dtype, corpus.kind_of(place.data), texts)
+
+    @classmethod
+    def recorded(cls, rows: Iterable[Measurement], dtype: str) -> "Setting":
+        """That of a recorded run of one subject, by its rows of this type: where its text is need not be known.
+
+        Raises:
+            BadInput: there are none.
+        """
+        rows = [m for m in rows if m.provenance["dtype"] == dtype and m.metric not in (FAILED, SECONDS_PER_TOKEN)]
+        if not rows:
+            raise BadInput(f"no recorded row was made in {dtype}: expected one of {', '.join(sorted({m.provenance['dtype'] for m in rows})) or 'none at all'}")
+        made = [m.provenance["made"] for m in rows]
+        kind = next((note["data"] for note in made if note["stages"]), made[0]["data"])
+        return cls(made[0]["base"]["fingerprint"], dtype, kind, {_plainly(protocol_of(m)): m.provenance.get("corpus_sha256") for m in rows})
+
+
+def _plainly(protocol: Protocol) -> Protocol:
+    return dataclasses.replace(protocol, batch=None)
+
+
+def wanted(grid: Grid, c: Configuration, at: Setting) -> dict[str, str]:
+    """{measure: identity} of a configuration's measurements; those on a text that is not known are left out."""
+    plain = _plain(c)
+    ways = {name: (way, at.texts[_plainly(way)]) for name, way in c.measures.items() if _plainly(way) in at.texts}
+    if grid.timed:
+        ways[SECONDS_PER_TOKEN] = (SECONDS_PER_TOKEN, None)
+    return {name: identity(at.fingerprint, at.dtype, at.data, plain, way, text) for name, (way, text) in ways.items()}
 
 
 def known(stores: Iterable[Store]) -> set[str]:
@@ -77,9 +124,9 @@ def missing(grid: Grid, place: Place, stores: Iterable[Store]) -> dict[str, list
     Raises:
         BadInput: configurations that cannot work on this subject, all named.
     """
-    job, have = place.job(), known(stores)
-    grid.check(shape_of(stand_in(job.source)))
-    found = {c.label: [name for name, i in wanted(grid, c, place, job.base["fingerprint"]).items() if i not in have] for c in grid.configurations}
+    grid.check(shape_of(stand_in(place.job().source)))
+    at, have = Setting.of(grid, place), known(stores)
+    found = {c.label: [name for name, i in wanted(grid, c, at).items() if i not in have] for c in grid.configurations}
     return {label: names for label, names in found.items() if names}
 
 
@@ -91,13 +138,12 @@ def sweep(grid: Grid, place: Place, store: Store, workers: Workers, others: Iter
     """
     others = list(others)
     lacking = missing(grid, place, [store, *others])
-    job = place.job()
-    base = job.base
+    base, at = place.job().base, Setting.of(grid, place)
     orders = []
     for c in grid.configurations:
         if c.label not in lacking:
             continue
-        ids = wanted(grid, c, place, base["fingerprint"])
+        ids = wanted(grid, c, at)
         note = {"grid": grid.name, "size": grid.size, "group": c.group, "label": c.label}
         text = {
             "do": "configuration", **dataclasses.asdict(place), "stages": _plain(c), "note": note,

@@ -1,0 +1,443 @@
+"""Chapter 6, the whole grid: every configuration measured alike, what each stage costs or gives, and which models are worth their bytes."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import pandas as pd
+
+from thesislib.chapters.thesis import thesis_row
+from thesislib.errors import BadInput
+from thesislib.evaluate import perplexity, triviaqa
+from thesislib.evaluate.stats import Comparison, holm, paired_means
+from thesislib.experiment import DENSE
+from thesislib.files import cache_dir, data_file
+from thesislib.parameters import positive
+from thesislib.records import Measurement
+from thesislib.store import Store
+from thesislib.subject import DTYPES
+from thesislib.sweep.drive import Workers
+from thesislib.sweep.grid import Grid, read_grid
+from thesislib.sweep.run import FAILED, Place, Setting, identity_of, sweep, wanted
+
+TITLE = "the whole grid"
+PPL, OPEN = "perplexity", "open book"
+RECORDED, PRECISION = "sample", "precision"
+FAMILIES = ("pruned", "+ LoRA", "+ GPTQ", "+ EoRA")
+Results = Mapping[tuple[str, str], Measurement]  # by label and measure
+
+
+@dataclass(frozen=True)
+class EvaluationChapter:
+    """Parameters of chapter 6.
+
+    subject, data, dtype, device: see `thesislib.sweep.run.Place`. size: of the grid in data/grid.yaml. workers, threads: processes
+    on this machine, and threads of each.
+    """
+
+    subject: str = "embedded"
+    data: str = "embedded"
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    size: str = "quick"
+    workers: int = 2
+    threads: int = 1
+
+    def __post_init__(self):
+        positive(workers=self.workers, threads=self.threads)
+        if self.dtype not in DTYPES:
+            raise BadInput(f"parameter 'dtype' is '{self.dtype}': expected one of {', '.join(DTYPES)}")
+        grid(self.size)
+
+    @property
+    def place(self) -> Place:
+        """Where the grid is carried out."""
+        return Place(self.subject, self.data, self.dtype, self.device)
+
+
+def grid(size: str) -> Grid:
+    """The study's grid at one of its sizes."""
+    return read_grid(data_file("grid.yaml"), size)
+
+
+def run(p: EvaluationChapter) -> Results:
+    """The grid measured on this machine; what an earlier run measured is kept in the cache.
+
+    Raises:
+        RuntimeError: configurations that failed, each with its reason.
+    """
+    g = grid(p.size)
+    store = Store(cache_dir() / "sweeps" / f"{g.name}-{g.size}.jsonl")
+    failed = sweep(g, p.place, store, Workers(p.workers, threads=p.threads, gpu=p.device.startswith("cuda")))
+    if failed:
+        raise RuntimeError("; ".join(f"{label}: {why}" for label, why in failed.items()))
+    return collect(g, store.rows().values(), Setting.of(g, p.place))
+
+
+def collect(g: Grid, rows: Iterable[Measurement], at: Setting) -> Results:
+    """{(label, measure): measurement} of a grid on one subject; other subjects' and types' rows, and what is no part of the grid, stay out."""
+    by_identity = {name: m for m in rows if m.metric != FAILED and (name := identity_of(m))}
+    found = {}
+    for c in g.configurations:
+        for measure, name in wanted(g, c, at).items():
+            if name in by_identity:
+                found[c.label, measure] = by_identity[name]
+    return MappingProxyType(found)
+
+
+def read_recorded(path: Path, size: str = RECORDED, dtype: str = "bfloat16") -> Results:
+    """The recorded run of a size of the grid: its own rows, and those of the chapters before it that are the same measurements."""
+    own = list(Store(path).rows().values())
+    before = [m for file in sorted(path.parent.glob("*.jsonl")) if file != path for m in Store(file).rows().values()]
+    return collect(grid(size), [*before, *own], Setting.recorded(own, dtype))
+
+
+# ---------------------------------------------------------------- labels
+
+
+def stages_of(label: str) -> list[str]:
+    """The parts of a label; none of the dense model's."""
+    return [] if label == DENSE else label.split("+")
+
+
+def family(label: str) -> str:
+    """What was done last to a model: pruned only, trained, quantised, compensated."""
+    parts = stages_of(label)
+    return FAMILIES[3] if "E" in parts else FAMILIES[2] if any(x[0] == "Q" for x in parts) else FAMILIES[1] if {"W", "T"} & set(parts) else FAMILIES[0]
+
+
+def _thesis(label: str):
+    """The thesis's row of a label, or None."""
+    parts = stages_of(label)
+    pruned = "+".join(x for x in parts if x[0] in "DW" and x != "W") or DENSE
+    lora = "".join(x for x in parts if x in ("W", "T"))
+    stage = "E" if "E" in parts else "Q" if "Q" in parts else ""
+    try:
+        return thesis_row(pruned, lora, stage)
+    except BadInput:
+        return None
+
+
+def _bytes(m: Measurement) -> dict:
+    return m.provenance["made"]["bytes"] or {}
+
+
+def _size(results: Results, label: str, key: str) -> float | None:
+    """bytes_on_disk, parameters or nonzero_parameters of a model, by whichever of its measurements says it."""
+    held = [_bytes(m) for (other, _), m in results.items() if other == label]
+    if label == DENSE and key == "bytes_on_disk":  # plain weights take on disk what they take in memory
+        held = [{key: size.get(key) or size.get("bytes_in_memory")} for size in held]
+    return next((value for size in held if (value := size.get(key))), None)
+
+
+def points(results: Results) -> pd.DataFrame:
+    """One row a model: label, family, MB on disk, M parameters not zero, and each measure's value, low and high."""
+    rows = []
+    for label in dict.fromkeys(label for label, _ in results):
+        disk, nonzero = _size(results, label, "bytes_on_disk"), _size(results, label, "nonzero_parameters")
+        row = {"label": label, "family": family(label), "MB": None if disk is None else disk / 1e6, "M": None if nonzero is None else nonzero / 1e6}
+        for measure in (PPL, OPEN):
+            if m := results.get((label, measure)):
+                row |= {measure: m.value, f"{measure} low": m.low, f"{measure} high": m.high}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+# ---------------------------------------------------------------- tables
+
+
+def _number(m: Measurement | None, share: bool) -> str:
+    if m is None:
+        return "not run"
+    if share:
+        return f"{m.value:.1%} [{m.low:.1%}, {m.high:.1%}]"
+    return f"{m.value:,.0f} [{m.low:,.0f}, {m.high:,.0f}]" if m.value > 1000 else f"{m.value:.4g} [{m.low:.4g}, {m.high:.4g}]"
+
+
+def grid_table(results: Results, groups: Sequence[str] | None = None, size: str = RECORDED) -> pd.DataFrame:
+    """One row a configuration of the grid, run or not: measures with intervals, sizes, and the thesis's own figures for its subject."""
+    rows = []
+    dense = results.get((DENSE, PPL))
+    for c in grid(size).configurations:
+        if groups and c.group not in groups:
+            continue
+        row: dict[str, object] = {"model": c.label}
+        for measure in c.measures:
+            m = results.get((c.label, measure))
+            row[measure] = _number(m, m is not None and m.metric == "accuracy")
+            if measure == PPL:
+                row["x dense"] = f"{m.value / dense.value:,.3g}" if m and dense else ""
+        for name, key in (("M parameters", "parameters"), ("M not zero", "nonzero_parameters"), ("MB on disk", "bytes_on_disk")):
+            value = _size(results, c.label, key)
+            row[name] = "" if value is None else f"{value / 1e6:.1f}"
+        t, dense_t = _thesis(c.label), thesis_row(DENSE)
+        row["thesis: x dense"] = f"{t.perplexity / dense_t.perplexity:,.3g}" if t else ""
+        row["thesis: open book"] = f"{t.open:.1f}%" if t else ""
+        rows.append(row)
+    return pd.DataFrame(rows).set_index("model")
+
+
+def coverage_sentence(results: Results, size: str = RECORDED) -> str:
+    """How much of the grid was run."""
+    g, whole = grid(size), grid("full")
+    have = {label for label, _ in results}
+    done = [c for c in g.configurations if all((c.label, measure) in results for measure in c.measures)]
+    absent = [c.label for c in g.configurations if c.label not in have]
+    listed = f" Not run: {', '.join(absent[:12])}{f' and {len(absent) - 12} more' if len(absent) > 12 else ''}." if absent else ""
+    return (
+        f"Of the {len(g.configurations)} configurations of size {size}, {len(done)} are measured by all of its measures and {len(have)} by at least one; "
+        f"the whole grid, size full, has {len(whole.configurations)}, on the whole test text and 1,200 questions, and was not run here.{listed}"
+    )
+
+
+def cost_sentence(results: Results) -> str:
+    """Seconds of a measurement, and of what stands before it as far as the stages say."""
+    seconds = {measure: [m.provenance["seconds"] for (_, what), m in results.items() if what == measure] for measure in (PPL, OPEN)}
+    said = [f"{what} {np.median(s):.0f} s (median of {len(s)})" for what, s in seconds.items() if s]
+    threads = sorted({m.provenance["hardware"]["torch_threads"] for m in results.values()})
+    return f"Measuring a configuration took, on {' or '.join(map(str, threads))} thread{'s' * (threads != [1])} each: {', '.join(said)}."
+
+
+# ---------------------------------------------------------------- comparisons
+
+
+def _compare(a: Measurement, b: Measurement) -> Comparison:
+    return (perplexity if a.metric == "perplexity" else triviaqa).compare(a, b)
+
+
+def _ratio(c: Comparison) -> str:
+    return f"x {np.exp(c.difference):.3g} [{np.exp(c.low):.3g}, {np.exp(c.high):.3g}]"
+
+
+def _points(c: Comparison) -> str:
+    return f"{100 * c.difference:+.1f} points [{100 * c.low:+.1f}, {100 * c.high:+.1f}]"
+
+
+def _p(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def steps(results: Results, measure: str = PPL) -> list[tuple[str, str, str, Comparison]]:
+    """(family, from, to, comparison) of every model against the one before its last stage, Holm-adjusted over all."""
+    found = []
+    for label, what in results:
+        parts = stages_of(label)
+        if what != measure or not parts:
+            continue
+        before = "+".join(parts[:-1]) or DENSE
+        if (before, measure) in results:
+            found.append((family(label), before, label, _compare(results[before, measure], results[label, measure])))
+    adjusted = holm([c.p for *_, c in found])
+    return [(f, a, b, replace(c, p=q)) for (f, a, b, c), q in zip(found, adjusted, strict=True)]
+
+
+def stage_table(results: Results) -> pd.DataFrame:
+    """What each stage does to the model before it: how many pairs, the mildest, median and largest effect, how many are told apart."""
+    rows = []
+    for measure, words in ((PPL, ("worse", "better")), (OPEN, ("better", "worse"))):
+        found = steps(results, measure)
+        for name in FAMILIES:
+            here = [c for f, *_, c in found if f == name]
+            if here:
+                effects = sorted(c.difference for c in here)
+                shown = [f"x {np.exp(x):.3g}" if measure == PPL else f"{100 * x:+.1f}" for x in (effects[0], float(np.median(effects)), effects[-1])]
+                told = {words[up]: sum(c.p < 0.05 and (c.difference < 0) == bool(up) for c in here) for up in (0, 1)}
+                rows.append(
+                    {"stage": name, "measure": measure, "pairs": len(here), "least": shown[0], "median": shown[1], "most": shown[2],
+                     "told worse": told["worse"], "told better": told["better"]}
+                )  # fmt: skip
+    return pd.DataFrame(rows).set_index("stage")
+
+
+def interaction(results: Results, depth: str, width: str) -> Comparison | None:
+    """log perplexity of both prunings together, less what each costs alone: paired t test over documents. Above 0, together they cost more."""
+    four = [results.get((label, PPL)) for label in (DENSE, depth, width, f"{depth}+{width}")]
+    if any(m is None for m in four):
+        return None
+    tokens = np.asarray(four[0].column("tokens"))
+    for m in four[1:]:
+        four[0].paired_with(m, "id")
+    dense, d, w, both = (np.asarray(m.column("nats")) / tokens for m in four)
+    return paired_means(d - dense + w - dense, both - dense, four[0].column("document"))
+
+
+def interactions(results: Results) -> list[tuple[str, Comparison]]:
+    """Every pair of depth and width that was run together, Holm-adjusted."""
+    labels = [label for label, what in results if what == PPL]
+    depths = [x for x in labels if x.startswith("D") and "+" not in x]
+    widths = [x for x in labels if x.startswith("W") and ":" in x and "+" not in x]
+    found = [(f"{d}+{w}", c) for d in depths for w in widths if (c := interaction(results, d, w))]
+    return [(name, replace(c, p=q)) for (name, c), q in zip(found, holm([c.p for _, c in found]), strict=True)]
+
+
+def interaction_sentence(results: Results) -> str:
+    """Do depth and width pruning add up?"""
+    found = interactions(results)
+    if not found:
+        return "No model was pruned both ways."
+    more, less = ([name for name, c in found if c.p < 0.05 and (c.difference > 0) == up] for up in (True, False))
+    rest = len(found) - len(more) - len(less)
+    name, most = max(found, key=lambda pair: abs(pair[1].difference))
+    sides = [f"more than that for {len(more)}{_listed(more)}", f"less for {len(less)}{_listed(less)}", f"and are not told apart from it for {rest}"]
+    return (
+        f"If the two added up, the loss of both together would be the sum of their losses. Of {len(found)} pairs, they cost {', '.join(sides)}; "
+        f"furthest off is {name}, perplexity {_ratio(most)} of the sum's (paired t tests over documents, Holm-adjusted)."
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f" ({_few(names)})" if names else ""
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def front(table: pd.DataFrame, size: str, measure: str) -> list[str]:
+    """Labels of the models that no other is at once smaller than and better than or as good as: the Pareto front, smallest first."""
+    up = measure != PPL
+    rows = table.dropna(subset=[size, measure]).sort_values([size, measure], ascending=[True, not up])
+    best, kept = None, []
+    for _, row in rows.iterrows():
+        if best is None or (row[measure] > best if up else row[measure] < best):
+            best = row[measure]
+            kept.append(row["label"])
+    return kept
+
+
+def front_sentence(results: Results, measure: str = PPL) -> str:
+    """Which models are worth their bytes."""
+    table = points(results)
+    labels = front(table, "MB", measure)
+    rows = table.set_index("label")
+    shown = {x: f"{rows.loc[x, measure]:.3g}" if measure == PPL else f"{rows.loc[x, measure]:.0%}" for x in labels}
+    said = [f"{x} ({rows.loc[x, 'MB']:.0f} MB, {shown[x]})" for x in labels]
+    families = [f"{name} {sum(family(x) == name for x in labels)} of {int((table['family'] == name).sum())}" for name in FAMILIES]
+    return f"On the front of {measure} against bytes on disk: {', '.join(said)}. By last stage: {', '.join(families)}."
+
+
+def fronts(table: pd.DataFrame) -> dict[tuple[str, str], list[str]]:
+    """{(size, measure): front}, of all that `points` has."""
+    return {(size, measure): front(table, size, measure) for size in ("MB", "M") for measure in (PPL, OPEN) if measure in table}
+
+
+def by_depth_and_width(results: Results) -> pd.DataFrame:
+    """(removed, width, perplexity, low, high) of every model that was pruned and nothing else."""
+    rows = []
+    for (label, what), m in results.items():
+        parts = stages_of(label)
+        if what != PPL or family(label) != FAMILIES[0] or not all(x[0] == "D" or ":" in x for x in parts):
+            continue
+        depth = sum(int(x[1:]) for x in parts if x[0] == "D")
+        width = next((x[1:] for x in parts if x[0] == "W"), "none")
+        rows.append({"removed": depth, "width": width, "perplexity": m.value, "low": m.low, "high": m.high})
+    table = pd.DataFrame(rows)
+    several = table.groupby("width")["removed"].transform("nunique") > 1  # a single point has no line
+    return table[several]
+
+
+def equal_bytes_sentence(results: Results) -> str:
+    """How many models that are not quantised have a quantised one that is no larger and, by a paired test, better."""
+    rows = points(results).dropna(subset=["MB", PPL]).set_index("label")
+    plain, packed = (rows[rows["family"].isin(names)].index for names in (FAMILIES[:2], FAMILIES[2:]))
+    if not len(plain) or not len(packed):
+        return "Models with and without quantisation are not both there to compare."
+    rivals = {x: [q for q in packed if rows.loc[q, "MB"] <= rows.loc[x, "MB"]] for x in plain}
+    pairs = [(x, min(smaller, key=lambda q: rows.loc[q, PPL])) for x, smaller in rivals.items() if smaller]
+    tests = [_compare(results[x, PPL], results[q, PPL]) for x, q in pairs]
+    beaten = [x for (x, _), c, p in zip(pairs, tests, holm([c.p for c in tests]), strict=True) if p < 0.05 and c.difference < 0]
+    return (
+        f"Of {len(plain)} models that are not quantised, {len(beaten)} are beaten in perplexity by a quantised one that is no larger "
+        "(each against the best such; paired t tests, Holm-adjusted)."
+    )
+
+
+def precision_sentence(exact: Results, rounded: Results) -> str:
+    """Whether bfloat16 moves a conclusion: every pair of models compared in float32 and in bfloat16."""
+    labels = [label for label, what in exact if what == PPL and (label, PPL) in rounded]
+    words, shifts = {}, []
+    for kind, results in (("float32", exact), ("bfloat16", rounded)):
+        tests = [_compare(results[a, PPL], results[b, PPL]) for i, a in enumerate(labels) for b in labels[i + 1 :]]
+        words[kind] = [0 if q >= 0.05 else np.sign(c.difference) for c, q in zip(tests, holm([c.p for c in tests]), strict=True)]
+    shifts = [rounded[x, PPL].value / exact[x, PPL].value - 1 for x in labels]
+    differ = sum(int(a != b) for a, b in zip(words["float32"], words["bfloat16"], strict=True))
+    return (
+        f"{len(labels)} models in both types: perplexity in bfloat16 is off by {min(shifts):+.2%} to {max(shifts):+.2%}, and of "
+        f"{len(words['float32'])} comparisons between them {differ} come{'s' * (differ == 1)} out otherwise."
+    )
+
+
+# ---------------------------------------------------------------- findings
+
+
+def headline(results: Results) -> str:
+    """What chapter 6 found, in sentences, for the book's first page and the README."""
+    return f"{' '.join(top_findings(results))} {interaction_sentence(results)}"
+
+
+def top_findings(results: Results) -> list[str]:
+    """The three that matter most, filled in from records."""
+    return [_bytes_finding(results), _control_finding(results), _width_finding(results)]
+
+
+def _bytes_finding(results: Results) -> str:
+    table = points(results).set_index("label")
+    labels = front(points(results), "MB", PPL)
+    quantised = [x for x in labels if family(x) in FAMILIES[2:]]
+    dense, smallest = table.loc[DENSE], table.loc[min(labels, key=lambda x: table.loc[x, "MB"])]
+    return (
+        f"**Bits or weights.** Of the {len(labels)} models on the front of perplexity against bytes {len(quantised)} are quantised. "
+        f"{equal_bytes_sentence(results)} "
+        f"The smallest on the front is {smallest.name}: {smallest['MB']:.0f} MB of the dense model's {dense['MB']:.0f}, perplexity {smallest[PPL]:.3g} "
+        f"against {dense[PPL]:.3g}."
+    )
+
+
+def _below(results: Results, base: str, labels: Sequence[str]) -> int | None:
+    """How many of some models' perplexities are told below another's, Holm-adjusted; None without that other."""
+    if (base, PPL) not in results:
+        return None
+    tests = [_compare(results[base, PPL], results[x, PPL]) for x in labels]
+    return sum(p < 0.05 and c.difference < 0 for c, p in zip(tests, holm([c.p for c in tests]), strict=True))
+
+
+def _control_finding(results: Results) -> str:
+    trained = [label for label, what in results if what == PPL and stages_of(label)[-1:] == ["W"] and label != "W"]
+    dense, control = (_below(results, base, trained) for base in (DENSE, "W"))
+    fair = "the dense model trained alike was not run" if control is None else f"below the dense model's trained alike end {control}"
+    return f"**Recovery or adaptation.** Of {len(trained)} pruned models trained on WikiText {dense} end below the dense model's perplexity; {fair}."
+
+
+def _times(results: Results, labels: Iterable[str]) -> str:
+    dense = results[DENSE, PPL].value
+    return ", ".join(f"{x[1:]} x {results[x, PPL].value / dense:.3g}" for x in labels if (x, PPL) in results)
+
+
+def _width_finding(results: Results) -> str:
+    return (
+        f"**Which zeros.** With half of the weights gone, perplexity by the width of the group: {_times(results, ('W1:2', 'W2:4', 'W4:8', 'W8:16'))}; "
+        f"with one of eight or of sixteen gone: {_times(results, ('W1:8', 'W1:16'))}."
+    )
+
+
+def trade_offs(results: Results) -> list[dict]:
+    """What the explorer shows: one dict a model, JSON's types only."""
+    rows = points(results)
+    return json.loads(rows.to_json(orient="records"))
+
+
+def digest(results: Results) -> str:
+    """16 digits for all that `points` has: whether a figure is of these results."""
+    return hashlib.sha256(points(results).to_json(double_precision=6).encode()).hexdigest()[:16]
+
+
+def explorer(results: Results) -> str:
+    """A page's widget as HTML: a size budget, a measure, and which models win. Everything is in the text; no server and no network."""
+    script = files("thesislib.chapters").joinpath("explorer.js").read_text("utf8")
+    data = json.dumps(trade_offs(results)).replace("</", "<\\/")
+    return f'<div class="explorer"></div>\n<script>\n(() => {{\nconst rows = {data};\n{script}\n}})();\n</script>'
