@@ -122,7 +122,12 @@ def test_sentences_turn_with_the_numbers():
     assert "GPTQ 4-bit asymmetric + EoRA against without: worse" in quantisation.method_sentence(results, tables)
     results |= {(c.key, HELD_OUT): loss(3.5 if c.name.startswith("EoRA") else 3.6, i) for i, c in enumerate(gptq.starts(p))}
     assert "better for 3 of 3 seeds, worse for 0" in quantisation.starts_sentence(results, p)
-    results[gptq.starts(p)[0].key, HELD_OUT] = loss(3.0)
+    slow = [c for c in gptq.starts(p) if "rate 0.0002" in c.name]
+    assert len(slow) == 6 and len(quantisation.starts_table(results, p)) == 4
+    faster = {**results, **{(c.key, HELD_OUT): loss(3.3, i) for i, c in enumerate(slow) if c.name.startswith("usual")}}  # its better rate counts
+    said = quantisation.starts_sentence(faster, p)
+    assert "started as usual, learning rate 0.0002" in said and "worse for 3" in said and "At 3 bits, learning rate 0.002, LoRA started from EoRA" in said
+    results[gptq.starts(p)[2].key, HELD_OUT] = loss(3.0)  # the second seed, which does not choose the rate
     assert "better for 2 of 3 seeds, worse for 1" in quantisation.starts_sentence(results, p)
     assert quantisation.starts_sentence({}, p) == "Starts of LoRA were not run."
 
@@ -163,7 +168,17 @@ def test_every_cell_says_what_its_numbers_say():
     results |= {(few.key, PPL): told(few, np.log(40)), (many.key, PPL): told(many, np.log(36))}
     assert "take 3.0 MB, 4 bits without 2.0 MB; in perplexity the first are worse than the second" in quantisation.bytes_sentence(results, p)
     bars = quantisation.bars_table(results, p)
-    assert list(bars[""]) == ["not met", "not run", "not run", "met"]
+    assert len(bars) == 8 and bars["at most"].nunique() == 4
+    assert bars.loc["GPTQ 4-bit asymmetric", ""] == "not met" and bars.loc["GPTQ 3-bit asymmetric + EoRA", ""] == "met"
+    assert list(bars[""]).count("not run") == 6 and "not run" in quantisation.more_sentence(results, p)
+    first, second = (c for c in gptq.more(p, 3))
+    results |= {
+        (first.key, PPL): told(first, np.log(47)),
+        (gptq.table(p)[-2].key, PPL): told(first, np.log(50), 5),
+        (second.key, PPL): told(second, np.log(39)),
+    }
+    assert quantisation.bars_table(results, p).loc[first.name, "off by"] == "-2.1%"
+    assert "GPTQ 3-bit x 0.9" in quantisation.more_sentence(results, p) and "GPTQ 3-bit + EoRA x 0.9" in quantisation.more_sentence(results, p)
     both = quantisation.sizes_and_losses(results)
     assert set(both["method"]) >= {"GPTQ", "rounding", "GPTQ + EoRA"} and (both["MB"] > 0).all()
     chart = figures.bytes_chart(both, 30.0, most=52)

@@ -193,6 +193,12 @@ def calibrations(p: QuantChapter, bits: int = 4, amounts: Iterable[int] = (4, 32
     return found + [Configuration("calibrations", f"{p.calibration} windows, seed {s}", (p.gptq(bits, seed=s),)) for s in seeds]
 
 
+def search(p: QuantChapter, bits: int = 3) -> list[Configuration]:
+    """How `MORE` was found, at 3 bits on held-out text: the table's calibration, and what else was tried."""
+    tried = {"more of it": {"windows": MORE["windows"]}, "Wikipedia": {"text": MORE["text"]}, "more of Wikipedia": MORE, "damping 0.1": {"damping": 0.1}}
+    return [Configuration("search", "the table's", (p.gptq(bits),)), *(Configuration("search", name, (p.gptq(bits, **s),)) for name, s in tried.items())]
+
+
 def more(p: QuantChapter, bits: int = 3) -> list[Configuration]:
     """The best settings on more and nearer calibration text, GPTQ's and EoRA's: what the table's bars at 3 bits needed."""
     stage, name = p.gptq(bits, **MORE), f"GPTQ {bits}-bit asymmetric, {MORE['windows']} windows of {MORE['text'].capitalize()}"
@@ -355,10 +361,8 @@ def recorded_configurations(p: QuantChapter) -> list[Configuration]:
     """All that the recorded run measures: what settings are chosen by first."""
     q = dataclasses.replace(p, calibration=ABLATION)
     symmetric = [c for c in table(q, ("symmetric",), (HELD_OUT,)) if "EoRA" not in c.name]
-    return [
-        *alone(q), *without(q), *recorded_table(p), *more(p), *compensations(q), *kinds(q), *starts(q), *ranks(q), *pruned(q), *calibrations(q), *symmetric,
-        *shapes(q), *more(p, 4),
-    ]  # fmt: skip
+    chosen = [*alone(q), *without(q), *recorded_table(p), *search(p), *more(p)]
+    return [*chosen, *compensations(q), *kinds(q), *starts(q), *ranks(q), *pruned(q), *calibrations(q), *symmetric, *shapes(q), *more(p, 4)]
 
 
 def layers_file(path: Path) -> Path:
