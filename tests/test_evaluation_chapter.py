@@ -16,7 +16,7 @@ from thesislib.records import Measurement
 
 def provenance(megabytes, millions=100):
     size = {"bytes_on_disk": megabytes * 1e6, "parameters": millions * 1e6, "nonzero_parameters": millions * 1e6}
-    return {"made": {"bytes": size}, "seconds": 2.0, "hardware": {"torch_threads": 1}}
+    return {"made": {"bytes": size}, "seconds": 2.0, "hardware": {"torch_threads": 1, "cpu": "a processor", "cores": 2}, "sweep": {"seconds_to_make": 5.0}}
 
 
 def ppl(per_token, megabytes, seed=0):
@@ -110,6 +110,12 @@ def test_what_was_not_run_is_shown(story):
     assert len(table) == len(evaluation.grid("sample").configurations)
     assert table.loc["D8", PPL] == table.loc["D2+W", OPEN] == "not run" and table.loc["D2", "thesis: open book"] == "53.0%"
     assert "D4" in evaluation.coverage_sentence(story)
+
+
+def test_costs_are_reported(story):
+    table = evaluation.cost_table(story)
+    assert table.loc["pruned", "models"] == 4 and (table["to make it"] == "5").all() and table.loc["+ EoRA", PPL] == "2" and table.loc["+ EoRA", OPEN] == ""
+    assert "on 1 thread of a processor, 2 cores busy: 11 measurements" in evaluation.cost_sentence(story)
 
 
 def test_the_explorers_text_is_safe_and_whole(story):

@@ -195,12 +195,28 @@ def coverage_sentence(results: Results, size: str = RECORDED) -> str:
     )
 
 
+def cost_table(results: Results) -> pd.DataFrame:
+    """Seconds of a configuration, by what was done last: to make it from what the cache held of the one before, and to measure it."""
+    rows = []
+    for name in FAMILIES:
+        here = {key: m for key, m in results.items() if family(key[0]) == name}
+        made = {label: note["seconds_to_make"] for (label, _), m in here.items() if (note := m.provenance.get("sweep"))}
+        if here:
+            row = {"last stage": name, "models": len({label for label, _ in here}), "to make it": f"{np.median(list(made.values())):.0f}" if made else ""}
+            for measure in (PPL, OPEN):
+                seconds = [m.provenance["seconds"] for (_, what), m in here.items() if what == measure]
+                row[measure] = f"{np.median(seconds):.0f}" if seconds else ""
+            rows.append(row)
+    return pd.DataFrame(rows).set_index("last stage")
+
+
 def cost_sentence(results: Results) -> str:
-    """Seconds of a measurement, and of what stands before it as far as the stages say."""
-    seconds = {measure: [m.provenance["seconds"] for (_, what), m in results.items() if what == measure] for measure in (PPL, OPEN)}
-    said = [f"{what} {np.median(s):.0f} s (median of {len(s)})" for what, s in seconds.items() if s]
+    """What the medians of `cost_table` were measured on."""
+    run = next(iter(results.values())).provenance["hardware"]
     threads = sorted({m.provenance["hardware"]["torch_threads"] for m in results.values()})
-    return f"Measuring a configuration took, on {' or '.join(map(str, threads))} thread{'s' * (threads != [1])} each: {', '.join(said)}."
+    place = run.get("accelerator") or f"{' or '.join(map(str, threads))} thread{'s' * (threads != [1])} of {run.get('cpu')}, {run.get('cores')} cores busy"
+    total = sum(m.provenance["seconds"] for m in results.values()) / 3600
+    return f"Measured on {place}: {len(results)} measurements, {total:.1f} hours of one process."
 
 
 # ---------------------------------------------------------------- comparisons

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import time
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -47,11 +48,12 @@ def _configuration(order: dict) -> dict:
     from thesislib.evaluate.speed import token_seconds
     from thesislib.experiment import prepare, stage_of
 
-    stages = [stage_of(plain) for plain in order["stages"]]
+    stages, started = [stage_of(plain) for plain in order["stages"]], time.perf_counter()
     ready = prepare(order["subject"], stages, data=order["data"], dtype=order["dtype"], device=order["device"])
-    rows = [ready.measure(Protocol(**protocol), order["data"], sweep=order["note"]) for protocol in order["protocols"]]
+    note = {**order["note"], "seconds_to_make": round(time.perf_counter() - started, 1)}  # less what the cache held
+    rows = [ready.measure(Protocol(**protocol), order["data"], sweep=note) for protocol in order["protocols"]]
     if order["timed"]:
-        rows.append(ready.noted(token_seconds(ready.model, order["timed"]), sweep=order["note"]))
+        rows.append(ready.noted(token_seconds(ready.model, order["timed"]), sweep=note))
     return {"rows": [asdict(m) for m in rows]}
 
 
