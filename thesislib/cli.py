@@ -268,6 +268,28 @@ def _listed(key: str, text: str) -> list:
     return values
 
 
+@app.command()
+@one_line_errors
+def profile(
+    subject: Annotated[str, typer.Argument(help="an artifact folder, or another subject spec")],
+    device: Annotated[str, typer.Option(help="a name in hw/devices, or a .yaml file")],
+    prompt: Annotated[int, typer.Option(help="tokens that are read at once")] = 128,
+    context: Annotated[int, typer.Option(help="tokens in the cache when one is generated")] = 128,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16, for what is not quantised; default the artifact's own, else bfloat16")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one line of JSON, with the evidence of every number of the device")] = False,
+) -> None:
+    """Project a model onto a device: does it fit, how fast would it be, what would a token cost. Nothing is measured."""
+    from thesislib.device import report
+    from thesislib.device.hardware import device as read
+    from thesislib.formats import RECORD, load_artifact
+    from thesislib.subject import load_subject
+
+    found = read(device)
+    loaded = load_artifact(subject, dtype) if (Path(subject) / RECORD).is_file() else load_subject(subject, dtype or "bfloat16")
+    plain = report.profile_report(loaded, found, prompt, context)
+    typer.echo(json.dumps(plain) if as_json else report.readable(plain))
+
+
 recipes = typer.Typer(help="Look at recipes without running them.", no_args_is_help=True)
 app.add_typer(recipes, name="recipe")
 

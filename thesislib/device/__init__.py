@@ -1,0 +1,1 @@
+"""What a model would cost on a device: analytic projections, and their error against what was measured."""

@@ -1,0 +1,43 @@
+"""Joules of a pass: bytes by the memory they come from, multiplications, and idle power for as long as it takes. Modelled, never measured."""
+
+from dataclasses import dataclass
+
+from thesislib.device.cost import costs, stored
+from thesislib.device.hardware import Device
+from thesislib.device.plan import Plan, padded
+from thesislib.device.roofline import Projection
+from thesislib.subject import Subject
+
+
+@dataclass(frozen=True)
+class Energy:
+    """Joules. low, high: with the idle power over the shorter and the longer time. unknown: what was left out, so that the true figure is higher."""
+
+    low: float
+    high: float
+    parts: dict[str, float]
+    unknown: tuple[str, ...]
+
+
+def energy(subject: Subject, device: Device, found: Plan, time: Projection, tokens: int = 1, context: int = 128) -> Energy:
+    """Of a pass whose plan and time are known."""
+    c = costs(subject, tokens, context)
+    padding = {w.name: padded(w, device) / max(w.bytes, 1) for w in stored(subject)}
+    tiers = {tier.name: tier for tier in device.tiers}
+    traffic, unknown = 0.0, set()
+    for o in c.operations:
+        for size, place in ((o.weights * padding.get(o.name, 1), found.places.get(o.name)), (o.cache, found.cache)):
+            if size and place is not None:
+                if tiers[place].joules_per_byte is None:
+                    unknown.add(f"energy of a byte from {place}")
+                else:
+                    traffic += size * tiers[place].joules_per_byte
+    each = device.engines[0].joules_per_mac
+    if each is None:
+        unknown.add("energy of a multiplication")
+    if device.idle is None:
+        unknown.add("idle power")
+    parts = {"traffic": traffic, "arithmetic": c.macs * (each or 0.0)}
+    both = sum(parts.values())
+    low, high = (both + (device.idle or 0.0) * seconds for seconds in (time.seconds.low, time.seconds.high))
+    return Energy(low, high, parts, tuple(sorted(unknown)))
