@@ -8,6 +8,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from thesislib.cli import app
+from thesislib.compress.depth import Depth
 from thesislib.compress.gptq import Rtn
 from thesislib.compress.plan import apply_plan
 from thesislib.compress.width import Width
@@ -72,9 +73,10 @@ def edited(tmp_path):
         ('source: "arXiv 2312.14750"}', 'source: ""}', "its source is empty"),
         (', source: "arXiv 2312.14750"}', "}", "'source' is missing"),
         ("kind: published", "kind: guessed", "unknown kind of evidence"),
-        ("value: 11.52 GB/s", "value: -11.52 GB/s", "not negative"),
+        ("value: 11.52 GB/s", "value: -11.52 GB/s", "above 0, or null"),
         ("value: 11.52 GB/s", "value: 11.52 GB", "unknown unit.*'GB': did you mean 'GB/s'"),
         ("value: 11.52 GB/s", "value: fast", "expected a number with one of the units"),
+        ("value: 360 MHz", "value: 0 MHz", "above 0, or null"),
         ("value: 360 MHz", "value: 360", "unknown unit"),
         ("value: 360 MHz", "value: 1e999 MHz", "expected a number"),
         ("value: [0.4, 0.9]", "value: [0.9, 0.4]", "0 < low <= high <= 1"),
@@ -148,6 +150,16 @@ def test_masked_zeros_are_multiplied(tiny, tmp_path):
     assert costs(pruned).macs == costs(tiny()).macs
 
 
+def test_what_lost_its_attention_keeps_no_cache(tiny, tmp_path):
+    halved, _ = Depth(blocks=[2, 4], part="attention").apply(tiny(), data="embedded", work=tmp_path)
+    assert costs(halved).cache_bytes == costs(tiny()).cache_bytes * 4 // 6
+
+
+def test_a_quantised_table_that_is_not_tied(tiny):
+    subject, _ = Rtn(bits=4, group=32, embedding_bits=8).apply(tiny(tie_word_embeddings=False))
+    assert {w.name for w in stored(subject)} >= {"embedding", "head"} and costs(subject).macs == costs(tiny(tie_word_embeddings=False)).macs
+
+
 def test_corrections_count(tiny):
     subject = tiny()
     linear = subject.linears(2)["up_proj"]
@@ -195,6 +207,23 @@ def test_an_engine_that_pads_gains_nothing_from_fewer_bits(tiny):
     assert padded(linear, pads) == 32 * 64 > padded(linear, does_not) == linear.bytes
     speeds = {(bits, d.engines[0].stored_bits): project(s, d).seconds.ceiling for bits, s in ((4, four), (8, eight)) for d in (pads, does_not)}
     assert speeds[4, None] < speeds[8, None] and speeds[4, 8] == pytest.approx(speeds[8, 8], rel=0.1)
+
+
+def test_corrections_are_padded_by_themselves(tiny):
+    subject = Rtn(bits=4, group=32).apply(tiny())[0]
+    linear = subject.linears(2)["up_proj"]
+    subject.blocks[2].mlp.up_proj = Adapted(linear, torch.ones(4, 32), torch.ones(64, 4))
+    w = next(w for w in stored(subject) if w.name == "blocks.2.up_proj")
+    assert padded(w, made([(1e9, 1e6, None, True)], bits=8)) == 32 * 64 + 4 * 4 * (32 + 64)
+
+
+def test_a_cache_is_never_in_memory_that_is_not_written(tiny):
+    subject = tiny()
+    frozen = Device("d", "", made([]).engines, (Tier("flash", 1e9, 1e6, None, True, False), Tier("ram", 5e3, 1e6, None, True)), None, (1, 1), (1, 1), None)
+    found = plan(subject, frozen, cache_bytes=4000)
+    assert (found.cache, found.verdict) == ("ram", FITS) and plan(subject, frozen, cache_bytes=6000).verdict == TOO_LARGE
+    assert profile(subject, frozen, prompt=4, context=4).plan.verdict == FITS
+    assert profile(subject, frozen, prompt=400, context=4).plan.verdict == TOO_LARGE  # the prompt's own cache
 
 
 def test_the_other_way_round_agrees_with_the_plan(tiny):

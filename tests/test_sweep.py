@@ -10,15 +10,17 @@ import sys
 import threading
 import time
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import pandas as pd
 import psutil
 import pytest
+from typer.testing import CliRunner
 
 from thesislib import store as stored
-from thesislib.cli import _listed
+from thesislib.cli import _listed, app
 from thesislib.errors import BadInput
 from thesislib.experiment import again
 from thesislib.store import Store
@@ -94,6 +96,18 @@ def test_a_record_of_a_sweep_is_made_again(swept, place):
     assert again(pruned, place.subject, place.data).agrees
     note = dict(pruned.provenance["sweep"])
     assert note.pop("seconds_to_make") > 0 and note == {"grid": "small", "size": "quick", "group": "some", "label": "D1+W1:8"}
+
+
+def test_workers_have_the_threads_they_are_given(place, grid_file, tmp_path):
+    cores = len(os.sched_getaffinity(0))
+    if cores < 2:
+        pytest.skip("one core only")
+    store, grid = Store(tmp_path / "s.jsonl"), read_grid(grid_file, "quick")
+    one = replace(grid, configurations=grid.configurations[:1])
+    assert sweep(one, place, store, Workers(1, threads=2)) == {}
+    assert {m.provenance["hardware"]["torch_threads"] for m in store.rows(items=False).values()} == {2}
+    timed = missing(replace(one, timed=7), place, [store])  # other repetitions are another measurement
+    assert timed == {"dense": ["seconds per token"]}
 
 
 def test_records_of_another_subject_do_not_count(swept, tiny, place, grid_file, tmp_path):
@@ -221,6 +235,29 @@ def test_a_notebook_is_swept_into_one_table(notebook, tmp_path):
         sweep_notebook("squares", tmp_path / "book.ipynb", {"kk": [1]}, tmp_path / "out", Workers(1))
 
 
+def test_options_that_a_notebook_does_not_take_are_refused():
+    for options, named in ((["--dry-run"], "--dry-run"), (["--data", "embedded", "--with", "x"], "--with, --data")):
+        run = CliRunner().invoke(app, ["sweep", "--chapter", "02", *options])
+        assert run.exit_code == 2 and f"with --chapter {named} would do nothing" in run.output
+    assert "either a grid's file or --chapter" in CliRunner().invoke(app, ["sweep"]).output
+    assert "-p goes with --chapter" in CliRunner().invoke(app, ["sweep", "data/grid.yaml", "-p", "k=1"]).output
+
+
+def test_one_cell_without_a_table_leaves_the_others(notebook, tmp_path):
+    book = notebook("1")
+    nb = nbformat.read(book, 4)
+    nb.cells[-1].source = f"None if k == 2 else {nb.cells[-1].source}"
+    nbformat.write(nb, book)
+    table, failed = sweep_notebook("squares", book, {"k": [1, 2]}, tmp_path / "out", Workers(1, retries=0))
+    assert list(failed) == ["k=2"] and "shows no table" in failed["k=2"] and table.read_text() == "k,name,square\n1,row 1,1\n"
+
+
+def test_cards_are_not_shared(tmp_path):
+    one = Order("x", "x", {}, lambda: False, lambda answer: None)
+    with pytest.raises(BadInput, match=r"--workers is 99, and this machine has \d+ cards?: expected one worker a card"):
+        drive([one], Workers(99, gpu=True), tmp_path)
+
+
 def test_a_notebook_without_results_is_refused(notebook, tmp_path):
     nb = nbformat.read(notebook("1"), 4)
     with pytest.raises(BadInput, match="shows no table"):
@@ -240,6 +277,7 @@ def test_headings_that_stand_twice_are_numbered(notebook, tmp_path):
 
 
 def test_lists_of_values_are_read():
+    assert _listed("patterns", "[1:8],[2:4]") == [["1:8"], ["2:4"]] and _listed("d", "2026-01-01") == ["2026-01-01"]
     assert _listed("k", "2,4,6") == [2, 4, 6] and _listed("k", "[2, 4],[6]") == [[2, 4], [6]] and _listed("t", "c4, wikipedia") == ["c4", "wikipedia"]
     for text in ("", "[1", "{"):
         with pytest.raises(BadInput):

@@ -79,6 +79,12 @@ def test_a_size_takes_labels_and_changes_stages(write):
         ("W: {lora: {text: wikitext, steps: 3}}", "W: {lore: {}}", "did you mean 'lora'"),
         ("W: {lora: {text: wikitext, steps: 3}}", "W: 3", "expected one stage with its settings"),
         ("timed: 4", "timed: 0", "'timed' is 0"),
+        ("    take: [D1+W, dense]", "    take: dense", "take is 'dense': expected a list of texts"),
+        ("    take: [D1+W, dense]", "    take: [1]", "expected a list of texts"),
+        ("    take: [D1+W, dense]", "    groups: [[pruned]]", "expected a list of texts"),
+        ("few: {trained: [perplexity]}", "few: {trained: perplexity}", "expected a list of texts"),
+        ("limit: 2}, closed", "limit: 0}, closed", "'limit' is 0: expected at least 1"),
+        ("stages:\n  W: {lora: {text: wikitext, steps: 3}}\n", "stages:\n", "'stages' is None: expected a mapping"),
         ("    take: [D1+W, dense]\n", "    groups: [trainde]\n", "did you mean 'trained'"),
     ],
 )

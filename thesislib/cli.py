@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-import yaml
 
 from thesislib.errors import BadInput, unknown
+from thesislib.yaml_lines import value_of_text
 
 app = typer.Typer(help="Compress a small language model step by step, and measure what each step costs.",
                   no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)  # fmt: skip
@@ -87,7 +87,7 @@ def run(
     from thesislib.book import ROOT, execute
 
     name, notebook = _notebook(chapter)
-    parameters = {key: yaml.safe_load(text) for key, text in map(_pair, parameter or [])}
+    parameters = {key: value_of_text(text, f"parameter {key}") for key, text in map(_pair, parameter or [])}
     target = out or ROOT / "_build" / "runs" / f"{name}.ipynb"
     execute(notebook, target, parameters)
     typer.echo(target)
@@ -185,6 +185,7 @@ def export(
 @app.command()
 @one_line_errors
 def sweep(
+    context: typer.Context,
     grid: Annotated[Path | None, typer.Argument(help="a grid's .yaml file, such as data/grid.yaml")] = None,
     size: Annotated[str, typer.Option(help="which of the grid's sizes")] = "quick",
     chapter: Annotated[str | None, typer.Option(help="instead of a grid: a notebook's name or number")] = None,
@@ -216,6 +217,11 @@ def sweep(
     base = Path("_build") / "sweeps"
     crew = Workers(workers, scheduler, host, retries, device.startswith("cuda"), threads)
     if chapter is not None:
+        mine = ("size", "also", "subject", "data", "dtype", "device", "dry_run")
+        idle = [n for n in mine if (source := context.get_parameter_source(n)) is not None and source.name == "COMMANDLINE"]
+        if idle:
+            raise BadInput(f"with --chapter {', '.join('--' + ('with' if n == 'also' else n.replace('_', '-')) for n in idle)} would do nothing: "
+                           "a notebook takes its parameters by -p, such as -p subject=embedded")  # fmt: skip
         name, notebook = _notebook(chapter)
         axes = {key: _listed(key, text) for key, text in map(_pair, parameter or [])}
         table, failed = sweep_notebook(name, notebook, axes, out or base / name, crew)
@@ -259,10 +265,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 def _listed(key: str, text: str) -> list:
     """The values of one parameter: 2,4,6 or [2,4],[6]."""
-    try:
-        values = yaml.safe_load(f"[{text}]")
-    except yaml.YAMLError as error:
-        raise BadInput(f"parameter '{key}={text}' is not understood: expected values with commas between, a list of one in brackets") from error
+    values = value_of_text(f"[{text}]", "parameter's values")
     if not values:
         raise BadInput(f"parameter '{key}' has no value: expected e.g. {key}=2,4,6")
     return values

@@ -8,6 +8,7 @@ import pandas as pd
 import seaborn as sns
 
 from thesislib.evaluate.perplexity import compare
+from thesislib.evaluate.stats import Comparison
 from thesislib.records import Measurement
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # Okabe and Ito
@@ -366,4 +367,30 @@ def interaction_chart(table: pd.DataFrame) -> plt.Figure:
     axis.yaxis.set_major_formatter("{x:,.0f}")
     axis.set(xlabel="blocks removed", ylabel="perplexity (log), 95 % interval", xticks=sorted(table["removed"].unique()))
     axis.legend(title="of each group removed", ncols=2, fontsize=8)
+    return figure
+
+
+def steps_chart(steps: Sequence[tuple[str, str, str, Comparison]]) -> plt.Figure:
+    """By what factor each stage changes perplexity, a row a model before it, a panel a stage; hollow where a paired test tells nothing.
+
+    Args:
+        steps: see `thesislib.chapters.evaluation.steps`.
+    """
+    panels = {name: [(a, b, c) for family, a, b, c in steps if family == name] for name in FAMILY_LOOKS}
+    panels = {name: rows for name, rows in panels.items() if rows}
+    tallest = max(map(len, panels.values()))
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 0.26 * tallest + 1.6), layout="constrained", squeeze=False)
+    for axis, (name, rows) in zip(axes[0], panels.items(), strict=True):
+        marker, colour = FAMILY_LOOKS[name]
+        for y, (_, _, c) in enumerate(rows):
+            middle, low, high = np.exp([c.difference, c.low, c.high])
+            fill = colour if c.p < 0.05 else "none"
+            axis.errorbar(middle, y, xerr=[[middle - low], [high - middle]], fmt=marker, color=colour, mfc=fill, markersize=5, capsize=2, linewidth=0.8)
+        axis.axvline(1, color=GREY, linestyle="--", linewidth=1)
+        axis.set_xscale("log")
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
+        labels = [f"{a} to {b}" if name == "pruned" else a for a, b, _ in rows]
+        axis.set(title=name, xlabel="perplexity times (log)", yticks=range(len(rows)), yticklabels=labels, ylim=(tallest - 0.5, -0.5))
+        axis.tick_params(labelsize=8)
     return figure

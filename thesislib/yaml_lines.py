@@ -92,6 +92,19 @@ def value(node: yaml.Node, path: Path) -> Any:
     return text
 
 
+def value_of_text(text: str, what: str) -> Any:
+    """What a text on the command line says, by the same rules; `what` names it in errors.
+
+    Raises:
+        BadInput: no YAML.
+    """
+    try:
+        node = yaml.compose(text, yaml.BaseLoader)
+    except yaml.YAMLError as error:
+        raise BadInput(f"{what} '{text}' is not understood ({getattr(error, 'problem', None) or error})") from error
+    return None if node is None else value(node, Path(what))
+
+
 def is_file(path: Path) -> bool:
     """Whether `path` is a file; False too for what cannot be a path at all."""
     try:

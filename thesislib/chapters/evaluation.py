@@ -14,6 +14,7 @@ import pandas as pd
 from thesislib.chapters.thesis import thesis_row
 from thesislib.errors import BadInput
 from thesislib.evaluate import perplexity, triviaqa
+from thesislib.evaluate.speed import SECONDS_PER_TOKEN
 from thesislib.evaluate.stats import Comparison, holm, paired_means
 from thesislib.experiment import DENSE
 from thesislib.files import cache_dir, data_file
@@ -111,12 +112,21 @@ def family(label: str) -> str:
     return FAMILIES[3] if "E" in parts else FAMILIES[2] if any(x[0] == "Q" for x in parts) else FAMILIES[1] if {"W", "T"} & set(parts) else FAMILIES[0]
 
 
+def step_family(part: str) -> str:
+    """The family of a stage by its part of a label."""
+    return FAMILIES[3] if part == "E" else FAMILIES[2] if part[0] == "Q" else FAMILIES[1] if part in ("W", "T") else FAMILIES[0]
+
+
 def _thesis(label: str):
     """The thesis's row of a label, or None."""
     parts = stages_of(label)
+    if any(x[0] == "Q" and x != "Q" for x in parts) or ("E" in parts and "Q" not in parts):
+        return None  # it has 4 bits only
     pruned = "+".join(x for x in parts if x[0] in "DW" and x != "W") or DENSE
     lora = "".join(x for x in parts if x in ("W", "T"))
-    stage = "E" if "E" in parts else "Q" if "Q" in parts else ""
+    widths = [i for i, x in enumerate(parts) if x[0] == "W" and x != "W"]
+    other_order = lora and widths and parts.index(lora[0]) < widths[-1]
+    stage = "E" if "E" in parts else "Q" if "Q" in parts else "order" if other_order else ""
     try:
         return thesis_row(pruned, lora, stage)
     except BadInput:
@@ -172,13 +182,27 @@ def grid_table(results: Results, groups: Sequence[str] | None = None, size: str 
             row[measure] = _number(m, m is not None and m.metric == "accuracy")
             if measure == PPL:
                 row["x dense"] = f"{m.value / dense.value:,.3g}" if m and dense else ""
-        for name, key in (("M parameters", "parameters"), ("M not zero", "nonzero_parameters"), ("MB on disk", "bytes_on_disk")):
+        if m := results.get((c.label, SECONDS_PER_TOKEN)):
+            row["ms per token"] = f"{1e3 * m.value:.1f} [{1e3 * m.low:.1f}, {1e3 * m.high:.1f}]"
+        columns = {"M parameters": "parameters", "M not zero": "nonzero_parameters", "MB on disk": "bytes_on_disk", "MB in memory": "bytes_in_memory"}
+        for name, key in columns.items():
             value = _size(results, c.label, key)
             row[name] = "" if value is None else f"{value / 1e6:.1f}"
         t, dense_t = _thesis(c.label), thesis_row(DENSE)
         row["thesis: x dense"] = f"{t.perplexity / dense_t.perplexity:,.3g}" if t else ""
         row["thesis: open book"] = f"{t.open:.1f}%" if t else ""
         rows.append(row)
+    return pd.DataFrame(rows).set_index("model")
+
+
+def tier_table(results: Results) -> pd.DataFrame:
+    """Open-book answers by the tier that found them right, of the models that were asked."""
+    rows = []
+    for (label, what), m in results.items():
+        if what == OPEN:
+            rows.append(
+                {"model": label, "any": f"{m.value:.1%}"} | {tier: f"{x['value']:.1%} [{x['low']:.1%}, {x['high']:.1%}]" for tier, x in m.extra.items()}
+            )
     return pd.DataFrame(rows).set_index("model")
 
 
@@ -191,7 +215,7 @@ def coverage_sentence(results: Results, size: str = RECORDED) -> str:
     listed = f" Not run: {', '.join(absent[:12])}{f' and {len(absent) - 12} more' if len(absent) > 12 else ''}." if absent else ""
     return (
         f"Of the {len(g.configurations)} configurations of size {size}, {len(done)} are measured by all of its measures and {len(have)} by at least one; "
-        f"the whole grid, size full, has {len(whole.configurations)}, on the whole test text and 1,200 questions, and was not run here.{listed}"
+        f"the whole grid, size full, has {len(whole.configurations)}.{listed}"
     )
 
 
@@ -212,9 +236,12 @@ def cost_table(results: Results) -> pd.DataFrame:
 
 def cost_sentence(results: Results) -> str:
     """What the medians of `cost_table` were measured on."""
-    run = next(iter(results.values())).provenance["hardware"]
-    threads = sorted({m.provenance["hardware"]["torch_threads"] for m in results.values()})
-    place = run.get("accelerator") or f"{' or '.join(map(str, threads))} thread{'s' * (threads != [1])} of {run.get('cpu')}, {run.get('cores')} cores busy"
+    places: dict[str, None] = {}
+    for m in results.values():
+        run = m.provenance["hardware"]
+        on_card = str(run.get("device", "cpu")).startswith("cuda")
+        places[str(run["accelerator"]) if on_card else f"{run['torch_threads']} thread{'s' * (run['torch_threads'] != 1)} of {run.get('cpu')}"] = None
+    place = " or ".join(places)
     total = sum(m.provenance["seconds"] for m in results.values()) / 3600
     return f"Measured on {place}: {len(results)} measurements, {total:.1f} hours of one process."
 
@@ -247,13 +274,13 @@ def steps(results: Results, measure: str = PPL) -> list[tuple[str, str, str, Com
             continue
         before = "+".join(parts[:-1]) or DENSE
         if (before, measure) in results:
-            found.append((family(label), before, label, _compare(results[before, measure], results[label, measure])))
+            found.append((step_family(parts[-1]), before, label, _compare(results[before, measure], results[label, measure])))
     adjusted = holm([c.p for *_, c in found])
     return [(f, a, b, replace(c, p=q)) for (f, a, b, c), q in zip(found, adjusted, strict=True)]
 
 
 def stage_table(results: Results) -> pd.DataFrame:
-    """What each stage does to the model before it: how many pairs, the mildest, median and largest effect, how many are told apart."""
+    """What each stage does to the model before it: how many pairs, the lowest, median and highest effect, how many are told apart."""
     rows = []
     for measure, words in ((PPL, ("worse", "better")), (OPEN, ("better", "worse"))):
         found = steps(results, measure)
@@ -264,7 +291,7 @@ def stage_table(results: Results) -> pd.DataFrame:
                 shown = [f"x {np.exp(x):.3g}" if measure == PPL else f"{100 * x:+.1f}" for x in (effects[0], float(np.median(effects)), effects[-1])]
                 told = {words[up]: sum(c.p < 0.05 and (c.difference < 0) == bool(up) for c in here) for up in (0, 1)}
                 rows.append(
-                    {"stage": name, "measure": measure, "pairs": len(here), "least": shown[0], "median": shown[1], "most": shown[2],
+                    {"stage": name, "measure": measure, "pairs": len(here), "lowest": shown[0], "median": shown[1], "highest": shown[2],
                      "told worse": told["worse"], "told better": told["better"]}
                 )  # fmt: skip
     return pd.DataFrame(rows).set_index("stage")

@@ -32,12 +32,16 @@ class Operation:
 
 @dataclass(frozen=True)
 class Stored:
-    """A weight as it is held: the operation that reads it, its bytes, how many numbers it stands for, and in which tensors it lies."""
+    """A weight as it is held: the operation that reads it, its bytes, how many numbers it stands for, and in which tensors it lies.
+
+    beside: bytes of these, and how many numbers, that are a low-rank correction's.
+    """
 
     name: str
     bytes: int
     params: int
     tensors: tuple[int, ...]
+    beside: tuple[int, int] = (0, 0)
 
 
 def stored(subject: Subject) -> list[Stored]:
@@ -48,22 +52,23 @@ def stored(subject: Subject) -> list[Stored]:
     """
     found, seen = [], set()
 
-    def add(name: str, *tensors: torch.Tensor, params: int) -> None:
+    def add(name: str, *tensors: torch.Tensor, params: int, beside: tuple[int, int] = (0, 0)) -> None:
         places = tuple(t.untyped_storage().data_ptr() + t.storage_offset() * t.element_size() if t.device.type != "meta" else id(t) for t in tensors)
-        found.append(Stored(name, sum(t.nbytes for t in tensors), params, places))
+        found.append(Stored(name, sum(t.nbytes for t in tensors), params, places, beside))
 
     core = subject.model.model
     table, head = subject.model.get_input_embeddings(), subject.model.get_output_embeddings()
     for name, module in (("embedding", table), ("head", head)):
         tensors = list(module.held.values()) if isinstance(module, ComputedLinear) else _held(module)
         add(name, *tensors, params=module.weight.numel())
-        seen |= {module}
+        seen |= set(module.modules())
     for b, block in enumerate(subject.blocks):
         for kind, linear in subject.linears(b).items():
             parts = [linear.base, linear] if isinstance(linear, Adapted) else [linear]
             tensors = [t for part in parts for t in _own(part)]
             low_rank = list(_own(linear)) if isinstance(linear, Adapted) else []
-            add(f"blocks.{b}.{kind}", *tensors, params=linear.out_features * linear.in_features + sum(t.numel() for t in low_rank))
+            beside = (sum(t.nbytes for t in low_rank), sum(t.numel() for t in low_rank))
+            add(f"blocks.{b}.{kind}", *tensors, params=linear.out_features * linear.in_features + beside[1], beside=beside)
             seen |= set(linear.modules())
         for path, module in block.named_modules():
             if module not in seen and (own := _own(module)):
@@ -150,4 +155,5 @@ def costs(subject: Subject, tokens: int = 1, context: int = 128, cache_bits: int
                 found.append(Operation(f"{place}.attention", "attention", 2 * pairs * heads * width, 0, 0, (context + 2 * tokens) * entry))
         else:
             found.append(Operation(w.name, "move", 0, w.bytes, w.params))
-    return Costs(tuple(found), tokens, context, distinct_bytes(weights), subject.depth * (context + tokens) * entry)
+    attending = sum(o.kind == "attention" for o in found)  # blocks may have lost theirs
+    return Costs(tuple(found), tokens, context, distinct_bytes(weights), attending * (context + tokens) * entry)

@@ -42,13 +42,14 @@ class Engine:
 
 @dataclass(frozen=True)
 class Tier:
-    """A memory. size: bytes for weights and cache. read: bytes per second. joules_per_byte. on_chip."""
+    """A memory. size: bytes. read: bytes per second. joules_per_byte. on_chip. holds_cache: whether it can be written at every token."""
 
     name: str
     size: float
     read: float | None
     joules_per_byte: float | None
     on_chip: bool
+    holds_cache: bool = True
 
 
 @dataclass(frozen=True)
@@ -120,14 +121,15 @@ def read_device(path: Path) -> Device:
     tiers = []
     for i, plain in enumerate(reader.listed(top["tiers"], "tiers")):
         at = f"tiers.{i}"
-        keys = reader.mapping(plain, at, {"name", "size", "read", "energy", "on_chip"})
+        keys = reader.mapping(plain, at, {"name", "size", "read", "energy", "on_chip", "holds_cache"})
         size = reader.number(keys["size"], f"{at}.size", "B")
         if size is None:
             raise BadInput(f"{path}, {at}.size is null: a memory of unknown size cannot be planned for; leave the tier out")
-        if not isinstance(keys["on_chip"], bool):
-            raise BadInput(f"{path}, {at}.on_chip is {keys['on_chip']!r}: expected true or false")
+        for name in ("on_chip", "holds_cache"):
+            if not isinstance(keys[name], bool):
+                raise BadInput(f"{path}, {at}.{name} is {keys[name]!r}: expected true or false")
         tiers.append(Tier(str(keys["name"]), size, reader.number(keys["read"], f"{at}.read", "B/s"),
-                          reader.number(keys["energy"], f"{at}.energy", "J/B"), keys["on_chip"]))  # fmt: skip
+                          reader.number(keys["energy"], f"{at}.energy", "J/B"), keys["on_chip"], keys["holds_cache"]))  # fmt: skip
     notes = reader.listed(top.get("notes") or ["-"], "notes") if top.get("notes") else []
     return Device(
         str(top["name"]), str(top["title"]), tuple(engines), tuple(tiers), reader.number(top["overhead"], "overhead", "s"), reader.band(top["mbu"], "mbu"),

@@ -28,18 +28,19 @@ class Plan:
 
 
 def padded(weight: Stored, device: Device) -> int:
-    """Bytes of a weight on a device whose engine reads no fewer than so many bits a number; only linears are padded."""
+    """Bytes of a weight on a device whose engine reads no fewer than so many bits a number; only linears and the head are padded."""
     least = device.engines[0].stored_bits
-    if least is None or "proj" not in weight.name:
+    if least is None or not ("proj" in weight.name or weight.name in ("head", "embedding")):
         return weight.bytes
-    return max(weight.bytes, math.ceil(weight.params * least / 8))
+    size, many = weight.beside
+    return max(weight.bytes - size, math.ceil((weight.params - many) * least / 8)) + max(size, math.ceil(many * least / 8))
 
 
 def plan(subject: Subject, device: Device, cache_bytes: int = 0) -> Plan:
     """Place the KV cache, then weights in the order in which they are used, each in the nearest tier with room for it whole."""
     weights = stored(subject)
     room = {tier.name: tier.size for tier in device.tiers}
-    nearest = next((name for name, free in room.items() if free >= cache_bytes), None)
+    nearest = next((tier.name for tier in device.tiers if tier.holds_cache and tier.size >= cache_bytes), None)
     if nearest is not None:
         room[nearest] -= cache_bytes
     places: dict[str, str] = {}

@@ -26,7 +26,7 @@ def parse(text: object, unit: str, where: str) -> float:
     4194304.0
 
     Raises:
-        BadInput: no number, another kind of unit, not finite, or below 0.
+        BadInput: no number, another kind of unit, not finite, or not above 0: what is not known is null.
     """
     found = re.fullmatch(r"\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*(\S*)\s*", str(text), re.ASCII)
     try:
@@ -39,8 +39,8 @@ def parse(text: object, unit: str, where: str) -> float:
         if not unit:
             raise BadInput(f"{where} is {text!r}: expected a number without a unit")
         raise unknown(f"unit of {where}", found[2], UNITS[unit])
-    if number < 0:
-        raise BadInput(f"{where} is {text!r}: expected a number that is not negative")
+    if number <= 0:
+        raise BadInput(f"{where} is {text!r}: expected a number above 0, or null if it is not known")
     return number * UNITS[unit][found[2]]
 
 

@@ -17,7 +17,7 @@ def profile_report(subject: Subject, device: Device, prompt: int = 128, context:
     Raises:
         BadInput: see `thesislib.device.roofline.project`.
     """
-    found = profile(subject, device, prompt, context)
+    found, on_chip = profile(subject, device, prompt, context), any(t.on_chip for t in device.tiers)
     plain = {
         "kind": "projection",
         "subject": subject.name,
@@ -25,7 +25,8 @@ def profile_report(subject: Subject, device: Device, prompt: int = 128, context:
         "verdict": found.plan.verdict,
         "bytes": {"weights": found.costs.kept, "cache": found.costs.cache_bytes, "by_tier": found.plan.bytes, "without_place": found.plan.missing},
         "per_token": {"macs": found.costs.macs, "weight_bytes": found.costs.weight_bytes},
-        "blocks_that_fit": {str(bits): blocks_that_fit(subject, device, bits, on_chip=any(t.on_chip for t in device.tiers)) for bits in BITS},
+        "blocks_that_fit": {str(bits): blocks_that_fit(subject, device, bits, on_chip=on_chip, cache_bytes=found.costs.cache_bytes) for bits in BITS},
+        "where": "on the chip" if on_chip else "in its memory",
         "prompt": prompt,
         "context": context,
         "notes": list(device.notes),
@@ -40,7 +41,7 @@ def profile_report(subject: Subject, device: Device, prompt: int = 128, context:
         "seconds_to_first_token": _span(found.prefill.seconds),
         "seconds_per_token": _span(found.decode.seconds),
         "tokens_per_second": {"low": slow, "high": fast},
-        "joules_per_token": {"low": spent.low, "high": spent.high} if len(spent.unknown) < 3 and spent.high > 0 else None,
+        "joules_per_token": {"low": spent.low, "high": spent.high} if sum(spent.parts.values()) > 0 else None,
         "left_out": sorted({*found.decode.unknown, *spent.unknown}),
     }
 
@@ -65,5 +66,5 @@ def readable(plain: dict) -> str:
         lines.append(f"  joules per token: {spent}")
         lines.append(f"  left out, since not known: {', '.join(plain['left_out']) or 'nothing'}")
     fit = [f"{'none' if n is None else n} at {bits}" for bits, n in plain["blocks_that_fit"].items()]
-    lines.append(f"  blocks that would fit{' on the chip' if plain['verdict'] != 'fits' else ''}, by bits: {', '.join(fit)}")
+    lines.append(f"  blocks that would fit {plain['where']}, by bits: {', '.join(fit)}")
     return "\n".join([*lines, *(f"  note: {note}" for note in plain["notes"])])

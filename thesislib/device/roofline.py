@@ -102,7 +102,7 @@ class Profile:
 def profile(subject: Subject, device: Device, prompt: int = 128, context: int = 128) -> Profile:
     """A prompt of `prompt` tokens read at once, and one token after `context`."""
     c = costs(subject, 1, context)
-    found = plan(subject, device, c.cache_bytes)
+    found = plan(subject, device, max(c.cache_bytes, costs(subject, prompt, 0).cache_bytes))
     if found.verdict == TOO_LARGE:
         return Profile(found, None, None, c)
     return Profile(found, project(subject, device, prompt, 0, found), project(subject, device, 1, context, found), c)

@@ -39,7 +39,9 @@ class Protocol:
     def __post_init__(self):
         if self.on not in TASKS:
             raise unknown("task", self.on, TASKS)
-        positive(batch=self.batch)  # a loop in negative steps measures nothing, and a loss of nothing is a perplexity of 1
+        positive(
+            batch=self.batch, limit=self.limit, length=self.length
+        )  # a loop in negative steps measures nothing, and a loss of nothing is a perplexity of 1
 
     def measure(self, subject: Subject, data: str) -> Measurement:
         """The measurement; its provenance has this protocol and the sha256 of the text or items that were used.

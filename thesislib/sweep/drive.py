@@ -1,6 +1,7 @@
 """Orders carried out by Dask's workers: a few at a time, each claimed by one driver, each answer kept as it comes."""
 
 import json
+import os
 import sys
 import time
 from collections import deque
@@ -9,14 +10,16 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from thesislib.errors import BadInput
-from thesislib.sweep.task import carry_out, versions
+from thesislib.sweep.task import OtherVersion, carry_out, versions
 
 CONNECT = 8  # seconds until a scheduler that does not answer is given up
 LOOPBACK = "127.0.0.1"
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # Dask sets all three to 1; the smallest counts
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Order:
     """One task.
 
     name: for the reader. key: what no two orders share. text: what `thesislib.sweep.task.carry_out` takes, less the versions.
-    done: whether its answer is kept already, asked right before it is begun. keep: takes the answer.
+    done: whether its answer is kept already, asked right before it is begun. keep: takes the answer. fail: takes the reason why there is none.
     """
 
     name: str
@@ -32,14 +35,16 @@ class Order:
     text: dict = field(repr=False)
     done: Callable[[], bool] = field(repr=False)
     keep: Callable[[dict], None] = field(repr=False)
+    fail: Callable[[str], None] = field(repr=False, default=lambda why: None)
 
 
 @dataclass(frozen=True)
 class Workers:
     """Who carries orders out: `count` processes on this machine, bound to `host`, or whoever is at a running scheduler.
 
-    retries: how often an order is tried again after an error, or after the death of its worker. gpu: one order at a time for each
-    worker that was started with the resource GPU.
+    retries: how often an order is tried again after an error, or, on this machine, after the death of its worker (a running
+    scheduler has its own number for that, distributed.scheduler.allowed-failures). gpu: one worker a card; at a running scheduler only
+    workers that were started with the resource GPU. threads: of each process, None for the cores shared out.
     """
 
     count: int = 2
@@ -54,6 +59,8 @@ class Workers:
             raise BadInput(f"--workers is {self.count}: expected at least 1")
         if self.retries < 0:
             raise BadInput(f"--retries is {self.retries}: expected 0 or more")
+        if self.threads is not None and self.threads < 1:
+            raise BadInput(f"--threads is {self.threads}: expected at least 1")
 
 
 def drive(orders: Sequence[Order], workers: Workers, locks: Path) -> dict[str, str]:
@@ -62,7 +69,7 @@ def drive(orders: Sequence[Order], workers: Workers, locks: Path) -> dict[str, s
     Two drivers with one `locks` folder share the work: what one has claimed, the other leaves, and looks at again when that is released.
 
     Raises:
-        BadInput: no scheduler there; workers of another version; whatever `keep` raises, such as a full disk.
+        BadInput: no scheduler there; workers of another version, or without the card that is needed; whatever `keep` raises, such as a full disk.
         RuntimeError: the scheduler is gone. In both cases what was kept stays, and the same call goes on from there.
     """
     waiting = deque(order for order in orders if not order.done())
@@ -74,7 +81,7 @@ def drive(orders: Sequence[Order], workers: Workers, locks: Path) -> dict[str, s
         started, finished, running, others = time.monotonic(), 0, {}, 0
         while waiting or running:
             # no more than workers: if one dies, Dask counts it against every order that it had in hand, and gives up the innocent too
-            slots = max(1, len(client.scheduler_info(n_workers=-1)["workers"]))
+            slots = max(1, _able(client, workers))
             for _ in range(len(waiting)):
                 if len(running) >= slots:
                     break
@@ -98,12 +105,13 @@ def drive(orders: Sequence[Order], workers: Workers, locks: Path) -> dict[str, s
                 for future in _finished(client, running, workers):
                     order, lock = running.pop(future)
                     try:
-                        why = _answer(future, order, workers)
+                        why = _answer(future, order)
+                        if why:
+                            failed[order.name] = why
+                            order.fail(why)
                     finally:
                         lock.release()
                     finished += 1
-                    if why:
-                        failed[order.name] = why
                     bar.update()
                     left = (time.monotonic() - started) / finished * (len(waiting) + len(running))
                     word = f"failed: {why}" if why else "done"
@@ -134,8 +142,12 @@ def _finished(client, running: dict, workers: Workers) -> list:
     return [future for future in running if future.done()]
 
 
-def _answer(future, order: Order, workers: Workers) -> str | None:
-    """Keep a future's answer, or say why there is none."""
+def _answer(future, order: Order) -> str | None:
+    """Keep a future's answer, or say why there is none.
+
+    Raises:
+        BadInput: it went to a worker of another version that had joined later.
+    """
     error = future.exception()
     if error is None:
         answer = json.loads(future.result())
@@ -143,7 +155,9 @@ def _answer(future, order: Order, workers: Workers) -> str | None:
             order.keep(answer)
         return answer.get("failed")
     if type(error).__name__ == "KilledWorker":
-        return f"its worker died {workers.retries + 1} times (out of memory, or killed): given up"
+        return f"its worker died {error.allowed_failures + 1} times (out of memory, or killed): given up"
+    if isinstance(error, OtherVersion):
+        raise BadInput(f"a worker joined that has another version: {error}")
     return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
@@ -160,17 +174,22 @@ def _client(workers: Workers) -> Iterator:
         from distributed.security import Security
     except ImportError as error:
         raise BadInput('sweeps need Dask: expected it installed, by pip install "thesislib[sweep]"') from error
+    if workers.gpu and workers.scheduler is None and workers.count > (cards := torch.cuda.device_count()):
+        raise BadInput(f"--workers is {workers.count}, and this machine has {cards} card{'s' * (cards != 1)}: expected one worker a card")
     with ExitStack() as stack:
         stack.enter_context(dask.config.set({"distributed.scheduler.allowed-failures": workers.retries, "distributed.comm.timeouts.connect": f"{CONNECT}s"}))
         if workers.scheduler is None:
             threads = workers.threads or max(1, _cores() // workers.count)
             cluster = stack.enter_context(
                 LocalCluster(n_workers=workers.count, threads_per_worker=1, processes=True, host=workers.host, dashboard_address=f"{workers.host}:0",
-                             resources={"GPU": 1} if workers.gpu else None, env={"OMP_NUM_THREADS": str(threads)}, memory_limit=0, silence_logs=50)
+                             resources={"GPU": 1} if workers.gpu else None, env=dict.fromkeys(THREADS, str(threads)), memory_limit=0, silence_logs=50)
             )  # fmt: skip
             client = stack.enter_context(Client(cluster, timeout=60))
         else:
             security = Security(require_encryption=True) if workers.scheduler.startswith("tls://") else None
+            if security is not None and not security.tls_client_cert:
+                raise BadInput(f"{workers.scheduler} is encrypted, and this driver has no certificate: expected DASK_DISTRIBUTED__COMM__TLS__CA_FILE, "
+                               "..._CLIENT__CERT and ..._CLIENT__KEY to name files")  # fmt: skip
             try:
                 client = stack.enter_context(Client(workers.scheduler, timeout=CONNECT, security=security))
             except (OSError, TimeoutError, ValueError, TypeError) as error:
@@ -189,6 +208,8 @@ def _refuse_other_versions(client, workers: Workers) -> None:
             client.wait_for_workers(1, timeout=CONNECT)
         except TimeoutError as error:
             raise BadInput(f"the scheduler at {workers.scheduler} has no workers: start some, by `dask worker {workers.scheduler} --nthreads 1`") from error
+    if workers.gpu and not _able(client, workers):
+        raise BadInput("no worker has the resource GPU: start one for each card, by `dask worker ADDRESS --nthreads 1 --resources GPU=1`")
     here, other = versions(), {}
     for address, found in client.run(versions, on_error="return").items():
         if found != here:
@@ -198,7 +219,11 @@ def _refuse_other_versions(client, workers: Workers) -> None:
         raise BadInput(f"workers of another version: {listed}. Expected {', '.join(f'{name} {number}' for name, number in here.items())}, as here")
 
 
-def _cores() -> int:
-    import os
+def _able(client, workers: Workers) -> int:
+    """How many workers can take an order now."""
+    found = client.scheduler_info(n_workers=-1)["workers"].values()
+    return sum(not workers.gpu or worker["resources"].get("GPU", 0) >= 1 for worker in found)
 
+
+def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -87,19 +87,22 @@ def read_grid(file: str | Path, size: str) -> Grid:
     if size not in plain["sizes"]:
         raise unknown(f"size of {path}", size, plain["sizes"])
     sized = _mapping(plain["sizes"][size], SIZE_KEYS, f"{path}, size {size}")
+    for where, given in ((str(path), plain), (f"{path}, size {size}", sized)):
+        if not isinstance(given.get("stages", {}), dict):
+            raise BadInput(f"{where}: 'stages' is {given['stages']!r}: expected a mapping such as {{W: {{lora: {{text: wikitext}}}}}}, or no such key")
     stages = _stages({**plain.get("stages", {}), **sized.get("stages", {})}, path)
     groups = _groups(plain["groups"], str(path))
-    for name in sized.get("groups", ()):
+    for name in _texts(sized.get("groups", []), f"{path}, size {size}, groups"):
         if name not in groups:
             raise unknown(f"group of {path}", name, groups)
     kept = {name: groups[name] for name in sized.get("groups", groups)}
     by_label = {label: name for name, labels in reversed(kept.items()) for label in labels}  # of several, the first group
     order = dict.fromkeys(label for labels in kept.values() for label in labels)
     if "take" in sized:
-        order = dict.fromkeys(sized["take"])
+        order = dict.fromkeys(_texts(sized["take"], f"{path}, size {size}, take"))
     measures = _measures(sized.get("measures"), path)
     few = _mapping(sized.get("few", {}), set(kept), f"{path}, size {size}, few")
-    for name in itertools.chain.from_iterable(few.values()):
+    for name in itertools.chain.from_iterable(_texts(names, f"{path}, size {size}, few") for names in few.values()):
         if name not in measures:
             raise unknown(f"measure under 'few' of {path}", name, measures)
     found, wrong = [], []
@@ -145,6 +148,12 @@ def _given(kind: type, values: Mapping) -> dict:
     """A stage's settings that differ from their defaults, as YAML holds them; a single pattern is kept as a list of one."""
     shown = {name: list(given) if isinstance(given, tuple) else given for name, given in values.items()}
     return {f.name: shown[f.name] for f in dataclasses.fields(kind) if shown[f.name] not in (f.default, [f.default])}
+
+
+def _texts(plain: object, where: str) -> list[str]:
+    if not isinstance(plain, list) or not all(isinstance(x, str) for x in plain):
+        raise BadInput(f"{where} is {plain!r}: expected a list of texts")
+    return plain
 
 
 def _mapping(plain: object, keys: set[str], where: str) -> dict:

@@ -20,19 +20,29 @@ def combinations(axes: Mapping[str, Sequence]) -> list[dict[str, Any]]:
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
+def results_cell(notebook: Path):
+    """The one cell that is tagged `results`.
+
+    Raises:
+        BadInput: none is, or several.
+    """
+    import nbformat
+
+    cells = [c for c in nbformat.read(notebook, 4).cells if TAG in c.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise BadInput(f"{notebook.name} has {len(cells)} cells tagged '{TAG}': expected one, that shows its table of results")
+    return cells[0]
+
+
 def results(notebook: Path) -> list[dict[str, Any]]:
     """The rows of the table that a notebook's cell tagged `results` shows.
 
     Raises:
         BadInput: no such cell, or no table in its output.
     """
-    import nbformat
     import pandas as pd
 
-    cells = [c for c in nbformat.read(notebook, 4).cells if TAG in c.metadata.get("tags", [])]
-    if len(cells) != 1:
-        raise BadInput(f"{notebook.name} has {len(cells)} cells tagged '{TAG}': expected one, that shows its table of results")
-    for output in cells[0].get("outputs", []):
+    for output in results_cell(notebook).get("outputs", []):
         if html := output.get("data", {}).get("text/html"):
             table = pd.read_html(io.StringIO("".join(html)))[0]
             if isinstance(table.columns, pd.MultiIndex):  # headings in levels; an index with a name has a row of its own
@@ -60,6 +70,7 @@ def sweep_notebook(name: str, notebook: Path, axes: Mapping[str, Sequence], out:
     from thesislib.book import cache_key, check_parameters
 
     check_parameters(notebook, dict.fromkeys(axes))
+    results_cell(notebook)
     cells = combinations(axes)
     files = {}
     for parameters in cells:
@@ -72,7 +83,13 @@ def sweep_notebook(name: str, notebook: Path, axes: Mapping[str, Sequence], out:
         text = {"do": "notebook", "notebook": str(notebook.resolve()), "out": str(file.resolve()), "parameters": parameters}
         orders.append(Order(written, file.stem, text, file.exists, lambda answer: None))
     failed = drive(orders, workers, out / ".claims")
-    found = [(parameters, row) for file, parameters in files.values() if file.exists() for row in results(file)]
+    found = []
+    for written, (file, parameters) in files.items():
+        if file.exists():
+            try:
+                found += [(parameters, row) for row in results(file)]
+            except BadInput as error:  # the others' rows are a table all the same
+                failed[written] = str(error)
     rows = [dict(zip(_distinct([*parameters, *row]), [*parameters.values(), *row.values()], strict=True)) for parameters, row in found]
     if not rows:
         raise BadInput(f"no cell of the sweep ran: {'; '.join(f'{cell}: {why}' for cell, why in failed.items())}")

@@ -53,11 +53,16 @@ def identity(fingerprint: str, dtype: str, data: str, stages: list[dict], protoc
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
+def _timing(repeats: int, device: str) -> str:
+    """What stands for a protocol where time is measured: a record of it from another kind of device, or of fewer repetitions, is another."""
+    return f"{SECONDS_PER_TOKEN}, {repeats} on {device.partition(':')[0]}"
+
+
 def identity_of(m: Measurement) -> str | None:
     """The same of a record; None for one that does not say enough."""
     made = m.provenance.get("made") or {}
     try:
-        protocol = m.metric if m.metric in (SECONDS_PER_TOKEN, FAILED) else protocol_of(m)
+        protocol = _timing(m.provenance["settings"]["repeats"], m.provenance["hardware"]["device"]) if m.metric == SECONDS_PER_TOKEN else protocol_of(m)
         text = m.provenance.get("corpus_sha256") or m.provenance.get("settings", {}).get("text_sha256")
         return identity(made["base"]["fingerprint"], m.provenance["dtype"], made["data"], made["stages"], protocol, text)
     except (BadInput, KeyError, TypeError):
@@ -69,20 +74,21 @@ class Setting:
     """What identities of planned measurements depend on besides the grid.
 
     fingerprint: of the subject. dtype: how it runs. data: kind of data for calibration and training. texts: {protocol, its batch None:
-    sha256 of the text that it measures on}.
+    sha256 of the text that it measures on}. device: that time is measured on.
     """
 
     fingerprint: str
     dtype: str
     data: str
     texts: dict[Protocol, str | None] = dataclasses.field(hash=False)
+    device: str = "cpu"
 
     @classmethod
     def of(cls, grid: Grid, place: Place) -> "Setting":
         """A grid's, carried out at a place: its texts are read."""
         protocols = {_plainly(way) for c in grid.configurations for way in c.measures.values()}
         texts = {way: way.corpus_sha256(place.data) for way in protocols}
-        return cls(place.job().base["fingerprint"], place.dtype, corpus.kind_of(place.data), texts)
+        return cls(place.job().base["fingerprint"], place.dtype, corpus.kind_of(place.data), texts, place.device)
 
     @classmethod
     def recorded(cls, rows: Iterable[Measurement], dtype: str) -> "Setting":
@@ -91,9 +97,10 @@ class Setting:
         Raises:
             BadInput: there are none.
         """
-        rows = [m for m in rows if m.provenance["dtype"] == dtype and m.metric not in (FAILED, SECONDS_PER_TOKEN)]
+        every = [m for m in rows if m.metric not in (FAILED, SECONDS_PER_TOKEN)]
+        rows = [m for m in every if m.provenance["dtype"] == dtype]
         if not rows:
-            raise BadInput(f"no recorded row was made in {dtype}: expected one of {', '.join(sorted({m.provenance['dtype'] for m in rows})) or 'none at all'}")
+            raise BadInput(f"no recorded row was made in {dtype}: expected one of {', '.join(sorted({m.provenance['dtype'] for m in every})) or 'none at all'}")
         made = [m.provenance["made"] for m in rows]
         kind = next((note["data"] for note in made if note["stages"]), made[0]["data"])
         return cls(made[0]["base"]["fingerprint"], dtype, kind, {_plainly(protocol_of(m)): m.provenance.get("corpus_sha256") for m in rows})
@@ -108,7 +115,7 @@ def wanted(grid: Grid, c: Configuration, at: Setting) -> dict[str, str]:
     plain = _plain(c)
     ways = {name: (way, at.texts[_plainly(way)]) for name, way in c.measures.items() if _plainly(way) in at.texts}
     if grid.timed:
-        ways[SECONDS_PER_TOKEN] = (SECONDS_PER_TOKEN, None)
+        ways[SECONDS_PER_TOKEN] = (_timing(grid.timed, at.device), None)
     return {name: identity(at.fingerprint, at.dtype, at.data, plain, way, text) for name, (way, text) in ways.items()}
 
 
@@ -155,18 +162,19 @@ def sweep(grid: Grid, place: Place, store: Store, workers: Workers, others: Iter
         def done(names: set[str] = names) -> bool:
             return names <= known([store])
 
-        def keep(answer: dict, store: Store = store) -> None:
-            have = known([store])  # a retry, or another driver, may have been faster
+        def keep(answer: dict) -> None:
+            have = known([store])  # a retry may have been faster
             for row in answer["rows"]:
                 if identity_of(m := Measurement(**row)) not in have:
                     store.append(m)
 
-        orders.append(Order(c.label, "-".join(sorted(names))[:100], text, done, keep))
-    failed = drive(orders, workers, store.path.with_name(f".{store.path.stem}.claims"))
-    for c in grid.configurations:
-        if c.label in failed:
-            store.append(_failure(c, grid, place, base, failed[c.label]))
-    return failed
+        def fail(why: str, c: Configuration = c) -> None:
+            store.append(_failure(c, grid, place, base, why))
+
+        # by what is made: two drivers that want different measures of one model do not make it at once
+        claim = identity(at.fingerprint, at.dtype, at.data, _plain(c), "any", None)
+        orders.append(Order(c.label, claim, text, done, keep, fail))
+    return drive(orders, workers, store.path.with_name(f".{store.path.stem}.claims"))
 
 
 def _plain(c: Configuration) -> list[dict]:

@@ -12,6 +12,10 @@ import thesislib
 from thesislib.errors import BadInput
 
 
+class OtherVersion(RuntimeError):
+    """Driver and worker differ in what must agree."""
+
+
 def versions() -> dict[str, str | None]:
     """What must agree between a driver and its workers."""
     try:
@@ -27,11 +31,11 @@ def carry_out(order: str) -> str:
     Bad input, which a second try would not mend, comes back as {"failed": why}; whatever else goes wrong is raised.
 
     Raises:
-        RuntimeError: an order from another version of this package.
+        OtherVersion: an order from another version of this package.
     """
     plain = json.loads(order)
     if plain["versions"] != (here := versions()):
-        raise RuntimeError(f"the order is from {_said(plain['versions'])}, this worker has {_said(here)}: expected the same on both")
+        raise OtherVersion(f"the order is from {_said(plain['versions'])}, this worker has {_said(here)}: expected the same on both")
     try:
         return json.dumps({"configuration": _configuration, "notebook": _notebook}[plain["do"]](plain))
     except BadInput as error:
@@ -49,12 +53,25 @@ def _configuration(order: dict) -> dict:
     from thesislib.experiment import prepare, stage_of
 
     stages, started = [stage_of(plain) for plain in order["stages"]], time.perf_counter()
-    ready = prepare(order["subject"], stages, data=order["data"], dtype=order["dtype"], device=order["device"])
+    ready = prepare(order["subject"], stages, data=order["data"], dtype=order["dtype"], device=_card(order["device"]))
     note = {**order["note"], "seconds_to_make": round(time.perf_counter() - started, 1)}  # less what the cache held
     rows = [ready.measure(Protocol(**protocol), order["data"], sweep=note) for protocol in order["protocols"]]
     if order["timed"]:
         rows.append(ready.noted(token_seconds(ready.model, order["timed"]), sweep=note))
     return {"rows": [asdict(m) for m in rows]}
+
+
+def _card(device: str) -> str:
+    """Of several cards of one machine the one that goes with this worker's number: local workers are numbered from 0."""
+    from distributed import get_worker
+
+    if device != "cuda":
+        return device
+    try:
+        name = get_worker().name
+    except ValueError:  # called directly
+        return device
+    return f"cuda:{name}" if isinstance(name, int) else device
 
 
 def _notebook(order: dict) -> dict:
