@@ -19,7 +19,7 @@ from thesislib.sweep.task import OtherVersion, carry_out, versions
 
 CONNECT = 8  # seconds until a scheduler that does not answer is given up
 LOOPBACK = "127.0.0.1"
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # Dask sets all three to 1; the smallest counts
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # the smallest counts
 
 
 @dataclass(frozen=True)
@@ -177,12 +177,20 @@ def _client(workers: Workers) -> Iterator:
     if workers.gpu and workers.scheduler is None and workers.count > (cards := torch.cuda.device_count()):
         raise BadInput(f"--workers is {workers.count}, and this machine has {cards} card{'s' * (cards != 1)}: expected one worker a card")
     with ExitStack() as stack:
-        stack.enter_context(dask.config.set({"distributed.scheduler.allowed-failures": workers.retries, "distributed.comm.timeouts.connect": f"{CONNECT}s"}))
+        settings = {
+            "distributed.scheduler.allowed-failures": workers.retries,
+            "distributed.comm.timeouts.connect": f"{CONNECT}s",
+            # empty, for by default it is one thread, and MALLOC_TRIM_THRESHOLD_=65536: the memory of every tensor would go back to the system and be asked
+            # for again, half of the time that a measurement takes
+            "distributed.nanny.pre-spawn-environ": {},
+        }
+        stack.enter_context(dask.config.set(settings))
         if workers.scheduler is None:
             threads = workers.threads or max(1, _cores() // workers.count)
+            stack.enter_context(_environment(dict.fromkeys(THREADS, str(threads))))  # which the workers inherit
             cluster = stack.enter_context(
                 LocalCluster(n_workers=workers.count, threads_per_worker=1, processes=True, host=workers.host, dashboard_address=f"{workers.host}:0",
-                             resources={"GPU": 1} if workers.gpu else None, env=dict.fromkeys(THREADS, str(threads)), memory_limit=0, silence_logs=50)
+                             resources={"GPU": 1} if workers.gpu else None, memory_limit=0, silence_logs=50)
             )  # fmt: skip
             client = stack.enter_context(Client(cluster, timeout=60))
         else:
@@ -217,6 +225,18 @@ def _refuse_other_versions(client, workers: Workers) -> None:
     if other:
         listed = "; ".join(f"{address} has {found}" for address, found in other.items())
         raise BadInput(f"workers of another version: {listed}. Expected {', '.join(f'{name} {number}' for name, number in here.items())}, as here")
+
+
+@contextmanager
+def _environment(given: dict[str, str]) -> Iterator[None]:
+    """Variables set, and all as it was afterwards: Dask leaves its own behind."""
+    before = dict(os.environ)
+    os.environ.update(given)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _able(client, workers: Workers) -> int:
