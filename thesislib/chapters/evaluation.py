@@ -29,6 +29,7 @@ from thesislib.sweep.run import FAILED, Place, Setting, identity_of, sweep, want
 TITLE = "the whole grid"
 PPL, OPEN = "perplexity", "open book"
 RECORDED, PRECISION = "sample", "precision"
+USABLE = 1.25  # times the dense model's perplexity: what a summary still calls small
 FAMILIES = ("pruned", "+ LoRA", "+ GPTQ", "+ EoRA")
 Results = Mapping[tuple[str, str], Measurement]  # by label and measure
 
@@ -432,12 +433,14 @@ def _bytes_finding(results: Results) -> str:
     table = points(results).set_index("label")
     labels = front(points(results), "MB", PPL)
     quantised = [x for x in labels if family(x) in FAMILIES[2:]]
-    dense, smallest = table.loc[DENSE], table.loc[min(labels, key=lambda x: table.loc[x, "MB"])]
+    dense = table.loc[DENSE]
+    usable = table[(table[PPL] <= USABLE * dense[PPL]) & table["MB"].notna()]
+    smallest = usable.loc[usable["MB"].idxmin()]
     return (
         f"**Bits or weights.** Of the {len(labels)} models on the front of perplexity against bytes {len(quantised)} are quantised. "
         f"{equal_bytes_sentence(results)} "
-        f"The smallest on the front is {smallest.name}: {smallest['MB']:.0f} MB of the dense model's {dense['MB']:.0f}, perplexity {smallest[PPL]:.3g} "
-        f"against {dense[PPL]:.3g}."
+        f"The smallest whose perplexity is at most {USABLE:g} times the dense model's is {smallest.name}: {smallest['MB']:.0f} MB of {dense['MB']:.0f}, "
+        f"perplexity {smallest[PPL]:.3g} against {dense[PPL]:.3g}."
     )
 
 
