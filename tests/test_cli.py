@@ -81,7 +81,7 @@ def test_thesislib_data_is_the_default(tiny_folder, data_folder, monkeypatch):
         (["evaluate", "TINY", "--on", "wikitext", "--data", "DATA", "--plan", "0-99"], "block 12 is out of range: this model has blocks 0 to 11"),
         (["evaluate", "TINY", "--on", "wikitext", "--data", "DATA", "--plan", ","], "the plan is empty"),
         (["evaluate", "TINY", "--on", "piqa", "--data", "DATA"], "holds neither piqa/validation.jsonl"),
-        (["evaluate", "TINY", "--on", "trivia", "--data", "DATA", "--limit", "0"], "limit 0 is too small"),
+        (["evaluate", "TINY", "--on", "trivia", "--data", "DATA", "--limit", "0"], "'limit' is 0: expected at least 1"),
         (["evaluate", "TINY", "--on", "wikitext", "--dtype", "float16"], "expected one of float32, bfloat16"),
         (["run", "01_frankenllama"], "did you mean '01_franken_llama'"),
         (["run", "01", "-p", "windos=3"], "did you mean 'windows'"),
