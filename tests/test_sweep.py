@@ -312,8 +312,11 @@ def running(*command, **environment):
         process.wait()
 
 
+@contextmanager
 def scheduler(port):
-    return running("dask", "scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard")
+    with running("dask", "scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard") as process:
+        wait_for(lambda: _open(port))
+        yield process
 
 
 def worker(port, **environment):
@@ -358,7 +361,6 @@ def test_a_worker_of_another_version_is_refused(tmp_path):
     port = free_port()
     one = Order("x", "x", {}, lambda: False, lambda answer: None)
     with scheduler(port), worker(port, PYTHONPATH=str(tmp_path / "site")), pytest.raises(BadInput, match=r"has thesislib 0\.0\.1.*Expected thesislib"):
-        wait_for(lambda: socket.create_connection(("127.0.0.1", port), 0.2) if _open(port) else None)
         drive([one], Workers(scheduler=f"tcp://127.0.0.1:{port}"), tmp_path)
     with pytest.raises(RuntimeError, match=r"the order is from thesislib 9"):  # one that joined later
         carry_out(json.dumps({"versions": {**versions(), "thesislib": "9"}}))

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from thesislib.errors import BadInput
 from thesislib.sweep.task import OtherVersion, carry_out, versions
 
-CONNECT = 8  # seconds until a scheduler that does not answer is given up
+CONNECT = 6  # seconds until a scheduler that does not answer is given up
+PATIENCE = 60  # seconds until a scheduler without workers is: they may just be starting
 LOOPBACK = "127.0.0.1"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # the smallest counts
 
@@ -213,7 +214,7 @@ def _refuse_other_versions(client, workers: Workers) -> None:
     """Raises BadInput if there is no worker, or one with another version than the driver's."""
     if workers.scheduler is not None:
         try:
-            client.wait_for_workers(1, timeout=CONNECT)
+            client.wait_for_workers(1, timeout=PATIENCE)
         except TimeoutError as error:
             raise BadInput(f"the scheduler at {workers.scheduler} has no workers: start some, by `dask worker {workers.scheduler} --nthreads 1`") from error
     if workers.gpu and not _able(client, workers):
