@@ -160,14 +160,12 @@ def export(
     out: Annotated[Path | None, typer.Option(help="the new folder or file; default NAME-gptq or NAME-TYPE.gguf")] = None,
 ) -> None:
     """Write a compressed model as others load it."""
-    from thesislib.formats import RECORD, load_artifact
-    from thesislib.subject import load_subject
 
     if gptq == (gguf is not None):
         raise BadInput("which format to export is not said: expected either --gptq or --gguf TYPE")
     if gptq and merge:
         raise BadInput("--merge would do nothing with --gptq, which keeps corrections beside the weights: leave it out")
-    loaded = load_artifact(subject, dtype) if (Path(subject) / RECORD).is_file() else load_subject(subject, dtype or "float32")
+    loaded = _held(subject, dtype, "float32")
     name = Path(subject).name
     if gptq:
         from thesislib.gptq_format import export_gptq
@@ -271,6 +269,14 @@ def _listed(key: str, text: str) -> list:
     return values
 
 
+def _held(subject: str, dtype: str | None, usual: str):
+    """An artifact in its own type, weights packed as it keeps them, or another subject in the usual one; unless a type is given."""
+    from thesislib.formats import RECORD, load_artifact
+    from thesislib.subject import load_subject
+
+    return load_artifact(subject, dtype) if (Path(subject) / RECORD).is_file() else load_subject(subject, dtype or usual)
+
+
 @app.command()
 @one_line_errors
 def profile(
@@ -284,11 +290,9 @@ def profile(
     """Project a model onto a device: does it fit, how fast would it be, what would a token cost. Nothing is measured."""
     from thesislib.device import report
     from thesislib.device.hardware import device as read
-    from thesislib.formats import RECORD, load_artifact
-    from thesislib.subject import load_subject
 
     found = read(device)
-    loaded = load_artifact(subject, dtype) if (Path(subject) / RECORD).is_file() else load_subject(subject, dtype or "bfloat16")
+    loaded = _held(subject, dtype, "bfloat16")
     plain = report.profile_report(loaded, found, prompt, context)
     typer.echo(json.dumps(plain) if as_json else report.readable(plain))
 

@@ -12,7 +12,8 @@ import numpy as np
 import pandas as pd
 
 from thesislib.chapters.thesis import thesis_row
-from thesislib.errors import BadInput
+from thesislib.chapters.words import number, ratio, share
+from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import perplexity, triviaqa
 from thesislib.evaluate.speed import SECONDS_PER_TOKEN
 from thesislib.evaluate.stats import Comparison, holm, paired_means
@@ -53,7 +54,7 @@ class EvaluationChapter:
     def __post_init__(self):
         positive(workers=self.workers, threads=self.threads)
         if self.dtype not in DTYPES:
-            raise BadInput(f"parameter 'dtype' is '{self.dtype}': expected one of {', '.join(DTYPES)}")
+            raise unknown("dtype", self.dtype, DTYPES)
         grid(self.size)
 
     @property
@@ -162,12 +163,12 @@ def points(results: Results) -> pd.DataFrame:
 # ---------------------------------------------------------------- tables
 
 
-def _number(m: Measurement | None, share: bool) -> str:
+def _number(m: Measurement | None, percent: bool) -> str:
     if m is None:
         return "not run"
-    if share:
-        return f"{m.value:.1%} [{m.low:.1%}, {m.high:.1%}]"
-    return f"{m.value:,.0f} [{m.low:,.0f}, {m.high:,.0f}]" if m.value > 1000 else f"{m.value:.4g} [{m.low:.4g}, {m.high:.4g}]"
+    if percent:
+        return share(m)
+    return f"{m.value:,.0f} [{m.low:,.0f}, {m.high:,.0f}]" if m.value > 1000 else number(m)
 
 
 def grid_table(results: Results, groups: Sequence[str] | None = None, size: str = RECORDED) -> pd.DataFrame:
@@ -254,16 +255,8 @@ def _compare(a: Measurement, b: Measurement) -> Comparison:
     return (perplexity if a.metric == "perplexity" else triviaqa).compare(a, b)
 
 
-def _ratio(c: Comparison) -> str:
-    return f"x {np.exp(c.difference):.3g} [{np.exp(c.low):.3g}, {np.exp(c.high):.3g}]"
-
-
 def _points(c: Comparison) -> str:
     return f"{100 * c.difference:+.1f} points [{100 * c.low:+.1f}, {100 * c.high:+.1f}]"
-
-
-def _p(p: float) -> str:
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def steps(results: Results, measure: str = PPL) -> list[tuple[str, str, str, Comparison]]:
@@ -330,7 +323,7 @@ def interaction_sentence(results: Results) -> str:
     sides = [f"more than that for {len(more)}{_listed(more)}", f"less for {len(less)}{_listed(less)}", f"and are not told apart from it for {rest}"]
     return (
         f"If the two added up, the loss of both together would be the sum of their losses. Of {len(found)} pairs, they cost {', '.join(sides)}; "
-        f"furthest off is {name}, perplexity {_ratio(most)} of the sum's (paired t tests over documents, Holm-adjusted)."
+        f"furthest off is {name}, perplexity {ratio(most, '.3g')} of the sum's (paired t tests over documents, Holm-adjusted)."
     )
 
 

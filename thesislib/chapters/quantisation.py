@@ -34,6 +34,7 @@ from thesislib.chapters.gptq import (
     without,
 )
 from thesislib.chapters.thesis import thesis_row
+from thesislib.chapters.words import number, p_value, ratio, share
 from thesislib.compress.grid import Grid, round_to_nearest
 from thesislib.errors import BadInput
 from thesislib.evaluate import perplexity, triviaqa
@@ -49,18 +50,6 @@ TITLE = "quantisation and compensation"
 BARS = {"GPTQ 4-bit asymmetric": 35.0, "GPTQ 4-bit asymmetric + EoRA": 32.8, "GPTQ 3-bit asymmetric": 48.0, "GPTQ 3-bit asymmetric + EoRA": 40.5}
 
 
-def _number(m: Measurement | None) -> str:
-    return "" if m is None else f"{m.value:.4g} [{m.low:.4g}, {m.high:.4g}]"
-
-
-def _share(m: Measurement | None) -> str:
-    return "" if m is None else f"{m.value:.1%} [{m.low:.1%}, {m.high:.1%}]"
-
-
-def _ratio(c: Comparison) -> str:
-    return f"x {np.exp(c.difference):.3f} [{np.exp(c.low):.3f}, {np.exp(c.high):.3f}]"
-
-
 def _word(c: Comparison, up: bool = False) -> str:
     """What a paired test says of b against a; `up` where more is better."""
     return "within noise of" if c.p >= 0.05 else "better than" if (c.difference > 0) == up else "worse than"
@@ -68,10 +57,6 @@ def _word(c: Comparison, up: bool = False) -> str:
 
 def _short(c: Comparison, up: bool = False) -> str:
     return _word(c, up).removesuffix(" of").removesuffix(" than")
-
-
-def _p(p: float) -> str:
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
 
 
 def stage_report(m: Measurement, kind: str) -> dict:
@@ -98,8 +83,8 @@ def main_table(results: Results, configs: Sequence[Configuration]) -> pd.DataFra
         times = f"{found[PPL].value / dense.value:.2f}" if found[PPL] and dense else ""
         rows.append(
             {
-                "model": c.name, "WikiText-2": _number(found[PPL]), "x dense": times, "held-out Wikipedia": _number(found[HELD_OUT]),
-                "closed book": _share(found[CLOSED]), "open book": _share(found[OPEN]),
+                "model": c.name, "WikiText-2": number(found[PPL]), "x dense": times, "held-out Wikipedia": number(found[HELD_OUT]),
+                "closed book": share(found[CLOSED]), "open book": share(found[OPEN]),
                 "MB": f"{size.get('bytes_on_disk', size.get('bytes_in_memory', 0)) / 1e6:.1f}", "linears, of bfloat16": _share_of_bfloat16(c, found),
             }
         )  # fmt: skip
@@ -157,7 +142,7 @@ def method_sentence(results: Results, configs: Sequence[Configuration], what: st
     """The same in words."""
     said = []
     for name, c in method_comparisons(results, configs, what):
-        said.append(f"{name}: {_short(c)} ({_ratio(c)}, {_p(c.p)})")
+        said.append(f"{name}: {_short(c)} ({ratio(c)}, {p_value(c.p)})")
     return "Paired t tests over documents, Holm-adjusted: " + "; ".join(said) + "."
 
 
@@ -170,9 +155,7 @@ def ingredient_table(results: Results, configs: Sequence[Configuration], base: i
         if (c.key, HELD_OUT) in results:
             t = tests.get(c.name)
             word = "" if t is None else _short(t)
-            rows.append(
-                {"settings": c.name, "held-out perplexity": _number(results[c.key, HELD_OUT]), f"against {start.name}": _ratio(t) if t else "", "": word}
-            )
+            rows.append({"settings": c.name, "held-out perplexity": number(results[c.key, HELD_OUT]), f"against {start.name}": ratio(t) if t else "", "": word})
     return pd.DataFrame(rows).set_index("settings")
 
 
@@ -183,15 +166,15 @@ def textbook_sentence(results: Results, p: QuantChapter, bits: int = 4, brief: b
     compared = dict(_pairs(results, [("plain", rounding, plain), ("own", asymmetric, own)], HELD_OUT))
     tests = _pairs(results, [(c.name, plain, c) for c in others], HELD_OUT)
     name, best = min(tests, key=lambda pair: pair[1].difference)
-    gain = [f"{n} ({_ratio(c)})" for n, c in tests if c.p < 0.05 and c.difference < 0 and n != name]
-    harm = [f"{n} ({_ratio(c)})" for n, c in tests if c.p < 0.05 and c.difference > 0]
+    gain = [f"{n} ({ratio(c)})" for n, c in tests if c.p < 0.05 and c.difference < 0 and n != name]
+    harm = [f"{n} ({ratio(c)})" for n, c in tests if c.p < 0.05 and c.difference > 0]
     first, second = compared["plain"], compared.get("own")
-    most = f"the most is gained by {name} ({_ratio(best)})" if best.p < 0.05 and best.difference < 0 else "none is told from it"
-    also = f", with an integer zero-point {_word(second)} it ({_ratio(second)}, {_p(second.p)})" if second else ""
+    most = f"the most is gained by {name} ({ratio(best)})" if best.p < 0.05 and best.difference < 0 else "none is told from it"
+    also = f", with an integer zero-point {_word(second)} it ({ratio(second)}, {p_value(second.p)})" if second else ""
     others_too = "" if brief else f"; also gaining: {', '.join(gain) or 'none'}; harming: {', '.join(harm) or 'none'}"
     return (
         f"At {bits} bits, on held-out text, GPTQ by the plain recipe (symmetric, no act-order, no clipping, all tokens equal) is {_word(first)} plain rounding "
-        f"({_ratio(first)}, {_p(first.p)}){also}. Of the single changes {most}{others_too}."
+        f"({ratio(first)}, {p_value(first.p)}){also}. Of the single changes {most}{others_too}."
     )
 
 
@@ -206,7 +189,7 @@ def worth_sentence(results: Results, p: QuantChapter) -> str:
 
 
 def _told(c: Comparison) -> str:
-    return "within noise" if c.p >= 0.05 else _p(c.p)
+    return "within noise" if c.p >= 0.05 else p_value(c.p)
 
 
 def kinds_table(results: Results, p: QuantChapter) -> pd.DataFrame:
@@ -217,7 +200,7 @@ def kinds_table(results: Results, p: QuantChapter) -> pd.DataFrame:
     for kind, c in _pairs(results, pairs, HELD_OUT):
         rounding, gptq = (results[found[f"{kind}, {how}"].key, HELD_OUT] for how in ("rounding", "GPTQ"))
         rows.append(
-            {"quantised alone": kind, "rounding": f"{rounding.value:.2f}", "GPTQ, plain": f"{gptq.value:.2f}", "GPTQ / rounding": _ratio(c), "": _word(c)}
+            {"quantised alone": kind, "rounding": f"{rounding.value:.2f}", "GPTQ, plain": f"{gptq.value:.2f}", "GPTQ / rounding": ratio(c), "": _word(c)}
         )
     return _framed(rows, "quantised alone", "rounding", "GPTQ, plain", "GPTQ / rounding", "")
 
@@ -242,8 +225,8 @@ def shapes_table(results: Results, p: QuantChapter) -> pd.DataFrame:
         if any(ms.values()):
             bits, group = name.split(", ")
             size = next(m for m in ms.values() if m).provenance["made"]["bytes"]["bytes_on_disk"]
-            said = f"{_ratio(tests[name])}, {_word(tests[name])}" if name in tests else "not run"
-            numbers = {how: _number(m) or "not run" for how, m in ms.items()}
+            said = f"{ratio(tests[name])}, {_word(tests[name])}" if name in tests else "not run"
+            numbers = {how: number(m) or "not run" for how, m in ms.items()}
             rows.append({"bits": bits.split()[0], "group": group.split()[1], **numbers, "GPTQ / rounding": said, "MB on disk": f"{size / 1e6:.1f}"})
     return pd.DataFrame(rows).set_index(["bits", "group"])
 
@@ -269,7 +252,7 @@ def compensation_table(results: Results, p: QuantChapter) -> pd.DataFrame:
         m = results.get((c.key, HELD_OUT))
         if m is not None:
             size = f"{stage_report(m, 'eora')['bytes'] / 1e6:.1f}" if c.name in tests else ""
-            rows.append({"model": c.name, "held-out perplexity": _number(m), "against without": _ratio(tests[c.name]) if c.name in tests else "", "MB": size})
+            rows.append({"model": c.name, "held-out perplexity": number(m), "against without": ratio(tests[c.name]) if c.name in tests else "", "MB": size})
     return pd.DataFrame(rows).set_index("model")
 
 
@@ -283,7 +266,7 @@ def bytes_sentence(results: Results, p: QuantChapter) -> str:
     sizes = [m.provenance["made"]["bytes"]["bytes_on_disk"] / 1e6 for m in (a, b)]
     return (
         f"3 bits with EoRA of rank {p.rank} take {sizes[0]:.1f} MB, 4 bits without {sizes[1]:.1f} MB; in perplexity the first are {_word(c)} the second "
-        f"({a.value:.1f} and {b.value:.1f}, {_ratio(c)}, {_p(c.p)})."
+        f"({a.value:.1f} and {b.value:.1f}, {ratio(c)}, {p_value(c.p)})."
     )
 
 
@@ -313,7 +296,7 @@ def bars_table(results: Results, p: QuantChapter) -> pd.DataFrame:
             m = results.get((c.key, PPL))
             met = "not run" if m is None else "met" if m.value <= bar else "not met"
             margin = "" if m is None else f"{m.value / bar - 1:+.1%}"
-            rows.append({"model": c.name, "at most": bar, "perplexity": _number(m), "off by": margin, "": met})
+            rows.append({"model": c.name, "at most": bar, "perplexity": number(m), "off by": margin, "": met})
     return pd.DataFrame(rows).set_index("model")
 
 
@@ -323,7 +306,9 @@ def more_sentence(results: Results, p: QuantChapter) -> str:
     for bits in p.bits:
         for first, second in zip([c for c in table(p) if c.name.startswith(f"GPTQ {bits}")], more(p, bits), strict=True):
             tests = [(what, _pairs(results, [("", first, second)], what)) for what in (HELD_OUT, PPL)]
-            shown = [f"{_ratio(found[0][1])} on {'held-out text' if what == HELD_OUT else 'the test'} ({_p(found[0][1].p)})" for what, found in tests if found]
+            shown = [
+                f"{ratio(found[0][1])} on {'held-out text' if what == HELD_OUT else 'the test'} ({p_value(found[0][1].p)})" for what, found in tests if found
+            ]
             said += [f"{first.name.replace(' asymmetric', '')} {' and '.join(shown)}"] if shown else []
     return f"Calibrated on {MORE['windows']} windows of Wikipedia instead of {p.calibration} of web text: {'; '.join(said) or 'not run'}."
 
@@ -390,8 +375,8 @@ def rank_table(results: Results, p: QuantChapter) -> pd.DataFrame:
         m = results.get((c.key, HELD_OUT))
         if m is not None:
             size = 0 if c.name == "0" else stage_report(m, "eora")["bytes"]
-            gain = _ratio(tests[c.name]) if c.name in tests else ""
-            rows.append({"rank": c.name, "MB of factors": f"{size / 1e6:.2f}", "held-out perplexity": _number(m), "against rank 0": gain})
+            gain = ratio(tests[c.name]) if c.name in tests else ""
+            rows.append({"rank": c.name, "MB of factors": f"{size / 1e6:.2f}", "held-out perplexity": number(m), "against rank 0": gain})
     return _framed(rows, "rank", "held-out perplexity")
 
 
@@ -447,7 +432,7 @@ def headline(results: Results) -> str:
     with_eora = dict(method_comparisons(results, table(p), HELD_OUT))["GPTQ 4-bit asymmetric + EoRA against rounding 4-bit asymmetric + EoRA"]
     return (
         f"{textbook_sentence(results, q, brief=True)} {kinds_sentence(results, q)} All of the chapter's changes together multiply the "
-        f"plain recipe's perplexity by {np.exp(change.difference):.2f}. With EoRA on top, GPTQ is {_word(with_eora)} rounding ({_ratio(with_eora)}). "
+        f"plain recipe's perplexity by {np.exp(change.difference):.2f}. With EoRA on top, GPTQ is {_word(with_eora)} rounding ({ratio(with_eora)}). "
         f"On WikiText-2 test (dense, in {results[None, PPL].provenance['dtype']}, {results[None, PPL].value:.1f}), groups of "
         f"{p.group}: {listed}. {bytes_sentence(results, p)} {starts_sentence(results, q)}"
     )
@@ -465,7 +450,7 @@ def pruned_sentence(results: Results, p: QuantChapter) -> str:
     for name in (n for n in by_name if "," not in n):
         r, g, e = (by_name[f"{name}, {how}"] for how in ("rounding", "GPTQ", "GPTQ + EoRA"))
         pairs += [(f"{name}: GPTQ against rounding", r, g), (f"{name}: EoRA against none", g, e)]
-    said = [f"{name}, {_short(c)} ({_ratio(c)}, {_p(c.p)})" for name, c in _pairs(results, pairs, HELD_OUT)]
+    said = [f"{name}, {_short(c)} ({ratio(c)}, {p_value(c.p)})" for name, c in _pairs(results, pairs, HELD_OUT)]
     return f"Paired t tests, Holm-adjusted: {'; '.join(said)}." if said else "Pruned models were not run."
 
 
@@ -490,6 +475,6 @@ def answers_sentence(results: Results, p: QuantChapter) -> str:
         pairs = [(f"{name} against dense", by_name[DENSE], c) for name, c in by_name.items() if name != DENSE]
         pairs += [(f"{name} against without", by_name[name.removesuffix(" + EoRA")], c) for name, c in by_name.items() if name.endswith("EoRA")]
         tests = _pairs(results, pairs, what)
-        listed = [f"{n} {results[by_name[n.split(' against')[0]].key, what].value:.1%} ({_short(c, up=True)}, {_p(c.p)})" for n, c in tests]
+        listed = [f"{n} {results[by_name[n.split(' against')[0]].key, what].value:.1%} ({_short(c, up=True)}, {p_value(c.p)})" for n, c in tests]
         said.append(f"{what}, dense {results[None, what].value:.1%}: {'; '.join(listed) or 'not run'}")
     return ". ".join(x[0].upper() + x[1:] for x in said) + ". Exact McNemar tests, Holm-adjusted."

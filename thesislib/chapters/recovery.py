@@ -11,6 +11,7 @@ import pandas as pd
 from thesislib import records
 from thesislib.chapters.lora import CLOSED, OPEN, PPL, Configuration, LoraChapter, Results, asked, merges, rates, read_recorded
 from thesislib.chapters.thesis import thesis_row
+from thesislib.chapters.words import number, p_value, ratio
 from thesislib.errors import BadInput
 from thesislib.evaluate import perplexity, triviaqa
 from thesislib.evaluate.stats import Comparison, bootstrap_mean, friedman, holm, paired_bootstrap, paired_means, signed_rank
@@ -37,25 +38,13 @@ def _get(results: Results, what: str, *args, **settings) -> Measurement | None:
     return results.get((Configuration(*args, **settings), what))
 
 
-def _number(m: Measurement | None) -> str:
-    return "" if m is None else f"{m.value:.4g} [{m.low:.4g}, {m.high:.4g}]"
-
-
-def _ratio(c: Comparison) -> str:
-    return f"x {np.exp(c.difference):.3f} [{np.exp(c.low):.3f}, {np.exp(c.high):.3f}]"
-
-
-def _p(p: float) -> str:
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
-
-
 def recovery_table(results: Results) -> pd.DataFrame:
     """One row a model: perplexity untrained and trained on each text, with the thesis's own figures beside it."""
     rows = []
     for model in _models(results):
-        row = {"model": model, "untrained": _number(_get(results, PPL, model))}
+        row = {"model": model, "untrained": number(_get(results, PPL, model))}
         for text in _texts(results):
-            row[f"+{LETTERS[text]}"] = _number(_get(results, PPL, model, text))
+            row[f"+{LETTERS[text]}"] = number(_get(results, PPL, model, text))
         for text in ("", *_texts(results)):
             letter = LETTERS.get(text, "")
             try:
@@ -101,7 +90,7 @@ def control_sentence(results: Results, text: str = "wikitext") -> str:
     shares = ", ".join(f"{model} {row.naive:.0%} ({row.fair:.0%})" for model, row in table.iterrows())
     moved = "changes" if c.p < 0.05 else "does not measurably change"
     return (
-        f"The same training on {text} {moved} the dense model's perplexity ({_ratio(c)}, paired t test, {_p(c.p)}). "
+        f"The same training on {text} {moved} the dense model's perplexity ({ratio(c)}, paired t test, {p_value(c.p)}). "
         f"Of the loss that pruning caused, training wins back, counted naively (and against the dense model trained alike): {shares}."
     )
 
@@ -157,7 +146,7 @@ def texts_sentence(results: Results, what: str = CLOSED) -> str:
 def other_measure_sentence(results: Results, text: str = "trivia") -> str:
     """What training on questions does to perplexity, against the untrained models."""
     found = [(c, t) for c, t in _against_untrained(results, PPL) if c.text == text]
-    listed = ", ".join(f"{c.pruned} {_ratio(t)}{'' if t.p < 0.05 else ' (within noise)'}" for c, t in found)
+    listed = ", ".join(f"{c.pruned} {ratio(t)}{'' if t.p < 0.05 else ' (within noise)'}" for c, t in found)
     return (
         f"Perplexity on Wikipedia text after training on {text}, against untrained: {listed or 'not run'} (paired t tests, Holm-adjusted over all trainings)."
     )
@@ -171,7 +160,7 @@ def order_sentence(results: Results) -> str:
         if early is not None:
             test = perplexity.compare(early, late)
             word = "within noise of" if test.p >= 0.05 else "worse than" if test.difference > 0 else "better than"
-            said.append(f"{c.label} ({late.value:.4g}) is {word} {c.pruned}+{c.after}+{LETTERS[c.text]} ({early.value:.4g}; {_ratio(test)}, {_p(test.p)})")
+            said.append(f"{c.label} ({late.value:.4g}) is {word} {c.pruned}+{c.after}+{LETTERS[c.text]} ({early.value:.4g}; {ratio(test)}, {p_value(test.p)})")
     return "Paired t tests over documents: " + "; ".join(said) + "."
 
 
@@ -183,10 +172,10 @@ def merge_table(results: Results) -> pd.DataFrame:
             for one in (c, *merges(c)):
                 found = m if one == c else _get(results, PPL, **dataclasses.asdict(one))
                 size = found.provenance["made"]["bytes"]
-                test = "" if one == c else _ratio(perplexity.compare(m, found))
+                test = "" if one == c else ratio(perplexity.compare(m, found))
                 rows.append(
                     {
-                        "model": c.label, "adapter": one.merge, "perplexity": _number(found), "against beside, paired": test,
+                        "model": c.label, "adapter": one.merge, "perplexity": number(found), "against beside, paired": test,
                         "zeros": f"{1 - size['nonzero_parameters'] / size['parameters']:.1%}", "MB on disk": f"{size['bytes_on_disk'] / 1e6:.1f}",
                     }
                 )  # fmt: skip
@@ -198,7 +187,7 @@ def merge_sentence(results: Results) -> str:
     masked, grown, moved = [], [], []
     for c in dict.fromkeys(c for c, what in results if what == PPL and c.merge == "beside" and merges(c)):
         beside, under, dense = (_get(results, PPL, **dataclasses.asdict(one)) for one in (c, *merges(c)))
-        masked.append(f"{c.label} {_ratio(perplexity.compare(beside, under))}")
+        masked.append(f"{c.label} {ratio(perplexity.compare(beside, under))}")
         size, larger = (m.provenance["made"]["bytes"]["bytes_on_disk"] for m in (beside, dense))
         grown.append(larger / size - 1)
         moved.append(dense.value / beside.value)
@@ -223,7 +212,7 @@ def seeds_sentence(results: Results) -> str:
     told = ""
     if len(runs) > 2:
         test = friedman({str(i): m.column("nats") for i, m in enumerate(runs)}, runs[0].column("document"))
-        told = f" A Friedman test over {test.n} documents {'tells the seeds apart' if test.p < 0.05 else 'does not tell the seeds apart'} ({_p(test.p)})."
+        told = f" A Friedman test over {test.n} documents {'tells the seeds apart' if test.p < 0.05 else 'does not tell the seeds apart'} ({p_value(test.p)})."
     return (
         f"{config.label} with {len(runs)} seeds: {listed}; standard deviation {values.std(ddof=1):.2f}, "
         f"{values.std(ddof=1) / (base - values.mean()):.1%} of what training gains.{told}"
@@ -249,7 +238,7 @@ def tests_table(results: Results) -> pd.DataFrame:
         x, y = ([n / t for n, t in zip(m.column("nats"), m.column("tokens"), strict=True)] for m in (a, b))
         documents, tokens = a.column("document"), a.column("tokens")
         found = (paired_means(x, y, documents), paired_bootstrap(x, y, documents, tokens), signed_rank(x, y, documents))
-        rows.append({"comparison": name} | {c.test: f"{_ratio(c)}, {_p(c.p)}" for c in found})
+        rows.append({"comparison": name} | {c.test: f"{ratio(c)}, {p_value(c.p)}" for c in found})
     return pd.DataFrame(rows).set_index("comparison")
 
 
