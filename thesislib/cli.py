@@ -297,6 +297,28 @@ def profile(
     typer.echo(json.dumps(plain) if as_json else report.readable(plain))
 
 
+@app.command()
+@one_line_errors
+def measure(
+    subject: Annotated[str, typer.Argument(help="an artifact folder, another subject spec, or a .gguf file, which is run as it is")],
+    kind: Annotated[str, typer.Option("--type", help="of the GGUF file that is made of it: F16, Q8_0, Q4_0 or Q4_1")] = "Q8_0",
+    prompt: Annotated[int, typer.Option(help="tokens that are read at once; decoding goes on after them")] = 128,
+    tokens: Annotated[int, typer.Option(help="tokens that are decoded and timed after the first")] = 32,
+    repeats: Annotated[int, typer.Option(help="runs that count; one before them does not")] = 5,
+    core: Annotated[int, typer.Option(help="to which the thread is pinned")] = 0,
+    beside: Annotated[bool, typer.Option("--beside/--alone", help="time transformers' own generation of the same too")] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="one line of JSON with every sample and provenance")] = False,
+) -> None:
+    """Run a model in llama.cpp on this machine, one thread: time to first token, time per token, bytes. Measured, unlike `profile`."""
+    from thesislib.device import measured
+    from thesislib.parameters import positive
+
+    positive(prompt=prompt, tokens=tokens, repeats=repeats)
+    loaded = _held(subject, None, "bfloat16")
+    plain = measured.measured_report(loaded, subject, kind, prompt, tokens, repeats, core, beside)
+    typer.echo(json.dumps(plain) if as_json else measured.readable(plain))
+
+
 recipes = typer.Typer(help="Look at recipes without running them.", no_args_is_help=True)
 app.add_typer(recipes, name="recipe")
 

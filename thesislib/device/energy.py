@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from thesislib.device.cost import costs, stored
+from thesislib.device.cost import Sketch, costs, stored
 from thesislib.device.hardware import Device
 from thesislib.device.plan import Plan, padded
 from thesislib.device.roofline import Projection
@@ -19,7 +19,7 @@ class Energy:
     unknown: tuple[str, ...]
 
 
-def energy(subject: Subject, device: Device, found: Plan, time: Projection, tokens: int = 1, context: int = 128) -> Energy:
+def energy(subject: Subject | Sketch, device: Device, found: Plan, time: Projection, tokens: int = 1, context: int = 128) -> Energy:
     """Of a pass whose plan and time are known."""
     c = costs(subject, tokens, context)
     padding = {w.name: padded(w, device) / max(w.bytes, 1) for w in stored(subject)}

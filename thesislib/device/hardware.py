@@ -10,6 +10,15 @@ from thesislib.yaml_lines import compose, value
 
 KINDS = ("published", "derived", "measured", "assumed")
 OPERATIONS = ("gemv", "gemm")  # one token at a time, many tokens at a time
+# what a product is computed in, and where a device's file has no rate for it: floating numbers can be computed in wider ones, at that rate;
+# where there is none in narrower ones, whose rate is too good. Integers on a device that only knows floating ones are turned into these.
+NEAREST = {
+    "float32": ("float32", "float16", "bfloat16", "int8"),
+    "float16": ("float16", "float32", "bfloat16", "int8"),
+    "bfloat16": ("bfloat16", "float32", "float16", "int8"),
+    "int8": ("int8", "float16", "bfloat16", "float32"),
+}
+PRECISIONS = tuple(NEAREST)
 
 
 @dataclass(frozen=True)
@@ -24,19 +33,19 @@ class Evidence:
 class Engine:
     """What multiplies.
 
-    clock: Hz. macs_per_cycle: {gemv or gemm: number}; None where it is not known. stored_bits: the least bits that a weight of a linear
-    takes where this engine reads it: fewer are padded. joules_per_mac.
+    clock: Hz. macs_per_cycle: {gemv or gemm: {one of `PRECISIONS`: number}}; None where it is not known. stored_bits: the least bits that a
+    weight of a linear takes where this engine reads it: fewer are padded. joules_per_mac.
     """
 
     name: str
     clock: float | None
-    macs_per_cycle: Mapping[str, float | None]
+    macs_per_cycle: Mapping[str, Mapping[str, float | None]]
     stored_bits: float | None
     joules_per_mac: float | None
 
-    def rate(self, operation: str) -> float | None:
+    def rate(self, operation: str, precision: str) -> float | None:
         """MACs per second of an operation, None if it is not known."""
-        macs = self.macs_per_cycle.get(operation)
+        macs = self.macs_per_cycle[operation].get(precision)
         return None if macs is None or self.clock is None else macs * self.clock
 
 
@@ -70,6 +79,19 @@ class Device:
     idle: float | None
     notes: tuple[str, ...] = ()
     evidence: Mapping[str, Evidence] = field(default_factory=dict)
+
+    def rate(self, operation: str, precision: str) -> tuple[float, str] | None:
+        """MACs per second of its fastest engine, and the precision of that rate: the one asked for, or the nearest with a rate; None without any.
+
+        Raises:
+            BadInput: a precision that is not known.
+        """
+        if precision not in NEAREST:
+            raise unknown("precision", precision, PRECISIONS)
+        for other in NEAREST[precision]:
+            if rates := [rate for engine in self.engines if (rate := engine.rate(operation, other))]:
+                return max(rates), other
+        return None
 
 
 def devices(folder: Path | None = None) -> dict[str, Path]:
@@ -113,7 +135,7 @@ def read_device(path: Path) -> Device:
             Engine(
                 str(keys["name"]),
                 reader.number(keys["clock"], f"{at}.clock", "Hz"),
-                {kind: reader.number(macs[kind], f"{at}.macs_per_cycle.{kind}", "MAC/cycle") for kind in OPERATIONS},
+                {kind: reader.rates(macs[kind], f"{at}.macs_per_cycle.{kind}") for kind in OPERATIONS},
                 reader.number(keys["stored_bits"], f"{at}.stored_bits", "bit"),
                 reader.number(keys["energy"], f"{at}.energy", "J/MAC"),
             )
@@ -172,6 +194,10 @@ class _Reader:
 
     def number(self, plain: object, at: str, unit: str) -> float | None:
         return None if plain is None else parse(self._sourced(plain, at), unit, f"{self.path}, {at}")
+
+    def rates(self, plain: object, at: str) -> dict[str, float | None]:
+        keys = self.mapping(plain, at, set(PRECISIONS))
+        return {precision: self.number(keys[precision], f"{at}.{precision}", "MAC/cycle") for precision in PRECISIONS}
 
     def band(self, plain: object, at: str) -> tuple[float, float]:
         found = self._sourced(plain, at)

@@ -1,11 +1,15 @@
 """Which memory each weight lives in, whether a model fits a device, and the other way round: what would fit."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from thesislib.device.cost import Stored, stored
+import pandas as pd
+
+from thesislib.device.cost import Sketch, Stored, costs, resized, sketch, stored
 from thesislib.device.hardware import Device
 from thesislib.errors import BadInput
+from thesislib.packing import Pattern
 from thesislib.subject import Subject
 
 FITS, STREAMS, TOO_LARGE = "fits", "streams", "does not fit"
@@ -36,7 +40,7 @@ def padded(weight: Stored, device: Device) -> int:
     return max(weight.bytes - size, math.ceil((weight.params - many) * least / 8)) + max(size, math.ceil(many * least / 8))
 
 
-def plan(subject: Subject, device: Device, cache_bytes: int = 0) -> Plan:
+def plan(subject: Subject | Sketch, device: Device, cache_bytes: int = 0) -> Plan:
     """Place the KV cache, then weights in the order in which they are used, each in the nearest tier with room for it whole."""
     weights = stored(subject)
     room = {tier.name: tier.size for tier in device.tiers}
@@ -62,7 +66,7 @@ def plan(subject: Subject, device: Device, cache_bytes: int = 0) -> Plan:
     return Plan(TOO_LARGE if missing else FITS if inside else STREAMS, places, used, nearest, missing)
 
 
-def blocks_that_fit(subject: Subject, device: Device, bits: float, on_chip: bool = True, kept: float = 1, cache_bytes: int = 0) -> int | None:
+def blocks_that_fit(subject: Subject | Sketch, device: Device, bits: float, on_chip: bool = True, kept: float = 1, cache_bytes: int = 0) -> int | None:
     """How many of the model's blocks would fit a device at `bits` a weight of a linear, all else as it is held; None if not even none do.
 
     Args:
@@ -90,3 +94,51 @@ def blocks_that_fit(subject: Subject, device: Device, bits: float, on_chip: bool
             number = w.name.split(".")[1]
             blocks[number] = blocks.get(number, 0) + (w.params * effective / 8 if "proj" in w.name else w.bytes)
     return None if rest > room else min(len(blocks), int((room - rest) // max(blocks.values())))
+
+
+def what_fits(
+    subject: Subject | Sketch,
+    device: Device,
+    blocks: Sequence[int] | None = None,
+    patterns: Sequence[str | None] = (None, "1:8", "2:4"),
+    bits: Sequence[float] = (16, 8, 4, 3, 2),
+    table: float | None = None,
+    context: int = 128,
+    packed: bool = True,
+) -> pd.DataFrame:
+    """The depths, widths and bits at which a model would fit a device. From sizes alone, no model is made.
+
+    Args:
+        subject: where they start from.
+        device: an engine that pads stores every weight at its least bits: there neither fewer bits nor a pattern gain anything.
+        blocks: how many are kept, None for every number up to all.
+        patterns: removed:of, None for none.
+        bits: a weight of a linear, scales included; a packed pattern's places come on top.
+        table: bits of the embedding and the head, None as they are held.
+        context: tokens in the cache.
+        packed: whether the device's kernels unpack patterns as they read. False: zeros are stored like any weight and gain nothing.
+
+    Returns:
+        A row for each combination that fits, most blocks first, then most bits, then fewest zeros: blocks, pattern ("" for none), bits, bytes (as the
+        device stores them), weights (share of the model's linears that are kept), on_chip (all of it; where a device has memory on a chip).
+        No row: nothing fits.
+
+    Raises:
+        BadInput: see `thesislib.device.cost.resized`.
+    """
+    plain, rows = sketch(subject), []
+    has_chip = any(tier.on_chip for tier in device.tiers)
+    for pattern in patterns:
+        for b in bits:
+            other = resized(plain, None, b, pattern if packed else None, table)
+            share = 1 if pattern is None else Pattern.parse(pattern).keep / Pattern.parse(pattern).of
+            for n in range(1, plain.depth + 1) if blocks is None else blocks:
+                case = resized(other, n)
+                found = plan(case, device, costs(case, 1, context).cache_bytes)
+                if found.verdict != TOO_LARGE:
+                    size = sum(found.bytes.values())
+                    row = {"blocks": n, "pattern": pattern or "", "bits": b, "bytes": size, "weights": share * n / plain.depth}
+                    rows.append(row | {"on_chip": has_chip and found.verdict == FITS})
+    columns = ["blocks", "pattern", "bits", "bytes", "weights", "on_chip"]
+    frame = pd.DataFrame(rows, columns=columns)
+    return frame.sort_values(["blocks", "bits", "weights"], ascending=False, kind="stable", ignore_index=True)

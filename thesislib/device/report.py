@@ -43,6 +43,7 @@ def profile_report(subject: Subject, device: Device, prompt: int = 128, context:
         "tokens_per_second": {"low": slow, "high": fast},
         "joules_per_token": {"low": spent.low, "high": spent.high} if sum(spent.parts.values()) > 0 else None,
         "left_out": sorted({*found.decode.unknown, *spent.unknown}),
+        "taken": sorted({*found.prefill.taken, *found.decode.taken}),
     }
 
 
@@ -65,6 +66,7 @@ def readable(plain: dict) -> str:
         spent = f"{joules['low']:.2g} to {joules['high']:.2g}" if joules else "not known"
         lines.append(f"  joules per token: {spent}")
         lines.append(f"  left out, since not known: {', '.join(plain['left_out']) or 'nothing'}")
+        lines += [f"  not known, another stands in: {', '.join(plain['taken'])}"] if plain["taken"] else []
     fit = [f"{'none' if n is None else n} at {bits}" for bits, n in plain["blocks_that_fit"].items()]
     lines.append(f"  blocks that would fit {plain['where']}, by bits: {', '.join(fit)}")
     return "\n".join([*lines, *(f"  note: {note}" for note in plain["notes"])])

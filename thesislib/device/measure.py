@@ -1,0 +1,230 @@
+"""How fast a model decodes on this machine, in llama.cpp and in transformers: one pinned thread, every sample kept, and whether the machine was quiet."""
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+from transformers import DynamicCache
+
+from thesislib.device.engine import Request, busy_seconds, run_engine
+from thesislib.errors import BadInput
+from thesislib.files import cache_dir
+from thesislib.gguf_format import export_gguf
+from thesislib.records import Measurement, provenance
+from thesislib.subject import Subject
+
+LOADED = 0.25  # cores that others kept busy: from there on memory and the last cache are shared with something
+NOISY = 0.15  # spread of the repetitions' medians, as a share of their median
+METRIC = "seconds per token"
+QUIET, NOISY_HOST = "quiet", "inconclusive: noisy host"
+SAMPLE = "The history of engineering is full of machines that were made smaller, cheaper and slower, and were used by more people for it. "
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One model in one engine.
+
+    engine: "llama.cpp Q8_0" or "transformers bfloat16". prompt: tokens that were read at once. first: seconds from the prompt to the first token, one a
+    repetition. later: seconds of each token after it, by repetition. others: cores that other processes kept busy, by repetition; None where the system
+    does not say. bytes: of weights, cache and the process, as far as the engine tells. versions: of the engine.
+    """
+
+    engine: str
+    prompt: int
+    first: tuple[float, ...]
+    later: tuple[tuple[float, ...], ...]
+    others: tuple[float | None, ...]
+    bytes: dict[str, int]
+    versions: dict[str, str]
+
+    @property
+    def seconds_to_first_token(self) -> float:
+        """Median over repetitions."""
+        return statistics.median(self.first)
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Median over all tokens but the first, which pays for the prompt."""
+        return statistics.median(self.seconds)
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of every token but the first, all repetitions."""
+        return [s for repetition in self.later for s in repetition]
+
+    @property
+    def spread(self) -> float:
+        """By how much repetitions differ: the range of their medians over the median of these."""
+        middles = [statistics.median(repetition) for repetition in self.later]
+        return (max(middles) - min(middles)) / statistics.median(middles)
+
+    @property
+    def verdict(self) -> str:
+        """Whether it can be believed: "quiet", "inconclusive: noisy host", or "loaded: others kept 1.0 cores busy"."""
+        seen = [x for x in self.others if x is not None]
+        if seen and (most := statistics.median(seen)) > LOADED:
+            return f"loaded: others kept {most:.1f} cores busy"
+        return NOISY_HOST if self.spread > NOISY else QUIET
+
+
+def time_llama_cpp(file: str | Path, ids: Sequence[int], tokens: int = 32, repeats: int = 5, core: int | None = 0) -> Timing:
+    """Time llama.cpp, one thread pinned to a core, after one run that does not count.
+
+    Args:
+        file: GGUF.
+        ids: the prompt's tokens.
+        tokens: to decode after the first.
+        repeats: at least five make a median that can be believed.
+        core: which.
+
+    Raises:
+        BadInput: see `thesislib.device.engine.run_engine`.
+    """
+    answer = run_engine(Request(str(file), [list(ids)], tokens + 1, repeats, warm_up=1, core=core))
+    samples = answer["samples"]
+    return Timing(
+        f"llama.cpp {file_type(file)}", len(ids), tuple(s["seconds"][0] for s in samples), tuple(tuple(s["seconds"][1:]) for s in samples),
+        tuple(s["others"] for s in samples), answer["bytes"], answer["versions"],
+    )  # fmt: skip
+
+
+def prompt_ids(subject: Subject, n: int) -> list[int]:
+    """The first `n` tokens of a text that repeats as often as need be: what is said changes no cost."""
+    ids = subject.tokenizer(SAMPLE, add_special_tokens=False)["input_ids"]
+    return (ids * (n // len(ids) + 1))[:n]
+
+
+def file_type(file: str | Path) -> str:
+    """The type of a GGUF file's matrices: the one that most of its bytes have, embedding and head apart."""
+    found: dict[str, int] = {}
+    for tensor in gguf.GGUFReader(file).tensors:
+        if len(tensor.shape) > 1 and tensor.name not in ("token_embd.weight", "output.weight"):
+            found[tensor.tensor_type.name] = found.get(tensor.tensor_type.name, 0) + int(tensor.n_bytes)
+    if not found:
+        raise BadInput(f"{file} has no matrices beside its embedding: expected a language model")
+    return max(found, key=lambda name: found[name])
+
+
+def bytes_per_token(file: str | Path) -> int:
+    """Bytes of weights that decoding one token reads from a GGUF file: all but the embedding, of which it reads a row, unless it is the head too."""
+    tensors = {t.name: t for t in gguf.GGUFReader(file).tensors}
+    sizes = {name: int(t.n_bytes) for name, t in tensors.items()}
+    if "output.weight" in sizes:
+        sizes["token_embd.weight"] //= int(tensors["token_embd.weight"].shape[-1])
+    return sum(sizes.values())
+
+
+def time_transformers(subject: Subject, ids: Sequence[int], tokens: int = 32, repeats: int = 5) -> Timing:
+    """Time the same greedy decoding by transformers with its KV cache, one thread of this process, after one run that does not count."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        greedy_steps(subject, ids, 2)
+        runs = [_watched(subject, ids, tokens + 1) for _ in range(repeats)]
+    finally:
+        torch.set_num_threads(threads)
+    weights = sum({t.data_ptr(): t.nbytes for t in subject.model.state_dict().values()}.values())
+    return Timing(
+        f"transformers {str(subject.dtype).removeprefix('torch.')}", len(ids), tuple(s[0] for s, _ in runs), tuple(tuple(s[1:]) for s, _ in runs),
+        tuple(others for _, others in runs), {"weights": weights}, {"torch": torch.__version__},
+    )  # fmt: skip
+
+
+def _watched(subject: Subject, ids: Sequence[int], tokens: int) -> tuple[list[float], float | None]:
+    """Seconds of each token, and how many cores others kept busy."""
+    began, all_cores, mine = time.perf_counter(), busy_seconds(), time.process_time()
+    _, _, seconds = greedy_steps(subject, ids, tokens)
+    now = busy_seconds()
+    if now is None or all_cores is None:
+        return seconds, None
+    return seconds, max(0.0, now - all_cores - (time.process_time() - mine)) / (time.perf_counter() - began)
+
+
+def greedy_steps(subject: Subject, ids: Sequence[int], tokens: int) -> tuple[list[int], list[torch.Tensor], list[float]]:
+    """Greedy decoding past any end token: the tokens chosen, the logits (vocabulary,) each was chosen from, and seconds of each."""
+    cache, feed = DynamicCache(config=subject.model.config), torch.tensor([list(ids)])
+    chosen, seen, seconds = [], [], []
+    with torch.inference_mode():
+        for _ in range(tokens):
+            at = time.perf_counter()
+            logits = subject.model(input_ids=feed.to(subject.device), past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+            chosen.append(int(logits.argmax()))
+            seconds.append(time.perf_counter() - at)
+            seen.append(logits.float().cpu())
+            feed = torch.tensor([chosen[-1:]])
+    return chosen, seen, seconds
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far two engines choose the same tokens after a prompt.
+
+    same: tokens until they part; all of them if they never do. margin: by how much the reference's logit of its own token exceeds that of the other's
+    token where they part, None if they never do. gap: the smallest lead of the reference's first token over its second anywhere before.
+    """
+
+    same: int
+    of: int
+    margin: float | None
+    gap: float
+
+
+def agreement(subject: Subject, file: str | Path, prompts: Sequence[Sequence[int]], tokens: int = 32) -> list[Agreement]:
+    """Greedy decoding of a GGUF file in llama.cpp, its cache in float32, against the subject's in transformers, prompt by prompt.
+
+    Raises:
+        BadInput: see `thesislib.device.engine.run_engine`.
+    """
+    theirs = run_engine(Request(str(file), [list(p) for p in prompts], tokens, exact=True))["samples"]
+    result = []
+    for prompt, sample in zip(prompts, theirs, strict=True):
+        ours, logits, _ = greedy_steps(subject, prompt, tokens)
+        result.append(agreed(ours, sample["ids"], logits))
+    return result
+
+
+def agreed(ours: Sequence[int], theirs: Sequence[int], logits: Sequence[torch.Tensor]) -> Agreement:
+    """Two sequences of tokens against the logits (vocabulary,) from which ours were chosen."""
+    same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
+    leads = [float(torch.subtract(*torch.topk(step, 2).values)) for step in logits[: same + 1]]
+    margin = None if same == len(ours) else float(logits[same][ours[same]] - logits[same][theirs[same]])
+    return Agreement(same, len(ours), margin, min(leads))
+
+
+def gguf_file(subject: Subject, kind: str) -> Path:
+    """The subject as a GGUF file in the cache, written once; low-rank corrections are merged into the weights.
+
+    Raises:
+        BadInput: what `thesislib.gguf_format.export_gguf` refuses.
+    """
+    file = cache_dir() / "gguf" / f"{subject.fingerprint[:16]}-{kind}.gguf"
+    return file if file.exists() else export_gguf(subject, file, kind, merge_corrections=True)
+
+
+def as_measurement(subject: Subject, timing: Timing, started: float, **settings: Any) -> Measurement:
+    """A record of a timing: the median over tokens and, as its interval, the quartiles of what was seen (no confidence interval).
+
+    It depends on the machine and on what else runs there, so a record of it cannot be made again.
+    """
+    seconds = timing.seconds
+    low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+    items = [{"id": f"{i}.{j}", "seconds": s} for i, repetition in enumerate(timing.later) for j, s in enumerate(repetition)]
+    extra = {
+        "tokens per second": 1 / middle,
+        "seconds to first token": timing.seconds_to_first_token,
+        "prompt tokens per second": timing.prompt / timing.seconds_to_first_token,
+        "first": list(timing.first),
+        "bytes": timing.bytes,
+        "verdict": timing.verdict,
+        "spread": timing.spread,
+        "cores that others kept busy": list(timing.others),
+    }
+    made = provenance(subject, started, engine=timing.engine, prompt=timing.prompt, tokens=len(timing.later[0]), repeats=len(timing.later),
+                      threads=1, interval="quartiles", **settings)  # fmt: skip
+    made["versions"] = {**made["versions"], **timing.versions}
+    return Measurement(f"{timing.engine}, after {timing.prompt} tokens", METRIC, middle, low, high, len(seconds), "token", items, extra, made)
