@@ -319,6 +319,38 @@ def measure(
     typer.echo(json.dumps(plain) if as_json else measured.readable(plain))
 
 
+devices = typer.Typer(help="Devices that models are projected onto.", no_args_is_help=True)
+app.add_typer(devices, name="device")
+
+
+@devices.command()
+@one_line_errors
+def calibrate(out: Annotated[Path, typer.Option(help="the new file; its name is the device's")] = Path("host.yaml")) -> None:
+    """Measure this machine, one thread of it, and write it as a device file for `thesislib profile --device FILE`."""
+    from thesislib.device.hardware import read_device
+    from thesislib.device.host import host_file
+    from thesislib.files import whole_file
+
+    if out.suffix != ".yaml" or out.exists():
+        raise BadInput(f"{out} cannot be written: expected a new file whose name ends in .yaml")
+    with whole_file(out) as temporary:
+        temporary.write_text(host_file(out.stem), "utf8")
+        found = read_device(temporary)
+    bandwidth = found.tiers[0].read or 0.0
+    typer.echo(f"{out}: {found.title}, reads {bandwidth / 1e9:.1f} GB/s; `thesislib profile embedded --device {out}` projects onto it")
+
+
+@devices.command("list")
+@one_line_errors
+def list_devices() -> None:
+    """The devices there are."""
+    from thesislib.device.hardware import devices as known
+    from thesislib.device.hardware import read_device
+
+    for name, file in known().items():
+        typer.echo(f"{name}: {read_device(file).title}")
+
+
 recipes = typer.Typer(help="Look at recipes without running them.", no_args_is_help=True)
 app.add_typer(recipes, name="recipe")
 

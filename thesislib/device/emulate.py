@@ -174,7 +174,10 @@ def _probe(target: str, sources: Path, root: Path, jobs: int) -> Path:
         includes = [f"-I{sources / place}" for place in ("include", "ggml/include")]
         libraries = [folder / f"lib{name}.a" for name in ("llama", "ggml", "ggml-cpu", "ggml-base")]  # each before those that it needs
         with whole_file(probe) as temporary:
-            _run([compiler, "-O2", "-std=c++17", "-static", *includes, OWN / "probe.cpp", *libraries, "-lm", "-o", temporary], f"compiling probe.cpp for {target}")
+            _run(
+                [compiler, "-O2", "-std=c++17", "-static", *includes, OWN / "probe.cpp", *libraries, "-lm", "-o", temporary],
+                f"compiling probe.cpp for {target}",
+            )
             temporary.chmod(0o755)
         probe.chmod(0o755)
     return probe
@@ -312,7 +315,9 @@ def record(subject: Subject, runs: Iterable[tuple[str, Sequence[int] | None]], p
         file = gguf_file(model, kind)
         row = as_row(emulate(file, ids, tokens, programs))
         rows.append({"type": kind, "blocks": model.depth, "plan": plan and list(plan), "fingerprint": model.fingerprint, "sha256": sha256_of(file), **row})
-        print(f"{kind}, {model.depth} blocks: {row['same']} of {row['of']} tokens, {row['instructions']['per token, all'] / 1e6:.0f} M a token", file=sys.stderr)
+        print(
+            f"{kind}, {model.depth} blocks: {row['same']} of {row['of']} tokens, {row['instructions']['per token, all'] / 1e6:.0f} M a token", file=sys.stderr
+        )
     made = provenance(subject, started, prompt=ids, tokens=tokens, threads=1, tolerance=TOLERANCE, classes=list(CLASSES))
     for key in ("seconds", "peak_memory"):  # of an emulator: no one should take them for a device's
         del made[key]

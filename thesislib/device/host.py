@@ -1,13 +1,19 @@
 """This machine as a device: what one thread of it reads and multiplies in a second, measured, and a device file made of that."""
 
+import os
+import re
+import statistics
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
 from thesislib.errors import BadInput, unknown
+from thesislib.records import hardware
 
+FLOATS = ("float32", "float16", "bfloat16")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 READ = 256 * 2**20  # bytes: larger than any last cache, so that memory is read
 
@@ -67,3 +73,77 @@ def mac_rate(precision: str, kind: str, repeats: int = 9) -> list[float]:
             a, b = torch.randn(tokens, inputs, dtype=dtype), torch.randn(outputs, inputs, dtype=dtype)
             seconds = _seconds(lambda: [torch.nn.functional.linear(a, b) for _ in range(times)], repeats)
     return [times * tokens * inputs * outputs / s for s in seconds]
+
+
+def host_file(name: str = "host", repeats: int = 9) -> str:
+    """This machine, one thread of it, as a device file: bandwidth and rates are medians of what was measured, what was not is null.
+
+    Raises:
+        BadInput: the system does not say its clock or its memory.
+    """
+    clock, memory = _clock(), _memory()
+    about, when = hardware()["cpu"], time.strftime("%Y-%m-%d", time.gmtime())
+    how = f"one thread, torch {torch.__version__}, {when}, median of {repeats}: from {{:.3g}} to {{:.3g}}"
+
+    def measured(value: float, unit: str, source: str) -> str:
+        return f'{{value: {value:.4g} {unit}, kind: measured, source: "{source}"}}'
+
+    def rates(kind: str) -> list[str]:
+        lines = [f"      {kind}:"]
+        for precision in (*FLOATS, "int8"):
+            if (kind, precision) == ("gemv", "int8") or precision == "float16":  # torch has no product of one token in int8; float16 is emulated on most CPUs
+                lines.append(f"        {precision}: null")
+                continue
+            seen = mac_rate(precision, kind, repeats)
+            text = f"{how.format(min(seen) / 1e9, max(seen) / 1e9)} GMAC/s, over the clock"
+            lines.append(f"        {precision}: {measured(statistics.median(seen) / clock, 'MAC/cycle', text)}")
+        return lines
+
+    seen = read_bandwidth(repeats)
+    bandwidth = measured(statistics.median(seen) / 1e9, "GB/s", f"{how.format(min(seen) / 1e9, max(seen) / 1e9)} GB/s, a sum over 256 MiB of float32")
+    return "\n".join([
+        f"name: {name}",
+        f"title: the machine on which this file was made, one thread of it ({about})",
+        "notes:",
+        '  - "Made by `thesislib device calibrate`: rates are those of torch, which other engines may exceed."',
+        "engines:",
+        "  - name: one core",
+        f"    clock: {measured(clock / 1e6, 'MHz', 'what the system says of the first core')}",
+        "    macs_per_cycle:",
+        *rates("gemv"),
+        *rates("gemm"),
+        "    stored_bits: null",
+        "    energy: null",
+        "tiers:",
+        "  - name: DRAM",
+        f"    size: {measured(memory / 1e9, 'GB', 'what the system says')}",
+        f"    read: {bandwidth}",
+        "    energy: null",
+        "    on_chip: false",
+        "    holds_cache: true",
+        "overhead: null",
+        "mbu:",
+        "  value: [0.4, 0.9]",
+        "  kind: assumed",
+        '  source: "as for the boards: chapter 7 has the shares that llama.cpp was measured to reach here"',
+        "mfu:",
+        "  value: [0.1, 0.7]",
+        "  kind: assumed",
+        '  source: "as for the boards: chapter 7 has the shares that llama.cpp was measured to reach here"',
+        "idle: null",
+        "",
+    ])  # fmt: skip
+
+
+def _clock() -> float:
+    """Hz of the first core."""
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^cpu MHz\s*: ([\d.]+)", info.read_text(), re.M) if info.exists() else None
+    if not found:
+        raise BadInput("this system does not say its clock in /proc/cpuinfo: copy hw/devices/laptop.yaml and write it by hand")
+    return float(found[1]) * 1e6
+
+
+def _memory() -> int:
+    """Bytes of memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
