@@ -150,6 +150,7 @@ def test_every_notebook_is_in_the_book_and_its_parameters_are_its_configs():
     from papermill import inspect_notebook
 
     from thesislib.chapters.depth import DepthChapter
+    from thesislib.chapters.device import DeviceChapter
     from thesislib.chapters.evaluation import EvaluationChapter
     from thesislib.chapters.franken import Franken
     from thesislib.chapters.gptq import QuantChapter
@@ -161,6 +162,7 @@ def test_every_notebook_is_in_the_book_and_its_parameters_are_its_configs():
     kinds = {
         "00_measures": Measures, "01_franken_llama": Franken, "02_depth_pruning": DepthChapter, "03_width_pruning": WidthChapter,
         "04_lora_recovery": LoraChapter, "05_quantisation": QuantChapter, "06_evaluation": EvaluationChapter,
+        "07_on_device": DeviceChapter,
     }  # fmt: skip
     assert set(kinds) == set(chapters()) == set(CHAPTERS)
     for name, kind in kinds.items():

@@ -394,3 +394,64 @@ def steps_chart(steps: Sequence[tuple[str, str, str, Comparison]]) -> plt.Figure
         axis.set(title=name, xlabel="perplexity times (log)", yticks=range(len(rows)), yticklabels=labels, ylim=(tallest - 0.5, -0.5))
         axis.tick_params(labelsize=8)
     return figure
+
+
+def throughput_chart(rows: pd.DataFrame, measured: Mapping[str, float] | None = None) -> plt.Figure:
+    """Projected tokens per second, a panel a device that holds any model, an interval a model; crosses: measured on the host.
+
+    Args:
+        rows: with device, model, low and high, as `thesislib.chapters.device.projections` has them.
+        measured: tokens per second by model, for the panel named host.
+    """
+    kept = [name for name, part in rows.groupby("device", sort=False) if part["low"].notna().any()]
+    figure, axes = plt.subplots(1, len(kept), figsize=(2.1 * len(kept) + 1.5, 4), sharey=True, layout="constrained", squeeze=False)
+    for axis, name in zip(axes[0], kept, strict=True):
+        part = rows[rows["device"] == name].reset_index(drop=True)
+        axis.hlines(part.index, part["low"], part["high"], color=BLUE, linewidth=5, alpha=0.7)
+        if name == "host" and measured:
+            seen = [(y, measured[label]) for y, label in enumerate(part["model"]) if label in measured]
+            axis.plot([x for _, x in seen], [y for y, _ in seen], "x", color=ORANGE, markersize=8, markeredgewidth=2)
+        axis.set(title=name, xscale="log", xlabel="tokens/s", yticks=range(len(part)), yticklabels=part["model"])
+    axes[0][0].invert_yaxis()
+    return figure
+
+
+def prediction_chart(tables: Mapping[str, pd.DataFrame]) -> plt.Figure:
+    """Measured milliseconds per token over MB per token, a panel a format, with the line through the fitted depths; hollow marks were held out."""
+    figure, axes = plt.subplots(1, len(tables), figsize=(3.2 * len(tables), 3.2), layout="constrained", squeeze=False)
+    for axis, (kind, table) in zip(axes[0], tables.items(), strict=True):
+        table = table.sort_values("MB per token")
+        axis.fill_between(table["MB per token"], table["low"], table["high"], color=BLUE, alpha=0.2)
+        axis.plot(table["MB per token"], table["predicted"], color=BLUE)
+        for fitted, face in ((True, ORANGE), (False, "white")):
+            part = table[(table["where"] == "fitted") == fitted]
+            axis.plot(part["MB per token"], part["measured"], "o", color=ORANGE, markerfacecolor=face, markersize=7)
+        axis.set(title=kind, xlabel="MB read per token", ylabel="ms per token" if axis is axes[0][0] else "", xlim=(0, None), ylim=(0, None))
+    return figure
+
+
+def roofline_chart(device_name: str, rate: float, bandwidth: float, operations: pd.DataFrame) -> plt.Figure:
+    """MACs per second that a device could reach over MACs per byte (Williams et al. 2009), with operations where they lie on it.
+
+    Args:
+        device_name: for the title.
+        rate: MACs per second of the engine.
+        bandwidth: bytes per second of the memory.
+        operations: with name, kind (decoding or prompt) and intensity (MACs per byte).
+    """
+    figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    x = np.geomspace(min(0.1, operations["intensity"].min() / 2), max(1e3, operations["intensity"].max() * 2), 200)
+    axis.plot(x, np.minimum(rate, x * bandwidth), color=GREY)
+    for kind, marker, colour in (("decoding", "o", BLUE), ("prompt", "^", ORANGE)):
+        part = operations[operations["kind"] == kind]
+        axis.plot(part["intensity"], np.minimum(rate, part["intensity"] * bandwidth), marker, color=colour, label=kind, markersize=8, alpha=0.8)
+    axis.axvline(rate / bandwidth, color=GREY, linestyle=":")
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlabel="MACs per byte read",
+        ylabel="MACs per second, at most",
+        title=f"{device_name}: left of the dotted line memory limits",
+    )
+    axis.legend()
+    return figure

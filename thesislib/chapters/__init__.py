@@ -11,7 +11,7 @@ from thesislib.files import data_file
 
 CHAPTERS = {
     "00_measures": "measures", "01_franken_llama": "franken", "02_depth_pruning": "depth", "03_width_pruning": "width", "04_lora_recovery": "recovery",
-    "05_quantisation": "quantisation", "06_evaluation": "evaluation",
+    "05_quantisation": "quantisation", "06_evaluation": "evaluation", "07_on_device": "device",
 }  # fmt: skip
 
 

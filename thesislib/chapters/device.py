@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,15 +10,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+import matplotlib.pyplot as plt
+import pandas as pd
+
+from thesislib import figures
+from thesislib.chapters.evaluation import PPL, points
 from thesislib.compress.gptq import Rtn
 from thesislib.compress.plan import apply_plan
 from thesislib.compress.width import Width
 from thesislib.corpus import questions
-from thesislib.device.measure import Agreement, Timing, agreement, as_measurement, gguf_file, prompt_ids, time_llama_cpp, time_transformers
+from thesislib.device.calibrate import BETWEEN, BEYOND, Point, held_out
+from thesislib.device.cost import costs, stored
+from thesislib.device.hardware import device, devices
+from thesislib.device.measure import QUIET, Agreement, Timing, agreement, as_measurement, gguf_file, prompt_ids, time_llama_cpp, time_transformers
+from thesislib.device.plan import TOO_LARGE, what_fits
+from thesislib.device.published import against_published
+from thesislib.device.report import profile_report
+from thesislib.device.roofline import what_each_buys
 from thesislib.errors import BadInput
 from thesislib.evaluate.stats import proportion
 from thesislib.experiment import DENSE
 from thesislib.gguf_format import TYPES
+from thesislib.parameters import positive
 from thesislib.prompts import adds_bos, default_prompt, prompt_for
 from thesislib.records import Measurement, provenance
 from thesislib.store import Store
@@ -25,7 +39,8 @@ from thesislib.subject import Subject, load_subject
 
 TITLE = "on a device"
 DEPTHS, FITTED = (30, 20, 10, 4), (30, 10)  # of predicted against measured: the line is fitted on two and held against the others
-SAME, PROMPTS, TOKENS = "prompts with the same text", 10, 32
+SAME, PROMPTS = "prompts with the same text", 10
+TOKENS, REPEATS = 32, 7  # what a recorded timing decodes after the first token, and how often
 Results = Mapping[tuple[str, str], Measurement]  # by model and engine
 
 
@@ -100,10 +115,10 @@ def measure(p: "DeviceChapter", store: Callable[[Measurement], object], done: It
             if held[0] != case.label:
                 held = (case.label, stand_in(exact, case.label))
             model = held[1]
-            timing: Timing = time_llama_cpp(gguf_file(model, case.kind), ids, p.tokens, p.repeats)
+            timing: Timing = time_llama_cpp(gguf_file(model, case.kind), ids, TOKENS, REPEATS)
         else:
             model = stand_in(load_subject(p.subject, case.kind), case.label)
-            timing = time_transformers(model, ids, p.tokens, p.repeats)
+            timing = time_transformers(model, ids, TOKENS, REPEATS)
         m = as_measurement(model, timing, started)
         store(_noted(m, case.label, case.engine))
         print(case.label, case.engine, f"{1e3 * m.value:.2f} ms,", timing.verdict, file=sys.stderr, flush=True)
@@ -135,15 +150,227 @@ class DeviceChapter:
     """Parameters of chapter 7.
 
     subject: a subject spec. devices: names of files in hw/devices, or paths of others. prompt: tokens that are read at once. context: tokens in the cache
-    when one is generated. tokens, repeats: what a measurement decodes after the first token, and how often.
+    when one is generated.
     """
 
     subject: str = "embedded"
     devices: list[str] = dataclasses.field(default_factory=lambda: ["siracusa", "gap9", "k1", "pi4", "pi5", "orin_nano", "laptop", "host"])
     prompt: int = 128
     context: int = 128
-    tokens: int = 32
-    repeats: int = 7
+
+    def __post_init__(self):
+        positive(prompt=self.prompt, context=self.context)
+        for name in self.devices:
+            device(name)
+        if not self.devices:
+            raise BadInput(f"no device was chosen: expected some of {', '.join(devices())}")
+
+
+# ---------------------------------------------------------------- projections
+
+
+def models(p: DeviceChapter) -> dict[str, Subject]:
+    """The chapter's models in bfloat16, by label: stand-ins with the shapes, zeros and bits of what the chapters before made."""
+    subject = load_subject(p.subject, "bfloat16")
+    return {label: stand_in(subject, label) for label in MODELS}
+
+
+def projections(found: Mapping[str, Subject], p: DeviceChapter) -> pd.DataFrame:
+    """One row a model and device: verdict, MB of weights, what binds, tokens per second and joules per token as [low, high], None where not known."""
+    rows = []
+    for name in p.devices:
+        on = device(name)
+        for label, subject in found.items():
+            plain = profile_report(subject, on, p.prompt, p.context)
+            speed, spent = plain.get("tokens_per_second") or {}, plain.get("joules_per_token") or {}
+            rows.append({
+                "device": on.name, "model": label, "verdict": plain["verdict"], "MB": plain["bytes"]["weights"] / 1e6,
+                "binds": plain["seconds_per_token"]["binds"] if speed else "", "low": speed.get("low"), "high": speed.get("high"),
+                "joules low": spent.get("low"), "joules high": spent.get("high"),
+            })  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def projection_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Tokens per second, low to high, of each model on each device; what does not fit says so."""
+
+    def cell(row) -> str:
+        return TOO_LARGE if pd.isna(row["low"]) else f"{row['low']:.3g} to {row['high']:.3g}"
+
+    text = rows.assign(cell=rows.apply(cell, axis=1), model=rows.apply(lambda r: f"{r['model']} ({r['MB']:.0f} MB)", axis=1))
+    return text.pivot(index="model", columns="device", values="cell").reindex(index=text["model"].unique(), columns=rows["device"].unique())
+
+
+def energy_sentence(rows: pd.DataFrame) -> str:
+    """For which devices joules are known at all, and how much."""
+    known = rows.dropna(subset=["joules low"])
+    if known.empty:
+        return "Joules per token: not known for any of these models and devices, whose files lack the energy of a byte and of a multiplication."
+    said = [f"{r['model']} on {r['device']} {r['joules low']:.2g} to {r['joules high']:.2g} J" for _, r in known.iterrows()]
+    return f"Joules per token, modelled from the parts that are known: {'; '.join(said)}."
+
+
+def binding_sentence(rows: pd.DataFrame) -> str:
+    """What limits decoding, by device."""
+    said = [f"{name} by {' and '.join(sorted(set(part['binds'])))}" for name, part in rows[rows["binds"] != ""].groupby("device", sort=False)]
+    none = [name for name, part in rows.groupby("device", sort=False) if (part["binds"] == "").all()]
+    return f"Decoding is limited on {', '.join(said)}." + (f" None of these models fits {' or '.join(none)}." if none else "")
+
+
+def fitting_table(subject: Subject, p: DeviceChapter, measured: Mapping) -> pd.DataFrame:
+    """For each device the least compressed model of chapter 6 that fits it, and what quality is left; or how far off it is.
+
+    Args:
+        subject: the dense model.
+        p: the chapter's parameters.
+        measured: chapter 6's record.
+    """
+    known = points(measured).dropna(subset=["MB", PPL]).sort_values("MB", ascending=False)
+    rows = {}
+    for name in p.devices:
+        on = device(name)
+        room = sum(tier.size for tier in on.tiers) - costs(subject, 1, p.context).cache_bytes
+        fitting = known[known["MB"] * 1e6 <= room]
+        table = next(w.bytes for w in stored(subject) if w.name == "embedding")
+        whole = fitting[fitting["label"] == DENSE]  # an adapter beside the dense model makes it larger, not less compressed
+        best = None if fitting.empty else (fitting if whole.empty else whole).iloc[0]
+        rows[on.name] = {
+            "memory, MB": f"{sum(tier.size for tier in on.tiers) / 1e6:,.1f}",
+            "least compressed that fits": f"none of {len(known)}: at 8 bits the embedding alone has {table / 2e6:.1f} MB" if best is None else best["label"],
+            "MB": "" if best is None else f"{best['MB']:.0f}",
+            "perplexity": "" if best is None else f"{best[PPL]:.3g} [{best[f'{PPL} low']:.3g}, {best[f'{PPL} high']:.3g}]",
+            "combinations of depth, width and bits that fit": str(len(what_fits(subject, on, context=p.context))),
+        }  # fmt: skip
+    return pd.DataFrame(rows).T.rename_axis("device")
+
+
+def lever_table(subject: Subject, p: DeviceChapter, name: str) -> pd.DataFrame:
+    """What depth, width and bits each buy on a device: projected tokens per second."""
+    found = what_each_buys(subject, device(name), context=p.context)
+    text = [f"{low:.3g} to {high:.3g}" if pd.notna(low) else verdict for low, high, verdict in zip(found["low"], found["high"], found["verdict"], strict=True)]
+    return pd.DataFrame({"lever": found["lever"], "setting": found["setting"], "MB": (found["bytes"] / 1e6).round(1), "tokens/s": text,
+                         "limited by": found["binds"]}).set_index("lever")  # fmt: skip
+
+
+def published_table() -> pd.DataFrame:
+    """Projections beside figures that others published."""
+    found = against_published()
+    span = [f"{low:,.4g} to {high:,.4g}" if pd.notna(low) else "not known" for low, high in zip(found["projected low"], found["projected high"], strict=True)]
+    error = [f"x {x:.3g}" if pd.notna(x) else "" for x in found["optimistic"]]
+    return pd.DataFrame({"device": found["device"], "model": found["model"], "quantity": found["quantity"],
+                         "published": [f"{x:,.4g}" for x in found["published"]],
+                         "projected": span, "too good by": error, "source": found["source"]}).set_index("device")  # fmt: skip
+
+
+def roofline(found: Mapping[str, Subject], name: str, p: DeviceChapter) -> plt.Figure:
+    """A device's roofline with the dense model's linears on it, decoding and reading a prompt."""
+    on = device(name)
+    rows = []
+    for kind, c in (("decoding", costs(found[DENSE], 1, p.context)), ("prompt", costs(found[DENSE], p.prompt, 0))):
+        rows += [{"name": o.name, "kind": kind, "intensity": o.macs / o.weights, "precision": o.precision} for o in c.operations if o.macs and o.weights]
+    rate, bandwidth = on.rate("gemm", rows[0]["precision"]), on.tiers[-1].read
+    if rate is None or bandwidth is None:
+        raise BadInput(f"{name}'s file lacks a rate or a bandwidth, without which it has no roofline: expected such as k1")
+    return figures.roofline_chart(name, rate[0], bandwidth, pd.DataFrame(rows))
+
+
+# ---------------------------------------------------------------- measured
+
+
+def measured_rates(record: Results) -> dict[str, float]:
+    """Tokens per second in llama.cpp, Q8_0, by model."""
+    return {label: 1 / m.value for (label, engine), m in record.items() if engine == "llama.cpp Q8_0"}
+
+
+def measured_table(record: Results) -> pd.DataFrame:
+    """One row a model and engine: times, bytes and whether the machine was quiet."""
+    rows = []
+    for (label, engine), m in sorted(record.items(), key=lambda entry: entry[0][1]):
+        if engine == SAME:
+            continue
+        size = m.extra["bytes"]
+        rows.append({
+            "engine": engine, "model": label, "ms per token": f"{1e3 * m.value:.2f} [{1e3 * m.low:.2f}, {1e3 * m.high:.2f}]",
+            "tokens/s": f"{m.extra['tokens per second']:.1f}", "ms to first token": f"{1e3 * m.extra['seconds to first token']:.0f}",
+            "MB weights": f"{size['weights'] / 1e6:.1f}", "MB cache": f"{size['cache'] / 1e6:.1f}" if "cache" in size else "",
+            "MB process": f"{size['resident'] / 1e6:.0f}" if "resident" in size else "", "machine": m.extra["verdict"],
+        })  # fmt: skip
+    return pd.DataFrame(rows).set_index("engine")
+
+
+def zeros_sentence(record: Results) -> str:
+    """What half of the weights being zeros buys where no kernel skips them."""
+    said = []
+    for kind in ("F16", "Q8_0", "Q4_0"):
+        dense, pruned = record.get((DENSE, f"llama.cpp {kind}")), record.get(("W2:4+W", f"llama.cpp {kind}"))
+        if dense and pruned:
+            said.append(f"{kind} {1e3 * dense.value:.1f} and {1e3 * pruned.value:.1f} ms")
+    return f"A token of the dense model and of W2:4, half of whose weights are zeros, takes in {'; '.join(said)}: no kernel skips them." if said else NOT_RUN
+
+
+NOT_RUN = "Not run."
+
+
+def predictions(record: Results, depth: int = DEPTHS[0]) -> dict[str, pd.DataFrame]:
+    """Predicted against measured by format, see `thesislib.device.calibrate.held_out`; formats without all depths are left out."""
+    result = {}
+    for kind in TYPES:
+        timed = {d: record.get((depth_label(depth, d), f"llama.cpp {kind}")) for d in DEPTHS}
+        if all(timed.values()):
+            result[kind] = held_out({d: point(m) for d, m in timed.items()}, FITTED)
+    return result
+
+
+def point(m: Measurement) -> Point:
+    """A timing as the line is fitted to it. Every byte of these files is read at every token, since head and embedding are one."""
+    runs: dict[str, list[float]] = {}
+    for item in m.items:
+        runs.setdefault(item["id"].split(".")[0], []).append(item["seconds"])
+    return Point(m.extra["bytes"]["weights"], tuple(statistics.median(r) for r in runs.values()))
+
+
+def prediction_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """All formats, fitted depths left out."""
+    rows = [{"format": kind, "blocks": depth, "where": r["where"], "MB per token": f"{r['MB per token']:.1f}", "measured, ms": f"{r['measured']:.2f}",
+             "predicted, ms": f"{r['predicted']:.2f} [{r['low']:.2f}, {r['high']:.2f}]", "error": f"{r['error']:+.1%}"}
+            for kind, table in tables.items() for depth, r in table.iterrows() if r["where"] != "fitted"]  # fmt: skip
+    return pd.DataFrame(rows).set_index("format")
+
+
+def prediction_sentence(record: Results) -> str:
+    """The mean errors between and beyond the fitted depths, and whether the host was quiet enough to say."""
+    tables = predictions(record)
+    if not tables:
+        return NOT_RUN
+    between, beyond = ([e for t in tables.values() for e in t.loc[t["where"] == where, "error"].abs()] for where in (BETWEEN, BEYOND))
+    noisy = sum(m.extra["verdict"] != QUIET for (label, engine), m in record.items() if engine.startswith("llama.cpp"))
+    caution = f" {noisy} of these timings come from a machine that was not quiet, as the table says." if noisy else " The machine was quiet for all of them."
+    return (f"A line through {FITTED[0]} and {FITTED[1]} blocks predicts the time per token of 20 blocks, in {len(tables)} formats, with a mean error of "
+            f"{statistics.mean(between):.1%} (from {min(between):.1%} to {max(between):.1%}), and that of 4, beyond both, with {statistics.mean(beyond):.1%} "
+            f"(up to {max(beyond):.1%}).{caution}")  # fmt: skip
+
+
+def same_sentence(record: Results) -> str:
+    """How long llama.cpp and transformers write the same."""
+    m = record.get((DENSE, SAME))
+    if m is None:
+        return NOT_RUN
+    parted = [i for i in m.items if i["margin"] is not None]
+    rest = "; ".join(f"{i['id']} parts after {i['same']} tokens, at a margin of {i['margin']:.4f} in the logits" for i in parted)
+    least = min(i["gap"] for i in m.items)
+    return (f"On {round(m.value * m.n)} of {m.n} questions the F16 file in llama.cpp writes the same {m.items[0]['of']} tokens as transformers in float32"
+            f"{': ' + rest if rest else f'; the closest call on the way was decided by {least:.4f} in the logits'}.")  # fmt: skip
+
+
+def headline(record: Results) -> str:
+    """What was found, in sentences."""
+    dense = {kind: record[DENSE, f"llama.cpp {kind}"] for kind in TYPES if (DENSE, f"llama.cpp {kind}") in record}
+    speed = ", ".join(f"{kind} {1 / m.value:.0f}" for kind, m in dense.items())
+    decoding = f"One thread of the recording machine decodes, in tokens per second of the dense model in llama.cpp: {speed}."
+    return f"{decoding} {zeros_sentence(record)} {prediction_sentence(record)} {same_sentence(record)}"
+
+
+# ---------------------------------------------------------------- the record, read
 
 
 def from_measurements(found: Iterable[Measurement]) -> Results:
