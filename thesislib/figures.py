@@ -6,6 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from thesislib.evaluate.perplexity import compare
 from thesislib.evaluate.stats import Comparison
@@ -412,6 +413,9 @@ def throughput_chart(rows: pd.DataFrame, measured: Mapping[str, float] | None = 
             seen = [(y, measured[label]) for y, label in enumerate(part["model"]) if label in measured]
             axis.plot([x for _, x in seen], [y for y, _ in seen], "x", color=ORANGE, markersize=8, markeredgewidth=2)
         axis.set(title=name, xscale="log", xlabel="tokens/s", yticks=range(len(part)), yticklabels=part["model"])
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.xaxis.set_minor_formatter(NullFormatter())
     axes[0][0].invert_yaxis()
     return figure
 
