@@ -1,6 +1,7 @@
 """Grids read: which configurations a few lines make, what each is made of, what is refused before anything runs."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from thesislib.compress.gptq import Gptq
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.recipe import Shape, read_all
+from thesislib.store import Store
+from thesislib.sweep import run
+from thesislib.sweep.drive import Workers
 from thesislib.sweep.grid import read_grid, write_recipes
 
 ROOT = Path(__file__).parent.parent
@@ -100,9 +104,51 @@ def test_every_impossible_configuration_is_listed(write):
         read_grid(write(text), "quick")
     grid = read_grid(write(SMALL.replace('"W2:4"', '"W2:5", "W3:7"').replace("again: [[D1]]", "again: [[D9]]")), "quick")
     with pytest.raises(BadInput) as caught:
-        grid.check(Shape(10, {"q_proj": 32, "down_proj": 64}))
+        grid.check(lambda c: c.recipe.check(Shape(10, {"q_proj": 32, "down_proj": 64})))
     wrong = [line.split(",")[0].strip() for line in str(caught.value).splitlines()[1:]]
     assert len(wrong) == 9 and {"D9", "W2:5", "D1+W3:7", "D1+W2:5+W"} <= set(wrong)  # two patterns, with and without D1, trained or not
+
+
+IMPOSSIBLE = """
+stages:
+  W: {lora: {text: wikitext, steps: 3, rank: 20}}
+  Q: {gptq: {group: 24}}
+  R: {rtn: {group: 16, grid: minimum}}
+groups:
+  all: [["W1:8", "W3:7", D7, D8, "W1:8+E", E, "D1+E", Q, R, "W2:4+R", W, "R+R", X1, "D4+D4"]]
+sizes:
+  quick:
+    measures: {perplexity: {on: wikitext, length: 32, limit: 2}}
+"""
+WHY = {  # of a subject with 8 blocks, rows of 32 and 64 inputs, and values of width 16
+    "W3:7": "does not divide",
+    "D8": "expected|keep|at least|most",
+    "E": "nothing to correct",
+    "D1+E": "nothing to correct",
+    "Q": "group 24 does not divide",
+    "W2:4+R": "no exact zero",  # which the forecast alone finds, as the next
+    "W": "rank 20 is larger than [kv]_proj",
+    "R+R": "quantise a quantised subject",
+    "X1": "not understood",
+    "D4+D4": "8 blocks|4 blocks",
+}
+
+
+def test_all_that_is_impossible_is_listed_before_anything_is_started(write, tiny, tiny_data, tmp_path, monkeypatch):
+    monkeypatch.setenv("THESISLIB_CACHE", str(tmp_path / "cache"))
+    started = []
+    monkeypatch.setattr(run, "drive", lambda *given: started.append(given))
+    place, store = run.Place(str(tiny(layers=8).save(tmp_path / "tiny")), tiny_data, "float32"), Store(tmp_path / "s.jsonl")
+    grid = read_grid(write(IMPOSSIBLE), "quick", strict=False)
+    with pytest.raises(BadInput) as caught:
+        run.sweep(grid, place, store, Workers(1))
+    first, *listed = str(caught.value).splitlines()
+    assert first == "10 of the grid's 14 configurations cannot work on this subject:" and len(listed) == len(WHY)
+    for label, why in WHY.items():
+        assert any(re.match(rf" *(label ')?{re.escape(label)}[,'].*({why})", line) for line in listed), (label, listed)
+    assert not started and not store.path.exists() and not (tmp_path / "cache" / "stages").exists()
+    with pytest.raises(BadInput, match="4 configurations cannot work"):  # what needs no subject, where none is at hand
+        read_grid(write(IMPOSSIBLE), "quick")
 
 
 @pytest.mark.parametrize("size", ["", "huge"])

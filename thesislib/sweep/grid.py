@@ -18,7 +18,7 @@ group before it stands for its labels::
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from thesislib.evaluate.protocol import Protocol
 from thesislib.experiment import DENSE, recipe_of
 from thesislib.files import write_whole
 from thesislib.parameters import build
-from thesislib.recipe import Recipe, Shape, parse_label
+from thesislib.recipe import Recipe, parse_label
 from thesislib.yaml_lines import compose, value
 
 KEYS = {"name", "stages", "groups", "sizes"}
@@ -54,27 +54,34 @@ class Grid:
     """A grid at one size.
 
     configurations: in the order they are carried out. timed: tokens that single-token speed is measured over, None for no timing.
+    refused: why other labels make none, on any subject (see `read_grid`).
     """
 
     name: str
     size: str
     configurations: tuple[Configuration, ...]
     timed: int | None = None
+    refused: tuple[str, ...] = ()
 
-    def check(self, shape: Shape) -> None:
-        """Raises BadInput naming every configuration that cannot work on a subject of this shape."""
-        wrong = []
+    def check(self, fits: Callable[[Configuration], None]) -> None:
+        """Raises BadInput naming every configuration that cannot work: what `fits` raises BadInput for, and what was refused when the grid was read."""
+        wrong = list(self.refused)
         for c in self.configurations:
             try:
-                c.recipe.check(shape)
+                fits(c)
             except BadInput as error:
                 wrong.append(str(error))
         if wrong:
-            raise BadInput(f"{len(wrong)} of the grid's {len(self.configurations)} configurations cannot work on this subject:\n  " + "\n  ".join(wrong))
+            count = len(self.configurations) + len(self.refused)
+            raise BadInput(f"{len(wrong)} of the grid's {count} configurations cannot work on this subject:\n  " + "\n  ".join(wrong))
 
 
-def read_grid(file: str | Path, size: str) -> Grid:
+def read_grid(file: str | Path, size: str, strict: bool = True) -> Grid:
     """The grid that a file describes, at one of its sizes; every label is read before anything runs.
+
+    Args:
+        file, size: which.
+        strict: False leaves labels that can work on no subject to `Grid.check`, which names them beside those that do not fit the subject at hand.
 
     Raises:
         BadInput: a file that is none; an unknown size, key, measure or label. Labels that cannot work are all named.
@@ -115,12 +122,12 @@ def read_grid(file: str | Path, size: str) -> Grid:
             continue
         group = by_label.get(label, "taken")
         found.append(Configuration(label, group, recipe, {n: m for n, m in measures.items() if n in few.get(group, measures)}))
-    if wrong:
+    if wrong and strict:
         raise BadInput(f"{path}: {len(wrong)} configurations cannot work:\n  " + "\n  ".join(wrong))
     timed = sized.get("timed")
     if timed is not None and not (isinstance(timed, int) and timed > 0):
         raise BadInput(f"{path}: 'timed' is {timed!r}: expected how many tokens, e.g. 32")
-    return Grid(str(plain.get("name", path.stem)), size, tuple(found), timed)
+    return Grid(str(plain.get("name", path.stem)), size, tuple(found), timed, tuple(wrong))
 
 
 def write_recipes(grid: Grid, folder: Path) -> list[Path]:

@@ -11,7 +11,7 @@ from thesislib.errors import BadInput
 from thesislib.evaluate.protocol import Protocol, protocol_of
 from thesislib.evaluate.speed import SECONDS_PER_TOKEN
 from thesislib.experiment import recipe_of
-from thesislib.forecast import shape_of, stand_in
+from thesislib.forecast import forecast, shape_of, stand_in
 from thesislib.records import Measurement
 from thesislib.store import Store
 from thesislib.sweep.drive import Order, Workers, drive
@@ -129,12 +129,20 @@ def missing(grid: Grid, place: Place, stores: Iterable[Store]) -> dict[str, list
     """{label: measures that no store has}, in order.
 
     Raises:
-        BadInput: configurations that cannot work on this subject, all named.
+        BadInput: configurations that cannot work on this subject, all named. That is told from shapes, stage by stage.
     """
-    grid.check(shape_of(stand_in(place.job().source)))
-    at, have = Setting.of(grid, place), known(stores)
+    job, at, have = place.job(), Setting.of(grid, place), known(stores)
     found = {c.label: [name for name, i in wanted(grid, c, at).items() if i not in have] for c in grid.configurations}
-    return {label: names for label, names in found.items() if names}
+    lacking = {label: names for label, names in found.items() if names}
+    shape = shape_of(stand_in(job.source))
+
+    def fits(c: Configuration) -> None:
+        if c.label in lacking:  # what was measured can work
+            c.recipe.check(shape)
+            forecast(dataclasses.replace(job, recipe=c.recipe))
+
+    grid.check(fits)
+    return lacking
 
 
 def sweep(grid: Grid, place: Place, store: Store, workers: Workers, others: Iterable[Store] = ()) -> dict[str, str]:
