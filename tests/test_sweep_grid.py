@@ -115,14 +115,14 @@ stages:
   Q: {gptq: {group: 24}}
   R: {rtn: {group: 16, grid: minimum}}
 groups:
-  all: [["W1:8", "W3:7", D7, D8, "W1:8+E", E, "D1+E", Q, R, "W2:4+R", W, "R+R", X1, "D4+D4"]]
+  all: [["W1:8", "W3:7", D2, D8, "W1:8+E", E, "D1+E", Q, R, "W2:4+R", W, "R+R", X1, "D2+D2"]]
 sizes:
   quick:
     measures: {perplexity: {on: wikitext, length: 32, limit: 2}}
 """
 WHY = {  # of a subject with 8 blocks, rows of 32 and 64 inputs, and values of width 16
     "W3:7": "does not divide",
-    "D8": "expected|keep|at least|most",
+    "D8": "cannot remove 8 of 8",
     "E": "nothing to correct",
     "D1+E": "nothing to correct",
     "Q": "group 24 does not divide",
@@ -130,7 +130,7 @@ WHY = {  # of a subject with 8 blocks, rows of 32 and 64 inputs, and values of w
     "W": "rank 20 is larger than [kv]_proj",
     "R+R": "quantise a quantised subject",
     "X1": "not understood",
-    "D4+D4": "8 blocks|4 blocks",
+    "D2+D2": "cannot remove 2 of 6",
 }
 
 

@@ -73,7 +73,7 @@ class Emulated:
     """One GGUF file on the host and emulated, greedily, one thread.
 
     host, emulated: tokens chosen. agreement: until where they are the same, and by what margin of the host's logits they part. difference: the largest
-    |logit difference| as long as both have read the same tokens. spread: standard deviation of the host's logits over the vocabulary, mean over steps.
+    absolute difference of logits as long as both have read the same tokens. spread: standard deviation of the host's logits over the vocabulary, mean over steps.
     prompt: instructions of the prompt's pass by class (`CLASSES`). later: of each pass of one token after it. loading: of all that comes before.
     weights: how many numbers decoding one token multiplies by.
     """
@@ -259,7 +259,7 @@ def counted(said: str) -> tuple[int, list[dict[str, int]]]:
 
 
 def distance(host: np.ndarray, emulated: np.ndarray, same: int) -> tuple[float, float]:
-    """The largest |difference| of two runs' logits (steps, vocabulary) and the standard deviation of the first's over the vocabulary, mean over steps.
+    """The largest absolute difference of two runs' logits (steps, vocabulary) and the standard deviation of the first's over the vocabulary, mean over steps.
 
     same: steps that chose the same token. The step after them still read the same tokens; those beyond it read others, and are left out.
     """
