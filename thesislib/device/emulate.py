@@ -73,7 +73,8 @@ class Emulated:
     """One GGUF file on the host and emulated, greedily, one thread.
 
     host, emulated: tokens chosen. agreement: until where they are the same, and by what margin of the host's logits they part. difference: the largest
-    absolute difference of logits as long as both have read the same tokens. spread: standard deviation of the host's logits over the vocabulary, mean over steps.
+    absolute difference of logits as long as both have read the same tokens. spread: standard deviation of the host's logits over the vocabulary, mean
+    over steps.
     prompt: instructions of the prompt's pass by class (`CLASSES`). later: of each pass of one token after it. loading: of all that comes before.
     weights: how many numbers decoding one token multiplies by.
     """
