@@ -1,5 +1,7 @@
 """Chapter 7: its stand-ins, tables and sentences, from small made-up records, and the committed record against its bars."""
 
+import json
+
 import pytest
 
 from thesislib.chapters import device as chapter
@@ -93,6 +95,16 @@ def test_a_token_beyond_memory_is_said_not_to_fit(tiny):
     large = tiny(layers=2, vocab_size=2_000_000)
     rows = chapter.projections({"dense": large}, chapter.DeviceChapter(devices=["siracusa"]))
     assert chapter.projection_table(rows).iloc[0, 0] == "does not fit" and "None of these models fits siracusa" in chapter.binding_sentence(rows)
+
+
+def test_what_was_emulated_and_what_hosted_models_take_are_tables(tmp_path):
+    counts = {"per token": {"load": 2_000_000, "store": 0}, "per token, all": 2_000_000, "per weight": 7.5}
+    row = {"type": "F16", "blocks": 30, "instructions": counts, "same": 3, "of": 8, "logits": {"share": 0.002}, chapter.PLAIN: {"share": 0.001}}
+    (tmp_path / "e.json").write_text(json.dumps({"rows": [row]}))
+    (shown,) = chapter.emulated_table(tmp_path / "e.json").to_dict("records")
+    assert shown["load"] == shown["all"] == "2" and shown["a weight"] == "7.50" and shown["same tokens"] == "3 of 8" and shown["logits apart"] == "0.20%"
+    assert len(chapter.emulated_table()) == 5  # the committed record
+    assert chapter.hosted_table()["joules a written token"].tolist()[:2] == ["80.4", "73.8"]
 
 
 def test_the_committed_record_meets_the_bars():

@@ -180,10 +180,12 @@ def test_an_installation_without_sources(monkeypatch, tmp_path):
 
 
 def test_an_archive_that_is_another(monkeypatch, tmp_path):
-    def downloaded(command, *rest):
+    def pip(command, **_):
+        assert "--no-binary=llama-cpp-python" in command
         (type(tmp_path)(command[command.index("--dest") + 1]) / f"{emulation.SOURCE}.tar.gz").write_bytes(b"something else")
+        return subprocess.CompletedProcess(command, 0, "", "")
 
-    monkeypatch.setattr(emulation, "_run", downloaded)
+    monkeypatch.setattr("thesislib.wheels.subprocess.run", pip)
     with pytest.raises(BadInput, match="has sha256 [0-9a-f]{64}, expected 832db069.*check your package index"):
         emulation._sources(tmp_path / "sources")
     assert not list(tmp_path.iterdir())

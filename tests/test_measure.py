@@ -14,6 +14,7 @@ from thesislib.compress.gptq import Rtn
 from thesislib.compress.plan import apply_plan
 from thesislib.compress.width import Width
 from thesislib.device import engine, measure
+from thesislib.device.cost import distinct_bytes, stored
 from thesislib.device.engine import Request, run_engine
 from thesislib.device.measure import NOISY_HOST, QUIET, Timing, agreed, agreement, as_measurement, bytes_per_token, file_type, greedy_steps, time_transformers
 from thesislib.device.measured import readable
@@ -59,6 +60,12 @@ def test_a_record_has_every_sample_and_what_it_was_made_with(tiny):
     made = m.provenance
     assert made["fingerprint"] == subject.fingerprint and made["settings"]["threads"] == 1 and made["versions"]["engine"] == "1"
     assert json.loads(m.to_json())["value"] == m.value
+
+
+def test_weights_are_counted_as_they_are_held(tiny):
+    quantised, _ = Rtn(group=32).apply(tiny(hidden_size=64, head_dim=16))
+    held = time_transformers(quantised, [1], tokens=1, repeats=1).bytes["weights"]
+    assert held == distinct_bytes(stored(quantised)) < time_transformers(tiny(hidden_size=64, head_dim=16), [1], tokens=1, repeats=1).bytes["weights"] / 2
 
 
 def test_transformers_is_timed_on_one_thread_of_its_own_choice(tiny):

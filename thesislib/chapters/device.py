@@ -22,14 +22,15 @@ from thesislib.corpus import questions
 from thesislib.device.calibrate import BETWEEN, BEYOND, Point, held_out
 from thesislib.device.cost import costs, stored
 from thesislib.device.hardware import device, devices
-from thesislib.device.measure import QUIET, Agreement, Timing, agreement, as_measurement, gguf_file, prompt_ids, time_llama_cpp, time_transformers
+from thesislib.device.measure import QUIET, Agreement, agreement, as_measurement, gguf_file, prompt_ids, time_llama_cpp, time_transformers
 from thesislib.device.plan import TOO_LARGE, what_fits
-from thesislib.device.published import against_published
+from thesislib.device.published import against_published, hosted
 from thesislib.device.report import profile_report
 from thesislib.device.roofline import what_each_buys
 from thesislib.errors import BadInput
 from thesislib.evaluate.stats import proportion
 from thesislib.experiment import DENSE
+from thesislib.files import data_file, read_json
 from thesislib.gguf_format import TYPES
 from thesislib.parameters import positive
 from thesislib.prompts import adds_bos, default_prompt, prompt_for
@@ -41,6 +42,7 @@ TITLE = "on a device"
 DEPTHS, FITTED = (30, 20, 10, 4), (30, 10)  # of predicted against measured: the line is fitted on two and held against the others
 SAME, PROMPTS = "prompts with the same text", 10
 TOKENS, REPEATS = 32, 7  # what a recorded timing decodes after the first token, and how often
+PLAIN = "logits of the host without vector instructions"  # what the emulation's record calls its control
 Results = Mapping[tuple[str, str], Measurement]  # by model and engine
 
 
@@ -84,9 +86,8 @@ class Case:
         return f"{'llama.cpp' if self.kind in TYPES else 'transformers'} {self.kind}"
 
 
-def depth_label(subject: Subject | int, depth: int) -> str:
-    """The label of a model with so many of a subject's blocks."""
-    most = subject if isinstance(subject, int) else subject.depth
+def depth_label(most: int, depth: int) -> str:
+    """The label of a model with `depth` of a subject's `most` blocks."""
     return DENSE if depth == most else f"D{most - depth}"
 
 
@@ -115,7 +116,7 @@ def measure(p: "DeviceChapter", store: Callable[[Measurement], object], done: It
             if held[0] != case.label:
                 held = (case.label, stand_in(exact, case.label))
             model = held[1]
-            timing: Timing = time_llama_cpp(gguf_file(model, case.kind), ids, TOKENS, REPEATS)
+            timing = time_llama_cpp(gguf_file(model, case.kind), ids, TOKENS, REPEATS)
         else:
             model = stand_in(load_subject(p.subject, case.kind), case.label)
             timing = time_transformers(model, ids, TOKENS, REPEATS)
@@ -226,17 +227,17 @@ def fitting_table(subject: Subject, p: DeviceChapter, measured: Mapping) -> pd.D
         measured: chapter 6's record.
     """
     known = points(measured).dropna(subset=["MB", PPL]).sort_values("MB", ascending=False)
-    rows = {}
+    table = next(w.params for w in stored(subject) if w.name == "embedding")
+    cache, rows = costs(subject, 1, p.context).cache_bytes, {}
     for name in p.devices:
         on = device(name)
-        room = sum(tier.size for tier in on.tiers) - costs(subject, 1, p.context).cache_bytes
+        room = sum(tier.size for tier in on.tiers) - cache
         fitting = known[known["MB"] * 1e6 <= room]
-        table = next(w.bytes for w in stored(subject) if w.name == "embedding")
         whole = fitting[fitting["label"] == DENSE]  # an adapter beside the dense model makes it larger, not less compressed
         best = None if fitting.empty else (fitting if whole.empty else whole).iloc[0]
         rows[on.name] = {
             "memory, MB": f"{sum(tier.size for tier in on.tiers) / 1e6:,.1f}",
-            "least compressed that fits": f"none of {len(known)}: at 8 bits the embedding alone has {table / 2e6:.1f} MB" if best is None else best["label"],
+            "least compressed that fits": f"none of {len(known)}: at 8 bits the embedding alone has {table / 1e6:.1f} MB" if best is None else best["label"],
             "MB": "" if best is None else f"{best['MB']:.0f}",
             "perplexity": "" if best is None else f"{best[PPL]:.3g} [{best[f'{PPL} low']:.3g}, {best[f'{PPL} high']:.3g}]",
             "combinations of depth, width and bits that fit": str(len(what_fits(subject, on, context=p.context))),
@@ -260,6 +261,27 @@ def published_table() -> pd.DataFrame:
     return pd.DataFrame({"device": found["device"], "model": found["model"], "quantity": found["quantity"],
                          "published": [f"{x:,.4g}" for x in found["published"]],
                          "projected": span, "too good by": error, "source": found["source"]}).set_index("device")  # fmt: skip
+
+
+def hosted_table() -> pd.DataFrame:
+    """Joules of hosted models and what they do."""
+    found = hosted()
+    return found.assign(**{"joules a written token": [f"{x:.3g}" for x in found["joules low"]]}).set_index("model")[
+        ["work", "joules a written token", "kind", "difference"]
+    ]
+
+
+def emulated_table(path: Path | None = None) -> pd.DataFrame:
+    """The recorded emulation: millions of instructions of a token by class, a weight, and whether tokens and logits are the host's."""
+    found = read_json(path or data_file("results/07_emulated.json"))
+    rows = []
+    for row in found["rows"]:
+        counts, logits = row["instructions"], row["logits"]
+        by_class = {name: f"{n / 1e6:,.0f}" for name, n in counts["per token"].items()}
+        rows.append({"format": row["type"], "blocks": row["blocks"], **by_class, "all": f"{counts['per token, all'] / 1e6:,.0f}",
+                     "a weight": f"{counts['per weight']:.2f}", "same tokens": f"{row['same']} of {row['of']}",
+                     "logits apart": f"{logits['share']:.2%}", "host without vectors": f"{row[PLAIN]['share']:.2%}"})  # fmt: skip
+    return pd.DataFrame(rows).set_index("format")
 
 
 def roofline(found: Mapping[str, Subject], name: str, p: DeviceChapter) -> plt.Figure:

@@ -33,7 +33,7 @@ from thesislib.errors import BadInput
 from thesislib.files import cache_dir, whole_file, whole_folder, write_whole
 from thesislib.records import hardware, provenance
 from thesislib.subject import Subject, load_subject
-from thesislib.wheels import sha256_of
+from thesislib.wheels import downloaded, sha256_of
 
 SOURCE = "llama_cpp_python-0.3.36"  # PyPI's source distribution, which has llama.cpp inside
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
@@ -167,15 +167,8 @@ def _sources(final: Path) -> Path:
     """The folder of llama.cpp, fetched once by pip, so that the user's own index settings hold."""
     if final.exists():
         return final
-    pinned = SOURCE.replace("_", "-").replace("python-", "python==")
-    print(f"fetching {pinned} (77 MB)", file=sys.stderr)
     with whole_folder(final) as folder, tempfile.TemporaryDirectory(dir=final.parent) as below:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary=llama-cpp-python", "--no-cache-dir",
-                   "--disable-pip-version-check", "--dest", below, pinned]  # fmt: skip
-        _run(command, f"downloading {pinned}, which needs network access to a package index once,", {"TMPDIR": below})
-        archive = Path(below) / f"{SOURCE}.tar.gz"
-        if (found := sha256_of(archive)) != SHA256:
-            raise BadInput(f"{archive.name} has sha256 {found}, expected {SHA256}: not used; check your package index")
+        archive = downloaded(SOURCE.replace("_", "-").replace("python-", "python=="), SHA256, Path(below), "llama.cpp, 77 MB", source=True)
         top = f"{SOURCE}/vendor/llama.cpp/"
         with tarfile.open(archive) as tar:
             for member in tar:

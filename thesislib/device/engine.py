@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -82,6 +83,19 @@ def busy_seconds() -> float | None:
     return (sum(fields[:3]) + sum(fields[5:8])) / os.sysconf("SC_CLK_TCK")  # user, nice, system; interrupts and what a hypervisor took
 
 
+def watched() -> Callable[[], float | None]:
+    """Begin to watch the machine; what is returned says, when called, how many cores other processes kept busy since, None where nothing says."""
+    began, all_cores, mine = time.perf_counter(), busy_seconds(), time.process_time()
+
+    def others() -> float | None:
+        now = busy_seconds()
+        if now is None or all_cores is None:
+            return None
+        return max(0.0, now - all_cores - (time.process_time() - mine)) / (time.perf_counter() - began)
+
+    return others
+
+
 def _resident() -> int:
     """Bytes that this process holds now."""
     try:
@@ -137,18 +151,14 @@ def main() -> None:
 
     def one(which: int) -> dict[str, Any]:
         ll.llama_memory_clear(ll.llama_get_memory(context), True)
-        ids, wall, cpu, feed = [], [], [], request.prompts[which]
-        began, all_cores, mine = time.perf_counter(), busy_seconds(), time.process_time()
+        ids, wall, cpu, feed, others = [], [], [], request.prompts[which], watched()
         for _ in range(request.tokens):
             at, cpu_at = time.perf_counter(), time.process_time()
             ids.append(step(feed))
             wall.append(time.perf_counter() - at)
             cpu.append(time.process_time() - cpu_at)
             feed = ids[-1:]
-        now = busy_seconds()
-        spent = time.perf_counter() - began
-        others = None if now is None or all_cores is None else max(0.0, now - all_cores - (time.process_time() - mine)) / spent
-        return {"prompt": which, "ids": ids, "seconds": wall, "cpu": cpu, "others": others}
+        return {"prompt": which, "ids": ids, "seconds": wall, "cpu": cpu, "others": others()}
 
     for _ in range(request.warm_up):
         one(0)

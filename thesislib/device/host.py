@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
+from thesislib.device.hardware import PRECISIONS
 from thesislib.errors import BadInput, unknown
 from thesislib.records import hardware
 
-FLOATS = ("float32", "float16", "bfloat16")
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 READ = 256 * 2**20  # bytes: larger than any last cache, so that memory is read
 
 
@@ -51,7 +51,7 @@ def mac_rate(precision: str, kind: str, repeats: int = 9) -> list[float]:
     """MACs per second of one thread, once a repetition.
 
     Args:
-        precision: one of `PRECISIONS`.
+        precision: one of `TYPES`.
         kind: gemm, a matrix product of 512 tokens by 576 by 1,536, the MLP's of the embedded model; or gemv, one token by a matrix of
             256 KiB, which stays in the second cache, so that it is arithmetic that is timed and not memory. torch has no int8 product for one token.
         repeats: how often.
@@ -59,11 +59,11 @@ def mac_rate(precision: str, kind: str, repeats: int = 9) -> list[float]:
     Raises:
         BadInput: another precision or kind, or gemv in int8.
     """
-    if precision not in PRECISIONS:
-        raise unknown("precision", precision, PRECISIONS)
+    if precision not in TYPES:
+        raise unknown("precision", precision, TYPES)
     if kind not in ("gemm", "gemv") or (kind, precision) == ("gemv", "int8"):
         raise BadInput(f"the rate of {kind} in {precision} cannot be measured: expected gemm, or gemv in a floating type")
-    dtype = PRECISIONS[precision]
+    dtype = TYPES[precision]
     tokens, inputs, outputs, times = (512, 576, 1536, 1) if kind == "gemm" else (1, 256, 2**18 // dtype.itemsize // 256, 200)
     with one_thread(), torch.inference_mode():
         if dtype == torch.int8:
@@ -90,7 +90,7 @@ def host_file(name: str = "host", repeats: int = 9) -> str:
 
     def rates(kind: str) -> list[str]:
         lines = [f"      {kind}:"]
-        for precision in (*FLOATS, "int8"):
+        for precision in PRECISIONS:
             if (kind, precision) == ("gemv", "int8") or precision == "float16":  # torch has no product of one token in int8; float16 is emulated on most CPUs
                 lines.append(f"        {precision}: null")
                 continue
@@ -125,11 +125,11 @@ def host_file(name: str = "host", repeats: int = 9) -> str:
         "mbu:",
         "  value: [0.4, 0.9]",
         "  kind: assumed",
-        '  source: "as for the boards: chapter 7 has the shares that llama.cpp was measured to reach here"',
+        '  source: "as for the boards; `thesislib measure` says what llama.cpp reaches here"',
         "mfu:",
         "  value: [0.1, 0.7]",
         "  kind: assumed",
-        '  source: "as for the boards: chapter 7 has the shares that llama.cpp was measured to reach here"',
+        '  source: "as for the boards; `thesislib measure` says what llama.cpp reaches here"',
         "idle: null",
         "",
     ])  # fmt: skip

@@ -11,7 +11,9 @@ import gguf
 import torch
 from transformers import DynamicCache
 
-from thesislib.device.engine import Request, busy_seconds, run_engine
+from thesislib.device.cost import distinct_bytes, stored
+from thesislib.device.engine import Request, run_engine, watched
+from thesislib.device.host import one_thread
 from thesislib.errors import BadInput
 from thesislib.files import cache_dir
 from thesislib.gguf_format import export_gguf
@@ -121,28 +123,16 @@ def bytes_per_token(file: str | Path) -> int:
 
 def time_transformers(subject: Subject, ids: Sequence[int], tokens: int = 32, repeats: int = 5) -> Timing:
     """Time the same greedy decoding by transformers with its KV cache, one thread of this process, after one run that does not count."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         greedy_steps(subject, ids, 2)
-        runs = [_watched(subject, ids, tokens + 1) for _ in range(repeats)]
-    finally:
-        torch.set_num_threads(threads)
-    weights = sum({t.data_ptr(): t.nbytes for t in subject.model.state_dict().values()}.values())
+        runs = []
+        for _ in range(repeats):
+            others = watched()
+            runs.append((greedy_steps(subject, ids, tokens + 1)[2], others()))
     return Timing(
         f"transformers {str(subject.dtype).removeprefix('torch.')}", len(ids), tuple(s[0] for s, _ in runs), tuple(tuple(s[1:]) for s, _ in runs),
-        tuple(others for _, others in runs), {"weights": weights}, {"torch": torch.__version__},
+        tuple(others for _, others in runs), {"weights": distinct_bytes(stored(subject))}, {"torch": torch.__version__},
     )  # fmt: skip
-
-
-def _watched(subject: Subject, ids: Sequence[int], tokens: int) -> tuple[list[float], float | None]:
-    """Seconds of each token, and how many cores others kept busy."""
-    began, all_cores, mine = time.perf_counter(), busy_seconds(), time.process_time()
-    _, _, seconds = greedy_steps(subject, ids, tokens)
-    now = busy_seconds()
-    if now is None or all_cores is None:
-        return seconds, None
-    return seconds, max(0.0, now - all_cores - (time.process_time() - mine)) / (time.perf_counter() - began)
 
 
 def greedy_steps(subject: Subject, ids: Sequence[int], tokens: int) -> tuple[list[int], list[torch.Tensor], list[float]]:
