@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import stream
+from benchmarks.generate import leaving_against_generate
 from benchmarks.lora import lora_against_bare_loop
 from benchmarks.packed import packed_against_dense
 from thesislib.compress.plan import apply_plan, franken_plans
@@ -105,6 +106,7 @@ BENCHMARKS = {
     "perplexity, float32": lambda: perplexity_against_bare_forward("float32"),
     "memory at 2,048": memory_at_2048,
     "trivia": trivia_batched,
+    "generation": leaving_against_generate,
     "plans": plans_together_and_apart,
     "choice": choice_against_harness,
     "WANDA pass": stream.wanda_against_bare_forward,

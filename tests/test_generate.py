@@ -1,9 +1,12 @@
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from thesislib.corpus import questions
 from thesislib.errors import BadInput
-from thesislib.evaluate.generate import complete, greedy
+from thesislib.evaluate.generate import complete, continuations, end_tokens, greedy
 from thesislib.evaluate.triviaqa import triviaqa
 
 PROMPTS = ["a", "What is the longest of these prompts, by far?", "Once upon", "née", "x" * 40, "Is it so?", "No.", "Yes, it is", "b"]
@@ -41,6 +44,57 @@ def test_complete_is_greedy_and_times_each_token_but_the_first(tiny):
     done = complete(subject, "Once upon", 8)
     assert done.text == greedy(subject, ["Once upon"], 8)[0]
     assert 1 <= len(done.token_seconds) <= 7 and done.seconds_per_token > 0
+
+
+ARCHITECTURES = {"llama": {}, "mistral": {"sliding_window": 6}, "qwen2": {}, "qwen3": {}, "smollm3": {}}
+
+
+def padded(subject, prompts):
+    """(B, T) tokens and mask, padded on the left."""
+    batch = subject.tokenizer(prompts, padding=True, padding_side="left", add_special_tokens=False, return_tensors="pt")
+    return batch["input_ids"], batch["attention_mask"]
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_continuations_are_those_of_generate_while_rows_leave(tiny, model_type, monkeypatch):
+    subject = tiny(model_type, layers=4, **ARCHITECTURES[model_type])
+    ids, mask = padded(subject, PROMPTS)
+    # tokens that some rows say early and some never: as ends they take rows out of the batch at different steps
+    free = subject.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12, min_new_tokens=12)[:, ids.shape[1] :]
+    ends = sorted({row[at].item() for row, at in zip(free, (1, 3, 5, 1, 2, 8), strict=False)})
+    monkeypatch.setattr(subject.model.generation_config, "eos_token_id", ends)
+    out = subject.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12, min_new_tokens=1)[:, ids.shape[1] :]
+    expected = []
+    for row in out.tolist():
+        stop = next((i for i, token in enumerate(row) if token in ends), len(row) - 1)
+        expected.append(row[: stop + 1])
+    widths, forward = [], subject.model.forward
+    monkeypatch.setattr(subject.model, "forward", lambda ids, **kw: (widths.append(len(ids)), forward(ids, **kw))[1])
+    assert continuations(subject, ids, mask, 12) == expected
+    assert len({len(row) for row in expected}) > 2, "the rows should end at different steps"
+    assert widths == sorted(widths, reverse=True) and widths[0] == len(PROMPTS) and widths[-1] < 0.7 * len(PROMPTS), "rows that ended should leave"
+    assert len(widths) == max(map(len, expected)), "no step after the last row has ended"
+
+
+def test_a_penalty_in_the_models_own_settings_does_not_change_greedy_text(tiny, monkeypatch):
+    subject = tiny()
+    before = greedy(subject, PROMPTS, 12), complete(subject, PROMPTS[1], 12).text
+    monkeypatch.setattr(subject.model.generation_config, "repetition_penalty", 5.0)
+    ids, mask = padded(subject, PROMPTS)
+    out = subject.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12)[:, ids.shape[1] :]
+    assert subject.tokenizer.batch_decode(out, skip_special_tokens=True) != before[0], "this penalty should show where it is applied"
+    assert (greedy(subject, PROMPTS, 12), complete(subject, PROMPTS[1], 12).text) == before
+
+
+@pytest.mark.parametrize(("model_says", "tokenizer_says", "expected"), [([5, 7], 3, [5, 7]), (0, 3, [0]), (None, 3, [3]), (None, None, [])])
+def test_end_tokens(tiny, monkeypatch, model_says, tokenizer_says, expected):
+    subject = tiny()
+    monkeypatch.setattr(subject.model.generation_config, "eos_token_id", model_says)
+    ids, mask = padded(subject, ["Once upon", "No."])
+    subject = replace(subject, tokenizer=SimpleNamespace(eos_token_id=tokenizer_says))
+    assert end_tokens(subject) == expected
+    if not expected:
+        assert [len(row) for row in continuations(subject, ids, mask, 5)] == [5, 5]
 
 
 @pytest.mark.parametrize(

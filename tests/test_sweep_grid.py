@@ -67,6 +67,36 @@ def test_a_size_takes_labels_and_changes_stages(write):
     assert read_grid(write(SMALL), "quick").configurations[6].recipe.stages[0].steps == 3
 
 
+def test_a_part_of_a_size_can_be_chosen(write):
+    whole, part = (read_grid(write(SMALL), "quick", only=only) for only in ((), ["D1+W", "D1", "dense"]))
+    assert part.configurations == tuple(c for c in whole.configurations if c.label in ("dense", "D1", "D1+W"))
+    closed = read_grid(write(SMALL), "quick", only=["D1", "W"], measures=["closed"])
+    assert [list(c.measures) for c in closed.configurations] == [["closed"], []]
+    assert read_grid(write(SMALL), "other", measures=["perplexity"]).timed is None
+    timed = read_grid(write(SMALL), "other", measures=["seconds per token"])
+    assert timed.timed == 4 and not any(c.measures for c in timed.configurations)
+
+
+@pytest.mark.parametrize(
+    ("size", "chosen", "message"),
+    [
+        ("quick", {"only": ["D1+W1:9"]}, "unknown label of .*'D1[+]W1:9': did you mean 'D1[+]W1:8'"),
+        ("quick", {"measures": ["close"]}, "unknown measure of .*'close': did you mean 'closed'"),
+        ("quick", {"measures": ["seconds per token"]}, "unknown measure of .*size quick"),
+    ],
+)
+def test_a_part_that_is_not_there_is_named(write, size, chosen, message):
+    with pytest.raises(BadInput, match=message):
+        read_grid(write(SMALL), size, **chosen)
+
+
+def test_what_is_not_chosen_need_not_be_possible(write):
+    file = write(SMALL, "again: [[D1]]", "again: [[D1+X9]]")
+    assert [c.label for c in read_grid(file, "quick", only=["D1"]).configurations] == ["D1"]
+    with pytest.raises(BadInput, match="'X9'"):
+        read_grid(file, "quick", only=["D1", "D1+X9"])
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

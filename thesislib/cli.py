@@ -186,6 +186,8 @@ def sweep(
     context: typer.Context,
     grid: Annotated[Path | None, typer.Argument(help="a grid's .yaml file, such as data/grid.yaml")] = None,
     size: Annotated[str, typer.Option(help="which of the grid's sizes")] = "quick",
+    only: Annotated[list[str] | None, typer.Option(help="a label of the grid, as often as needed: what is not named is left out")] = None,
+    measure: Annotated[list[str] | None, typer.Option(help="a measure of the size, as often as needed: what is not named is left out")] = None,
     chapter: Annotated[str | None, typer.Option(help="instead of a grid: a notebook's name or number")] = None,
     parameter: Annotated[list[str] | None, typer.Option("-p", "--parameter", help="with --chapter: key=value,value,..., as often as needed")] = None,
     out: Annotated[Path | None, typer.Option(help="records' .jsonl file, or with --chapter a folder; default below _build/sweeps")] = None,
@@ -215,7 +217,7 @@ def sweep(
     base = Path("_build") / "sweeps"
     crew = Workers(workers, scheduler, host, retries, device.startswith("cuda"), threads)
     if chapter is not None:
-        mine = ("size", "also", "subject", "data", "dtype", "device", "dry_run")
+        mine = ("size", "only", "measure", "also", "subject", "data", "dtype", "device", "dry_run")
         idle = [n for n in mine if (source := context.get_parameter_source(n)) is not None and source.name == "COMMANDLINE"]
         if idle:
             raise BadInput(f"with --chapter {', '.join('--' + ('with' if n == 'also' else n.replace('_', '-')) for n in idle)} would do nothing: "
@@ -228,7 +230,7 @@ def sweep(
         if parameter:
             raise BadInput("-p goes with --chapter: a grid's settings stand in its file")
         place = Place(subject, data or corpus.default_data(), dtype, device)
-        found = read_grid(grid, size, strict=False)  # what no subject can take is named with what this one cannot
+        found = read_grid(grid, size, False, only or (), measure or ())  # what no subject can take is named with what this one cannot
         store, others = Store(out or base / f"{found.name}-{size}.jsonl"), stores(also) if also else []
         if dry_run:
             lacking = missing(found, place, [store, *others])

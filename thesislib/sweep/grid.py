@@ -18,7 +18,7 @@ group before it stands for its labels::
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ import yaml
 from thesislib.compress.stages import STAGES
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate.protocol import Protocol
+from thesislib.evaluate.speed import SECONDS_PER_TOKEN
 from thesislib.experiment import DENSE, recipe_of
 from thesislib.files import write_whole
 from thesislib.parameters import build
@@ -76,12 +77,14 @@ class Grid:
             raise BadInput(f"{len(wrong)} of the grid's {count} configurations cannot work on this subject:\n  " + "\n  ".join(wrong))
 
 
-def read_grid(file: str | Path, size: str, strict: bool = True) -> Grid:
+def read_grid(file: str | Path, size: str, strict: bool = True, only: Sequence[str] = (), measures: Sequence[str] = ()) -> Grid:
     """The grid that a file describes, at one of its sizes; every label is read before anything runs.
 
     Args:
         file, size: which.
         strict: False leaves labels that can work on no subject to `Grid.check`, which names them beside those that do not fit the subject at hand.
+        only: these labels of it, in the grid's order; none for all.
+        measures: these measures of it, "seconds per token" among them where the size is timed; none for all.
 
     Raises:
         BadInput: a file that is none; an unknown size, key, measure or label. Labels that cannot work are all named.
@@ -107,11 +110,16 @@ def read_grid(file: str | Path, size: str, strict: bool = True) -> Grid:
     order = dict.fromkeys(label for labels in kept.values() for label in labels)
     if "take" in sized:
         order = dict.fromkeys(_texts(sized["take"], f"{path}, size {size}, take"))
-    measures = _measures(sized.get("measures"), path)
+    order = _chosen(f"label of {path}, size {size}", only, order)
+    every = _measures(sized.get("measures"), path)
     few = _mapping(sized.get("few", {}), set(kept), f"{path}, size {size}, few")
     for name in itertools.chain.from_iterable(_texts(names, f"{path}, size {size}, few") for names in few.values()):
-        if name not in measures:
-            raise unknown(f"measure under 'few' of {path}", name, measures)
+        if name not in every:
+            raise unknown(f"measure under 'few' of {path}", name, every)
+    timed = sized.get("timed")
+    if timed is not None and not (isinstance(timed, int) and timed > 0):
+        raise BadInput(f"{path}: 'timed' is {timed!r}: expected how many tokens, e.g. 32")
+    chosen = _chosen(f"measure of {path}, size {size}", measures, [*every, *([SECONDS_PER_TOKEN] if timed else [])])
     found, wrong = [], []
     for label in order:
         try:
@@ -121,13 +129,19 @@ def read_grid(file: str | Path, size: str, strict: bool = True) -> Grid:
             wrong.append(str(error))
             continue
         group = by_label.get(label, "taken")
-        found.append(Configuration(label, group, recipe, {n: m for n, m in measures.items() if n in few.get(group, measures)}))
+        found.append(Configuration(label, group, recipe, {n: m for n, m in every.items() if n in chosen and n in few.get(group, every)}))
     if wrong and strict:
         raise BadInput(f"{path}: {len(wrong)} configurations cannot work:\n  " + "\n  ".join(wrong))
-    timed = sized.get("timed")
-    if timed is not None and not (isinstance(timed, int) and timed > 0):
-        raise BadInput(f"{path}: 'timed' is {timed!r}: expected how many tokens, e.g. 32")
-    return Grid(str(plain.get("name", path.stem)), size, tuple(found), timed, tuple(wrong))
+    return Grid(str(plain.get("name", path.stem)), size, tuple(found), timed if SECONDS_PER_TOKEN in chosen else None, tuple(wrong))
+
+
+def _chosen(what: str, names: Sequence[str], known: Iterable[str]) -> dict[str, None]:
+    """Those of `known` that are named, or all where none is; in the order of `known`."""
+    known = dict.fromkeys(known)
+    for name in names:
+        if name not in known:
+            raise unknown(what, name, known)
+    return dict.fromkeys(name for name in known if not names or name in names)
 
 
 def write_recipes(grid: Grid, folder: Path) -> list[Path]:
