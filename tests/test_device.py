@@ -1,6 +1,7 @@
 """Devices read, costs counted, models placed and timed: against sums by hand, and against figures that others published."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from thesislib.compress.gptq import Rtn
 from thesislib.compress.plan import apply_plan
 from thesislib.compress.width import Width
 from thesislib.device.cost import Sketch, Stored, costs, distinct_bytes, resized, sketch, stored
-from thesislib.device.energy import energy
+from thesislib.device.energy import SUM, WHOLE, energy
 from thesislib.device.hardware import KINDS, NEAREST, OPERATIONS, PRECISIONS, Device, Engine, Tier, device, devices, read_device
 from thesislib.device.plan import FITS, STREAMS, TOO_LARGE, blocks_that_fit, padded, plan, what_fits
 from thesislib.device.quantity import UNITS, parse
@@ -45,7 +46,7 @@ def test_every_number_of_every_device_has_evidence(name):
     found = read_device(devices()[name])
     numbers = [e.clock for e in found.engines] + [x for e in found.engines for kind in OPERATIONS for x in e.macs_per_cycle[kind].values()]
     numbers += [x for e in found.engines for x in (e.stored_bits, e.joules_per_mac)] + [x for t in found.tiers for x in (t.size, t.read, t.joules_per_byte)]
-    numbers += [found.overhead, found.idle]
+    numbers += [found.overhead, found.idle, found.power]
     assert all(tuple(e.macs_per_cycle[kind]) == PRECISIONS for e in found.engines for kind in OPERATIONS)
     assert sum(x is not None for x in numbers) + 2 == len(found.evidence)  # and the two bands
     assert all(e.kind in KINDS and len(e.source) > 10 for e in found.evidence.values())
@@ -89,6 +90,11 @@ def edited(tmp_path):
         ("idle: null", "idel: null", "did you mean 'idle'"),
         ("idle: null\n", "", "'idle' is missing"),
         ("idle: null", "idle: 3", "expected a mapping with the keys kind, source, value"),
+        ("power: null\n", "", "'power' is missing"),
+        ("power: null", 'power: {value: [3 W, 2 W], kind: published, source: "x"}', "the lower number first"),
+        ("power: null", 'power: {value: 3 W, kind: published, source: "x"}', r"expected \[low, high\]"),
+        ("power: null", 'power: {value: [3 V, 4 V], kind: published, source: "x"}', "unknown unit of .*power 'V'"),
+        ("power: null", 'power: {value: [3 W, 4 W], kind: published, source: ""}', "its source is empty"),
         ("on_chip: true", "on_chip: maybe", "expected true or false"),
         ("size: {value: 4 MiB", "size: null  # {value: 4 MiB", "unknown size cannot be planned"),
         ("int8: {value: 32 MAC/cycle, kind: derived", "int9: {value: 32 MAC/cycle, kind: derived", "unknown key.*gemv 'int9': did you mean 'int8'"),
@@ -446,7 +452,16 @@ def test_energy_is_the_sum_of_its_parts(tiny):
     assert found.parts["arithmetic"] == pytest.approx(3e-12 * c.macs) and found.parts["traffic"] == pytest.approx(2e-12 * (c.weight_bytes + cache))
     assert found.high - found.low == pytest.approx(0.5 * (time.seconds.high - time.seconds.low)) and found.unknown == ()
     bare = energy(subject, made([(1e9, 1e6, None, True)]), plan(subject, d), time, 1, 16)
-    assert bare.low == bare.high == 0 and len(bare.unknown) == 3
+    assert bare.low == bare.high == 0 and len(bare.unknown) == 3 and not bare.known and found.known and found.how == SUM
+
+
+def test_energy_is_the_whole_devices_power_where_that_is_known(tiny):
+    subject = tiny()
+    d = replace(made([(1e9, 1e6, 2e-12, True)], joules=3e-12, idle=0.5), power=(2.0, 7.0))
+    time = project(subject, d, 1, 16).seconds
+    plain = profile_report(subject, d, context=16)
+    assert plain["joules_per_token"] == {"low": pytest.approx(2 * time.low), "high": pytest.approx(7 * time.high), "how": WHOLE}
+    assert "idle power" not in plain["left_out"] and "power of the whole device" in readable(plain)
 
 
 def test_the_report_says_all_and_that_it_is_a_projection(tiny):

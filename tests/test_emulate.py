@@ -8,8 +8,10 @@ from dataclasses import astuple
 import gguf
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from thesislib.book import ROOT
+from thesislib.cli import app
 from thesislib.device import emulate as emulation
 from thesislib.device.emulate import CLASSES, OWN, ROUNDED_TOLERANCE, TOOLS, Distance, build, counted, distance, emulate, missing_tools, multiplied
 from thesislib.errors import BadInput
@@ -205,6 +207,21 @@ def test_a_program_that_fails_says_why():
         emulation._run(["sh", "-c", "echo count 1 2 >&2; echo because >&2; exit 3"], "running m")
     with pytest.raises(BadInput, match="running m took longer than 0 s"):
         emulation._run(["sleep", "5"], "running m", timeout=0.1)
+
+
+def test_the_command_says_what_was_counted(monkeypatch):
+    plain = json.loads(RECORD.read_text())
+    asked = []
+    monkeypatch.setattr("thesislib.cli._held", lambda *given: given)
+    monkeypatch.setattr(emulation, "record", lambda *given: (asked.append(given), plain)[1])
+    told = CliRunner().invoke(app, ["emulate", "somewhere", "--type", "F16", "--type", "Q4_1", "--tokens", "3"])
+    assert told.exit_code == 0 and asked == [(("somewhere", None, "float32"), [("F16", None), ("Q4_1", None)], 8, 3, 1)]
+    assert "F16, 30 blocks: 1,913.0 M a decoded token, 14.23 a weight; by class, in M: load 542" in told.output
+    (parted,) = [row["margin where they part"] for row in plain["rows"] if row["margin where they part"] is not None]
+    assert f"2 of 8 tokens are the host's, where they part the host's lead is {parted:.3g}" in told.output and "no time is taken" in told.output
+    assert json.loads(CliRunner().invoke(app, ["emulate", "somewhere", "--json"]).output) == plain
+    wrong = CliRunner().invoke(app, ["emulate", "somewhere", "--type", "Q4_K"])
+    assert wrong.exit_code != 0 and "did you mean 'Q4_" in wrong.output
 
 
 # ---------------------------------------------------------------- the whole

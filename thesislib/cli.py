@@ -321,6 +321,30 @@ def measure(
     typer.echo(json.dumps(plain) if as_json else measured.readable(plain))
 
 
+@app.command()
+@one_line_errors
+def emulate(
+    subject: Annotated[str, typer.Argument(help="an artifact folder, or another subject spec")],
+    kind: Annotated[list[str] | None, typer.Option("--type", help="of the GGUF file: F16, Q8_0, Q4_0, Q4_1; as often as needed; default Q8_0")] = None,
+    prompt: Annotated[int, typer.Option(help="tokens that are read at once")] = 8,
+    tokens: Annotated[int, typer.Option(help="new tokens, the first from the prompt's own pass; minutes each for a large model")] = 8,
+    jobs: Annotated[int, typer.Option(help="compilers at a time, the first time")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="one line of JSON with every count and provenance")] = False,
+) -> None:
+    """Run a model in llama.cpp on an emulated RISC-V: tokens and logits beside this machine's, instructions by class. No seconds."""
+    from thesislib.device.emulate import readable, record
+    from thesislib.errors import unknown
+    from thesislib.gguf_format import TYPES
+    from thesislib.parameters import positive
+
+    positive(prompt=prompt, jobs=jobs)
+    for name in (kinds := kind or ["Q8_0"]):
+        if name not in TYPES:
+            raise unknown("type", name, TYPES)
+    plain = record(_held(subject, None, "float32"), [(name, None) for name in kinds], prompt, tokens, jobs)
+    typer.echo(json.dumps(plain) if as_json else readable(plain))
+
+
 devices = typer.Typer(help="Devices that models are projected onto.", no_args_is_help=True)
 app.add_typer(devices, name="device")
 

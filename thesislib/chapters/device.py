@@ -21,8 +21,8 @@ from thesislib.compress.width import Width
 from thesislib.corpus import questions
 from thesislib.device.calibrate import BETWEEN, BEYOND, Point, held_out
 from thesislib.device.cost import costs, stored
-from thesislib.device.hardware import device, devices
-from thesislib.device.measure import QUIET, Agreement, agreement, as_measurement, gguf_file, prompt_ids, time_llama_cpp, time_transformers
+from thesislib.device.hardware import Device, device, devices
+from thesislib.device.measure import QUIET, Agreement, agreement, as_measurement, engine_name, gguf_file, prompt_ids, time_llama_cpp, time_transformers
 from thesislib.device.plan import TOO_LARGE, what_fits
 from thesislib.device.published import against_published, hosted
 from thesislib.device.report import profile_report
@@ -39,7 +39,7 @@ from thesislib.store import Store
 from thesislib.subject import Subject, load_subject
 
 TITLE = "on a device"
-DEPTHS, FITTED = (30, 20, 10, 4), (30, 10)  # of predicted against measured: the line is fitted on two and held against the others
+DEPTHS, FITTED = (30, 20, 10, 4), (0, 2)  # of predicted against measured, and the places of those that the line is fitted on; held against the others
 SAME, PROMPTS = "prompts with the same text", 10
 TOKENS, REPEATS = 32, 7  # what a recorded timing decodes after the first token, and how often
 PLAIN = "logits of the host without vector instructions"  # what the emulation's record calls its control
@@ -83,7 +83,12 @@ class Case:
     @property
     def engine(self) -> str:
         """As `Timing.engine` has it."""
-        return f"{'llama.cpp' if self.kind in TYPES else 'transformers'} {self.kind}"
+        return engine_name(self.kind)
+
+
+def depths(most: int) -> list[int]:
+    """`DEPTHS` for a subject of `most` blocks: as large a share of it, at least one block."""
+    return [max(1, round(most * d / DEPTHS[0])) for d in DEPTHS]
 
 
 def depth_label(most: int, depth: int) -> str:
@@ -96,7 +101,7 @@ MODELS = (DENSE, "D4+W", "D8", "W2:4+W", "W+Q", "D4+W+Q", "W2:4+W+Q", "D4+W2:4+W
 
 def cases(depth: int) -> list[Case]:
     """All that is measured, for a subject of `depth` blocks: four formats by four depths, the chapter's models, and transformers beside them."""
-    found = [Case(depth_label(depth, round(depth * d / DEPTHS[0])), kind) for kind in TYPES for d in DEPTHS]
+    found = [Case(depth_label(depth, d), kind) for kind in TYPES for d in depths(depth)]
     found += [Case(label, "Q8_0") for label in MODELS[1:]] + [Case("W2:4+W", "F16"), Case("W2:4+W", "Q4_0")]
     found += [Case(label, kind) for label in (DENSE, "D8", "W2:4+W", "W+Q") for kind in ("float32", "bfloat16")]
     return list(dict.fromkeys(found))
@@ -121,10 +126,10 @@ def measure(p: "DeviceChapter", store: Callable[[Measurement], object], done: It
             model = stand_in(load_subject(p.subject, case.kind), case.label)
             timing = time_transformers(model, ids, TOKENS, REPEATS)
         m = as_measurement(model, timing, started)
-        store(_noted(m, case.label, case.engine))
+        store(_noted(m, case.label, case.engine, exact.depth))
         print(case.label, case.engine, f"{1e3 * m.value:.2f} ms,", timing.verdict, file=sys.stderr, flush=True)
     if (DENSE, SAME) not in done:
-        store(_noted(same_text(exact), DENSE, SAME))
+        store(_noted(same_text(exact), DENSE, SAME, exact.depth))
 
 
 def same_text(subject: Subject, tokens: int = TOKENS) -> Measurement:
@@ -141,8 +146,8 @@ def same_text(subject: Subject, tokens: int = TOKENS) -> Measurement:
     return Measurement("greedy text, llama.cpp F16 against transformers float32", SAME, same / len(found), low, high, len(found), "prompt", items, {}, made)
 
 
-def _noted(m: Measurement, label: str, engine: str) -> Measurement:
-    note = {"made": {"label": label, "bytes": {}}, "chapter": {"model": label, "engine": engine}}
+def _noted(m: Measurement, label: str, engine: str, blocks: int) -> Measurement:
+    note = {"made": {"label": label, "bytes": {}}, "chapter": {"model": label, "engine": engine, "blocks": blocks}}
     return dataclasses.replace(m, provenance={**m.provenance, **note})
 
 
@@ -202,13 +207,30 @@ def projection_table(rows: pd.DataFrame) -> pd.DataFrame:
     return text.pivot(index="model", columns="device", values="cell").reindex(index=text["model"].unique(), columns=rows["device"].unique())
 
 
+def energy_table(rows: pd.DataFrame) -> pd.DataFrame:
+    """Millijoules per token, low to high, of each model on each device where they are known for any; what does not fit says so."""
+
+    def cell(row) -> str:
+        if pd.notna(row["joules low"]):
+            return f"{1e3 * row['joules low']:.3g} to {1e3 * row['joules high']:.3g}"
+        return "not known" if row["binds"] else TOO_LARGE
+
+    some = rows.groupby("device")["joules low"].transform("count") > 0
+    text = rows[some].assign(cell=rows.apply(cell, axis=1))
+    return text.pivot(index="model", columns="device", values="cell").reindex(index=rows["model"].unique(), columns=text["device"].unique())
+
+
 def energy_sentence(rows: pd.DataFrame) -> str:
-    """For which devices joules are known at all, and how much."""
+    """For which devices joules are known at all, and where not why."""
     known = rows.dropna(subset=["joules low"])
+    fits = rows[rows["binds"] != ""]["device"].unique()
+    dumb = [name for name in fits if name not in set(known["device"])]
+    without = f"Not known for {' and '.join(dumb)}, of which no power is known." if dumb else ""
     if known.empty:
-        return "Joules per token: not known for any of these models and devices, whose files lack the energy of a byte and of a multiplication."
-    said = [f"{r['model']} on {r['device']} {r['joules low']:.2g} to {r['joules high']:.2g} J" for _, r in known.iterrows()]
-    return f"Joules per token, modelled from the parts that are known: {'; '.join(said)}."
+        return f"Joules per token. {without}".strip()
+    first = known.groupby("device", sort=False).first()
+    said = [f"{name} {1e3 * r['joules low']:.3g} to {1e3 * r['joules high']:.3g}" for name, r in first.iterrows()]
+    return f"Millijoules per token of {known['model'].iloc[0]}, modelled: {', '.join(said)}. {without}".strip()
 
 
 def binding_sentence(rows: pd.DataFrame) -> str:
@@ -263,12 +285,13 @@ def published_table() -> pd.DataFrame:
                          "projected": span, "too good by": error, "source": found["source"]}).set_index("device")  # fmt: skip
 
 
-def hosted_table() -> pd.DataFrame:
-    """Joules of hosted models and what they do."""
-    found = hosted()
-    return found.assign(**{"joules a written token": [f"{x:.3g}" for x in found["joules low"]]}).set_index("model")[
-        ["work", "joules a written token", "kind", "difference"]
-    ]
+def hosted_table(rows: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Joules of hosted models and what they do; beside them the projections of `rows` for the first model, see `projections`."""
+    known = pd.DataFrame() if rows is None else rows.dropna(subset=["joules low"])
+    ours = {} if known.empty else known[known["model"] == known["model"].iloc[0]].set_index("device")
+    found = hosted({f"{row['model']} on {name}": (row["joules low"], row["joules high"]) for name, row in ours.iterrows()} if len(ours) else None)
+    each = [f"{low:.3g}" if low == high else f"{low:.2g} to {high:.2g}" for low, high in zip(found["joules low"], found["joules high"], strict=True)]
+    return found.assign(**{"joules a written token": each}).set_index("model")[["work", "joules a written token", "kind", "difference"]]
 
 
 def emulated_table(path: Path | None = None) -> pd.DataFrame:
@@ -320,6 +343,28 @@ def measured_table(record: Results) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("engine")
 
 
+def utilisation_table(subject: Subject, record: Results, on: Device) -> pd.DataFrame:
+    """Which shares of a device's bandwidth (MBU) and arithmetic (MFU) the dense model's timings are, with their denominators.
+
+    Args:
+        subject: the dense model.
+        record: timings, made on that device.
+        on: the device whose file has what one thread reads and multiplies.
+    """
+    rows, read = [], on.tiers[0].read
+    for (label, engine), m in sorted(record.items(), key=lambda entry: entry[0][1]):
+        if label != DENSE or engine == SAME:
+            continue
+        given, kind = m.provenance["settings"], engine.split()[1]
+        cache = costs(subject, 1, given["prompt"] + given["tokens"] // 2, 32 if kind == "float32" else 16).cache_bytes
+        rate, precision = on.rate("gemm", "float32" if kind in ("F16", "float32") else "bfloat16" if kind == "bfloat16" else "int8")
+        macs = costs(subject, given["prompt"], 0).macs / m.extra["seconds to first token"]
+        moved = (m.extra["bytes"]["weights"] + cache) / m.value
+        rows.append({"engine": engine, "GB/s": f"{moved / 1e9:.1f}", "MBU": f"{moved / read:.0%}", "of, GB/s": f"{read / 1e9:.1f}",
+                     "GMAC/s of the prompt": f"{macs / 1e9:.1f}", "MFU": f"{macs / rate:.0%}", "of, GMAC/s": f"{rate / 1e9:.0f} ({precision})"})  # fmt: skip
+    return pd.DataFrame(rows).set_index("engine")
+
+
 def zeros_sentence(record: Results) -> str:
     """What half of the weights being zeros buys where no kernel skips them."""
     said = []
@@ -333,13 +378,19 @@ def zeros_sentence(record: Results) -> str:
 NOT_RUN = "Not run."
 
 
-def predictions(record: Results, depth: int = DEPTHS[0]) -> dict[str, pd.DataFrame]:
+def blocks_of(record: Results) -> int:
+    """How many blocks the dense model of a record has; the first rows, of this book's own subject, do not say."""
+    return next((m.provenance["chapter"]["blocks"] for m in record.values() if "blocks" in m.provenance.get("chapter", {})), DEPTHS[0])
+
+
+def predictions(record: Results) -> dict[str, pd.DataFrame]:
     """Predicted against measured by format, see `thesislib.device.calibrate.held_out`; formats without all depths are left out."""
-    result = {}
+    most, result = blocks_of(record), {}
+    chosen = depths(most)
     for kind in TYPES:
-        timed = {d: record.get((depth_label(depth, d), f"llama.cpp {kind}")) for d in DEPTHS}
-        if all(timed.values()):
-            result[kind] = held_out({d: point(m) for d, m in timed.items()}, FITTED)
+        timed = {d: record.get((depth_label(most, d), engine_name(kind))) for d in chosen}
+        if len(timed) == len(DEPTHS) and all(timed.values()):
+            result[kind] = held_out({d: point(m) for d, m in timed.items()}, [chosen[i] for i in FITTED])
     return result
 
 
@@ -367,9 +418,10 @@ def prediction_sentence(record: Results) -> str:
     between, beyond = ([e for t in tables.values() for e in t.loc[t["where"] == where, "error"].abs()] for where in (BETWEEN, BEYOND))
     noisy = sum(m.extra["verdict"] != QUIET for (label, engine), m in record.items() if engine.startswith("llama.cpp"))
     caution = f" {noisy} of these timings come from a machine that was not quiet, as the table says." if noisy else " The machine was quiet for all of them."
-    return (f"A line through {FITTED[0]} and {FITTED[1]} blocks predicts the time per token of 20 blocks, in {len(tables)} formats, with a mean error of "
-            f"{statistics.mean(between):.1%} (from {min(between):.1%} to {max(between):.1%}), and that of 4, beyond both, with {statistics.mean(beyond):.1%} "
-            f"(up to {max(beyond):.1%}).{caution}")  # fmt: skip
+    first, middle, second, last = depths(blocks_of(record))
+    return (f"A line through {first} and {second} blocks predicts the time per token of {middle} blocks, in {len(tables)} formats, with a mean error of "
+            f"{statistics.mean(between):.1%} (from {min(between):.1%} to {max(between):.1%}), and that of {last}, beyond both, with "
+            f"{statistics.mean(beyond):.1%} (up to {max(beyond):.1%}).{caution}")  # fmt: skip
 
 
 def same_sentence(record: Results) -> str:

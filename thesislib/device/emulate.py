@@ -353,6 +353,21 @@ def record(subject: Subject, runs: Iterable[tuple[str, Sequence[int] | None]], p
             "rows": rows, "provenance": made}  # fmt: skip
 
 
+def readable(plain: dict[str, Any]) -> str:
+    """A few lines of what `record` says."""
+    lines = [f"{plain['provenance']['subject']}, llama.cpp on an emulated riscv64: instructions are counted, no time is taken"]
+    for row in plain["rows"]:
+        counts, logits = row["instructions"], row["logits"]
+        by_class = ", ".join(f"{name} {n / 1e6:,.0f}" for name, n in counts["per token"].items() if n >= 1e6) or "each class less than one"
+        lines.append(f"  {row['type']}, {row['blocks']} blocks: {counts['per token, all'] / 1e6:,.1f} M a decoded token, {counts['per weight']:.2f} a weight; "
+                     f"by class, in M: {by_class}")  # fmt: skip
+        parted = "" if row["margin where they part"] is None else f", where they part the host's lead is {row['margin where they part']:.3g}"
+        within = "within" if logits["within"] else "NOT within"
+        lines.append(f"    {row['same']} of {row['of']} tokens are the host's{parted}; logits {logits['share']:.2%} of their spread apart, "
+                     f"{within} {logits['tolerance']:.1%}")  # fmt: skip
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Record the embedded model in four types, and with ten of its blocks in one."""
     parser = argparse.ArgumentParser(description="Emulate the embedded model on riscv64 and record tokens, logits and instructions.")

@@ -66,7 +66,7 @@ class Device:
     """A device: engines, best first; tiers, nearest first.
 
     overhead: seconds that each operation costs besides. mbu, mfu: (low, high) shares of bandwidth and of MACs that programs reach. idle:
-    W. notes: what a reader must know. evidence: {place of a number: its evidence}.
+    W. power: (low, high) W of the whole device while it works. notes: what a reader must know. evidence: {place of a number: its evidence}.
     """
 
     name: str
@@ -77,6 +77,7 @@ class Device:
     mbu: tuple[float, float]
     mfu: tuple[float, float]
     idle: float | None
+    power: tuple[float, float] | None = None
     notes: tuple[str, ...] = ()
     evidence: Mapping[str, Evidence] = field(default_factory=dict)
 
@@ -123,7 +124,7 @@ def read_device(path: Path) -> Device:
         BadInput: a key that is not known or is missing, a number without evidence or with a unit of another kind, a negative one.
     """
     reader = _Reader(path)
-    top = reader.mapping(value(compose(path), path), "", {"name", "title", "engines", "tiers", "overhead", "mbu", "mfu", "idle"}, {"notes"})
+    top = reader.mapping(value(compose(path), path), "", {"name", "title", "engines", "tiers", "overhead", "mbu", "mfu", "idle", "power"}, {"notes"})
     if top["name"] != path.stem:
         raise BadInput(f"{path}: its name is '{top['name']}': expected '{path.stem}', as the file's")
     engines = []
@@ -155,7 +156,8 @@ def read_device(path: Path) -> Device:
     notes = reader.listed(top.get("notes") or ["-"], "notes") if top.get("notes") else []
     return Device(
         str(top["name"]), str(top["title"]), tuple(engines), tuple(tiers), reader.number(top["overhead"], "overhead", "s"), reader.band(top["mbu"], "mbu"),
-        reader.band(top["mfu"], "mfu"), reader.number(top["idle"], "idle", "W"), tuple(map(str, notes)), reader.evidence,
+        reader.band(top["mfu"], "mfu"), reader.number(top["idle"], "idle", "W"), reader.span(top["power"], "power", "W"), tuple(map(str, notes)),
+        reader.evidence,
     )  # fmt: skip
 
 
@@ -199,11 +201,18 @@ class _Reader:
         keys = self.mapping(plain, at, set(PRECISIONS))
         return {precision: self.number(keys[precision], f"{at}.{precision}", "MAC/cycle") for precision in PRECISIONS}
 
-    def band(self, plain: object, at: str) -> tuple[float, float]:
+    def _two(self, plain: object, at: str, unit: str) -> tuple[float, float]:
         found = self._sourced(plain, at)
         if not isinstance(found, list) or len(found) != 2:
             raise BadInput(f"{self.path}, {at} is {found!r}: expected [low, high]")
-        low, high = (parse(x, "", f"{self.path}, {at}") for x in found)
-        if not 0 < low <= high <= 1:
-            raise BadInput(f"{self.path}, {at} is {found!r}: expected shares with 0 < low <= high <= 1")
+        low, high = (parse(x, unit, f"{self.path}, {at}") for x in found)
+        if low > high or (unit == "" and high > 1):
+            shares = "shares with 0 < low <= high <= 1" if unit == "" else "the lower number first"
+            raise BadInput(f"{self.path}, {at} is {found!r}: expected {shares}")
         return low, high
+
+    def span(self, plain: object, at: str, unit: str) -> tuple[float, float] | None:
+        return None if plain is None else self._two(plain, at, unit)
+
+    def band(self, plain: object, at: str) -> tuple[float, float]:
+        return self._two(plain, at, "")

@@ -131,6 +131,7 @@ def host_file(name: str = "host", repeats: int = 9) -> str:
         "  kind: assumed",
         '  source: "as for the boards; `thesislib measure` says what llama.cpp reaches here"',
         "idle: null",
+        "power: null",
         "",
     ])  # fmt: skip
 

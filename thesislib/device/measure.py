@@ -27,11 +27,16 @@ QUIET, NOISY_HOST = "quiet", "inconclusive: noisy host"
 SAMPLE = "The history of engineering is full of machines that were made smaller, cheaper and slower, and were used by more people for it. "
 
 
+def engine_name(kind: str) -> str:
+    """What `Timing.engine` is: "llama.cpp Q8_0" for a GGUF type, "transformers bfloat16" for one of torch."""
+    return f"{'transformers' if kind.startswith(('float', 'bfloat')) else 'llama.cpp'} {kind}"
+
+
 @dataclass(frozen=True)
 class Timing:
     """One model in one engine.
 
-    engine: "llama.cpp Q8_0" or "transformers bfloat16". prompt: tokens that were read at once. first: seconds from the prompt to the first token, one a
+    engine: see `engine_name`. prompt: tokens that were read at once. first: seconds from the prompt to the first token, one a
     repetition. later: seconds of each token after it, by repetition. others: cores that other processes kept busy, by repetition; None where the system
     does not say. bytes: of weights, cache and the process, as far as the engine tells. versions: of the engine.
     """
@@ -90,7 +95,7 @@ def time_llama_cpp(file: str | Path, ids: Sequence[int], tokens: int = 32, repea
     answer = run_engine(Request(str(file), [list(ids)], tokens + 1, repeats, warm_up=1, core=core))
     samples = answer["samples"]
     return Timing(
-        f"llama.cpp {file_type(file)}", len(ids), tuple(s["seconds"][0] for s in samples), tuple(tuple(s["seconds"][1:]) for s in samples),
+        engine_name(file_type(file)), len(ids), tuple(s["seconds"][0] for s in samples), tuple(tuple(s["seconds"][1:]) for s in samples),
         tuple(s["others"] for s in samples), answer["bytes"], answer["versions"],
     )  # fmt: skip
 
@@ -130,7 +135,7 @@ def time_transformers(subject: Subject, ids: Sequence[int], tokens: int = 32, re
             others = watched()
             runs.append((greedy_steps(subject, ids, tokens + 1)[2], others()))
     return Timing(
-        f"transformers {str(subject.dtype).removeprefix('torch.')}", len(ids), tuple(s[0] for s, _ in runs), tuple(tuple(s[1:]) for s, _ in runs),
+        engine_name(str(subject.dtype).removeprefix("torch.")), len(ids), tuple(s[0] for s, _ in runs), tuple(tuple(s[1:]) for s, _ in runs),
         tuple(others for _, others in runs), {"weights": distinct_bytes(stored(subject))}, {"torch": torch.__version__},
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from thesislib.device.cost import Sketch, Stored, costs, resized
+from thesislib.device.cost import Sketch, Stored, costs, distinct_bytes, is_linear, resized
 from thesislib.device.energy import energy
 from thesislib.device.hardware import Device, device
 from thesislib.device.plan import plan
@@ -57,19 +57,61 @@ class Figure:
     share: float = 1
 
 
+def _shapes(name: str, kind: str, **config: object) -> Subject:
+    """A model of an architecture, without its numbers."""
+    with torch.device("meta"):
+        return Subject(AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**config), dtype=torch.float32), None, name)
+
+
+def _of_size(subject: Subject, size: float, table: float) -> Sketch:
+    """A model whose file has `size` bytes: embedding and head at `table` bits a weight, its linears at what is left for them."""
+    plain = resized(subject, table=table)
+    linears = [w for w in plain.weights if is_linear(w)]
+    rest = size - distinct_bytes(w for w in plain.weights if not is_linear(w))
+    return resized(plain, bits=8 * rest / sum(w.params for w in linears))
+
+
 @cache
 def qwen3_q4_0() -> Sketch:
     """Qwen3-0.6B as llama.cpp's Q4_0 holds it: its linears in 4.5 bits a weight, the table, which is the head too, in Q6_K's 6.5625, norms in float32.
 
     Three matrices that the published file has in Q4_1 are counted as Q4_0: 0.2 % too few bytes.
     """
-    config = CONFIG_MAPPING["qwen3"](
-        vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
-        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+    shapes = _shapes(
+        "Qwen3-0.6B Q4_0", "qwen3", vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
+        num_attention_heads=16, num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
     )  # fmt: skip
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return resized(Subject(model, None, "Qwen3-0.6B Q4_0"), bits=4.5, table=6.5625)
+    return resized(shapes, bits=4.5, table=6.5625)
+
+
+@cache
+def smollm2_q4_k_m() -> Sketch:
+    """This book's subject in llama.cpp's Q4_K_M, 101 MiB. Its rows of 576 are too short for K-quants' groups of 256: the table is held in Q8_0's 8.5 bits."""
+    shapes = _shapes(
+        "SmolLM2-135M-Instruct Q4_K_M", "llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True,
+    )  # fmt: skip
+    return _of_size(shapes, 101 * 2**20, 8.5)
+
+
+@cache
+def llama32_q4_k_m() -> Sketch:
+    """The thesis's subject in llama.cpp's Q4_K_M, 771 MiB, its table in Q6_K's 6.5625 bits."""
+    shapes = _shapes(
+        "Llama-3.2-1B-Instruct Q4_K_M", "llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+        num_attention_heads=32, num_key_value_heads=8, tie_word_embeddings=True,
+    )  # fmt: skip
+    return _of_size(shapes, 771 * 2**20, 6.5625)
+
+
+@cache
+def smollm2_large_q8_0() -> Sketch:
+    """SmolLM2-1.7B in llama.cpp's Q8_0, 1.926 GB and 1.812 B weights: with a head of its own, as that count says."""
+    shapes = _shapes(
+        "SmolLM2-1.7B-Instruct Q8_0", "llama", vocab_size=49152, hidden_size=2048, intermediate_size=8192, num_hidden_layers=24,
+        num_attention_heads=32, num_key_value_heads=32, tie_word_embeddings=False,
+    )  # fmt: skip
+    return _of_size(shapes, 1.926e9, 8.5)
 
 
 def qwen35_q4_1() -> Sketch:
@@ -87,6 +129,14 @@ def micro_llama() -> Sketch:
     return Sketch("microLlama", tuple(weights), 8, 8, 8, activations="int8")
 
 
+SMALL_GPU = (
+    "a token of so small a model starts some hundred kernels on the GPU, and the device file has no time for that: the larger model below is less far off"
+)
+REACH = "what kernels reach of the chip's arithmetic is a guess, 10 to 70 %"
+RAIL = "published for CPU and GPU alone, the reading of 2,048 tokens before included; projected from the whole module's limits, 7 to 25 W"
+LEADERBOARD = "nyunai/edge-llm-leaderboard (Hugging Face), llm-perf-leaderboard-Raspberry Pi 5(8GB).csv: llama.cpp"
+SMOLPERF = "Y. Singh, smolperfbenchmark (2026), table 7: llama.cpp on the GPU, 25 W setting, 256 tokens after 2,048"
+SMOL, LLAMA, LARGE = "SmolLM2-135M-Instruct Q4_K_M", "Llama-3.2-1B-Instruct Q4_K_M", "SmolLM2-1.7B-Instruct Q8_0"
 QWEN3, QWEN35, MICRO = "Qwen3-0.6B Q4_0", "Qwen3.5-2B Q4_1", "microLlama"
 WHOLE = "only the size and number of its weights are published: all are taken to multiply at every token, the table's too"
 SIZE = "its size is not in the abstract: microLlama, Deeploy's public example, stands in"
@@ -95,6 +145,12 @@ FIGURES = (
     Figure("k1", QWEN3, qwen3_q4_0, "prompt", RATE, 49.15, 128, 0, LLAMA_CPP, KERNELS),
     Figure("k1", QWEN35, qwen35_q4_1, "decode", RATE, 3.07, 1, 64, LLAMA_CPP, f"its hybrid attention is not counted; {WHOLE}"),
     Figure("k1", QWEN35, qwen35_q4_1, "prompt", RATE, 10.32, 128, 0, LLAMA_CPP, f"{KERNELS}; {WHOLE}"),
+    Figure("pi5", LARGE, smollm2_large_q8_0, "decode", RATE, 5.177, 1, 64, LEADERBOARD, "the lengths are not published: 64 tokens before each are taken"),
+    Figure("pi5", LARGE, smollm2_large_q8_0, "prompt", RATE, 17.524, 128, 0, LEADERBOARD, f"the length is not published, 128 is taken; {REACH}"),
+    Figure("orin_nano", SMOL, smollm2_q4_k_m, "decode", RATE, 165.1, 1, 2176, SMOLPERF, SMALL_GPU),
+    Figure("orin_nano", SMOL, smollm2_q4_k_m, "decode", JOULES, 1 / 22.6, 1, 2176, SMOLPERF, RAIL),
+    Figure("orin_nano", LLAMA, llama32_q4_k_m, "decode", RATE, 47.0, 1, 2176, SMOLPERF, "the thesis's own subject, at mbu's low end"),
+    Figure("orin_nano", LLAMA, llama32_q4_k_m, "decode", JOULES, 1 / 4.7, 1, 2176, SMOLPERF, RAIL),
     Figure("siracusa", MICRO + ", 1 core", micro_llama, "decode", CYCLES, 16.1e6, 1, 128, TUTORIAL, STARTS, "cluster", 1 / 8),
     Figure("siracusa", MICRO + ", 8 cores", micro_llama, "decode", CYCLES, 3.1e6, 1, 128, TUTORIAL, STARTS, "cluster"),
     Figure("siracusa", MICRO + ", 8 cores, 8 kB L1", micro_llama, "prompt", CYCLES, 47.5e6, 64, 0, TUTORIAL, STARTS, "cluster"),
@@ -139,8 +195,8 @@ def projected(figure: Figure, on: Device | None = None) -> tuple[float, float, f
         return (math.nan,) * 3 if clock is None else tuple(s * clock for s in (seconds.low, seconds.high, seconds.ceiling))
     if figure.quantity == JOULES:
         spent = energy(case, found, places, time, figure.tokens, figure.context)
-        least = sum(spent.parts.values())
-        return (spent.low, spent.high, least) if least > 0 else (math.nan,) * 3
+        least = found.power[0] * seconds.ceiling if found.power else sum(spent.parts.values())
+        return (spent.low, spent.high, least) if spent.known else (math.nan,) * 3
     raise unknown("quantity", figure.quantity, (RATE, CYCLES, JOULES))
 
 
@@ -182,8 +238,8 @@ ALONE = (
     "chip, which continues simple stories for children."
 )
 MODELLED = (
-    "A projection: bytes and multiplications by energies from the device's file, idle power for as long as it takes; what that file does not say is left "
-    "out. One request at a time. A small model, which answers far fewer questions."
+    "A projection, never measured: a whole board's published power, from idle to its heaviest load, for as long as a token would take. One request at a "
+    "time. A small model, which answers far fewer questions."
 )
 
 

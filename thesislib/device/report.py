@@ -41,7 +41,7 @@ def profile_report(subject: Subject, device: Device, prompt: int = 128, context:
         "seconds_to_first_token": _span(found.prefill.seconds),
         "seconds_per_token": _span(found.decode.seconds),
         "tokens_per_second": {"low": slow, "high": fast},
-        "joules_per_token": {"low": spent.low, "high": spent.high} if sum(spent.parts.values()) > 0 else None,
+        "joules_per_token": {"low": spent.low, "high": spent.high, "how": spent.how} if spent.known else None,
         "left_out": sorted({*found.decode.unknown, *spent.unknown}),
         "taken": sorted({*found.prefill.taken, *found.decode.taken}),
     }
@@ -63,7 +63,7 @@ def readable(plain: dict) -> str:
         lines.append(f"  first token of a prompt of {plain['prompt']}: {first['low'] * 1e3:.0f} to {first['high'] * 1e3:.0f} ms; then {rate['low']:.3g} to "
                      f"{rate['high']:.3g} tokens/s (ceiling {1 / token['ceiling']:.3g}), limited by {token['binds']}")  # fmt: skip
         joules = plain["joules_per_token"]
-        spent = f"{joules['low']:.2g} to {joules['high']:.2g}" if joules else "not known"
+        spent = f"{joules['low']:.2g} to {joules['high']:.2g} ({joules['how']})" if joules else "not known"
         lines.append(f"  joules per token: {spent}")
         lines.append(f"  left out, since not known: {', '.join(plain['left_out']) or 'nothing'}")
         lines += [f"  not known, another stands in: {', '.join(plain['taken'])}"] if plain["taken"] else []
