@@ -11,6 +11,7 @@ import pytest
 
 from thesislib import corpus
 from thesislib.compress.depth import Depth
+from thesislib.compress.eora import Eora
 from thesislib.compress.gptq import Rtn
 from thesislib.compress.plan import apply_plan
 from thesislib.compress.width import Width
@@ -18,6 +19,7 @@ from thesislib.errors import BadInput
 from thesislib.evaluate.perplexity import perplexities
 from thesislib.evaluate.protocol import Protocol
 from thesislib.experiment import Verdict, again, described, prepare, recipe_hash, recipe_of, tolerance
+from thesislib.layers import ComputedLinear
 from thesislib.records import Measurement
 from thesislib.store import Store, find
 from thesislib.subject import load_subject
@@ -134,6 +136,21 @@ def test_what_a_record_says(recorded, folder, data):
     assert data not in json.dumps(recorded.provenance) and folder not in json.dumps(recorded.provenance)
     dense = prepare(folder, (), data=data, dtype="float32").measure(PPL, data, chapter={"note": 1}).provenance
     assert (dense["made"]["label"], dense["made"]["recipe"], dense["made"]["stage"], dense["chapter"]) == ("dense", None, None, {"note": 1})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("stages", [(Rtn(bits=4, group=32),), (Width(remove=2, of=4, windows=4, length=64), Rtn(bits=3, group=32), Eora(rank=4, windows=2))])
+def test_unpacked_once_is_measured_as_unpacked_at_every_use(folder, data, stages, dtype):
+    ready = prepare(folder, stages, data=data, dtype=dtype)
+    assert any(isinstance(m, ComputedLinear) for m in ready.model.model.modules())
+    assert not any(isinstance(m, ComputedLinear) for m in ready.unpacked.model.modules()) and ready.unpacked is ready.unpacked
+    assert ready.unpacked.fingerprint == ready.model.fingerprint
+    for protocol in (PPL, CHOICE, TRIVIA):
+        once, each = ready.measure(protocol, data), protocol.measure(ready.model, data)
+        assert once.value == each.value and once.items == each.items
+        assert once.provenance["fingerprint"] == each.provenance["fingerprint"]
+    plain = prepare(folder, (), data=data, dtype=dtype)
+    assert plain.unpacked is plain.model
 
 
 def test_a_recipe_hash_stands_for_every_setting():
