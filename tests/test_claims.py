@@ -8,7 +8,7 @@ import pytest
 from docutils.nodes import make_id
 
 from thesislib.book import ROOT, chapters
-from thesislib.claims import CLAIMS, CLOSED, FAILS, HOLDS, MISSING, UNDECIDED, WIKITEXT, judge, page, plan_name, recorded_pool
+from thesislib.claims import CLAIMS, CLOSED, FAILS, HOLDS, MISSING, UNDECIDED, WIKITEXT, judge, large, page, plan_name, recorded_pool
 from thesislib.compress.plan import parse_plan
 from thesislib.records import Measurement
 
@@ -87,6 +87,20 @@ def test_sizes_are_held_against_the_whole_interval():
     assert judge(points, {a: right, b: replace(right, items=fewer)}).word == HOLDS
     assert judge(points, {a: right, b: right}).word == FAILS
     assert a[1] == b[1] == CLOSED
+
+
+def test_the_larger_measurement_of_a_pair_is_taken_where_both_have_it():
+    claim = next(c for c in CLAIMS if "EoRA gives" in c.says)
+    small = {("GPTQ 4-bit asymmetric", CLOSED): answers(0.2, 0), ("GPTQ 4-bit asymmetric + EoRA", CLOSED): answers(0.2, 0)}
+    ((name, *_),) = claim.pairs({**small, ("Q", large(CLOSED)): answers(0.2, 0)})
+    assert name == "GPTQ 4-bit asymmetric to GPTQ 4-bit asymmetric + EoRA, closed book"
+    both = {**small, ("Q", large(CLOSED)): answers(0.2, 0, 1200), ("Q+E", large(CLOSED)): answers(0.2, 0, 1200)}
+    verdict = judge(claim, both)
+    assert [(n, c.n) for n, c, _ in verdict.comparisons] == [("Q to Q+E, closed book, size full", 1200)]
+    assert large(WIKITEXT) == "WikiText-2, size full"
+    free = next(c for c in CLAIMS if "nearly free" in c.says)
+    told = {("dense", WIKITEXT): ppl(3.0, 1), ("W1:8", WIKITEXT): ppl(3.3, 2), ("dense", large(WIKITEXT)): ppl(3.0, 1), ("W1:8", large(WIKITEXT)): ppl(3.05, 2)}
+    assert judge(free, told).word == HOLDS
 
 
 def test_every_claim_is_shown_where_it_says():

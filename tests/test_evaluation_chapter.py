@@ -116,6 +116,26 @@ def test_what_was_not_run_is_shown(story):
     assert "D4" in evaluation.coverage_sentence(story)
 
 
+def test_the_full_size_is_shown_as_far_as_it_was_run(story):
+    right = answers(0.5, 270, 1000)
+    choice = {label: Measurement("hellaswag", "acc_norm", m.value, m.low, m.high, m.n, "item", m.items, {}, m.provenance)
+              for label, m in (("dense", right), ("W1:8", answers(0.4, 265, 1000)))}  # fmt: skip
+    full = {(label, PPL): story[label, PPL] for label in ("dense", "D2", "W1:8")} | {(label, "HellaSwag"): m for label, m in choice.items()}
+    table = evaluation.grid_table(full, size="full", run=True)
+    assert list(table.index) == ["dense", "D2", "W1:8"] and table.loc["dense", "HellaSwag"] == "50.0% [40.0%, 60.0%]"
+    assert table.loc["D2", "HellaSwag"] == table.loc["dense", "PIQA"] == "not run"
+    beside = evaluation.against_dense(full)
+    assert list(beside.index) == ["D2", "W1:8"] and beside.loc["D2", PPL].startswith("x 1.3") and beside.loc["D2", PPL].endswith("*")
+    assert beside.loc["W1:8", "HellaSwag"].startswith("-10.0 [") and beside.loc["W1:8", "HellaSwag"].endswith("*")
+    assert beside.loc["D2", "HellaSwag"] == "not run"
+    alike = evaluation.against_dense({("dense", "HellaSwag"): right, ("D2", "HellaSwag"): right})
+    assert alike.loc["D2", "HellaSwag"] == "+0.0 [+0.0, +0.0]"
+    said = evaluation.full_sentence(full)
+    assert "perplexity 3 (dense, D2, W1:8); HellaSwag 2 (dense, W1:8)" in said and "Not run for any: perplexity at 2048, closed book, open book, " in said
+    assert evaluation.full_sentence({}) == "Nothing of size full was run."
+    assert evaluation.against_dense({}).empty
+
+
 def test_costs_are_reported(story):
     table = evaluation.cost_table(story)
     assert table.loc["pruned", "models"] == 4 and (table["to make it"] == "5").all() and table.loc["+ EoRA", PPL] == "2" and table.loc["+ EoRA", OPEN] == ""

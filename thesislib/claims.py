@@ -25,6 +25,7 @@ from thesislib.store import Store
 
 HOLDS, FAILS, UNDECIDED, MISSING = "holds", "does not hold", "undecided", "not measured"
 WIKITEXT, CLOSED, OPEN, WHOLE = "WikiText-2, 24 windows", "closed book", "open book", "WikiText-2, 32 windows"
+LARGE = "size full"  # of the grid: the whole text, 1,200 questions
 MOST = 8  # comparisons of a claim that its page shows
 Records = Mapping[tuple[str, str], Measurement]  # by label and what was measured
 
@@ -60,8 +61,9 @@ def pool(chapters: Mapping[str, Iterable[Measurement]]) -> dict[tuple[str, str],
             add(m.provenance["made"]["label"], {"perplexity": WIKITEXT}.get(m.metric, _book(m)), m)
     for m in chapters.get("06_evaluation", ()):
         run = m.provenance
-        if run["dtype"] == "bfloat16" and run["sweep"]["size"] == "sample" and m.metric in ("perplexity", "accuracy"):
-            add(run["sweep"]["label"], {"perplexity": WIKITEXT}.get(m.metric, _book(m)), m)
+        size, what = run["sweep"]["size"], {"perplexity": WIKITEXT, "accuracy": _book(m) if m.metric == "accuracy" else None}.get(m.metric)
+        if run["dtype"] == "bfloat16" and what and size in ("sample", "full") and m.provenance["protocol"]["length"] == 512:
+            add(run["sweep"]["label"], large(what) if size == "full" else what, m)
     p = quantised()
     names = {c.key: c.name for c in quantised_table(p)}
     for m in chapters.get("05_quantisation", ()):
@@ -69,6 +71,11 @@ def pool(chapters: Mapping[str, Iterable[Measurement]]) -> dict[tuple[str, str],
         if name and what not in (PPL, HELD_OUT):
             add(name, what, m)
     return found
+
+
+def large(what: str) -> str:
+    """The same measured at the grid's size full."""
+    return f"{what.partition(',')[0]}, {LARGE}"
 
 
 def _book(m: Measurement) -> str:
@@ -172,7 +179,17 @@ def _trained(base: str | None) -> Callable[[Records], list]:
 
 
 def _on(what: str, *pairs: tuple[str, str]) -> Callable[[Records], list]:
-    return lambda _records: [(f"{a} to {b}, {what}", (a, what), (b, what)) for a, b in pairs]
+    """Each pair at the grid's size full where both were measured so; else as the chapters measured it, under their names."""
+
+    def chosen(records: Records) -> list:
+        found = []
+        for a, b in pairs:
+            there = (a, large(what)) in records and (b, large(what)) in records
+            (first, second), kind = ((a, b), large(what)) if there else ((_NAMES.get(a, a), _NAMES.get(b, b)), what)
+            found.append((f"{first} to {second}, {kind}", (first, kind), (second, kind)))
+        return found
+
+    return chosen
 
 
 def _repeats(records: Records) -> list:
@@ -188,7 +205,7 @@ def _ppl(*labels: tuple[str, ...]) -> str:
 
 _RECOVERED = ("D2", "D4", "W2:4", "W8:16", "D2+W1:8")
 _ASKED = ("D2", "W2:4", "D2+W1:8")
-_Q, _E = "GPTQ 4-bit asymmetric", "GPTQ 4-bit asymmetric + EoRA"
+_NAMES = {"Q": "GPTQ 4-bit asymmetric", "Q+E": "GPTQ 4-bit asymmetric + EoRA"}  # chapter 5's
 
 CLAIMS = (
     Claim(
@@ -236,13 +253,13 @@ CLAIMS = (
     ),
     Claim(
         "4 bits by GPTQ cost 3 to 6 points of TriviaQA, closed book.",
-        _on(CLOSED, ("dense", _Q)), "05_quantisation", "answers-and-text",
+        _on(CLOSED, ("dense", "Q")), "05_quantisation", "answers-and-text",
         f"D2+W {thesis_row('D2', 'W').closed} %, quantised {thesis_row('D2', 'W', 'Q').closed} %; its models were pruned and trained, ours is the dense one",
         None, (-0.06, -0.03),
     ),
     Claim(
         "EoRA gives 1 to 2 points back.",
-        _on(CLOSED, (_Q, _E)), "05_quantisation", "answers-and-text",
+        _on(CLOSED, ("Q", "Q+E")), "05_quantisation", "answers-and-text",
         f"D2+W, quantised {thesis_row('D2', 'W', 'Q').closed} %, with EoRA {thesis_row('D2', 'W', 'E').closed} %", None, (0.01, 0.02),
     ),
     Claim("Repeating a block never helps.", _repeats, "01_franken_llama", "one-block-at-a-time"),

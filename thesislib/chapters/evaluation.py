@@ -14,7 +14,7 @@ import pandas as pd
 from thesislib.chapters.thesis import thesis_row
 from thesislib.chapters.words import number, ratio, share
 from thesislib.errors import BadInput, unknown
-from thesislib.evaluate import perplexity, triviaqa
+from thesislib.evaluate import choice, perplexity, triviaqa
 from thesislib.evaluate.speed import SECONDS_PER_TOKEN
 from thesislib.evaluate.stats import Comparison, holm, paired_means
 from thesislib.experiment import DENSE
@@ -29,7 +29,7 @@ from thesislib.sweep.run import FAILED, Place, Setting, identity_of, sweep, want
 
 TITLE = "the whole grid"
 PPL, OPEN = "perplexity", "open book"
-RECORDED, PRECISION = "sample", "precision"
+RECORDED, PRECISION, FULL = "sample", "precision", "full"
 USABLE = 1.25  # times the dense model's perplexity: what a summary still calls small
 FAMILIES = ("pruned", "+ LoRA", "+ GPTQ", "+ EoRA")
 Results = Mapping[tuple[str, str], Measurement]  # by label and measure
@@ -171,17 +171,24 @@ def _number(m: Measurement | None, percent: bool) -> str:
     return f"{m.value:,.0f} [{m.low:,.0f}, {m.high:,.0f}]" if m.value > 1000 else number(m)
 
 
-def grid_table(results: Results, groups: Sequence[str] | None = None, size: str = RECORDED) -> pd.DataFrame:
-    """One row a configuration of the grid, run or not: measures with intervals, sizes, and the thesis's own figures for its subject."""
-    rows = []
+def grid_table(results: Results, groups: Sequence[str] | None = None, size: str = RECORDED, run: bool = False) -> pd.DataFrame:
+    """One row a configuration of the grid: measures with intervals, sizes, and the thesis's own figures for its subject.
+
+    Args:
+        results: of that size.
+        groups: these groups' configurations only.
+        size: of the grid.
+        run: leave out configurations of which nothing was measured.
+    """
+    rows, have = [], {label for label, _ in results}
     dense = results.get((DENSE, PPL))
     for c in grid(size).configurations:
-        if groups and c.group not in groups:
+        if (groups and c.group not in groups) or (run and c.label not in have):
             continue
         row: dict[str, object] = {"model": c.label}
         for measure in c.measures:
             m = results.get((c.label, measure))
-            row[measure] = _number(m, m is not None and m.metric == "accuracy")
+            row[measure] = _number(m, m is not None and m.metric != "perplexity")
             if measure == PPL:
                 row["x dense"] = f"{m.value / dense.value:,.3g}" if m and dense else ""
         if m := results.get((c.label, SECONDS_PER_TOKEN)):
@@ -252,7 +259,39 @@ def cost_sentence(results: Results) -> str:
 
 
 def _compare(a: Measurement, b: Measurement) -> Comparison:
-    return (perplexity if a.metric == "perplexity" else triviaqa).compare(a, b)
+    return {"perplexity": perplexity, "accuracy": triviaqa}.get(a.metric, choice).compare(a, b)
+
+
+def against_dense(results: Results, size: str = FULL) -> pd.DataFrame:
+    """Every model that was measured beside the dense one on the same items: the ratio of perplexities, or the difference in points, with its interval.
+
+    A star: told apart by a paired test, Holm-adjusted over the table.
+    """
+    measures = dict.fromkeys(m for c in grid(size).configurations for m in c.measures)
+    pairs = [(label, m) for label, m in results if label != DENSE and m in measures and (DENSE, m) in results]
+    tests = [_compare(results[DENSE, m], results[label, m]) for label, m in pairs]
+    cells: dict[str, dict[str, str]] = {}
+    for (label, m), c, p in zip(pairs, tests, holm([c.p for c in tests]), strict=True):
+        said = ratio(c) if results[label, m].metric == "perplexity" else f"{100 * c.difference:+.1f} [{100 * c.low:+.1f}, {100 * c.high:+.1f}]"
+        cells.setdefault(label, {})[m] = said + " *" * (p < 0.05)
+    rows = [{"model": label} | {m: cells[label].get(m, "not run") for m in measures} for label in cells]
+    return pd.DataFrame(rows, columns=["model", *measures]).set_index("model")
+
+
+def full_sentence(results: Results) -> str:
+    """How much of size full was run, and what one configuration of it takes."""
+    if not results:
+        return "Nothing of size full was run."
+    whole = grid(FULL)
+    measures = dict.fromkeys(m for c in whole.configurations for m in c.measures)
+    said = [f"{m} {len(labels)} ({_few(labels)})" for m in measures if (labels := [label for label, what in results if what == m])]
+    absent = [m for m in measures if not any(what == m for _, what in results)]
+    hours = {m: np.median([r.provenance["seconds"] for (_, what), r in results.items() if what == m]) / 60 for m in measures if m not in absent}
+    cost = ", ".join(f"{m} {minutes:.0f}" for m, minutes in hours.items())
+    return (
+        f"Of the {len(whole.configurations)} configurations of size full these were measured: {'; '.join(said)}."
+        f"{f' Not run for any: {_few(absent)}.' if absent else ''} Median minutes of a measurement on one thread: {cost}."
+    )
 
 
 def _points(c: Comparison) -> str:

@@ -1,7 +1,7 @@
 // A size budget and a measure; the models within the budget, best first, and all of them in a plot. `rows` is given.
 const script = document.currentScript;
 const all = script ? script.previousElementSibling : document.querySelector(".explorer:empty");
-const measures = { "perplexity": { up: false, show: (x) => x.toPrecision(4) }, "open book": { up: true, show: (x) => (100 * x).toFixed(1) + " %" } };
+const measures = { "perplexity": { up: false, show: (x) => (x < 1e4 ? x.toPrecision(4) : Math.round(x).toLocaleString("en")) }, "open book": { up: true, show: (x) => (100 * x).toFixed(1) + " %" } };
 const sizes = { "MB": "MB on disk", "M": "million parameters that are not zero" };
 const looks = { "pruned": ["#777777", "circle"], "+ LoRA": ["#0072B2", "square"], "+ GPTQ": ["#D55E00", "triangle"], "+ EoRA": ["#009E73", "diamond"] };
 const make = (name, parent, text = "") => { const e = parent.appendChild(document.createElement(name)); e.textContent = text; return e; };
