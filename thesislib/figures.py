@@ -332,8 +332,7 @@ def pareto_chart(table: pd.DataFrame, fronts: Mapping[tuple[str, str], Sequence[
                     axis.errorbar(here[size], here[measure], yerr=error, fmt=marker, color=colour, markersize=6, capsize=0, linewidth=0.5, label=name)
             front = shown[shown["label"].isin(fronts[size, measure])].sort_values(size)
             axis.plot(front[size], front[measure], "-", color="black", linewidth=1, zorder=0)
-            for _, point in front.iterrows():
-                axis.annotate(point["label"], (point[size], point[measure]), textcoords="offset points", xytext=(5, -9), fontsize=7)
+            axis.margins(x=0.2)
             if logarithmic:
                 axis.set_yscale("log")
                 axis.yaxis.set_major_formatter("{x:,.0f}")
@@ -341,12 +340,24 @@ def pareto_chart(table: pd.DataFrame, fronts: Mapping[tuple[str, str], Sequence[
                 axis.tick_params(axis="y", which="minor", labelsize=8)
             else:
                 axis.yaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f}%")
+            _label_front(axis, front, size, measure, below=logarithmic)
             left = f"; {len(known) - len(shown)} above {most:.0f} not drawn" if len(known) > len(shown) else ""
             axis.set(
                 xlabel=words, ylabel=f"{measure}{' (log), lower is better' if logarithmic else ', higher is better'}", title=f"n = {len(shown)} models{left}"
             )
     axes[0][0].legend()
     return figure
+
+
+def _label_front(axis: plt.Axes, front: pd.DataFrame, size: str, measure: str, below: bool) -> None:
+    """Labels on the side where nothing lies, since nothing is smaller and better; those that would cover another's are left out."""
+    placed: list[np.ndarray] = []
+    for _, point in front.iterrows():
+        at = axis.transData.transform((point[size], point[measure]))
+        if all(abs(at[1] - other[1]) > 11 or abs(at[0] - other[0]) > 90 for other in placed):
+            placed.append(at)
+            axis.annotate(point["label"], (point[size], point[measure]), textcoords="offset points", xytext=(-4, -4 if below else 3),
+                          ha="right", va="top" if below else "bottom", fontsize=7)  # fmt: skip
 
 
 def interaction_chart(table: pd.DataFrame) -> plt.Figure:
@@ -367,7 +378,7 @@ def interaction_chart(table: pd.DataFrame) -> plt.Figure:
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter("{x:,.0f}")
     axis.set(xlabel="blocks removed", ylabel="perplexity (log), 95 % interval", xticks=sorted(table["removed"].unique()))
-    axis.legend(title="of each group removed", ncols=2, fontsize=8)
+    figure.legend(title="of each\ngroup removed", fontsize=8, loc="outside right upper")
     return figure
 
 
@@ -389,9 +400,12 @@ def steps_chart(steps: Sequence[tuple[str, str, str, Comparison]]) -> plt.Figure
             axis.errorbar(middle, y, xerr=[[middle - low], [high - middle]], fmt=marker, color=colour, mfc=fill, markersize=5, capsize=2, linewidth=0.8)
         axis.axvline(1, color=GREY, linestyle="--", linewidth=1)
         axis.set_xscale("log")
+        low, high = axis.get_xlim()
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter("")
-        labels = [f"{a} to {b}" if name == "pruned" else a for a, b, _ in rows]
+        last = [b.rpartition("+")[2] for _, b, _ in rows]  # said where a panel's stages are not all alike
+        labels = [f"{a} to {b}" if name == "pruned" else f"{a} ({part})" if part[-1].isdigit() else a for (a, b, _), part in zip(rows, last, strict=True)]
         axis.set(title=name, xlabel="perplexity times (log)", yticks=range(len(rows)), yticklabels=labels, ylim=(tallest - 0.5, -0.5))
         axis.tick_params(labelsize=8)
     return figure

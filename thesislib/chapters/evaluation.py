@@ -312,6 +312,11 @@ def steps(results: Results, measure: str = PPL) -> list[tuple[str, str, str, Com
     return [(f, a, b, replace(c, p=q)) for (f, a, b, c), q in zip(found, adjusted, strict=True)]
 
 
+def shown_steps(results: Results) -> list[tuple[str, str, str, Comparison]]:
+    """`steps`, of pruning only those from the dense model: the others are in the chart of interactions."""
+    return [row for row in steps(results) if row[0] != FAMILIES[0] or row[1] == DENSE]
+
+
 def stage_table(results: Results) -> pd.DataFrame:
     """What each stage does to the model before it: how many pairs, the lowest, median and highest effect, how many are told apart."""
     rows = []
