@@ -2,6 +2,7 @@
 
 import json
 import struct
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -69,7 +70,7 @@ def test_depth_and_width_together_cost_more_than_their_sum(story):
     ((name, c),) = evaluation.interactions(story)
     assert name == "D2+W1:8" and c.difference == pytest.approx(0.2, abs=0.01) and c.p < 0.001
     said = evaluation.interaction_sentence(story)
-    assert "Of 1 pairs, they cost more than that for 1 (D2+W1:8), less for 0" in said and "x 1.2" in said
+    assert "Of 1 pairs, they lose more than that for 1 (D2+W1:8), less for 0" in said and "x 1.2" in said
     (less,) = evaluation.interactions({**story, ("D2+W1:8", PPL): ppl(3.2, 240, 3)})
     assert less[1].difference < 0 and "less for 1 (D2+W1:8)" in evaluation.interaction_sentence({**story, ("D2+W1:8", PPL): ppl(3.2, 240, 3)})
     assert evaluation.interaction_sentence({}) == "No model was pruned both ways."
@@ -91,11 +92,20 @@ def test_steps_go_from_the_model_before(story):
 
 def test_findings_turn_with_the_records(story):
     assert "5 models on the front of perplexity against bytes 2 are quantised" in evaluation.top_findings(story)[0]
-    assert "Of 7 models that are not quantised, 3 are beaten" in evaluation.equal_bytes_sentence(story)  # D2, D2+W1:8 and its training
+    # only D2+W1:8+W: the quantised models of the story are all trained, and what is not trained has no rival among them
+    assert "of 4 untrained ones 0 and of 3 trained ones 1 are beaten" in evaluation.equal_bytes_sentence(story)
+    plain = {**story, ("Q", PPL): ppl(3.05, 100, 20)}
+    assert "of 4 untrained ones 3 and of 3 trained ones 1 are beaten" in evaluation.equal_bytes_sentence(plain)
+    assert "alike: untrained dense (270 MB, perplexity 20.1 against 20.1), trained D2+W+Q (110 MB, perplexity 23.3 against 18.2)" not in "".join(
+        evaluation.top_findings(story)
+    )  # 23.3 is more than 1.25 times 18.2
+    assert "alike: untrained Q (100 MB, perplexity 21.1 against 20.1), trained D2+W (251 MB, perplexity 22.2 against 18.2)" in evaluation.top_findings(plain)[0]
+    came = {key: replace(m, provenance={**m.provenance, "subject": "SmolLM2-135M-Instruct"}) for key, m in story.items()}
+    assert "It came as a file of 98 MB in Q4_1" in evaluation.top_findings(came)[0] and "It came" not in evaluation.top_findings(story)[0]
     said = evaluation.top_findings(story)[1]
-    assert "Of 2 pruned models trained on WikiText 0 end below the dense model's perplexity; below the dense model's trained alike end 0." in said
+    assert "Of 2 pruned models trained on WikiText 0 end with a perplexity told apart below the untrained dense model's, 0 below that of" in said
     better = {**story, ("D2+W", PPL): ppl(2.7, 251, 9)}
-    assert "WikiText 1 end below the dense model's perplexity; below the dense model's trained alike end 1." in evaluation.top_findings(better)[1]
+    assert "WikiText 1 end with a perplexity told apart below the untrained dense model's, 1 below" in evaluation.top_findings(better)[1]
     without = {key: m for key, m in story.items() if key[0] != "W"}
     assert "trained alike was not run" in evaluation.top_findings(without)[1]
 
@@ -139,7 +149,7 @@ def test_the_full_size_is_shown_as_far_as_it_was_run(story):
 def test_costs_are_reported(story):
     table = evaluation.cost_table(story)
     assert table.loc["pruned", "models"] == 4 and (table["to make it"] == "5").all() and table.loc["+ EoRA", PPL] == "2" and table.loc["+ EoRA", OPEN] == ""
-    assert "on 1 thread of a processor: 11 measurements" in evaluation.cost_sentence(story)
+    assert "on 1 thread of a processor: 11 measurements, 0.0 hours of one process, and 0.0 to make the models" in evaluation.cost_sentence(story)
 
 
 def test_the_explorers_text_is_safe_and_whole(story):
@@ -158,7 +168,7 @@ def test_figures_hold_every_model(story):
     panels = figures.steps_chart(evaluation.steps(story)).axes
     assert [a.get_title() for a in panels] == ["pruned", "+ LoRA", "+ GPTQ", "+ EoRA"]
     assert [t.get_text() for t in panels[1].get_yticklabels()] == ["dense", "D2", "D2+W1:8"]
-    assert [t.get_text() for t in lines.axes[0].get_legend().get_texts()] == ["none", "1:8"]
+    assert [t.get_text() for t in lines.legends[0].get_texts()] == ["none", "1:8"]
     figures.plt.close("all")
 
 

@@ -117,7 +117,7 @@ def test_the_type_of_a_file_is_that_of_its_matrices(tiny, tmp_path, kind):
 
 def test_how_to_get_the_engine_is_said(monkeypatch, tmp_path):
     monkeypatch.setattr(engine, "find_spec", lambda name: None)
-    with pytest.raises(BadInput, match=r"pip install 'thesislib\[engine\]'"):
+    with pytest.raises(BadInput, match=r"pip install -e '\.\[engine\]'"):
         run_engine(Request(str(tmp_path / "m.gguf"), [[1]]))
 
 

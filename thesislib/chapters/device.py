@@ -237,7 +237,7 @@ def binding_sentence(rows: pd.DataFrame) -> str:
     """What limits decoding, by device."""
     said = [f"{name} by {' and '.join(sorted(set(part['binds'])))}" for name, part in rows[rows["binds"] != ""].groupby("device", sort=False)]
     none = [name for name, part in rows.groupby("device", sort=False) if (part["binds"] == "").all()]
-    return f"Decoding is limited on {', '.join(said)}." + (f" None of these models fits {' or '.join(none)}." if none else "")
+    return f"At the slow end of the intervals decoding is limited on {', '.join(said)}." + (f" None of these models fits {' or '.join(none)}." if none else "")
 
 
 def fitting_table(subject: Subject, p: DeviceChapter, measured: Mapping) -> pd.DataFrame:
@@ -262,7 +262,7 @@ def fitting_table(subject: Subject, p: DeviceChapter, measured: Mapping) -> pd.D
             "least compressed that fits": f"none of {len(known)}: at 8 bits the embedding alone has {table / 1e6:.1f} MB" if best is None else best["label"],
             "MB": "" if best is None else f"{best['MB']:.0f}",
             "perplexity": "" if best is None else f"{best[PPL]:.3g} [{best[f'{PPL} low']:.3g}, {best[f'{PPL} high']:.3g}]",
-            "combinations of depth, width and bits that fit": str(len(what_fits(subject, on, context=p.context))),
+            "of 450 combinations fit": str(len(what_fits(subject, on, context=p.context))),
         }  # fmt: skip
     return pd.DataFrame(rows).T.rename_axis("device")
 
@@ -278,11 +278,13 @@ def lever_table(subject: Subject, p: DeviceChapter, name: str) -> pd.DataFrame:
 def published_table() -> pd.DataFrame:
     """Projections beside figures that others published."""
     found = against_published()
+    within = {True: "yes", False: "no", None: ""}
     span = [f"{low:,.4g} to {high:,.4g}" if pd.notna(low) else "not known" for low, high in zip(found["projected low"], found["projected high"], strict=True)]
     error = [f"x {x:.3g}" if pd.notna(x) else "" for x in found["optimistic"]]
     return pd.DataFrame({"device": found["device"], "model": found["model"], "quantity": found["quantity"],
                          "published": [f"{x:,.4g}" for x in found["published"]],
-                         "projected": span, "too good by": error, "source": found["source"]}).set_index("device")  # fmt: skip
+                         "projected": span, "inside": [within[w] for w in found["within"]], "too good by": error,
+                         "what differs": found["why"], "source": found["source"]}).set_index("device")  # fmt: skip
 
 
 def hosted_table(rows: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -372,7 +374,21 @@ def zeros_sentence(record: Results) -> str:
         dense, pruned = record.get((DENSE, f"llama.cpp {kind}")), record.get(("W2:4+W", f"llama.cpp {kind}"))
         if dense and pruned:
             said.append(f"{kind} {1e3 * dense.value:.1f} and {1e3 * pruned.value:.1f} ms")
-    return f"A token of the dense model and of W2:4, half of whose weights are zeros, takes in {'; '.join(said)}: no kernel skips them." if said else NOT_RUN
+    if not said:
+        return NOT_RUN
+    return (
+        f"A token of the dense model and of W2:4, half of whose linears' weights are zeros, takes in {'; '.join(said)}: no kernel skips them, and what "
+        "differs is the machine's drift between sessions."
+    )
+
+
+def drift(record: Results) -> float:
+    """The largest ratio, less 1, between timings of files of the same size in the same engine: the same bytes and products, at other times."""
+    alike: dict[tuple[str, int], list[float]] = {}
+    for (_, engine), m in record.items():
+        if engine.startswith("llama.cpp"):
+            alike.setdefault((engine, m.extra["bytes"]["weights"]), []).append(m.value)
+    return max((max(times) / min(times) - 1 for times in alike.values()), default=0.0)
 
 
 NOT_RUN = "Not run."
@@ -418,6 +434,8 @@ def prediction_sentence(record: Results) -> str:
     between, beyond = ([e for t in tables.values() for e in t.loc[t["where"] == where, "error"].abs()] for where in (BETWEEN, BEYOND))
     noisy = sum(m.extra["verdict"] != QUIET for (label, engine), m in record.items() if engine.startswith("llama.cpp"))
     caution = f" {noisy} of these timings come from a machine that was not quiet, as the table says." if noisy else " The machine was quiet for all of them."
+    if spread := drift(record):
+        caution += f" Files of the same size differed by up to {spread:.0%} between sessions: an error below that says little."
     first, middle, second, last = depths(blocks_of(record))
     return (f"A line through {first} and {second} blocks predicts the time per token of {middle} blocks, in {len(tables)} formats, with a mean error of "
             f"{statistics.mean(between):.1%} (from {min(between):.1%} to {max(between):.1%}), and that of {last}, beyond both, with "

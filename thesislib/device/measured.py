@@ -39,7 +39,7 @@ def measured_report(
     if core not in _cores():
         raise BadInput(f"core {core} is not ours: expected one of {', '.join(map(str, _cores()))}")
     file = Path(spec) if own else gguf_file(subject, kind)
-    bandwidth, precision = statistics.median(read_bandwidth()), "float32" if file_type(file) == "F16" else "int8"
+    bandwidth, precision = statistics.median(read_bandwidth()), {"F16": "float32", "F32": "float32", "BF16": "bfloat16"}.get(file_type(file), "int8")
     arithmetic = statistics.median(mac_rate(precision, "gemm"))
     started, ids = time.perf_counter(), prompt_ids(subject, prompt)
     timing = time_llama_cpp(file, ids, tokens, repeats, core)

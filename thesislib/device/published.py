@@ -133,10 +133,14 @@ SMALL_GPU = (
     "a token of so small a model starts some hundred kernels on the GPU, and the device file has no time for that: the larger model below is less far off"
 )
 REACH = "what kernels reach of the chip's arithmetic is a guess, 10 to 70 %"
-RAIL = "published for CPU and GPU alone, the reading of 2,048 tokens before included; projected from the whole module's limits, 7 to 25 W"
+RAIL = (
+    "published for CPU and GPU alone, the reading of 2,048 tokens before included; projected from the module's settings, 7 to 25 W, whose middle is above "
+    "what such a model draws, which makes up for a time that is too short"
+)
 LEADERBOARD = "nyunai/edge-llm-leaderboard (Hugging Face), llm-perf-leaderboard-Raspberry Pi 5(8GB).csv: llama.cpp"
 SMOLPERF = "Y. Singh, smolperfbenchmark (2026), table 7: llama.cpp on the GPU, 25 W setting, 256 tokens after 2,048"
 SMOL, LLAMA, LARGE = "SmolLM2-135M-Instruct Q4_K_M", "Llama-3.2-1B-Instruct Q4_K_M", "SmolLM2-1.7B-Instruct Q8_0"
+STORIES = "a Llama on TinyStories (microLlama stands in)"
 QWEN3, QWEN35, MICRO = "Qwen3-0.6B Q4_0", "Qwen3.5-2B Q4_1", "microLlama"
 WHOLE = "only the size and number of its weights are published: all are taken to multiply at every token, the table's too"
 SIZE = "its size is not in the abstract: microLlama, Deeploy's public example, stands in"
@@ -156,8 +160,8 @@ FIGURES = (
     Figure("siracusa", MICRO + ", 8 cores, 8 kB L1", micro_llama, "prompt", CYCLES, 47.5e6, 64, 0, TUTORIAL, STARTS, "cluster"),
     Figure("siracusa", MICRO + ", 8 cores, 64 kB L1", micro_llama, "prompt", CYCLES, 35.3e6, 64, 0, TUTORIAL, STARTS, "cluster"),
     Figure("siracusa", MICRO + ", with N-EUREKA", micro_llama, "prompt", CYCLES, 28.6e6, 64, 0, TUTORIAL, STARTS),
-    Figure("siracusa", "a Llama on TinyStories", micro_llama, "decode", RATE, 340, 1, 128, DEEPLOY, f"{SIZE}; {STARTS}"),
-    Figure("siracusa", "a Llama on TinyStories", micro_llama, "decode", JOULES, 490e-6, 1, 128, DEEPLOY,
+    Figure("siracusa", STORIES, micro_llama, "decode", RATE, 340, 1, 128, DEEPLOY, f"{SIZE}; {STARTS}"),
+    Figure("siracusa", STORIES, micro_llama, "decode", JOULES, 490e-6, 1, 128, DEEPLOY,
            f"{SIZE}; energy of a multiplication, of a byte on the chip and of idling are not published: nothing can be projected"),
 )  # fmt: skip
 
@@ -238,8 +242,8 @@ ALONE = (
     "chip, which continues simple stories for children."
 )
 MODELLED = (
-    "A projection, never measured: a whole board's published power, from idle to its heaviest load, for as long as a token would take. One request at a "
-    "time. A small model, which answers far fewer questions."
+    "A projection, never measured: a board's published power (see its file in hw/devices) for as long as a token would take, decoding only, the prompt "
+    "apart. One request at a time. A small model, which answers far fewer questions."
 )
 
 

@@ -1,8 +1,9 @@
 """How long a pass would take: for each operation the larger of arithmetic and traffic, plus what it costs to start it (Williams et al. 2009).
 
-All of it is projection. An interval is between the shares of bandwidth and arithmetic that programs are known to reach on such a
-device (its `mbu` and `mfu`); the ceiling is what nothing could exceed. Arithmetic goes at the rate of the precision that an operation is
-computed in (see `thesislib.device.cost.Stored`); where a device has none for it, at the nearest precision's, and the projection says so.
+All of it is projection. An interval is between the shares of bandwidth and arithmetic that programs are assumed to reach on such a
+device (its `mbu` and `mfu`); the ceiling is what the device file's rates give without loss, one operation after the other. Arithmetic
+goes at the rate of the precision that an operation is computed in (see `thesislib.device.cost.Stored`); where a device has none for
+it, at the nearest precision's, and the projection says so.
 """
 
 import math

@@ -56,7 +56,7 @@ def lm_eval_task(subject: Subject, task: str, data: str | Path = "embedded", *, 
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise BadInput("lm-evaluation-harness is not installed: pip install 'thesislib[harness]'") from error
+        raise BadInput("lm-evaluation-harness is not installed: in the checkout, pip install -e '.[harness]' -c constraints.txt") from error
     started = time.perf_counter()
     chosen = take(_pages(data) if task == "wikitext" else rows(task, data), limit, seed)
     stock, metric = STOCK[task]

@@ -174,7 +174,7 @@ def _client(workers: Workers) -> Iterator:
         from distributed import Client, LocalCluster
         from distributed.security import Security
     except ImportError as error:
-        raise BadInput('sweeps need Dask: expected it installed, by pip install "thesislib[sweep]"') from error
+        raise BadInput('sweeps need Dask: expected it installed, by pip install -e ".[sweep]" -c constraints.txt in the checkout') from error
     if workers.gpu and workers.scheduler is None and workers.count > (cards := torch.cuda.device_count()):
         raise BadInput(f"--workers is {workers.count}, and this machine has {cards} card{'s' * (cards != 1)}: expected one worker a card")
     with ExitStack() as stack:
