@@ -3,13 +3,14 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from thesislib.sweep.notebooks import results, sweep_notebook
 from thesislib.sweep.run import FAILED, Place, identity_of, missing, sweep
 from thesislib.sweep.task import carry_out, versions
 
-pytest.importorskip("distributed", reason="sweeps need Dask: the extra sweep")
+dask = pytest.importorskip("dask", reason="sweeps need Dask: the extra sweep")
 GRID = """
 groups:
   some: [[none, D1], [none, "W1:8"]]
@@ -338,6 +339,32 @@ def test_a_scheduler_killed_and_started_again(place, grid_file, tmp_path):
     with scheduler(port), worker(port):
         assert sweep(grid, place, store, crew) == {}
     assert measured(store) == WHOLE
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
+def test_an_encrypted_sweep_on_workers_with_caches_of_their_own(place, grid_file, tmp_path):
+    """As book/rerun.md says for more machines; these two share nothing but the network."""
+    key, cert, port = tmp_path / "key.pem", tmp_path / "cert.pem", free_port()
+    made = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert, "-days", "2", "-subj", "/CN=localhost")
+    subprocess.run(made, check=True, capture_output=True)
+    names = {"ca-file": cert} | {f"{who}.{what}": file for who in ("scheduler", "worker", "client") for what, file in (("cert", cert), ("key", key))}
+    environment = {f"DASK_DISTRIBUTED__COMM__TLS__{n.replace('.', '__').replace('-', '_').upper()}": str(file) for n, file in names.items()}
+    at, store = f"tls://127.0.0.1:{port}", Store(tmp_path / "s.jsonl")
+    caches = [str(tmp_path / name) for name in ("here", "there")]
+    with ExitStack() as stack:
+        stack.enter_context(running("dask", "scheduler", "--protocol", "tls", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard", **environment))
+        wait_for(lambda: _open(port))
+        for cache in caches:
+            where = {**environment, "THESISLIB_CACHE": cache}
+            stack.enter_context(running("dask", "worker", at, "--nthreads", "1", "--no-dashboard", "--host", "127.0.0.1", **where))
+        with pytest.raises(BadInput, match="this driver has no certificate"):
+            sweep(read_grid(grid_file, "quick"), place, store, Workers(scheduler=at))
+        with pytest.raises(BadInput, match="no scheduler answers at tcp://"):  # nor does anyone without TLS
+            sweep(read_grid(grid_file, "quick"), place, store, Workers(scheduler=at.replace("tls", "tcp")))
+        with dask.config.set({f"distributed.comm.tls.{n}": str(file) for n, file in names.items()}):
+            assert sweep(read_grid(grid_file, "quick"), place, store, Workers(scheduler=at)) == {}
+    assert measured(store) == WHOLE
+    assert all(any(Path(cache).rglob("*.safetensors")) for cache in caches), "both should have made something, in their own cache"
 
 
 def test_no_scheduler_is_said_within_ten_seconds(tmp_path):
