@@ -113,7 +113,8 @@ def measure(p: "DeviceChapter", store: Callable[[Measurement], object], done: It
     exact = load_subject(p.subject, "float32")
     held: tuple[str, Subject] = ("", exact)
     ids = prompt_ids(exact, p.prompt)
-    for case in sorted(cases(exact.depth), key=lambda c: c.label):
+    # a format's depths in one go: a line through them should not be the machine's drift
+    for case in sorted(cases(exact.depth), key=lambda c: (c.kind, c.label)):
         if (case.label, case.engine) in done:
             continue
         started = time.perf_counter()
