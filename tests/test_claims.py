@@ -8,7 +8,7 @@ import pytest
 from docutils.nodes import make_id
 
 from thesislib.book import ROOT, chapters
-from thesislib.claims import CLAIMS, CLOSED, FAILS, HOLDS, MISSING, UNDECIDED, WIKITEXT, judge, large, page, plan_name, recorded_pool
+from thesislib.claims import CLAIMS, CLOSED, FAILS, HOLDS, MISSING, UNDECIDED, WHOLE_PAGE, WIKITEXT, judge, large, page, plan_name, recorded_pool
 from thesislib.compress.plan import parse_plan
 from thesislib.records import Measurement
 
@@ -110,6 +110,11 @@ def test_every_claim_is_shown_where_it_says():
             for line in cell.source.splitlines() if line.startswith("#")
         ]  # fmt: skip
         assert claim.anchor in headings, f"{claim.page} has {headings}"
+
+
+def test_the_heading_of_size_full_is_there():
+    headings = [line.lstrip("# ") for cell in nbformat.read(chapters()["06_evaluation"], 4).cells for line in cell.source.splitlines() if line.startswith("#")]
+    assert make_id("The whole text, and other measures") == WHOLE_PAGE.partition("#")[2] and "The whole text, and other measures" in headings
 
 
 def test_plans_by_name():

@@ -26,6 +26,7 @@ from thesislib.store import Store
 HOLDS, FAILS, UNDECIDED, MISSING = "holds", "does not hold", "undecided", "not measured"
 WIKITEXT, CLOSED, OPEN, WHOLE = "WikiText-2, 24 windows", "closed book", "open book", "WikiText-2, 32 windows"
 LARGE = "size full"  # of the grid: the whole text, 1,200 questions
+WHOLE_PAGE = "../notebooks/06_evaluation.html#the-whole-text-and-other-measures"
 MOST = 8  # comparisons of a claim that its page shows
 Records = Mapping[tuple[str, str], Measurement]  # by label and what was measured
 
@@ -305,7 +306,8 @@ def page(records: Records) -> str:
         if v.missing:
             lines += [f"Not measured: {'; '.join(v.missing)}.", ""]
         href = f"../notebooks/{v.claim.page}.html#{v.claim.anchor}"
-        lines += [f'Shown in <a href="{href}">chapter {int(v.claim.page[:2])}</a>.', ""]
+        more = f' What was measured at size full: <a href="{WHOLE_PAGE}">chapter 6</a>.' if any(LARGE in name for name, *_ in v.comparisons) else ""
+        lines += [f'Shown in <a href="{href}">chapter {int(v.claim.page[:2])}</a>.{more}', ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
