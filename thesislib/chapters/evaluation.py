@@ -289,7 +289,7 @@ def full_sentence(results: Results) -> str:
     said = [f"{m} {len(labels)} ({_few(labels)})" for m in measures if (labels := [label for label, what in results if what == m])]
     absent = [m for m in measures if not any(what == m for _, what in results)]
     minutes = {m: np.median([r.provenance["seconds"] for (_, what), r in results.items() if what == m]) / 60 for m in measures if m not in absent}
-    cost = ", ".join(f"{m} {x:.0f}" for m, x in minutes.items())
+    cost = ", ".join(f"{m} {x:.2g}" for m, x in minutes.items())
     threads = {r.provenance["hardware"]["torch_threads"] for r in results.values()}
     where = f"{' or '.join(map(str, sorted(threads)))} thread{'s' * (threads != {1})}"
     return (
