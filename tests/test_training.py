@@ -157,7 +157,7 @@ def test_the_prompt_that_trains_is_the_prompt_that_is_evaluated(folder, tiny, mo
         monkeypatch.setattr(subject.tokenizer, "chat_template", None)
     question = training_questions(folder)[0][0]
     seen = []
-    monkeypatch.setattr(generate, "_generate", lambda _s, ids, *_: seen.append(ids[0].tolist()) or torch.cat([ids, ids[:, :1]], 1))
+    monkeypatch.setattr(generate, "continuations", lambda _s, ids, *_: seen.append(ids[0].tolist()) or [[0]])
     generate.greedy(subject, [prompt_for(subject, question, default_prompt(subject))], max_new_tokens=1)
     prompt, answer = training.example(subject, question)
     assert prompt == seen[0]
