@@ -97,7 +97,9 @@ def test_where_texts_part_is_said(record):
 
 def test_zeros_are_set_beside_the_dense_model(record, tiny):
     record["W2:4+W", "llama.cpp F16"] = timed(tiny(), "llama.cpp F16", 21, 300)
-    assert "F16 20.0 and 21.0 ms" in chapter.zeros_sentence(record)
+    assert "F16 20.0 and 21.0 ms: no kernel skips them." in chapter.zeros_sentence(record)
+    record["W2:4+W", "llama.cpp F16"] = timed(tiny(), "llama.cpp F16", 11, 300)
+    assert "F16 20.0 and 11.0 ms: some kernel gains by them." in chapter.zeros_sentence(record)
 
 
 def test_every_model_meets_every_device(tiny):

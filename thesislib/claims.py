@@ -62,8 +62,9 @@ def pool(chapters: Mapping[str, Iterable[Measurement]]) -> dict[tuple[str, str],
             add(m.provenance["made"]["label"], {"perplexity": WIKITEXT}.get(m.metric, _book(m)), m)
     for m in chapters.get("06_evaluation", ()):
         run = m.provenance
-        size, what = run["sweep"]["size"], {"perplexity": WIKITEXT, "accuracy": _book(m) if m.metric == "accuracy" else None}.get(m.metric)
-        if run["dtype"] == "bfloat16" and what and size in ("sample", "full") and m.provenance["protocol"]["length"] == 512:
+        size, wanted = run["sweep"]["size"], m.metric in ("perplexity", "accuracy")
+        if wanted and run["dtype"] == "bfloat16" and size in ("sample", "full") and run["protocol"]["length"] == 512:
+            what = WIKITEXT if m.metric == "perplexity" else _book(m)
             add(run["sweep"]["label"], large(what) if size == "full" else what, m)
     p = quantised()
     names = {c.key: c.name for c in quantised_table(p)}

@@ -32,6 +32,11 @@ def engine_name(kind: str) -> str:
     return f"{'transformers' if kind.startswith(('float', 'bfloat')) else 'llama.cpp'} {kind}"
 
 
+def computed_in(kind: str) -> str:
+    """The precision in which an engine multiplies by matrices of a GGUF type or of one of torch: what its arithmetic is a share of."""
+    return {"F16": "float32", "F32": "float32", "BF16": "bfloat16", "float32": "float32", "bfloat16": "bfloat16"}.get(kind, "int8")
+
+
 @dataclass(frozen=True)
 class Timing:
     """One model in one engine.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from thesislib.device.cost import costs
 from thesislib.device.host import mac_rate, read_bandwidth
-from thesislib.device.measure import QUIET, as_measurement, bytes_per_token, file_type, gguf_file, prompt_ids, time_llama_cpp, time_transformers
+from thesislib.device.measure import QUIET, as_measurement, bytes_per_token, computed_in, file_type, gguf_file, prompt_ids, time_llama_cpp, time_transformers
 from thesislib.errors import BadInput
 from thesislib.subject import Subject
 
@@ -39,7 +39,7 @@ def measured_report(
     if core not in _cores():
         raise BadInput(f"core {core} is not ours: expected one of {', '.join(map(str, _cores()))}")
     file = Path(spec) if own else gguf_file(subject, kind)
-    bandwidth, precision = statistics.median(read_bandwidth()), {"F16": "float32", "F32": "float32", "BF16": "bfloat16"}.get(file_type(file), "int8")
+    bandwidth, precision = statistics.median(read_bandwidth()), computed_in(file_type(file))
     arithmetic = statistics.median(mac_rate(precision, "gemm"))
     started, ids = time.perf_counter(), prompt_ids(subject, prompt)
     timing = time_llama_cpp(file, ids, tokens, repeats, core)

@@ -13,6 +13,7 @@ from thesislib.packing import Pattern
 from thesislib.subject import Subject
 
 FITS, STREAMS, TOO_LARGE = "fits", "streams", "does not fit"
+PATTERNS, BITS = (None, "1:8", "2:4"), (16, 8, 4, 3, 2)  # what is tried when it is asked what would fit
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,8 @@ def what_fits(
     subject: Subject | Sketch,
     device: Device,
     blocks: Sequence[int] | None = None,
-    patterns: Sequence[str | None] = (None, "1:8", "2:4"),
-    bits: Sequence[float] = (16, 8, 4, 3, 2),
+    patterns: Sequence[str | None] = PATTERNS,
+    bits: Sequence[float] = BITS,
     table: float | None = None,
     context: int = 128,
     packed: bool = True,

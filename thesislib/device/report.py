@@ -4,11 +4,9 @@ import dataclasses
 
 from thesislib.device.energy import energy
 from thesislib.device.hardware import Device
-from thesislib.device.plan import TOO_LARGE, blocks_that_fit
+from thesislib.device.plan import BITS, TOO_LARGE, blocks_that_fit
 from thesislib.device.roofline import Span, profile
 from thesislib.subject import Subject
-
-BITS = (16, 8, 4, 3, 2)
 
 
 def profile_report(subject: Subject, device: Device, prompt: int = 128, context: int = 128) -> dict:
