@@ -9,8 +9,10 @@ import pytest
 
 from thesislib import figures
 from thesislib.book import ROOT
-from thesislib.chapters import FIGURE, block, evaluation, record_file, recorded, three_findings
-from thesislib.chapters.evaluation import OPEN, PPL, EvaluationChapter, family, front, points
+from thesislib.chapters import FIGURE, block, evaluation, labels, record_file, recorded, three_findings, trade_offs
+from thesislib.chapters.evaluation import EvaluationChapter
+from thesislib.chapters.labels import family
+from thesislib.chapters.trade_offs import OPEN, PPL, front, points
 from thesislib.errors import BadInput
 from thesislib.records import Measurement
 
@@ -47,12 +49,12 @@ def test_families():
 
 
 def test_the_thesis_stands_beside():
-    assert evaluation._thesis("D2+W1:8").perplexity == evaluation.thesis_row("D2+W1:8").perplexity
-    assert evaluation._thesis("D2+W+Q").perplexity == evaluation.thesis_row("D2", "W", "Q").perplexity
-    assert evaluation._thesis("D2+W+Q+E") == evaluation.thesis_row("D2", "W", "E")
-    assert evaluation._thesis("Q3") is evaluation._thesis("Q2+E") is None
-    assert evaluation._thesis("D2+W+W1:8") == evaluation.thesis_row("D2+W1:8", "W", "order") != evaluation._thesis("D2+W1:8+W")
-    assert evaluation._thesis("Q") is None and evaluation._thesis("dense") == evaluation.thesis_row("dense")
+    assert labels.thesis_of("D2+W1:8").perplexity == evaluation.thesis_row("D2+W1:8").perplexity
+    assert labels.thesis_of("D2+W+Q").perplexity == evaluation.thesis_row("D2", "W", "Q").perplexity
+    assert labels.thesis_of("D2+W+Q+E") == evaluation.thesis_row("D2", "W", "E")
+    assert labels.thesis_of("Q3") is labels.thesis_of("Q2+E") is None
+    assert labels.thesis_of("D2+W+W1:8") == evaluation.thesis_row("D2+W1:8", "W", "order") != labels.thesis_of("D2+W1:8+W")
+    assert labels.thesis_of("Q") is None and labels.thesis_of("dense") == evaluation.thesis_row("dense")
 
 
 def test_a_front_is_what_nothing_beats(story):
@@ -93,9 +95,9 @@ def test_steps_go_from_the_model_before(story):
 def test_findings_turn_with_the_records(story):
     assert "5 models on the front of perplexity against bytes 2 are quantised" in evaluation.top_findings(story)[0]
     # only D2+W1:8+W: the quantised models of the story are all trained, and what is not trained has no rival among them
-    assert "of 4 untrained ones 0 and of 3 trained ones 1 are beaten" in evaluation.equal_bytes_sentence(story)
+    assert "of 4 untrained ones 0 and of 3 trained ones 1 are beaten" in trade_offs.equal_bytes_sentence(story)
     plain = {**story, ("Q", PPL): ppl(3.05, 100, 20)}
-    assert "of 4 untrained ones 3 and of 3 trained ones 1 are beaten" in evaluation.equal_bytes_sentence(plain)
+    assert "of 4 untrained ones 3 and of 3 trained ones 1 are beaten" in trade_offs.equal_bytes_sentence(plain)
     assert "alike: untrained dense (270 MB, perplexity 20.1 against 20.1), trained D2+W+Q (110 MB, perplexity 23.3 against 18.2)" not in "".join(
         evaluation.top_findings(story)
     )  # 23.3 is more than 1.25 times 18.2
@@ -153,7 +155,7 @@ def test_costs_are_reported(story):
 
 
 def test_the_explorers_text_is_safe_and_whole(story):
-    html = evaluation.explorer({**story, ("</script>", PPL): ppl(3, 100)})
+    html = trade_offs.explorer({**story, ("</script>", PPL): ppl(3, 100)})
     assert html.count("</script>") == 1
     rows = json.loads(html.split("const rows = ")[1].split(";\n")[0].replace("<\\/", "</"))
     assert len(rows) == 10 and {"label", "family", "MB", "M", PPL, f"{PPL} low"} <= set(rows[0])
@@ -161,7 +163,7 @@ def test_the_explorers_text_is_safe_and_whole(story):
 
 def test_figures_hold_every_model(story):
     table = points(story)
-    chart = figures.pareto_chart(table, evaluation.fronts(table), {PPL: True, OPEN: False}, most=30)
+    chart = figures.pareto_chart(table, trade_offs.fronts(table), {PPL: True, OPEN: False}, most=30)
     assert "1 above 30 not drawn" in chart.axes[0].get_title() and "n = 8 models" in chart.axes[0].get_title()
     assert len(chart.axes) == 4 and chart.axes[0].get_xlabel() == "MB on disk"
     lines = figures.interaction_chart(evaluation.by_depth_and_width(story))
@@ -200,4 +202,4 @@ def test_the_readme_has_the_three_findings_and_their_figure():
             key, _, value = image[position + 8 : position + 8 + length].partition(b"\0")
             said[key.decode()] = value.decode()
         position += length + 12
-    assert said["Description"] == evaluation.digest(recorded("06_evaluation")), "run `make findings`"
+    assert said["Description"] == trade_offs.digest(recorded("06_evaluation")), "run `make findings`"

