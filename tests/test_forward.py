@@ -1,12 +1,14 @@
+import copy
+
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from thesislib.checkpoint import SUPPORTED
 from thesislib.compress.plan import apply_plan, franken_plans
-from thesislib.errors import BadInput
 from thesislib.forward import blocks_run, final_states, token_losses
-from thesislib.subject import SUPPORTED
+from thesislib.subject import Subject
 
 PLANS = [(0, 1, 2, 3, 4, 5), (0, 1, 2, 2, 3), (0, 1), (5,), (0, 1, 2, 3, 4, 5)]
 
@@ -46,13 +48,36 @@ def test_no_plan_is_the_model_itself(tiny):
         torch.testing.assert_close(states, subject.model.model(ids).last_hidden_state)
 
 
-def test_a_sliding_window_is_not_ignored(tiny):
-    subject = tiny("mistral", sliding_window=8)
-    ids = torch.ones(1, 9, dtype=torch.long)
-    with torch.inference_mode():
-        list(final_states(subject.model, ids[:, :8], [(0, 1)]))
-        with pytest.raises(BadInput, match="length 9 exceeds the model's sliding attention window of 8"):
-            list(final_states(subject.model, ids, [(0, 1)]))
+@pytest.mark.parametrize("implementation", ["sdpa", "eager", "flex_attention"])
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    [
+        ("llama", {}),
+        ("mistral", {"sliding_window": 8}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2, "head_dim": 16}),
+        ("smollm3", {}),
+    ],
+)
+def test_blocks_run_by_hand_are_the_model(tiny, model_type, config, implementation):
+    """Whatever attention the configuration asks for, also beyond a window, for all blocks and for some of them."""
+    subject = tiny(model_type, **config)
+    reference = copy.deepcopy(subject.model)
+    subject.model.config._attn_implementation = implementation  # as a config.json may have it
+    subject = Subject(subject.model, subject.tokenizer, subject.name)
+    ids = torch.randint(0, 256, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for plan in (range(6), (0, 2, 5), (0, 3, 4, 4)):
+            ((_, found),) = final_states(subject.model, ids, [tuple(plan)])
+            layers, types = reference.model.layers, getattr(reference.config, "layer_types", None)
+            other = copy.deepcopy(reference)
+            other.model.layers = torch.nn.ModuleList([layers[b] for b in plan])
+            other.config.num_hidden_layers = len(plan)
+            if types:
+                other.config.layer_types = [types[b] for b in plan]
+            torch.testing.assert_close(found, other.model(ids, use_cache=False).last_hidden_state)
+            pruned = apply_plan(subject, plan)
+            torch.testing.assert_close(pruned.model.model(ids).last_hidden_state, found)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1000), (3, 7), (7, 1), (100, 100)])

@@ -600,11 +600,6 @@ def test_a_projection_that_this_subject_lacks(subject, folder):
         Lora(**SMALL, linears=["q_proj", "blocks.3.*"]).apply(subject, data=folder)
 
 
-def test_sequences_longer_than_a_sliding_window(tiny, folder):
-    with pytest.raises(BadInput, match="length 64 exceeds the model's sliding attention window of 32"):
-        Lora(**SMALL).apply(tiny("mistral", layers=1, sliding_window=32), data=folder)
-
-
 def test_labels_there_and_back():
     for text, letter in (("wikitext", "W"), ("trivia", "T")):
         for way in MERGES:

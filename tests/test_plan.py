@@ -1,9 +1,9 @@
 import pytest
 import torch
 
+from thesislib.checkpoint import SUPPORTED
 from thesislib.compress.plan import apply_plan, format_plan, franken_plans, parse_plan
 from thesislib.errors import BadInput
-from thesislib.subject import SUPPORTED
 
 # What the original study ran on 32 blocks, by its own (skip, repeat, times) lists and its own loop, except for the two
 # configurations that franken_plans documents as mended.

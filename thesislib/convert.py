@@ -1,5 +1,6 @@
 """A GGUF file turned, once, into the safetensors folder that everything else loads."""
 
+import hashlib
 import json
 import shutil
 import sys
@@ -11,34 +12,42 @@ from thesislib.errors import BadInput
 from thesislib.files import cache_dir, read_json, whole_folder
 from thesislib.wheels import sha256_of
 
+READER = 2  # raise it when the same file comes to be read otherwise
 SIZES = "sizes.json"  # beside the converted files: what each must measure
 
 
-def safetensors_folder(gguf: Path, sha256: str | None = None) -> Path:
+def safetensors_folder(gguf: Path, sha256: str | None = None, cut: str | None = None) -> Path:
     """The Hugging Face folder (float32 safetensors, tokenizer, chat template) made from `gguf`, converted if need be.
 
-    transformers dequantises; every weight is exact, since a Q4_1 or Q8_0 value (an fp16 scale times a small integer,
-    plus an fp16 minimum) fits float32. Takes about 20 s, once; loading the result takes under a second.
+    Every weight is exact, since a Q4_1 or Q8_0 value (an fp16 scale times a small integer, plus an fp16 minimum) fits float32.
+    Takes seconds, once; loading the result takes under a second.
+
+    Args:
+        gguf: the file, or one of the parts that llama.cpp's gguf-split made.
+        sha256: expected of the file.
+        cut: how its tokenizer cuts text, instead of what the file says.
 
     Raises:
-        BadInput: not a GGUF file, truncated, of another sha256 than given, or of an architecture transformers
-            cannot read from GGUF.
+        BadInput: another sha256 than given; see `thesislib.gguf_reader.GgufModel`.
     """
+    from thesislib.gguf_reader import PART, parts
+
     with gguf.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise BadInput(f"{gguf} is not a GGUF file (it does not start with 'GGUF')")
     digest = sha256_of(gguf)
     if sha256 and digest != sha256:
         raise BadInput(f"{gguf.name} has sha256 {digest}, expected {sha256}: truncated or altered; delete it and fetch it again")
-    folder = cache_dir() / "subjects" / f"{gguf.stem}-{digest[:12]}"
+    if PART.search(gguf.stem):
+        digest = hashlib.sha256("".join(map(sha256_of, parts(gguf))).encode()).hexdigest()
+    folder = cache_dir() / "subjects" / f"{gguf.stem[:80]}-{digest[:12]}-{READER}{f'-{cut}' if cut else ''}"
     if not _whole(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f"{folder.name}.lock"):
             if not _whole(folder):
-                _check_complete(gguf)
-                print(f"converting {gguf.name} to safetensors (once, about 20 s)", file=sys.stderr)
+                print(f"converting {gguf.name} to safetensors (once, some seconds)", file=sys.stderr)
                 with whole_folder(folder) as temporary:
-                    _convert(gguf, temporary)
+                    _convert(gguf, temporary, cut)
                     sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
                     (temporary / SIZES).write_text(json.dumps(sizes), "utf8")
     return folder
@@ -53,36 +62,21 @@ def _whole(folder: Path) -> bool:
     return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
 
 
-def _check_complete(gguf: Path) -> None:
-    """A truncated file has tensors that end behind its last byte."""
-    from gguf import GGUFReader
+def _convert(gguf: Path, folder: Path, cut: str | None) -> None:
+    from safetensors.torch import save_file
 
-    try:
-        reader = GGUFReader(gguf)
-        end = max(int(t.data_offset) + int(t.n_bytes) for t in reader.tensors)
-    except Exception as error:  # the reader maps the file and fails in many ways on a short one
-        raise BadInput(f"{gguf} cannot be read as GGUF ({error}): truncated? fetch it again") from error
-    if end > gguf.stat().st_size:
-        raise BadInput(f"{gguf} is truncated: its tensors end at byte {end}, the file at {gguf.stat().st_size}")
+    from thesislib.checkpoint import empty_model
+    from thesislib.gguf_reader import GgufModel
 
-
-def _convert(gguf: Path, folder: Path) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from thesislib.subject import quiet_transformers
-
-    with quiet_transformers():
-        try:
-            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        except (ValueError, KeyError, OSError) as error:
-            raise BadInput(f"transformers cannot read {gguf.name} ({str(error).splitlines()[0]})") from error
-        # transformers refuses to save what it calls a quantised model; dequantised, it is an ordinary one
-        del model.config.quantization_config
-        model.hf_quantizer, model.is_quantized = None, False
-        if hasattr(model.config, "rms_norm_eps"):  # GGUF stores it in float32: 9.999999747e-06
-            model.config.rms_norm_eps = float(f"{model.config.rms_norm_eps:.6g}")
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+    model = GgufModel(gguf)
+    tokenizer = model.tokenizer(cut)  # refuses what it does not know before any weight is decoded
+    empty = empty_model(model.config, model.config.dtype)
+    model.config.architectures = [type(empty).__name__]
+    shapes = {name: t.shape for name, t in empty.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    save_file(dict(model.tensors(shapes)), folder / "model.safetensors", {"format": "pt"})
+    model.config.save_pretrained(folder)
+    model.generation.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors writes it private

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from thesislib import packing
+from thesislib.checkpoint import quiet_transformers
 from thesislib.compress.depth import SLOTS, Depth, remove
 from thesislib.compress.eora import ENTRY, GREED, Eora, share_out
 from thesislib.compress.gptq import PRUNED, Rtn
@@ -26,7 +27,7 @@ from thesislib.formats import RECORD, predicted_disk_bytes
 from thesislib.layers import Adapted, ComputedLinear, replace
 from thesislib.quantised import EVERYWHERE, TABLES, QuantisedLinear, held_shapes, put_table, tables
 from thesislib.recipe import Shape, Stage
-from thesislib.subject import DTYPES, LINEARS, Subject, quiet_transformers
+from thesislib.subject import DTYPES, LINEARS, Subject
 
 if TYPE_CHECKING:
     from thesislib.checkpoints import Job

@@ -9,26 +9,29 @@ once. Low-rank corrections are a PEFT adapter in `adapter/`.
 import copy
 import hashlib
 import json
+import math
 import platform
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 import thesislib
 from thesislib import packing
+from thesislib.checkpoint import empty_model, first_line, generation_settings, quiet_transformers, read_config, read_tensors
 from thesislib.errors import BadInput, unknown
 from thesislib.files import is_folder, read_json, whole_folder
 from thesislib.layers import Adapted, ComputedLinear, PackedLinear, replace, unpack_all
 from thesislib.quantised import TABLES, QuantisedLinear, is_encoding, put_table, tables
-from thesislib.subject import DTYPES, LINEARS, SUPPORTED, Subject, projections, quiet_transformers
+from thesislib.subject import DTYPES, LINEARS, Subject, projections
 
 SCHEMA = 1
 # tensors lie in a safetensors file by type, in this order from the last to the first, then by name
@@ -100,6 +103,7 @@ def save_artifact(
             repeats=repeats,
             without=without,
         )
+        check_same(subject, load_artifact(temporary), folder)
     return folder
 
 
@@ -152,7 +156,7 @@ def plain_tensors(subject: Subject) -> dict[str, torch.Tensor]:
     """What a plain Hugging Face checkpoint of the subject holds: repeated blocks once for each place, zeros for attentions
     and MLPs that were removed (which then add nothing), corrections left out."""
     state = {key: tensor for key, tensor in subject.model.state_dict().items() if not key.endswith((".lora_A", ".lora_B"))}
-    for key, like in _empty_model(subject.model.config, subject.dtype).state_dict().items():
+    for key, like in empty_model(subject.model.config, subject.dtype).state_dict().items():
         if key not in state:
             state[key] = torch.zeros(like.shape, dtype=like.dtype)
     if subject.model.config.tie_word_embeddings:
@@ -193,6 +197,65 @@ def write_adapter(subject: Subject, folder: Path) -> None:
         "target_modules": list(adapted),
     }
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n", "utf8")
+
+
+def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """The factors of a LoRA adapter under PEFT's names, any scale in B.
+
+    Raises:
+        BadInput: a kind of adapter other than plain LoRA of projections, or factors that cannot be read.
+    """
+    said = read_json(folder / "adapter_config.json")
+    neutral = {"peft_type": ("LORA",), "bias": ("none", None), "lora_bias": (False, None), "fan_in_fan_out": (False, None), "use_dora": (False, None),
+               "modules_to_save": (None, []), "trainable_token_indices": (None,), "layer_replication": (None,)}  # fmt: skip
+    for key, options in neutral.items():
+        if said.get(key) not in options:
+            raise BadInput(f"{folder} is an adapter with {key} = {said.get(key)!r}, which is not read here: merge it first (peft's merge_and_unload)")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise BadInput(f"{folder} has an adapter_config.json and no adapter_model.safetensors: expected both, or neither")
+    try:
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{folder / 'adapter_model.safetensors'} cannot be read ({first_line(error)})") from error
+    for key in [key for key in tensors if key.endswith(".lora_B.weight")]:
+        path = key.removeprefix("base_model.model.").removesuffix(".lora_B.weight")
+        rank = tensors[key].shape[1]
+        alphas = [alpha for pattern, alpha in (said.get("alpha_pattern") or {}).items() if re.fullmatch(rf"(.*\.)?({pattern})", path)]
+        scale = (alphas or [said.get("lora_alpha", 8)])[0] / (math.sqrt(rank) if said.get("use_rslora") else rank)
+        if scale != 1:
+            tensors[key] = tensors[key] * scale
+    return tensors
+
+
+def check_same(written: Subject, read: Subject, where: Path) -> None:
+    """Raises BadInput if what was read back is not, in every tensor and setting, the subject that was written."""
+    one, two = written.model.state_dict(), read.model.state_dict()
+    zeros = {key: tensor for key, tensor in two.items() if key not in one}  # where a plain checkpoint has what was removed
+    differ = [key for key in one if key not in two or not torch.equal(one[key].cpu(), two[key].cpu())] + [key for key, tensor in zeros.items() if tensor.any()]
+    for wrong in differ[:1]:
+        raise BadInput(f"what was written to {where.name} reads back with another '{wrong}': {written.name} cannot be kept in this form; nothing was written")
+    skip = (
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "_name_or_path",
+        "architectures",
+        "quantization_config",
+        "_attn_implementation",
+        "attn_implementation",
+    )
+    one, two = ({key: value for key, value in s.model.config.to_dict().items() if key not in skip} for s in (written, read))
+    for key in sorted(one.keys() | two.keys()):
+        if _plain(one.get(key)) != _plain(two.get(key)):
+            raise BadInput(f"what was written to {where.name} reads back with {key} = {two.get(key)!r} for {one.get(key)!r}; nothing was written")
+    one, two = (s.model.generation_config.eos_token_id for s in (written, read))
+    if one != two:
+        raise BadInput(f"what was written to {where.name} ends texts at {two!r} for {one!r}; nothing was written")
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON keeps it."""
+    return json.loads(json.dumps(value, default=str))
 
 
 # ---------------------------------------------------------------- sizes
@@ -257,7 +320,7 @@ def file_bytes(shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> int
     """The size of a safetensors file with tensors of these shapes and types: 8 bytes, a header of JSON, the tensors."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, (shape, dtype) in sorted(shapes.items(), key=lambda item: (-TYPES.index(item[1][1]), item[0])):
-        start, end = end, end + prod(shape) * dtype.itemsize
+        start, end = end, end + math.prod(shape) * dtype.itemsize
         kind = {torch.bfloat16: "BF16"}.get(dtype, f"{'F' if dtype.is_floating_point else 'I' if dtype.is_signed else 'U'}{8 * dtype.itemsize}")
         header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
     length = len(json.dumps(header, separators=(",", ":")).encode())
@@ -308,15 +371,12 @@ def load_artifact(folder: str | Path, dtype: str | None = None, device: str = "c
     if dtype is not None and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     kind = getattr(torch, dtype or record["dtype"])
+    config, generation = read_config(folder), generation_settings(folder)
     with quiet_transformers():
         try:
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            generation = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
-        except Exception as error:  # each kind of nonsense in a configuration has its own class
-            raise BadInput(f"{folder} cannot be loaded ({str(error).splitlines()[0]})") from error
-    if config.model_type not in SUPPORTED:
-        raise BadInput(f"unsupported architecture '{config.model_type}' in {folder}: supported are {', '.join(SUPPORTED)}")
+        except Exception as error:  # tokenizers has its own for a damaged file
+            raise BadInput(f"the tokenizer of {folder} cannot be loaded ({first_line(error)})") from error
     files = [name for name in record["files"] if name.endswith(".safetensors")]
     tensors = {key: tensor for name in files for key, tensor in load_file(folder / name).items()}
     if kind != getattr(torch, record["dtype"]):  # else as they were saved: corrections may be of another type than the model
@@ -325,13 +385,15 @@ def load_artifact(folder: str | Path, dtype: str | None = None, device: str = "c
         tensors = {key: t.to(device) for key, t in tensors.items()}
     except (RuntimeError, AssertionError) as error:
         raise BadInput(f"device '{device}' cannot be used ({str(error).splitlines()[0]}): 'cpu' always works") from error
-    subject = Subject(_empty_model(config, kind), tokenizer, record["name"], record["plan"] and tuple(record["plan"]))
+    subject = Subject(empty_model(config, kind), tokenizer, record["name"], record["plan"] and tuple(record["plan"]))
     for part, blocks in record["without"].items():
-        from thesislib.compress.depth import without_parts
+        from thesislib.compress.depth import SLOTS, without_parts
 
         subject = without_parts(subject, dict.fromkeys(blocks, part))
+        gone = tuple(f"{BLOCKS}{block}.{SLOTS[part]}." for block in blocks)
+        tensors = {key: t for key, t in tensors.items() if not key.startswith(gone) or t.any()}  # zeros in a plain checkpoint
     try:
-        _fill(subject, tensors, record["encodings"], {int(i): j for i, j in record["repeats"].items()})
+        fill(subject, tensors, record["encodings"], {int(i): j for i, j in record["repeats"].items()})
     except BadInput as error:
         raise BadInput(f"{folder} does not hold the model that its config.json describes: {error}") from error
     if not packed:
@@ -343,9 +405,31 @@ def load_artifact(folder: str | Path, dtype: str | None = None, device: str = "c
     return subject
 
 
-def _fill(subject: Subject, tensors: Mapping[str, torch.Tensor], encodings: Mapping[str, str], repeats: Mapping[int, int]) -> None:
-    """Put tensors into a subject whose weights are empty, packed projections packed, in blocks that repeat another that one's."""
-    model, layers = subject.model, {}
+def load_plain(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a plain checkpoint, all of it and nothing else; a LoRA adapter that lies beside the weights stays beside them.
+
+    Raises:
+        BadInput: see `thesislib.checkpoint.read_tensors` and `read_adapter`; generation settings that cannot be read.
+    """
+    tensors = read_tensors(folder, config, dtype)
+    subject = Subject(empty_model(config, dtype), None, folder.name)
+    if (folder / "adapter_config.json").is_file():
+        tensors |= {key: tensor.to(dtype) for key, tensor in read_adapter(folder).items()}
+    try:
+        fill(subject, tensors, {}, {})
+    except BadInput as error:
+        raise BadInput(f"{folder} does not hold the model that its config.json describes: {error}") from error
+    subject.model.generation_config = generation_settings(folder) or subject.model.generation_config
+    return subject.model
+
+
+def fill(subject: Subject, tensors: Mapping[str, torch.Tensor], encodings: Mapping[str, str], repeats: Mapping[int, int]) -> None:
+    """Put tensors into a subject whose weights are empty, packed projections packed, in blocks that repeat another that one's.
+
+    Raises:
+        BadInput: a tensor that is missing, of another shape, or that has no place.
+    """
+    model, layers, used = subject.model, {}, set()
 
     def source(key: str) -> str:
         """Under which name the tensor of this name is stored."""
@@ -360,6 +444,7 @@ def _fill(subject: Subject, tensors: Mapping[str, torch.Tensor], encodings: Mapp
             raise BadInput(f"it lacks the weight '{key}'")
         if tensors[key].shape != torch.Size(shape):
             raise BadInput(f"'{key}' has shape {tuple(tensors[key].shape)}, expected {tuple(shape)}")
+        used.add(key)
         return tensors[key]
 
     for path, linear in list(projection_paths(subject)):
@@ -370,24 +455,31 @@ def _fill(subject: Subject, tensors: Mapping[str, torch.Tensor], encodings: Mapp
             if is_encoding(encoding):
                 bias = None if linear.bias is None else take(f"{key}.bias", linear.bias.shape)
                 layer = QuantisedLinear.load(encoding, shape, bias, model.dtype, _parts(tensors, key), key)
+                used |= {f"{key}.{name}" for name in layer.held}
             elif encoding != "dense":
                 values = tensors.get(f"{key}.values", torch.empty(0))
                 own = {name: take(f"{key}.{name}", size) for name, size in packing.packed_shapes(shape, encoding, values.numel()).items()}
                 packing.check_places(own, encoding, key)
                 layer = PackedLinear(encoding, shape, None if linear.bias is None else take(f"{key}.bias", linear.bias.shape), **own)
-            a, b = (tensors.get(f"base_model.model.{key}.{name}.weight") for name in ("lora_A", "lora_B"))
-            layers[key] = layer if a is None else Adapted(layer, a, b)
+            factors = [f"base_model.model.{key}.{name}.weight" for name in ("lora_A", "lora_B")]
+            layers[key] = layer if factors[0] not in tensors else Adapted(layer, *(tensors.get(name) for name in factors))
+            used.update(factors)
         replace(subject.blocks[_block(path)], path.rpartition(".")[2], layers[key])
     quantised = [path for path in TABLES if path in encodings]
     for path in quantised:
         shape = tuple(model.get_submodule(path).weight.shape)
-        put_table(model, path, QuantisedLinear.load(encodings[path], shape, None, model.dtype, _parts(tensors, path), path))
+        table = QuantisedLinear.load(encodings[path], shape, None, model.dtype, _parts(tensors, path), path)
+        used |= {f"{path}.{name}" for name in table.held}
+        put_table(model, path, table)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     for name, empty in list(model.named_parameters(remove_duplicate=False)):
         if empty.is_meta and name not in tied:
             parent, _, own = name.rpartition(".")
             tensor = take(source(name.replace(".base.", ".")), empty.shape)
             setattr(model.get_submodule(parent), own, nn.Parameter(tensor, requires_grad=False))
+    for key in tensors:
+        if key not in used:
+            raise BadInput(f"it holds the weight '{key}', which has no place in it")
     if not quantised:
         model.tie_weights()
     # these are computed and not stored
@@ -448,12 +540,6 @@ def _removed(subject: Subject) -> dict[str, list[int]]:
             if not any(name in LINEARS for name, _ in getattr(block, slot).named_children()):
                 found.setdefault(part, []).append(i)
     return found
-
-
-def _empty_model(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """The model that a configuration describes, without any memory for its weights."""
-    with torch.device("meta"), quiet_transformers():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def _place(tensor: torch.Tensor) -> tuple:

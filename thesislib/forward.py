@@ -7,9 +7,7 @@ and each edge of it, one block, runs once: the 25 Franken-LLaMA plans on 30 bloc
 from collections.abc import Iterator, Sequence
 
 import torch
-from transformers import PreTrainedModel
-
-from thesislib.errors import BadInput
+from transformers import PretrainedConfig, PreTrainedModel
 
 Plan = Sequence[int]
 
@@ -30,18 +28,17 @@ def final_states(
         positions: (B, T) rotary positions; by default 0 to T - 1.
         mask: (B, 1, T, T) boolean, True where a query (row) may look at a key (column); by default causal.
 
-    Raises:
-        BadInput: a window longer than a sliding attention window, which this path does not cut.
     """
     decoder = model.model
     if plans is None and mask is None:
         yield 0, decoder(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
         return
-    check_full_attention(model, ids.shape[1])
     h = decoder.embed_tokens(ids)  # (B, T, D)
     if positions is None:
         positions = torch.arange(ids.shape[1], device=ids.device)[None]
     rotary = decoder.rotary_emb(h, position_ids=positions)
+    windows = attention_windows(model.config)
+    masks = {window: looking_back(window, positions, mask) for window in set(windows)}
 
     def run(h: torch.Tensor, at: int, group: list[int]) -> Iterator[tuple[int, torch.Tensor]]:
         """All plans of `group` agree on their first `at` blocks, whose output is `h`."""
@@ -52,7 +49,7 @@ def final_states(
             else:
                 branches.setdefault(plans[i][at], []).append(i)
         for block, members in branches.items():
-            yield from run(decoder.layers[block](h, attention_mask=mask, position_embeddings=rotary), at + 1, members)
+            yield from run(decoder.layers[block](h, attention_mask=masks[windows[block]], position_embeddings=rotary), at + 1, members)
 
     plans = [range(len(decoder.layers))] if plans is None else plans
     yield from run(h, 0, list(range(len(plans))))
@@ -63,12 +60,32 @@ def blocks_run(plans: Sequence[Plan]) -> tuple[int, int]:
     return len({tuple(plan[: i + 1]) for plan in plans for i in range(len(plan))}), sum(map(len, plans))
 
 
-def check_full_attention(model: PreTrainedModel, length: int) -> None:
-    """Raises BadInput if some block attends only to a window shorter than `length`."""
-    sliding = "sliding_attention" in (getattr(model.config, "layer_types", None) or ()) or model.config.model_type == "mistral"
-    window = getattr(model.config, "sliding_window", None)
-    if sliding and window and length > window:
-        raise BadInput(f"length {length} exceeds the model's sliding attention window of {window} tokens: use a length up to that")
+def attention_windows(config: PretrainedConfig) -> list[int | None]:
+    """How many tokens each block attends to, its own included; None for all before it."""
+    usual = "sliding_attention" if config.model_type == "mistral" else "full_attention"
+    types = getattr(config, "layer_types", None) or [usual] * config.num_hidden_layers
+    return [getattr(config, "sliding_window", None) if kind == "sliding_attention" else None for kind in types]
+
+
+def looking_back(window: int | None, positions: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor | None:
+    """The mask of blocks that attend to `window` tokens; None where causal attention alone is that.
+
+    Subjects run with torch's scaled dot product attention, which is causal where it gets no mask (see `thesislib.subject.Subject`).
+
+    Args:
+        window: see `attention_windows`.
+        positions: (B, T) rotary positions.
+        mask: (B, 1, T, T) boolean, who may look at whom without a window; None for causal.
+
+    Returns:
+        (B, 1, T, T) boolean, or None.
+    """
+    length = positions.shape[1]
+    if window is None or length <= window:
+        return mask
+    if mask is None:
+        mask = torch.ones(length, length, dtype=torch.bool, device=positions.device).tril()
+    return mask & (positions[:, None, :, None] - positions[:, None, None, :] < window)
 
 
 def token_losses(model: PreTrainedModel, states: torch.Tensor, targets: torch.Tensor, rows: int = 1024, columns: int = 2048) -> torch.Tensor:

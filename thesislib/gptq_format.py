@@ -8,15 +8,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
+from transformers import PretrainedConfig, PreTrainedModel
 
 import thesislib
-from thesislib.compress.grid import ROW
+from thesislib.checkpoint import empty_model, generation_settings, headers, quiet_transformers
+from thesislib.compress.grid import ROW, Grid, Quantised
 from thesislib.errors import BadInput
 from thesislib.files import is_folder, whole_folder
-from thesislib.formats import plain_tensors, projection_paths, write_adapter, write_tensors
+from thesislib.formats import check_same, fill, plain_tensors, projection_paths, read_adapter, write_adapter, write_tensors
 from thesislib.layers import unpack_all
 from thesislib.quantised import QuantisedLinear
-from thesislib.subject import Subject, quiet_transformers
+from thesislib.subject import Subject, load_subject
 
 GROUPS = (16, 32, 64, 128, 256, 512, 1024)  # that GPTQModel's kernels know, besides a whole row
 WORD = 32  # codes that fill whole int32 words, at any number of bits
@@ -60,7 +63,7 @@ def export_gptq(subject: Subject, folder: str | Path) -> Path:
             f"{path}.g_idx": groups.to(torch.int32),
         }
         if linears[path].bias is not None:
-            tensors[f"{path}.bias"] = linears[path].bias.detach().half()
+            tensors[f"{path}.bias"] = linears[path].bias.detach()
     config = copy.deepcopy(subject.model.config)
     config.dtype = subject.dtype
     config.quantization_config = settings
@@ -73,7 +76,84 @@ def export_gptq(subject: Subject, folder: str | Path) -> Path:
         write_adapter(subject, temporary / "adapter")
         for file in temporary.rglob("*.safetensors"):
             file.chmod(0o644)  # safetensors makes its files private
+        check_same(subject, load_subject(temporary, str(subject.dtype).removeprefix("torch.")), temporary)
     return folder
+
+
+def load_gptq(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a GPTQ checkpoint, its projections held as `QuantisedLinear`; corrections in `adapter/`, where `export_gptq` puts them, beside them.
+
+    Args:
+        folder: with safetensors.
+        config: its configuration.
+        dtype: of what is not quantised, and of what the quantised weights become.
+
+    Raises:
+        BadInput: settings or a layout that is not known here; a tensor that is missing or has no place.
+    """
+    said, where = config.quantization_config, headers(folder)
+    bits, group, form = said.get("bits"), said.get("group_size", -1), said.get("checkpoint_format", "gptq")
+    if form not in ("gptq", "gptq_v2") or said.get("lm_head") or said.get("dynamic") or said.get("modules_in_block_to_quantize"):
+        raise BadInput(
+            f"{folder}: GPTQ of format '{form}' with these settings is not read here: expected gptq or gptq_v2, all projections alike, the head plain"
+        )
+    grid = Grid(bits, ROW if group == -1 else group, "symmetric" if said.get("sym", True) else "asymmetric")
+    opened = {file: load_file(file) for file in {header.file for header in where.values()}}
+    stored = {key: opened[header.file][key] for key, header in where.items()}
+    plain = copy.deepcopy(config)
+    del plain.quantization_config  # what is made here is an ordinary model
+    subject = Subject(empty_model(plain, dtype), None, folder.name)
+    tensors, encodings = {}, {}
+    for path, linear in projection_paths(subject):
+        named = {name: stored.pop(f"{path}.{name}", None) for name in ("qweight", "qzeros", "scales", "g_idx")}
+        if missing := [name for name, tensor in named.items() if tensor is None and name != "g_idx"]:
+            raise BadInput(f"{folder} lacks the weight '{path}.{missing[0]}': the checkpoint is not whole")
+        quantised = _quantised(path, (linear.out_features, linear.in_features), grid, form, **named)
+        layer = QuantisedLinear.of(quantised)
+        encodings[path] = layer.encoding
+        tensors |= {f"{path}.{name}": tensor for name, tensor in layer.held.items()}
+    for key, tensor in stored.items():
+        if not tensor.is_floating_point():
+            raise BadInput(f"the weight '{key}' of {folder} is stored as {tensor.dtype}: expected floating numbers, or codes of a projection")
+        tensors[key] = tensor.to(dtype)
+    if (folder / "adapter").is_dir():
+        tensors |= read_adapter(folder / "adapter")
+    try:
+        fill(subject, tensors, encodings, {})
+    except BadInput as error:
+        raise BadInput(f"{folder} does not hold the model that its config.json describes: {error}") from error
+    subject.model.generation_config = generation_settings(folder) or subject.model.generation_config
+    return subject.model
+
+
+def _quantised(
+    path: str, shape: tuple[int, int], grid: Grid, form: str, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor | None
+) -> Quantised:
+    """One projection's weight on its grid, out of the layout's words."""
+    (outputs, inputs), bits = shape, grid.bits
+    groups = inputs // grid.size(inputs)
+    expected = {"qweight": (inputs * bits // 32, outputs), "qzeros": (groups, outputs * bits // 32), "scales": (groups, outputs), "g_idx": (inputs,)}
+    for name, tensor in {"qweight": qweight, "qzeros": qzeros, "scales": scales, "g_idx": g_idx}.items():
+        if tensor is not None and tensor.shape != torch.Size(expected[name]):
+            raise BadInput(f"'{path}.{name}' has shape {tuple(tensor.shape)}, expected {expected[name]} for {bits} bits")
+    zeros = codes_of(qzeros, bits).long() + (form == "gptq")  # the first version stores them less one
+    if int(zeros.max()) > grid.levels or (grid.kind == "symmetric" and not bool((zeros == 2 ** (bits - 1)).all())):
+        raise BadInput(f"'{path}.qzeros' are not those of a {grid.kind} grid of {bits} bits")
+    index = None if g_idx is None or torch.equal(g_idx.long(), torch.arange(inputs) // grid.size(inputs)) else g_idx.long()
+    if index is not None and not 0 <= int(index.min()) <= int(index.max()) < groups:
+        raise BadInput(f"'{path}.g_idx' names groups that it does not have")
+    return Quantised(grid, codes_of(qweight.T, bits), scales.T.float().contiguous(), zeros.T.float().contiguous(), index)
+
+
+def codes_of(packed: torch.Tensor, bits: int) -> torch.Tensor:
+    """(rows, n x bits / 32) int32 words as (rows, n) uint8 codes: `words` undone.
+
+    >>> codes_of(words(torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]], dtype=torch.uint8), 4), 4).tolist()
+    [[1, 2, 3, 4, 5, 6, 7, 8]]
+    """
+    rows = np.ascontiguousarray(packed.cpu().numpy().astype("<i4")).view(np.uint8)
+    single = np.unpackbits(rows, axis=1, bitorder="little").reshape(len(rows), -1, bits)
+    return torch.from_numpy((single << np.arange(bits, dtype=np.uint8)).sum(2, dtype=np.uint8))
 
 
 def words(codes: torch.Tensor, bits: int) -> torch.Tensor:

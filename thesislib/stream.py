@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from thesislib.errors import BadInput
-from thesislib.forward import check_full_attention
+from thesislib.forward import attention_windows, looking_back
 from thesislib.subject import LINEARS, Subject, projections
 
 # projections that read the same input share its statistics
@@ -73,6 +73,7 @@ class Blocks(Protocol):
     """Where `stream` gets a model's blocks from, one at a time."""
 
     depth: int
+    windows: list[int | None]  # see `thesislib.forward.attention_windows`
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """(B, T) tokens to (B, T, D)."""
@@ -88,7 +89,7 @@ class Resident:
     """The blocks of a subject in memory."""
 
     def __init__(self, subject: Subject):
-        self.model, self.depth = subject.model, subject.depth
+        self.model, self.depth, self.windows = subject.model, subject.depth, attention_windows(subject.model.config)
         weights = [block.input_layernorm.weight.data_ptr() for block in subject.blocks]
         if len(set(weights)) < len(weights):
             raise BadInput("a plan that runs a block twice cannot be calibrated block by block: the second visit would change the first again")
@@ -175,11 +176,10 @@ def stream(
         raise BadInput(f"calibration windows have shape {tuple(windows.shape)}: expected (at least 1, at least 2) tokens")
     check_weighting(weighting, windows.shape[1])
     if isinstance(blocks, Subject):
-        check_full_attention(blocks.model, windows.shape[1])
         blocks = Resident(blocks)
     # no_grad, not inference_mode: what is computed here becomes weights, and those may be trained later
-    with torch.no_grad(), TemporaryDirectory(prefix="thesislib-") as folder:
-        x = _embedded(blocks, windows, batch, Path(folder) / "activations" if activations_on_disk else None)
+    with torch.no_grad():
+        x = _embedded(blocks, windows, batch, activations_on_disk)
         positions = torch.arange(windows.shape[1])[None]
         for i in tqdm(range(blocks.depth), desc=title, unit="block", disable=None, leave=False):
             with blocks.hold(i) as block:
@@ -196,13 +196,17 @@ def stream(
                     run.collect([], visitor)
 
 
-def _embedded(blocks: Blocks, windows: torch.Tensor, batch: int, file: Path | None) -> torch.Tensor:
-    """(N, T, D) embedded windows, on the CPU, in memory or in a file."""
+def _embedded(blocks: Blocks, windows: torch.Tensor, batch: int, on_disk: bool) -> torch.Tensor:
+    """(N, T, D) embedded windows, on the CPU, in memory or in a file that has no name any more, so that not even a kill leaves it."""
     parts = (blocks.embed(windows[at : at + batch]).cpu() for at in range(0, len(windows), batch))
     first = next(parts)
     shape = (*windows.shape, first.shape[-1])
     n = windows.numel() * first.shape[-1]
-    x = (torch.empty(n, dtype=first.dtype) if file is None else torch.from_file(str(file), shared=True, size=n, dtype=first.dtype)).view(shape)
+    if on_disk:
+        with TemporaryDirectory(prefix="thesislib-") as folder:
+            x = torch.from_file(str(Path(folder) / "activations"), shared=True, size=n, dtype=first.dtype).view(shape)
+    else:
+        x = torch.empty(shape, dtype=first.dtype)
     x[:batch] = first
     for k, part in enumerate(parts, 1):
         x[k * batch : k * batch + len(part)] = part
@@ -242,13 +246,14 @@ class _Run:
             return hook
 
         device = next(self.block.parameters()).device
+        mask = looking_back(self.blocks.windows[self.number], self.positions.to(device))
         handles = [linears[name].register_forward_pre_hook(listen(key)) for key, name in heads.items()]
         try:
             for at in range(0, len(self.x), self.batch):
                 waiting.update(heads)
                 x = self.x[at : at + self.batch].to(device)
                 try:
-                    y = self.block(x, attention_mask=None, position_embeddings=self.blocks.rotary(x, self.positions.to(device)))
+                    y = self.block(x, attention_mask=mask, position_embeddings=self.blocks.rotary(x, self.positions.to(device)))
                 except _Enough:
                     continue
                 if advance:

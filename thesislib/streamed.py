@@ -8,21 +8,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+from thesislib.checkpoint import DERIVED, EMBEDDING, HEAD, INDEX, SINGLE, check_tensors, empty_model, full_name, headers, quiet_transformers, read_config
 from thesislib.compress.width import Width
 from thesislib.corpus import calibration_windows, default_data
 from thesislib.errors import BadInput, unknown
-from thesislib.files import is_folder, read_json, whole_folder, write_whole
+from thesislib.files import is_folder, whole_folder, write_whole
 from thesislib.formats import RECORD, write_record
+from thesislib.forward import attention_windows
 from thesislib.recipe import read_recipe
-from thesislib.subject import DTYPES, SUPPORTED, checkpoint_folder, fingerprint, projections, quiet_transformers
-
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+from thesislib.subject import DTYPES, checkpoint_folder, fingerprint, projections
 
 
 class FromFolder:
@@ -45,13 +44,23 @@ class FromFolder:
         if dtype not in DTYPES:
             raise unknown("dtype", dtype, DTYPES)
         self.source, self.target, self.dtype, self.device = Path(source), Path(target), DTYPES[dtype], device
-        self.files = _files(self.source)
-        with quiet_transformers(), torch.device("meta"):
-            config = AutoConfig.from_pretrained(self.source, trust_remote_code=False)
-            if config.model_type not in SUPPORTED:
-                raise BadInput(f"unsupported architecture '{config.model_type}' in {source}: supported are {', '.join(SUPPORTED)}")
-            self.model = AutoModelForCausalLM.from_config(config, dtype=self.dtype).eval().requires_grad_(False)
+        config = read_config(self.source)
+        if (self.source / "adapter_config.json").is_file() or getattr(config, "quantization_config", None):
+            raise BadInput(
+                f"{source} holds an adapter or quantised weights: weights are streamed from a plain checkpoint, which `thesislib compress --plain` writes"
+            )
+        stored = headers(self.source)
+        self.model = empty_model(config, self.dtype).eval().requires_grad_(False)
+        check_tensors(self.source, stored, {key: tuple(t.shape) for key, t in self.model.state_dict().items()}, bool(config.tie_word_embeddings))
+        # {name in the model: (file, name in it)}
+        self.files = {full_name(key): (header.file, key) for key, header in stored.items() if not DERIVED.fullmatch(key)}
+        if config.tie_word_embeddings and HEAD in self.files:
+            if EMBEDDING not in self.files or torch.equal(self._tensor(HEAD), self._tensor(EMBEDDING)):
+                self.files.setdefault(EMBEDDING, self.files.pop(HEAD))
+            else:  # as everywhere, a head of its own is left alone
+                config.tie_word_embeddings = False
         self.config, self.depth = config, config.num_hidden_layers
+        self.windows = attention_windows(config)
         self._rotary = type(self.model.model.rotary_emb)(config).to(device)
         self.written: dict[str, str] = {}
 
@@ -78,8 +87,9 @@ class FromFolder:
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """(B, T) tokens to (B, T, D); the embedding stays in memory only for this call."""
-        with self._open("model.embed_tokens.weight") as file:
-            table = file.get_tensor("model.embed_tokens.weight")
+        file, key = self.files[EMBEDDING]
+        with safe_open(file, framework="pt") as opened:
+            table = opened.get_tensor(key)
         return nn.functional.embedding(ids, table).to(self.dtype)
 
     def rotary(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -116,31 +126,19 @@ class FromFolder:
             ):
                 shutil.copyfile(file, self.target / file.name)
 
-    def _open(self, key: str):
-        if key not in self.files:
-            raise BadInput(f"{self.source} lacks the weight '{key}': the checkpoint is not whole")
-        return safe_open(self.source / self.files[key], framework="pt")
-
-    def _tensor(self, key: str) -> torch.Tensor:
-        with self._open(key) as file:  # opened anew each time: a file kept open keeps its pages in memory
-            return file.get_tensor(key).to(self.device, self.dtype)
+    def _tensor(self, name: str) -> torch.Tensor:
+        file, key = self.files[name]
+        with safe_open(file, framework="pt") as opened:  # opened anew each time: a file kept open keeps its pages in memory
+            return opened.get_tensor(key).to(self.device, self.dtype)
 
     def _write(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, self.target / name, metadata={"format": "pt"})
+        tensors = {k: v.contiguous() for k, v in tensors.items()}
+        save_file(tensors, self.target / name, metadata={"format": "pt"})
+        with safe_open(self.target / name, framework="pt") as file:
+            for key, tensor in tensors.items():
+                if not torch.equal(file.get_tensor(key), tensor):
+                    raise BadInput(f"'{key}' reads back from {name} as other numbers than were written: is the disk sound?")
         self.written.update(dict.fromkeys(tensors, name))
-
-
-def _files(folder: Path) -> dict[str, str]:
-    """{tensor: file} of a plain checkpoint."""
-    if (folder / INDEX).is_file():
-        return read_json(folder / INDEX)["weight_map"]
-    if not (folder / SINGLE).is_file():
-        raise BadInput(f"{folder} has neither {SINGLE} nor {INDEX}: weights can be streamed from a plain safetensors checkpoint only")
-    try:
-        with safe_open(folder / SINGLE, framework="pt") as file:
-            return dict.fromkeys(file.keys(), SINGLE)
-    except SafetensorError as error:
-        raise BadInput(f"{folder / SINGLE} cannot be read ({error})") from error
 
 
 def compress_streamed(spec: str, recipe: str | Path, out: Path, *, data: str | None = None, dtype: str = "bfloat16", device: str = "cpu") -> Path:

@@ -290,34 +290,35 @@ def remove(subject: Subject, blocks: Sequence[int], part: str = "block") -> Subj
 class Without(nn.Module):
     """Stands where an attention or MLP was removed, and adds nothing to the residual."""
 
-    def __init__(self, part: str):
+    def __init__(self, part: str, block: int):
         super().__init__()
-        self.part = part
+        self.part, self.layer_idx = part, block
 
-    def forward(self, hidden_states: torch.Tensor, **_kwargs):
-        """Zeros, in the form that the decoder block expects."""
+    def forward(self, hidden_states: torch.Tensor, past_key_values=None, **_kwargs):
+        """Zeros, in the form that the decoder block expects.
+
+        An attention's place in the KV cache goes on counting tokens, with one number a token: transformers asks the first of
+        a kind for the length so far, and finds the others by the block's number in what the configuration says block by block.
+        """
         zeros = torch.zeros_like(hidden_states)
-        return (zeros, None) if self.part == "attention" else zeros
+        if self.part != "attention":
+            return zeros
+        if past_key_values is not None:
+            count = zeros[:, None, :, :1]  # (B, 1 head, T, 1 number)
+            past_key_values.update(count, count, self.layer_idx)
+        return zeros, None
 
 
 def without_parts(subject: Subject, parts: Mapping[int, str]) -> Subject:
-    """The subject without the attention or the MLP of some blocks: {block: 'attention' or 'mlp'}.
-
-    The attentions that stay are renumbered: the KV cache counts by them, and asks its first one for the length so far.
-    """
+    """The subject without the attention or the MLP of some blocks: {block: 'attention' or 'mlp'}."""
     out = apply_plan(subject, range(subject.depth))
     for block, part in parts.items():
         if part not in SLOTS:
             raise unknown("part", part, SLOTS)
         if not 0 <= block < subject.depth:
             raise BadInput(f"block {block} is out of range: the model has blocks 0 to {subject.depth - 1}")
-        setattr(out.blocks[block], SLOTS[part], Without(part))
-    place = 0
-    for block in out.blocks:
-        if not isinstance(block.self_attn, Without):
-            block.self_attn.layer_idx = place
-            place += 1
-    if place == 0:
+        setattr(out.blocks[block], SLOTS[part], Without(part, block))
+    if all(isinstance(block.self_attn, Without) for block in out.blocks):
         raise BadInput("removing every attention leaves a model that sees one token at a time: keep at least one")
     return Subject(out.model, out.tokenizer, out.name, subject.plan)
 

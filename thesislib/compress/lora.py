@@ -14,7 +14,6 @@ from torch import nn
 from thesislib.compress.selection import fits, patterns
 from thesislib.errors import BadInput, unknown
 from thesislib.fit import Factors, Place, Training, bfloat16_is_fast
-from thesislib.forward import check_full_attention
 from thesislib.layers import Adapted, adapt, merge, merge_masked, replace
 from thesislib.subject import LINEARS, Subject
 from thesislib.training import TEXTS, sequences
@@ -149,7 +148,6 @@ class Lora:
         if initial is not None and self.init != "eora":
             raise BadInput(f"init '{self.init}' makes its own factors: use init 'eora' to begin with given ones")
         places = self.places(subject)
-        check_full_attention(subject.model, self.length)
         split = sequences(self.text, subject, data, length=self.length, validation=self.validation, seed=self.seed)
         autocast = bfloat16_is_fast(subject.device) if self.autocast is None else self.autocast
         file = None

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import yaml
 
+from thesislib.checkpoint import quiet_transformers
 from thesislib.corpus import Row, kind_of, rows, take
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate.stats import bootstrap_mean, proportion
 from thesislib.records import Measurement, provenance
-from thesislib.subject import Subject, quiet_transformers
+from thesislib.subject import Subject
 
 # task: its stock file in lm_eval/tasks, the metric to lead with
 STOCK = {
