@@ -3,7 +3,7 @@ import shutil
 import numpy as np
 import pytest
 
-from thesislib import convert, wheels
+from thesislib import convert, files, wheels
 from thesislib.convert import safetensors_folder
 from thesislib.errors import BadInput
 from thesislib.subject import load_subject
@@ -55,7 +55,7 @@ def test_sha256_that_differs_names_both(tmp_path, cache):
     path.write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(BadInput, match=r"x\.gguf has sha256") as raised:
         safetensors_folder(path, sha256="0" * 64)
-    assert wheels.sha256_of(path) in str(raised.value) and "0" * 64 in str(raised.value)
+    assert files.sha256_of(path) in str(raised.value) and "0" * 64 in str(raised.value)
     assert cached(cache) == []
 
 
