@@ -444,10 +444,12 @@ def records(
             raise BadInput(f"options of the listing before '{context.invoked_subcommand}' would do nothing: expected its own behind it, see --help")
         return
     from thesislib import store as stored
+    from thesislib.files import free_file
 
+    target = csv and free_file(csv)
     found = stored.select(stored.stores(store or [stored.study()]), label=label, task=task, metric=metric)
     if csv is not None:
-        stored.write_csv(found, csv)
+        stored.write_csv(found, target)
         typer.echo(f"{csv}: {len(found)} records")
         return
     for name, m in found.items():
