@@ -284,7 +284,7 @@ def _number(value: Any) -> bool:
 
 SAYS = {  # what artifact.json says
     "thesislib_artifact": natural, "label": str, "name": str, "plan": (None, [_number]), "stages": [dict], "reports": [dict],
-    "base": {"name?": str, "fingerprint?": SHA256, "label?": str}, "fingerprint": SHA256, "dtype": tuple(map(re.compile, DTYPES)),
+    "base": {"name?": str, "fingerprint?": str, "label?": str}, "fingerprint": SHA256, "dtype": tuple(map(re.compile, DTYPES)),
     "sizes": {"parameters": natural, "nonzero_parameters": natural, "bytes_on_disk": natural, "other_bytes_on_disk": natural, "bytes_in_memory?": natural},
     "encodings": {str: _encoding}, "repeats": {str: _number}, "without": {"attention?": [_number], "mlp?": [_number]},
     "versions": {str: str}, "files": {str: SHA256},
