@@ -183,6 +183,8 @@ def free_file(path: str | Path, new: bool = False) -> Path:
         raise BadInput(f"{path} is a folder: expected a file's name, such as {Path(path) / 'new'}")
     if file.exists() and (new or not file.is_file()):
         raise BadInput(f"{path} cannot be written: {'it is there already' if file.is_file() else 'it is no ordinary file'}; expected a new file's name")
+    if file.exists() and not os.access(file, os.W_OK):
+        raise BadInput(f"{path} cannot be written: it is read-only; expected another file's name")
     _check_writable(file.parent, path)
     return file
 
@@ -292,6 +294,8 @@ def clear_leftovers(final: Path, alone: bool = False) -> None:
     """Remove what killed processes left of `final`; with `alone`, see `whole_folder`, whatever any has left, earlier versions too."""
     own = re.compile(re.escape(f".{_short(final.name)}-") + r"([0-9a-f]{8})-(\d+)-[0-9a-f]{8}")
     earlier = re.compile(re.escape(f".{final.name}-") + r"[a-z0-9_]{8}")
+    if not is_folder(final.parent):
+        return
     with os.scandir(final.parent) as entries:
         left = [(entry, own.fullmatch(entry.name)) for entry in entries if own.fullmatch(entry.name) or (alone and earlier.fullmatch(entry.name))]
     for entry, name in left:

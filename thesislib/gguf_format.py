@@ -12,7 +12,7 @@ import torch
 
 from thesislib.compress.gptq import PRUNED
 from thesislib.errors import BadInput, unknown
-from thesislib.files import whole_file
+from thesislib.files import free_file, whole_file
 from thesislib.formats import plain_tensors
 from thesislib.layers import Adapted, merge, replace, unpack_all
 from thesislib.subject import Subject
@@ -56,8 +56,9 @@ def export_gguf(subject: Subject, file: str | Path, kind: str = "F16", *, merge_
     config = subject.model.config
     if config.model_type not in ARCHITECTURES:
         raise unknown("architecture for GGUF", config.model_type, ARCHITECTURES)
-    if file.suffix != ".gguf" or file.exists():
+    if file.suffix != ".gguf":
         raise BadInput(f"{file} cannot be written: expected a new file whose name ends in .gguf")
+    file = free_file(file, new=True)
     dense = _dense(subject, merge_corrections)
     tensors = plain_tensors(dense)
     architecture = ARCHITECTURES[config.model_type]

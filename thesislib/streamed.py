@@ -13,10 +13,11 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from thesislib.checkpoints import place_for
 from thesislib.compress.width import Width
 from thesislib.corpus import calibration_windows, default_data
 from thesislib.errors import BadInput, unknown
-from thesislib.files import is_folder, read_json, whole_folder, write_whole
+from thesislib.files import read_json, whole_folder, write_whole
 from thesislib.formats import RECORD, write_record
 from thesislib.recipe import read_recipe
 from thesislib.subject import DTYPES, SUPPORTED, checkpoint_folder, fingerprint, projections, quiet_transformers
@@ -166,8 +167,7 @@ def compress_streamed(spec: str, recipe: str | Path, out: Path, *, data: str | N
     source, name = checkpoint_folder(spec)
     if (source / RECORD).is_file() and not (source / SINGLE).is_file() and not (source / INDEX).is_file():
         raise BadInput(f"{source} is a packed artifact: weights are streamed from a plain checkpoint, which `thesislib compress --plain` writes")
-    if is_folder(out) and any(out.iterdir()) and not (out / RECORD).is_file():
-        raise BadInput(f"{out} holds something that is no artifact: save into a new folder")
+    out = place_for(out, source)
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     windows = calibration_windows(tokenizer, config.text, data or plan.data or default_data(), config.windows, config.length, config.seed)
