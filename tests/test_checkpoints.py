@@ -201,7 +201,7 @@ def test_where_no_artifact_may_go_is_said_first(folder, place, monkeypatch):
     for out, message in [
         (place / "full", "full holds something that is no artifact: expected a new folder"),
         (place / "full" / "thesis.tex", "cannot be a folder: a file stands there"),
-        (place / "full" / "thesis.tex" / "out", "cannot be a folder: a file stands there"),
+        (place / "full" / "thesis.tex" / "out", "cannot be a folder or a file: a file stands above it"),
         (mine, "mine holds the subject itself"),
     ]:
         with pytest.raises(BadInput) as error:

@@ -3,7 +3,7 @@ import shutil
 import numpy as np
 import pytest
 
-from thesislib import convert, wheels
+from thesislib import convert, files, wheels
 from thesislib.convert import safetensors_folder
 from thesislib.errors import BadInput
 from thesislib.subject import load_subject
@@ -55,7 +55,7 @@ def test_sha256_that_differs_names_both(tmp_path, cache):
     path.write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(BadInput, match=r"x\.gguf has sha256") as raised:
         safetensors_folder(path, sha256="0" * 64)
-    assert wheels.sha256_of(path) in str(raised.value) and "0" * 64 in str(raised.value)
+    assert files.sha256_of(path) in str(raised.value) and "0" * 64 in str(raised.value)
     assert cached(cache) == []
 
 
@@ -64,7 +64,7 @@ def test_sha256_that_differs_names_both(tmp_path, cache):
 def test_truncated_gguf_is_refused_before_conversion(tmp_path, cache, gguf, monkeypatch, keep):
     path = tmp_path / "cut.gguf"
     path.write_bytes(gguf.read_bytes()[keep])
-    monkeypatch.setattr(convert, "_convert", lambda *_: pytest.fail("converted a truncated file"))
+    monkeypatch.setattr("thesislib.gguf_reader.GgufModel.tensors", lambda *_: pytest.fail("converted a truncated file"))
     with pytest.raises(BadInput, match="truncated") as raised:
         load_subject(path)
     assert "cut.gguf" in str(raised.value) and "\n" not in str(raised.value)
@@ -86,13 +86,12 @@ def test_altered_embedded_gguf_is_refused(tmp_path, cache, gguf, monkeypatch):
 
 
 def test_a_failed_conversion_leaves_nothing(tmp_path, cache, monkeypatch):
-    def half(gguf, folder):
+    def half(gguf, folder, cut):
         (folder / "model.safetensors").write_bytes(b"half")
         raise RuntimeError("killed")
 
     path = tmp_path / "x.gguf"
     path.write_bytes(b"GGUF")
-    monkeypatch.setattr(convert, "_check_complete", lambda gguf: None)
     monkeypatch.setattr(convert, "_convert", half)
     with pytest.raises(RuntimeError, match="killed"):
         safetensors_folder(path)
@@ -104,11 +103,10 @@ def counted(monkeypatch, checkpoint):
     """Conversion replaced by the copying of a tiny checkpoint; the list holds what was converted."""
     done = []
 
-    def copy(gguf, folder):
+    def copy(gguf, folder, cut):
         done.append(gguf.read_bytes())
         shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
 
-    monkeypatch.setattr(convert, "_check_complete", lambda gguf: None)
     monkeypatch.setattr(convert, "_convert", copy)
     return done
 

@@ -2,6 +2,7 @@ import errno
 import os
 import shutil
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -55,7 +56,7 @@ def test_a_file_appears_only_when_whole(tmp_path):
         with pytest.raises(expected), whole_file(final.with_name("other.bin")) as temporary:
             temporary.write_bytes(b"half")
             raise error
-    with pytest.raises(BadInput, match="where its folder should be"), whole_file(final / "below.bin"):
+    with pytest.raises(BadInput, match="cannot be a folder or a file: a file stands above it"), whole_file(final / "below.bin"):
         pass
     assert [p.name for p in final.parent.iterdir()] == ["final.bin"]
 
@@ -101,15 +102,16 @@ def test_folder_on_a_disk_that_fills_in_safetensors(tmp_path):
 
 
 def test_folder_without_room_for_itself(tmp_path, monkeypatch):
-    monkeypatch.setattr("thesislib.files.tempfile.mkdtemp", no_space)
-    with pytest.raises(BadInput, match="disk is full"), whole_folder(tmp_path / "final"):
+    (tmp_path / "made").mkdir()
+    monkeypatch.setattr(Path, "mkdir", no_space)
+    with pytest.raises(BadInput, match="disk is full"), whole_folder(tmp_path / "made" / "final"):
         pass
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / "made").iterdir()) == []
 
 
 def test_folder_leaves_other_errors_as_they_are(tmp_path):
     with pytest.raises(OSError, match="odd"), whole_folder(tmp_path / "final"):
-        raise OSError(errno.EIO, "odd")
+        raise OSError(errno.ECONNREFUSED, "odd")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,6 +1,8 @@
 import copy
+import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -17,6 +19,7 @@ from thesislib.compress.gptq import Rtn
 from thesislib.compress.plan import apply_plan
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
+from thesislib.files import inside, sha256_of
 from thesislib.formats import load_artifact, packed_tensors, predicted_disk_bytes, read_artifact, save_artifact, sizes
 from thesislib.layers import Adapted, PackedLinear, replace
 from thesislib.packing import NINE
@@ -321,7 +324,7 @@ def test_what_is_no_artifact(tiny, tmp_path):
 
 def test_only_artifacts_are_replaced(tiny, tmp_path):
     (tmp_path / "notes.txt").write_text("precious")
-    with pytest.raises(BadInput, match="holds something that is no artifact: save into a new folder"):
+    with pytest.raises(BadInput, match="holds something that is no artifact: expected a new folder"):
         save_artifact(tiny(layers=1), tmp_path)
     assert (tmp_path / "notes.txt").read_text() == "precious"
     folder = save_artifact(masked(tiny(layers=2)), tmp_path / "a")
@@ -337,7 +340,7 @@ def test_whole_or_not_at_all(tiny, tmp_path, monkeypatch):
         raise OSError("the machine went away")
 
     with monkeypatch.context() as patch:
-        patch.setattr(formats, "_sha256", fails)
+        patch.setattr(formats, "sha256_of", fails)
         with pytest.raises(OSError):
             save_artifact(masked(tiny(layers=2)), folder)
     assert read_artifact(folder) == before and [p.name for p in tmp_path.iterdir()] == ["a"]
@@ -361,7 +364,7 @@ def test_weights_that_do_not_fit_the_configuration(tiny, tmp_path):
         save_file(changed, folder / "packed.safetensors")
         record = json.loads((folder / "artifact.json").read_text())
         del record["sha256"]
-        record["files"]["packed.safetensors"] = formats._sha256(folder / "packed.safetensors")
+        record["files"]["packed.safetensors"] = sha256_of(folder / "packed.safetensors")
         (folder / "artifact.json").write_text(json.dumps({**record, "sha256": formats._checksum(record)}))
 
     for key in ("model.norm.weight", "model.layers.1.mlp.up_proj.codes"):
@@ -433,3 +436,136 @@ def test_a_damaged_quantised_artifact_is_refused(tiny, tmp_path):
     file.write_bytes(raw)
     with pytest.raises(BadInput, match=r"packed\.safetensors is damaged"):
         load_artifact(tmp_path / "q")
+
+
+# ---------------------------------------------------------------- well signed, and wrong
+
+
+def sign(folder, edit=lambda record: None, **changes):
+    """artifact.json with other fields and a checksum that is right."""
+    record = json.loads((folder / "artifact.json").read_text())
+    record |= changes
+    edit(record)
+    record = {key: value for key, value in record.items() if key != "sha256" and value is not ...}
+    record["sha256"] = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    (folder / "artifact.json").write_text(json.dumps(record))
+
+
+@pytest.fixture(scope="module")
+def written(tiny, tmp_path_factory):
+    return save_artifact(masked(tiny(layers=3)), tmp_path_factory.mktemp("artifact") / "a", stages=[{"width": {}}], label="W2:4")
+
+
+FIELDS = (
+    "label", "name", "plan", "stages", "reports", "base", "fingerprint", "dtype", "sizes", "encodings", "repeats", "without", "versions", "files",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_field_of_another_kind_or_missing_is_named(written, tmp_path, field):
+    folder = shutil.copytree(written, tmp_path / "a")
+    read_artifact(folder)
+    for odd in (..., 3, "words", [1], {"a": 1}, {"a": [1]}, [["a"]], True, 1e999, "\ud800", 10**400):
+        sign(folder, **{field: odd})
+        if (field in ("label", "name") and odd == "words") or (field == "base" and isinstance(odd, dict)):
+            read_artifact(folder)
+            continue
+        with pytest.raises(BadInput, match=rf"artifact\.json .*{field}") as raised:
+            load_artifact(folder)
+        assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"plan": [0, 1, 10**9]},
+        {"plan": [0, -1, 2]},
+        {"plan": [0, 1]},
+        {"repeats": {"1": 1}},
+        {"repeats": {"9": 0}},
+        {"repeats": {"-1": 0}},
+        {"repeats": {"1": 2}},
+        {"without": {"mlp": [3]}},
+        {"without": {"mlp": [1, 1]}},
+        {"without": {"norm": [1]}},
+        {"encodings": {"model.layers.0.mlp.up_proj": "3:2"}},
+        {"encodings": {"model.layers.0.mlp.up_proj": "999999999999:9999999999999999"}},
+        {"encodings": {"model.layers.0.mlp.up_proj": "nonsense"}},
+        {"encodings": {"model.layers.0.mlp.up_proj": "int99 nonsense"}},
+        {"dtype": "float16"},
+        {"dtype": "save"},
+        {"sizes": {"parameters": -1, "nonzero_parameters": 0, "bytes_on_disk": 0, "other_bytes_on_disk": 0}},
+        {"fingerprint": "../../x"},
+        {"thesislib_artifact": True},
+    ],
+)
+def test_what_is_absurd_is_refused(written, tmp_path, changes):
+    folder = shutil.copytree(written, tmp_path / "a")
+    sign(folder, **changes)
+    with pytest.raises(BadInput, match=next(iter(changes)).replace("encodings", "encoding|up_proj")) as raised:
+        load_artifact(folder)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("blocks", [0, -1, 10**9, "three", None, True])
+def test_a_configuration_of_no_number_of_blocks_is_refused(written, tmp_path, blocks):
+    folder = shutil.copytree(written, tmp_path / "a")
+    config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": blocks}
+    (folder / "config.json").write_text(json.dumps(config))
+    sign(folder, lambda record: record["files"].update({"config.json": sha256_of(folder / "config.json")}))
+    with pytest.raises(BadInput, match="num_hidden_layers"):
+        load_artifact(folder)
+
+
+@pytest.mark.parametrize("how", ["above", "absolute", "link", "linked folder", "null"])
+def test_nothing_outside_the_folder_is_read(written, tmp_path, how):
+    folder, other = shutil.copytree(written, tmp_path / "a"), tmp_path / "other"
+    other.mkdir()
+    shutil.copy(folder / "packed.safetensors", other / "more.safetensors")
+    name = {"above": "../other/more.safetensors", "absolute": str(other / "more.safetensors"), "null": "a\0.json"}.get(how, "more.safetensors")
+    if how == "link":
+        (folder / name).symlink_to(other / "more.safetensors")
+    elif how == "linked folder":
+        (folder / "below").symlink_to(other)
+        name = "below/more.safetensors"
+    sign(folder, lambda record: record["files"].update({name: sha256_of(other / "more.safetensors")}))
+    with pytest.raises(BadInput, match="is no file of that folder|is a link that leads out of its folder"):
+        load_artifact(folder)
+
+
+def test_files_that_would_be_read_and_are_not_in_the_list_are_refused(written, tmp_path):
+    for name in ("chat_template.jinja", "added_tokens.json", "more.safetensors", "adapter/adapter_config.json", "additional_chat_templates/tool.jinja",
+                 "tokenizer.model", "merges.txt"):  # fmt: skip
+        folder = shutil.copytree(written, tmp_path / name.replace("/", "_"))
+        if name in json.loads((folder / "artifact.json").read_text())["files"]:
+            sign(folder, lambda record, name=name: record["files"].pop(name))
+        else:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text("{}")
+        with pytest.raises(BadInput, match=rf"{name} is not in the list of artifact\.json"):
+            load_artifact(folder)
+    folder = shutil.copytree(written, tmp_path / "harmless")
+    for name in ("README.md", "LICENSE.txt", "licence.json", ".gitattributes", ".git/config.json", ".cache/huggingface/x.json", "notes/plot.png"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    load_artifact(folder)
+    (folder / "additional_chat_templates").symlink_to(tmp_path)  # transformers reads what lies there
+    with pytest.raises(BadInput, match="additional_chat_templates is not in the list"):
+        load_artifact(folder)
+
+
+def test_an_artifact_in_the_hubs_cache_is_links_to_its_blobs(written, tmp_path):
+    snapshot, blobs = tmp_path / "models--me--it" / "snapshots" / ("0" * 40), tmp_path / "models--me--it" / "blobs"
+    blobs.mkdir(parents=True)
+    for file in (f for f in written.rglob("*") if f.is_file()):
+        shutil.copy(file, blobs / sha256_of(file))
+        link = snapshot / file.relative_to(written)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blobs / sha256_of(file), link.parent))
+    assert load_artifact(snapshot).fingerprint == load_artifact(written).fingerprint
+    (snapshot / "deep" / "er").mkdir(parents=True)
+    (snapshot / "deep" / "er" / "a").symlink_to("../../../../blobs/" + sha256_of(written / "config.json"))
+    assert inside(snapshot, "deep/er/a").is_file() and inside(snapshot / "deep", "er/a").is_file()
+    (snapshot / "out").symlink_to(tmp_path / "secret")
+    with pytest.raises(BadInput, match="leads out"):
+        inside(snapshot, "out")

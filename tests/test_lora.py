@@ -19,7 +19,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from thesislib import corpus, files, fit
+from thesislib import corpus, fit
 from thesislib.compress.depth import remove
 from thesislib.compress.lora import MERGES, Lora
 from thesislib.compress.plan import apply_plan
@@ -500,27 +500,17 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(subject, folder, tmp_pa
 def test_a_disk_that_fills_in_the_middle_of_a_checkpoint(subject, folder, tmp_path, monkeypatch):
     config = Lora(**SMALL)
     whole, _ = config.apply(subject, data=folder)
-    real, writes = os.fdopen, []
+    real, writes = Path.write_bytes, []
 
-    class Full:
-        def __init__(self, handle):
-            self.file = real(handle, "wb")
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *_):
-            self.file.close()
-
-        def write(self, content):
-            writes.append(len(content))
-            self.file.write(content[: len(content) // 2 if len(writes) == 3 else None])
-            if len(writes) == 3:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def full(path, content):
+        writes.append(len(content))
+        real(path, content[: len(content) // 2 if len(writes) == 3 else None])
+        if len(writes) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patched:
-        patched.setattr(files.os, "fdopen", lambda handle, _mode: Full(handle))
-        with pytest.raises(BadInput, match=rf"the disk is full at {tmp_path}, at step 6 of the training: .*; the last good checkpoint, of step 4, is kept in"):
+        patched.setattr(Path, "write_bytes", full)
+        with pytest.raises(BadInput, match=rf"the disk is full at {tmp_path}: .*; the training is at step 6: the last good checkpoint, of step 4, is kept in"):
             config.apply(subject, data=folder, work=tmp_path)
     (file,) = tmp_path.iterdir()
     assert read_checkpoint(file)[0]["step"] == 4
@@ -528,13 +518,25 @@ def test_a_disk_that_fills_in_the_middle_of_a_checkpoint(subject, folder, tmp_pa
     assert report["resumed_at"] == 4 and same_adapters(again, whole)
 
 
-def test_a_damaged_checkpoint_is_named(subject, folder, tmp_path):
+@pytest.mark.parametrize("damage", ["cut", "a byte of a tensor", "a digit of the state", "of an earlier version"])
+def test_a_damaged_checkpoint_is_said_and_the_training_begins_again(subject, folder, tmp_path, capsys, damage):
     config = Lora(**SMALL)
-    config.apply(subject, data=folder, work=tmp_path)
+    whole, _ = config.apply(subject, data=folder, work=tmp_path)
     (file,) = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(BadInput, match=rf"the checkpoint {file} is damaged .*: delete it to train from the beginning"):
-        config.apply(subject, data=folder, work=tmp_path)
+    content = file.read_bytes()
+    if damage == "cut":
+        file.write_bytes(content[:1000])
+    elif damage == "a byte of a tensor":
+        file.write_bytes(content[:-7] + bytes([content[-7] ^ 1]) + content[-6:])
+    elif damage == "a digit of the state":
+        at = content.index(b"tokens") + content[content.index(b"tokens") :].index(b"1")
+        file.write_bytes(content[:at] + b"2" + content[at + 1 :])
+    else:
+        file.write_bytes(content.replace(b'"sha256"', b'"sha255"'))
+    again, report = config.apply(subject, data=folder, work=tmp_path)
+    assert report["resumed_at"] == 0 and same_adapters(again, whole)
+    assert f"the checkpoint {file} cannot be used (it is damaged: " in (said := capsys.readouterr().err) and "the training begins again" in said
+    assert config.apply(subject, data=folder, work=tmp_path)[1]["resumed_at"] > 0
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

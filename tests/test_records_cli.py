@@ -1,6 +1,7 @@
 """`thesislib records` and `records verify`: one call each, results on stdout, exit codes 0, 1 and 2."""
 
 import csv
+import hashlib
 import json
 import math
 import os
@@ -52,9 +53,13 @@ def store(measured, tmp_path):
 
 
 def rewrite(store, **changes):
-    """The first row with other fields, by hand."""
+    """The first row with other fields, by hand, and an id that fits them; the id."""
     first, *others = store.path.read_text("utf8").splitlines(keepends=True)
-    store.path.write_text(json.dumps(json.loads(first) | changes) + "\n" + "".join(others), "utf8")
+    row = json.loads(first) | changes
+    content = {key: row[key] for key in row if key not in ("schema", "id", "items")}
+    row["id"] = hashlib.sha256(json.dumps([content, row["items"]["sha256"]], sort_keys=True).encode()).hexdigest()[:12]
+    store.path.write_text(json.dumps(row) + "\n" + "".join(others), "utf8")
+    return row["id"]
 
 
 # ---------------------------------------------------------------- listed
@@ -104,7 +109,7 @@ def test_filters(store, options, rows):
         (["--metric", "accurcy"], "unknown metric of records 'accurcy': did you mean 'accuracy'?"),
         (["--store", "NOWHERE"], "there is no file of records NOWHERE"),
         (["--store", "STORE.items.gz"], "is no file of records: expected a name that ends in .jsonl"),
-        (["--csv", "FOLDER"], "FOLDER cannot be written"),
+        (["--csv", "FOLDER"], "FOLDER is a folder: expected a file's name"),
         (["--json", "verify", "abc"], "options of the listing before 'verify' would do nothing"),
         (["verify", "nothing", "--store", "STORE.jsonl"], "no record has the id 'nothing'"),
         (["verify", "", "--store", "STORE.jsonl"], "no record has the id ''"),
@@ -165,6 +170,7 @@ def test_damage_is_said_on_stderr_and_the_rest_is_listed(store):
     assert result.exit_code == 0 and len(result.stdout.splitlines()) == 3
     assert result.stderr == f"{store.path}, line 4: left out, it was not written to its end\n"
     store.path.write_bytes(b"")
+    store.items.unlink()
     assert run(app, ["records", "--store", str(store.path)]).output == ""
     result = run(app, ["records", "--store", str(store.path), "--csv", str(store.path.with_suffix(".csv"))])
     assert result.exit_code == 2 and "there are no records to write" in result.stderr and not store.path.with_suffix(".csv").exists()
@@ -185,16 +191,18 @@ def test_verify_agrees(store, folder, tiny_data, monkeypatch, k):
         assert run(app, args).stdout == result.stdout
 
 
-def test_a_tampered_value_is_exit_code_1(store, folder, tiny_data):
-    name, m = next(iter(store.rows().items()))
-    args = ["records", "verify", name, "--store", str(store.path), "--subject", folder, "--data", tiny_data]
-    rewrite(store, value=m.value * 1.01)
-    result = run(app, args)
+def test_another_value_is_exit_code_1_and_a_changed_one_is_refused(store, folder, tiny_data):
+    m = next(iter(store.rows().values()))
+    args = ["records", "verify", "--store", str(store.path), "--subject", folder, "--data", tiny_data]
+    result = run(app, [*args, rewrite(store, value=m.value * 1.01)])
     assert result.exit_code == 1 and "NOT within the tolerance of 0.1% relative" in result.stdout
     assert f"recorded {m.value * 1.01:.6g}, again {m.value:.6g}" in result.stdout
-    rewrite(store, value=None)
-    result = run(app, args)
+    other = rewrite(store, value=None)
+    result = run(app, [*args, other])
     assert result.exit_code == 1 and f"recorded not finite, again {m.value:.6g}: NOT within" in result.stdout
+    store.path.write_text(store.path.read_text("utf8").replace('"value": null', f'"value": {m.value}', 1), "utf8")
+    result = run(app, [*args, other])
+    assert result.exit_code == 2 and result.stderr.startswith(f"error: record {other} is damaged (") and "its id is not that of its content" in result.stderr
 
 
 def test_verify_refuses_in_one_line(store, folder, tiny, tiny_data, tmp_path):
@@ -204,7 +212,7 @@ def test_verify_refuses_in_one_line(store, folder, tiny, tiny_data, tmp_path):
     text.parent.mkdir(parents=True)
     text.write_text(json.dumps({"text": "Another text. " * 100}) + "\n")
 
-    def refused(*options):
+    def refused(*options, name=name):
         result = run(app, ["records", "verify", name, "--store", str(store.path), *options])
         assert result.exit_code == 2, result.output
         assert result.stdout == "" and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
@@ -215,10 +223,11 @@ def test_verify_refuses_in_one_line(store, folder, tiny, tiny_data, tmp_path):
     assert "has another text for WikiText-2 test" in refused("--subject", folder, "--data", str(tmp_path / "data"))
     assert "subject 'nowhere' is not known" in refused("--subject", "nowhere", "--data", tiny_data)
     for stages, message in (([{"dept": {}}], "did you mean 'depth'"), ([{"depth": {"blok": [1]}}], "unknown parameter of Depth 'blok': did you mean 'blocks'")):
-        rewrite(store, provenance={**m.provenance, "made": {**m.provenance["made"], "stages": stages}})
-        assert message in refused("--subject", folder, "--data", tiny_data)
+        other = rewrite(store, provenance={**m.provenance, "made": {**m.provenance["made"], "stages": stages}})
+        assert message in refused("--subject", folder, "--data", tiny_data, name=other)
     os.truncate(store.items, 10)
-    assert f"the items of record {name} are damaged or gone" in refused("--subject", folder, "--data", tiny_data)
+    name, *_ = store.rows(items=False)
+    assert f"the items of record {name} are damaged or gone" in refused("--subject", folder, "--data", tiny_data, name=name)
 
 
 def test_a_plan_is_verified(store, folder, tiny_data):

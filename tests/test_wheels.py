@@ -14,6 +14,7 @@ import pytest
 
 from thesislib import wheels
 from thesislib.errors import BadInput
+from thesislib.files import sha256_of
 
 REPOSITORY = Path(__file__).parent.parent
 MEMBERS = {"pkg/a.txt": b"alpha\n" * 1000, "pkg/deep/b.bin": bytes(range(256)) * 50}
@@ -215,5 +216,5 @@ def test_manifest_is_the_three_wheels_of_the_study():
 def test_cached_members_are_those_of_the_manifest(name):
     folder = wheels.wheel_folder(name)
     members = wheels.manifest()[name]["members"]
-    assert {m: wheels.sha256_of(folder / m) for m in members} == {m: facts["sha256"] for m, facts in members.items()}
+    assert {m: sha256_of(folder / m) for m in members} == {m: facts["sha256"] for m, facts in members.items()}
     assert files(folder) == sorted(members)

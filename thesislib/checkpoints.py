@@ -5,11 +5,9 @@ and of two processes that need the same stage one computes it while the other wa
 """
 
 import dataclasses
-import errno
 import hashlib
 import inspect
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -19,19 +17,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from torch import nn
 
 import thesislib
+from thesislib.convert import SUMS
 from thesislib.corpus import default_data, kind_of
 from thesislib.errors import BadInput, unknown
-from thesislib.files import cache_dir, is_folder, read_json, whole_folder, write_whole
+from thesislib.files import HARMLESS, cache_dir, clear_leftovers, free_folder, lock, plain_errors, read_json, real, sha256_of, whole_folder, write_whole
 from thesislib.forecast import forecast, shape_of, stand_in
 from thesislib.formats import RECORD, load_artifact, read_artifact, save_artifact
 from thesislib.layers import PackedLinear, replace, unpack
 from thesislib.recipe import Recipe, read_recipe
 from thesislib.subject import DTYPES, Subject, checkpoint_folder, load_subject
-from thesislib.wheels import manifest, sha256_of
+from thesislib.wheels import manifest
 
 T = TypeVar("T")
 SCHEMA = 1  # raise it when the same settings come to mean something else
@@ -61,11 +60,11 @@ def compress(
         BadInput: a recipe that cannot work on this subject, before any weight is read; a full disk; whatever a stage refuses.
     """
     out = Path(out).expanduser()
-    with _plain_disk_errors():
+    with plain_errors():
         job = Job.prepare(subject, recipe, data, dtype, device)
-        _check_out(out, job.source)
+        place = place_for(out, job.source)
         forecast(job)  # refuses what does not fit the subject's shapes, while nothing is computed yet
-        job.write(out, packed)
+        job.write(place, packed)
     return out
 
 
@@ -109,8 +108,24 @@ class Job:
 
     @cached_property
     def subject(self) -> Subject:
-        """What the recipe begins with."""
-        return dataclasses.replace(load_subject(self.source, self.dtype, self.device, packed=False), name=self.name)
+        """What the recipe begins with.
+
+        Raises:
+            BadInput: its weights are not those whose fingerprint was remembered, though size and time of its files stayed.
+        """
+        made = dataclasses.replace(load_subject(self.source, self.dtype, self.device, packed=False), name=self.name)
+        if "base" in self.__dict__ and self.base["fingerprint"] != made.fingerprint:
+            self._memory.unlink(missing_ok=True)
+            raise BadInput(f"the weights in {self.source} are others than before, though their files' size and time stayed: was a byte damaged? "
+                           "What was remembered of them is forgotten; run again to go on with them as they are")  # fmt: skip
+        return made
+
+    @property
+    def _memory(self) -> Path:
+        """Where the subject's fingerprint is remembered."""
+        # also the time of the last change of any kind, which no program can set back
+        changed = [file.stat().st_ctime_ns for file in sorted(self.source.glob("*")) if file.is_file()]
+        return cache_dir() / "fingerprints" / f"{_hash([str(self.source.resolve()), _files(self.source, '*'), changed, self.dtype])}.json"
 
     @cached_property
     def base(self) -> dict[str, str]:
@@ -118,12 +133,15 @@ class Job:
 
         A fingerprint is remembered for as long as the files keep size and time: a cached recipe loads no weight.
         """
-        memory = cache_dir() / "fingerprints" / f"{_hash([str(self.source.resolve()), _files(self.source, '*'), self.dtype])}.json"
+        memory = self._memory
         try:
-            fingerprint = read_json(memory)["fingerprint"]
+            kept = read_json(memory)
+            fingerprint = kept["fingerprint"]
+            if kept["sha256"] != _hash([memory.stem, fingerprint]):
+                raise KeyError
         except (BadInput, KeyError, TypeError):
             fingerprint = self.subject.fingerprint
-            write_whole(memory, json.dumps({"fingerprint": fingerprint}))
+            write_whole(memory, json.dumps({"fingerprint": fingerprint, "sha256": _hash([memory.stem, fingerprint])}))
         return {"name": self.name, "fingerprint": fingerprint, **({"label": self.made["label"]} if self.made else {})}
 
     @cached_property
@@ -185,8 +203,9 @@ class Job:
             except BadInput as error:
                 raise BadInput(f"{self.recipe.places[n - 1]}: {error}") from error
             # what a run left that was killed while it saved, and a damaged checkpoint; nobody else is at them now
-            for old in (folder, *folder.parent.glob(f".{folder.name}-*")):
-                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+            clear_leftovers(folder, alone=True)
+            if folder.exists():
+                shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
             self.save(made, [*reports, report], folder)
             shutil.rmtree(work, ignore_errors=True)
             del before, more, made  # before they are in memory twice
@@ -223,9 +242,14 @@ class Job:
 
 
 def _settings(folder: Path) -> dict[str, str]:
-    """sha256 of the files that say how weights run and how text becomes tokens."""
-    names = ("config.json", "token*", "chat_template*", "vocab*", "merges*", "special_tokens*", "added_tokens*")
-    return {file.name: sha256_of(file) for name in names for file in sorted(folder.glob(name)) if file.is_file()}
+    """sha256 of the files that say how weights run, how text becomes tokens and how it is generated: all that a result may hold a copy of.
+
+    Weights, their index and what artifact.json says of them are in the fingerprint.
+    """
+    files = [*folder.glob("*"), *(folder / "additional_chat_templates").rglob("*")]
+    found = {file.relative_to(folder).as_posix(): file for file in files if file.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken")}
+    skip = (RECORD, SUMS, *(name for name in found if name.endswith(".index.json") or name.lower().startswith(HARMLESS)))
+    return {name: sha256_of(file) for name, file in sorted(found.items()) if name not in skip and file.is_file()}
 
 
 def _identity(data: str) -> object:
@@ -248,51 +272,30 @@ def _hash(facts: object) -> str:
 # ---------------------------------------------------------------- folders and locks
 
 
-def _check_out(out: Path, source: Path) -> None:
-    """Raises BadInput, before any work, if an artifact cannot be written at `out`."""
-    try:
-        if out.is_file() or any(parent.is_file() for parent in out.parents):
-            raise BadInput(f"{out} cannot be a folder: a file stands there or above it")
-        out.resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # too long; links in a circle; no character of a path
-        raise BadInput(f"'{str(out)[:60]}' cannot be a folder ({error.args[-1] if error.args else error}): expected a new folder's name") from error
-    if source.resolve().is_relative_to(out.resolve()):
+def place_for(out: Path, source: Path) -> Path:
+    """Where an artifact is written that was asked for at `out`; see `thesislib.files.free_folder`.
+
+    Raises:
+        BadInput: before any work, if it cannot be written there.
+    """
+    if source.resolve().is_relative_to(real(out)):
         raise BadInput(f"{out} holds the subject itself: expected another folder for the artifact")
-    if is_folder(out) and any(out.iterdir()) and not (out / RECORD).is_file():
-        raise BadInput(f"{out} holds something that is no artifact: expected a new folder")
-    above = next(parent for parent in out.absolute().parents if parent.is_dir())
-    if not os.access(above, os.W_OK):
-        raise BadInput(f"{out} cannot be made: {above} cannot be written")
+    return free_folder(out, replaces=RECORD)
 
 
 @contextmanager
 def _alone(path: Path, title: str) -> Iterator[None]:
     """Nobody else inside the block for `path`: a second process waits, and says so. A killed one leaves no lock behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f"{path.name}.lock"))
+    held = lock(path)
     try:
-        lock.acquire(timeout=0)
+        held.acquire(timeout=0)
     except Timeout:
         _say(f"{title}: another process is at it, waiting")
-        lock.acquire()
+        held.acquire()
     try:
         yield
     finally:
-        lock.release()
-
-
-@contextmanager
-def _plain_disk_errors() -> Iterator[None]:
-    """A full or read-only disk in one line."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = error.filename or cache_dir()
-            raise BadInput(f"the disk is full at {where}: free some space there or write elsewhere (the cache's place is THESISLIB_CACHE)") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise BadInput(f"{error.filename} cannot be written ({error.strerror})") from error
-        raise
+        held.release()
 
 
 def _say(line: str) -> None:

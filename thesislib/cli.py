@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from thesislib.errors import BadInput, unknown
+from thesislib.files import free_file, free_folder, open_folder, plain_errors
 from thesislib.yaml_lines import value_of_text
 
 app = typer.Typer(help="Compress a small language model step by step, and measure what each step costs.",
@@ -22,7 +23,8 @@ def one_line_errors(command: Callable) -> Callable:
     @functools.wraps(command)
     def wrapped(*args, **kwargs):
         try:
-            return command(*args, **kwargs)
+            with plain_errors():
+                return command(*args, **kwargs)
         except BadInput as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from error
@@ -89,7 +91,7 @@ def run(
     name, notebook = _notebook(chapter)
     parameters = {key: value_of_text(text, f"parameter {key}") for key, text in map(_pair, parameter or [])}
     target = out or ROOT / "_build" / "runs" / f"{name}.ipynb"
-    execute(notebook, target, parameters)
+    execute(notebook, free_file(target), parameters)
     typer.echo(target)
 
 
@@ -165,18 +167,19 @@ def export(
         raise BadInput("which format to export is not said: expected either --gptq or --gguf TYPE")
     if gptq and merge:
         raise BadInput("--merge would do nothing with --gptq, which keeps corrections beside the weights: leave it out")
-    loaded = _held(subject, dtype, "float32")
     name = Path(subject).name
+    place = free_folder(out or Path(f"{name}-gptq")) if gptq else free_file(out or Path(f"{name}-{gguf}.gguf"), new=True)
+    loaded = _held(subject, dtype, "float32")
     if gptq:
         from thesislib.gptq_format import export_gptq
 
-        folder = export_gptq(loaded, out or Path(f"{name}-gptq"))
+        folder = export_gptq(loaded, place)
         beside = ", corrections as a PEFT adapter in adapter/" if (folder / "adapter").is_dir() else ""
         typer.echo(f"{folder}: a GPTQ checkpoint of {loaded.name}{beside}")
         return
     from thesislib.gguf_format import export_gguf
 
-    file = export_gguf(loaded, out or Path(f"{name}-{gguf}.gguf"), gguf, merge_corrections=merge)
+    file = export_gguf(loaded, place, gguf, merge_corrections=merge)
     typer.echo(f"{file}: {loaded.name} as {gguf}, {file.stat().st_size / 1e6:.1f} MB{', corrections merged into the weights' if merge else ''}")
 
 
@@ -224,14 +227,14 @@ def sweep(
                            "a notebook takes its parameters by -p, such as -p subject=embedded")  # fmt: skip
         name, notebook = _notebook(chapter)
         axes = {key: _listed(key, text) for key, text in map(_pair, parameter or [])}
-        table, failed = sweep_notebook(name, notebook, axes, out or base / name, crew)
+        table, failed = sweep_notebook(name, notebook, axes, open_folder(out or base / name), crew)
         typer.echo(table)
     else:
         if parameter:
             raise BadInput("-p goes with --chapter: a grid's settings stand in its file")
         place = Place(subject, data or corpus.default_data(), dtype, device)
         found = read_grid(grid, size, False, only or (), measure or ())  # what no subject can take is named with what this one cannot
-        store, others = Store(out or base / f"{found.name}-{size}.jsonl"), stores(also) if also else []
+        store, others = Store(free_file(out or base / f"{found.name}-{size}.jsonl")), stores(also) if also else []
         if dry_run:
             lacking = missing(found, place, [store, *others])
             for label, measures in lacking.items():
@@ -357,9 +360,9 @@ def calibrate(out: Annotated[Path, typer.Option(help="the new file; its name is 
     from thesislib.device.host import host_file
     from thesislib.files import whole_file
 
-    if out.suffix != ".yaml" or out.exists():
+    if out.suffix != ".yaml":
         raise BadInput(f"{out} cannot be written: expected a new file whose name ends in .yaml")
-    with whole_file(out) as temporary:
+    with whole_file(free_file(out, new=True)) as temporary:
         temporary.write_text(host_file(out.stem), "utf8")
         found = read_device(temporary)
     bandwidth = found.tiers[0].read or 0.0
@@ -419,7 +422,7 @@ def expand(
     """Write a grid's configurations as recipes."""
     from thesislib.sweep.grid import read_grid, write_recipes
 
-    typer.echo(f"{out}: {len(write_recipes(read_grid(grid, size), out))} recipes")
+    typer.echo(f"{out}: {len(write_recipes(read_grid(grid, size), open_folder(out)))} recipes")
 
 
 listed = typer.Typer(help="Recorded measurements: list, filter and export them, or make one again.")
@@ -445,9 +448,10 @@ def records(
         return
     from thesislib import store as stored
 
+    target = csv and free_file(csv)
     found = stored.select(stored.stores(store or [stored.study()]), label=label, task=task, metric=metric)
     if csv is not None:
-        stored.write_csv(found, csv)
+        stored.write_csv(found, target)
         typer.echo(f"{csv}: {len(found)} records")
         return
     for name, m in found.items():

@@ -6,14 +6,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from filelock import FileLock
-
 from thesislib.errors import BadInput
-from thesislib.files import cache_dir, read_json, whole_folder
-from thesislib.wheels import sha256_of
+from thesislib.files import cache_dir, damaged, lock, plain_errors, read_json, sha256_of, whole_folder
 
 READER = 2  # raise it when the same file comes to be read otherwise
-SIZES = "sizes.json"  # beside the converted files: what each must measure
+SUMS = "sha256.json"  # beside the converted files: of each one
 
 
 def safetensors_folder(gguf: Path, sha256: str | None = None, cut: str | None = None) -> Path:
@@ -32,7 +29,7 @@ def safetensors_folder(gguf: Path, sha256: str | None = None, cut: str | None = 
     """
     from thesislib.gguf_reader import PART, parts
 
-    with gguf.open("rb") as file:
+    with plain_errors(gguf), gguf.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise BadInput(f"{gguf} is not a GGUF file (it does not start with 'GGUF')")
     digest = sha256_of(gguf)
@@ -41,25 +38,30 @@ def safetensors_folder(gguf: Path, sha256: str | None = None, cut: str | None = 
     if PART.search(gguf.stem):
         digest = hashlib.sha256("".join(map(sha256_of, parts(gguf))).encode()).hexdigest()
     folder = cache_dir() / "subjects" / f"{gguf.stem[:80]}-{digest[:12]}-{READER}{f'-{cut}' if cut else ''}"
-    if not _whole(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / f"{folder.name}.lock"):
-            if not _whole(folder):
-                print(f"converting {gguf.name} to safetensors (once, some seconds)", file=sys.stderr)
-                with whole_folder(folder) as temporary:
+    if _wrong(folder):
+        with lock(folder):
+            if why := _wrong(folder):
+                again = f": what the cache holds of it {why}" if folder.exists() else " (once, some seconds)"
+                print(f"converting {gguf.name} to safetensors{again}", file=sys.stderr)
+                with whole_folder(folder, alone=True) as temporary:
                     _convert(gguf, temporary, cut)
-                    sizes = {file.name: file.stat().st_size for file in temporary.iterdir()}
-                    (temporary / SIZES).write_text(json.dumps(sizes), "utf8")
+                    sums = {file.relative_to(temporary).as_posix(): sha256_of(file) for file in temporary.rglob("*") if file.is_file()}
+                    (temporary / SUMS).write_text(json.dumps(sums), "utf8")
     return folder
 
 
-def _whole(folder: Path) -> bool:
-    """Whether every file of a conversion is there in its size."""
+def _wrong(folder: Path) -> str | None:
+    """What is wrong with a conversion, if not every file is there as it was written and no other."""
     try:
-        sizes = read_json(folder / SIZES)
+        sums = read_json(folder / SUMS)
+        if not isinstance(sums, dict) or not sums:
+            return f"has a damaged {SUMS}"
     except BadInput:
-        return False
-    return all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in sizes.items())
+        return "has no checksums that can be read"
+    if found := damaged(folder, sums):
+        return f"is damaged, or lacks a file: {found}"
+    others = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir()} - {SUMS, *sums}
+    return f"has a file that is not its own: {min(others)}" if others else None
 
 
 def _convert(gguf: Path, folder: Path, cut: str | None) -> None:

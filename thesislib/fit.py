@@ -1,8 +1,9 @@
 """Training low-rank adapters: gradient steps on packed sequences, validation, and checkpoints that survive a kill."""
 
-import errno
+import hashlib
 import json
 import math
+import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -20,10 +21,10 @@ from torch import nn
 from tqdm import tqdm
 
 from thesislib.errors import BadInput
-from thesislib.files import write_whole
+from thesislib.files import clear_leftovers, write_whole
 from thesislib.forward import final_states
 from thesislib.layers import Adapted, replace
-from thesislib.subject import Subject
+from thesislib.subject import Subject, fingerprint
 from thesislib.training import NOTHING, Sequences, Split
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 Place = tuple[int, str]
 Factors = Mapping[Place, tuple[torch.Tensor, torch.Tensor]]  # A (rank, inputs) and B (outputs, rank), any scale in B
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
 ADAPTER = "default"  # PEFT's name for the one adapter that a model has
 
 
@@ -248,44 +250,63 @@ class Training:
         """Everything that the next step depends on, in one file that is replaced as a whole."""
         tensors = {f"adapter.{key}": p.detach() for key, p in self.parameters.items()} | {f"best.{key}": t for key, t in self.best.items()}
         for key, p in self.parameters.items():
-            tensors |= {f"{moment}.{key}": self.optimiser.state[p][moment] for moment in ("exp_avg", "exp_avg_sq")}
+            tensors |= {f"{moment}.{key}": self.optimiser.state[p][moment] for moment in MOMENTS}
         tensors |= dict(_random_state(self.subject.device))
+        tensors, said = {key: t.contiguous() for key, t in tensors.items()}, json.dumps(self.state)
         try:
             # the scheduler's state and the position in the data are functions of the step
-            write_whole(file, safetensors.torch.save({k: t.contiguous() for k, t in tensors.items()}, {"state": json.dumps(self.state)}))
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise
-            full = f"the disk is full at {file.parent}, at step {self.state['step']} of the training: free some space there and start again"
-            raise BadInput(f"{full}; {_kept(file)}") from error
+            write_whole(file, safetensors.torch.save(tensors, {"state": said, "sha256": _checksum(said, tensors)}))
+        except BadInput as error:
+            raise BadInput(f"{error}; the training is at step {self.state['step']}: {_kept(file)}") from error
 
     def _resume(self, file: Path) -> int:
-        """Take up what `file` holds, if it does: the step to go on from."""
-        for leftover in file.parent.glob(f".{file.name}-*"):  # of a run killed while it wrote
-            leftover.unlink(missing_ok=True)
+        """Take up what `file` holds, if it does and is whole: the step to go on from."""
+        clear_leftovers(file, alone=True)  # of a run killed while it wrote
         if not file.exists():
             return 0
         try:
             state, held = read_checkpoint(file)
-            with torch.no_grad():
-                for key, p in self.parameters.items():
-                    moments = {moment: held[f"{moment}.{key}"].to(p.device) for moment in ("exp_avg", "exp_avg_sq")}
-                    self.optimiser.state[p] = {"step": torch.tensor(float(state["step"])), **moments}
-                    p.copy_(held[f"adapter.{key}"])
-            self.best = {key: held[f"best.{key}"].to(p.device) for key, p in self.parameters.items()}
-            torch.set_rng_state(held["random"])
+            taken = {
+                key: (held[f"adapter.{key}"], held[f"best.{key}"].to(p.device), *(held[f"{moment}.{key}"].to(p.device) for moment in MOMENTS))
+                for key, p in self.parameters.items()
+            }
+            random = [(torch.set_rng_state, (held["random"],))]
             if self.subject.device.type == "cuda":
-                torch.cuda.set_rng_state(held["random_cuda"], self.subject.device)
-        except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise BadInput(f"the checkpoint {file} is damaged ({error}): delete it to train from the beginning") from error
+                random.append((torch.cuda.set_rng_state, (held["random_cuda"], self.subject.device)))
+        except (BadInput, KeyError) as error:
+            print(f"the checkpoint {file} cannot be used ({error}): the training begins again", file=sys.stderr, flush=True)
+            file.unlink()
+            return 0
+        with torch.no_grad():
+            for key, p in self.parameters.items():
+                value, self.best[key], *moments = taken[key]
+                self.optimiser.state[p] = {"step": torch.tensor(float(state["step"])), **dict(zip(MOMENTS, moments, strict=True))}
+                p.copy_(value)
+        for put_back, given in random:
+            put_back(*given)
         self.state |= state
         return state["step"]
 
 
 def read_checkpoint(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """What a checkpoint says (step, curves, best step) and its tensors."""
-    with safe_open(file, "pt") as held:
-        return json.loads(held.metadata()["state"]), {key: held.get_tensor(key) for key in held.keys()}  # noqa: SIM118
+    """What a checkpoint says (step, curves, best step) and its tensors.
+
+    Raises:
+        BadInput: it cannot be read, or its checksum is not that of its content.
+    """
+    try:
+        with safe_open(file, "pt") as held:
+            said, tensors = held.metadata() or {}, {key: held.get_tensor(key) for key in held.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise BadInput(f"it is damaged: {error}") from error
+    if "state" not in said or said.get("sha256") != _checksum(said["state"], tensors):
+        raise BadInput("it is damaged: its checksum is another")
+    return json.loads(said["state"]), tensors
+
+
+def _checksum(said: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """Over all that a checkpoint holds."""
+    return hashlib.sha256(f"{said} {fingerprint(sorted(tensors.items()))}".encode()).hexdigest()
 
 
 def _random_state(device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:

@@ -15,7 +15,7 @@ import torch
 from thesislib.compress.gptq import PRUNED
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate.generate import end_tokens
-from thesislib.files import whole_file
+from thesislib.files import free_file, whole_file
 from thesislib.formats import plain_tensors
 from thesislib.forward import attention_windows
 from thesislib.gguf_reader import ADDED, NORMALISER, NORMALISERS, PATTERNS, SPECIAL, GgufModel, halves
@@ -74,10 +74,11 @@ def export_gguf(subject: Subject, file: str | Path, kind: str = "F16", *, merge_
     config = subject.model.config
     if config.model_type not in ARCHITECTURES:
         raise unknown("architecture for GGUF", config.model_type, ARCHITECTURES)
-    if file.suffix != ".gguf" or file.exists():
+    if file.suffix != ".gguf":
         raise BadInput(f"{file} cannot be written: expected a new file whose name ends in .gguf")
     if config.hidden_act != "silu":
         raise BadInput(f"activation '{config.hidden_act}' cannot be written as GGUF: llama.cpp computes silu for {config.model_type}")
+    file = free_file(file, new=True)
     dense = _dense(subject, merge_corrections)
     tensors = plain_tensors(dense)
     architecture = ARCHITECTURES[config.model_type]

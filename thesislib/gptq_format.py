@@ -15,7 +15,7 @@ import thesislib
 from thesislib.checkpoint import empty_model, generation_settings, headers, quiet_transformers
 from thesislib.compress.grid import ROW, Grid, Quantised
 from thesislib.errors import BadInput
-from thesislib.files import is_folder, whole_folder
+from thesislib.files import free_folder, whole_folder
 from thesislib.formats import check_same, fill, plain_tensors, projection_paths, read_adapter, write_adapter, write_tensors
 from thesislib.layers import unpack_all
 from thesislib.quantised import QuantisedLinear
@@ -43,9 +43,7 @@ def export_gptq(subject: Subject, folder: str | Path) -> Path:
         BadInput: projections that are not quantised, or not alike; a grid with a floating minimum; groups or shapes that the
             layout cannot hold; a folder that holds something.
     """
-    folder = Path(folder)
-    if is_folder(folder) and any(folder.iterdir()):
-        raise BadInput(f"{folder} holds something: export into a new folder")
+    folder = free_folder(folder)
     linears = {path: getattr(module, "base", module) for path, module in projection_paths(subject)}
     settings = _settings(subject, linears)
     quantised = {path: linear.quantised for path, linear in linears.items()}

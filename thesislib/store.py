@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,11 +23,38 @@ from typing import Any
 from filelock import FileLock
 
 from thesislib.errors import BadInput, unknown
-from thesislib.files import data_file, write_whole
+from thesislib.files import data_file, plain_errors, write_whole
 from thesislib.records import Measurement
+from thesislib.shapes import SHA256, natural, positive, wrong
 
 SCHEMA = 1
 FIELDS = ("task", "metric", "value", "low", "high", "n", "unit", "extra", "provenance")
+LARGEST = 2**28  # bytes of one row's outcomes, unpacked
+
+
+def _known_schema(value: Any) -> bool:
+    """1, or another that this version knows"""
+    return type(value) is int and 1 <= value <= SCHEMA
+
+
+KNOWN = (None, str)  # what a record says in a word, or does not say
+MADE = {
+    "label?": KNOWN, "recipe?": KNOWN, "stage?": KNOWN, "stages?": [dict], "base?": {"name?": str, "fingerprint?": str}, "data?": str,
+    "bytes?": (None, {str: (None, natural)}), "reports?": [dict],
+}  # fmt: skip
+PROVENANCE = {
+    "subject?": str, "fingerprint?": str, "plan?": (None, [natural]), "dtype?": str, "corpus_sha256?": KNOWN, "commit?": KNOWN,
+    "settings?": {"length?": natural, "limit?": (None, natural), "prompt?": (None, str, natural), "batch?": (None, natural), "open_book?": bool,
+                  "protocol?": str, "text_sha256?": KNOWN, "repeats?": natural},
+    "protocol?": {"on": str, "seed?": int}, "versions?": {str: str}, "tolerance?": {"absolute?": positive, "relative?": positive},
+    "hardware?": {"cpu?": KNOWN, "cores?": (None, natural), "torch_threads?": natural, "accelerator?": KNOWN, "device?": str},
+    "date?": str, "time?": str, "seconds?": positive, "peak_memory?": natural, "sweep?": dict, "chapter?": dict, "made?": (None, MADE),
+}  # fmt: skip
+ROW = {
+    "schema": _known_schema, "id": re.compile("[0-9a-f]{12}"), "label": KNOWN, "recipe": KNOWN, "stage": KNOWN, "task": str, "metric": str,
+    "value": (None, float), "low": (None, float), "high": (None, float), "n": natural, "unit": str, "extra": dict, "provenance": PROVENANCE,
+    "items": {"offset": natural, "bytes": natural, "sha256": SHA256},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,6 +63,7 @@ class Damage:
 
     line: int
     reason: str
+    id: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,16 +112,23 @@ class Store:
         row: dict[str, Any] = {"label": made.get("label"), "recipe": made.get("recipe"), "stage": made.get("stage")}
         row |= {field: plain[field] for field in FIELDS}
         digest = hashlib.sha256(packed).hexdigest()
-        name = hashlib.sha256(json.dumps([row, digest], sort_keys=True).encode()).hexdigest()[:12]
+        name = _id(row, digest)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.path.with_name(f".{self.path.name}.lock")):
-                if any(row.get("id") == name for _, row in self._lines([])):
+            with FileLock(self.path.with_name(f".{self.path.name}.lock"), mode=0o666):
+                if any(row.get("id") == name and _damage(row) is None for _, row in self._lines([])):
                     return name
                 offset = _append(self.items, packed)
                 row = {"schema": SCHEMA, "id": name, **row, "items": {"offset": offset, "bytes": len(packed), "sha256": digest}}
+                line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
                 try:
-                    _append(self.path, json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n", new_line=True)
+                    if self.path.exists():
+                        _append(self.path, line, new_line=True)
+                    else:  # never there without a row: an empty file beside outcomes means that rows were lost
+                        first = self.path.with_name(f".{self.path.name}.first")
+                        first.unlink(missing_ok=True)
+                        _append(first, line)
+                        os.replace(first, self.path)
                 except OSError:
                     _cut(self.items, offset)  # tried again and again, the items alone would fill what is left of the disk
                     raise
@@ -108,30 +144,40 @@ class Store:
         Raises:
             BadInput: no such file, or one that a newer version of this package wrote.
         """
-        found, damage = self.read(items)
+        found, damage, unused = self._read(items)
         for d in damage:
             print(f"{self.path}, line {d.line}: left out, {d.reason}", file=sys.stderr, flush=True)
+        if unused > 0 and not damage:
+            print(f"{self.path}: {unused} bytes of {self.items.name} belong to no row: rows were lost, or a process was killed while it wrote one",
+                  file=sys.stderr, flush=True)  # fmt: skip
         return found
 
     def read(self, items: bool = True) -> tuple[dict[str, Measurement], list[Damage]]:
         """As `rows`, the damage returned instead of reported."""
+        return self._read(items)[:2]
+
+    def _read(self, items: bool) -> tuple[dict[str, Measurement], list[Damage], int]:
+        """As `read`, and how many bytes of outcomes no row points to."""
+        outcomes = self.items.stat().st_size if self.items.is_file() else 0
+        lost = f", though {self.items.name} holds {outcomes} bytes of outcomes: rows are lost; bring it back from a copy, or remove both" if outcomes else ""
         if not self.path.is_file():
-            raise BadInput(f"there is no file of records {self.path}")
+            raise BadInput(f"there is no file of records {self.path}{lost}")
+        if lost and not self.path.stat().st_size:
+            raise BadInput(f"{self.path} is empty{lost}")
         found: dict[str, Measurement] = {}
         damage: list[Damage] = []
         for line, row in self._lines(damage):
+            if reason := _damage(row):
+                damage.append(Damage(line, reason, str(row.get("id"))))
+                continue
+            outcomes -= row["items"]["bytes"]
             try:
-                if not (isinstance(row["id"], str) and isinstance(row["provenance"], dict)):
-                    raise TypeError("its id or provenance is of another kind")
-                if not all(row[key] is None or isinstance(row[key], (int, float)) for key in ("value", "low", "high")):
-                    raise TypeError("its value or a bound is no number")
-                outcomes = self._outcomes(row["items"]) if items else []
-                found[row["id"]] = Measurement(**{field: row[field] for field in FIELDS}, items=outcomes)
-            except (KeyError, TypeError) as error:
-                damage.append(Damage(line, f"it is not a row of records ({type(error).__name__}: {error})"))
-            except (OSError, EOFError, ValueError, OverflowError, MemoryError, zlib.error) as error:  # also of a length in the row
+                found[row["id"]] = Measurement(**{field: row[field] for field in FIELDS}, items=self._outcomes(row["items"]) if items else [])
+            except (OSError, EOFError, ValueError, TypeError, OverflowError, MemoryError, RecursionError, zlib.error) as error:
                 damage.append(Damage(line, f"its items in {self.items.name} are damaged ({error})"))
-        return found, sorted(damage, key=lambda d: d.line)
+        if lost and not found and not damage:
+            raise BadInput(f"{self.path} has no row{lost}")
+        return found, sorted(damage, key=lambda d: d.line), outcomes
 
     def _lines(self, damage: list[Damage]) -> Iterator[tuple[int, dict]]:
         """Line number and row of every line that is one; the others are added to `damage`."""
@@ -141,7 +187,7 @@ class Store:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line, parse_constant=_refused)
                 if not isinstance(row, dict):
                     raise ValueError("no JSON object")
             except (ValueError, RecursionError) as error:
@@ -155,10 +201,40 @@ class Store:
     def _outcomes(self, where: dict) -> list[dict]:
         with self.items.open("rb") as file:
             file.seek(where["offset"])
-            packed = file.read(where["bytes"])
+            packed = file.read(min(where["bytes"], self.items.stat().st_size))
         if hashlib.sha256(packed).hexdigest() != where["sha256"]:
             raise ValueError("their sha256 is another")
-        return [json.loads(line) for line in gzip.decompress(packed).splitlines()]  # bytes: a text also ends lines at U+2028, which JSON leaves as it is
+        with gzip.open(io.BytesIO(packed)) as file:
+            plain = file.read(LARGEST + 1)
+        if len(plain) > LARGEST:
+            raise ValueError(f"they are more than {LARGEST} bytes")
+        found = [json.loads(line) for line in plain.splitlines()]  # bytes: a text also ends lines at U+2028, which JSON leaves as it is
+        if odd := wrong(found, [{"id": object}]):
+            raise ValueError(odd)
+        return found
+
+
+def _id(row: dict, digest: str) -> str:
+    """12 digits that stand for what a row says and for the sha256 of its outcomes."""
+    content = {key: row[key] for key in ("label", "recipe", "stage", *FIELDS)}
+    return hashlib.sha256(json.dumps([content, digest], sort_keys=True, allow_nan=False).encode()).hexdigest()[:12]
+
+
+def _damage(row: dict) -> str | None:
+    """Why a row is none that `append` wrote, if so."""
+    if odd := wrong(row, ROW):
+        return f"it is not a row of records ({odd})"
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+        if _id(row, row["items"]["sha256"]) == row["id"]:
+            return None
+    except (ValueError, RecursionError) as error:  # half a surrogate pair; a number beyond all; lists in lists in lists
+        return f"it is not a row of records ({error})"
+    return "its id is not that of its content: something in it was changed after it was written"
+
+
+def _refused(word: str) -> None:
+    raise ValueError(f"{word} is no number of JSON")
 
 
 def _append(path: Path, content: bytes, new_line: bool = False) -> int:
@@ -199,12 +275,14 @@ def stores(places: Iterable[str | Path]) -> list[Store]:
     """
     found = []
     for place in map(Path, places):
-        files = sorted(place.glob("*.jsonl")) if place.is_dir() else [place]
-        if not files:
-            raise BadInput(f"{place} holds no records: expected .jsonl files")
-        if not files[0].is_file():
-            raise BadInput(f"there is no file of records {place}")
-        found += map(Store, files)
+        with plain_errors(place):
+            # outcomes whose rows are gone are not passed over
+            files = {*place.glob("*.jsonl"), *(f.with_suffix("").with_suffix(".jsonl") for f in place.glob("*.items.gz"))} if place.is_dir() else {place}
+            if not files:
+                raise BadInput(f"{place} holds no records: expected .jsonl files")
+            if place in files and not place.is_file() and not Store(place).items.is_file():
+                raise BadInput(f"there is no file of records {place}")
+        found += map(Store, sorted(files))
     return found
 
 
@@ -214,7 +292,12 @@ def find(name: str, places: Iterable[Store]) -> Measurement:
     Raises:
         BadInput: no row or several, or one whose items are damaged.
     """
-    known = {row: store for store in places for row in store.rows(items=False)}
+    known = {}
+    for store in places:
+        found, damage = store.read(items=False)
+        known |= dict.fromkeys(found, store)
+        if hit := [d for d in damage if name and d.id.startswith(name)]:
+            raise BadInput(f"record {hit[0].id} is damaged ({store.path}, line {hit[0].line}): {hit[0].reason}; bring the line back from a copy")
     matching = [row for row in known if row.startswith(name)] if name else []
     if not matching:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -285,7 +368,4 @@ def write_csv(found: Mapping[str, Measurement], path: Path) -> None:
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    try:
-        write_whole(path, text.getvalue())
-    except OSError as error:
-        raise BadInput(f"{path} cannot be written ({error.strerror}): expected a new file's name in a folder that can be written") from error
+    write_whole(path, text.getvalue())

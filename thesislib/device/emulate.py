@@ -24,16 +24,15 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from filelock import FileLock
 
 from thesislib.book import ROOT
 from thesislib.compress.plan import apply_plan
 from thesislib.device.measure import Agreement, agreed, file_type, gguf_file, prompt_ids
 from thesislib.errors import BadInput
-from thesislib.files import cache_dir, whole_file, whole_folder, write_whole
+from thesislib.files import cache_dir, lock, sha256_of, whole_file, whole_folder, write_whole
 from thesislib.records import hardware, provenance
 from thesislib.subject import Subject, load_subject
-from thesislib.wheels import downloaded, sha256_of
+from thesislib.wheels import downloaded
 
 SOURCE = "llama_cpp_python-0.3.36"  # PyPI's source distribution, which has llama.cpp inside
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
@@ -152,8 +151,7 @@ def build(jobs: int = 1) -> Programs:
     if not (OWN / "probe.cpp").exists():
         raise BadInput("emulation needs hw/emulate, which this installation lacks: expected a checkout of thesislib")
     root = cache_dir() / "emulate"
-    root.mkdir(exist_ok=True)
-    with FileLock(root / "build.lock"):
+    with lock(root / "build"):
         sources = _sources(root / SOURCE)
         probes = {target: _probe(target, sources, root, jobs) for target in FLAGS}
         plugin = root / f"count-{_digest((OWN / 'count.c').read_text(), _version('gcc'))}.so"
@@ -167,7 +165,7 @@ def _sources(final: Path) -> Path:
     """The folder of llama.cpp, fetched once by pip, so that the user's own index settings hold."""
     if final.exists():
         return final
-    with whole_folder(final) as folder, tempfile.TemporaryDirectory(dir=final.parent) as below:
+    with whole_folder(final, alone=True) as folder, tempfile.TemporaryDirectory(dir=folder) as below:
         archive = downloaded(SOURCE.replace("_", "-").replace("python-", "python=="), SHA256, Path(below), "llama.cpp, 77 MB", source=True)
         top = f"{SOURCE}/vendor/llama.cpp/"
         with tarfile.open(archive) as tar:
@@ -185,7 +183,7 @@ def _probe(target: str, sources: Path, root: Path, jobs: int) -> Path:
     folder = root / f"{target.replace(' ', '-')}-{key}"
     if not folder.exists():
         print(f"building llama.cpp for {target}: some minutes, once", file=sys.stderr)
-        with whole_folder(folder) as temporary:
+        with whole_folder(folder, alone=True) as temporary:
             made = temporary / "made"
             _run(["cmake", "-S", sources, "-B", made, *FLAGS[target]], f"configuring llama.cpp for {target}")
             _run(["cmake", "--build", made, "--target", "llama", f"-j{jobs}"], f"building llama.cpp for {target}")
