@@ -24,13 +24,14 @@ from torch import nn
 
 import thesislib
 from thesislib.corpus import default_data, kind_of
-from thesislib.errors import BadInput, unknown
-from thesislib.files import cache_dir, is_folder, read_json, whole_folder, write_whole
+from thesislib.errors import BadInput
+from thesislib.files import cache_dir, expanded, is_folder, read_json, whole_folder, write_whole
 from thesislib.forecast import forecast, shape_of, stand_in
 from thesislib.formats import RECORD, load_artifact, read_artifact, save_artifact
+from thesislib.held import check_dtype, own_dtype
 from thesislib.layers import PackedLinear, replace, unpack
 from thesislib.recipe import Recipe, read_recipe
-from thesislib.subject import DTYPES, Subject, checkpoint_folder, load_subject
+from thesislib.subject import Subject, checkpoint_folder, load_subject
 from thesislib.wheels import manifest, sha256_of
 
 T = TypeVar("T")
@@ -43,7 +44,7 @@ def compress(
     out: str | Path,
     *,
     data: str | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
     device: str = "cpu",
     packed: bool = True,
 ) -> Path:
@@ -54,13 +55,13 @@ def compress(
         recipe: a recipe's file, a label such as D2+W1:8, or a `Recipe`.
         out: a new folder, or an artifact that this one replaces.
         data: a data spec for calibration; by default the recipe's own, else `thesislib.corpus.default_data()`.
-        dtype, device: as the subject is loaded.
+        dtype: as the subject is loaded; by default its own, see `thesislib.held.own_dtype`. device: a torch device.
         packed: see `thesislib.formats.save_artifact`.
 
     Raises:
         BadInput: a recipe that cannot work on this subject, before any weight is read; a full disk; whatever a stage refuses.
     """
-    out = Path(out).expanduser()
+    out = expanded(out)
     with _plain_disk_errors():
         job = Job.prepare(subject, recipe, data, dtype, device)
         _check_out(out, job.source)
@@ -90,7 +91,7 @@ class Job:
     made: dict | None
 
     @classmethod
-    def prepare(cls, subject: str | Path, recipe: str | Path | Recipe, data: str | None = None, dtype: str = "float32", device: str = "cpu") -> "Job":
+    def prepare(cls, subject: str | Path, recipe: str | Path | Recipe, data: str | None = None, dtype: str | None = None, device: str = "cpu") -> "Job":
         """The job, if all that can be checked without reading a weight is right.
 
         Raises:
@@ -100,9 +101,9 @@ class Job:
         recipe.check()
         data = data or recipe.data or default_data()
         kind_of(data)
-        if dtype not in DTYPES:
-            raise unknown("dtype", dtype, DTYPES)
+        check_dtype(dtype)
         source, name = checkpoint_folder(str(subject))
+        dtype = dtype or own_dtype(subject)
         recipe.check(shape_of(stand_in(source)))
         made = read_json(source / RECORD) if (source / RECORD).is_file() else None
         return cls(recipe, source, made["name"] if made else name, data, dtype, device, made)
@@ -232,7 +233,7 @@ def _identity(data: str) -> object:
     """What tells one calibration text from another, without reading it."""
     if kind_of(data) == "embedded":
         return {name: entry["sha256"] for name, entry in manifest().items()}
-    return data if data == "hub" else _files(Path(data).expanduser(), "*", "*/*")
+    return data if data == "hub" else _files(expanded(data), "*", "*/*")
 
 
 def _files(folder: Path, *patterns: str) -> list[tuple[str, int, int]]:

@@ -14,9 +14,21 @@ from platformdirs import user_cache_dir
 from thesislib.errors import BadInput
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with its ~ written out.
+
+    Raises:
+        BadInput: there is no such home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise BadInput(f"'{path}': there is no such home folder: write the path out, or set HOME (the cache's place is THESISLIB_CACHE)") from error
+
+
 def cache_dir() -> Path:
     """The cache folder: `THESISLIB_CACHE`, else the user's cache directory."""
-    path = Path(os.environ.get("THESISLIB_CACHE") or user_cache_dir("thesislib")).expanduser()
+    path = expanded(os.environ.get("THESISLIB_CACHE") or user_cache_dir("thesislib"))
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

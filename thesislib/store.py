@@ -22,7 +22,7 @@ from typing import Any
 from filelock import FileLock
 
 from thesislib.errors import BadInput, unknown
-from thesislib.files import data_file, write_whole
+from thesislib.files import data_file, expanded, write_whole
 from thesislib.records import Measurement
 
 SCHEMA = 1
@@ -48,7 +48,7 @@ class Store:
     path: Path
 
     def __post_init__(self):
-        object.__setattr__(self, "path", Path(self.path).expanduser())
+        object.__setattr__(self, "path", expanded(self.path))
         if self.path.suffix != ".jsonl":
             raise BadInput(f"{self.path} is no file of records: expected a name that ends in .jsonl")
 

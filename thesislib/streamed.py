@@ -18,6 +18,7 @@ from thesislib.corpus import calibration_windows, default_data
 from thesislib.errors import BadInput, unknown
 from thesislib.files import is_folder, read_json, whole_folder, write_whole
 from thesislib.formats import RECORD, write_record
+from thesislib.held import check_dtype, own_dtype
 from thesislib.recipe import read_recipe
 from thesislib.subject import DTYPES, SUPPORTED, checkpoint_folder, fingerprint, projections, quiet_transformers
 
@@ -143,7 +144,7 @@ def _files(folder: Path) -> dict[str, str]:
         raise BadInput(f"{folder / SINGLE} cannot be read ({error})") from error
 
 
-def compress_streamed(spec: str, recipe: str | Path, out: Path, *, data: str | None = None, dtype: str = "bfloat16", device: str = "cpu") -> Path:
+def compress_streamed(spec: str, recipe: str | Path, out: Path, *, data: str | None = None, dtype: str | None = None, device: str = "cpu") -> Path:
     """Carry out a recipe of one width stage on weights that are read and written one block at a time; writes an artifact folder.
 
     Args:
@@ -151,7 +152,7 @@ def compress_streamed(spec: str, recipe: str | Path, out: Path, *, data: str | N
         recipe: a recipe's file or label.
         out: a new folder, or an artifact that this one replaces.
         data: calibration data spec; by default the recipe's own, else THESISLIB_DATA, else embedded.
-        dtype, device: of the computation and of what is written.
+        dtype: of the computation and of what is written; by default the subject's own, see `thesislib.held.own_dtype`. device: a torch device.
 
     Raises:
         BadInput: other stages, or whatever the stage or the checkpoint refuses.
@@ -163,7 +164,9 @@ def compress_streamed(spec: str, recipe: str | Path, out: Path, *, data: str | N
             "then stream over the checkpoint they leave"
         )
     (config,) = plan.stages
+    check_dtype(dtype)
     source, name = checkpoint_folder(spec)
+    dtype = dtype or own_dtype(spec)
     if (source / RECORD).is_file() and not (source / SINGLE).is_file() and not (source / INDEX).is_file():
         raise BadInput(f"{source} is a packed artifact: weights are streamed from a plain checkpoint, which `thesislib compress --plain` writes")
     if is_folder(out) and any(out.iterdir()) and not (out / RECORD).is_file():

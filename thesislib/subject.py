@@ -14,15 +14,16 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from thesislib.config import read_sizes
 from thesislib.convert import safetensors_folder
 from thesislib.errors import BadInput, unknown
-from thesislib.files import is_folder, whole_folder
+from thesislib.files import expanded, is_folder, whole_folder
 from thesislib.hub import hub_folder
 from thesislib.wheels import manifest, wheel_folder
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SPECS = "'embedded', a folder with a Hugging Face checkpoint or an artifact, a .gguf file, or 'hub:NAME[@REVISION]'"
 
 
@@ -147,6 +148,7 @@ def load_subject(spec: str | Path = "embedded", dtype: str = "float32", device: 
         from thesislib.formats import load_artifact
 
         return load_artifact(folder, dtype, device, packed)
+    read_sizes(folder)
     with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
@@ -185,7 +187,7 @@ def checkpoint_folder(spec: str) -> tuple[Path, str]:
     if spec.startswith("hub:"):
         name, _, revision = spec.removeprefix("hub:").partition("@")
         return hub_folder(name, revision or None), name.split("/")[-1]
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     if is_folder(path) and (path / "config.json").is_file():
         return path, path.resolve().name
     if path.suffix == ".gguf" and is_folder(path.parent) and path.is_file():

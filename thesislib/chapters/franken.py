@@ -18,10 +18,11 @@ from thesislib.evaluate import choice, perplexity
 from thesislib.evaluate.generate import Timed, complete
 from thesislib.evaluate.stats import Comparison, holm, proportion
 from thesislib.experiment import described
+from thesislib.held import check_dtype
 from thesislib.parameters import positive
 from thesislib.records import Measurement
 from thesislib.store import Store
-from thesislib.subject import DTYPES, Subject, load_subject
+from thesislib.subject import Subject, load_subject
 
 TITLE = "skipping and repeating blocks"
 BASELINE = "baseline"
@@ -50,8 +51,10 @@ class Franken:
 
     def __post_init__(self):
         positive(length=self.length, windows=self.windows, items=self.items, singles=self.singles, tokens=self.tokens)
-        if self.dtype not in DTYPES:
-            raise BadInput(f"parameter 'dtype' is '{self.dtype}': expected one of {', '.join(DTYPES)}")
+        check_dtype(self.dtype)
+
+
+PARAMETERS = Franken
 
 
 @dataclass(frozen=True)

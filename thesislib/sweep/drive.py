@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from thesislib.errors import BadInput
+from thesislib.parameters import positive
 from thesislib.sweep.task import OtherVersion, carry_out, versions
 
 CONNECT = 6  # seconds until a scheduler that does not answer is given up
@@ -56,12 +57,9 @@ class Workers:
     threads: int | None = None
 
     def __post_init__(self):
-        if self.count < 1:
-            raise BadInput(f"--workers is {self.count}: expected at least 1")
         if self.retries < 0:
             raise BadInput(f"--retries is {self.retries}: expected 0 or more")
-        if self.threads is not None and self.threads < 1:
-            raise BadInput(f"--threads is {self.threads}: expected at least 1")
+        positive(workers=self.count, threads=self.threads, retries=self.retries or None)
 
 
 def drive(orders: Sequence[Order], workers: Workers, locks: Path) -> dict[str, str]:
