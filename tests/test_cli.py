@@ -105,6 +105,7 @@ def test_an_unknown_task_or_data_costs_no_model(monkeypatch):
 
 def test_a_notebook_that_fails_is_exit_code_1(tmp_path, monkeypatch):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("k = 1", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell("1 / (k - 2)")])
+    notebook.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python 3"}
     nbformat.write(notebook, tmp_path / "09_one.ipynb")
     monkeypatch.setattr(book, "chapters", lambda: {"09_one": tmp_path / "09_one.ipynb"})
     out = tmp_path / "out.ipynb"
