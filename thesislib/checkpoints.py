@@ -99,7 +99,7 @@ class Job:
         """
         recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
         recipe.check()
-        data = data or recipe.data or default_data()
+        data = next(given for given in (data, recipe.data, default_data()) if given is not None)
         kind_of(data)
         check_dtype(dtype)
         source, name = checkpoint_folder(str(subject))

@@ -61,7 +61,7 @@ def evaluate(
     check_dtype(dtype)
     check_device(device)
     protocol = Protocol(on, length=length, limit=limit, prompt=prompt, seed=seed, fast=fast, batch=batch)
-    data = data or corpus.default_data()
+    data = corpus.default_data() if data is None else data
     corpus.kind_of(data)  # before a model is loaded
     dtype = dtype or (own_dtype(subject) if _is_artifact(subject) else "float32")
     loaded = load_subject(subject, dtype, device, packed=not unpack)
@@ -242,7 +242,7 @@ def sweep(
     else:
         if parameter:
             raise BadInput("-p goes with --chapter: a grid's settings stand in its file")
-        place = Place(subject, data or corpus.default_data(), dtype, device)
+        place = Place(subject, corpus.default_data() if data is None else data, dtype, device)
         found = read_grid(grid, size, False, only or (), measure or ())  # what no subject can take is named with what this one cannot
         store, others = Store(out or base / f"{found.name}-{size}.jsonl"), stores(also) if also else []
         if dry_run:

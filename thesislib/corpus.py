@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from thesislib.errors import BadInput, unknown
+from thesislib.errors import BadInput, shown, unknown
 from thesislib.files import expanded, is_folder
 from thesislib.hub import cached_only_if_unreachable, hub_error
 from thesislib.wheels import manifest, wheel_folder
@@ -89,7 +89,7 @@ def kind_of(data: str | Path) -> str:
         return str(data)
     if is_folder(expanded(data)):
         return "folder"
-    raise BadInput(f"unknown data '{data}': expected {SPECS}")
+    raise BadInput(f"unknown data {shown(str(data))}: expected {SPECS}")
 
 
 def rows(task: str, data: str | Path = "embedded") -> list[Row]:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from thesislib.config import read_sizes
 from thesislib.errors import BadInput, shown, unknown
 from thesislib.files import expanded, read_json
 from thesislib.subject import DTYPES, checkpoint_folder
@@ -27,6 +28,7 @@ def own_dtype(spec: str | Path) -> str:
     if spec.endswith(".gguf") and not spec.startswith("hub:") and expanded(spec).is_file():
         return _dtype_of_gguf(expanded(spec))
     folder, _ = checkpoint_folder(spec)
+    read_sizes(folder)  # also refuses what cannot be read
     plain = read_json(folder / (RECORD if (folder / RECORD).is_file() else "config.json"))
     said = (plain.get("dtype") or plain.get("torch_dtype") or "float32") if isinstance(plain, dict) else plain
     name = str(said).removeprefix("torch.")

@@ -71,5 +71,9 @@ def cached_only_if_unreachable(timeout_s: float = 5) -> Iterator[None]:
     # where nothing will be asked, a proxy that no client can be made with shall not keep the cache from being read
     direct = {} if not offline else {k: v for k, v in os.environ.items() if k.upper() not in PROXIES}
     # both libraries read their switch at call time, from these two places
-    with patch.dict(os.environ, direct, clear=offline), patch.object(constants, "HF_HUB_OFFLINE", offline), patch.object(datasets.config, "HF_HUB_OFFLINE", offline):
+    with (
+        patch.dict(os.environ, direct, clear=offline),
+        patch.object(constants, "HF_HUB_OFFLINE", offline),
+        patch.object(datasets.config, "HF_HUB_OFFLINE", offline),
+    ):
         yield

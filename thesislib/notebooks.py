@@ -1,6 +1,7 @@
 """A notebook's parameters before it runs: their defaults, what was given on the command line, and whether the chapter takes it."""
 
 import ast
+import json
 from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
@@ -21,7 +22,7 @@ PATHS = ("subject", "data", "devices")  # parameters that may be paths, or lists
 
 
 def defaults(notebook: Path) -> dict[str, Any]:
-    """What a notebook's tagged cell sets, by name; ... for what is no plain value."""
+    """What a notebook's tagged cell sets, by name; None for what is no plain value."""
     import nbformat
 
     found = {}
@@ -32,7 +33,7 @@ def defaults(notebook: Path) -> dict[str, Any]:
                     try:
                         found[line.targets[0].id] = ast.literal_eval(line.value)
                     except ValueError:
-                        found[line.targets[0].id] = ...
+                        found[line.targets[0].id] = None
     return found
 
 
@@ -60,6 +61,8 @@ def typed(notebook: Path, given: Iterable[tuple[str, str]]) -> dict[str, Any]:
     for key, text in given:
         if key in found:
             raise BadInput(f"parameter '{key}' is given twice: expected one value")
+        if not text.strip() and not isinstance(known[key], str):
+            raise BadInput(f"parameter '{key}' has no value: expected e.g. {key}={json.dumps(known[key])}")
         found[key] = text if isinstance(known[key], str) else value_of_text(text, f"parameter {key}")
     return found
 

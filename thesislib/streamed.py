@@ -173,7 +173,9 @@ def compress_streamed(spec: str, recipe: str | Path, out: Path, *, data: str | N
         raise BadInput(f"{out} holds something that is no artifact: save into a new folder")
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    windows = calibration_windows(tokenizer, config.text, data or plan.data or default_data(), config.windows, config.length, config.seed)
+    windows = calibration_windows(
+        tokenizer, config.text, next(given for given in (data, plan.data, default_data()) if given is not None), config.windows, config.length, config.seed
+    )
     with whole_folder(out) as folder:
         blocks = FromFolder(source, folder, dtype, device)
         config.check(blocks.inputs)

@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from thesislib.config import read_sizes
 from thesislib.convert import safetensors_folder
-from thesislib.errors import BadInput, unknown
+from thesislib.errors import BadInput, shown, unknown
 from thesislib.files import expanded, is_folder, whole_folder
 from thesislib.hub import hub_folder
 from thesislib.wheels import manifest, wheel_folder
@@ -193,7 +193,7 @@ def checkpoint_folder(spec: str) -> tuple[Path, str]:
     if path.suffix == ".gguf" and is_folder(path.parent) and path.is_file():
         return safetensors_folder(path), path.stem
     what = "is a folder without config.json" if is_folder(path) else "is not known"
-    raise BadInput(f"subject '{spec}' {what}: expected {SPECS}")
+    raise BadInput(f"subject {shown(spec)} {what}: expected {SPECS}")
 
 
 @contextmanager
