@@ -11,9 +11,9 @@ import pandas as pd
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
-from thesislib.compress.plan import Plan, apply_plan, format_plan, franken_plans
+from thesislib.compress.plan import ORIGINAL_DEPTH, Plan, apply_plan, format_plan, franken_plans
 from thesislib.corpus import choices, evaluation_text
-from thesislib.errors import BadInput
+from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import choice, perplexity
 from thesislib.evaluate.generate import Timed, complete
 from thesislib.evaluate.stats import Comparison, holm, proportion
@@ -52,6 +52,8 @@ class Franken:
     def __post_init__(self):
         positive(length=self.length, windows=self.windows, items=self.items, singles=self.singles, tokens=self.tokens)
         check_dtype(self.dtype)
+        if self.shown not in (names := franken_plans(ORIGINAL_DEPTH)):
+            raise unknown("plan", self.shown, names)
 
 
 PARAMETERS = Franken
