@@ -3,10 +3,11 @@ import os
 import subprocess
 import sys
 
+import nbformat
 import pytest
 from typer.testing import CliRunner
 
-from thesislib import corpus
+from thesislib import book, corpus
 from thesislib import subject as subject_module
 from thesislib.book import ROOT
 from thesislib.cli import app
@@ -82,7 +83,7 @@ def test_thesislib_data_is_the_default(tiny_folder, data_folder, monkeypatch):
         (["evaluate", "TINY", "--on", "wikitext", "--data", "DATA", "--plan", ","], "the plan is empty"),
         (["evaluate", "TINY", "--on", "piqa", "--data", "DATA"], "holds neither piqa/validation.jsonl"),
         (["evaluate", "TINY", "--on", "trivia", "--data", "DATA", "--limit", "0"], "'limit' is 0: expected at least 1"),
-        (["evaluate", "TINY", "--on", "wikitext", "--dtype", "float16"], "expected one of float32, bfloat16"),
+        (["evaluate", "TINY", "--on", "wikitext", "--dtype", "float8"], "expected one of float32, bfloat16, float16"),
         (["run", "01_frankenllama"], "did you mean '01_franken_llama'"),
         (["run", "01", "-p", "windos=3"], "did you mean 'windows'"),
         (["run", "01", "-p", "windows"], "expected key=value"),
@@ -102,10 +103,14 @@ def test_an_unknown_task_or_data_costs_no_model(monkeypatch):
     assert run(app, ["evaluate", "embedded", "--on", "wikitext", "--data", "nowhere"]).exit_code == 2
 
 
-def test_a_notebook_that_fails_is_exit_code_1(tmp_path):
+def test_a_notebook_that_fails_is_exit_code_1(tmp_path, monkeypatch):
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("k = 1", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell("1 / (k - 2)")])
+    notebook.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python 3"}
+    nbformat.write(notebook, tmp_path / "09_one.ipynb")
+    monkeypatch.setattr(book, "chapters", lambda: {"09_one": tmp_path / "09_one.ipynb"})
     out = tmp_path / "out.ipynb"
-    result = run(app, ["run", "01", "-p", "windows=0", "--out", str(out)])
-    assert result.exit_code == 1 and "parameter 'windows' is 0: expected at least 1" in result.stderr
+    result = run(app, ["run", "9", "-p", "k=2", "--out", str(out)])
+    assert result.exit_code == 1 and "a cell raised ZeroDivisionError" in result.stderr
     assert not out.exists() and (tmp_path / "out.failed.ipynb").exists()
 
 

@@ -56,7 +56,7 @@ def test_wrong_types(values, message):
     ("kind", "values", "message"),
     [
         (Franken, {"windows": 0}, "parameter 'windows' is 0: expected at least 1"),
-        (Franken, {"dtype": "float16"}, "expected one of float32, bfloat16"),
+        (Franken, {"dtype": "float8"}, "expected one of float32, bfloat16, float16"),
         (Franken, {"items": -1}, "'items' is -1"),
         (Measures, {"lengths": [1]}, "expected a list of window lengths"),
         (Measures, {"lengths": ["512"]}, "expected a list of window lengths"),

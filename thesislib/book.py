@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from thesislib.chapters import findings as chapter_findings
-from thesislib.errors import BadInput, unknown
+from thesislib.errors import BadInput
+from thesislib.notebooks import ready
 from thesislib.parameters import PARENT
 
 ROOT = Path(__file__).parent.parent
@@ -38,28 +39,18 @@ def cache_key(notebook: Path, parameters: Mapping[str, Any], root: Path = ROOT) 
     return digest.hexdigest()
 
 
-def check_parameters(notebook: Path, parameters: Mapping[str, Any]) -> None:
-    """Raises BadInput for a parameter that the notebook's tagged cell does not have."""
-    from papermill import inspect_notebook
-
-    known = inspect_notebook(str(notebook))
-    for name in parameters:
-        if name not in known:
-            raise unknown(f"parameter of {notebook.stem}", name, known)
-
-
 def execute(notebook: Path, out: Path, parameters: Mapping[str, Any]) -> None:
     """Execute one notebook; `out` appears only when every cell ran.
 
     A notebook that fails is left beside `out` as `NAME.failed.ipynb`, up to the cell that failed.
 
     Raises:
-        BadInput: unknown parameter. RuntimeError: a cell raised, with its error.
+        BadInput: a parameter that it cannot take, before anything runs, or what a cell refused. RuntimeError: a cell raised, with its error.
     """
     from papermill import execute_notebook
     from papermill.exceptions import PapermillExecutionError
 
-    check_parameters(notebook, parameters)
+    parameters = ready(notebook, parameters)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial, failed = out.with_name(f".{out.stem}-{os.getpid()}.partial.ipynb"), out.with_suffix(".failed.ipynb")
     for left in out.parent.glob(f".{out.stem}-*.partial.ipynb"):  # of a process that was killed
@@ -67,12 +58,13 @@ def execute(notebook: Path, out: Path, parameters: Mapping[str, Any]) -> None:
             left.unlink(missing_ok=True)
     os.environ[PARENT] = str(os.getpid())  # the kernel's promise to die with us, see thesislib.parameters
     try:
-        execute_notebook(str(notebook), str(partial), dict(parameters), kernel_name="python3", cwd=str(notebook.parent),
+        execute_notebook(str(notebook), str(partial), parameters, kernel_name="python3", cwd=str(notebook.parent),
                          progress_bar=sys.stderr.isatty(), start_timeout=300)  # fmt: skip
         os.replace(partial, out)
     except PapermillExecutionError as error:
         os.replace(partial, failed)
-        raise RuntimeError(f"{notebook.stem}: a cell raised {error.ename}: {error.evalue} (see {failed})") from error
+        kind = BadInput if error.ename == BadInput.__name__ else RuntimeError
+        raise kind(f"{notebook.stem}: a cell raised {error.ename}: {error.evalue} (see {failed})") from error
     finally:
         os.environ.pop(PARENT, None)
         partial.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from thesislib.config import read_sizes
 from thesislib.errors import BadInput
 from thesislib.files import read_json
 
@@ -60,9 +61,8 @@ def read_config(folder: Path) -> PretrainedConfig:
     Raises:
         BadInput: unreadable, unsupported, or with a setting that would be ignored.
     """
+    read_sizes(folder)
     said = read_json(folder / "config.json")
-    if not isinstance(said, dict):
-        raise BadInput(f"{folder / 'config.json'} is not a configuration: expected an object with 'model_type'")
     if said.get("transformers_weights"):
         raise BadInput(f"{folder}: 'transformers_weights' names another file of weights, {said['transformers_weights']!r}: expected {SINGLE} or {INDEX}")
     with quiet_transformers():

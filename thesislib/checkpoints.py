@@ -23,13 +23,27 @@ from torch import nn
 import thesislib
 from thesislib.convert import SUMS
 from thesislib.corpus import default_data, kind_of
-from thesislib.errors import BadInput, unknown
-from thesislib.files import HARMLESS, cache_dir, clear_leftovers, free_folder, lock, plain_errors, read_json, real, sha256_of, whole_folder, write_whole
+from thesislib.errors import BadInput
+from thesislib.files import (
+    HARMLESS,
+    cache_dir,
+    clear_leftovers,
+    expanded,
+    free_folder,
+    lock,
+    plain_errors,
+    read_json,
+    real,
+    sha256_of,
+    whole_folder,
+    write_whole,
+)  # fmt: skip
 from thesislib.forecast import forecast, shape_of, stand_in
 from thesislib.formats import RECORD, load_artifact, read_artifact, save_artifact
+from thesislib.held import check_dtype, own_dtype
 from thesislib.layers import PackedLinear, replace, unpack
 from thesislib.recipe import Recipe, read_recipe
-from thesislib.subject import DTYPES, Subject, checkpoint_folder, load_subject
+from thesislib.subject import Subject, checkpoint_folder, load_subject
 from thesislib.wheels import manifest
 
 T = TypeVar("T")
@@ -42,7 +56,7 @@ def compress(
     out: str | Path,
     *,
     data: str | None = None,
-    dtype: str = "float32",
+    dtype: str | None = None,
     device: str = "cpu",
     packed: bool = True,
 ) -> Path:
@@ -53,13 +67,13 @@ def compress(
         recipe: a recipe's file, a label such as D2+W1:8, or a `Recipe`.
         out: a new folder, or an artifact that this one replaces.
         data: a data spec for calibration; by default the recipe's own, else `thesislib.corpus.default_data()`.
-        dtype, device: as the subject is loaded.
+        dtype: as the subject is loaded; by default its own, see `thesislib.held.own_dtype`. device: a torch device.
         packed: see `thesislib.formats.save_artifact`.
 
     Raises:
         BadInput: a recipe that cannot work on this subject, before any weight is read; a full disk; whatever a stage refuses.
     """
-    out = Path(out).expanduser()
+    out = expanded(out)
     with plain_errors():
         job = Job.prepare(subject, recipe, data, dtype, device)
         place = place_for(out, job.source)
@@ -89,7 +103,7 @@ class Job:
     made: dict | None
 
     @classmethod
-    def prepare(cls, subject: str | Path, recipe: str | Path | Recipe, data: str | None = None, dtype: str = "float32", device: str = "cpu") -> "Job":
+    def prepare(cls, subject: str | Path, recipe: str | Path | Recipe, data: str | None = None, dtype: str | None = None, device: str = "cpu") -> "Job":
         """The job, if all that can be checked without reading a weight is right.
 
         Raises:
@@ -97,11 +111,11 @@ class Job:
         """
         recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
         recipe.check()
-        data = data or recipe.data or default_data()
+        data = next(given for given in (data, recipe.data, default_data()) if given is not None)
         kind_of(data)
-        if dtype not in DTYPES:
-            raise unknown("dtype", dtype, DTYPES)
+        check_dtype(dtype)
         source, name = checkpoint_folder(str(subject))
+        dtype = dtype or own_dtype(subject)
         recipe.check(shape_of(stand_in(source)))
         made = read_json(source / RECORD) if (source / RECORD).is_file() else None
         return cls(recipe, source, made["name"] if made else name, data, dtype, device, made)
@@ -256,7 +270,7 @@ def _identity(data: str) -> object:
     """What tells one calibration text from another, without reading it."""
     if kind_of(data) == "embedded":
         return {name: entry["sha256"] for name, entry in manifest().items()}
-    return data if data == "hub" else _files(Path(data).expanduser(), "*", "*/*")
+    return data if data == "hub" else _files(expanded(data), "*", "*/*")
 
 
 def _files(folder: Path, *patterns: str) -> list[tuple[str, int, int]]:

@@ -1,6 +1,7 @@
 """The command line: every command one call. Results go to stdout, progress to stderr; 0 done, 1 failed, 2 bad input."""
 
 import functools
+import io
 import json
 import sys
 from collections.abc import Callable
@@ -11,7 +12,6 @@ import typer
 
 from thesislib.errors import BadInput, unknown
 from thesislib.files import free_file, free_folder, open_folder, plain_errors
-from thesislib.yaml_lines import value_of_text
 
 app = typer.Typer(help="Compress a small language model step by step, and measure what each step costs.",
                   no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)  # fmt: skip
@@ -28,8 +28,8 @@ def one_line_errors(command: Callable) -> Callable:
         except BadInput as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from error
-        except RuntimeError as error:
-            typer.echo(f"failed: {error}", err=True)
+        except (RuntimeError, OSError, MemoryError) as error:
+            typer.echo(f"failed: {str(error) or type(error).__name__}", err=True)
             raise typer.Exit(1) from error
 
     return wrapped
@@ -47,7 +47,7 @@ def evaluate(
     plan: Annotated[str | None, typer.Option(help="run these blocks in this order, e.g. 0-13,15-29")] = None,
     fast: Annotated[bool, typer.Option("--fast", help="multiple choice with shared contexts instead of lm-eval; same scores")] = False,
     batch: Annotated[int | None, typer.Option(help="at a time; default 4 windows, 32 questions, 8 items")] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default an artifact's own, else float32")] = None,
     device: Annotated[str, typer.Option(help="a torch device")] = "cpu",
     unpack: Annotated[bool, typer.Option("--unpack", help="unpack an artifact's weights once: faster, more memory")] = False,
     seed: Annotated[int, typer.Option(help="of the choice of questions or items under --limit")] = 0,
@@ -57,11 +57,15 @@ def evaluate(
     """One measurement of a subject: value, 95 % interval, n."""
     from thesislib import corpus
     from thesislib.evaluate.protocol import Protocol
+    from thesislib.held import check_device, check_dtype, own_dtype
     from thesislib.subject import load_subject
 
+    check_dtype(dtype)
+    check_device(device)
     protocol = Protocol(on, length=length, limit=limit, prompt=prompt, seed=seed, fast=fast, batch=batch)
-    data = data or corpus.default_data()
+    data = corpus.default_data() if data is None else data
     corpus.kind_of(data)  # before a model is loaded
+    dtype = dtype or (own_dtype(subject) if _is_artifact(subject) else "float32")
     loaded = load_subject(subject, dtype, device, packed=not unpack)
     if plan is not None:
         from thesislib.compress.plan import apply_plan, parse_plan
@@ -87,9 +91,10 @@ def run(
 ) -> None:
     """Execute one notebook with other parameters and leave it, with its outputs, at --out."""
     from thesislib.book import ROOT, execute
+    from thesislib.notebooks import typed
 
     name, notebook = _notebook(chapter)
-    parameters = {key: value_of_text(text, f"parameter {key}") for key, text in map(_pair, parameter or [])}
+    parameters = typed(notebook, map(_pair, parameter or []))
     target = out or ROOT / "_build" / "runs" / f"{name}.ipynb"
     execute(notebook, free_file(target), parameters)
     typer.echo(target)
@@ -116,7 +121,7 @@ def compress(
     subject: Annotated[str, typer.Option(help="embedded, a checkpoint folder, a .gguf file, hub:NAME[@REVISION], or an artifact")] = "embedded",
     out: Annotated[Path | None, typer.Option(help="the artifact's folder; not needed with --dry-run")] = None,
     data: Annotated[str | None, typer.Option(help="calibration: embedded, a folder, or hub; default the recipe's own, THESISLIB_DATA, embedded")] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "float32",
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default the subject's own, bfloat16 for embedded")] = None,
     device: Annotated[str, typer.Option(help="a torch device")] = "cpu",
     plain: Annotated[bool, typer.Option("--plain", help="write a plain Hugging Face checkpoint instead of packed weights")] = False,
     stream_weights: Annotated[bool, typer.Option("--stream-weights", help="one WANDA stage with one block in memory at a time, written plain")] = False,
@@ -128,11 +133,13 @@ def compress(
     from thesislib.files import read_json
     from thesislib.forecast import forecast
     from thesislib.formats import RECORD
+    from thesislib.held import check_device
 
+    check_device(device)
     if dry_run:
         job = Job.prepare(subject, recipe, data, dtype, device)
-        row = "{:<6} {:<24} {:<7} {:>14} {:>14} {:>12}".format
-        typer.echo(row("stage", "label so far", "cached", "M parameters", "M not zero", "MB on disk"))
+        row = "{:<6} {:<24} {:<7} {:>14} {:>14} {:>15}".format
+        typer.echo(row("stage", "label so far", "cached", "M parameters", "M not zero", f"MB in {job.dtype}"))
         for n, stage in enumerate(forecast(job), 1):
             sizes = ("?" if size is None else f"{size / 1e6:.1f}" for size in (stage.parameters, stage.nonzero, stage.disk_bytes))
             typer.echo(row(f"{n}", stage.label, "yes" if stage.cached else "no", *sizes))
@@ -148,7 +155,7 @@ def compress(
     made = read_json(folder / RECORD)
     sizes = made["sizes"]
     typer.echo(f"{out}: {made['label']}, {sizes['parameters'] / 1e6:.1f} M parameters, {sizes['nonzero_parameters'] / 1e6:.1f} M of them not zero, "
-               f"{sizes['bytes_on_disk'] / 1e6:.1f} MB, fingerprint {made['fingerprint']}")  # fmt: skip
+               f"{sizes['bytes_on_disk'] / 1e6:.1f} MB in {made['dtype']}, fingerprint {made['fingerprint']}")  # fmt: skip
 
 
 @app.command()
@@ -158,29 +165,32 @@ def export(
     gptq: Annotated[bool, typer.Option("--gptq", help="as a GPTQ checkpoint, which transformers and GPTQModel load")] = False,
     gguf: Annotated[str | None, typer.Option(help="as a GGUF file for llama.cpp: F16, Q8_0, Q4_0 or Q4_1")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="with --gguf: add low-rank corrections to the weights, which fills zeros")] = False,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16, for what is not quantised; default the artifact's own, else float32")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16, what is not quantised; default the subject's own (embedded: bfloat16)")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="the new folder or file; default NAME-gptq or NAME-TYPE.gguf")] = None,
 ) -> None:
     """Write a compressed model as others load it."""
-
     if gptq == (gguf is not None):
         raise BadInput("which format to export is not said: expected either --gptq or --gguf TYPE")
     if gptq and merge:
         raise BadInput("--merge would do nothing with --gptq, which keeps corrections beside the weights: leave it out")
-    name = Path(subject).name
+    name = _name(subject)
     place = free_folder(out or Path(f"{name}-gptq")) if gptq else free_file(out or Path(f"{name}-{gguf}.gguf"), new=True)
-    loaded = _held(subject, dtype, "float32")
+    loaded = _held(subject, dtype)
+    held = str(loaded.dtype).removeprefix("torch.")
     if gptq:
         from thesislib.gptq_format import export_gptq
 
         folder = export_gptq(loaded, place)
         beside = ", corrections as a PEFT adapter in adapter/" if (folder / "adapter").is_dir() else ""
-        typer.echo(f"{folder}: a GPTQ checkpoint of {loaded.name}{beside}")
+        typer.echo(f"{folder}: a GPTQ checkpoint of {loaded.name}, {_megabytes(folder):.1f} MB, what is not quantised in {held}{beside}")
         return
     from thesislib.gguf_format import export_gguf
 
     file = export_gguf(loaded, place, gguf, merge_corrections=merge)
-    typer.echo(f"{file}: {loaded.name} as {gguf}, {file.stat().st_size / 1e6:.1f} MB{', corrections merged into the weights' if merge else ''}")
+    merged = ", corrections merged into the weights" if merge else ""
+    typer.echo(f"{file}: {loaded.name}, held in {held}, as {gguf}: {file.stat().st_size / 1e6:.1f} MB{merged}")
 
 
 @app.command()
@@ -202,12 +212,14 @@ def sweep(
     retries: Annotated[int, typer.Option(help="after an error or the death of a worker")] = 2,
     subject: Annotated[str, typer.Option(help="embedded, a checkpoint or artifact folder, a .gguf file, or hub:NAME[@REVISION]")] = "embedded",
     data: Annotated[str | None, typer.Option(help="embedded, a folder, or hub; default THESISLIB_DATA, else embedded")] = None,
-    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "bfloat16",
     device: Annotated[str, typer.Option(help="a torch device; on cuda a worker takes one configuration at a time")] = "cpu",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only list what is missing")] = False,
 ) -> None:
     """Measure a grid of configurations, or execute a notebook with many parameters. Run again, it does what is missing."""
     from thesislib import corpus
+    from thesislib.held import check_device, check_dtype
+    from thesislib.notebooks import listed
     from thesislib.store import Store, stores
     from thesislib.sweep.drive import Workers
     from thesislib.sweep.grid import read_grid
@@ -217,6 +229,8 @@ def sweep(
 
     if (grid is None) == (chapter is None):
         raise BadInput("what to sweep is not said: expected either a grid's file or --chapter NAME")
+    check_dtype(dtype)
+    check_device(device)
     base = Path("_build") / "sweeps"
     crew = Workers(workers, scheduler, host, retries, device.startswith("cuda"), threads)
     if chapter is not None:
@@ -226,13 +240,13 @@ def sweep(
             raise BadInput(f"with --chapter {', '.join('--' + ('with' if n == 'also' else n.replace('_', '-')) for n in idle)} would do nothing: "
                            "a notebook takes its parameters by -p, such as -p subject=embedded")  # fmt: skip
         name, notebook = _notebook(chapter)
-        axes = {key: _listed(key, text) for key, text in map(_pair, parameter or [])}
+        axes = listed(notebook, map(_pair, parameter or []))
         table, failed = sweep_notebook(name, notebook, axes, open_folder(out or base / name), crew)
         typer.echo(table)
     else:
         if parameter:
             raise BadInput("-p goes with --chapter: a grid's settings stand in its file")
-        place = Place(subject, data or corpus.default_data(), dtype, device)
+        place = Place(subject, corpus.default_data() if data is None else data, dtype, device)
         found = read_grid(grid, size, False, only or (), measure or ())  # what no subject can take is named with what this one cannot
         store, others = Store(free_file(out or base / f"{found.name}-{size}.jsonl")), stores(also) if also else []
         if dry_run:
@@ -266,20 +280,35 @@ def _pair(text: str) -> tuple[str, str]:
     return key, value
 
 
-def _listed(key: str, text: str) -> list:
-    """The values of one parameter: 2,4,6 or [2,4],[6]."""
-    values = value_of_text(f"[{text}]", "parameter's values")
-    if not values:
-        raise BadInput(f"parameter '{key}' has no value: expected e.g. {key}=2,4,6")
-    return values
+def _is_artifact(subject: str) -> bool:
+    from thesislib.files import expanded
+    from thesislib.formats import RECORD
+    from thesislib.yaml_lines import is_file
+
+    return is_file(expanded(subject) / RECORD)
 
 
-def _held(subject: str, dtype: str | None, usual: str):
-    """An artifact in its own type, weights packed as it keeps them, or another subject in the usual one; unless a type is given."""
-    from thesislib.formats import RECORD, load_artifact
+def _held(subject: str, dtype: str | None, usual: str | None = None):
+    """A subject in the type given, else in its own; one that is no artifact, whose weights are packed as it keeps them, in its usual type, if there is one."""
+    from thesislib.held import check_dtype, own_dtype
     from thesislib.subject import load_subject
 
-    return load_artifact(subject, dtype) if (Path(subject) / RECORD).is_file() else load_subject(subject, dtype or usual)
+    check_dtype(dtype)
+    return load_subject(subject, dtype or (own_dtype(subject) if usual is None or _is_artifact(subject) else usual))
+
+
+def _name(subject: str) -> str:
+    """What a subject's exports are called by default: its folder's or file's own name, also where the spec is '.' or ends in a slash."""
+    from thesislib.files import expanded
+
+    if subject.startswith("hub:"):
+        return subject.removeprefix("hub:").partition("@")[0].rpartition("/")[2]
+    path = expanded(subject)
+    return subject if subject == "embedded" else path.stem if path.suffix == ".gguf" else path.resolve().name
+
+
+def _megabytes(folder: Path) -> float:
+    return sum(file.stat().st_size for file in folder.rglob("*.safetensors")) / 1e6
 
 
 @app.command()
@@ -289,13 +318,15 @@ def profile(
     device: Annotated[str, typer.Option(help="a name in hw/devices, or a .yaml file")],
     prompt: Annotated[int, typer.Option(help="tokens that are read at once")] = 128,
     context: Annotated[int, typer.Option(help="tokens in the cache when one is generated")] = 128,
-    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16, for what is not quantised; default the artifact's own, else bfloat16")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16, for what is not quantised; default an artifact's own, else bfloat16")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one line of JSON, with the evidence of every number of the device")] = False,
 ) -> None:
     """Project a model onto a device: does it fit, how fast would it be, what would a token cost. Nothing is measured."""
     from thesislib.device import report
     from thesislib.device.hardware import device as read
+    from thesislib.parameters import positive
 
+    positive(prompt=prompt, context=context)
     found = read(device)
     loaded = _held(subject, dtype, "bfloat16")
     plain = report.profile_report(loaded, found, prompt, context)
@@ -316,9 +347,12 @@ def measure(
 ) -> None:
     """Run a model in llama.cpp on this machine, one thread: time to first token, time per token, bytes. Measured, unlike `profile`."""
     from thesislib.device import measured
+    from thesislib.gguf_format import TYPES
     from thesislib.parameters import positive
 
     positive(prompt=prompt, tokens=tokens, repeats=repeats)
+    if kind not in TYPES:
+        raise unknown("type", kind, TYPES)
     loaded = _held(subject, None, "bfloat16")
     plain = measured.measured_report(loaded, subject, kind, prompt, tokens, repeats, core, beside)
     typer.echo(json.dumps(plain) if as_json else measured.readable(plain))
@@ -336,11 +370,10 @@ def emulate(
 ) -> None:
     """Run a model in llama.cpp on an emulated RISC-V: tokens and logits beside this machine's, instructions by class. No seconds."""
     from thesislib.device.emulate import readable, record
-    from thesislib.errors import unknown
     from thesislib.gguf_format import TYPES
     from thesislib.parameters import positive
 
-    positive(prompt=prompt, jobs=jobs)
+    positive(prompt=prompt, tokens=tokens, jobs=jobs)
     for name in (kinds := kind or ["Q8_0"]):
         if name not in TYPES:
             raise unknown("type", name, TYPES)
@@ -474,7 +507,9 @@ def verify(
     """Make a measurement again from its own record: does it agree within its stated tolerance? If not, the exit code is 1."""
     from thesislib import store as stored
     from thesislib.experiment import again
+    from thesislib.held import check_device
 
+    check_device(device)
     verdict = again(stored.find(name, stored.stores(store or [stored.study()])), subject, data, device)
     typer.echo(str(verdict))
     if not verdict.agrees:
@@ -483,6 +518,9 @@ def verify(
 
 def main() -> None:
     """The entry point."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no reason to fail
     sys.exit(app())
 
 

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from thesislib.errors import BadInput, unknown
-from thesislib.files import is_folder
+from thesislib.errors import BadInput, shown, unknown
+from thesislib.files import expanded, is_folder
 from thesislib.hub import cached_only_if_unreachable, hub_error
 from thesislib.wheels import manifest, wheel_folder
 
@@ -87,9 +87,9 @@ def kind_of(data: str | Path) -> str:
     """
     if str(data) in ("embedded", "hub"):
         return str(data)
-    if is_folder(Path(data).expanduser()):
+    if is_folder(expanded(data)):
         return "folder"
-    raise BadInput(f"unknown data '{data}': expected {SPECS}")
+    raise BadInput(f"unknown data {shown(str(data))}: expected {SPECS}")
 
 
 def rows(task: str, data: str | Path = "embedded") -> list[Row]:
@@ -104,7 +104,7 @@ def rows(task: str, data: str | Path = "embedded") -> list[Row]:
     if kind == "embedded":
         found = _read(_member(source.member))
     elif kind == "folder":
-        found = _read(_file_in(Path(data).expanduser(), source.folder))
+        found = _read(_file_in(expanded(data), source.folder))
     else:
         found = _hub_rows(task, source.hub)
     if not found:

@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Iterable
 
 MOST = 60  # options that a message lists
+LONGEST = 200  # characters of a value
 
 
 class BadInput(ValueError):
@@ -11,10 +12,17 @@ class BadInput(ValueError):
     thing that would have worked; the command line prints it as one line and exits with 2."""
 
 
+def shown(value: object) -> str:
+    """A value in quotes as a message has it: on one line, the middle of a long one left out."""
+    text = value if isinstance(value, str) else repr(value)
+    text = text.encode("unicode_escape").decode() if not text.isprintable() else text
+    return f"'{text}'" if len(text) <= LONGEST else f"'{text[: LONGEST // 2]}...{text[-LONGEST // 4 :]}'"
+
+
 def unknown(what: str, value: object, options: Iterable[str]) -> BadInput:
     """The error for a name that is not among `options`, with the nearest one first."""
     options = list(options)
-    near = difflib.get_close_matches(str(value), options, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(value)[:LONGEST], options, n=1, cutoff=0.5)
     hint = f"did you mean '{near[0]}'? " if near else ""
     listed = ", ".join(options[:MOST]) + (f" and {len(options) - MOST} more" if len(options) > MOST else "")
-    return BadInput(f"unknown {what} '{value}': {hint}expected one of {listed or 'none'}")
+    return BadInput(f"unknown {what} {shown(value)}: {hint}expected one of {listed or 'none'}")

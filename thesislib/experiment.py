@@ -127,7 +127,7 @@ def tolerance(m: Measurement) -> dict[str, float]:
     if made.get("tolerance"):
         return made["tolerance"]
     trained = any("lora" in stage for stage in made.get("made", {}).get("stages", []))
-    rank = 2 if trained else 1 if made["dtype"] == "bfloat16" else 0
+    rank = 2 if trained else 1 if made["dtype"] in ("bfloat16", "float16") else 0
     if "perplexity" in m.metric:
         return {"relative": (0.001, 0.01, 0.03)[rank]}
     return {"absolute": (0.005, 0.02, 0.04)[rank]}

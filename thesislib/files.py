@@ -22,16 +22,25 @@ LONGEST = 100  # bytes of a name that a temporary name repeats: systems allow 25
 HARMLESS = ("readme", "license", "licence", "notice")  # how files' names begin that say something about a model and are no part of it
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with its ~ written out.
+
+    Raises:
+        BadInput: there is no such home folder.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise BadInput(f"'{path}': there is no such home folder: write the path out, or set HOME (the cache's place is THESISLIB_CACHE)") from error
+
+
 def cache_dir() -> Path:
     """The cache folder: `THESISLIB_CACHE`, else the user's cache directory."""
+    path = expanded(os.environ.get("THESISLIB_CACHE") or user_cache_dir("thesislib"))
     try:
-        path = Path(os.environ.get("THESISLIB_CACHE") or user_cache_dir("thesislib")).expanduser()
         path.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise BadInput(
-            f"the cache folder {os.environ.get('THESISLIB_CACHE') or 'of this user'} cannot be made ({why}): set THESISLIB_CACHE to one that can"
-        ) from error
+    except OSError as error:
+        raise BadInput(f"the cache folder {path} cannot be made ({error.strerror}): set THESISLIB_CACHE to one that can") from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise BadInput(f"the cache folder {path} cannot be written: set THESISLIB_CACHE to one that can")
     return path

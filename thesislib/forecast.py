@@ -21,6 +21,7 @@ from thesislib.compress.layerwise import Place
 from thesislib.compress.lora import Lora
 from thesislib.compress.selection import fits
 from thesislib.compress.width import Width
+from thesislib.config import read_sizes
 from thesislib.errors import BadInput
 from thesislib.files import read_json
 from thesislib.formats import RECORD, predicted_disk_bytes
@@ -347,13 +348,15 @@ def stand_in(folder: Path, dtype: str = "float32") -> Subject:
     Raises:
         BadInput: a configuration that transformers cannot read.
     """
+    read_sizes(folder)
     try:
         with quiet_transformers(), torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False), dtype=DTYPES[dtype])
         stands = Subject(model, None, folder.name)
         stands.linears(0)
     except Exception as error:  # each kind of nonsense in a configuration has its own class
-        raise BadInput(f"{folder} is not a checkpoint that transformers can read ({str(error).splitlines()[0]})") from error
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise BadInput(f"{folder} is not a checkpoint that transformers can read ({why})") from error
     return stands
 
 

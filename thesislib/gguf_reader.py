@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from thesislib.config import check_sizes
 from thesislib.errors import BadInput, unknown
 
 # GGUF's word for an architecture: transformers' word, and whether rows of q and k stand in llama.cpp's order
@@ -137,6 +138,7 @@ class GgufModel:
         left = [key for key in self.fields.left if key.startswith(f"{self.architecture}.")]
         for key in left:
             raise BadInput(f"{self.path.name} says {key} = {self.fields.get(key)!r}, which {kind} has no place for here: another model would be measured")
+        check_sizes(settings, self.path.name)
         return CONFIG_MAPPING[kind](**settings)
 
     def _rotary(self, take, context: int) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """The Hugging Face Hub: models and data sets by name, and one clear line within seconds when it cannot be reached."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
-from thesislib.errors import BadInput
+from thesislib.errors import BadInput, shown
+
+PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
 
 
 def hub_folder(name: str, revision: str | None = None) -> Path:
@@ -27,8 +30,26 @@ def hub_folder(name: str, revision: str | None = None) -> Path:
 def hub_error(what: str, error: Exception) -> BadInput:
     """One line for anything that goes wrong with the Hub, with what to do about it."""
     first = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
-    return BadInput(f"{what} could not be fetched from the Hugging Face Hub ({type(error).__name__}: {first}): check the name and the "
-                    f"network, log in with `hf auth login` if it is gated, or give a folder or 'embedded' instead")  # fmt: skip
+    unusable = unusable_proxy()
+    help_ = f"{unusable}; check the name and the network too" if unusable else "check the name and the network"
+    return BadInput(f"{what} could not be fetched from the Hugging Face Hub ({type(error).__name__}: {first}): {help_}, "
+                    f"log in with `hf auth login` if it is gated, or give a folder or 'embedded' instead")  # fmt: skip
+
+
+def unusable_proxy() -> str | None:
+    """What the environment names as a proxy and no request can go through, with what helps; None for no such thing."""
+    import httpx
+
+    for name in PROXIES:
+        for variable in (name, name.lower()):
+            if value := os.environ.get(variable):
+                try:
+                    httpx.Client(proxy=value).close()
+                except ImportError:
+                    return f"{variable} names a SOCKS proxy, which needs the package socksio: pip install socksio, or unset {variable}"
+                except Exception as error:  # no URL, no port, an unknown scheme: each has its own class
+                    return f"{variable} is {shown(value)}, which is no proxy ({error}): expected such as http://HOST:PORT, or unset {variable}"
+    return None
 
 
 @contextmanager
@@ -45,8 +66,14 @@ def cached_only_if_unreachable(timeout_s: float = 5) -> Iterator[None]:
     if not offline:
         try:
             httpx.head(constants.ENDPOINT, timeout=timeout_s, follow_redirects=True)
-        except (httpx.HTTPError, OSError):
+        except Exception:  # beside httpx's own, whatever a proxy in the environment makes it raise
             offline = True
+    # where nothing will be asked, a proxy that no client can be made with shall not keep the cache from being read
+    direct = {} if not offline else {k: v for k, v in os.environ.items() if k.upper() not in PROXIES}
     # both libraries read their switch at call time, from these two places
-    with patch.object(constants, "HF_HUB_OFFLINE", offline), patch.object(datasets.config, "HF_HUB_OFFLINE", offline):
+    with (
+        patch.dict(os.environ, direct, clear=offline),
+        patch.object(constants, "HF_HUB_OFFLINE", offline),
+        patch.object(datasets.config, "HF_HUB_OFFLINE", offline),
+    ):
         yield

@@ -14,6 +14,9 @@ from thesislib.errors import BadInput, unknown
 
 T = TypeVar("T")
 PARENT = "THESISLIB_RUN_PID"
+# what nobody means is refused before it asks for all memory: counts above these
+MOST = 1_000_000
+LARGEST = {"batch": 65_536, "workers": 512, "threads": 512, "jobs": 512, "repeats": 10_000, "retries": 100, "rank": 65_536}
 
 
 def settings(kind: type[T], namespace: Mapping[str, Any]) -> T:
@@ -61,10 +64,18 @@ def _called(hint: Any) -> str:
 
 
 def positive(**values: int | None) -> None:
-    """Raises BadInput for the first value that is neither None nor at least 1."""
+    """Raises BadInput for the first value that is neither None nor from 1 to what `LARGEST` has for its name."""
     for name, value in values.items():
         if value is not None and value < 1:
             raise BadInput(f"parameter '{name}' is {value}: expected at least 1")
+        if value is not None and value > LARGEST.get(name, MOST):
+            raise BadInput(f"parameter '{name}' is {value}: expected at most {LARGEST.get(name, MOST):,}")
+
+
+def check_seed(seed: int) -> None:
+    """Raises BadInput for a seed that some generator does not take."""
+    if not 0 <= seed < 1 << 32:
+        raise BadInput(f"parameter 'seed' is {seed}: expected 0 to {(1 << 32) - 1:,}")
 
 
 def _die_with_parent() -> None:

@@ -25,10 +25,10 @@ from thesislib.compress.stages import STAGES
 from thesislib.compress.width import Width
 from thesislib.corpus import kind_of
 from thesislib.errors import BadInput, unknown
-from thesislib.files import is_folder
+from thesislib.files import expanded, is_folder
 from thesislib.parameters import build
 from thesislib.subject import Subject
-from thesislib.yaml_lines import at, compose, entries, is_file, place, value
+from thesislib.yaml_lines import DEEPEST, at, compose, entries, is_file, place, value
 
 KEYS = ("label", "name", "include", "data", "stages")
 # labels that fix a whole stage: the settings that the label's numbers are, and those that its letters are
@@ -111,7 +111,7 @@ def read_recipe(source: str | Path) -> Recipe:
     Raises:
         BadInput: anything that cannot work, with file and line and the nearest thing that would.
     """
-    path = Path(source).expanduser()
+    path = expanded(source)
     looks_like_a_file = path.suffix in (".yaml", ".yml") or len(path.parts) > 1
     recipe = _load(path, ()) if looks_like_a_file or is_file(path) else parse_label(str(source))
     recipe.check()
@@ -128,8 +128,8 @@ def read_all(sources: Iterable[str | Path]) -> dict[str, Recipe]:
     by_label: dict[str, str] = {}
     for source in sources:
         files = [source]
-        if is_folder(Path(source)):
-            files = sorted(f for f in Path(source).iterdir() if f.suffix in (".yaml", ".yml"))
+        if is_folder(expanded(source)):
+            files = sorted(f for f in expanded(source).iterdir() if f.suffix in (".yaml", ".yml"))
             if not files:
                 raise BadInput(f"{source} holds no recipe: expected .yaml files")
         for file in files:
@@ -190,6 +190,8 @@ def _load(path: Path, above: tuple[Path, ...]) -> Recipe:
     stages, places, data = [], [], None
     if "include" in given:
         included, chain = _inside(path, given["include"]), (*above, path)
+        if len(chain) > DEEPEST:
+            raise at(path, given["include"], f"recipes include each other more than {DEEPEST} deep")
         if included.resolve() in {file.resolve() for file in chain}:
             raise at(path, given["include"], f"including '{texts['include']}' closes a cycle: {' -> '.join(f.name for f in (*chain, included))}")
         if not is_file(included):

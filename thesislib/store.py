@@ -23,7 +23,7 @@ from typing import Any
 from filelock import FileLock
 
 from thesislib.errors import BadInput, unknown
-from thesislib.files import data_file, plain_errors, write_whole
+from thesislib.files import data_file, expanded, plain_errors, write_whole
 from thesislib.records import Measurement
 from thesislib.shapes import SHA256, natural, positive, wrong
 
@@ -77,7 +77,7 @@ class Store:
     path: Path
 
     def __post_init__(self):
-        object.__setattr__(self, "path", Path(self.path).expanduser())
+        object.__setattr__(self, "path", expanded(self.path))
         if self.path.suffix != ".jsonl":
             raise BadInput(f"{self.path} is no file of records: expected a name that ends in .jsonl")
 

@@ -21,6 +21,7 @@ from thesislib.errors import BadInput, unknown
 from thesislib.files import whole_folder, write_whole
 from thesislib.formats import RECORD, write_record
 from thesislib.forward import attention_windows
+from thesislib.held import check_dtype, own_dtype
 from thesislib.recipe import read_recipe
 from thesislib.subject import DTYPES, checkpoint_folder, fingerprint, projections
 
@@ -142,7 +143,7 @@ class FromFolder:
         self.written.update(dict.fromkeys(tensors, name))
 
 
-def compress_streamed(spec: str, recipe: str | Path, out: Path, *, data: str | None = None, dtype: str = "bfloat16", device: str = "cpu") -> Path:
+def compress_streamed(spec: str, recipe: str | Path, out: Path, *, data: str | None = None, dtype: str | None = None, device: str = "cpu") -> Path:
     """Carry out a recipe of one width stage on weights that are read and written one block at a time; writes an artifact folder.
 
     Args:
@@ -150,7 +151,7 @@ def compress_streamed(spec: str, recipe: str | Path, out: Path, *, data: str | N
         recipe: a recipe's file or label.
         out: a new folder, or an artifact that this one replaces.
         data: calibration data spec; by default the recipe's own, else THESISLIB_DATA, else embedded.
-        dtype, device: of the computation and of what is written.
+        dtype: of the computation and of what is written; by default the subject's own, see `thesislib.held.own_dtype`. device: a torch device.
 
     Raises:
         BadInput: other stages, or whatever the stage or the checkpoint refuses.
@@ -162,13 +163,17 @@ def compress_streamed(spec: str, recipe: str | Path, out: Path, *, data: str | N
             "then stream over the checkpoint they leave"
         )
     (config,) = plan.stages
+    check_dtype(dtype)
     source, name = checkpoint_folder(spec)
+    dtype = dtype or own_dtype(spec)
     if (source / RECORD).is_file() and not (source / SINGLE).is_file() and not (source / INDEX).is_file():
         raise BadInput(f"{source} is a packed artifact: weights are streamed from a plain checkpoint, which `thesislib compress --plain` writes")
     out = place_for(out, source)
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    windows = calibration_windows(tokenizer, config.text, data or plan.data or default_data(), config.windows, config.length, config.seed)
+    windows = calibration_windows(
+        tokenizer, config.text, next(given for given in (data, plan.data, default_data()) if given is not None), config.windows, config.length, config.seed
+    )
     with whole_folder(out) as folder:
         blocks = FromFolder(source, folder, dtype, device)
         config.check(blocks.inputs)

@@ -14,13 +14,13 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from thesislib.checkpoint import causal, first_line, is_gptq, quiet_transformers, read_config
 from thesislib.convert import safetensors_folder
-from thesislib.errors import BadInput, unknown
-from thesislib.files import is_folder, whole_folder
+from thesislib.errors import BadInput, shown, unknown
+from thesislib.files import expanded, is_folder, whole_folder
 from thesislib.hub import hub_folder
 from thesislib.wheels import manifest, wheel_folder
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SPECS = "'embedded', a folder with a Hugging Face checkpoint or an artifact, a .gguf file, or 'hub:NAME[@REVISION]'"
 
 
@@ -183,10 +183,10 @@ def checkpoint_folder(spec: str) -> tuple[Path, str]:
     if spec.startswith("hub:"):
         name, _, revision = spec.removeprefix("hub:").partition("@")
         return hub_folder(name, revision or None), name.split("/")[-1]
-    path = Path(spec).expanduser()
+    path = expanded(spec)
     if is_folder(path) and (path / "config.json").is_file():
         return path, path.resolve().name
     if path.suffix == ".gguf" and is_folder(path.parent) and path.is_file():
         return safetensors_folder(path), path.stem
     what = "is a folder without config.json" if is_folder(path) else "is not known"
-    raise BadInput(f"subject '{spec}' {what}: expected {SPECS}")
+    raise BadInput(f"subject {shown(spec)} {what}: expected {SPECS}")

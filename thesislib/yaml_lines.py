@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from thesislib.errors import BadInput, unknown
+from thesislib.errors import BadInput, shown, unknown
 
 LARGEST, DEEPEST = 1 << 20, 20  # bytes, levels: whatever is larger was not written by hand
 OPENING = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken, yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken)
@@ -26,15 +26,7 @@ def compose(path: Path) -> yaml.Node:
     try:
         if path.stat().st_size > LARGEST:
             raise BadInput(f"{path} is larger than {LARGEST} bytes: expected a .yaml file written by hand")
-        text = path.read_text("utf-8-sig")
-        depth = 0
-        for token in yaml.scan(text, yaml.BaseLoader):  # reads no further than asked, so nonsense ends early
-            depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
-            if depth > DEEPEST:
-                raise BadInput(f"{path}:{token.start_mark.line + 1}: nested more than {DEEPEST} deep")
-            if isinstance(token, yaml.AliasToken):
-                raise BadInput(f"{path}:{token.start_mark.line + 1}: aliases such as '*{token.value}' are not understood: write the value out")
-        root = yaml.compose(text, yaml.BaseLoader)
+        root = _node(path.read_text("utf-8-sig"), path)
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} cannot be read ({error})") from error
     except yaml.YAMLError as error:
@@ -44,6 +36,18 @@ def compose(path: Path) -> yaml.Node:
     if root is None:
         raise BadInput(f"{path} is empty")
     return root
+
+
+def _node(text: str, where: str | Path) -> yaml.Node | None:
+    """The node of a YAML text, None for an empty one; nested no deeper than a hand would write, without aliases."""
+    depth = 0
+    for token in yaml.scan(text, yaml.BaseLoader):  # reads no further than asked, so nonsense ends early
+        depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
+        if depth > DEEPEST:
+            raise BadInput(f"{where}:{token.start_mark.line + 1}: nested more than {DEEPEST} deep")
+        if isinstance(token, yaml.AliasToken):
+            raise BadInput(f"{where}:{token.start_mark.line + 1}: aliases such as '*{token.value}' are not understood: write the value out")
+    return yaml.compose(text, yaml.BaseLoader)
 
 
 def at(path: Path, node: yaml.Node, message: object) -> BadInput:
@@ -96,12 +100,15 @@ def value_of_text(text: str, what: str) -> Any:
     """What a text on the command line says, by the same rules; `what` names it in errors.
 
     Raises:
-        BadInput: no YAML.
+        BadInput: no YAML, nested too deeply, or with aliases.
     """
+    if len(text) > LARGEST:
+        raise BadInput(f"{what} is a text of {len(text)} characters: expected at most {LARGEST}")
     try:
-        node = yaml.compose(text, yaml.BaseLoader)
-    except yaml.YAMLError as error:
-        raise BadInput(f"{what} '{text}' is not understood ({getattr(error, 'problem', None) or error})") from error
+        node = _node(text, what)
+    except (yaml.YAMLError, BadInput) as error:
+        why = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise BadInput(f"{what} {shown(text)} is not understood ({why})") from error
     return None if node is None else value(node, Path(what))
 
 

@@ -1,6 +1,7 @@
 """What each notebook measures: its parameters, its measurements, and the claims it holds them against.
 
-A chapter's module has a TITLE, `read_recorded(path)` for its recorded run, and `headline(record)`, what was found, in sentences.
+A chapter's module has a TITLE, PARAMETERS (the class of those that its notebook takes), `read_recorded(path)` for its recorded run, and
+`headline(record)`, what was found, in sentences.
 """
 
 import re

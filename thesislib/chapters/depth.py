@@ -21,10 +21,11 @@ from thesislib.evaluate.generate import complete
 from thesislib.evaluate.stats import Comparison, holm
 from thesislib.experiment import described
 from thesislib.files import read_json, write_whole
+from thesislib.held import check_dtype
 from thesislib.parameters import positive
 from thesislib.records import Measurement, provenance
 from thesislib.store import Store
-from thesislib.subject import DTYPES, Subject, load_subject
+from thesislib.subject import Subject, load_subject
 
 TITLE = "depth pruning"
 GREEDY, RANDOM = "perplexity, greedy", "random"
@@ -67,8 +68,10 @@ class DepthChapter:
         if not all(isinstance(k, int) and k > 0 for k in self.counts):
             raise BadInput(f"parameter 'counts' is {self.counts}: expected numbers of blocks to remove, at least 1 each")
         positive(length=self.length, calibration=self.calibration, windows=self.windows, questions=self.questions, passages=self.passages, tokens=self.tokens)
-        if self.dtype not in DTYPES:
-            raise BadInput(f"parameter 'dtype' is '{self.dtype}': expected one of {', '.join(DTYPES)}")
+        check_dtype(self.dtype)
+
+
+PARAMETERS = DepthChapter
 
 
 @dataclass(frozen=True)

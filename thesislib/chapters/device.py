@@ -184,6 +184,9 @@ class DeviceChapter:
             raise BadInput(f"no device was chosen: expected some of {', '.join(devices())}")
 
 
+PARAMETERS = DeviceChapter
+
+
 # ---------------------------------------------------------------- projections
 
 

@@ -12,16 +12,15 @@ from thesislib.chapters.labels import FAMILIES, family, stages_of, step_family, 
 from thesislib.chapters.thesis import thesis_row
 from thesislib.chapters.trade_offs import OPEN, PPL, Results, bytes_finding, size_of
 from thesislib.chapters.words import number, ratio, share
-from thesislib.errors import unknown
 from thesislib.evaluate.paired import compare
 from thesislib.evaluate.speed import SECONDS_PER_TOKEN
 from thesislib.evaluate.stats import Comparison, holm, paired_means
 from thesislib.experiment import DENSE
 from thesislib.files import cache_dir, data_file
+from thesislib.held import check_dtype
 from thesislib.parameters import positive
 from thesislib.records import Measurement
 from thesislib.store import Store
-from thesislib.subject import DTYPES
 from thesislib.sweep.drive import Workers
 from thesislib.sweep.grid import Grid, read_grid
 from thesislib.sweep.run import FAILED, Place, Setting, identity_of, sweep, wanted
@@ -48,14 +47,16 @@ class EvaluationChapter:
 
     def __post_init__(self):
         positive(workers=self.workers, threads=self.threads)
-        if self.dtype not in DTYPES:
-            raise unknown("dtype", self.dtype, DTYPES)
+        check_dtype(self.dtype)
         grid(self.size)
 
     @property
     def place(self) -> Place:
         """Where the grid is carried out."""
         return Place(self.subject, self.data, self.dtype, self.device)
+
+
+PARAMETERS = EvaluationChapter
 
 
 def grid(size: str) -> Grid:

@@ -11,17 +11,18 @@ import pandas as pd
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
-from thesislib.compress.plan import Plan, apply_plan, format_plan, franken_plans
+from thesislib.compress.plan import ORIGINAL_DEPTH, Plan, apply_plan, format_plan, franken_plans
 from thesislib.corpus import choices, evaluation_text
-from thesislib.errors import BadInput
+from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import choice, perplexity
 from thesislib.evaluate.generate import Timed, complete
 from thesislib.evaluate.stats import Comparison, holm, proportion
 from thesislib.experiment import described
+from thesislib.held import check_dtype
 from thesislib.parameters import positive
 from thesislib.records import Measurement
 from thesislib.store import Store
-from thesislib.subject import DTYPES, Subject, load_subject
+from thesislib.subject import Subject, load_subject
 
 TITLE = "skipping and repeating blocks"
 BASELINE = "baseline"
@@ -50,8 +51,12 @@ class Franken:
 
     def __post_init__(self):
         positive(length=self.length, windows=self.windows, items=self.items, singles=self.singles, tokens=self.tokens)
-        if self.dtype not in DTYPES:
-            raise BadInput(f"parameter 'dtype' is '{self.dtype}': expected one of {', '.join(DTYPES)}")
+        check_dtype(self.dtype)
+        if self.shown not in (names := franken_plans(ORIGINAL_DEPTH)):
+            raise unknown("plan", self.shown, names)
+
+
+PARAMETERS = Franken
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,13 @@ from thesislib.evaluate.generate import complete
 from thesislib.evaluate.protocol import Protocol
 from thesislib.experiment import DENSE, prepare, recipe_hash, recipe_of
 from thesislib.files import cache_dir, write_whole
+from thesislib.held import check_dtype
 from thesislib.parameters import positive
 from thesislib.recipe import parse_label
 from thesislib.records import Measurement
 from thesislib.store import Store
 from thesislib.stream import ALL_AT_ONCE, Statistics, Visitor, stream
-from thesislib.subject import DTYPES, LINEARS, Subject
+from thesislib.subject import LINEARS, Subject
 
 PPL, HELD_OUT, CLOSED, OPEN = "perplexity", "held-out perplexity", "closed book", "open book"
 # GPTQ as it is usually set up. Its paper's code has an integer zero-point by default, whole rows, and 128 windows of 2,048 tokens
@@ -82,8 +83,7 @@ class QuantChapter:
         object.__setattr__(self, "bits", [4] if self.bits is None else self.bits)
         names = ("group", "length", "calibration", "rank", "windows", "held_out", "questions", "passages", "tokens")
         positive(**{name: getattr(self, name) for name in names})
-        if self.dtype not in DTYPES:
-            raise BadInput(f"parameter 'dtype' is '{self.dtype}': expected one of {', '.join(DTYPES)}")
+        check_dtype(self.dtype)
         for bits in self.bits:
             self.rtn(bits)
 

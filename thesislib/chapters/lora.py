@@ -19,12 +19,12 @@ from thesislib.evaluate.protocol import Protocol
 from thesislib.experiment import DENSE, Prepared, made, prepare, recipe_of
 from thesislib.files import cache_dir
 from thesislib.formats import predicted_disk_bytes, sizes
+from thesislib.held import check_dtype
 from thesislib.layers import Adapted, merge, merge_masked, replace
 from thesislib.parameters import positive
 from thesislib.recipe import parse_label
 from thesislib.records import Measurement
 from thesislib.store import Store
-from thesislib.subject import DTYPES
 from thesislib.training import TEXTS
 
 PPL, CLOSED, OPEN = "perplexity", "closed book", "open book"
@@ -75,8 +75,7 @@ class LoraChapter:
             raise BadInput("parameters 'pruned' and 'texts' must name at least one model and one text: expected e.g. ['D2'] and ['wikitext']")
         names = ("steps", "batch", "length", "rank", "every", "seeds", "answering", "windows", "questions", "passages", "tokens")
         positive(**{name: getattr(self, name) for name in names})
-        if self.dtype not in DTYPES:
-            raise unknown("dtype", self.dtype, DTYPES)
+        check_dtype(self.dtype)
         self.training()
 
     def training(self, text: str = "wikitext", **settings) -> Lora:

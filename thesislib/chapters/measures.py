@@ -13,11 +13,12 @@ from thesislib.evaluate.choice import multiple_choice
 from thesislib.evaluate.perplexity import perplexity
 from thesislib.evaluate.triviaqa import TIERS, triviaqa
 from thesislib.experiment import described
+from thesislib.held import check_dtype
 from thesislib.parameters import positive
 from thesislib.prompts import PROMPTS, default_prompt
 from thesislib.records import Measurement
 from thesislib.store import Store
-from thesislib.subject import DTYPES, Subject, load_subject
+from thesislib.subject import Subject, load_subject
 
 TITLE = "the subject and its measures"
 
@@ -45,8 +46,10 @@ class Measures:
         if not all(isinstance(n, int) and n > 1 for n in self.lengths):
             raise BadInput(f"parameter 'lengths' is {self.lengths}: expected a list of window lengths of at least 2")
         positive(windows=self.windows, questions=self.questions, passages=self.passages, items=self.items)
-        if self.dtype not in DTYPES:
-            raise BadInput(f"parameter 'dtype' is '{self.dtype}': expected one of {', '.join(DTYPES)}")
+        check_dtype(self.dtype)
+
+
+PARAMETERS = Measures
 
 
 def prompts_for(subject: Subject) -> tuple[str, ...]:

@@ -46,6 +46,7 @@ from thesislib.subject import LINEARS, Subject
 
 __all__ = ["TITLE", "headline", "read_recorded"]
 TITLE = "quantisation and compensation"
+PARAMETERS = QuantChapter
 # what the chapter set itself before it was run: perplexity on the whole of WikiText-2 test, windows of 512, groups of 64
 BARS = {"GPTQ 4-bit asymmetric": 35.0, "GPTQ 4-bit asymmetric + EoRA": 32.8, "GPTQ 3-bit asymmetric": 48.0, "GPTQ 3-bit asymmetric + EoRA": 40.5}
 

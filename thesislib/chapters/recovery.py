@@ -21,6 +21,7 @@ from thesislib.training import TEXTS
 
 __all__ = ["TITLE", "headline", "read_recorded"]
 TITLE = "LoRA recovery"
+PARAMETERS = LoraChapter
 LETTERS = {"wikitext": "W", "trivia": "T"}
 
 

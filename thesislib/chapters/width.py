@@ -22,11 +22,12 @@ from thesislib.evaluate import perplexity
 from thesislib.evaluate.speed import speeds
 from thesislib.evaluate.stats import Comparison, holm
 from thesislib.experiment import described
+from thesislib.held import check_dtype
 from thesislib.layers import pack_all
 from thesislib.parameters import positive
 from thesislib.records import Measurement
 from thesislib.store import Store
-from thesislib.subject import DTYPES, Subject, load_subject
+from thesislib.subject import Subject, load_subject
 
 TITLE = "width pruning"
 DENSE = "dense"
@@ -61,13 +62,15 @@ class WidthChapter:
         for pattern in (*self.patterns, *self.by_magnitude):
             packing.Pattern.parse(pattern)
         positive(length=self.length, calibration=self.calibration, windows=self.windows)
-        if self.dtype not in DTYPES:
-            raise BadInput(f"parameter 'dtype' is '{self.dtype}': expected one of {', '.join(DTYPES)}")
+        check_dtype(self.dtype)
 
     def width(self, pattern: str, **settings) -> Width:
         """The stage for a pattern, "2:4", or a ratio, "0.5"."""
         share = dict(zip(("remove", "of"), packing.Pattern.parse(pattern), strict=True)) if ":" in pattern else {"ratio": float(pattern)}
         return Width(**share, **{"text": self.text, "windows": self.calibration, "length": self.length, **settings})
+
+
+PARAMETERS = WidthChapter
 
 
 def configurations(p: WidthChapter) -> list[Width]:

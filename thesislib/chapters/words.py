@@ -25,3 +25,8 @@ def ratio(c: Comparison, form: str = ".3f") -> str:
 def p_value(p: float) -> str:
     """p = 0.012, or p < 0.001."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+
+
+def expect(holds: bool, said: str) -> None:
+    """Print whether a sentence holds in this run. It was found with the embedded model: that another one differs is a result and no error."""
+    print(f"{'holds' if holds else 'does not hold for this subject'}: {said}")

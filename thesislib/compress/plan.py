@@ -12,11 +12,12 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from thesislib.errors import BadInput
+from thesislib.errors import BadInput, shown
 from thesislib.subject import Subject
 
 Plan = tuple[int, ...]
 ORIGINAL_DEPTH = 32
+LONGEST = 10_000  # blocks of a plan
 
 
 def check_plan(plan: Sequence[int], depth: int) -> Plan:
@@ -29,6 +30,8 @@ def check_plan(plan: Sequence[int], depth: int) -> Plan:
     if not plan:
         raise BadInput("the plan is empty: expected at least one block")
     wrong = next((b for b in plan if not 0 <= b < depth), None)
+    if len(plan) > LONGEST:
+        raise BadInput(f"the plan has {len(plan)} blocks: expected at most {LONGEST:,}")
     if wrong is not None:
         raise BadInput(f"block {wrong} is out of range: this model has blocks 0 to {depth - 1}")
     return plan
@@ -45,13 +48,16 @@ def parse_plan(text: str, depth: int) -> Plan:
     """
     plan: list[int] = []
     for term in filter(None, (t.strip() for t in str(text).split(","))):
-        match = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?(?:x(\d+))?", term)
-        if not match:
-            raise BadInput(f"plan term '{term}' is not understood: expected e.g. '7', '0-6', '0-29:2' or '0-6x3'")
+        match = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?(?:x(\d+))?", term, re.ASCII)
+        if not match or max(map(len, filter(None, match.groups()))) > 18:
+            raise BadInput(f"plan term {shown(term)} is not understood: expected e.g. '7', '0-6', '0-29:2' or '0-6x3'")
         first, last, step, times = (int(g) if g else None for g in match.groups())
         last, step, times = first if last is None else last, 1 if step is None else step, 1 if times is None else times
         if last < first or step < 1 or times < 1:
             raise BadInput(f"plan term '{term}' runs no block: expected a range that ascends, a step and a repeat of at least 1")
+        check_plan(range(first, last + 1, step)[: depth + 1], depth)  # before it is counted out: what leaves the model does so in so many steps
+        if len(plan) + times * ((last - first) // step + 1) > LONGEST:
+            raise BadInput(f"plan term '{term}' makes a plan of more than {LONGEST:,} blocks: expected fewer")
         plan += [block for block in range(first, last + 1, step) for _ in range(times)]
     return check_plan(plan, depth)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from thesislib.device.quantity import parse
 from thesislib.errors import BadInput, unknown
+from thesislib.files import expanded
 from thesislib.yaml_lines import compose, value
 
 KINDS = ("published", "derived", "measured", "assumed")
@@ -111,7 +112,7 @@ def device(name: str, folder: Path | None = None) -> Device:
     """
     known = devices(folder)
     if name.endswith((".yaml", ".yml")):
-        return read_device(Path(name))
+        return read_device(expanded(name))
     if name not in known:
         raise unknown("device", name, known)
     return read_device(known[name])

@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import yaml
 
@@ -64,6 +65,8 @@ def lm_eval_task(subject: Subject, task: str, data: str | Path = "embedded", *, 
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as quiet:
         quiet.enter_context(quiet_transformers())
         quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        # it would ask git about the user's folder, whose complaint goes past redirect_stderr
+        quiet.enter_context(patch("lm_eval.evaluator.get_git_commit_hash", return_value=None))
         if not sys.stderr.isatty():  # the harness draws its bars into logs too
             quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
         file = Path(folder) / "rows.jsonl"

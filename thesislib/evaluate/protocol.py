@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from thesislib import corpus
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import choice, harness, perplexity, triviaqa
-from thesislib.parameters import build, positive
+from thesislib.parameters import build, check_seed, positive
 from thesislib.records import Measurement
 from thesislib.subject import Subject
 
@@ -39,9 +39,9 @@ class Protocol:
     def __post_init__(self):
         if self.on not in TASKS:
             raise unknown("task", self.on, TASKS)
-        positive(
-            batch=self.batch, limit=self.limit, length=self.length
-        )  # a loop in negative steps measures nothing, and a loss of nothing is a perplexity of 1
+        # a loop in negative steps measures nothing, and a loss of nothing is a perplexity of 1
+        positive(batch=self.batch, limit=self.limit, length=self.length)
+        check_seed(self.seed)
 
     def measure(self, subject: Subject, data: str) -> Measurement:
         """The measurement; its provenance has this protocol and the sha256 of the text or items that were used.

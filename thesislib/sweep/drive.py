@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import socket
 import sys
 import time
 from collections import deque
@@ -14,7 +16,8 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from thesislib.errors import BadInput
+from thesislib.errors import BadInput, shown
+from thesislib.parameters import positive
 from thesislib.sweep.task import OtherVersion, carry_out, versions
 
 CONNECT = 6  # seconds until a scheduler that does not answer is given up
@@ -56,12 +59,17 @@ class Workers:
     threads: int | None = None
 
     def __post_init__(self):
-        if self.count < 1:
-            raise BadInput(f"--workers is {self.count}: expected at least 1")
         if self.retries < 0:
             raise BadInput(f"--retries is {self.retries}: expected 0 or more")
-        if self.threads is not None and self.threads < 1:
-            raise BadInput(f"--threads is {self.threads}: expected at least 1")
+        positive(workers=self.count, threads=self.threads, retries=self.retries or None)
+        if self.scheduler is None:
+            try:
+                with socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET) as test:
+                    test.bind((self.host, 0))
+            except (OSError, UnicodeError) as error:  # UnicodeError: of a name too long for one
+                raise BadInput(f"--host is {shown(self.host)} ({error}): expected an address of this machine, such as {LOOPBACK}") from error
+        elif not re.fullmatch(r"(tcp|tls)://[^\s/]+:\d{1,5}", self.scheduler):
+            raise BadInput(f"--scheduler is {shown(self.scheduler)}: expected such as tcp://127.0.0.1:8786, which `dask scheduler` says")
 
 
 def drive(orders: Sequence[Order], workers: Workers, locks: Path) -> dict[str, str]:

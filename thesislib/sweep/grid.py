@@ -20,6 +20,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import yaml
@@ -29,7 +30,7 @@ from thesislib.errors import BadInput, unknown
 from thesislib.evaluate.protocol import Protocol
 from thesislib.evaluate.speed import SECONDS_PER_TOKEN
 from thesislib.experiment import DENSE, recipe_of
-from thesislib.files import write_whole
+from thesislib.files import expanded, write_whole
 from thesislib.parameters import build
 from thesislib.recipe import Recipe, parse_label
 from thesislib.yaml_lines import compose, value
@@ -37,6 +38,7 @@ from thesislib.yaml_lines import compose, value
 KEYS = {"name", "stages", "groups", "sizes"}
 SIZE_KEYS = {"take", "groups", "stages", "measures", "few", "timed"}
 NOTHING = "none"
+LARGEST = 100_000  # configurations of a group
 WRITTEN = "written by `thesislib recipe expand`, do not edit"
 
 
@@ -89,7 +91,7 @@ def read_grid(file: str | Path, size: str, strict: bool = True, only: Sequence[s
     Raises:
         BadInput: a file that is none; an unknown size, key, measure or label. Labels that cannot work are all named.
     """
-    path = Path(file).expanduser()
+    path = expanded(file)
     plain = _mapping(value(compose(path), path), KEYS, str(path))
     for key in ("groups", "sizes"):
         if not isinstance(plain.get(key), dict) or not plain[key]:
@@ -216,6 +218,8 @@ def _groups(plain: Mapping[str, object], where: str) -> dict[str, list[str]]:
             if not isinstance(part, str) and not (isinstance(part, list) and part and all(isinstance(x, str) for x in part)):
                 raise BadInput(f"{where}, group '{name}': {part!r} is neither a list of labels' parts nor the name of a group before it")
             choices.append(found[part] if isinstance(part, str) else part)
+        if prod(map(len, choices)) > LARGEST:
+            raise BadInput(f"{where}, group '{name}': {prod(map(len, choices)):.3g} configurations: expected at most {LARGEST:,}")
         found[name] = ["+".join(x for x in chosen if x not in (NOTHING, DENSE)) or DENSE for chosen in itertools.product(*choices)]
     return found
 

@@ -5,14 +5,17 @@ import io
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from thesislib.errors import BadInput
 from thesislib.files import write_whole
+from thesislib.notebooks import check_names, ready
 from thesislib.sweep.drive import Order, Workers, drive
 
 TAG = "results"  # of the cell whose table is a notebook's result
+LARGEST = 10_000  # combinations
 
 
 def combinations(axes: Mapping[str, Sequence]) -> list[dict[str, Any]]:
@@ -65,26 +68,29 @@ def sweep_notebook(name: str, notebook: Path, axes: Mapping[str, Sequence], out:
     """Execute a notebook with every combination of parameters that is not in `out` yet; the table's path, and {cell: why} of those that failed.
 
     Raises:
-        BadInput: a parameter that the notebook does not have; see also `thesislib.sweep.drive.drive`.
+        BadInput: a parameter or a value that the notebook does not take, before anything runs; too many combinations; see also `thesislib.sweep.drive.drive`.
     """
-    from thesislib.book import cache_key, check_parameters
+    from thesislib.book import cache_key
 
-    check_parameters(notebook, dict.fromkeys(axes))
+    check_names(notebook, axes)
     results_cell(notebook)
-    cells = combinations(axes)
+    count = prod(map(len, axes.values()))
+    if count > LARGEST:
+        raise BadInput(f"these values make {count:.3g} combinations: expected at most {LARGEST:,}")
     files = {}
-    for parameters in cells:
+    for parameters in combinations(axes):
+        in_full = ready(notebook, parameters)
         written = " ".join(f"{key}={json.dumps(value)}" for key, value in parameters.items()) or "defaults"
         safe = "".join(x if x.isalnum() or x in "=.-" else "_" for x in written)[:60].strip("_")
-        digest = hashlib.sha256(cache_key(notebook, parameters).encode()).hexdigest()[:8]
-        files[written] = (out / f"{name}-{safe}-{digest}.ipynb", parameters)
+        digest = hashlib.sha256(cache_key(notebook, in_full).encode()).hexdigest()[:8]
+        files[written] = (out / f"{name}-{safe}-{digest}.ipynb", parameters, in_full)
     orders = []
-    for written, (file, parameters) in files.items():
-        text = {"do": "notebook", "notebook": str(notebook.resolve()), "out": str(file.resolve()), "parameters": parameters}
+    for written, (file, _, in_full) in files.items():
+        text = {"do": "notebook", "notebook": str(notebook.resolve()), "out": str(file.resolve()), "parameters": in_full}
         orders.append(Order(written, file.stem, text, file.exists, lambda answer: None))
     failed = drive(orders, workers, out / ".claims")
     found = []
-    for written, (file, parameters) in files.items():
+    for written, (file, parameters, _) in files.items():
         if file.exists():
             try:
                 found += [(parameters, row) for row in results(file)]

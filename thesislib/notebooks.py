@@ -1,0 +1,144 @@
+"""A notebook's parameters before it runs: their defaults, what was given on the command line, and whether the chapter takes it."""
+
+import ast
+import json
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from thesislib.chapters import CHAPTERS
+from thesislib.config import read_sizes
+from thesislib.corpus import kind_of
+from thesislib.errors import BadInput, shown, unknown
+from thesislib.files import expanded, is_folder
+from thesislib.held import check_device
+from thesislib.parameters import build
+from thesislib.subject import checkpoint_folder
+from thesislib.yaml_lines import is_file, value_of_text
+
+TAG = "parameters"  # of the cell with a notebook's defaults
+PATHS = ("subject", "data", "devices")  # parameters that may be paths, or lists of them
+
+
+def defaults(notebook: Path) -> dict[str, Any]:
+    """What a notebook's tagged cell sets, by name; None for what is no plain value."""
+    import nbformat
+
+    found = {}
+    for cell in nbformat.read(notebook, 4).cells:
+        if cell.cell_type == "code" and TAG in cell.metadata.get("tags", []):
+            for line in ast.parse(cell.source).body:
+                if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
+                    try:
+                        found[line.targets[0].id] = ast.literal_eval(line.value)
+                    except ValueError:
+                        found[line.targets[0].id] = None
+    return found
+
+
+def check_names(notebook: Path, names: Iterable[str]) -> dict[str, Any]:
+    """The defaults of a notebook that has all these parameters.
+
+    Raises:
+        BadInput: one that it does not have.
+    """
+    known = defaults(notebook)
+    for name in names:
+        if name not in known:
+            raise unknown(f"parameter of {notebook.stem}", name, known)
+    return known
+
+
+def typed(notebook: Path, given: Iterable[tuple[str, str]]) -> dict[str, Any]:
+    """Parameters as the command line gives them, key and text: the text as typed where the default is one, else what it says in YAML.
+
+    Raises:
+        BadInput: a name that the notebook does not have or that is given twice, a text that is no YAML.
+    """
+    given = list(given)
+    known, found = check_names(notebook, (key for key, _ in given)), {}
+    for key, text in given:
+        if key in found:
+            raise BadInput(f"parameter '{key}' is given twice: expected one value")
+        if not text.strip() and not isinstance(known[key], str):
+            raise BadInput(f"parameter '{key}' has no value: expected e.g. {key}={json.dumps(known[key])}")
+        found[key] = text if isinstance(known[key], str) else value_of_text(text, f"parameter {key}")
+    return found
+
+
+def listed(notebook: Path, given: Iterable[tuple[str, str]]) -> dict[str, list]:
+    """Several values a parameter: 2,4,6 or [2,4],[6]; texts as typed between commas, in quotes where they hold one.
+
+    Raises:
+        BadInput: as `typed`, or no value.
+    """
+    given = list(given)
+    known, found = check_names(notebook, (key for key, _ in given)), {}
+    for key, text in given:
+        if key in found:
+            raise BadInput(f"parameter '{key}' is given twice: expected its values with commas between them")
+        found[key] = texts(text) if isinstance(known[key], str) else value_of_text(f"[{text}]", f"values of parameter {key}")
+        if not found[key]:
+            raise BadInput(f"parameter '{key}' has no value: expected e.g. {key}=2,4,6")
+    return found
+
+
+def texts(text: str) -> list[str]:
+    """What stands between commas, less spaces around it; whatever is in quotes from one comma to the next stands for itself.
+
+    >>> texts('a: b, c # d,"e, f"')
+    ['a: b', 'c # d', 'e, f']
+    """
+    found, rest = [], text.strip()
+    while rest:
+        end = rest.find(rest[0], 1) if rest[0] in "\"'" else -1
+        after = rest[end + 1 :].lstrip()
+        if end > 0 and after[:1] in ("", ","):
+            item, comma, rest = rest[1:end], after[:1], after[1:]
+        else:
+            item, comma, rest = rest.partition(",")
+        found.append(item.strip() if end < 0 else item)
+        rest = rest.lstrip()
+        if comma and not rest:  # a comma at the end is one value too few, or an empty one
+            break
+    return found
+
+
+def ready(notebook: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters given as the notebook can take them wherever it runs: paths are the user's, from where the command was typed.
+
+    Raises:
+        BadInput: a name, type or value that the chapter does not take; a subject, data or device that is not there. Nothing has run yet.
+    """
+    known = check_names(notebook, given)
+    found = {name: _in_full(value) if name in PATHS else value for name, value in given.items()}
+    if notebook.stem in CHAPTERS:
+        kind = import_module(f"thesislib.chapters.{CHAPTERS[notebook.stem]}").PARAMETERS
+        try:
+            build(kind, {**known, **found})
+        except (TypeError, ValueError, AttributeError) as error:  # BadInput is a ValueError; the others: of a list's items
+            raise error if isinstance(error, BadInput) else BadInput(f"{notebook.stem} cannot take {shown(given)} ({error})") from error
+    for name, check in CHECKS.items():
+        if isinstance(found.get(name), str):
+            check(found[name])
+    return found
+
+
+def _in_full(value: Any) -> Any:
+    """A path that is there, from the root; a list's items alike; anything else as it is, for its reader to name."""
+    if isinstance(value, list):
+        return [_in_full(item) if str(item).endswith((".yaml", ".yml")) else item for item in value]  # without, it is a device's name
+    if not isinstance(value, str) or not value or value in ("embedded", "hub") or value.startswith("hub:"):
+        return value
+    path = expanded(value)
+    return str(path.absolute()) if is_file(path) or is_folder(path) else value
+
+
+def _check_subject(spec: str) -> None:
+    """Raises BadInput for a subject that is not there; nothing is fetched or converted."""
+    if spec != "embedded" and not spec.startswith("hub:") and not (spec.endswith(".gguf") and is_file(Path(spec))):
+        read_sizes(checkpoint_folder(spec)[0])
+
+
+CHECKS = {"subject": _check_subject, "data": kind_of, "device": check_device}
