@@ -20,6 +20,7 @@ from thesislib.files import is_folder, read_json, whole_folder, write_whole
 from thesislib.formats import RECORD, write_record
 from thesislib.recipe import read_recipe
 from thesislib.subject import DTYPES, SUPPORTED, checkpoint_folder, fingerprint, projections, quiet_transformers
+from thesislib.tokenizers import check_windows
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -173,6 +174,7 @@ def compress_streamed(spec: str, recipe: str | Path, out: Path, *, data: str | N
     windows = calibration_windows(tokenizer, config.text, data or plan.data or default_data(), config.windows, config.length, config.seed)
     with whole_folder(out) as folder:
         blocks = FromFolder(source, folder, dtype, device)
+        check_windows(blocks.model, tokenizer, windows)
         config.check(blocks.inputs)
         report = config.stream_weights(blocks, windows)
         blocks.finish()

@@ -18,6 +18,7 @@ from thesislib.convert import safetensors_folder
 from thesislib.errors import BadInput, unknown
 from thesislib.files import is_folder, whole_folder
 from thesislib.hub import hub_folder
+from thesislib.tokenizers import pad_token, prepared, rows_of
 from thesislib.wheels import manifest, wheel_folder
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -61,6 +62,11 @@ class Subject:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.model.device
+
+    @property
+    def pad_id(self) -> int:
+        """The token that pads, one that the model has a row for."""
+        return pad_token(self.tokenizer, rows_of(self.model))
 
     def linears(self, block: int) -> dict[str, nn.Linear]:
         """The projections of a block by name; weights have shape (outputs, inputs)."""
@@ -171,9 +177,7 @@ def load_subject(spec: str | Path = "embedded", dtype: str = "float32", device: 
         if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
             raise BadInput(f"weight '{key}' of {name} holds NaN or infinity: the checkpoint is damaged")
     model.requires_grad_(False)
-    if tokenizer.pad_token_id is None:  # Llama has none; any token does, since padding is masked
-        tokenizer.pad_token = tokenizer.eos_token
-    return Subject(model, tokenizer, name)
+    return Subject(model, prepared(tokenizer, rows_of(model)), name)
 
 
 def checkpoint_folder(spec: str) -> tuple[Path, str]:
