@@ -55,9 +55,7 @@ def _in_chat(subject: Subject, text: str) -> str:
     if not found and " ".join(text.split()) not in " ".join(turn.split()):
         raise BadInput(f"the chat template of {subject.name} leaves the question out: {instead}")
     if thought := _THOUGHT.search(after if found else turn):
-        raise BadInput(
-            f"the chat template of {subject.name} opens a thought ({thought[1]}) even where it is told not to think, and an answer would end inside it: {instead}"
-        )
+        raise BadInput(f"the chat template of {subject.name} opens a thought ({thought[1]}) in which an answer would end: {instead}")
     return turn
 
 

@@ -16,6 +16,7 @@ from thesislib.subject import Subject
 from thesislib.tokenizers import check_windows
 
 AS_IT_IS = "as it is"
+ONE_DOCUMENT = "one document, and an interval shows how documents differ (WikiText's articles begin with ' = Title = ')"
 
 
 def perplexity(subject: Subject, text: Text, *, length: int = 512, limit: int | None = None, batch: int = 4) -> Measurement:
@@ -78,7 +79,7 @@ def _measurement(task: str, cut: Windows, nats: np.ndarray, made: dict) -> Measu
         "bits_per_byte": _per(nats.sum() / math.log(2), cut.scored_bytes.sum()),
     }
     if extra["documents"] < 2:
-        extra["why no interval"] = "one document: an interval shows how documents differ (WikiText's begin with ' = Title = ')"
+        extra["why no interval"] = ONE_DOCUMENT
     items = [{"id": i, "document": int(d), "nats": float(v), "tokens": length - 1} for i, (d, v) in enumerate(zip(cut.document, nats, strict=True))]
     return Measurement(task, "perplexity", _exp(mean), _exp(low), _exp(high), n, f"window of {length} tokens", items, extra, made)
 
