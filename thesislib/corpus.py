@@ -136,7 +136,7 @@ def _answers(value: Any) -> bool:
     if isinstance(value, dict):
         several = (value.get(key) for key in ("aliases", "normalized_aliases"))
         value = [*([] if value.get("value") is None else [value["value"]]), *(name for names in several if names is not None for name in _listed(names))]
-    return _list_of(_text, value)
+    return _list_of(_text, value) and any(map(_words, value))
 
 
 def _listed(value: Any) -> list:
@@ -160,7 +160,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "endings": (lambda v: _list_of(_words, v) and len(v) > 0, "a list of texts that are not blank"),
     "label": (_whole_number, "a whole number, the right ending's"),
     "choices": (_keyed_choices, '{"text": [...], "label": [...]}, as many texts as different labels'),
-    "answer": (_answers, '{"value": ..., "aliases": [...]} or a list of texts'),
+    "answer": (_answers, '{"value": ..., "aliases": [...]} or a list of texts, at least one of them not blank'),
     "ctxs": (_passages, '[{"text": ..., "has_answer": true or false}, ...]'),
     "entity_pages": (lambda v: isinstance(v, dict) and _list_of(_text, v.get("wiki_context")), '{"wiki_context": [texts], ...}'),
 }  # fmt: skip
