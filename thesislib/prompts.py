@@ -117,11 +117,19 @@ def asked(subject: Subject, prompts: Sequence[str], style: str) -> dict:
 
 
 def end_tokens(subject: Subject) -> list[int]:
-    """The tokens that end a text: the model's, else the tokenizer's; none where neither names one that the model has a row for."""
-    named = subject.model.generation_config.eos_token_id
-    named = subject.tokenizer.eos_token_id if named is None else named
-    named = named if isinstance(named, (list, tuple)) else [] if named is None else [named]
-    return [token for token in named if 0 <= token < rows_of(subject.model)]
+    """The tokens that end a text: the model's, else the tokenizer's; none where neither names one that the model has a row for.
+
+    Raises:
+        BadInput: generation settings that name something else than tokens.
+    """
+    rows = rows_of(subject.model)
+    for named in (subject.model.generation_config.eos_token_id, subject.tokenizer.eos_token_id):
+        several = named if isinstance(named, (list, tuple)) else [] if named is None else [named]
+        if any(isinstance(token, bool) or not isinstance(token, int) for token in several):
+            raise BadInput(f"the generation settings of {subject.name} have the eos_token_id {named!r}: expected a token's number, or a list of them")
+        if known := [token for token in several if 0 <= token < rows]:
+            return known
+    return []
 
 
 def control_tokens(subject: Subject) -> set[int]:
