@@ -100,6 +100,89 @@ def test_not_json_lines(folder, content):
     assert "piqa" in one_line(raised)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("piqa/validation.jsonl", b"\xef\xbb\xbf" + json.dumps(PIQA).encode()),
+        ("piqa/validation.jsonl", gzip.compress(json.dumps(PIQA).encode())),
+    ],
+    ids=["byte order mark", "gzip under another name"],
+)
+def test_content_counts_and_not_the_name(folder, name, content):
+    assert rows("piqa", folder(name, content)) == [PIQA]
+
+
+def test_plain_text_called_gz(tmp_path):
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / "piqa/validation.jsonl.gz").write_text(json.dumps(PIQA))
+    assert rows("piqa", tmp_path) == [PIQA]
+
+
+NAN, HALF = float("nan"), "half \ud83d a pair"
+ASKED = {"question_id": "1", "question": "Who?", "answer": {"value": "x", "aliases": ["x"]}}
+HELLA = {"ind": 1, "activity_label": "Run", "ctx_a": "He runs.", "ctx_b": "he", "endings": ["stops.", "flies."], "label": "1"}
+GAP = {"sentence": "It _ was.", "option1": "a", "option2": "b", "answer": "1"}
+TWO = {"text": ["a", "b"], "label": ["A", "B"]}
+EASY = {"id": "1", "question": "why?", "choices": TWO, "answerKey": "A"}
+PASSAGE = {"text": "x is", "has_answer": True}
+ODD = [
+    *(("wikitext", {"text": "x"}, "text", value) for value in (None, 3.5, NAN, ["a", "b"], {"a": 1}, True, HALF)),
+    *(("calibration_c4", {"text": "x"}, "text", value) for value in (None, 7, HALF)),
+    *(("trivia", ASKED, "question", value) for value in (None, 7, " ", HALF, ["a"])),
+    *(("trivia", ASKED, "answer", value) for value in (None, "x", 3, [], [" "], [None], {"value": 3}, {"value": "x", "aliases": ["x", None]}, [HALF], {})),
+    *(("trivia_open", ASKED | {"ctxs": [PASSAGE]}, "ctxs", value) for value in (None, ["x"], [{"text": "x"}])),
+    *(("trivia_open", ASKED | {"ctxs": [PASSAGE]}, "ctxs", [PASSAGE | value]) for value in ({"has_answer": "False"}, {"text": None})),
+    ("trivia_open", ASKED | {"entity_pages": {"wiki_context": ["x"]}}, "entity_pages", {"wiki_context": [None]}),
+    *(("hellaswag", HELLA, "label", value) for value in (True, NAN, 1.5, None, "x")),
+    *(("hellaswag", HELLA, "endings", value) for value in (None, [], "ab", ["a", None], ["a", " "])),
+    ("hellaswag", HELLA, "ctx_b", None),
+    *(("piqa", PIQA, "goal", value) for value in (None, "", 3)),
+    *(("arc_easy", EASY, "answerKey", value) for value in (None, 1, "")),
+    *(("arc_easy", EASY, "choices", value) for value in (None, ["a"], {"text": []}, TWO | {"label": ["A", "A"]})),
+    *(("arc_easy", EASY, "choices", TWO | {"text": value}) for value in (["a", NAN], ["a"], ["a", " "])),
+    *(("winogrande", GAP, "answer", value) for value in (1, "", "3", None)),
+    ("winogrande", GAP, "sentence", "no gap"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("task", "row", "column", "value"), ODD)
+def test_what_is_no_text_is_named_with_its_row_and_file(folder, task, row, column, value):
+    name = corpus.TASKS[task].folder + ".jsonl"
+    data = folder(name, [row, row | {column: value}])
+    with pytest.raises(BadInput, match=rf"row 2 of .*{name} .*has the {column} .*: expected ") as raised:
+        rows(task, data)
+    one_line(raised).encode()
+    assert rows(task, folder(name, [row, row])) == [row, row]
+
+
+@pytest.mark.parametrize("value", [None, NAN, [1], {}, HALF, True, 4, "same"])
+def test_odd_and_equal_ids_are_only_names(folder, value):
+    found = questions(folder("trivia_qa/validation_closed_book.jsonl", [ASKED | {"question_id": value}] * 2))
+    assert [q.id for q in found] == [{4: "4", "same": "same"}.get(value, "Who?") if isinstance(value, (int, str)) and value is not True else "Who?"] * 2
+    items = choices("arc_easy", folder("ai2_arc/easy_validation.jsonl", [EASY | {"id": value}] * 2))
+    assert len(items) == 2 and all(isinstance(item.id, str) and item.id.encode() for item in items)
+
+
+def test_one_alias_need_not_be_a_list(folder):
+    data = folder("trivia_qa/validation_closed_book.jsonl", [ASKED | {"answer": {"value": "Ada", "aliases": "Lady Lovelace"}}])
+    assert questions(data)[0].aliases == ("Ada", "Lady Lovelace")
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 100_000, '{"goal": ' + "1" * 10_000 + "}", json.dumps([PIQA, PIQA]), "é".encode("latin-1"), json.dumps(PIQA).encode("utf-16")]
+)
+def test_files_that_are_no_json_lines_in_utf8(folder, content):
+    with pytest.raises(BadInput, match=r"piqa/validation\.jsonl") as raised:
+        rows("piqa", folder("piqa/validation.jsonl", content))
+    one_line(raised)
+
+
+def test_a_folder_called_like_a_file(tmp_path):
+    (tmp_path / "piqa/validation.jsonl").mkdir(parents=True)
+    with pytest.raises(BadInput, match=r"holds neither piqa/validation\.jsonl"):
+        rows("piqa", tmp_path)
+
+
 def test_unknown_task_and_data(tmp_path):
     with pytest.raises(BadInput, match="did you mean 'wikitext'"):
         rows("wikitxt")
@@ -151,6 +234,26 @@ def test_wikitext_rows_become_articles(folder):
     text = corpus.evaluation_text(folder("wikitext2/test.jsonl", [{"text": line} for line in lines]))
     assert text.text == "\n\n".join(lines)
     assert [text.text[a : a + 8] for a in text.starts] == ["\n\n = One", " = One =", " = Two ="]
+
+
+ARTICLES = ["", " = One = \n", " Text one . \n", " = = Section = = \n", " = A = \n", " Text = two = \n", " = Two = it = \n"]
+
+
+@pytest.mark.parametrize("change", [str, str.strip, lambda t: t.replace("\n", "\r\n"), lambda t: t.strip() + "\r", lambda t: t.rstrip("\n")])
+def test_articles_are_found_in_stripped_and_windows_rows(folder, change):
+    text = corpus.evaluation_text(folder("wikitext2/test.jsonl", [{"text": change(t)} for t in ARTICLES]))
+    assert [text.text[a:].split("=")[1].strip() for a in text.starts[1:]] == ["One", "A", "Two"]
+    assert "\r" not in text.text
+
+
+def test_windows_line_ends_change_no_text(folder, tmp_path):
+    plain = corpus.evaluation_text(folder("wikitext2/test.jsonl", [{"text": t} for t in ARTICLES]))
+    assert corpus.evaluation_text(folder("wikitext2/test.jsonl", [{"text": t.replace("\n", "\r\n")} for t in ARTICLES])) == plain
+
+
+def test_whole_articles_in_a_row_are_articles_too(folder):
+    text = corpus.evaluation_text(folder("wikitext2/test.jsonl", [{"text": "".join(ARTICLES[1:4])}, {"text": "".join(ARTICLES[4:6])}]))
+    assert len(text.starts) == 2
 
 
 def test_windows_cut_without_special_tokens(byte_tokenizer):
@@ -256,7 +359,7 @@ def test_closed_book(folder):
 
 
 def test_closed_book_without_an_answer(folder):
-    with pytest.raises(BadInput, match=r"who\?.*no answer"):
+    with pytest.raises(BadInput, match=r"row 1 of .*validation_closed_book\.jsonl .* the answer \{.*null.*at least one of them not blank"):
         questions(folder("trivia_qa/validation_closed_book.jsonl", [trivia("who?", None)]))
 
 

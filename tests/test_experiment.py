@@ -292,3 +292,16 @@ def test_a_record_that_does_not_say_enough(recorded, folder, data):
     with pytest.raises(BadInput, match="unknown data 'nowhere'"):
         again(recorded, folder, "nowhere")
     assert not Path("nowhere").exists()
+
+
+def test_questions_put_in_other_words_are_refused(folder, data, tmp_path):
+    m = direct(TRIVIA, folder, data)
+    assert again(m, str(folder), str(data)).same_bits
+    changed = tmp_path / "changed"
+    shutil.copytree(folder, changed)
+    template = changed / "chat_template.jinja"
+    template.write_text("Answer in a word.\n" + template.read_text())
+    with pytest.raises(BadInput, match="the questions are put in other words than the record's"):
+        again(m, str(changed), str(data))
+    settings = {key: value for key, value in m.provenance["settings"].items() if key != "prompts_sha256"}
+    assert again(altered(m, settings=settings), str(folder), str(data)).same_bits, "a record made before prompts were hashed"

@@ -13,16 +13,17 @@ PROMPTS = ["a", "What is the longest of these prompts, by far?", "Once upon", "n
 
 
 def alone(subject, prompt, n):
-    """One prompt, no cache, no padding, argmax after argmax."""
+    """One prompt, no cache, no padding, argmax after argmax, up to the first special token."""
     ids = torch.tensor([subject.tokenizer(prompt, add_special_tokens=False)["input_ids"]])
     start = ids.shape[1]
     for _ in range(n):
         with torch.inference_mode():
             token = subject.model(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
-        ids = torch.cat([ids, token], 1)
-        if token.item() == subject.tokenizer.eos_token_id and ids.shape[1] - start > 1:
+        if token.item() in subject.tokenizer.all_special_ids:
+            assert token.item() != subject.tokenizer.eos_token_id or ids.shape[1] > start, "no end token may come first: choose other prompts"
             break
-    return subject.tokenizer.decode(ids[0, start:], skip_special_tokens=True)
+        ids = torch.cat([ids, token], 1)
+    return subject.tokenizer.decode(ids[0, start:])
 
 
 @pytest.mark.parametrize("batch", [1, 2, 16])

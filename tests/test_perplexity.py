@@ -1,3 +1,4 @@
+import json
 import math
 
 import numpy as np
@@ -79,6 +80,15 @@ def test_bad_input(tiny):
 def test_one_window_has_no_interval_and_still_makes_json(tiny):
     found = perplexity(tiny(), TEXT, length=32, limit=1)
     assert math.isnan(found.low) and '"low": null' in found.to_json()
+
+
+def test_a_script_without_spaces_loses_nothing(tiny):
+    text = join("Thai", ["ภาษาไทย" * 60])
+    found = perplexity(tiny(), text, length=512)
+    plain = json.loads(found.to_json())
+    nats = reference_nats(tiny(), windows(text, tiny().tokenizer, 512).ids)
+    assert plain["value"] == pytest.approx(math.exp(sum(nats) / (511 * len(nats)))) and plain["extra"]["word_perplexity"] is None
+    assert plain["low"] is None and "one document" in plain["extra"]["why no interval"] and "no interval" in str(found)
 
 
 @pytest.mark.embedded

@@ -66,9 +66,9 @@ def test_chat_prompt_is_the_models_own_and_the_default(embedded_subject):
     assert said.endswith("<|im_start|>user\nQuestion: Who wrote Tom Sawyer? Answer:<|im_end|>\n<|im_start|>assistant\n")
 
 
-def test_bad_input(tiny):
+def test_bad_input(tiny, monkeypatch):
     subject = tiny()
-    subject.tokenizer.chat_template = None
+    monkeypatch.setattr(subject.tokenizer, "chat_template", None)
     with pytest.raises(BadInput, match="has no chat template: use prompt 'thesis'"):
         triviaqa(subject, ASKED, source="x", prompt="chat")
     with pytest.raises(BadInput, match="unknown prompt 'thesi': did you mean 'thesis'"):

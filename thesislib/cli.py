@@ -1,5 +1,6 @@
 """The command line: every command one call. Results go to stdout, progress to stderr; 0 done, 1 failed, 2 bad input."""
 
+import codecs
 import functools
 import io
 import json
@@ -17,11 +18,23 @@ app = typer.Typer(help="Compress a small language model step by step, and measur
                   no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)  # fmt: skip
 
 
+def _print_all() -> None:
+    """Let stdout and stderr take any text: what their encoding lacks as JSON's escapes, which leave a line of JSON the same.
+
+    A measurement of hours is not lost because a terminal knows ASCII only.
+    """
+    codecs.register_error("json", lambda error: (json.dumps(error.object[error.start : error.end])[1:-1], error.end))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="json")
+
+
 def one_line_errors(command: Callable) -> Callable:
     """Bad input as one line and exit code 2; a failure as one line and 1."""
 
     @functools.wraps(command)
     def wrapped(*args, **kwargs):
+        _print_all()
         try:
             with plain_errors():
                 return command(*args, **kwargs)
@@ -72,14 +85,7 @@ def evaluate(
 
         loaded = apply_plan(loaded, parse_plan(plan, loaded.depth))
     result = protocol.measure(loaded, data)
-    if as_json:
-        typer.echo(result.to_json(items=items))
-    else:
-        typer.echo(f"{result.task}: {result.metric} {result.value:.4g}, 95 % interval [{result.low:.4g}, {result.high:.4g}], n = {result.n} ({result.unit})")
-        for name, value in result.extra.items():
-            if isinstance(value, dict):
-                value = f"{value['value']:.4g} [{value['low']:.4g}, {value['high']:.4g}]"
-            typer.echo(f"  {name}: {value if isinstance(value, (str, int)) else f'{value:.4g}'}")
+    typer.echo(result.to_json(items=items) if as_json else result)
 
 
 @app.command()

@@ -101,23 +101,96 @@ def rows(task: str, data: str | Path = "embedded") -> list[Row]:
     if task not in TASKS:
         raise unknown("task", task, TASKS)
     source, kind = TASKS[task], kind_of(data)
-    if kind == "embedded":
-        found = _read(_member(source.member))
-    elif kind == "folder":
-        found = _read(_file_in(expanded(data), source.folder))
-    else:
-        found = _hub_rows(task, source.hub)
+    where = f"the data set {source.hub[0]}"
+    if kind == "embedded":  # what the manifest's checksums vouch for needs no look
+        return _read(_member(source.member))
+    if kind == "folder":
+        where = _file_in(expanded(data), source.folder)
+    found = _hub_rows(task, source.hub) if kind == "hub" else _read(where)
     if not found:
-        raise BadInput(f"task '{task}' in {data} has no rows")
-    if kind != "embedded":  # what the manifest's checksums vouch for needs no look
-        for number, row in enumerate(found, 1):
-            if not isinstance(row, dict):
-                raise BadInput(f"row {number} of task '{task}' in {data} is {str(row)[:40]!r}: expected an object with {', '.join(source.columns)}")
-            missing = [c for c in source.columns if c not in row and not (c == "ctxs" and "entity_pages" in row)]
-            if missing:
-                s = "s" * (len(missing) > 1)
-                raise BadInput(f"row {number} of task '{task}' in {data} lacks the column{s} {', '.join(missing)}: it has {', '.join(row)}")
+        raise BadInput(f"task '{task}' has no rows in {where}")
+    for number, row in enumerate(found, 1):
+        _check_row(row, task, f"row {number} of {where}")
     return found
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and (value.isascii() or not re.search("[\ud800-\udfff]", value))  # half a surrogate pair is no character
+
+
+def _words(value: Any) -> bool:
+    return _text(value) and value.strip() != ""
+
+
+def _list_of(check: Callable[[Any], bool], value: Any) -> bool:
+    return isinstance(value, list) and all(map(check, value))
+
+
+def _keyed_choices(value: Any) -> bool:
+    if not isinstance(value, dict) or not _list_of(_words, value.get("text")) or not _list_of(_words, value.get("label")):
+        return False
+    return len(value["text"]) == len(value["label"]) == len(set(value["label"])) > 0
+
+
+def _answers(value: Any) -> bool:
+    if isinstance(value, dict):
+        several = (value.get(key) for key in ("aliases", "normalized_aliases"))
+        value = [*([] if value.get("value") is None else [value["value"]]), *(name for names in several if names is not None for name in _listed(names))]
+    return _list_of(_text, value) and any(map(_words, value))
+
+
+def _listed(value: Any) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+def _whole_number(value: Any) -> bool:
+    return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, str) and value.strip().isdecimal())
+
+
+def _passages(value: Any) -> bool:
+    return _list_of(lambda c: isinstance(c, dict) and _text(c.get("text")) and isinstance(c.get("has_answer"), bool), value)
+
+
+_A_TEXT, _SOME_WORDS = (_text, "a text"), (_words, "a text that is not blank")
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(("text", "activity_label", "ctx_a", "ctx_b", "support"), _A_TEXT),
+    **dict.fromkeys(("question", "question_stem", "goal", "sol1", "sol2", "passage", "correct_answer", "option1", "option2"), _SOME_WORDS),
+    "answerKey": _SOME_WORDS,
+    "sentence": (lambda v: _text(v) and "_" in v, "a text with a gap, _"),
+    "endings": (lambda v: _list_of(_words, v) and len(v) > 0, "a list of texts that are not blank"),
+    "label": (_whole_number, "a whole number, the right ending's"),
+    "choices": (_keyed_choices, '{"text": [...], "label": [...]}, as many texts as different labels'),
+    "answer": (_answers, '{"value": ..., "aliases": [...]} or a list of texts, at least one of them not blank'),
+    "ctxs": (_passages, '[{"text": ..., "has_answer": true or false}, ...]'),
+    "entity_pages": (lambda v: isinstance(v, dict) and _list_of(_text, v.get("wiki_context")), '{"wiki_context": [texts], ...}'),
+}  # fmt: skip
+_OTHER_ANSWERS = {
+    "winogrande": (lambda v: v in ("1", "2"), '"1" or "2"'),
+    "boolq": (lambda v: isinstance(v, bool), "true or false"),
+}
+
+
+def _check_row(row: Any, task: str, where: str) -> None:
+    """Raises BadInput for a row that lacks a column of its task or has another kind of thing in it."""
+    columns = TASKS[task].columns
+    if not isinstance(row, dict):
+        raise BadInput(f"{where} (task '{task}') is {_shown(row)}: expected an object with {', '.join(columns)}")
+    if "entity_pages" in row and "ctxs" not in row:
+        columns = tuple("entity_pages" if column == "ctxs" else column for column in columns)
+    missing = [column for column in columns if column not in row]
+    if missing:
+        s = "s" * (len(missing) > 1)
+        raise BadInput(f"{where} (task '{task}') lacks the column{s} {', '.join(missing)}: it has {', '.join(row)}")
+    for column in columns:
+        fits, kind = _OTHER_ANSWERS[task] if column == "answer" and task in _OTHER_ANSWERS else _KINDS[column]
+        if not fits(row[column]):
+            raise BadInput(f"{where} (task '{task}') has the {column} {_shown(row[column])}: expected {kind}")
+
+
+def _shown(value: Any) -> str:
+    """A value as JSON spells it, the beginning of a long one."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _member(member: str) -> Path:
@@ -142,11 +215,24 @@ def _read(path: Path) -> list[Row]:
             return pa.ipc.open_stream(file).read_all().to_pylist()
     if path.suffix == ".utf8":
         return [{"text": path.read_text("utf8")}]
-    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf8") as file:
-        try:
-            return [json.loads(line) for line in file if line.strip()]
-        except (ValueError, OSError, EOFError, zlib.error) as error:
-            raise BadInput(f"{path} is not JSON Lines, or is cut off ({error})") from error
+    try:
+        with open(path, "rb") as file:
+            packed = file.read(2) == b"\x1f\x8b"  # gzip's first bytes, whatever the file is called
+        # -sig: a byte order mark, which some editors put in front, is no part of the first row
+        with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig") as file:
+            return [_json(line, number, path) for number, line in enumerate(file, 1) if line.strip()]
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not UTF-8 text ({error}): expected JSON Lines in UTF-8") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise BadInput(f"{path} cannot be read, or is cut off ({error})") from error
+
+
+def _json(line: str, number: int, path: Path) -> Any:
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        said = str(error).partition(": line")[0]
+        raise BadInput(f"line {number} of {path} is not JSON ({said}): expected JSON Lines, one object a line") from error
 
 
 def _hub_rows(task: str, hub: tuple[str, str | None, str]) -> list[Row]:
@@ -220,15 +306,18 @@ def evaluation_text(data: str | Path = "embedded") -> Text:
 
 def _wikitext(name: str, found: list[Row]) -> Text:
     """WikiText's rows are lines; its documents are its articles."""
-    lines = [row["text"] for row in found]
-    whole = join(name, lines)
-    articles = (at for at, line in zip(whole.starts, lines, strict=True) if is_article_heading(line))
-    return Text(name, whole.text, (0, *(at for at in articles if at > 0)))
+    text = join(name, wikitext_lines(found)).text
+    return Text(name, text, (0, *(at for at in article_starts(text) if at > 0)))
 
 
-def is_article_heading(line: str) -> bool:
-    """WikiText opens an article with " = Title = ", a section with " = = Section = = "."""
-    return bool(re.fullmatch(r" = [^=].*[^=] = \n", line))
+def wikitext_lines(found: list[Row]) -> list[str]:
+    """The rows' texts; Windows' line ends, which copying brings and no text means, are plain ones."""
+    return [re.sub(r"\r\n?", "\n", row["text"]) for row in found]
+
+
+def article_starts(text: str) -> list[int]:
+    """Where the articles of WikiText begin: at a line " = Title = " (a section has " = = Section = = "), also without the spaces around it."""
+    return [line.start() for line in re.finditer(r"^ ?= [^=\n](.*[^=\n])? = ?$", text, re.MULTILINE)]
 
 
 def calibration_text(kind: str = "wikipedia", data: str | Path = "embedded") -> Text:
@@ -271,7 +360,7 @@ def _wikipedia(raw: str, half: str) -> list[str]:
 
 
 def _for_evaluation(document_id: str) -> bool:
-    return hashlib.sha256(document_id.encode()).digest()[-1] % 2 == 0
+    return hashlib.sha256(document_id.encode(errors="surrogatepass")).digest()[-1] % 2 == 0
 
 
 def clean_web(raw: str) -> list[str]:
@@ -398,11 +487,18 @@ def question_source(data: str | Path, open_book: bool) -> str:
 
 def _question(row: Row, context: str | None = None) -> Question:
     answer = row["answer"] if isinstance(row["answer"], dict) else {"aliases": row["answer"]}  # NQ-open has a list
-    names = [answer.get("value"), *(answer.get("aliases") or ()), *(answer.get("normalized_aliases") or ())]
+    names = [answer.get("value"), *_listed(answer.get("aliases") or []), *_listed(answer.get("normalized_aliases") or [])]
     aliases = tuple(dict.fromkeys(a for a in names if a))
     if not aliases:
         raise BadInput(f"question '{row['question']}' has no answer")
-    return Question(str(row.get("question_id") or row["question"]), row["question"], aliases, context)
+    return Question(_name(row, "question_id") or row["question"], row["question"], aliases, context)
+
+
+def _name(row: Row, column: str) -> str | None:
+    """What a row calls itself; None where that is no name."""
+    value = row.get(column)
+    named = _text(value) or (isinstance(value, int) and not isinstance(value, bool))
+    return str(value) if named else None
 
 
 def _with_passage(row: Row) -> Question | None:
@@ -459,12 +555,14 @@ def _checked(word: Callable[[int, Row], Choice], i: int, row: Row, task: str) ->
         right = False
     if not right:
         raise BadInput(f"row {i + 1} of task '{task}' has the label '{label}': expected one that names an ending")
+    if empty := [ending for ending in item.endings if not ending.strip()]:
+        raise BadInput(f"row {i + 1} of task '{task}' has {len(empty)} of {len(item.endings)} endings without words: expected some in each")
     return item
 
 
 def _hellaswag(i: int, row: Row) -> Choice:
     context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return Choice(str(row.get("ind", i)) + f"/{i}", _wikihow(context), tuple(_wikihow(e) for e in row["endings"]), int(row["label"]))
+    return Choice(f"{_name(row, 'ind') or i}/{i}", _wikihow(context), tuple(_wikihow(e) for e in row["endings"]), int(row["label"]))
 
 
 def _wikihow(text: str) -> str:
@@ -480,4 +578,4 @@ def _keyed(i: int, row: Row) -> Choice:
     """ARC and OpenBookQA: labelled choices and an answer key."""
     context = row["question_stem"] if "question_stem" in row else f"Question: {row['question']}\nAnswer:"
     key = row["choices"]["label"].index(row["answerKey"].strip())
-    return Choice(str(row.get("id", i)), context, tuple(row["choices"]["text"]), key)
+    return Choice(_name(row, "id") or str(i), context, tuple(row["choices"]["text"]), key)

@@ -211,6 +211,10 @@ def again(m: Measurement, subject: str = "embedded", data: str | None = None, de
         then = made["settings"].get(key, made.get(key))
         if then is not None and now is not None and then != now:
             raise BadInput(f"data '{data}' has another text for {m.task} (sha256 {now[:12]}..., recorded {then[:12]}...): name the data that it was made with")
+    now, then = (x.provenance["settings"].get("prompts_sha256") for x in (result, m))
+    if then is not None and now != then:  # records made before prompts were hashed have none
+        raise BadInput(f"the questions are put in other words than the record's (sha256 of all prompts {str(now)[:12]}..., recorded {str(then)[:12]}...): "
+                       f"expected {made['subject']} with the tokenizer and chat template that it was measured with")  # fmt: skip
     return Verdict(m, result, tolerance(m), same)
 
 

@@ -34,6 +34,7 @@ from thesislib.layers import Adapted, ComputedLinear, PackedLinear, replace, unp
 from thesislib.quantised import TABLES, QuantisedLinear, is_encoding, put_table, tables
 from thesislib.shapes import SHA256, natural, wrong
 from thesislib.subject import DTYPES, LINEARS, Subject, projections
+from thesislib.tokenizers import prepared, rows_of
 
 SCHEMA = 1
 # tensors lie in a safetensors file by type, in this order from the last to the first, then by name
@@ -459,8 +460,7 @@ def load_artifact(folder: str | Path, dtype: str | None = None, device: str = "c
         unpack_all(subject.model)
     if generation is not None:
         subject.model.generation_config = generation
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    prepared(tokenizer, rows_of(subject.model))
     return subject
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import platform
+import re
 import resource
 import subprocess
 import sys
@@ -62,14 +63,38 @@ class Measurement:
         return self.column(key), other.column(key)
 
     def to_json(self, items: bool = True) -> str:
-        """One line of JSON; what is not finite (a bound where too few items allow no interval) becomes null."""
+        """One line of JSON; what is not finite, wherever it stands (a bound where too few items allow no interval), becomes null."""
         plain = asdict(self)
         if not items:
             del plain["items"]
-        for bound in ("value", "low", "high"):
-            if plain[bound] is None or not math.isfinite(plain[bound]):
-                plain[bound] = None
-        return json.dumps(plain, ensure_ascii=False, allow_nan=False)
+        plain = finite(plain)
+        line = json.dumps(plain, ensure_ascii=False, allow_nan=False)
+        # half a surrogate pair, as a file's name can have, is written as an escape: no file takes it otherwise
+        return re.sub("[\ud800-\udfff]", lambda c: json.dumps(c[0])[1:-1], line)
+
+    def __str__(self) -> str:
+        """For people: the number with its interval, then a line for each further number."""
+        interval = f"95 % interval [{_short(self.low)}, {_short(self.high)}]" if finite(self.low) is not None else "no interval"
+        lines = [f"{self.task}: {self.metric} {_short(self.value)}, {interval}, n = {self.n} ({self.unit})"]
+        for name, value in self.extra.items():
+            if isinstance(value, dict) and {"value", "low", "high"} <= value.keys():
+                value = f"{_short(value['value'])} [{_short(value['low'])}, {_short(value['high'])}]"
+            lines.append(f"  {name}: {_short(value)}")
+        return "\n".join(lines)
+
+
+def finite(plain: Any) -> Any:
+    """The same with None for every number that is not finite, in lists and dicts too: JSON has no word for them."""
+    if isinstance(plain, dict):
+        return {key: finite(value) for key, value in plain.items()}
+    if isinstance(plain, (list, tuple)):
+        return [finite(value) for value in plain]
+    return None if isinstance(plain, float) and not math.isfinite(plain) else plain
+
+
+def _short(value: object) -> str:
+    """A number with four digits, anything else as it is; 'none' for what is not there."""
+    return "none" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def cost(measurements: Iterable[Measurement]) -> str:

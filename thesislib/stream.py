@@ -20,6 +20,7 @@ from tqdm import tqdm
 from thesislib.errors import BadInput
 from thesislib.forward import attention_windows, looking_back
 from thesislib.subject import LINEARS, Subject, projections
+from thesislib.tokenizers import check_windows
 
 # projections that read the same input share its statistics
 INPUTS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "o_proj": "heads", "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "hidden"}
@@ -168,7 +169,8 @@ def stream(
         title: what the progress bar says.
 
     Raises:
-        BadInput: no windows; inputs of a projection that are not finite; a block that runs twice.
+        BadInput: no windows, or windows that the model cannot read; inputs of a projection that are not finite; a block that
+            runs twice.
     """
     if feed not in FEEDS:
         raise BadInput(f"feed '{feed}' is not known: expected {' or '.join(FEEDS)}")
@@ -176,6 +178,7 @@ def stream(
         raise BadInput(f"calibration windows have shape {tuple(windows.shape)}: expected (at least 1, at least 2) tokens")
     check_weighting(weighting, windows.shape[1])
     if isinstance(blocks, Subject):
+        check_windows(blocks.model, blocks.tokenizer, windows)
         blocks = Resident(blocks)
     # no_grad, not inference_mode: what is computed here becomes weights, and those may be trained later
     with torch.no_grad():

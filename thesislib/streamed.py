@@ -24,6 +24,7 @@ from thesislib.forward import attention_windows
 from thesislib.held import check_dtype, own_dtype
 from thesislib.recipe import read_recipe
 from thesislib.subject import DTYPES, checkpoint_folder, fingerprint, projections
+from thesislib.tokenizers import check_windows
 
 
 class FromFolder:
@@ -176,6 +177,7 @@ def compress_streamed(spec: str, recipe: str | Path, out: Path, *, data: str | N
     )
     with whole_folder(out) as folder:
         blocks = FromFolder(source, folder, dtype, device)
+        check_windows(blocks.model, tokenizer, windows)
         config.check(blocks.inputs)
         report = config.stream_weights(blocks, windows)
         blocks.finish()

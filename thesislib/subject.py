@@ -17,6 +17,7 @@ from thesislib.convert import safetensors_folder
 from thesislib.errors import BadInput, shown, unknown
 from thesislib.files import expanded, is_folder, whole_folder
 from thesislib.hub import hub_folder
+from thesislib.tokenizers import pad_token, prepared, rows_of
 from thesislib.wheels import manifest, wheel_folder
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -62,6 +63,11 @@ class Subject:
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.model.device
+
+    @property
+    def pad_id(self) -> int:
+        """The token that pads, one that the model has a row for."""
+        return pad_token(self.tokenizer, rows_of(self.model))
 
     def linears(self, block: int) -> dict[str, nn.Linear]:
         """The projections of a block by name; weights have shape (outputs, inputs)."""
@@ -167,9 +173,7 @@ def load_subject(spec: str | Path = "embedded", dtype: str = "float32", device: 
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
             raise BadInput(f"weight '{key}' of {name} holds NaN or infinity: the checkpoint is damaged")
-    if tokenizer.pad_token_id is None:  # Llama has none; any token does, since padding is masked
-        tokenizer.pad_token = tokenizer.eos_token
-    return Subject(model, tokenizer, name)
+    return Subject(model, prepared(tokenizer, rows_of(model)), name)
 
 
 def checkpoint_folder(spec: str) -> tuple[Path, str]:

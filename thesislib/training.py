@@ -10,8 +10,9 @@ import torch
 from thesislib import corpus
 from thesislib.corpus import Question, Text
 from thesislib.errors import BadInput, unknown
-from thesislib.prompts import adds_bos, default_prompt, normalise, prompt_for
+from thesislib.prompts import adds_bos, default_prompt, end_tokens, normalise, prompt_for
 from thesislib.subject import Subject
+from thesislib.tokenizers import check_windows
 
 TEXTS = ("wikitext", "trivia")
 NOTHING = -100  # the target of a token after which nothing is to be learned
@@ -97,11 +98,16 @@ def sequences(text: str, subject: Subject, data: str, *, length: int = 512, vali
         seed: of what is held out.
 
     Raises:
-        BadInput: unknown text, text that is empty or too short, or none that is not evaluation text.
+        BadInput: unknown text, text that is empty or too short, or none that is not evaluation text; sequences longer than
+            the model's context, or with a token that it has no row for.
     """
     if text not in TEXTS:
         raise unknown("training text", text, TEXTS)
-    return (_wikitext if text == "wikitext" else _trivia)(subject, data, length, validation, seed)
+    split = (_wikitext if text == "wikitext" else _trivia)(subject, data, length, validation, seed)
+    for part in (split.train, split.held_out):
+        if part is not None:
+            check_windows(subject.model, subject.tokenizer, part.ids)
+    return split
 
 
 # ---------------------------------------------------------------- running text
@@ -207,7 +213,7 @@ def question_name(data: str) -> str:
 
 
 def example(subject: Subject, question: Question) -> tuple[list[int], list[int]]:
-    """Tokens of the prompt, as evaluation asks it, and of the answer (the first alias) with the end token.
+    """Tokens of the prompt, as evaluation asks it, and of the answer (the first alias) with the end token, if there is one.
 
     They are tokenised apart, because in evaluation the prompt stands alone.
     """
@@ -215,7 +221,9 @@ def example(subject: Subject, question: Question) -> tuple[list[int], list[int]]
     prompt = prompt_for(subject, question, style)
     said = question.aliases[0] if style == "chat" else f" {question.aliases[0]}"
     asked = subject.tokenizer(prompt, add_special_tokens=adds_bos(subject, prompt))["input_ids"]
-    return asked, [*subject.tokenizer(said, add_special_tokens=False)["input_ids"], subject.tokenizer.eos_token_id]
+    own = subject.tokenizer.eos_token_id
+    end = end_tokens(subject)[:1] if own is None else [own]
+    return asked, [*subject.tokenizer(said, add_special_tokens=False)["input_ids"], *end]
 
 
 def pack(examples: Iterable[tuple[list[int], list[int]]], length: int, pad: int) -> Sequences:
@@ -283,8 +291,8 @@ def _trivia(subject: Subject, data: str, length: int, validation: int, seed: int
         held += 1
     if tokens < validation * length or sum(sizes) - tokens < length:
         raise _too_short(question_name(data), sum(map(len, (t for e in examples for t in e))), length, validation)
-    train = pack(whole[held:], length, subject.tokenizer.pad_token_id)
-    rest = pack(whole[:held], length, subject.tokenizer.pad_token_id) if held else None
+    train = pack(whole[held:], length, subject.pad_id)
+    rest = pack(whole[:held], length, subject.pad_id) if held else None
     facts = {"source": question_name(data), "questions": len(whole) - held, "held_out_questions": held, "dropped": dropped,
              "too_long": len(examples) - len(whole)}  # fmt: skip
     return Split(train, rest, facts)

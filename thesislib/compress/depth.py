@@ -16,6 +16,7 @@ from thesislib.errors import BadInput, unknown
 from thesislib.forward import final_states, token_losses
 from thesislib.stream import Visitor, stream
 from thesislib.subject import Subject, projections
+from thesislib.tokenizers import check_windows
 
 METRICS = ("perplexity", "taylor", "magnitude", "influence", "angular")
 PARTS = ("block", "attention", "mlp")
@@ -106,6 +107,7 @@ class Depth:
         ids = torch.empty(0)
         if self.metric != "magnitude":
             ids = calibration_windows(subject.tokenizer, self.text, data, self.windows, self.length, self.seed)
+            check_windows(subject.model, subject.tokenizer, ids)
         rounds: list[tuple[int, dict[int, float]]] = []
         gone: list[int] = []
         if self.metric == "angular":

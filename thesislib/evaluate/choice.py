@@ -2,9 +2,11 @@
 
 The score of an ending is its log-probability after the context, as lm-evaluation-harness computes it; a test holds
 the two against each other item by item. The harness runs every (context, ending) pair by itself. Here an item is one
-sequence, context then all endings, under a mask in which an ending sees the context and itself.
+sequence, context then all endings, under a mask in which an ending sees the context and itself; only where the context
+must be cut, by as much as an ending needs, each ending is one.
 """
 
+import math
 import time
 from collections.abc import Mapping
 
@@ -17,23 +19,21 @@ from thesislib.errors import BadInput
 from thesislib.evaluate.perplexity import AS_IT_IS
 from thesislib.evaluate.stats import Comparison, paired_outcomes, proportion
 from thesislib.forward import Plan, final_states, token_losses
+from thesislib.prompts import adds_bos
 from thesislib.records import Measurement, provenance
 from thesislib.subject import Subject
+from thesislib.tokenizers import check_tokens, longest_context
+
+CUT = "contexts cut"
 
 
 class _Packed:
-    """One item as a sequence: the context is branch 0, ending k is branch k + 1 and starts at the context's end."""
+    """A context and some endings of an item as a sequence: the context is branch 0, each ending a branch that starts at the context's end."""
 
-    def __init__(self, item: Choice, tokenizer):
-        context = tokenizer(item.context.rstrip(), add_special_tokens=True)["input_ids"]
-        if not context:
-            raise BadInput(f"item {item.id} has an empty context")
+    def __init__(self, context: list[int], endings: Mapping[int, list[int]]):
         self.ids, self.branch, self.position = list(context), [0] * len(context), list(range(len(context)))
         self.source, self.target, self.owner = [], [], []  # where a token is predicted, which, and of which ending
-        for k, ending in enumerate(item.endings):
-            # tokenised together with the context, since the two may merge at the seam (as the harness does)
-            together = tokenizer(f"{item.context.rstrip()} {ending}", add_special_tokens=True)["input_ids"]
-            tokens = together[len(context) :]
+        for k, tokens in endings.items():
             start = len(self.ids)
             self.source += [len(context) - 1, *range(start, start + len(tokens) - 1)]
             self.target += tokens
@@ -43,13 +43,47 @@ class _Packed:
             self.position += range(len(context), len(context) + len(tokens))
 
 
+def _packed(subject: Subject, item: Choice) -> tuple[list[_Packed], bool]:
+    """The item as one sequence, or, where an ending leaves no room for the whole context, as one an ending; whether a context was cut.
+
+    As lm-evaluation-harness does: white space at the context's end belongs to the endings, and what the model has no
+    positions for is cut off the context's left. The last token of an ending is predicted and needs no position.
+
+    Raises:
+        BadInput: a context or an ending without tokens, or an ending longer than the model's context.
+    """
+    before, tokenizer = item.context.rstrip(), subject.tokenizer
+    special = adds_bos(subject, before)
+    context = tokenizer(before, add_special_tokens=special)["input_ids"]
+    if not context:
+        raise BadInput(f"item {item.id} has an empty context")
+    # tokenised together with the context, since the two may merge at the seam
+    together = (tokenizer(f"{item.context} {ending}", add_special_tokens=special)["input_ids"] for ending in item.endings)
+    endings = {k: tokens[len(context) :] for k, tokens in enumerate(together)}
+    most = longest_context(subject.model) or math.inf
+    for k, tokens in endings.items():
+        if not 1 <= len(tokens) <= most:
+            raise BadInput(f"ending {k + 1} of item {item.id}, '{item.endings[k][:40]}', has {len(tokens)} tokens after its context: "
+                           f"expected at least one, and at most the {most} of the model's context")  # fmt: skip
+    if all(len(context) + len(tokens) <= most for tokens in endings.values()):
+        return [_Packed(context, endings)], False
+    alone = []
+    for k, tokens in endings.items():
+        kept = _Packed(context[-min(len(context), most + 1 - len(tokens)) :], {k: tokens})
+        kept.ids, kept.branch, kept.position = kept.ids[:-1], kept.branch[:-1], kept.position[:-1]
+        alone.append(kept)
+    return alone, any(len(context) + len(tokens) > most + 1 for tokens in endings.values())
+
+
 def multiple_choice(subject: Subject, items: list[Choice], *, task: str, batch: int = 8) -> Measurement:
     """Share of items whose right ending has the highest log-probability per character (`acc_norm`).
 
-    `extra["acc"]` is the share without the division by the ending's length in characters.
+    `extra["acc"]` is the share without the division by the ending's length in characters; `extra["contexts cut"]` counts
+    the items whose context was cut from the left, because the model has no positions for all of it.
 
     Raises:
-        BadInput: no items.
+        BadInput: no items; a context or an ending that has no tokens, or one that the model has no row for; an ending
+            longer than the model's context.
     """
     return multiple_choices(subject, items, {AS_IT_IS: None}, task=task, batch=batch)[AS_IT_IS]
 
@@ -59,26 +93,31 @@ def multiple_choices(subject: Subject, items: list[Choice], plans: Mapping[str, 
     if not items:
         raise BadInput("no multiple-choice items: expected at least one")
     started = time.perf_counter()
-    packed = [_Packed(item, subject.tokenizer) for item in items]
-    order = sorted(range(len(items)), key=lambda i: -len(packed[i].ids))
+    found = [_packed(subject, item) for item in items]
+    packed = [(i, p) for i, (parts, _) in enumerate(found) for p in parts]  # an item's number, and endings of it
+    check_tokens(subject.model, subject.tokenizer, (p.ids for _, p in packed))
+    packed.sort(key=lambda pair: -len(pair[1].ids))
     names = list(plans)
     orders = None if plans[names[0]] is None else [plans[name] for name in names]
     scores = [[np.zeros(len(item.endings)) for item in items] for _ in names]
     with torch.inference_mode():
-        for at in tqdm(range(0, len(order), batch), desc=task, unit="batch", disable=None, leave=False):
-            members = [packed[i] for i in order[at : at + batch]]
-            ids, positions, mask = _pad(members, subject.tokenizer.pad_token_id, subject.device)
+        for at in tqdm(range(0, len(packed), batch), desc=task, unit="batch", disable=None, leave=False):
+            members = [p for _, p in packed[at : at + batch]]
+            ids, positions, mask = _pad(members, subject.pad_id, subject.device)
             rows = torch.tensor([row for row, p in enumerate(members) for _ in p.source], device=subject.device)
             source = torch.tensor([s for p in members for s in p.source], device=subject.device)
             target = torch.tensor([t for p in members for t in p.target], device=subject.device)
             for which, states in final_states(subject.model, ids, orders, positions, mask):
                 losses = token_losses(subject.model, states[rows, source], target).double().cpu().numpy()
                 done = 0
-                for i, p in zip(order[at : at + batch], members, strict=True):
+                for i, p in packed[at : at + batch]:
                     np.subtract.at(scores[which][i], p.owner, losses[done : done + len(p.owner)])
                     done += len(p.owner)
     made = provenance(subject, started, task=task, n=len(items), protocol="0-shot, packed endings")
-    return {name: _measurement(task, items, scores[k], made if plans[name] is None else {**made, "plan": list(plans[name])}) for k, name in enumerate(names)}
+    cut = sum(cut for _, cut in found)
+    return {
+        name: _measurement(task, items, scores[k], cut, made if plans[name] is None else {**made, "plan": list(plans[name])}) for k, name in enumerate(names)
+    }
 
 
 def _pad(members: list[_Packed], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -96,7 +135,7 @@ def _pad(members: list[_Packed], pad: int, device: torch.device) -> tuple[torch.
     return ids.to(device), positions.to(device), allowed[:, None].to(device)
 
 
-def _measurement(task: str, items: list[Choice], scores: list[np.ndarray], made: dict) -> Measurement:
+def _measurement(task: str, items: list[Choice], scores: list[np.ndarray], cut: int, made: dict) -> Measurement:
     outcomes = []
     for item, logprobs in zip(items, scores, strict=True):
         per_character = logprobs / np.array([len(e) for e in item.endings])
@@ -111,7 +150,7 @@ def _measurement(task: str, items: list[Choice], scores: list[np.ndarray], made:
     n, right = len(items), sum(o["correct"] for o in outcomes)
     raw = sum(o["correct_unnormalised"] for o in outcomes)
     low, high = proportion(right, n)
-    extra = {"acc": dict(zip(("value", "low", "high"), (raw / n, *proportion(raw, n)), strict=True))}
+    extra = {"acc": dict(zip(("value", "low", "high"), (raw / n, *proportion(raw, n)), strict=True)), CUT: cut}
     return Measurement(task, "acc_norm", right / n, low, high, n, "item", outcomes, extra, made)
 
 

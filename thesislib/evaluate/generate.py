@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -10,41 +11,66 @@ from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig
 
 from thesislib.errors import BadInput
-from thesislib.prompts import adds_bos
+from thesislib.prompts import adds_bos, control_tokens, end_tokens
 from thesislib.subject import Subject
+from thesislib.tokenizers import check_tokens, longest_context
 
 WORTH = 0.9  # finished rows leave the batch when at most this share goes on: to leave copies the keys and values of the others
 
 
-def greedy(subject: Subject, prompts: list[str], max_new_tokens: int = 50, batch: int = 32) -> list[str]:
-    """The greedy continuation of each prompt, 1 to `max_new_tokens` tokens, up to the end-of-text token.
+def greedy(subject: Subject, prompts: list[str], max_new_tokens: int = 50, batch: int = 32, names: Sequence[str] | None = None) -> list[str]:
+    """The greedy continuation of each prompt, up to `max_new_tokens` tokens or the first of the `control_tokens`.
 
     Prompts run sorted by length, longest first, so that padding is small and memory is tried at once; in float32 the
     answers do not depend on `batch`.
 
+    Args:
+        subject: the model and tokenizer.
+        prompts: one text each.
+        max_new_tokens: the longest answer.
+        batch: prompts at a time.
+        names: what an error calls the prompts; by default their numbers.
+
     Raises:
-        BadInput: an empty prompt, or no room for a new token.
+        BadInput: an empty prompt, one that leaves no room for an answer in the model's context, or one with a token that
+            the model has no row for.
     """
     if max_new_tokens < 1 or batch < 1:
         raise BadInput(f"max_new_tokens {max_new_tokens} and batch {batch}: expected at least 1 each")
-    tokenizer = subject.tokenizer
+    tokenizer, over = subject.tokenizer, control_tokens(subject)
     encoded = [tokenizer(p, add_special_tokens=adds_bos(subject, p))["input_ids"] for p in prompts]
-    if any(not e for e in encoded):
-        raise BadInput(f"prompt {[bool(e) for e in encoded].index(False)} is empty: expected some text")
+    for i, ids in enumerate(encoded):
+        _check_prompt(subject, ids, max_new_tokens, i if names is None else f"of '{names[i]}'")
     order = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))
     answers = [""] * len(prompts)
     for at in tqdm(range(0, len(order), batch), desc="generate", unit="batch", disable=None, leave=False):
         members = order[at : at + batch]
         longest = len(encoded[members[0]])
-        ids = torch.full((len(members), longest), tokenizer.pad_token_id)
+        ids = torch.full((len(members), longest), subject.pad_id)
         mask = torch.zeros_like(ids)
         for row, i in enumerate(members):
             ids[row, longest - len(encoded[i]) :] = torch.tensor(encoded[i])
             mask[row, longest - len(encoded[i]) :] = 1
-        new = continuations(subject, ids, mask, max_new_tokens)
+        new = [_answer(tokens, over) for tokens in continuations(subject, ids, mask, max_new_tokens)]
         for i, text in zip(members, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
             answers[i] = text
     return answers
+
+
+def _check_prompt(subject: Subject, ids: list[int], max_new_tokens: int, name: object) -> None:
+    """Raises BadInput for a prompt that the subject cannot answer, see `greedy`."""
+    if not ids:
+        raise BadInput(f"prompt {name} is empty: expected some text")
+    check_tokens(subject.model, subject.tokenizer, [ids])
+    most = longest_context(subject.model)
+    if most is not None and len(ids) + max_new_tokens > most:
+        raise BadInput(f"prompt {name} has {len(ids)} tokens, and with {max_new_tokens} new ones exceeds the model's context of {most} "
+                       "(max_position_embeddings): leave the question out, or use a model with a longer context")  # fmt: skip
+
+
+def _answer(tokens: list[int], over: set[int]) -> list[int]:
+    """The tokens before the first at which an answer is over: what a model says after that is no part of it."""
+    return list(itertools.takewhile(lambda token: token not in over, tokens))
 
 
 @torch.inference_mode()
@@ -86,13 +112,6 @@ def continuations(subject: Subject, ids: torch.Tensor, mask: torch.Tensor, max_n
     return found
 
 
-def end_tokens(subject: Subject) -> list[int]:
-    """The tokens that end a text: the model's, else the tokenizer's; none where neither names one."""
-    named = subject.model.generation_config.eos_token_id
-    named = subject.tokenizer.eos_token_id if named is None else named
-    return [] if named is None else named if isinstance(named, list) else [named]
-
-
 @dataclass(frozen=True)
 class Timed:
     """A greedy completion, the seconds of each new token after the first, and the number of new tokens."""
@@ -120,16 +139,22 @@ class _Clock:
 
 
 def complete(subject: Subject, prompt: str, max_new_tokens: int = 50) -> Timed:
-    """The greedy completion of one prompt by transformers' `generate`, timed token by token with the KV cache in use."""
+    """The greedy completion of one prompt by transformers' `generate`, timed token by token with the KV cache in use.
+
+    Raises:
+        BadInput: see `greedy`.
+    """
     tokenizer = subject.tokenizer
-    encoded = tokenizer(prompt, return_tensors="pt", add_special_tokens=adds_bos(subject, prompt)).to(subject.device)
+    ids = tokenizer(prompt, add_special_tokens=adds_bos(subject, prompt))["input_ids"]
+    _check_prompt(subject, ids, max_new_tokens, repr(prompt[:40]))
+    encoded = torch.tensor([ids], device=subject.device)
     config = GenerationConfig(  # a penalty that the model's own settings hold would come back if it were not named
         max_new_tokens=max_new_tokens, min_new_tokens=1, do_sample=False, use_cache=True, repetition_penalty=1.0,
-        eos_token_id=end_tokens(subject) or None, pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=end_tokens(subject) or None, pad_token_id=subject.pad_id,
     )  # fmt: skip
     clock = _Clock()
     with torch.inference_mode():
-        out = subject.model.generate(encoded["input_ids"], attention_mask=encoded["attention_mask"], generation_config=config, streamer=clock)
-    text = tokenizer.decode(out[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
+        out = subject.model.generate(encoded, attention_mask=torch.ones_like(encoded), generation_config=config, streamer=clock)
+    text = tokenizer.decode(_answer(out[0, len(ids) :].tolist(), control_tokens(subject)), skip_special_tokens=True)
     ticks = clock.ticks[1:]  # the first call hands over the prompt
     return Timed(text, tuple(b - a for a, b in itertools.pairwise(ticks)))

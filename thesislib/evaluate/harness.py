@@ -6,6 +6,7 @@ task includes the stock YAML file and changes only where the rows come from.
 
 import contextlib
 import io
+import itertools
 import json
 import sys
 import tempfile
@@ -16,11 +17,14 @@ from unittest.mock import patch
 import yaml
 
 from thesislib.checkpoint import quiet_transformers
-from thesislib.corpus import Row, kind_of, rows, take
+from thesislib.corpus import CHOICE_TASKS, TASKS, Row, article_starts, choices, kind_of, rows, take, wikitext_lines
 from thesislib.errors import BadInput, unknown
+from thesislib.evaluate.choice import CUT
+from thesislib.evaluate.perplexity import ONE_DOCUMENT
 from thesislib.evaluate.stats import bootstrap_mean, proportion
 from thesislib.records import Measurement, provenance
 from thesislib.subject import Subject
+from thesislib.tokenizers import check_tokens
 
 # task: its stock file in lm_eval/tasks, the metric to lead with
 STOCK = {
@@ -38,7 +42,8 @@ def lm_eval_task(subject: Subject, task: str, data: str | Path = "embedded", *, 
     """One stock task of lm-evaluation-harness, 0-shot, on rows from `data`.
 
     'wikitext' is the harness's word perplexity of detokenised WikiText-2 articles, another number than
-    `thesislib.evaluate.perplexity`; it needs a folder or the Hub.
+    `thesislib.evaluate.perplexity`; it needs a folder or the Hub. A context that the model has no positions for is cut from
+    the left; `extra["contexts cut"]` counts the items to which that happened.
 
     Args:
         subject: the model and tokenizer.
@@ -49,18 +54,19 @@ def lm_eval_task(subject: Subject, task: str, data: str | Path = "embedded", *, 
         batch: requests at a time.
 
     Raises:
-        BadInput: unknown task or data; 'wikitext' on embedded text, which is not WikiText; harness not installed.
+        BadInput: unknown task or data; 'wikitext' on embedded text, which is not WikiText; harness not installed; a context
+            or an ending without tokens or with one that the model has no row for, an ending longer than the model's context.
     """
     if task not in STOCK:
         raise unknown("lm-eval task", task, STOCK)
     try:
         import lm_eval
-        from lm_eval.models.huggingface import HFLM
+        from lm_eval import evaluator
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise BadInput("lm-evaluation-harness is not installed: in the checkout, pip install -e '.[harness]' -c constraints.txt") from error
     started = time.perf_counter()
-    chosen = take(_pages(data) if task == "wikitext" else rows(task, data), limit, seed)
+    chosen = take(_pages(data) if task == "wikitext" else _plain(task, data), limit, seed)
     stock, metric = STOCK[task]
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as quiet:
         quiet.enter_context(quiet_transformers())
@@ -80,8 +86,10 @@ def lm_eval_task(subject: Subject, task: str, data: str | Path = "embedded", *, 
             "training_split": None, "validation_split": split if split == "validation" else None,
             "test_split": split if split == "test" else None,
         }))  # fmt: skip
-        results = lm_eval.simple_evaluate(
-            model=HFLM(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=batch),
+        quiet.enter_context(patch.object(evaluator, "get_git_commit_hash", lambda: None))  # git says so where there is no checkout
+        model = _watched(subject, batch)
+        results = evaluator.simple_evaluate(
+            model=model,
             tasks=[name], task_manager=TaskManager(include_path=folder, include_defaults=False),
             num_fewshot=0, log_samples=True, bootstrap_iters=0, verbosity="ERROR",
         )  # fmt: skip
@@ -93,6 +101,7 @@ def lm_eval_task(subject: Subject, task: str, data: str | Path = "embedded", *, 
     items = [{"id": str(s["doc_id"]), "correct": bool(s[metric]), **{m: float(s[m]) for m in ("acc", "acc_norm") if m in s}} for s in samples]
     n, right = len(items), sum(i["correct"] for i in items)
     extra = {m: sum(i[m] for i in items) / n for m in ("acc", "acc_norm") if m in items[0]}
+    extra[CUT] = sum(any(tuple(pair) in model.cut for pair in s["arguments"]) for s in samples)
     return Measurement(task, metric, right / n, *proportion(right, n), n, "item", items, extra, made)
 
 
@@ -104,19 +113,49 @@ def _word_perplexity(samples: list[dict], made: dict) -> Measurement:
     low, high = bootstrap_mean([-x for x in loglikelihood], words, range(len(samples)))
     value = -sum(loglikelihood) / sum(words)
     items = [{"id": str(s["doc_id"]), "nats": -s["word_perplexity"][0], "words": s["word_perplexity"][1]} for s in samples]
-    extra = {"bits_per_byte": -sum(loglikelihood) / sum(s["bits_per_byte"][1] for s in samples) / float(np.log(2))}
+    extra = {"documents": len(items)} | ({"why no interval": ONE_DOCUMENT} if len(items) < 2 else {})
+    extra |= {"bits_per_byte": -sum(loglikelihood) / sum(s["bits_per_byte"][1] for s in samples) / float(np.log(2))}
     return Measurement("wikitext (lm-eval)", "word_perplexity", *np.exp([value, low, high]).tolist(), len(items), "article", items, extra, made)
+
+
+def _watched(subject: Subject, batch: int):
+    """The harness's model of a subject, which looks at tokens before they run and keeps in `cut` the (context, ending) pairs that it cuts."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Watched(HFLM):
+        def _loglikelihood_tokens(self, requests, *args, **kwargs):
+            for pair, context, ending in requests:
+                check_tokens(subject.model, subject.tokenizer, [context, ending])
+                if not context or not 1 <= len(ending) <= self.max_length:
+                    where = repr(" ".join(pair)[-60:]) if pair else "a page"
+                    raise BadInput(f"{where} has {len(context)} tokens of context and {len(ending)} of an ending: "
+                                   f"expected at least one each, and an ending of at most the {self.max_length} of the model's context")  # fmt: skip
+                if pair and len(context) + len(ending) > self.max_length + 1:
+                    self.cut.add(pair)
+            return super()._loglikelihood_tokens(requests, *args, **kwargs)
+
+    named = (subject.tokenizer.bos_token_id, subject.tokenizer.eos_token_id)
+    # a tokenizer with neither puts nothing in front of a text; the harness would ask what
+    model = Watched(
+        pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=batch, prefix_token_id=None if any(t is not None for t in named) else subject.pad_id
+    )
+    model.cut = set()
+    return model
+
+
+def _plain(task: str, data: str | Path) -> list[Row]:
+    """The rows of a task, checked, with the columns that the harness needs and each label as its stock task has it."""
+    if task in CHOICE_TASKS:
+        choices(task, data)  # for its errors, which name the row
+    found = [{column: row[column] for column in TASKS[task].columns} for row in rows(task, data)]
+    spelt = {"label": int if task == "piqa" else str, "answerKey": str.strip}
+    return [{column: spelt.get(column, lambda value: value)(value) for column, value in row.items()} for row in found]
 
 
 def _pages(data: str | Path) -> list[Row]:
     """WikiText-2 articles as the harness wants them, one `page` each, in the official line layout."""
-    from thesislib.corpus import is_article_heading
-
     if kind_of(data) == "embedded":
         raise BadInput("the harness's wikitext task needs WikiText-2 itself: give a folder with wikitext2/test.jsonl or 'hub' as data")
-    pages: list[list[str]] = [[]]
-    for row in rows("wikitext", data):
-        if is_article_heading(row["text"]) and any(line.strip() for line in pages[-1]):
-            pages.append([])
-        pages[-1].append(row["text"] or " \n")
-    return [{"page": "".join(page)} for page in pages]
+    text = "".join(line if line.endswith("\n") else f"{line or ' '}\n" for line in wikitext_lines(rows("wikitext", data)))
+    starts = [0, *(at for at in article_starts(text) if text[:at].strip())]
+    return [{"page": text[a:b]} for a, b in itertools.pairwise((*starts, len(text)))]

@@ -13,8 +13,10 @@ from thesislib.evaluate.stats import Comparison, bootstrap_mean, paired_means
 from thesislib.forward import Plan, final_states, token_losses
 from thesislib.records import Measurement, provenance
 from thesislib.subject import Subject
+from thesislib.tokenizers import check_windows
 
 AS_IT_IS = "as it is"
+ONE_DOCUMENT = "one document, and an interval shows how documents differ (WikiText's articles begin with ' = Title = ')"
 
 
 def perplexity(subject: Subject, text: Text, *, length: int = 512, limit: int | None = None, batch: int = 4) -> Measurement:
@@ -32,7 +34,8 @@ def perplexity(subject: Subject, text: Text, *, length: int = 512, limit: int | 
         batch: windows at a time. It does not change the result.
 
     Raises:
-        BadInput: empty text, window longer than the text, length below 2.
+        BadInput: empty text, window longer than the text or the model's context, length below 2, a token that the model
+            has no row for.
     """
     return perplexities(subject, text, {AS_IT_IS: None}, length=length, limit=limit, batch=batch)[AS_IT_IS]
 
@@ -46,6 +49,7 @@ def perplexities(
     """
     started = time.perf_counter()
     cut = windows(text, subject.tokenizer, length, limit)
+    check_windows(subject.model, subject.tokenizer, cut.ids)
     names = list(plans)
     orders = None if plans[names[0]] is None else [plans[name] for name in names]
     nats = np.zeros((len(names), len(cut.ids)))
@@ -64,18 +68,25 @@ def perplexities(
 def _measurement(task: str, cut: Windows, nats: np.ndarray, made: dict) -> Measurement:
     n, length = cut.ids.shape
     tokens = np.full(n, length - 1)
-    mean = nats.sum() / tokens.sum()
+    mean = float(nats.sum() / tokens.sum())
     low, high = bootstrap_mean(nats, tokens, cut.document)
     extra = {
         "tokens": int(n * length),
         "predicted_tokens": int(tokens.sum()),
         "documents": len(set(cut.document.tolist())),
-        "nats_per_token": float(mean),
-        "word_perplexity": _exp(nats.sum() / cut.scored_words.sum()),
-        "bits_per_byte": float(nats.sum() / math.log(2) / cut.scored_bytes.sum()),
+        "nats_per_token": mean,
+        "word_perplexity": _exp(_per(nats.sum(), cut.scored_words.sum())),
+        "bits_per_byte": _per(nats.sum() / math.log(2), cut.scored_bytes.sum()),
     }
+    if extra["documents"] < 2:
+        extra["why no interval"] = ONE_DOCUMENT
     items = [{"id": i, "document": int(d), "nats": float(v), "tokens": length - 1} for i, (d, v) in enumerate(zip(cut.document, nats, strict=True))]
     return Measurement(task, "perplexity", _exp(mean), _exp(low), _exp(high), n, f"window of {length} tokens", items, extra, made)
+
+
+def _per(x: float, n: int) -> float:
+    """x / n, infinite for none: a script without spaces may have no word that ends in a window."""
+    return float(x / n) if n else math.inf
 
 
 def _exp(x: float) -> float:

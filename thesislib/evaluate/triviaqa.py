@@ -7,7 +7,7 @@ from thesislib.corpus import Question
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate.generate import greedy
 from thesislib.evaluate.stats import Comparison, paired_outcomes, proportion
-from thesislib.prompts import PROMPTS, default_prompt, normalise, prompt_for
+from thesislib.prompts import PROMPTS, asked, default_prompt, normalise, prompt_for
 from thesislib.records import Measurement, provenance
 from thesislib.subject import Subject
 
@@ -45,17 +45,17 @@ def triviaqa(subject: Subject, items: list[Question], *, source: str, prompt: st
         max_new_tokens: the longest answer; the thesis allows 50.
 
     Raises:
-        BadInput: no questions, unknown prompt, or 'chat' for a subject without a chat template.
+        BadInput: no questions, unknown prompt, 'chat' for a subject without a chat template or with one that cannot put a
+            question, or a question that does not fit into the model's context (see `greedy`).
     """
     if not items:
         raise BadInput("no questions to ask: expected at least one")
     prompt = prompt or default_prompt(subject)
     if prompt not in PROMPTS:
         raise unknown("prompt", prompt, PROMPTS)
-    if prompt == "chat" and not subject.tokenizer.chat_template:
-        raise BadInput(f"{subject.name} has no chat template: use prompt 'thesis'")
     started = time.perf_counter()
-    answers = greedy(subject, [prompt_for(subject, q, prompt) for q in items], max_new_tokens, batch)
+    prompts = [prompt_for(subject, q, prompt) for q in items]
+    answers = greedy(subject, prompts, max_new_tokens, batch, [q.id for q in items])
     outcomes = [{"id": q.id, "answer": answer.strip(), "tier": tier(answer, q.aliases)} for q, answer in zip(items, answers, strict=True)]
     for outcome in outcomes:
         outcome["correct"] = bool(outcome["tier"])
@@ -68,7 +68,7 @@ def triviaqa(subject: Subject, items: list[Question], *, source: str, prompt: st
         a, b = proportion(counts[name], n)
         extra[name] = {"value": counts[name] / n, "low": a, "high": b}
     settings = {"prompt": prompt, "source": source, "max_new_tokens": max_new_tokens, "batch": batch,
-                "open_book": items[0].context is not None}  # fmt: skip
+                "open_book": items[0].context is not None, **asked(subject, prompts, prompt)}  # fmt: skip
     return Measurement(source, "accuracy", correct / n, low, high, n, "question", outcomes, extra, provenance(subject, started, **settings))
 
 
