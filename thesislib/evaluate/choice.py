@@ -16,7 +16,7 @@ from thesislib.corpus import Choice
 from thesislib.errors import BadInput
 from thesislib.evaluate.perplexity import AS_IT_IS
 from thesislib.evaluate.stats import Comparison, paired_outcomes, proportion
-from thesislib.forward import Plan, final_states, token_losses
+from thesislib.forward import Plan, batch_for, final_states, token_losses
 from thesislib.records import Measurement, provenance
 from thesislib.subject import Subject
 
@@ -43,10 +43,11 @@ class _Packed:
             self.position += range(len(context), len(context) + len(tokens))
 
 
-def multiple_choice(subject: Subject, items: list[Choice], *, task: str, batch: int = 8) -> Measurement:
+def multiple_choice(subject: Subject, items: list[Choice], *, task: str, batch: int | None = None) -> Measurement:
     """Share of items whose right ending has the highest log-probability per character (`acc_norm`).
 
-    `extra["acc"]` is the share without the division by the ending's length in characters.
+    `extra["acc"]` is the share without the division by the ending's length in characters. `batch`: items at a time, by
+    default 8 on a CPU and what fills a card; rounding apart, it changes nothing.
 
     Raises:
         BadInput: no items.
@@ -54,16 +55,18 @@ def multiple_choice(subject: Subject, items: list[Choice], *, task: str, batch: 
     return multiple_choices(subject, items, {AS_IT_IS: None}, task=task, batch=batch)[AS_IT_IS]
 
 
-def multiple_choices(subject: Subject, items: list[Choice], plans: Mapping[str, Plan | None], *, task: str, batch: int = 8) -> dict[str, Measurement]:
+def multiple_choices(subject: Subject, items: list[Choice], plans: Mapping[str, Plan | None], *, task: str, batch: int | None = None) -> dict[str, Measurement]:
     """`multiple_choice` of the subject under every plan, blocks that plans share run once."""
     if not items:
         raise BadInput("no multiple-choice items: expected at least one")
     started = time.perf_counter()
     packed = [_Packed(item, subject.tokenizer) for item in items]
     order = sorted(range(len(items)), key=lambda i: -len(packed[i].ids))
+    batch = batch or batch_for(subject.model, len(packed[order[0]].ids), on_cpu=8)
     names = list(plans)
     orders = None if plans[names[0]] is None else [plans[name] for name in names]
     scores = [[np.zeros(len(item.endings)) for item in items] for _ in names]
+    found: list[tuple[int, list[int], torch.Tensor]] = []  # (plan, items, losses of their endings' tokens)
     with torch.inference_mode():
         for at in tqdm(range(0, len(order), batch), desc=task, unit="batch", disable=None, leave=False):
             members = [packed[i] for i in order[at : at + batch]]
@@ -72,11 +75,13 @@ def multiple_choices(subject: Subject, items: list[Choice], plans: Mapping[str, 
             source = torch.tensor([s for p in members for s in p.source], device=subject.device)
             target = torch.tensor([t for p in members for t in p.target], device=subject.device)
             for which, states in final_states(subject.model, ids, orders, positions, mask):
-                losses = token_losses(subject.model, states[rows, source], target).double().cpu().numpy()
-                done = 0
-                for i, p in zip(order[at : at + batch], members, strict=True):
-                    np.subtract.at(scores[which][i], p.owner, losses[done : done + len(p.owner)])
-                    done += len(p.owner)
+                found.append((which, order[at : at + batch], token_losses(subject.model, states[rows, source], target)))
+    for which, members, losses in found:  # a card is waited for only here
+        values, done = losses.double().cpu().numpy(), 0
+        for i in members:
+            owner = packed[i].owner
+            np.subtract.at(scores[which][i], owner, values[done : done + len(owner)])
+            done += len(owner)
     made = provenance(subject, started, task=task, n=len(items), protocol="0-shot, packed endings")
     return {name: _measurement(task, items, scores[k], made if plans[name] is None else {**made, "plan": list(plans[name])}) for k, name in enumerate(names)}
 
