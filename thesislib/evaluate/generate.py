@@ -2,6 +2,7 @@
 
 import itertools
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import median
@@ -147,10 +148,14 @@ def _recordable(model: PreTrainedModel) -> bool:
 
 
 def _recorded(step: Callable[[], None]) -> Callable[[], None]:
-    """A step as one piece that the card repeats by itself, as it was called first."""
+    """A step as one piece that the card repeats by itself; the step as it is, with a warning, if it cannot be recorded."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError as error:
+        warnings.warn(f"steps could not be recorded and are started one by one ({str(error).splitlines()[0]})", stacklevel=2)
+        return step
     return graph.replay
 
 

@@ -235,9 +235,8 @@ def _refuse_other_versions(client, workers: Workers) -> None:
         except TimeoutError as error:
             raise BadInput(f"the scheduler at {workers.scheduler} has no workers: start some, by `dask worker {workers.scheduler} --nthreads 1`") from error
     if workers.gpu and not _able(client, workers):
-        raise BadInput(
-            f"no worker has the resource GPU={workers.resources['GPU']:g}: start them by `dask worker ADDRESS --nthreads 1 --resources GPU=...`, 1 for a whole card"
-        )
+        has = f"GPU={workers.resources['GPU']:g}"
+        raise BadInput(f"no worker has the resource {has}: start one for each, by `dask worker ADDRESS --nthreads 1 --resources {has}`")
     here, other = versions(), {}
     for address, found in client.run(versions, on_error="return").items():
         if found != here:
