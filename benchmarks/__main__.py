@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import stream
+from benchmarks import stream, threads
 from benchmarks.generate import leaving_against_generate
 from benchmarks.lora import lora_against_bare_loop
 from benchmarks.packed import packed_against_dense
+from benchmarks.quantised import quantised_against_dense
 from thesislib.compress.plan import apply_plan, franken_plans
 from thesislib.corpus import evaluation_text, questions, windows
 from thesislib.evaluate.choice import multiple_choice
@@ -112,6 +113,8 @@ BENCHMARKS = {
     "WANDA pass": stream.wanda_against_bare_forward,
     "block ablation": stream.ablation_against_naive,
     "packed": packed_against_dense,
+    "quantised": quantised_against_dense,
+    "threads that wait": threads.waiting,
     "LoRA": lora_against_bare_loop,
     "GPTQ, the embedded model": lambda: in_own_process("gptq"),
     "memory, WANDA over 64 windows": lambda: in_own_process("stream", "embedded"),

@@ -94,7 +94,7 @@ def unpack_milliseconds(repeats: int = 20) -> dict:
 
 def held(module: torch.nn.Module) -> list[torch.Tensor]:
     """What a projection's weight takes in memory."""
-    return list(module.held.values()) if hasattr(module, "held") else [module.weight]
+    return module.resident if hasattr(module, "resident") else [module.weight]
 
 
 def sizes_of(folder: str) -> int:

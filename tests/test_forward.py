@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from thesislib import forward
 from thesislib.checkpoint import SUPPORTED
 from thesislib.compress.plan import apply_plan, franken_plans
 from thesislib.forward import blocks_run, final_states, token_losses
@@ -107,3 +108,48 @@ def test_no_step_holds_all_logits(tiny):
         token_losses(subject.model, states, torch.zeros(500, dtype=torch.long), rows=100, columns=50)
     words = len(subject.model.lm_head.weight)
     assert largest.elements < words * 32 + 1 < 500 * words  # the output embedding itself is the largest thing seen
+
+
+def tiled_with_a_mask(words, states, targets, rows=1024, columns=2048):
+    """The losses as they were computed first, by boolean indices."""
+    losses = torch.empty(len(states))
+    for i in range(0, len(states), rows):
+        x, target = states[i : i + rows], targets[i : i + rows]
+        total, hit = torch.full((len(x),), -torch.inf), torch.empty(len(x))
+        for j in range(0, len(words), columns):
+            logits = (x @ words[j : j + columns].T).float()
+            total = torch.logaddexp(total, logits.logsumexp(1))
+            here = (target >= j) & (target < j + columns)
+            hit[here] = logits[here, target[here] - j]
+        losses[i : i + rows] = total - hit
+    return losses
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_on_a_cpu_are_bit_for_bit_what_they_were(tiny, dtype):
+    subject = tiny(vocab_size=5000)
+    words = subject.model.get_output_embeddings().weight
+    made = torch.Generator().manual_seed(0)
+    states, targets = torch.randn(1500, 32, generator=made).to(dtype), torch.randint(5000, (1500,), generator=made)
+    targets[:4] = torch.tensor([0, 2047, 2048, 4999])
+    assert torch.equal(token_losses(subject.model.to(dtype), states, targets), tiled_with_a_mask(words.to(dtype), states, targets))
+
+
+def test_losses_by_a_cards_tiles(tiny, monkeypatch):
+    subject = tiny(vocab_size=5000)
+    states, targets = torch.randn(70, 32), torch.randint(5000, (70,))
+    expected = -(states @ subject.model.get_output_embeddings().weight.T).log_softmax(1)[torch.arange(70), targets]
+    monkeypatch.setattr(forward, "tile", lambda device, words: (32, None))
+    torch.testing.assert_close(token_losses(subject.model, states, targets), expected)
+
+
+def test_tiles_and_batches_are_made_for_the_device(tiny):
+    assert forward.tile("cpu", 49152) == (1024, 2048)
+    for words in (300, 49152, 262144):
+        rows, columns = forward.tile("cuda", words)
+        assert columns is None and rows * words * 12 <= 2**30 < (rows + 1) * words * 12, "a gigabyte, and a row more would not fit"
+    assert forward.tile("cuda", 2**40) == (1, None)
+    assert forward.batch_for(tiny().model, 512, on_cpu=4) == 4
+    assert forward.tokens_at_once(None, 576, 1536) == forward.tokens_at_once(80 * 2**30, 576, 1536) == 32 * 512
+    small = forward.tokens_at_once(2**30, 4096, 14336)  # a large model on what is left of a small card
+    assert 0 < small < 32 * 512 and small * 4 * (8 * 4096 + 4 * 14336) <= 2**28

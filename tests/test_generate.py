@@ -56,6 +56,27 @@ def padded(subject, prompts):
     return batch["input_ids"], batch["attention_mask"]
 
 
+@pytest.mark.parametrize("ahead", [1, 3, 100])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_running_ahead_says_the_same_as_generate(tiny, model_type, ahead, monkeypatch):
+    subject = tiny(model_type, layers=4, **ARCHITECTURES[model_type])
+    ids, mask = padded(subject, PROMPTS)
+    free = subject.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12, min_new_tokens=12)[:, ids.shape[1] :]
+    ends = sorted({row[at].item() for row, at in zip(free, (1, 3, 5, 1, 2, 8), strict=False)})
+    monkeypatch.setattr(subject.model.generation_config, "eos_token_id", ends)
+    out = subject.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12, min_new_tokens=1)[:, ids.shape[1] :]
+    expected = [row[: next((i for i, token in enumerate(row) if token in ends), len(row) - 1) + 1] for row in out.tolist()]
+    widths, forward = [], subject.model.forward
+    monkeypatch.setattr(subject.model, "forward", lambda ids, **kw: (widths.append(len(ids)), forward(ids, **kw))[1])
+    assert continuations(subject, ids, mask, 12, ahead) == expected
+    if model_type == "mistral":  # its window slides
+        assert widths[-1] < len(PROMPTS), "a model with sliding windows takes the other way"
+        return
+    longest = max(map(len, expected))
+    assert set(widths) == {len(PROMPTS)} and longest <= len(widths) <= min(12, longest + ahead), "it stops at the next look"
+    assert continuations(subject, ids, mask, 1, ahead) == [row[:1] for row in expected]
+
+
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_continuations_are_those_of_generate_while_rows_leave(tiny, model_type, monkeypatch):
     subject = tiny(model_type, layers=4, **ARCHITECTURES[model_type])

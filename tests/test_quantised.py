@@ -8,7 +8,7 @@ import torch
 from thesislib.compress.grid import BITS, GRIDS, Grid, round_to_nearest
 from thesislib.compress.width import THESIS_PATTERNS, least_of_each
 from thesislib.errors import BadInput
-from thesislib.quantised import QuantisedEmbedding, QuantisedLinear, held_shapes, parse_encoding
+from thesislib.quantised import QuantisedEmbedding, QuantisedLinear, _tiles_are_known, held_shapes, parse_encoding
 
 
 def weight(rows=48, columns=192, remove=0, of=4, seed=0):
@@ -160,3 +160,73 @@ def test_encodings():
     table = QuantisedLinear.of(round_to_nearest(weight(), Grid(4, 64)))
     with pytest.raises(BadInput, match="an embedding cannot be held as int4/symmetric/64/all: expected 8 bits"):
         QuantisedEmbedding(table)
+
+
+def relative(found, expected):
+    """The length of an error, of the length of what is right."""
+    return float((found.float() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("rows", [1, 3, 33])
+@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("kind", ["symmetric", "asymmetric"])
+def test_bfloat16_products_of_4_bits_are_right_within_that_types_rounding(kind, group, rows):
+    q = round_to_nearest(weight(192, 256) + 0.01, Grid(4, group, kind), "squared")
+    bias = torch.randn(192, generator=torch.Generator().manual_seed(3)).bfloat16()
+    linear, dense = QuantisedLinear.of(q, bias=bias, dtype=torch.bfloat16), q.weight.bfloat16()
+    before = {name: tensor.clone() for name, tensor in linear.held.items()}
+    x = torch.randn(2, rows, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
+    right = x.float() @ q.weight.T + bias.float()
+    with torch.inference_mode():
+        y = linear(x)
+    assert y.shape == (2, rows, 192) and y.dtype == torch.bfloat16
+    assert relative(y, right) < 2**-8
+    assert relative(y, right) < 1.3 * relative(torch.nn.functional.linear(x, dense, bias), right), "about as near as the dense product in this type"
+    # what it holds may be in another order now; what it gives is not
+    assert linear.tiled == _tiles_are_known()
+    assert before.keys() == linear.held.keys() and all(torch.equal(before[name], tensor) for name, tensor in linear.held.items())
+    assert torch.equal(linear.weight, dense) and torch.equal(linear.quantised.weight, q.weight)
+    assert torch.equal(linear(x[0, 0]), linear(x)[0, 0]) if rows == 1 else True
+    if group == 64:
+        assert sum(t.nbytes for t in linear.resident) <= 0.29 * dense.nbytes
+    assert torch.equal(linear.float().weight, q.weight)
+
+
+@pytest.mark.skipif(not _tiles_are_known(), reason="torch has no kernel for 4 bits on this processor")
+def test_tiles_keep_every_scale_and_every_number():
+    """The smallest, the largest, and those that round up, over all zeros."""
+    q = round_to_nearest(weight(64, 1024), Grid(4, 32, "asymmetric"))
+    bits = torch.randint(1, 0x7C00, (64, 32), generator=torch.Generator().manual_seed(0)).short()
+    bits[0, :8] = torch.tensor([1, 3, 1023, 1024, 1025, 0x7BFF, 0x7BFE, 0x3C04])
+    q = replace(q, scale=bits.view(torch.float16).float(), offset=torch.arange(2048).view(64, 32).float() % 16)
+    linear = QuantisedLinear.of(q, dtype=torch.bfloat16)
+    with torch.inference_mode():
+        linear(torch.zeros(1, 1024, dtype=torch.bfloat16))
+    assert linear.tiled
+    assert torch.equal(linear.held["scales"], bits) and torch.equal(linear.quantised.offset, q.offset)
+    assert torch.equal(linear._transposed().T, q.weight.bfloat16()) and torch.equal(linear.weight, q.weight.bfloat16())
+
+
+def test_what_the_kernel_cannot_take_is_unpacked():
+    w, x = weight(64, 256), torch.randn(2, 256).bfloat16()
+    sparse = weight(64, 256, 2, 4)
+    others = [
+        QuantisedLinear.of(round_to_nearest(w, grid), dtype=torch.bfloat16)
+        for grid in (Grid(3, 64), Grid(8, 64), Grid(4, "row"), Grid(4, 16), Grid(4, 64, "minimum"))
+    ]
+    others.append(QuantisedLinear.of(replace(round_to_nearest(w, Grid(4, 64)), index=torch.arange(256) % 4), dtype=torch.bfloat16))
+    others.append(QuantisedLinear.of(round_to_nearest(sparse, Grid(4, 64)), sparse == 0, dtype=torch.bfloat16))
+    others.append(QuantisedLinear.of(round_to_nearest(weight(48, 256), Grid(4, 64)), dtype=torch.bfloat16))
+    for linear in others:
+        assert torch.equal(linear(x), torch.nn.functional.linear(x, linear.weight))
+        assert not linear.tiled
+
+
+def test_a_gradient_goes_through_tiles():
+    """Of a correction trained on a quantised model: few rows or many."""
+    q = round_to_nearest(weight(64, 128), Grid(4, 64, "asymmetric"))
+    linear = QuantisedLinear.of(q, dtype=torch.bfloat16)
+    for rows in (1, 40):
+        x = torch.randn(rows, 128).bfloat16().requires_grad_()
+        linear(x).float().sum().backward()
+        assert relative(x.grad, q.weight.sum(0).expand(rows, -1)) < 2**-8

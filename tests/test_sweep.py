@@ -13,11 +13,13 @@ import time
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
 import psutil
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from thesislib import store as stored
@@ -157,6 +159,7 @@ PRELUDE = """
 import os, signal, time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 import pandas as pd
 from thesislib.parameters import settings
 
@@ -260,9 +263,47 @@ def test_one_cell_without_a_table_leaves_the_others(notebook, tmp_path):
     assert list(failed) == ["k=2"] and "shows no table" in failed["k=2"] and table.read_text() == "k,name,square\n1,row 1,1\n"
 
 
+def test_workers_that_share_a_card_take_equal_parts_of_it():
+    assert Workers(2).resources is None
+    assert Workers(1, gpu=True).resources == {"GPU": 1}
+    for per_card in (1, 2, 3, 7, 8):
+        crew = Workers(per_card, gpu=True, per_card=per_card)
+        assert per_card * crew.resources["GPU"] == pytest.approx(1)
+        crew.check_cards(1)
+        Workers(4 * per_card, gpu=True, per_card=per_card).check_cards(4)
+        with pytest.raises(
+            BadInput, match=rf"--workers is {2 * per_card + 1}, and this machine has 2 cards: expected at most {2 * per_card}, or --per-card {per_card + 1}"
+        ):
+            Workers(2 * per_card + 1, gpu=True, per_card=per_card).check_cards(2)
+    with pytest.raises(BadInput, match="this machine has 0 cards: expected at most 0$"):
+        Workers(2, gpu=True, per_card=2).check_cards(0)
+    Workers(99, "tcp://somewhere:1", gpu=True).check_cards(0)  # the cards are elsewhere
+    with pytest.raises(BadInput, match="--per-card is 0: expected at least 1"):
+        Workers(1, gpu=True, per_card=0)
+    with pytest.raises(BadInput, match="--per-card is 2, and no card is asked for: expected --device cuda"):
+        Workers(2, per_card=2)
+
+
+@pytest.mark.parametrize(
+    ("number", "per_card", "card", "share"), [(0, 1, "cuda:0", None), (1, 1, "cuda:1", None), (5, 4, "cuda:1", 0.95 / 4), ("a", 2, "cuda", 0.95 / 2)]
+)
+def test_workers_are_dealt_to_the_cards_in_turns(monkeypatch, number, per_card, card, share):
+    import distributed
+
+    from thesislib.sweep.task import _card
+
+    shares = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda part, device: shares.append((part, device)))
+    monkeypatch.setattr(distributed, "get_worker", lambda: SimpleNamespace(name=number))
+    assert _card("cuda", per_card) == card
+    assert shares == ([(share, card)] if share else [])
+    assert _card("cpu", 1) == "cpu" and _card("cuda:1", 1) == "cuda:1"
+
+
 def test_cards_are_not_shared(tmp_path):
     one = Order("x", "x", {}, lambda: False, lambda answer: None)
-    with pytest.raises(BadInput, match=r"--workers is 99, and this machine has \d+ cards?: expected one worker a card"):
+    with pytest.raises(BadInput, match=r"--workers is 99, and this machine has \d+ cards?: expected at most \d+"):
         drive([one], Workers(99, gpu=True), tmp_path)
 
 

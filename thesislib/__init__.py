@@ -4,4 +4,12 @@ One direction: a subject (`thesislib.subject`) meets a text (`thesislib.corpus`)
 measured (`thesislib.evaluate`), and every measurement says how it was made (`thesislib.records`).
 """
 
+import os
+import sys
+
 __version__ = "0.1.0"
+
+# Threads that wait for each other by spinning keep waiting for one that another program has put aside, which takes more than half of the speed.
+# OpenMP reads this when torch loads it, so it is set here, before any module imports torch; what the user has set stays.
+if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

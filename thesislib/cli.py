@@ -212,6 +212,7 @@ def sweep(
     out: Annotated[Path | None, typer.Option(help="records' .jsonl file, or with --chapter a folder; default below _build/sweeps")] = None,
     also: Annotated[list[Path] | None, typer.Option("--with", help="records that are not made again: files or folders")] = None,
     workers: Annotated[int, typer.Option(help="processes on this machine")] = 1,
+    per_card: Annotated[int, typer.Option(help="workers that share a card, each its part of the memory")] = 1,
     threads: Annotated[int | None, typer.Option(help="threads of each; default the cores, shared out")] = None,
     scheduler: Annotated[str | None, typer.Option(help="a running Dask scheduler instead, tcp://... or tls://...")] = None,
     host: Annotated[str, typer.Option(help="address that this machine's workers listen at")] = "127.0.0.1",
@@ -238,7 +239,7 @@ def sweep(
     check_dtype(dtype)
     check_device(device)
     base = Path("_build") / "sweeps"
-    crew = Workers(workers, scheduler, host, retries, device.startswith("cuda"), threads)
+    crew = Workers(workers, scheduler, host, retries, device.startswith("cuda"), threads, per_card)
     if chapter is not None:
         mine = ("size", "only", "measure", "also", "subject", "data", "dtype", "device", "dry_run")
         idle = [n for n in mine if (source := context.get_parameter_source(n)) is not None and source.name == "COMMANDLINE"]

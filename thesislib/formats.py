@@ -273,7 +273,7 @@ def sizes(subject: Subject) -> dict[str, int]:
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
         if isinstance(module, ComputedLinear):
             weights.append(module.weight)
-            tensors += module.held.values()
+            tensors += module.resident
         parameters += sum(w.numel() for w in weights)
         nonzero += sum(int(torch.count_nonzero(w)) for w in weights)
         held |= {_place(tensor): tensor.nbytes for tensor in tensors}

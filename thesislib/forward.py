@@ -7,9 +7,14 @@ and each edge of it, one block, runs once: the 25 Franken-LLaMA plans on 30 bloc
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch.nn import functional as F
 from transformers import PretrainedConfig, PreTrainedModel
 
 Plan = Sequence[int]
+
+LOGITS = 1 << 30  # bytes of logits and what is made of them at a time, on a card
+BYTES_A_LOGIT = 12  # as the model's type, as float32, and its logarithm of a probability
+FILLING = 16384  # tokens: fewer leave a large card idle between kernels
 
 
 def final_states(
@@ -88,30 +93,61 @@ def looking_back(window: int | None, positions: torch.Tensor, mask: torch.Tensor
     return mask & (positions[:, None, :, None] - positions[:, None, None, :] < window)
 
 
-def token_losses(model: PreTrainedModel, states: torch.Tensor, targets: torch.Tensor, rows: int = 1024, columns: int = 2048) -> torch.Tensor:
-    """-log p(target) in nats for each state, without ever holding all logits.
+def token_losses(model: PreTrainedModel, states: torch.Tensor, targets: torch.Tensor, rows: int | None = None, columns: int | None = None) -> torch.Tensor:
+    """-log p(target) in nats for each state, without ever holding all logits, and without waiting for a card.
 
     Args:
         model: gives the output embedding.
         states: (N, D) normed states.
         targets: (N,) the tokens they should predict.
-        rows, columns: how many states meet how many words of the vocabulary at once. 1,024 x 2,048 float32 logits are
-            8 MB and stay in a cache; a slice of few states and all words is slower and makes the matrix library copy
-            the whole output embedding.
+        rows, columns: how many states meet how many words of the vocabulary at once; by default those of `tile`.
 
     Returns:
         (N,) float32.
     """
     words = model.get_output_embeddings().weight  # (V, D)
+    if rows is None and columns is None:
+        rows, columns = tile(states.device.type, len(words))
     losses = torch.empty(len(states), dtype=torch.float32, device=states.device)
     for i in range(0, len(states), rows):
         x, target = states[i : i + rows], targets[i : i + rows]
+        if columns is None:  # passes over a card's memory fewer times than logsumexp does
+            losses[i : i + rows] = F.cross_entropy((x @ words.T).float(), target, reduction="none")
+            continue
         total = torch.full((len(x),), -torch.inf, device=x.device)  # log of the sum of exp(logits) so far
         hit = torch.empty_like(total)
         for j in range(0, len(words), columns):
             logits = (x @ words[j : j + columns].T).float()
             total = torch.logaddexp(total, logits.logsumexp(1))
-            here = (target >= j) & (target < j + columns)
-            hit[here] = logits[here, target[here] - j]
+            place = target - j
+            logit = logits.gather(1, place.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+            hit = torch.where((place >= 0) & (place < logits.shape[1]), logit, hit)
         losses[i : i + rows] = total - hit
     return losses
+
+
+def tile(device: str, words: int) -> tuple[int, int | None]:
+    """(rows, columns): how many states meet how many of the `words` of a vocabulary at once on a type of device; None for all.
+
+    On a CPU 1,024 x 2,048: 8 MB of float32 logits stay in a cache; a slice of few states and all words is slower and
+    makes the matrix library copy the whole output embedding. On a card all words, and as many states as `LOGITS` bytes
+    hold: there each kernel should be large, and nothing of it stays in a cache.
+    """
+    return (1024, 2048) if device == "cpu" else (max(1, LOGITS // (words * BYTES_A_LOGIT)), None)
+
+
+def batch_for(model: PreTrainedModel, length: int, on_cpu: int) -> int:
+    """How many sequences of `length` tokens to run at a time where nobody says: `on_cpu` on a CPU, on a card what fills it."""
+    device = model.device
+    if device.type == "cpu":
+        return on_cpu
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    return max(1, tokens_at_once(free, model.config.hidden_size, model.config.intermediate_size) // length)
+
+
+def tokens_at_once(free: int | None, hidden: int, intermediate: int) -> int:
+    """How many tokens fill a card, 16,384, or fewer where their activations would take more than a quarter of its `free` bytes.
+
+    Eight vectors of `hidden` and four of `intermediate` numbers a token are held at once, 4 bytes each.
+    """
+    return FILLING if free is None else min(FILLING, free // 4 // (4 * (8 * hidden + 4 * intermediate)))

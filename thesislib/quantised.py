@@ -1,6 +1,7 @@
 """Linears and an embedding that hold quantised weights packed: codes of 2 to 8 bits, float16 scales, pruned weights not at all."""
 
 from collections.abc import Mapping
+from functools import cache
 from math import prod
 
 import torch
@@ -15,6 +16,9 @@ from thesislib.layers import ComputedLinear
 
 EVERYWHERE = "all"
 TABLES = ("model.embed_tokens", "lm_head")
+TILE = 64  # outputs in a tile of torch's kernel
+FEW = 32  # rows of inputs up to which that kernel is faster than a product with the unpacked weight
+INFINITE = 0x7C00  # the bits of float16's
 
 
 class QuantisedLinear(ComputedLinear):
@@ -25,6 +29,11 @@ class QuantisedLinear(ComputedLinear):
     minimum; `index` (inputs,) int16, the group of each input, where groups are not neighbours; `places` or `bitmap` (see
     `thesislib.packing`), where pruned weights are left out. Scales and minima are the bits of float16 numbers as int16, so
     that nothing which changes a model's type changes them.
+
+    A bfloat16 model on a CPU multiplies few rows by torch's kernel for 4 bits, which reads the codes as they are, if its
+    grid has groups of 32, 64, 128 or 256 neighbours and an integer zero, and nothing is left out. The kernel rounds scales,
+    and their products with zeros, to bfloat16: as far as that type rounds every weight of a dense model. It wants codes in
+    tiles, so that is how they are held from the first product on, in `resident`; `held` gives them as they were.
 
     Args:
         encoding: 'int{bits}/{kind}/{group}/{mask}'; mask is 'all', 'bitmap', or a pattern such as '2:4'.
@@ -41,6 +50,7 @@ class QuantisedLinear(ComputedLinear):
         super().__init__(shape, bias, **tensors)
         self.encoding, (self.grid, self.mask) = encoding, parse_encoding(encoding)
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)  # follows .to(), and so does the weight
+        self.tiled = False  # whether the buffers are those of `_tiled`
 
     @classmethod
     def of(
@@ -108,7 +118,63 @@ class QuantisedLinear(ComputedLinear):
     @property
     def held(self) -> dict[str, torch.Tensor]:
         """The tensors that the weight is made from, as an artifact keeps them."""
-        return {name: tensor for name, tensor in self.named_buffers() if name != "like"}
+        own = {name: tensor for name, tensor in self._buffers.items() if name != "like"}
+        return _untiled(own, self.grid.kind == "asymmetric") if self.tiled else own
+
+    @property
+    def resident(self) -> list[torch.Tensor]:
+        """The tensors that take memory now; in tiles 5 bytes a group instead of 2 or 2.5."""
+        return [tensor for name, tensor in self._buffers.items() if name != "like"]
+
+    def _hold(self, tensors: dict[str, torch.Tensor], tiled: bool) -> None:
+        self._buffers, self.tiled = {"like": self.like}, tiled
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def _apply(self, fn, *args, **kwargs):
+        if self.tiled:  # other devices and types have other kernels
+            self._hold(self.held, False)
+        return super()._apply(fn, *args, **kwargs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., inputs) -> (..., outputs)."""
+        if not self._tile(x):
+            return F.linear(x, self.weight, self.bias)
+        rows = x.numel() // self.in_features
+        if rows > FEW or (torch.is_grad_enabled() and x.requires_grad):
+            return F.linear(x, self._transposed().T, self.bias)
+        x, shape = x.reshape(rows, self.in_features).contiguous(), (*x.shape[:-1], self.out_features)
+        y = torch.ops.aten._weight_int4pack_mm_for_cpu(x, self.codes, self.grid.group, self.pairs).view(shape)
+        return y if self.bias is None else y + self.bias
+
+    def _tile(self, x: torch.Tensor) -> bool:
+        """Whether the weight is held in tiles; makes them where they are of use for a product with x."""
+        if self.tiled:
+            return x.dtype == torch.bfloat16
+        if x.dtype == self.like.dtype == torch.bfloat16 and x.device.type == "cpu" and self._can_tile():
+            self._hold(_tiled(self.held, (self.out_features, self.in_features)), True)
+        return self.tiled
+
+    def _can_tile(self) -> bool:
+        grid = self.grid
+        fits = grid.bits == 4 and grid.holds_zero and grid.group in (32, 64, 128, 256) and self.out_features % TILE == 0
+        plain = self.mask == EVERYWHERE and "index" not in self._buffers
+        return fits and plain and self.scales.min() >= 0 and self.scales.max() < INFINITE and _tiles_are_known()
+
+    def _transposed(self) -> torch.Tensor:
+        """(inputs, outputs) from tiles: the same numbers as `weight`."""
+        scale, zero = _scales_and_zeros(self.pairs, self.rest)  # (groups, outputs)
+        groups, tiles = len(scale), self.out_features // TILE
+        # eight bytes at a time: the low halves are the first 32 outputs of a tile, the high ones the rest
+        words = torch.empty(self.in_features, tiles, 2, TILE // 16, dtype=torch.int64)
+        words[:, :, 0] = self.codes.view(torch.int64).view(tiles, self.in_features, -1).transpose(0, 1)
+        torch.bitwise_right_shift(words[:, :, 0], 4, out=words[:, :, 1])
+        codes = words.bitwise_and_(0x0F0F0F0F0F0F0F0F).view(torch.uint8).view(groups, -1, self.out_features)
+        weight = torch.empty(codes.shape, dtype=self.like.dtype)
+        some = max(1, 2**17 // codes[0].numel())  # groups whose numbers stay in a cache
+        for c, s, z, out in zip(codes.split(some), scale[:, None].split(some), zero[:, None].float().split(some), weight.split(some), strict=True):
+            out.copy_(c.float().sub_(z).mul_(s))
+        return weight.view(self.in_features, -1)
 
     @property
     def quantised(self) -> Quantised:
@@ -230,6 +296,46 @@ def put_table(model: nn.Module, path: str, table: QuantisedLinear) -> None:
         model.set_input_embeddings(QuantisedEmbedding(table))
     if path == TABLES[1] or model.config.tie_word_embeddings:
         model.set_output_embeddings(table)
+
+
+def _tiled(held: dict[str, torch.Tensor], shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Codes of 4 bits, scales and zeros as torch's kernel wants them.
+
+    `codes`: in its own order. `pairs` (groups, outputs, 2) bfloat16: the scale, and what code 8 stands for, since the
+    kernel computes (code - 8) * scale + that. `rest` (groups, outputs) uint8: zeros in the low half, and in the high one how
+    much, in steps of float16, rounding has taken from the scale, plus 8.
+    """
+    codes, bits = unpack_bits(held["codes"], 4, prod(shape)).view(shape), held["scales"].T.contiguous()
+    zeros = unpack_bits(held["zeros"], 4, bits.numel()).view(shape[0], -1).T if "zeros" in held else torch.full_like(bits, 8, dtype=torch.uint8)
+    scale = _from_bits(bits).bfloat16()
+    pairs = torch.stack([scale, (8 - zeros.float()) * scale], 2).bfloat16()
+    rest = zeros | (bits - _to_bits(scale) + 8 << 4).to(torch.uint8)
+    return {"codes": torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1), "pairs": pairs, "rest": rest}
+
+
+def _scales_and_zeros(pairs: torch.Tensor, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(groups, outputs) float32 scales as they were before they were rounded, and uint8 zeros."""
+    return _from_bits(_to_bits(pairs[..., 0]) + (rest >> 4).short() - 8), rest & 15
+
+
+def _untiled(tiled: dict[str, torch.Tensor], asymmetric: bool) -> dict[str, torch.Tensor]:
+    """What `_tiled` was given."""
+    scale, zeros = _scales_and_zeros(tiled["pairs"], tiled["rest"])
+    halves = tiled["codes"].view(scale.shape[1] // TILE, -1, TILE // 2)
+    codes = torch.cat([halves & 15, halves >> 4], 2).transpose(1, 2)  # (tiles, outputs in it, inputs)
+    held = {"codes": pack_bits(codes, 4), "scales": _to_bits(scale.T.contiguous())}
+    return held | ({"zeros": pack_bits(zeros.T, 4)} if asymmetric else {})
+
+
+@cache
+def _tiles_are_known() -> bool:
+    """Whether torch's kernel is there and lays codes out as `_untiled` reads them; the order depends on the processor."""
+    codes = torch.randint(16, (2 * TILE, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    held = {"codes": pack_bits(codes, 4), "scales": torch.zeros(2 * TILE, 1, dtype=torch.int16)}
+    try:
+        return torch.equal(_untiled(_tiled(held, tuple(codes.shape)), False)["codes"], held["codes"])
+    except (AttributeError, NotImplementedError, RuntimeError):  # no such kernel, or not for this processor
+        return False
 
 
 def is_quantised(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from thesislib.corpus import Choice
 from thesislib.errors import BadInput
 from thesislib.evaluate.perplexity import AS_IT_IS
 from thesislib.evaluate.stats import Comparison, paired_outcomes, proportion
-from thesislib.forward import Plan, final_states, token_losses
+from thesislib.forward import Plan, batch_for, final_states, token_losses
 from thesislib.prompts import adds_bos
 from thesislib.records import Measurement, provenance
 from thesislib.subject import Subject
@@ -75,11 +75,12 @@ def _packed(subject: Subject, item: Choice) -> tuple[list[_Packed], bool]:
     return alone, any(len(context) + len(tokens) > most + 1 for tokens in endings.values())
 
 
-def multiple_choice(subject: Subject, items: list[Choice], *, task: str, batch: int = 8) -> Measurement:
+def multiple_choice(subject: Subject, items: list[Choice], *, task: str, batch: int | None = None) -> Measurement:
     """Share of items whose right ending has the highest log-probability per character (`acc_norm`).
 
     `extra["acc"]` is the share without the division by the ending's length in characters; `extra["contexts cut"]` counts
-    the items whose context was cut from the left, because the model has no positions for all of it.
+    the items whose context was cut from the left, because the model has no positions for all of it. `batch`: sequences at a
+    time, by default 8 on a CPU and what fills a card; rounding apart, it changes nothing.
 
     Raises:
         BadInput: no items; a context or an ending that has no tokens, or one that the model has no row for; an ending
@@ -88,7 +89,7 @@ def multiple_choice(subject: Subject, items: list[Choice], *, task: str, batch: 
     return multiple_choices(subject, items, {AS_IT_IS: None}, task=task, batch=batch)[AS_IT_IS]
 
 
-def multiple_choices(subject: Subject, items: list[Choice], plans: Mapping[str, Plan | None], *, task: str, batch: int = 8) -> dict[str, Measurement]:
+def multiple_choices(subject: Subject, items: list[Choice], plans: Mapping[str, Plan | None], *, task: str, batch: int | None = None) -> dict[str, Measurement]:
     """`multiple_choice` of the subject under every plan, blocks that plans share run once."""
     if not items:
         raise BadInput("no multiple-choice items: expected at least one")
@@ -97,9 +98,11 @@ def multiple_choices(subject: Subject, items: list[Choice], plans: Mapping[str, 
     packed = [(i, p) for i, (parts, _) in enumerate(found) for p in parts]  # an item's number, and endings of it
     check_tokens(subject.model, subject.tokenizer, (p.ids for _, p in packed))
     packed.sort(key=lambda pair: -len(pair[1].ids))
+    batch = batch or batch_for(subject.model, len(packed[0][1].ids), on_cpu=8)
     names = list(plans)
     orders = None if plans[names[0]] is None else [plans[name] for name in names]
     scores = [[np.zeros(len(item.endings)) for item in items] for _ in names]
+    waiting: list[tuple[int, list[tuple[int, _Packed]], torch.Tensor]] = []  # (plan, items, losses of their endings' tokens)
     with torch.inference_mode():
         for at in tqdm(range(0, len(packed), batch), desc=task, unit="batch", disable=None, leave=False):
             members = [p for _, p in packed[at : at + batch]]
@@ -108,11 +111,12 @@ def multiple_choices(subject: Subject, items: list[Choice], plans: Mapping[str, 
             source = torch.tensor([s for p in members for s in p.source], device=subject.device)
             target = torch.tensor([t for p in members for t in p.target], device=subject.device)
             for which, states in final_states(subject.model, ids, orders, positions, mask):
-                losses = token_losses(subject.model, states[rows, source], target).double().cpu().numpy()
-                done = 0
-                for i, p in packed[at : at + batch]:
-                    np.subtract.at(scores[which][i], p.owner, losses[done : done + len(p.owner)])
-                    done += len(p.owner)
+                waiting.append((which, packed[at : at + batch], token_losses(subject.model, states[rows, source], target)))
+    for which, members, losses in waiting:  # a card is waited for only here
+        values, done = losses.double().cpu().numpy(), 0
+        for i, p in members:
+            np.subtract.at(scores[which][i], p.owner, values[done : done + len(p.owner)])
+            done += len(p.owner)
     made = provenance(subject, started, task=task, n=len(items), protocol="0-shot, packed endings")
     cut = sum(cut for _, cut in found)
     return {

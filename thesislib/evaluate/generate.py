@@ -2,20 +2,24 @@
 
 import itertools
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import torch
+from torch.nn import functional as F
 from tqdm import tqdm
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 
 from thesislib.errors import BadInput
+from thesislib.layers import ComputedLinear
 from thesislib.prompts import adds_bos, control_tokens, end_tokens
 from thesislib.subject import Subject
 from thesislib.tokenizers import check_tokens, longest_context
 
 WORTH = 0.9  # finished rows leave the batch when at most this share goes on: to leave copies the keys and values of the others
+AHEAD = 8  # steps between two looks at what has ended, where a look waits for the card
 
 
 def greedy(subject: Subject, prompts: list[str], max_new_tokens: int = 50, batch: int = 32, names: Sequence[str] | None = None) -> list[str]:
@@ -74,19 +78,25 @@ def _answer(tokens: list[int], over: set[int]) -> list[int]:
 
 
 @torch.inference_mode()
-def continuations(subject: Subject, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int) -> list[list[int]]:
+def continuations(subject: Subject, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, ahead: int | None = None) -> list[list[int]]:
     """The 1 to `max_new_tokens` greedy tokens after each row, the end token included where it came.
 
-    The tokens of transformers' `generate`, which runs every row on until the last has ended; here a row that has ended
-    leaves the batch, its keys and values with it. The first token is never an end token.
+    The tokens of transformers' `generate`, which runs every row on until the last has ended; on a CPU a row that has ended
+    leaves the batch, its keys and values with it. A card would be waited for at each look at what has ended, so there
+    it runs ahead, see `_run_ahead`. The first token is never an end token.
 
     Args:
         subject: the model; its end tokens are those of `end_tokens`.
         ids: (B, T) tokens, padded on the left.
         mask: (B, T) integers, 0 at padding and 1 elsewhere.
         max_new_tokens: at least 1.
+        ahead: steps without a look; 0 looks at each, and so does a model with sliding windows. By default 0 on a CPU, elsewhere `AHEAD`.
     """
     model, device = subject.model, subject.device
+    ahead = (0 if device.type == "cpu" else AHEAD) if ahead is None else ahead
+    whole = StaticCache(config=model.config, max_cache_len=ids.shape[1] + max_new_tokens)  # nothing is allocated yet
+    if ahead and not any(layer.is_sliding for layer in whole.layers):
+        return _run_ahead(subject, ids.to(device), mask.to(device), max_new_tokens, ahead, whole)
     ends = torch.tensor(end_tokens(subject), dtype=torch.long, device=device)
     found: list[list[int]] = [[] for _ in ids]
     ids, mask, cache = ids.to(device), mask.to(device), DynamicCache(config=model.config)
@@ -110,6 +120,68 @@ def continuations(subject: Subject, ids: torch.Tensor, mask: torch.Tensor, max_n
             mask, positions, tokens, rows, going = (x[left] for x in (mask, positions, tokens, rows, going))
         ids, positions, mask = tokens[:, None], positions[:, -1:] + 1, torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
     return found
+
+
+def _run_ahead(subject: Subject, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, ahead: int, cache: StaticCache) -> list[list[int]]:
+    """`continuations` with room for all keys and values from the start, and a look at what has ended every `ahead` steps.
+
+    Rows that have ended run on, and what they say is cut off. A step does the same to the same memory each time, so on
+    an NVIDIA card it is recorded once and played again: to start its thousand kernels one by one takes longer than they do.
+    """
+    model, (rows, length) = subject.model, ids.shape
+    ends = torch.tensor(end_tokens(subject), dtype=torch.long, device=ids.device)
+    places = torch.arange(length + max_new_tokens, device=ids.device)
+    prompt = F.pad(mask.bool(), (0, max_new_tokens))[:, None, None]  # (B, 1, 1, T + new)
+    here = places[None, :length, None]
+    # padding sees itself, for what a query that sees nothing gives is no number in some kernels
+    seen = prompt & (places <= here) | (places == here) & (places < length)  # (B, 1, T, T + new)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(ids, attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    scores = logits[:, -1].float()
+    scores[:, ends] = -torch.inf
+    # what a step reads and writes, always in the same place
+    tokens = scores.argmax(-1, keepdim=True)  # (B, 1)
+    said = tokens.repeat(1, max_new_tokens)
+    ended = torch.zeros(rows, dtype=torch.bool, device=ids.device)
+    position, slot = positions[:, -1:] + 1, torch.full((1,), length, device=ids.device)
+
+    def step() -> None:
+        seen = prompt | (places >= length) & (places <= slot)
+        logits = model(tokens, attention_mask=seen, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        tokens.copy_(logits[:, -1].float().argmax(-1, keepdim=True))  # `generate` too compares in float32
+        slot.add_(1)
+        position.add_(1)
+        said.index_copy_(1, slot - length, tokens)
+        ended.logical_or_((tokens == ends).any(1))
+
+    play, n = step, 0
+    for n in range(1, max_new_tokens):
+        if n == 2 and _recordable(model):  # the first step was as usual, so that all that is made once is made
+            play = _recorded(step)
+        play()
+        if n % ahead == 0 and ended.all():
+            break
+    return [row[: next((i for i, token in enumerate(row) if token in end_tokens(subject)), n) + 1] for row in said[:, : n + 1].tolist()]
+
+
+def _recordable(model: PreTrainedModel) -> bool:
+    """Whether a step of a model never waits for the card: plain linears, on an NVIDIA card, and rotary angles that do not depend on the length."""
+    rope = getattr(model.config, "rope_parameters", None) or {}
+    kinds = {part.get("rope_type", "default") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    plain = not any(isinstance(m, ComputedLinear) for m in model.modules())
+    return model.device.type == "cuda" and not torch.version.hip and plain and kinds <= {"default", "linear", "llama3", "yarn"}
+
+
+def _recorded(step: Callable[[], None]) -> Callable[[], None]:
+    """A step as one piece that the card repeats by itself; the step as it is, with a warning, if it cannot be recorded."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            step()
+    except RuntimeError as error:
+        warnings.warn(f"steps could not be recorded and are started one by one ({str(error).splitlines()[0]})", stacklevel=2)
+        return step
+    return graph.replay
 
 
 @dataclass(frozen=True)

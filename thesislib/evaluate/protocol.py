@@ -24,8 +24,8 @@ class Protocol:
 
     on: one of `TASKS`. length: tokens in a window of perplexity. limit: windows, questions or items, None for all. prompt:
     of trivia, None for the subject's own. seed: of the choice of questions or items under a limit. fast: multiple choice
-    with shared contexts instead of lm-eval, with the same scores. batch: at a time, None for 4 windows, 32 questions, 8
-    items; rounding apart, it changes nothing.
+    with shared contexts instead of lm-eval, with the same scores. batch: at a time, None for 32 questions and, on a CPU, 4
+    windows and 8 items (on a card as many as fill it); rounding apart, it changes nothing.
     """
 
     on: str
@@ -50,12 +50,12 @@ class Protocol:
             BadInput: whatever the measure refuses.
         """
         if self.on == "wikitext":
-            made = perplexity.perplexity(subject, corpus.evaluation_text(data), length=self.length, limit=self.limit, batch=self.batch or 4)
+            made = perplexity.perplexity(subject, corpus.evaluation_text(data), length=self.length, limit=self.limit, batch=self.batch)
         elif self.on in TRIVIA:
             source = corpus.question_source(data, self.on == "trivia_open")
             made = triviaqa.triviaqa(subject, self._items(data), source=source, prompt=self.prompt, batch=self.batch or 32)
         elif self.fast:
-            made = choice.multiple_choice(subject, self._items(data), task=self.on, batch=self.batch or 8)
+            made = choice.multiple_choice(subject, self._items(data), task=self.on, batch=self.batch)
         else:
             made = harness.lm_eval_task(subject, self.on.removeprefix("lm_eval_"), data, limit=self.limit, seed=self.seed, batch=self.batch or 8)
         return dataclasses.replace(made, provenance={**made.provenance, "protocol": dataclasses.asdict(self), "corpus_sha256": self.corpus_sha256(data)})

@@ -48,7 +48,8 @@ class Workers:
 
     retries: how often an order is tried again after an error, or, on this machine, after the death of its worker (a running
     scheduler has its own number for that, distributed.scheduler.allowed-failures). gpu: one worker a card; at a running scheduler only
-    workers that were started with the resource GPU. threads: of each process, None for the cores shared out.
+    workers that were started with the resource GPU. threads: of each process, None for the cores shared out. per_card: how many
+    workers share a card instead, each with its share of the memory: a small model does not fill a large card.
     """
 
     count: int = 2
@@ -57,8 +58,13 @@ class Workers:
     retries: int = 2
     gpu: bool = False
     threads: int | None = None
+    per_card: int = 1
 
     def __post_init__(self):
+        if self.per_card < 1:
+            raise BadInput(f"--per-card is {self.per_card}: expected at least 1")
+        if self.per_card > 1 and not self.gpu:
+            raise BadInput(f"--per-card is {self.per_card}, and no card is asked for: expected --device cuda with it")
         if self.retries < 0:
             raise BadInput(f"--retries is {self.retries}: expected 0 or more")
         positive(workers=self.count, threads=self.threads, retries=self.retries or None)
@@ -70,6 +76,18 @@ class Workers:
                 raise BadInput(f"--host is {shown(self.host)} ({error}): expected an address of this machine, such as {LOOPBACK}") from error
         elif not re.fullmatch(r"(tcp|tls)://[^\s/]+:\d{1,5}", self.scheduler):
             raise BadInput(f"--scheduler is {shown(self.scheduler)}: expected such as tcp://127.0.0.1:8786, which `dask scheduler` says")
+
+    @property
+    def resources(self) -> dict[str, float] | None:
+        """What an order takes of a worker, and a worker of this machine has: its part of a card."""
+        return {"GPU": 1 / self.per_card} if self.gpu else None
+
+    def check_cards(self, cards: int) -> None:
+        """Raises BadInput for more workers than this machine's `cards` have places for."""
+        if self.gpu and self.scheduler is None and self.count > cards * self.per_card:
+            has = f"{cards} card{'s' * (cards != 1)}"
+            more = f", or --per-card {-(-self.count // cards)}" if cards else ""
+            raise BadInput(f"--workers is {self.count}, and this machine has {has}: expected at most {cards * self.per_card}{more}")
 
 
 def drive(orders: Sequence[Order], workers: Workers, locks: Path) -> dict[str, str]:
@@ -106,9 +124,9 @@ def drive(orders: Sequence[Order], workers: Workers, locks: Path) -> dict[str, s
                     others += 1
                     bar.update()
                     continue
-                text = json.dumps({"versions": versions(), **order.text})
+                text = json.dumps({"versions": versions(), "per_card": workers.per_card, **order.text})
                 future = client.submit(carry_out, text, key=f"{order.key}-{time.time_ns()}", pure=False, retries=workers.retries,
-                                       resources={"GPU": 1} if workers.gpu else None)  # fmt: skip
+                                       resources=workers.resources)  # fmt: skip
                 running[future] = (order, lock)
             try:
                 for future in _finished(client, running, workers):
@@ -183,8 +201,7 @@ def _client(workers: Workers) -> Iterator:
         from distributed.security import Security
     except ImportError as error:
         raise BadInput('sweeps need Dask: expected it installed, by pip install -e ".[sweep]" -c constraints.txt in the checkout') from error
-    if workers.gpu and workers.scheduler is None and workers.count > (cards := torch.cuda.device_count()):
-        raise BadInput(f"--workers is {workers.count}, and this machine has {cards} card{'s' * (cards != 1)}: expected one worker a card")
+    workers.check_cards(torch.cuda.device_count())
     with ExitStack() as stack:
         settings = {
             "distributed.scheduler.allowed-failures": workers.retries,
@@ -199,7 +216,7 @@ def _client(workers: Workers) -> Iterator:
             stack.enter_context(_environment(dict.fromkeys(THREADS, str(threads))))  # which the workers inherit
             cluster = stack.enter_context(
                 LocalCluster(n_workers=workers.count, threads_per_worker=1, processes=True, host=workers.host, dashboard_address=f"{workers.host}:0",
-                             resources={"GPU": 1} if workers.gpu else None, memory_limit=0, silence_logs=50)
+                             resources=workers.resources, memory_limit=0, silence_logs=50)
             )  # fmt: skip
             client = stack.enter_context(Client(cluster, timeout=60))
         else:
@@ -226,7 +243,8 @@ def _refuse_other_versions(client, workers: Workers) -> None:
         except TimeoutError as error:
             raise BadInput(f"the scheduler at {workers.scheduler} has no workers: start some, by `dask worker {workers.scheduler} --nthreads 1`") from error
     if workers.gpu and not _able(client, workers):
-        raise BadInput("no worker has the resource GPU: start one for each card, by `dask worker ADDRESS --nthreads 1 --resources GPU=1`")
+        has = f"GPU={workers.resources['GPU']:g}"
+        raise BadInput(f"no worker has the resource {has}: start one for each, by `dask worker ADDRESS --nthreads 1 --resources {has}`")
     here, other = versions(), {}
     for address, found in client.run(versions, on_error="return").items():
         if found != here:
@@ -251,7 +269,7 @@ def _environment(given: dict[str, str]) -> Iterator[None]:
 def _able(client, workers: Workers) -> int:
     """How many workers can take an order now."""
     found = client.scheduler_info(n_workers=-1)["workers"].values()
-    return sum(not workers.gpu or worker["resources"].get("GPU", 0) >= 1 for worker in found)
+    return sum(not workers.gpu or worker["resources"].get("GPU", 0) >= workers.resources["GPU"] for worker in found)
 
 
 def _cores() -> int:

@@ -4,12 +4,15 @@ import json
 import os
 import platform
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import thesislib
 from thesislib.errors import BadInput
+
+SHARED = 0.95  # of a card's memory: each process takes some besides its tensors
 
 
 class OtherVersion(RuntimeError):
@@ -53,7 +56,8 @@ def _configuration(order: dict) -> dict:
     from thesislib.experiment import prepare, stage_of
 
     stages, started = [stage_of(plain) for plain in order["stages"]], time.perf_counter()
-    ready = prepare(order["subject"], stages, data=order["data"], dtype=order["dtype"], device=_card(order["device"]))
+    device = _card(order["device"], order.get("per_card", 1))
+    ready = prepare(order["subject"], stages, data=order["data"], dtype=order["dtype"], device=device)
     note = {**order["note"], "seconds_to_make": round(time.perf_counter() - started, 1)}  # less what the cache held
     rows = [ready.measure(Protocol(**protocol), order["data"], sweep=note) for protocol in order["protocols"]]
     if order["timed"]:
@@ -61,17 +65,18 @@ def _configuration(order: dict) -> dict:
     return {"rows": [asdict(m) for m in rows]}
 
 
-def _card(device: str) -> str:
-    """Of several cards of one machine the one that goes with this worker's number: local workers are numbered from 0."""
+def _card(device: str, per_card: int) -> str:
+    """The card of this worker: local workers are numbered from 0, and cards dealt out in turns. What shares one takes its part of the memory."""
+    import torch
     from distributed import get_worker
 
-    if device != "cuda":
-        return device
-    try:
-        name = get_worker().name
-    except ValueError:  # called directly
-        return device
-    return f"cuda:{name}" if isinstance(name, int) else device
+    if device == "cuda":
+        with suppress(ValueError):  # called directly
+            name = get_worker().name
+            device = f"cuda:{name % torch.cuda.device_count()}" if isinstance(name, int) else device
+    if device.startswith("cuda") and per_card > 1:
+        torch.cuda.set_per_process_memory_fraction(SHARED / per_card, device)
+    return device
 
 
 def _notebook(order: dict) -> dict:
