@@ -1,0 +1,36 @@
+"""How threads wait is set before torch is there, or not at all."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+BEFORE_TORCH, AFTER = "import thesislib.cli", "import torch, thesislib"
+
+
+@pytest.mark.parametrize(
+    ("code", "given", "expected"),
+    [
+        (BEFORE_TORCH, {}, "PASSIVE"), (BEFORE_TORCH, {"OMP_WAIT_POLICY": "active"}, "active"),
+        (BEFORE_TORCH, {"GOMP_SPINCOUNT": "9"}, "None"), (BEFORE_TORCH, {"KMP_BLOCKTIME": "0"}, "None"), (AFTER, {}, "None"),
+    ],
+)  # fmt: skip
+def test_threads_wait_without_spinning_unless_told_otherwise(code, given, expected):
+    environment = {name: value for name, value in os.environ.items() if name not in NAMES} | given
+    script = f"import os; {code}; print(os.environ.get('OMP_WAIT_POLICY'))"
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{expected}\n"
+
+
+def test_every_notebook_imports_thesislib_before_what_loads_torch():
+    import nbformat
+
+    for notebook in sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb")):
+        cells = [c.source for c in nbformat.read(notebook, 4).cells if c.cell_type == "code"]
+        found = [n for source in cells for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.Import, ast.ImportFrom))]
+        modules = [(n.module if isinstance(n, ast.ImportFrom) else n.names[0].name).partition(".")[0] for n in found]
+        assert set(modules[: modules.index("thesislib")]) <= {"IPython"}, notebook.name
