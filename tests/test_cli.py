@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import subprocess
@@ -7,7 +8,7 @@ import nbformat
 import pytest
 from typer.testing import CliRunner
 
-from thesislib import book, corpus
+from thesislib import book, cli, corpus
 from thesislib import subject as subject_module
 from thesislib.book import ROOT
 from thesislib.cli import app
@@ -61,6 +62,17 @@ def test_evaluate_a_plan_and_every_item(tiny_folder, data_folder):
     found = json.loads(run(app, args).stdout)
     assert found["provenance"]["plan"] == [0, 0, 1, 1, 2, 2, 3, 3, 11]
     assert len(found["items"]) == found["n"]
+
+
+def test_a_stream_that_knows_ascii_only_takes_every_text(monkeypatch):
+    text = json.dumps({"task": "Grüße 🚁 日本", "half": "\udcff"}, ensure_ascii=False) + " \udcff"
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    cli._print_all()
+    stream.write(text)
+    stream.flush()
+    said = stream.buffer.getvalue().decode("ascii")
+    assert said.endswith(r" \udcff") and json.loads(said[: -len(r" \udcff")]) == {"task": "Grüße 🚁 日本", "half": "\udcff"}
 
 
 def test_thesislib_data_is_the_default(tiny_folder, data_folder, monkeypatch):
