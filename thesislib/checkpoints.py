@@ -59,13 +59,12 @@ def compress(
     Raises:
         BadInput: a recipe that cannot work on this subject, before any weight is read; a full disk; whatever a stage refuses.
     """
-    out = Path(out).expanduser()
     with plain_errors():
         job = Job.prepare(subject, recipe, data, dtype, device)
         place = place_for(out, job.source)
         forecast(job)  # refuses what does not fit the subject's shapes, while nothing is computed yet
         job.write(place, packed)
-    return out
+    return place
 
 
 @dataclass
@@ -272,7 +271,7 @@ def _hash(facts: object) -> str:
 # ---------------------------------------------------------------- folders and locks
 
 
-def place_for(out: Path, source: Path) -> Path:
+def place_for(out: str | Path, source: Path) -> Path:
     """Where an artifact is written that was asked for at `out`; see `thesislib.files.free_folder`.
 
     Raises:

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def sweep_notebook(name: str, notebook: Path, axes: Mapping[str, Sequence], out:
     Raises:
         BadInput: a parameter that the notebook does not have; see also `thesislib.sweep.drive.drive`.
     """
-    from thesislib.book import cache_key, check_parameters
+    from thesislib.book import cache_key, check_parameters, intact
 
     check_parameters(notebook, dict.fromkeys(axes))
     results_cell(notebook)
@@ -81,11 +82,11 @@ def sweep_notebook(name: str, notebook: Path, axes: Mapping[str, Sequence], out:
     orders = []
     for written, (file, parameters) in files.items():
         text = {"do": "notebook", "notebook": str(notebook.resolve()), "out": str(file.resolve()), "parameters": parameters}
-        orders.append(Order(written, file.stem, text, file.exists, lambda answer: None))
+        orders.append(Order(written, file.stem, text, partial(intact, file), lambda answer: None))
     failed = drive(orders, workers, out / ".claims")
     found = []
     for written, (file, parameters) in files.items():
-        if file.exists():
+        if intact(file):
             try:
                 found += [(parameters, row) for row in results(file)]
             except BadInput as error:  # the others' rows are a table all the same
