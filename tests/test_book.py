@@ -66,6 +66,8 @@ def test_executed_runs_once_and_again_when_something_changes(checkout, monkeypat
     stamp = first.stat().st_mtime_ns
     assert executed("01_one", path, cache) == first and first.stat().st_mtime_ns == stamp
     assert "unchanged" in capsys.readouterr().err
+    first.write_text(first.read_text("utf8").replace("cell", "sell", 1), "utf8")  # a damaged byte
+    assert executed("01_one", path, cache) == first and "damaged" in capsys.readouterr().err and "sell" not in first.read_text("utf8")
     (checkout / "thesislib" / "a.py").write_text("x = 2")
     second = executed("01_one", path, cache)
     assert second != first and not first.exists()

@@ -166,6 +166,92 @@ def test_weights_changed_in_place_are_noticed(folder, place):
     assert before != Job.prepare(mine, of(Toy(2))).base["fingerprint"] == load_subject(mine).fingerprint
 
 
+def test_every_setting_that_a_result_copies_is_in_its_key(folder, place):
+    """Two checkpoints that differ in one of these only do not share a result."""
+    mine = Path(shutil.copytree(folder, place / "mine"))
+
+    def key():
+        return Job.prepare(mine, of(Toy(2))).keys[0]
+
+    keys, changed = {key()}, 1
+    for name, content in {
+        "generation_config.json": '{"eos_token_id": [2, 7]}', "special_tokens_map.json": "{}", "chat_template.json": "{}", "chat_template.jinja": "{{ 1 }}",
+        "additional_chat_templates/tool_use.jinja": "{{ 1 }}", "vocab.json": "{}", "merges.txt": "a b", "tokenizer.model": "x", "added_tokens.json": "{}",
+        "preprocessor_config.json": "{}",
+    }.items():  # fmt: skip
+        for more in ("", " "):
+            (mine / name).parent.mkdir(exist_ok=True)
+            (mine / name).write_text(content + more)
+            keys.add(key())
+            changed += 1
+    assert len(keys) == changed
+    same = key()
+    for name in ("README.md", "LICENSE.txt", "model.safetensors.index.json", "plot.png"):
+        (mine / name).write_text("{}")
+    assert key() == same
+
+
+def test_the_generation_settings_and_templates_of_now_are_in_the_artifact(folder, place):
+    mine = Path(shutil.copytree(folder, place / "mine"))
+    compress(mine, of(D2), place / "before")
+    settings = json.loads((mine / "generation_config.json").read_text())
+    (mine / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [0, 7]}))
+    compress(mine, of(D2), place / "after")
+    assert load_artifact(place / "after").model.generation_config.eos_token_id == [0, 7] != load_artifact(place / "before").model.generation_config.eos_token_id
+
+
+@pytest.mark.parametrize("damage", ["a digit", "another's", "cut", "a list"])
+def test_a_damaged_fingerprint_is_not_believed(folder, place, damage):
+    right = Job.prepare(folder, of(Toy(2))).base["fingerprint"]
+    (memory,) = (cache_dir() / "fingerprints").iterdir()
+    plain = json.loads(memory.read_text())
+    if damage == "a digit":
+        memory.write_text(json.dumps(plain | {"fingerprint": ("1" if right[0] == "0" else "0") + right[1:]}))
+    elif damage == "another's":
+        Job.prepare(folder, of(Toy(2)), dtype="bfloat16").base  # noqa: B018
+        (other,) = set((cache_dir() / "fingerprints").iterdir()) - {memory}
+        shutil.copy(other, memory)
+    else:
+        memory.write_text("[1]" if damage == "a list" else memory.read_text()[:9])
+    assert Job.prepare(folder, of(Toy(2))).base["fingerprint"] == right == load_subject(folder).fingerprint
+
+
+def test_weights_that_are_others_than_remembered_are_refused_once(folder, place, monkeypatch):
+    """A byte that changed on the disk itself leaves size and all times as they were."""
+    mine = Path(shutil.copytree(folder, place / "mine"))
+    job = Job.prepare(mine, of(Toy(2)))
+    memory, before = job._memory, job.base["fingerprint"]
+    subject = load_subject(mine)
+    subject.linears(0)["q_proj"].weight.data *= 2
+    subject.save(mine)
+    monkeypatch.setattr(Job, "_memory", memory)
+    with pytest.raises(BadInput, match="the weights in .*mine are others than before, .*run again"):
+        compress(mine, of(Toy(2)), place / "out")
+    made = read_artifact(compress(mine, of(Toy(2)), place / "out"))
+    assert made["base"]["fingerprint"] == load_subject(mine).fingerprint != before
+
+
+@pytest.mark.parametrize("name", ["to_empty", "to_nowhere", "to_artifact"])
+def test_an_artifact_is_written_where_a_link_points_to(folder, place, name):
+    (place / "elsewhere").mkdir()
+    if name == "to_artifact":
+        compress(folder, of(W18), place / "elsewhere")
+    (place / name).symlink_to("new" if name == "to_nowhere" else "elsewhere")
+    compress(folder, of(D2), place / name)
+    assert (place / name).is_symlink() and read_artifact(place / ("new" if name == "to_nowhere" else "elsewhere"))["label"] == "D2"
+
+
+def test_a_cache_that_vanishes_or_is_read_only_in_mid_run_is_one_line(folder, place, monkeypatch):
+    def vanishes(self, subject, *, data, work):
+        shutil.rmtree(cache_dir())
+        (work / "state").write_text("x")
+
+    monkeypatch.setattr(Toy, "apply", vanishes)
+    with pytest.raises(BadInput, match=r"is not there \(any more\)") as raised:
+        compress(folder, of(Toy(2)), place / "out")
+    assert "\n" not in str(raised.value)
+
+
 def test_an_artifact_can_be_compressed_further(folder, place):
     first = compress(folder, of(D2), place / "first")
     second = compress(first, of(W18), place / "second")

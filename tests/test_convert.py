@@ -1,4 +1,10 @@
+import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -205,9 +211,81 @@ def test_norms_and_settings_come_along(embedded_subject, tensors):
     )
 
 
-def test_damaged_list_of_sizes_is_made_anew(tmp_path, cache, counted):
+def flip(file, at=-9):
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json", "sha256.json"])
+def test_one_flipped_byte_is_noticed_said_and_healed(tmp_path, cache, counted, capsys, name):
     path = tmp_path / "x.gguf"
     path.write_bytes(b"GGUF1")
-    (safetensors_folder(path) / "sizes.json").write_text("{")
-    load_subject(path)
-    assert len(counted) == 2
+    folder = safetensors_folder(path)
+    right = load_subject(path).fingerprint
+    before = {f.name: f.read_bytes() for f in folder.iterdir()}
+    flip(folder / name, 10 if name.endswith(".json") else -9)
+    capsys.readouterr()
+    assert load_subject(path).fingerprint == right and len(counted) == 2
+    assert "converting x.gguf to safetensors: what the cache holds of it " in capsys.readouterr().err
+    assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
+
+
+def test_a_file_that_is_not_the_conversions_own_is_not_read(tmp_path, cache, counted):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF1")
+    folder = safetensors_folder(path)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool.jinja").write_text("{{ 1 }}")
+    safetensors_folder(path)
+    assert len(counted) == 2 and not (folder / "additional_chat_templates").exists()
+
+
+def test_a_conversion_of_an_earlier_version_is_made_again(tmp_path, cache, counted):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF1")
+    folder = safetensors_folder(path)
+    (folder / "sha256.json").unlink()
+    (folder / "sizes.json").write_text(json.dumps({f.name: f.stat().st_size for f in folder.iterdir()}))
+    safetensors_folder(path)
+    assert len(counted) == 2 and not (folder / "sizes.json").exists()
+
+
+def test_every_file_is_hashed_once_a_process(tmp_path, cache, counted, monkeypatch):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF1")
+    safetensors_folder(path)
+    monkeypatch.setattr("thesislib.files.hashlib.file_digest", lambda *_: pytest.fail("hashed again"))
+    safetensors_folder(path)
+
+
+CONVERTS = """
+import os, shutil, signal, sys, time
+from pathlib import Path
+from thesislib import convert
+def copied(gguf, folder):
+    for file in sorted(Path(sys.argv[2]).iterdir()):
+        shutil.copy(file, folder)
+        print(file.name, flush=True)
+        time.sleep(0.02)
+convert._check_complete, convert._convert = (lambda gguf: None), copied
+convert.safetensors_folder(Path(sys.argv[1]))
+"""
+
+
+def test_kills_while_it_converts_leave_nothing_for_good(tmp_path, cache, counted, checkpoint):
+    path = tmp_path / "x.gguf"
+    path.write_bytes(b"GGUF1")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    for n in range(3):
+        child = subprocess.Popen(
+            [sys.executable, "-c", CONVERTS, str(path), str(checkpoint)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        )
+        for _ in range(n + 1):
+            child.stdout.readline()
+        child.kill()
+        assert child.wait() == -signal.SIGKILL
+        child.stdout.close()
+        assert len([p for p in (cache / "subjects").iterdir() if p.suffix != ".lock"]) == 1  # its own; the one before it left is gone
+    folder = safetensors_folder(path)
+    assert sorted(p.name for p in (cache / "subjects").iterdir()) == [folder.name, f"{folder.name}.lock"]

@@ -128,7 +128,9 @@ def test_other_member_is_refused(cache, pip, entry):
 
 
 @pytest.mark.parametrize(
-    "damage", [Path.unlink, lambda path: path.write_bytes(b"cut"), lambda path: shutil.rmtree(path.parent)], ids=["gone", "cut", "no folder"]
+    "damage",
+    [Path.unlink, lambda path: path.write_bytes(b"cut"), lambda path: shutil.rmtree(path.parent), lambda path: flip(path)],
+    ids=["gone", "cut", "no folder", "one bit"],
 )
 def test_half_a_cache_is_fetched_again(cache, pip, damage):
     folder = wheels.wheel_folder("tinywheel")
@@ -138,13 +140,33 @@ def test_half_a_cache_is_fetched_again(cache, pip, damage):
     assert len(pip) == 2
 
 
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+
+
+def test_what_is_damaged_and_cannot_be_fetched_again_is_named(cache, pip, monkeypatch, capsys):
+    folder = wheels.wheel_folder("tinywheel")
+    flip(folder / "pkg/a.txt")
+
+    def offline(*_):
+        raise BadInput("pip could not download tinywheel==1.0: it needs network access, or a THESISLIB_CACHE filled on another machine")
+
+    monkeypatch.setattr(wheels, "_download", offline)
+    with pytest.raises(BadInput, match=r"pkg/a\.txt is missing or damaged, and fetching it again failed: .*THESISLIB_CACHE filled on another machine"):
+        wheels.wheel_folder("tinywheel")
+    assert "fetching it again" in capsys.readouterr().err and (folder / "pkg/deep/b.bin").exists()
+
+
 def test_what_a_killed_process_left_does_no_harm(cache, pip):
-    for name in (".tinywheel-1.0-abcd", "tinywheel-1.0"):  # before the rename, and a folder made by hand
+    for name in (".tinywheel-1.0-abcd_012", ".tinywheel-1.0-01234567-1-89abcdef", "tinywheel-1.0"):  # before the rename, and a folder made by hand
         (cache / name / "pkg").mkdir(parents=True)
         (cache / name / "pkg/a.txt").write_bytes(b"half")
     (cache / "tinywheel.lock").touch()
     folder = wheels.wheel_folder("tinywheel")
     assert {name: (folder / name).read_bytes() for name in MEMBERS} == MEMBERS
+    assert sorted(p.name for p in cache.iterdir()) == ["tinywheel-1.0", "tinywheel.lock"]
 
 
 def test_two_processes_fetch_once(cache, wheel, entry, tmp_path):

@@ -1,6 +1,7 @@
 """Notebooks executed with papermill, cached by what they depend on, and the HTML book built from them."""
 
 import hashlib
+import json
 import os
 import re
 import subprocess
@@ -11,10 +12,12 @@ from typing import Any
 
 from thesislib.chapters import findings as chapter_findings
 from thesislib.errors import BadInput
+from thesislib.files import read_json
 from thesislib.notebooks import ready
 from thesislib.parameters import PARENT
 
 ROOT = Path(__file__).parent.parent
+SEAL = "thesislib_sha256"
 
 
 def chapters(root: Path = ROOT) -> dict[str, Path]:
@@ -60,6 +63,7 @@ def execute(notebook: Path, out: Path, parameters: Mapping[str, Any]) -> None:
     try:
         execute_notebook(str(notebook), str(partial), parameters, kernel_name="python3", cwd=str(notebook.parent),
                          progress_bar=sys.stderr.isatty(), start_timeout=300)  # fmt: skip
+        seal(partial)
         os.replace(partial, out)
     except PapermillExecutionError as error:
         os.replace(partial, failed)
@@ -80,13 +84,33 @@ def _alive(pid: int) -> bool:
     return True
 
 
+def seal(notebook: Path) -> None:
+    """Note in an executed notebook's metadata the checksum of all the rest, for `intact`."""
+    plain = read_json(notebook)
+    plain["metadata"][SEAL] = _checksum(plain)
+    notebook.write_text(json.dumps(plain, indent=1, ensure_ascii=False) + "\n", "utf8")
+
+
+def intact(notebook: Path) -> bool:
+    """Whether an executed notebook is there as it was written."""
+    try:
+        plain = read_json(notebook)
+        return plain["metadata"].pop(SEAL) == _checksum(plain)
+    except (BadInput, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _checksum(plain: dict) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
 def executed(name: str, notebook: Path, cache: Path) -> Path:
     """The notebook executed with its default parameters, from the cache if nothing it depends on has changed."""
     out = cache / f"{name}-{cache_key(notebook, {})[:16]}.ipynb"
-    if out.exists():
+    if intact(out):
         print(f"{name}: unchanged, not executed again", file=sys.stderr)
     else:
-        print(f"{name}: executing", file=sys.stderr)
+        print(f"{name}: executing{' again, since what was kept of it is damaged' if out.exists() else ''}", file=sys.stderr)
         execute(notebook, out, {})
         for old in cache.glob(f"{name}-*.ipynb"):
             if old != out:

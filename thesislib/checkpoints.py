@@ -79,7 +79,7 @@ def compress(
         place = place_for(out, job.source)
         forecast(job)  # refuses what does not fit the subject's shapes, while nothing is computed yet
         job.write(place, packed)
-    return out
+    return place
 
 
 @dataclass
@@ -286,7 +286,7 @@ def _hash(facts: object) -> str:
 # ---------------------------------------------------------------- folders and locks
 
 
-def place_for(out: Path, source: Path) -> Path:
+def place_for(out: str | Path, source: Path) -> Path:
     """Where an artifact is written that was asked for at `out`; see `thesislib.files.free_folder`.
 
     Raises:

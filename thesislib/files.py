@@ -19,6 +19,7 @@ from platformdirs import user_cache_dir
 from thesislib.errors import BadInput
 
 LONGEST = 100  # bytes of a name that a temporary name repeats: systems allow 255
+_SUMS: dict[tuple[int, ...], str] = {}  # sha256 of files as they were when this process read them
 HARMLESS = ("readme", "license", "licence", "notice")  # how files' names begin that say something about a model and are no part of it
 
 
@@ -357,15 +358,12 @@ def sha256_of(path: Path) -> str:
     Raises:
         BadInput: a file that is not there or cannot be read.
     """
-    with plain_errors(path):
-        found = path.stat()
-        return _sha256(path.resolve(), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-
-
-@functools.lru_cache(maxsize=10_000)
-def _sha256(path: Path, *_: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with plain_errors(path), path.open("rb") as file:
+        found = os.fstat(file.fileno())
+        known = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        if known not in _SUMS:
+            _SUMS[known] = hashlib.file_digest(file, "sha256").hexdigest()
+        return _SUMS[known]
 
 
 def damaged(folder: Path, wanted: dict[str, str]) -> str | None:

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def sweep_notebook(name: str, notebook: Path, axes: Mapping[str, Sequence], out:
     Raises:
         BadInput: a parameter or a value that the notebook does not take, before anything runs; too many combinations; see also `thesislib.sweep.drive.drive`.
     """
-    from thesislib.book import cache_key
+    from thesislib.book import cache_key, intact
 
     check_names(notebook, axes)
     results_cell(notebook)
@@ -87,11 +88,11 @@ def sweep_notebook(name: str, notebook: Path, axes: Mapping[str, Sequence], out:
     orders = []
     for written, (file, _, in_full) in files.items():
         text = {"do": "notebook", "notebook": str(notebook.resolve()), "out": str(file.resolve()), "parameters": in_full}
-        orders.append(Order(written, file.stem, text, file.exists, lambda answer: None))
+        orders.append(Order(written, file.stem, text, partial(intact, file), lambda answer: None))
     failed = drive(orders, workers, out / ".claims")
     found = []
     for written, (file, parameters, _) in files.items():
-        if file.exists():
+        if intact(file):
             try:
                 found += [(parameters, row) for row in results(file)]
             except BadInput as error:  # the others' rows are a table all the same

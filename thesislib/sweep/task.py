@@ -81,11 +81,11 @@ def _card(device: str, per_card: int) -> str:
 
 def _notebook(order: dict) -> dict:
     """{"table": the rows of its cell tagged `results`}; the executed notebook is at `out`, unless it is there already."""
-    from thesislib.book import execute
+    from thesislib.book import execute, intact
     from thesislib.sweep.notebooks import results
 
     out = Path(order["out"])
-    if not out.exists():
+    if not intact(out):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         execute(Path(order["notebook"]), out, order["parameters"])
     return {"table": results(out)}
