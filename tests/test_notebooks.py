@@ -1,4 +1,4 @@
-# ruff: noqa: E501 (tables)
+
 """A notebook's parameters before it runs: as typed, from where the user stands, refused by name."""
 
 import json

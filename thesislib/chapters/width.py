@@ -63,6 +63,7 @@ class WidthChapter:
             packing.Pattern.parse(pattern)
         positive(length=self.length, calibration=self.calibration, windows=self.windows)
         check_dtype(self.dtype)
+        configurations(self)  # each stage checks its own settings
 
     def width(self, pattern: str, **settings) -> Width:
         """The stage for a pattern, "2:4", or a ratio, "0.5"."""
