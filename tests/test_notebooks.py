@@ -1,4 +1,3 @@
-
 """A notebook's parameters before it runs: as typed, from where the user stands, refused by name."""
 
 import json
