@@ -57,7 +57,7 @@ def readable(plain: dict) -> str:
     tiers = ", ".join(f"{name} {n / 1e6:.1f} MB" for name, n in size["by_tier"].items() if n)
     outside = f"; {size['without_place'] / 1e6:.1f} MB without a place" if size["without_place"] else ""
     lines.append(
-        f"  weights {size['weights'] / 1e6:.1f} MB, in {plain['dtype']} where not quantised; cache {size['cache'] / 1e6:.2f} MB; in {tiers or 'no memory'}{outside}"
+        f"  weights {size['weights'] / 1e6:.1f} MB, in {plain['dtype']} if not quantised; cache {size['cache'] / 1e6:.2f} MB; in {tiers or 'no memory'}{outside}"
     )
     if "seconds_per_token" in plain:
         first, token, rate = plain["seconds_to_first_token"], plain["seconds_per_token"], plain["tokens_per_second"]
