@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 import statistics
 import sys
 import time
@@ -193,7 +194,8 @@ PARAMETERS = DeviceChapter
 def models(p: DeviceChapter) -> dict[str, Subject]:
     """The chapter's models in bfloat16, by label: stand-ins with the shapes, zeros and bits of what the chapters before made."""
     subject = load_subject(p.subject, "bfloat16")
-    return {label: stand_in(subject, label) for label in MODELS}
+    fitting = [label for label in MODELS if not (found := re.match(r"D(\d+)", label)) or int(found[1]) < subject.depth]
+    return {label: stand_in(subject, label) for label in fitting}
 
 
 def projections(found: Mapping[str, Subject], p: DeviceChapter) -> pd.DataFrame:

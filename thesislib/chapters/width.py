@@ -17,7 +17,7 @@ from thesislib import packing
 from thesislib.chapters.thesis import thesis_row
 from thesislib.compress.width import THESIS_PATTERNS, Width
 from thesislib.corpus import evaluation_text
-from thesislib.errors import BadInput
+from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import perplexity
 from thesislib.evaluate.speed import speeds
 from thesislib.evaluate.stats import Comparison, holm
@@ -63,6 +63,9 @@ class WidthChapter:
             packing.Pattern.parse(pattern)
         positive(length=self.length, calibration=self.calibration, windows=self.windows)
         check_dtype(self.dtype)
+        if self.text not in ("c4", "wikipedia"):
+            raise unknown("calibration text", self.text, ("c4", "wikipedia"))
+        configurations(self)  # each stage checks its own settings
 
     def width(self, pattern: str, **settings) -> Width:
         """The stage for a pattern, "2:4", or a ratio, "0.5"."""

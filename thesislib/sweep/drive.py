@@ -70,6 +70,8 @@ class Workers:
         positive(workers=self.count, threads=self.threads, retries=self.retries or None)
         if self.scheduler is None:
             try:
+                if not self.host:
+                    raise OSError("it is empty")
                 with socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET) as test:
                     test.bind((self.host, 0))
             except (OSError, UnicodeError) as error:  # UnicodeError: of a name too long for one
