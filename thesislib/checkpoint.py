@@ -1,5 +1,6 @@
 """A Hugging Face checkpoint folder, read so that every tensor and setting in it is used, known to be harmless, or refused by name."""
 
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 FLOATING = ("F64", "F32", "F16", "BF16")
+POSITIVE = ("rope_theta", "factor", "attention_factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "original_max_position_embeddings")
 # Older checkpoints hold the rotary frequencies, which the configuration says too
 DERIVED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 # Settings of other architectures that change what is computed, with the values that change nothing. A class that does not know
@@ -91,6 +93,11 @@ def check_settings(config: PretrainedConfig, said: dict[str, Any], folder: Path)
             raise BadInput(f"{folder}: '{name}' in config.json has {len(values)} entries for {depth} blocks: expected one for each")
     for key, value in ignored.items():
         raise BadInput(f"{folder}: config.json says {key} = {str(value)[:40]}, which {config.model_type} models ignore: another model would be measured")
+    rotary = getattr(config, "rope_parameters", None) or {}
+    numbers = {"rms_norm_eps": config.rms_norm_eps, **{f"rope_parameters.{key}": value for key, value in rotary.items() if key in POSITIVE}}
+    for key, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise BadInput(f"{folder}: {key} in config.json is {str(value)[:40]}: expected a positive number")
     types = set(getattr(config, "layer_types", None) or ())
     if odd := types - {"full_attention", "sliding_attention"}:
         raise BadInput(f"{folder}: layer type '{min(odd)}' in config.json is not known here: expected full_attention or sliding_attention")
@@ -143,6 +150,71 @@ def _headers(file: Path) -> dict[str, Header]:
             return {key: Header(file, part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
     except (SafetensorError, OSError) as error:
         raise BadInput(f"{file} cannot be read ({first_line(error)}): the checkpoint is damaged or not whole") from error
+
+
+def check_tensors(folder: Path, stored: dict[str, Header], expected: dict[str, tuple[int, ...]], tied: bool) -> None:
+    """Raises BadInput where what is stored is not what a model has: a tensor too few, too many, of another shape, or no floating numbers.
+
+    Args:
+        folder: for the message.
+        stored: see `headers`.
+        expected: the shape of each tensor of the model's state dict.
+        tied: whether the output embedding may be left out, being the input embedding.
+    """
+    stored = {full_name(key): header for key, header in stored.items()}
+    either = {HEAD, EMBEDDING} if tied and not {HEAD, EMBEDDING}.isdisjoint(stored) else set()
+    for key, header in stored.items():
+        if DERIVED.fullmatch(key):
+            continue
+        if key not in expected:
+            block = re.match(r"model\.layers\.(\d+)\.", key)
+            depth = 1 + max(int(name.split(".")[2]) for name in expected if name.startswith("model.layers."))
+            hint = f"config.json describes {depth} blocks; to leave blocks out, use --plan or a depth stage" if block and int(block[1]) >= depth else (
+                "the configuration has no place for it")  # fmt: skip
+            raise BadInput(f"{folder} holds the weight '{key}', which would not be used ({hint}): another model would be measured")
+        if header.dtype not in FLOATING:
+            raise BadInput(
+                f"the weight '{key}' of {folder} is stored as {header.dtype}: codes of a quantised checkpoint are not weights; expected floating numbers"
+            )
+        if header.shape != tuple(expected[key]):
+            raise BadInput(f"the weight '{key}' of {folder} has shape {header.shape}, and config.json describes {tuple(expected[key])}")
+    for key in expected:
+        if key not in stored and key not in either:
+            raise BadInput(f"{folder} lacks the weight '{key}': the checkpoint is not whole")
+
+
+def read_tensors(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """All tensors of a plain checkpoint under the names of its model's state dict, in one type.
+
+    Where the head is the embedding it is left out. Where the configuration says so and the file holds another head, the
+    configuration is told: transformers leaves such a head alone, and everything that writes a model goes by the configuration.
+
+    Raises:
+        BadInput: codes of a quantiser; see `headers` and `check_tensors`.
+    """
+    if quantiser := getattr(config, "quantization_config", None):
+        said = quantiser if isinstance(quantiser, dict) else quantiser.to_dict()
+        raise BadInput(
+            f"{folder} holds weights quantised by '{said.get('quant_method', 'an unnamed method')}': expected plain ones, GPTQ's (2, 3, 4 or 8 bits), "
+            "a GGUF file or an artifact"
+        )
+    stored = headers(folder)
+    empty = empty_model(config, dtype)
+    check_tensors(folder, stored, {key: tuple(t.shape) for key, t in empty.state_dict().items()}, bool(config.tie_word_embeddings))
+    tensors = {}
+    for file in {header.file for header in stored.values()}:
+        with safe_open(file, framework="pt") as opened:
+            for key in (key for key, header in stored.items() if header.file == file):
+                tensors[full_name(key)] = opened.get_tensor(key)
+    for key in [key for key in tensors if DERIVED.fullmatch(key)]:
+        kept, own = tensors.pop(key).float(), type(empty.model.rotary_emb)(config).inv_freq
+        if kept.shape != own.shape or not torch.allclose(kept, own.float(), rtol=0.01):  # some hold them in bfloat16
+            raise BadInput(f"'{key}' in {folder} are other rotary frequencies than config.json's: another model would be measured")
+    if config.tie_word_embeddings and HEAD in tensors:
+        head = tensors.pop(HEAD)
+        if not torch.equal(tensors.setdefault(EMBEDDING, head), head):
+            config.tie_word_embeddings, tensors[HEAD] = False, head
+    return {key: tensor.to(dtype) for key, tensor in tensors.items()}
 
 
 def check_tensors(folder: Path, stored: dict[str, Header], expected: dict[str, tuple[int, ...]], tied: bool) -> None:

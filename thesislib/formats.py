@@ -438,7 +438,14 @@ def load_artifact(folder: str | Path, dtype: str | None = None, device: str = "c
         except Exception as error:  # tokenizers has its own for a damaged file
             raise BadInput(f"the tokenizer of {folder} cannot be loaded ({first_line(error)})") from error
     files = [name for name in record["files"] if name.endswith(".safetensors")]
-    tensors = {key: tensor for name in files for key, tensor in load_file(folder / name).items()}
+    tensors = {}
+    for name in files:
+        try:
+            tensors |= load_file(folder / name)
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise BadInput(f"{folder / name} cannot be read ({first_line(error)}): make the artifact again") from error
+    for key, tensor in tensors.items():
+        _check_numbers(key, tensor, record["dtype"], folder)
     if kind != getattr(torch, record["dtype"]):  # else as they were saved: corrections may be of another type than the model
         tensors = {key: t.to(kind) if t.is_floating_point() else t for key, t in tensors.items()}
     try:
@@ -544,6 +551,16 @@ def fill(subject: Subject, tensors: Mapping[str, torch.Tensor], encodings: Mappi
     # these are computed and not stored
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(next(iter(tensors.values())).device)
     model.requires_grad_(False).eval()
+
+
+def _check_numbers(key: str, tensor: torch.Tensor, dtype: str, folder: Path) -> None:
+    """Raises BadInput for a stored tensor that is not finite, or of another type than the artifact says; corrections may have their own."""
+    if tensor.dtype == torch.int16 and key.endswith((".scales", ".minima")):
+        tensor = tensor.view(torch.float16)  # their bits, see `thesislib.quantised`
+    elif tensor.is_floating_point() and tensor.dtype not in (DTYPES.values() if ".lora_" in key else (getattr(torch, dtype),)):
+        raise BadInput(f"'{key}' in {folder} is {tensor.dtype}: expected torch.{dtype}, as {RECORD} says")
+    if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
+        raise BadInput(f"'{key}' in {folder} holds NaN or infinity: make the artifact again")
 
 
 def _parts(tensors: Mapping[str, torch.Tensor], path: str) -> dict[str, torch.Tensor]:

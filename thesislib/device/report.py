@@ -56,9 +56,8 @@ def readable(plain: dict) -> str:
     lines = [f"{plain['subject']} on {plain['device']}: {plain['verdict']} (a projection, nothing is measured)"]
     tiers = ", ".join(f"{name} {n / 1e6:.1f} MB" for name, n in size["by_tier"].items() if n)
     outside = f"; {size['without_place'] / 1e6:.1f} MB without a place" if size["without_place"] else ""
-    lines.append(
-        f"  weights {size['weights'] / 1e6:.1f} MB, in {plain['dtype']} if not quantised; cache {size['cache'] / 1e6:.2f} MB; in {tiers or 'no memory'}{outside}"
-    )
+    weights, cache = f"{size['weights'] / 1e6:.1f} MB, in {plain['dtype']} if not quantised", f"{size['cache'] / 1e6:.2f} MB"
+    lines.append(f"  weights {weights}; cache {cache}; in {tiers or 'no memory'}{outside}")
     if "seconds_per_token" in plain:
         first, token, rate = plain["seconds_to_first_token"], plain["seconds_per_token"], plain["tokens_per_second"]
         lines.append(f"  first token of a prompt of {plain['prompt']}: {first['low'] * 1e3:.0f} to {first['high'] * 1e3:.0f} ms; then {rate['low']:.3g} to "
