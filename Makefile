@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM = false
 # tqdm asks for ipywidgets in every kernel that has none; nbval would compare the request
 export PYTHONWARNINGS = ignore:IProgress not found
 
-.PHONY: book test setup fetch notebooks findings lint unit nbval stored-book lab bench clean
+.PHONY: book test setup fetch notebooks findings lint unit nbval stored-book lab bench stress clean
 
 book: fetch
 	$(PY) -m thesislib.book
@@ -58,6 +58,10 @@ lab: fetch
 
 bench: fetch
 	$(PY) -m benchmarks
+
+# kills, damaged files, bad calls and hostile names in bulk; a small part of it is in `make unit`
+stress: setup
+	$(PY) -m tests.stress --json _build/stress.json
 
 clean:
 	rm -rf _build
