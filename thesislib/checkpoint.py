@@ -152,139 +152,77 @@ def _headers(file: Path) -> dict[str, Header]:
         raise BadInput(f"{file} cannot be read ({first_line(error)}): the checkpoint is damaged or not whole") from error
 
 
-def check_tensors(folder: Path, stored: dict[str, Header], expected: dict[str, tuple[int, ...]], tied: bool) -> None:
-    """Raises BadInput where what is stored is not what a model has: a tensor too few, too many, of another shape, or no floating numbers.
-
-    Args:
-        folder: for the message.
-        stored: see `headers`.
-        expected: the shape of each tensor of the model's state dict.
-        tied: whether the output embedding may be left out, being the input embedding.
-    """
-    stored = {full_name(key): header for key, header in stored.items()}
-    either = {HEAD, EMBEDDING} if tied and not {HEAD, EMBEDDING}.isdisjoint(stored) else set()
-    for key, header in stored.items():
-        if DERIVED.fullmatch(key):
-            continue
-        if key not in expected:
-            block = re.match(r"model\.layers\.(\d+)\.", key)
-            depth = 1 + max(int(name.split(".")[2]) for name in expected if name.startswith("model.layers."))
-            hint = f"config.json describes {depth} blocks; to leave blocks out, use --plan or a depth stage" if block and int(block[1]) >= depth else (
-                "the configuration has no place for it")  # fmt: skip
-            raise BadInput(f"{folder} holds the weight '{key}', which would not be used ({hint}): another model would be measured")
-        if header.dtype not in FLOATING:
-            raise BadInput(
-                f"the weight '{key}' of {folder} is stored as {header.dtype}: codes of a quantised checkpoint are not weights; expected floating numbers"
-            )
-        if header.shape != tuple(expected[key]):
-            raise BadInput(f"the weight '{key}' of {folder} has shape {header.shape}, and config.json describes {tuple(expected[key])}")
-    for key in expected:
-        if key not in stored and key not in either:
-            raise BadInput(f"{folder} lacks the weight '{key}': the checkpoint is not whole")
-
-
-def read_tensors(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """All tensors of a plain checkpoint under the names of its model's state dict, in one type.
-
-    Where the head is the embedding it is left out. Where the configuration says so and the file holds another head, the
-    configuration is told: transformers leaves such a head alone, and everything that writes a model goes by the configuration.
-
-    Raises:
-        BadInput: codes of a quantiser; see `headers` and `check_tensors`.
-    """
-    if quantiser := getattr(config, "quantization_config", None):
-        said = quantiser if isinstance(quantiser, dict) else quantiser.to_dict()
-        raise BadInput(
-            f"{folder} holds weights quantised by '{said.get('quant_method', 'an unnamed method')}': expected plain ones, GPTQ's (2, 3, 4 or 8 bits), "
-            "a GGUF file or an artifact"
-        )
-    stored = headers(folder)
-    empty = empty_model(config, dtype)
-    check_tensors(folder, stored, {key: tuple(t.shape) for key, t in empty.state_dict().items()}, bool(config.tie_word_embeddings))
-    tensors = {}
-    for file in {header.file for header in stored.values()}:
-        with safe_open(file, framework="pt") as opened:
-            for key in (key for key, header in stored.items() if header.file == file):
-                tensors[full_name(key)] = opened.get_tensor(key)
-    for key in [key for key in tensors if DERIVED.fullmatch(key)]:
-        kept, own = tensors.pop(key).float(), type(empty.model.rotary_emb)(config).inv_freq
-        if kept.shape != own.shape or not torch.allclose(kept, own.float(), rtol=0.01):  # some hold them in bfloat16
-            raise BadInput(f"'{key}' in {folder} are other rotary frequencies than config.json's: another model would be measured")
-    if config.tie_word_embeddings and HEAD in tensors:
-        head = tensors.pop(HEAD)
-        if not torch.equal(tensors.setdefault(EMBEDDING, head), head):
-            config.tie_word_embeddings, tensors[HEAD] = False, head
-    return {key: tensor.to(dtype) for key, tensor in tensors.items()}
-
-
-def check_tensors(folder: Path, stored: dict[str, Header], expected: dict[str, tuple[int, ...]], tied: bool) -> None:
-    """Raises BadInput where what is stored is not what a model has: a tensor too few, too many, of another shape, or no floating numbers.
-
-    Args:
-        folder: for the message.
-        stored: see `headers`.
-        expected: the shape of each tensor of the model's state dict.
-        tied: whether the output embedding may be left out, being the input embedding.
-    """
-    stored = {full_name(key): header for key, header in stored.items()}
-    either = {HEAD, EMBEDDING} if tied and not {HEAD, EMBEDDING}.isdisjoint(stored) else set()
-    for key, header in stored.items():
-        if DERIVED.fullmatch(key):
-            continue
-        if key not in expected:
-            block = re.match(r"model\.layers\.(\d+)\.", key)
-            depth = 1 + max(int(name.split(".")[2]) for name in expected if name.startswith("model.layers."))
-            hint = f"config.json describes {depth} blocks; to leave blocks out, use --plan or a depth stage" if block and int(block[1]) >= depth else (
-                "the configuration has no place for it")  # fmt: skip
-            raise BadInput(f"{folder} holds the weight '{key}', which would not be used ({hint}): another model would be measured")
-        if header.dtype not in FLOATING:
-            raise BadInput(
-                f"the weight '{key}' of {folder} is stored as {header.dtype}: codes of a quantised checkpoint are not weights; expected floating numbers"
-            )
-        if header.shape != tuple(expected[key]):
-            raise BadInput(f"the weight '{key}' of {folder} has shape {header.shape}, and config.json describes {tuple(expected[key])}")
-    for key in expected:
-        if key not in stored and key not in either:
-            raise BadInput(f"{folder} lacks the weight '{key}': the checkpoint is not whole")
-
-
-def read_tensors(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """All tensors of a plain checkpoint under the names of its model's state dict, in one type.
-
-    Where the head is the embedding it is left out. Where the configuration says so and the file holds another head, the
-    configuration is told: transformers leaves such a head alone, and everything that writes a model goes by the configuration.
-
-    Raises:
-        BadInput: codes of a quantiser; see `headers` and `check_tensors`.
-    """
-    if quantiser := getattr(config, "quantization_config", None):
-        said = quantiser if isinstance(quantiser, dict) else quantiser.to_dict()
-        raise BadInput(
-            f"{folder} holds weights quantised by '{said.get('quant_method', 'an unnamed method')}': expected plain ones, GPTQ's (2, 3, 4 or 8 bits), "
-            "a GGUF file or an artifact"
-        )
-    stored = headers(folder)
-    empty = empty_model(config, dtype)
-    check_tensors(folder, stored, {key: tuple(t.shape) for key, t in empty.state_dict().items()}, bool(config.tie_word_embeddings))
-    tensors = {}
-    for file in {header.file for header in stored.values()}:
-        with safe_open(file, framework="pt") as opened:
-            for key in (key for key, header in stored.items() if header.file == file):
-                tensors[full_name(key)] = opened.get_tensor(key)
-    for key in [key for key in tensors if DERIVED.fullmatch(key)]:
-        kept, own = tensors.pop(key).float(), type(empty.model.rotary_emb)(config).inv_freq
-        if kept.shape != own.shape or not torch.allclose(kept, own.float(), rtol=0.01):  # some hold them in bfloat16
-            raise BadInput(f"'{key}' in {folder} are other rotary frequencies than config.json's: another model would be measured")
-    if config.tie_word_embeddings and HEAD in tensors:
-        head = tensors.pop(HEAD)
-        if not torch.equal(tensors.setdefault(EMBEDDING, head), head):
-            config.tie_word_embeddings, tensors[HEAD] = False, head
-    return {key: tensor.to(dtype) for key, tensor in tensors.items()}
-
-
 def full_name(key: str) -> str:
     """A stored tensor's name in the model: checkpoints of the decoder alone leave out the first part."""
-    return key if key.startswith("model.") or key == HEAD or DERIVED.fullmatch(key) else f"model.{key}"
+    return f"model.{key}" if key.startswith(("layers.", "embed_tokens.", "norm.")) else key
+
+
+def check_tensors(folder: Path, stored: dict[str, Header], expected: dict[str, tuple[int, ...]], tied: bool) -> None:
+    """Raises BadInput where what is stored is not what a model has: a tensor too few, too many, of another shape, or no floating numbers.
+
+    Args:
+        folder: for the message.
+        stored: see `headers`.
+        expected: the shape of each tensor of the model's state dict.
+        tied: whether the output embedding may be left out, being the input embedding.
+    """
+    names = [full_name(key) for key in stored]
+    if len(set(names)) < len(names):
+        raise BadInput(f"{folder} holds the weight '{max(names, key=names.count)}' under two names: expected each once")
+    stored = dict(zip(names, stored.values(), strict=True))
+    either = {HEAD, EMBEDDING} if tied and not {HEAD, EMBEDDING}.isdisjoint(stored) else set()
+    for key, header in stored.items():
+        if DERIVED.fullmatch(key):
+            continue
+        if key not in expected:
+            block = re.match(r"model\.layers\.(\d+)\.", key)
+            depth = 1 + max(int(name.split(".")[2]) for name in expected if name.startswith("model.layers."))
+            hint = f"config.json describes {depth} blocks; to leave blocks out, use --plan or a depth stage" if block and int(block[1]) >= depth else (
+                "the configuration has no place for it")  # fmt: skip
+            raise BadInput(f"{folder} holds the weight '{key}', which would not be used ({hint}): another model would be measured")
+        if header.dtype not in FLOATING:
+            raise BadInput(
+                f"the weight '{key}' of {folder} is stored as {header.dtype}: codes of a quantised checkpoint are not weights; expected floating numbers"
+            )
+        if header.shape != tuple(expected[key]):
+            raise BadInput(f"the weight '{key}' of {folder} has shape {header.shape}, and config.json describes {tuple(expected[key])}")
+    for key in expected:
+        if key not in stored and key not in either:
+            raise BadInput(f"{folder} lacks the weight '{key}': the checkpoint is not whole")
+
+
+def read_tensors(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """All tensors of a plain checkpoint under the names of its model's state dict, in one type.
+
+    Where the head is the embedding it is left out. Where the configuration says so and the file holds another head, the
+    configuration is told: transformers leaves such a head alone, and everything that writes a model goes by the configuration.
+
+    Raises:
+        BadInput: codes of a quantiser; see `headers` and `check_tensors`.
+    """
+    if quantiser := getattr(config, "quantization_config", None):
+        said = quantiser if isinstance(quantiser, dict) else quantiser.to_dict()
+        raise BadInput(
+            f"{folder} holds weights quantised by '{said.get('quant_method', 'an unnamed method')}': expected plain ones, GPTQ's (2, 3, 4 or 8 bits), "
+            "a GGUF file or an artifact"
+        )
+    stored = headers(folder)
+    empty = empty_model(config, dtype)
+    check_tensors(folder, stored, {key: tuple(t.shape) for key, t in empty.state_dict().items()}, bool(config.tie_word_embeddings))
+    tensors = {}
+    for file in {header.file for header in stored.values()}:
+        with safe_open(file, framework="pt") as opened:
+            for key in (key for key, header in stored.items() if header.file == file):
+                tensors[full_name(key)] = opened.get_tensor(key)
+    for key in [key for key in tensors if DERIVED.fullmatch(key)]:
+        kept, own = tensors.pop(key).float(), type(empty.model.rotary_emb)(config).inv_freq
+        if kept.shape != own.shape or not torch.allclose(kept, own.float(), rtol=0.01):  # some hold them in bfloat16
+            raise BadInput(f"'{key}' in {folder} are other rotary frequencies than config.json's: another model would be measured")
+    if config.tie_word_embeddings and HEAD in tensors:
+        head = tensors.pop(HEAD)
+        if not torch.equal(tensors.setdefault(EMBEDDING, head), head):
+            config.tie_word_embeddings, tensors[HEAD] = False, head
+    return {key: tensor.to(dtype) for key, tensor in tensors.items()}
 
 
 def generation_settings(folder: Path) -> GenerationConfig | None:
