@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from thesislib import forward
+from thesislib.checkpoint import SUPPORTED
 from thesislib.compress.depth import Depth
 from thesislib.compress.gptq import Rtn
 from thesislib.compress.width import Width
@@ -18,7 +19,7 @@ from thesislib.evaluate.perplexity import perplexity
 from thesislib.formats import load_artifact, save_artifact
 from thesislib.layers import Adapted, adapt, pack_all, semi_structured
 from thesislib.layers import replace as put
-from thesislib.subject import SUPPORTED, load_subject
+from thesislib.subject import load_subject
 
 pytestmark = [
     pytest.mark.cuda,
