@@ -128,7 +128,7 @@ def test_a_step_of_training_moves_a_correction_as_here(tiny):
     moved = []
     for device in ("cpu", "cuda"):
         subject = replace(s := tiny(), model=s.copy().model.to(device))
-        put(subject.blocks[0], "q_proj", adapt(subject.linears(0)["q_proj"], a.to(device), b.to(device)))
+        put(subject.blocks[0], "q_proj", adapt(subject.linears(0)["q_proj"], a.to(device, copy=True), b.to(device, copy=True)))
         adapted = subject.linears(0)["q_proj"]
         assert isinstance(adapted, Adapted)
         adapted.lora_A.requires_grad_(), adapted.lora_B.requires_grad_()
