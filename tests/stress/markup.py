@@ -70,8 +70,8 @@ class Page(html.parser.HTMLParser):
                     json.loads(data)
                 except ValueError:
                     self.runs.append(f"the widget's data are no JSON: {data[:80]}")
-                if "<!--" in data or "</" in data:
-                    self.runs.append("the widget's data hold <!-- or </, which a page's parser takes for its own")
+                if "<" in data:
+                    self.runs.append("the widget's data hold <, with which a page's parser begins what is its own")
             self.script = None
 
     def handle_data(self, data: str) -> None:
@@ -119,7 +119,11 @@ def run(here: Place) -> dict:
         made.chapters = lambda *_: {"01_hostile": source}
         parameters = {"subject": str(root / name), "texts": list(HOSTILE), "made": str(root / "rows.jsonl")}
         return thesislib(
-            "run", "01", "--out", root / "executed.ipynb", *(x for key, value in parameters.items() for x in ("-p", f"{key}={json.dumps(value)}"))
+            "run",
+            "01",
+            "--out",
+            root / "executed.ipynb",
+            *(x for key, value in parameters.items() for x in ("-p", f"{key}={value if isinstance(value, str) else json.dumps(value)}")),
         )()
 
     ended = call(execute, root, environment, 180, 12 << 30)

@@ -23,7 +23,7 @@ from thesislib.experiment import described
 from thesislib.files import read_json, write_whole
 from thesislib.held import check_dtype
 from thesislib.parameters import positive
-from thesislib.records import Measurement, provenance
+from thesislib.records import Measurement, in_markdown, provenance
 from thesislib.store import Store
 from thesislib.subject import Subject, load_subject
 
@@ -269,7 +269,7 @@ def headline(results: Results) -> str:
     near, far = correlation.idxmax(), correlation.idxmin()
     last, trivia = counts[-1], results.trivia
     depth = len(results.scores.metrics["perplexity"])
-    return (
+    return in_markdown(
         f"Removing the blocks whose removal costs least takes perplexity on {dense.task} from {dense.value:.3g} [{dense.low:.3g}, {dense.high:.3g}] to {grow}; "
         f"the thesis's subject, which has 16 blocks and not {depth}, lost more: {theirs}. Of the other scores {near} ranks blocks most like perplexity "
         f"does (rank correlation {correlation[near]:.2f}), {far} least ({correlation[far]:.2f}). {verdict(results, last)} Closed-book TriviaQA goes "

@@ -19,7 +19,7 @@ from thesislib.experiment import DENSE
 from thesislib.files import cache_dir, data_file
 from thesislib.held import check_dtype
 from thesislib.parameters import positive
-from thesislib.records import Measurement
+from thesislib.records import Measurement, in_markdown
 from thesislib.store import Store
 from thesislib.sweep.drive import Workers
 from thesislib.sweep.grid import Grid, read_grid
@@ -189,7 +189,9 @@ def cost_sentence(results: Results) -> str:
     place = " or ".join(places)
     total = sum(m.provenance["seconds"] for m in results.values()) / 3600
     made = {label: note["seconds_to_make"] for (label, _), m in results.items() if (note := m.provenance.get("sweep"))}
-    return f"Measured on {place}: {len(results)} measurements, {total:.1f} hours of one process, and {sum(made.values()) / 3600:.1f} to make the models."
+    return in_markdown(
+        f"Measured on {place}: {len(results)} measurements, {total:.1f} hours of one process, and {sum(made.values()) / 3600:.1f} to make the models."
+    )
 
 
 # ---------------------------------------------------------------- comparisons

@@ -25,7 +25,7 @@ from thesislib.experiment import described
 from thesislib.held import check_dtype
 from thesislib.layers import pack_all
 from thesislib.parameters import positive
-from thesislib.records import Measurement
+from thesislib.records import Measurement, in_markdown
 from thesislib.store import Store
 from thesislib.subject import Subject, load_subject
 
@@ -269,7 +269,7 @@ def headline(results: Results) -> str:
     mild = _compare(dense, found["1:8"])
     shares = {x: found[x].provenance["chapter"]["sizes"] for x in ("1:8", "2:4")}
     theirs = ", ".join(f"{x} x {thesis_row(f'W{x}').perplexity / thesis_row('dense').perplexity:.3g}" for x in ("1:8", "2:4"))
-    return (
+    return in_markdown(
         f"Removing 1 of 8 weights by WANDA multiplies perplexity on {dense.task} ({dense.value:.3g}) by {np.exp(mild.difference):.3f} "
         f"[{np.exp(mild.low):.3f}, {np.exp(mild.high):.3f}], 2 of 4 by {found['2:4'].value / dense.value:.2f} (the thesis's subject: {theirs}). "
         f"{halves_sentence(results, p)} {magnitude_sentence(results, p)} Packed, 1:8 takes {shares['1:8']['packed'] / shares['1:8']['dense']:.1%} of the "
