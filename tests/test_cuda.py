@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from thesislib import forward
+from thesislib.checkpoint import SUPPORTED
 from thesislib.compress.depth import Depth
 from thesislib.compress.gptq import Rtn
 from thesislib.compress.width import Width
@@ -18,7 +19,7 @@ from thesislib.evaluate.perplexity import perplexity
 from thesislib.formats import load_artifact, save_artifact
 from thesislib.layers import Adapted, adapt, pack_all, semi_structured
 from thesislib.layers import replace as put
-from thesislib.subject import SUPPORTED, load_subject
+from thesislib.subject import load_subject
 
 pytestmark = [
     pytest.mark.cuda,
@@ -127,7 +128,7 @@ def test_a_step_of_training_moves_a_correction_as_here(tiny):
     moved = []
     for device in ("cpu", "cuda"):
         subject = replace(s := tiny(), model=s.copy().model.to(device))
-        put(subject.blocks[0], "q_proj", adapt(subject.linears(0)["q_proj"], a.to(device), b.to(device)))
+        put(subject.blocks[0], "q_proj", adapt(subject.linears(0)["q_proj"], a.to(device, copy=True), b.to(device, copy=True)))
         adapted = subject.linears(0)["q_proj"]
         assert isinstance(adapted, Adapted)
         adapted.lora_A.requires_grad_(), adapted.lora_B.requires_grad_()
