@@ -23,9 +23,11 @@ import torch
 from typer.testing import CliRunner
 
 from thesislib import store as stored
-from thesislib.cli import _listed, app
+from thesislib.book import chapters
+from thesislib.cli import app
 from thesislib.errors import BadInput
 from thesislib.experiment import again
+from thesislib.notebooks import listed
 from thesislib.store import Store
 from thesislib.sweep import drive as driving
 from thesislib.sweep.drive import Order, Workers, drive
@@ -326,11 +328,12 @@ def test_headings_that_stand_twice_are_numbered(notebook, tmp_path):
 
 
 def test_lists_of_values_are_read():
-    assert _listed("patterns", "[1:8],[2:4]") == [["1:8"], ["2:4"]] and _listed("d", "2026-01-01") == ["2026-01-01"]
-    assert _listed("k", "2,4,6") == [2, 4, 6] and _listed("k", "[2, 4],[6]") == [[2, 4], [6]] and _listed("t", "c4, wikipedia") == ["c4", "wikipedia"]
+    width, franken = chapters()["03_width_pruning"], chapters()["01_franken_llama"]
+    assert listed(width, [("patterns", "[1:8],[2:4]")]) == {"patterns": [["1:8"], ["2:4"]]}
+    assert listed(franken, [("windows", "2,4,6"), ("prompt", "2026-01-01, it")]) == {"windows": [2, 4, 6], "prompt": ["2026-01-01", "it"]}
     for text in ("", "[1", "{"):
         with pytest.raises(BadInput):
-            _listed("k", text)
+            listed(franken, [("windows", text)])
 
 
 # ---------------------------------------------------------------- schedulers

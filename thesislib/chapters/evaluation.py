@@ -23,7 +23,7 @@ from thesislib.records import Measurement, in_markdown
 from thesislib.store import Store
 from thesislib.sweep.drive import Workers
 from thesislib.sweep.grid import Grid, read_grid
-from thesislib.sweep.run import FAILED, Place, Setting, identity_of, sweep, wanted
+from thesislib.sweep.run import FAILED, Place, Setting, identity_of, possible, sweep, wanted
 
 TITLE = "the whole grid"
 RECORDED, PRECISION, FULL = "sample", "precision", "full"
@@ -65,13 +65,16 @@ def grid(size: str) -> Grid:
 
 
 def run(p: EvaluationChapter) -> Results:
-    """The grid measured on this machine; what an earlier run measured is kept in the cache.
+    """The grid measured on this machine, less what cannot be made of the subject; what an earlier run measured is kept in the cache.
 
     Raises:
         RuntimeError: configurations that failed, each with its reason.
     """
     g = grid(p.size)
     store = Store(cache_dir() / "sweeps" / f"{g.name}-{g.size}.jsonl")
+    g, why = possible(g, p.place)
+    for label, reason in why.items():
+        print(f"not possible for this subject: {label} ({reason})")
     failed = sweep(g, p.place, store, Workers(p.workers, threads=p.threads, gpu=p.device.startswith("cuda")))
     if failed:
         raise RuntimeError("; ".join(f"{label}: {why}" for label, why in failed.items()))

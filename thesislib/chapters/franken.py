@@ -20,6 +20,7 @@ from thesislib.evaluate.stats import Comparison, holm, proportion
 from thesislib.experiment import described
 from thesislib.held import check_dtype
 from thesislib.parameters import positive
+from thesislib.recipe import Shape
 from thesislib.records import Measurement, in_markdown
 from thesislib.store import Store
 from thesislib.subject import Subject, load_subject
@@ -54,6 +55,10 @@ class Franken:
         check_dtype(self.dtype)
         if self.shown not in (names := franken_plans(ORIGINAL_DEPTH)):
             raise unknown("plan", self.shown, names)
+
+    def check_shape(self, shape: Shape) -> None:
+        """Raises BadInput for a subject that is too shallow for the plans."""
+        franken_plans(shape.depth)
 
 
 PARAMETERS = Franken

@@ -25,6 +25,7 @@ from thesislib.experiment import described
 from thesislib.held import check_dtype
 from thesislib.layers import pack_all
 from thesislib.parameters import positive
+from thesislib.recipe import Shape
 from thesislib.records import Measurement, in_markdown
 from thesislib.store import Store
 from thesislib.subject import Subject, load_subject
@@ -66,6 +67,11 @@ class WidthChapter:
         if self.text not in ("c4", "wikipedia"):
             raise unknown("calibration text", self.text, ("c4", "wikipedia"))
         configurations(self)  # each stage checks its own settings
+
+    def check_shape(self, shape: Shape) -> None:
+        """Raises BadInput for a subject whose rows a pattern does not divide."""
+        for stage in configurations(self):
+            stage.check(shape.inputs)
 
     def width(self, pattern: str, **settings) -> Width:
         """The stage for a pattern, "2:4", or a ratio, "0.5"."""
