@@ -59,7 +59,7 @@ def test_lists_of_texts():
 
 
 def test_paths_are_the_users(tiny, tmp_path, monkeypatch):
-    tiny(layers=2).save(tmp_path / "a b")
+    tiny(layers=11).save(tmp_path / "a b")
     (tmp_path / "data").mkdir()
     (tmp_path / "mine.yaml").write_text("")
     monkeypatch.chdir(tmp_path)
@@ -79,7 +79,7 @@ def test_expectations_are_said(capsys):
 
 
 def test_no_notebook_asserts_a_finding():
-    whole = ("a configuration is missing", '["zeros"] > 0')  # that what was made is complete
+    whole = ('["zeros"] > 0',)  # that what was made is complete
     for notebook in chapters().values():
         for cell in json.loads(notebook.read_text("utf8"))["cells"]:
             lines = [line for line in cell["source"] if cell["cell_type"] == "code" and line.lstrip().startswith("assert ")]

@@ -33,7 +33,7 @@ from thesislib.sweep import drive as driving
 from thesislib.sweep.drive import Order, Workers, drive
 from thesislib.sweep.grid import read_grid
 from thesislib.sweep.notebooks import results, sweep_notebook
-from thesislib.sweep.run import FAILED, Place, identity_of, missing, sweep
+from thesislib.sweep.run import FAILED, Place, identity_of, missing, possible, sweep
 from thesislib.sweep.task import carry_out, versions
 
 dask = pytest.importorskip("dask", reason="sweeps need Dask: the extra sweep")
@@ -129,6 +129,16 @@ def test_records_of_another_subject_do_not_count(swept, tiny, place, grid_file, 
     names = set(map(identity_of, swept[0].rows().values()))
     assert None not in names and len(names) == len(WHOLE)
     assert set(missing(grid, Place(place.subject, place.data, "bfloat16"), [swept[0]])) == set(LABELS)
+
+
+def test_a_grid_less_what_a_subject_cannot_be_made_into(place, grid_file, tiny, tmp_path):
+    grid = read_grid(grid_file, "quick")
+    assert possible(grid, place) == (grid, {})
+    shallow = Place(str(tiny(layers=6).save(tmp_path / "shallow")), place.data, "float32")
+    kept, why = possible(grid, shallow)
+    assert [c.label for c in kept.configurations] == ["dense", "W1:8"] and set(why) == {"D1", "D1+W1:8"}
+    assert all("cannot remove 1 of 6 blocks" in reason for reason in why.values())
+    assert set(missing(kept, shallow, [])) == {"dense", "W1:8"}
 
 
 def test_what_cannot_work_is_said_before_the_first_run(place, tmp_path, monkeypatch):
