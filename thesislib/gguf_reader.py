@@ -275,7 +275,8 @@ def byte_level(tokens: list[str], types: list[int], merges: list[str], pre: str 
     if len(vocabulary) < len(tokens):
         twice = next(token for i, token in enumerate(tokens) if vocabulary[token] != i)
         raise BadInput(f"{name} has the token {twice!r} twice: expected each once")
-    pairs = [tuple(merge.split(" ", 1)) for merge in merges]
+    # llama.cpp takes a merge that makes no token, and then falls back to the parts
+    pairs = [(a, b) for a, _, b in (merge.partition(" ") for merge in merges) if a in vocabulary and b in vocabulary and a + b in vocabulary]
     raw = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=pre == "llama-bpe"))
     raw.pre_tokenizer, raw.decoder = cuts[pre], decoders.ByteLevel()
     for kind, special in ((SPECIAL, True), (ADDED, False)):
