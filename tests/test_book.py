@@ -181,6 +181,14 @@ def test_every_notebook_has_one_table_that_a_sweep_reads(name):
     assert rows and all(any(isinstance(value, str) and value for value in row.values()) for row in rows)
 
 
+def test_every_module_is_in_the_api():
+    own = {"cli", "sphinx_once"}  # commands, and a hook of the book's own
+    package = ROOT / "thesislib"
+    modules = {".".join(f.relative_to(package).with_suffix("").parts) for f in package.rglob("*.py") if not f.stem.startswith("__")} - own
+    listed = re.findall(r"automodule:: thesislib\.(\S+)", (ROOT / "book" / "api.md").read_text())
+    assert sorted(listed) == sorted(modules)
+
+
 def canonical(name):
     return name.strip().lower().replace("_", "-")
 

@@ -59,7 +59,7 @@ def test_lists_of_texts():
 
 
 def test_paths_are_the_users(tiny, tmp_path, monkeypatch):
-    tiny(layers=2).save(tmp_path / "a b")
+    tiny(layers=11).save(tmp_path / "a b")
     (tmp_path / "data").mkdir()
     (tmp_path / "mine.yaml").write_text("")
     monkeypatch.chdir(tmp_path)
@@ -79,7 +79,7 @@ def test_expectations_are_said(capsys):
 
 
 def test_no_notebook_asserts_a_finding():
-    whole = ("a configuration is missing", '["zeros"] > 0')  # that what was made is complete
+    whole = ('["zeros"] > 0',)  # that what was made is complete
     for notebook in chapters().values():
         for cell in json.loads(notebook.read_text("utf8"))["cells"]:
             lines = [line for line in cell["source"] if cell["cell_type"] == "code" and line.lstrip().startswith("assert ")]
@@ -130,3 +130,22 @@ def test_sizes_that_are_usual_pass():
     check_sizes(
         {"hidden_size": 8192, "num_attention_heads": 64, "num_key_value_heads": 8, "num_hidden_layers": 80, "vocab_size": 128256, "intermediate_size": 28672}
     )
+
+
+def test_a_subject_that_a_chapter_cannot_take_is_refused_before_it_runs(tiny, tmp_path):
+    folders = {}
+    for layers, hidden in ((2, 32), (8, 32), (11, 32), (8, 24)):
+        folders[layers, hidden] = tmp_path / f"{layers}-{hidden}"
+        tiny(layers=layers, hidden_size=hidden, head_dim=8).model.save_pretrained(folders[layers, hidden])
+    notebooks = chapters()
+    cases = [
+        ("01_franken_llama", (8, 32), "the 25 plans need a model of at least 11 blocks"),
+        ("02_depth_pruning", (2, 32), "of this subject's 2 blocks 0 can go"),
+        ("03_width_pruning", (8, 24), "24"),
+        ("04_lora_recovery", (2, 32), "parameter 'pruned' has 'D2', which is not possible for this subject"),
+    ]
+    for name, shape, said in cases:
+        with pytest.raises(BadInput, match=said):
+            ready(notebooks[name], {"subject": str(folders[shape])})
+    for name, shape in (("01_franken_llama", (11, 32)), ("02_depth_pruning", (8, 32)), ("03_width_pruning", (2, 32)), ("04_lora_recovery", (8, 32))):
+        assert ready(notebooks[name], {"subject": str(folders[shape])})

@@ -123,9 +123,12 @@ def test_bad_parameters_of_depth(settings, said):
         depth.DepthChapter(**settings)
 
 
-def test_more_blocks_than_are_unprotected(tiny):
-    with pytest.raises(BadInput, match="cannot remove 2 of 7 blocks"):
-        depth.score(tiny(layers=7), SMALL)
+def test_what_a_subject_cannot_lose_is_left_out_or_refused(tiny, capsys):
+    scores = depth.score(tiny(layers=7), SMALL)
+    assert "not possible for this subject: to remove 2 of its 7 blocks" in capsys.readouterr().out
+    assert {k for sets in scores.removed.values() for k in sets} == {1} and {b for sets in scores.removed.values() for b in sets[1]} == {4}
+    with pytest.raises(BadInput, match="of this subject's 6 blocks 0 can go"):
+        depth.score(tiny(layers=6), SMALL)
 
 
 # ---------------------------------------------------------------- chapter 3

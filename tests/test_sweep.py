@@ -23,15 +23,17 @@ import torch
 from typer.testing import CliRunner
 
 from thesislib import store as stored
+from thesislib.book import chapters
 from thesislib.cli import app
 from thesislib.errors import BadInput
 from thesislib.experiment import again
+from thesislib.notebooks import listed
 from thesislib.store import Store
 from thesislib.sweep import drive as driving
 from thesislib.sweep.drive import Order, Workers, drive
 from thesislib.sweep.grid import read_grid
 from thesislib.sweep.notebooks import results, sweep_notebook
-from thesislib.sweep.run import FAILED, Place, identity_of, missing, sweep
+from thesislib.sweep.run import FAILED, Place, identity_of, missing, possible, sweep
 from thesislib.sweep.task import carry_out, versions
 
 dask = pytest.importorskip("dask", reason="sweeps need Dask: the extra sweep")
@@ -127,6 +129,16 @@ def test_records_of_another_subject_do_not_count(swept, tiny, place, grid_file, 
     names = set(map(identity_of, swept[0].rows().values()))
     assert None not in names and len(names) == len(WHOLE)
     assert set(missing(grid, Place(place.subject, place.data, "bfloat16"), [swept[0]])) == set(LABELS)
+
+
+def test_a_grid_less_what_a_subject_cannot_be_made_into(place, grid_file, tiny, tmp_path):
+    grid = read_grid(grid_file, "quick")
+    assert possible(grid, place) == (grid, {})
+    shallow = Place(str(tiny(layers=6).save(tmp_path / "shallow")), place.data, "float32")
+    kept, why = possible(grid, shallow)
+    assert [c.label for c in kept.configurations] == ["dense", "W1:8"] and set(why) == {"D1", "D1+W1:8"}
+    assert all("cannot remove 1 of 6 blocks" in reason for reason in why.values())
+    assert set(missing(kept, shallow, [])) == {"dense", "W1:8"}
 
 
 def test_what_cannot_work_is_said_before_the_first_run(place, tmp_path, monkeypatch):
@@ -323,6 +335,15 @@ def test_headings_that_stand_twice_are_numbered(notebook, tmp_path):
     nb.cells[-1].outputs = [nbformat.v4.new_output("execute_result", {"text/html": html}, execution_count=1)]
     nbformat.write(nb, tmp_path / "twice.ipynb")
     assert results(tmp_path / "twice.ipynb") == [{"name": "a", "k": 1, "x": 2, "x (2)": 3}]
+
+
+def test_lists_of_values_are_read():
+    width, franken = chapters()["03_width_pruning"], chapters()["01_franken_llama"]
+    assert listed(width, [("patterns", "[1:8],[2:4]")]) == {"patterns": [["1:8"], ["2:4"]]}
+    assert listed(franken, [("windows", "2,4,6"), ("prompt", "2026-01-01, it")]) == {"windows": [2, 4, 6], "prompt": ["2026-01-01", "it"]}
+    for text in ("", "[1", "{"):
+        with pytest.raises(BadInput):
+            listed(franken, [("windows", text)])
 
 
 # ---------------------------------------------------------------- schedulers

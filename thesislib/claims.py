@@ -20,7 +20,7 @@ from thesislib.chapters.thesis import thesis_row
 from thesislib.errors import BadInput
 from thesislib.evaluate.paired import compare
 from thesislib.evaluate.stats import Comparison, holm
-from thesislib.records import Measurement
+from thesislib.records import Measurement, in_markdown
 from thesislib.store import Store
 
 HOLDS, FAILS, UNDECIDED, MISSING = "holds", "does not hold", "undecided", "not measured"
@@ -305,7 +305,7 @@ def page(records: Records) -> str:
             if len(v.comparisons) > MOST:
                 lines += [f"The extremes of {len(v.comparisons)} comparisons, all adjusted together.", ""]
         if v.missing:
-            lines += [f"Not measured: {'; '.join(v.missing)}.", ""]
+            lines += [f"Not measured: {'; '.join(map(in_markdown, v.missing))}.", ""]
         href = f"../notebooks/{v.claim.page}.html#{v.claim.anchor}"
         more = f' What was measured at size full: <a href="{WHOLE_PAGE}">chapter 6</a>.' if any(LARGE in name for name, *_ in v.comparisons) else ""
         lines += [f'Shown in <a href="{href}">chapter {int(v.claim.page[:2])}</a>.{more}', ""]
@@ -322,4 +322,4 @@ def _shown(comparisons: list) -> list:
 
 def _row(name: str, c: Comparison, ratio: bool) -> str:
     effect, low, high = (f"x\u00a0{math.exp(x):.3f}" if ratio else f"{100 * x:+.1f}" for x in (c.difference, c.low, c.high))
-    return f"| {name} | {effect} | {low} to {high} | {c.n} | {c.test} | {'< 0.001' if c.p < 0.001 else f'{c.p:.3f}'} |"
+    return f"| {in_markdown(name)} | {effect} | {low} to {high} | {c.n} | {c.test} | {'< 0.001' if c.p < 0.001 else f'{c.p:.3f}'} |"

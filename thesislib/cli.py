@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from thesislib.errors import BadInput, unknown
+from thesislib.errors import BadInput, printable, unknown
 from thesislib.files import free_file, free_folder, open_folder, plain_errors
 
 app = typer.Typer(help="Compress a small language model step by step, and measure what each step costs.",
@@ -499,7 +499,8 @@ def records(
             typer.echo(json.dumps({"id": name, **json.loads(m.to_json(items=False))}, ensure_ascii=False))
         else:
             value, low, high = ("?" if x is None else f"{x:.4g}" for x in (m.value, m.low, m.high))  # None: not finite
-            typer.echo(f"{name}  {stored.flat(name, m)['label']:<28} {m.task:<34} {m.metric:<11} {value:>10} [{low}, {high}]  n = {m.n}")
+            which, on, what = map(printable, (stored.flat(name, m)["label"], m.task, m.metric))
+            typer.echo(f"{name}  {which:<28} {on:<34} {what:<11} {value:>10} [{low}, {high}]  n = {m.n}")
 
 
 @listed.command()

@@ -15,8 +15,17 @@ class BadInput(ValueError):
 def shown(value: object) -> str:
     """A value in quotes as a message has it: on one line, the middle of a long one left out."""
     text = value if isinstance(value, str) else repr(value)
-    text = text.encode("unicode_escape").decode() if not text.isprintable() else text
+    text = printable(text)
     return f"'{text}'" if len(text) <= LONGEST else f"'{text[: LONGEST // 2]}...{text[-LONGEST // 4 :]}'"
+
+
+def printable(text: str) -> str:
+    """A text on one line, what a terminal would obey (ends of lines, escapes, directions of writing) as an escape.
+
+    >>> print(printable("a\\nb"))
+    a\\nb
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def unknown(what: str, value: object, options: Iterable[str]) -> BadInput:

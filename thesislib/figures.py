@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
 
 from thesislib.evaluate.perplexity import compare
 from thesislib.evaluate.stats import Comparison
@@ -17,7 +17,8 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # Okabe 
 
 def style() -> None:
     """The look of every figure and table; call it once at the top of a notebook."""
-    sns.set_theme(style="whitegrid", context="notebook", rc={"figure.dpi": 110, "axes.titlesize": 11, "axes.labelsize": 10})
+    plain = {"text.parse_math": False}  # a dollar sign in a token or a name is one
+    sns.set_theme(style="whitegrid", context="notebook", rc={"figure.dpi": 110, "axes.titlesize": 11, "axes.labelsize": 10, **plain})
     pd.set_option("display.max_colwidth", None, "display.max_rows", None)
 
 
@@ -471,5 +472,8 @@ def roofline_chart(device_name: str, rate: float, bandwidth: float, operations: 
         ylabel="MACs per second, at most",
         title=f"{device_name}: left of the dotted line memory limits",
     )
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_major_formatter(EngFormatter(sep=""))  # 10G
+    axis.yaxis.set_minor_formatter(NullFormatter())
     axis.legend()
     return figure

@@ -135,7 +135,7 @@ def token_losses(model: PreTrainedModel, states: torch.Tensor, targets: torch.Te
 
 
 def fits_half(model: PreTrainedModel) -> bool:
-    """Whether float16 holds every logit that a model can have: |w x| <= |w| |x|, and a normed state x is at most sqrt(D) max |gamma| long.
+    """Whether float16 holds every logit that a model can have: ``|w x| <= |w| |x|``, and a normed state x is at most ``sqrt(D) max |gamma|`` long.
 
     It waits for a card, once for a model.
     """

@@ -12,6 +12,7 @@ from thesislib.config import read_sizes
 from thesislib.corpus import kind_of
 from thesislib.errors import BadInput, shown, unknown
 from thesislib.files import expanded, is_folder
+from thesislib.forecast import shape_of, stand_in
 from thesislib.held import check_device
 from thesislib.parameters import build
 from thesislib.subject import checkpoint_folder
@@ -109,19 +110,22 @@ def ready(notebook: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters given as the notebook can take them wherever it runs: paths are the user's, from where the command was typed.
 
     Raises:
-        BadInput: a name, type or value that the chapter does not take; a subject, data or device that is not there. Nothing has run yet.
+        BadInput: a name, type or value that the chapter does not take; a subject, data or device that is not there; a subject, in a folder, of
+            which what the chapter measures cannot be made. Nothing has run yet.
     """
     known = check_names(notebook, given)
     found = {name: _in_full(value) if name in PATHS else value for name, value in given.items()}
     if notebook.stem in CHAPTERS:
         kind = import_module(f"thesislib.chapters.{CHAPTERS[notebook.stem]}").PARAMETERS
         try:
-            build(kind, {**known, **found})
+            parameters = build(kind, {**known, **found})
         except (TypeError, ValueError, AttributeError) as error:  # BadInput is a ValueError; the others: of a list's items
             raise error if isinstance(error, BadInput) else BadInput(f"{notebook.stem} cannot take {shown(given)} ({error})") from error
     for name, check in CHECKS.items():
         if isinstance(found.get(name), str):
             check(found[name])
+    if notebook.stem in CHAPTERS and hasattr(parameters, "check_shape") and is_folder(expanded(parameters.subject)):
+        parameters.check_shape(shape_of(stand_in(checkpoint_folder(parameters.subject)[0])))
     return found
 
 

@@ -135,7 +135,7 @@ def end_tokens(subject: Subject) -> list[int]:
 def control_tokens(subject: Subject) -> set[int]:
     """The tokens at which an answer is over: end tokens, special tokens, and others that the tokenizer was given for control.
 
-    Not every checkpoint flags its turns' marks as special, so that an added token spelt <|like_this|> counts too.
+    Not every checkpoint flags its turns' marks as special, so that an added token spelt ``<|like_this|>`` counts too.
     """
     tokenizer = subject.tokenizer
     added = getattr(tokenizer, "added_tokens_decoder", {})

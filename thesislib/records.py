@@ -105,7 +105,20 @@ def cost(measurements: Iterable[Measurement]) -> str:
     minutes = sum(made["seconds"] for made in runs.values()) / 60
     place = one["hardware"]["accelerator"] or f"{one['hardware']['torch_threads']} cores of {one['hardware']['cpu']}"
     types = " and ".join(sorted({made["dtype"] for made in runs.values()}))
-    return f"Measured on {one['date']} in {minutes:.0f} minutes on {place}, {types}."
+    return in_markdown(f"Measured on {one['date']} in {minutes:.0f} minutes on {place}, {types}.")
+
+
+# what Markdown, MyST's and GitHub's, takes for markup inside a line; brackets alone, an underscore inside a word and "p < 0.05" are none
+MARKUP = re.compile(r"[\\`*{}$&~|]|<(?=\S)|\](?=[(\[])|(?<![^\W_])_|_(?![^\W_])|^[!-/:-@[-`{-~]")
+
+
+def in_markdown(text: str) -> str:
+    """A text such as a record's, or a sentence that holds some, for a paragraph or a table of Markdown: shown as it is, on one line.
+
+    >>> print(in_markdown("<b> of a_b [1, 2], p < 0.05"))
+    \\<b> of a_b [1, 2], p < 0.05
+    """
+    return MARKUP.sub(lambda found: "\\" + found[0], " ".join(text.split()))
 
 
 @cache

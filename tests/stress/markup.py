@@ -26,18 +26,20 @@ HOSTILE = (
     "```{raw} html\n<script>1</script>\n```",
 )
 CELLS = (
-    ("", "import dataclasses, json\nfrom IPython.display import HTML, Markdown\nfrom thesislib import records, store, figures\n"
+    ("", "import dataclasses, json\nfrom IPython.display import HTML, Markdown, display\nfrom thesislib import records, store, figures\n"
          "from thesislib.chapters import measures, trade_offs, franken, recorded\nfrom thesislib.parameters import settings\nfrom thesislib.subject import load_subject"),
-    ("parameters", "subject = 'x'\ntexts = ['x']\nmade = 'x'"),
-    ("", "p = settings(dataclasses.make_dataclass('P', [('subject', str), ('texts', list), ('made', str)]), globals())"),
-    ("", "model = load_subject(p.subject)\nprint(f'{model.name}: {model.depth} blocks')\nprint(p.texts)"),
+    ("parameters", "subject = 'x'\ntexts = ['x']\nmade = 'x'\nartifact = 'x'"),
+    ("", "p = settings(dataclasses.make_dataclass('P', [('subject', str), ('texts', list), ('made', str), ('artifact', str)]), globals())"),
+    ("", "model = load_subject(p.subject)\nprint(f'{model.name}: {model.depth} blocks')\nprint(load_subject(p.artifact).name)\nprint(p.texts)"),
+    ("", "for t in p.texts:\n    named = [dataclasses.replace(m, task=t, provenance={**m.provenance, 'subject': t}) for m in recorded('00_measures')]\n"
+         "    display(Markdown(measures.headline(named)))"),
     ("", "rows = list(store.Store(p.made).rows().values())\nMarkdown(f'*{records.cost(rows)}*')"),
     ("", "found = [dataclasses.replace(m, task=t, unit=t, metric='perplexity ' + t) for t in p.texts for m in rows[:1]]\n"
          "study = [dataclasses.replace(m, task=t) for m, t in zip(recorded('00_measures'), p.texts)]\nmeasures.readable(measures.table(study))"),
     ("", "items = [{'tier': 'overlap', 'answer': t} for t in p.texts]\nmeasures.flattering(dataclasses.replace(rows[0], items=items), 20)"),
     ("", "def sized(m, t):\n    return dataclasses.replace(m, provenance={**m.provenance, 'made': {**m.provenance['made'], 'label': t, 'bytes': {'bytes_on_disk': 10**6, 'nonzero_parameters': 10**6}}})\n"
          "HTML(trade_offs.explorer({(t, 'perplexity'): sized(rows[0], t) for t in p.texts}))"),
-    ("", "figures.style()\nfig, ax = figures.plt.subplots()\nfor t in p.texts:\n    ax.set_title(t.replace('$', ''))\nfigures.plt.show()"),
+    ("", "figures.style()\nfig, ax = figures.plt.subplots()\nfor t in p.texts:\n    ax.set_title(t)\nfigures.plt.show()"),
     ("", f"raise_later = [repr(t) for t in p.texts]\nmodel.name, raise_later  # {HOSTILE[1]}"),
 )  # fmt: skip
 
@@ -70,8 +72,8 @@ class Page(html.parser.HTMLParser):
                     json.loads(data)
                 except ValueError:
                     self.runs.append(f"the widget's data are no JSON: {data[:80]}")
-                if "<!--" in data or "</" in data:
-                    self.runs.append("the widget's data hold <!-- or </, which a page's parser takes for its own")
+                if "<" in data:
+                    self.runs.append("the widget's data hold <, with which a page's parser begins what is its own")
             self.script = None
 
     def handle_data(self, data: str) -> None:
@@ -95,6 +97,8 @@ def run(here: Place) -> dict:
     shutil.copytree(here / "subject", root / name)
     rows = [json.loads(line) for line in (here / "records.jsonl").read_text("utf8").splitlines()]
     environment = here.environment(here / "cache") | {"PIP_NO_INDEX": "1"}
+    recipe = root / "recipe.yaml"
+    recipe.write_text("stages:\n  - width: {remove: 1, of: 8, metric: magnitude}\n")
     nb = nbformat.v4.new_notebook(
         metadata={"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
     )
@@ -115,11 +119,18 @@ def run(here: Place) -> dict:
 
         m = prepare(str(root / name), [], data=str(here / "data"), dtype="float32").measure(Protocol("wikitext", length=48, limit=2), str(here / "data"))
         m.provenance["hardware"] = {**m.provenance["hardware"], "cpu": HOSTILE[1]}
+        m.provenance["dtype"] = HOSTILE[5]
         Store(root / "rows.jsonl").append(m)
+        if code := thesislib("compress", recipe, "--subject", root / name, "--data", here / "data", "--out", root / "artifact")():
+            return code
         made.chapters = lambda *_: {"01_hostile": source}
-        parameters = {"subject": str(root / name), "texts": list(HOSTILE), "made": str(root / "rows.jsonl")}
+        parameters = {"subject": str(root / name), "texts": list(HOSTILE), "made": str(root / "rows.jsonl"), "artifact": str(root / "artifact")}
         return thesislib(
-            "run", "01", "--out", root / "executed.ipynb", *(x for key, value in parameters.items() for x in ("-p", f"{key}={json.dumps(value)}"))
+            "run",
+            "01",
+            "--out",
+            root / "executed.ipynb",
+            *(x for key, value in parameters.items() for x in ("-p", f"{key}={value if isinstance(value, str) else json.dumps(value)}")),
         )()
 
     ended = call(execute, root, environment, 180, 12 << 30)

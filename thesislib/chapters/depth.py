@@ -23,7 +23,8 @@ from thesislib.experiment import described
 from thesislib.files import read_json, write_whole
 from thesislib.held import check_dtype
 from thesislib.parameters import positive
-from thesislib.records import Measurement, provenance
+from thesislib.recipe import Shape
+from thesislib.records import Measurement, in_markdown, provenance
 from thesislib.store import Store
 from thesislib.subject import Subject, load_subject
 
@@ -70,8 +71,30 @@ class DepthChapter:
         positive(length=self.length, calibration=self.calibration, windows=self.windows, questions=self.questions, passages=self.passages, tokens=self.tokens)
         check_dtype(self.dtype)
 
+    def check_shape(self, shape: Shape) -> None:
+        """Raises BadInput for a subject of which no count of `counts` can be removed."""
+        self.possible(shape.depth)
+
+    def possible(self, blocks: int) -> list[int]:
+        """Those of `counts` that a subject of so many blocks can lose.
+
+        Raises:
+            BadInput: none.
+        """
+        free = unprotected(blocks)
+        found = [k for k in self.counts if k <= free]
+        if not found:
+            some = f"expected e.g. counts=[{free}]" if free else "expected a subject with more blocks"
+            raise BadInput(f"parameter 'counts' is {self.counts}: of this subject's {blocks} blocks {free} can go, since the first and the last stay; {some}")
+        return found
+
 
 PARAMETERS = DepthChapter
+
+
+def unprotected(blocks: int) -> int:
+    """How many blocks a subject of `blocks` can lose at most by default."""
+    return max(0, blocks - Depth.protect_first - Depth.protect_last)
 
 
 @dataclass(frozen=True)
@@ -87,6 +110,11 @@ class Scores:
     metrics: dict[str, dict[int, float]]
     removed: dict[str, dict[int, tuple[int, ...]]]
     made: dict
+
+    @property
+    def main(self) -> str:
+        """The metric whose removals are asked questions: perplexity, or the first if that was not tried."""
+        return "perplexity" if "perplexity" in self.removed else next(iter(self.removed))
 
     def to_json(self) -> str:
         """One JSON object."""
@@ -106,27 +134,28 @@ def score(subject: Subject, p: DepthChapter) -> Scores:
     """Every block's importance by every metric, and which blocks each method removes."""
     started = time.perf_counter()
     ids = calibration_windows(subject.tokenizer, "wikipedia", p.data, p.calibration, p.length)
-    rule = Depth(max(p.counts))  # with the default protection
-    rule.check(subject.depth)
-    free = range(rule.protect_first, subject.depth - rule.protect_last)
+    counts = p.possible(subject.depth)
+    if left := [str(k) for k in p.counts if k not in counts]:
+        print(f"not possible for this subject: to remove {', '.join(left)} of its {subject.depth} blocks, since the first and the last stay")
+    free = range(Depth.protect_first, subject.depth - Depth.protect_last)
     metrics: dict[str, dict[int, float]] = {}
     removed: dict[str, dict[int, tuple[int, ...]]] = {}
     for metric in p.metrics:
         if metric == "angular":
             distance = angular_distances(subject, ids)
             metrics[metric] = {b: float(distance[1, b]) for b in range(subject.depth)}
-            starts = {k: min(free[: len(free) - k + 1], key=lambda b: distance[k, b]) for k in p.counts}
+            starts = {k: min(free[: len(free) - k + 1], key=lambda b: distance[k, b]) for k in counts}
             removed[metric] = {k: tuple(range(b, b + k)) for k, b in starts.items()}
         else:
             metrics[metric] = importance(subject, ids, metric)
             order = sorted(free, key=lambda b: (metrics[metric][b], b))
-            removed[metric] = {k: tuple(sorted(order[:k])) for k in p.counts}
+            removed[metric] = {k: tuple(sorted(order[:k])) for k in counts}
     if p.greedy:
-        _, report = Depth(min(p.greedy, max(p.counts)), greedy=True, windows=p.calibration, length=p.length).apply(subject, data=p.data)
-        removed[GREEDY] = {k: tuple(sorted(report["order"][:k])) for k in p.counts if k <= p.greedy}
+        _, report = Depth(min(p.greedy, max(counts)), greedy=True, windows=p.calibration, length=p.length).apply(subject, data=p.data)
+        removed[GREEDY] = {k: tuple(sorted(report["order"][:k])) for k in counts if k <= p.greedy}
     for seed in range(p.seeds):
         order = np.random.default_rng(seed).permutation(free).tolist()
-        removed[f"{RANDOM} {seed}"] = {k: tuple(sorted(order[:k])) for k in p.counts}
+        removed[f"{RANDOM} {seed}"] = {k: tuple(sorted(order[:k])) for k in counts}
     return Scores(metrics, removed, provenance(subject, started, text="wikipedia", data=kind_of(p.data), windows=p.calibration, length=p.length, seed=0))
 
 
@@ -159,8 +188,8 @@ def measure(subject: Subject, scores: Scores, p: DepthChapter) -> Results:
     plans = {(NOTHING, 0): kept(subject.depth, ())}
     plans |= {(method, k): kept(subject.depth, gone) for method, sets in scores.removed.items() for k, gone in sets.items()}
     found = perplexity.perplexities(subject, evaluation_text(p.data), plans, length=p.length, limit=p.windows)
-    main = "perplexity" if "perplexity" in scores.removed else p.metrics[0]
-    small = {0: subject} | {k: remove(subject, scores.removed[main][k]) for k in THESIS if k in scores.removed[main]}
+    chosen = scores.removed[scores.main]
+    small = {0: subject} | {k: remove(subject, chosen[k]) for k in THESIS if k in chosen}
     trivia = {}
     for open_book, limit in ((False, p.questions), (True, p.passages)):
         asked, source = questions(p.data, open_book=open_book, limit=limit), question_source(p.data, open_book)
@@ -170,8 +199,8 @@ def measure(subject: Subject, scores: Scores, p: DepthChapter) -> Results:
 
 
 def parts(subject: Subject, p: DepthChapter, count: int = 2) -> pd.DataFrame:
-    """Whole blocks, only attentions, only MLPs: the `count` of least Taylor score each."""
-    rows = []
+    """Whole blocks, only attentions, only MLPs: the `count` of least Taylor score each, or as many as can go."""
+    rows, count = [], min(count, unprotected(subject.depth))
     for part in ("block", "attention", "mlp"):
         small, report = Depth(count, part=part, metric="taylor", windows=p.calibration, length=p.length).apply(subject, data=p.data)
         m = perplexity.perplexity(small, evaluation_text(p.data), length=p.length, limit=p.windows)
@@ -212,11 +241,11 @@ def thesis_table(results: Results) -> pd.DataFrame:
     rows = []
     for k in sorted({k for k, _ in results.trivia}):
         label = f"D{k}" if k else "dense"
-        ppl = results.dense if k == 0 else results.perplexity["perplexity", k]
+        ppl = results.dense if k == 0 else results.perplexity[results.scores.main, k]
         closed, opened, theirs = results.trivia[k, False], results.trivia[k, True], thesis_row(label)
         rows.append(
             {
-                "configuration": label, "blocks removed": ", ".join(map(str, results.scores.removed["perplexity"][k])) if k else "none",
+                "configuration": label, "blocks removed": ", ".join(map(str, results.scores.removed[results.scores.main][k])) if k else "none",
                 "perplexity": _number(ppl), "x dense": f"{ppl.value / results.dense.value:.2f}",
                 "closed book": _share(closed), "open book": _share(opened),
                 "thesis: perplexity": f"{theirs.perplexity:,.2f}", "x dense ": f"{theirs.perplexity / thesis_row('dense').perplexity:,.2f}",
@@ -269,7 +298,7 @@ def headline(results: Results) -> str:
     near, far = correlation.idxmax(), correlation.idxmin()
     last, trivia = counts[-1], results.trivia
     depth = len(results.scores.metrics["perplexity"])
-    return (
+    return in_markdown(
         f"Removing the blocks whose removal costs least takes perplexity on {dense.task} from {dense.value:.3g} [{dense.low:.3g}, {dense.high:.3g}] to {grow}; "
         f"the thesis's subject, which has 16 blocks and not {depth}, lost more: {theirs}. Of the other scores {near} ranks blocks most like perplexity "
         f"does (rank correlation {correlation[near]:.2f}), {far} least ({correlation[far]:.2f}). {verdict(results, last)} Closed-book TriviaQA goes "

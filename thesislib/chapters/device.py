@@ -46,7 +46,7 @@ from thesislib.files import data_file, read_json
 from thesislib.gguf_format import TYPES
 from thesislib.parameters import positive
 from thesislib.prompts import adds_bos, default_prompt, prompt_for
-from thesislib.records import Measurement, provenance
+from thesislib.records import Measurement, in_markdown, provenance
 from thesislib.store import Store
 from thesislib.subject import Subject, load_subject
 
@@ -479,7 +479,7 @@ def headline(record: Results) -> str:
     dense = {kind: record[DENSE, f"llama.cpp {kind}"] for kind in TYPES if (DENSE, f"llama.cpp {kind}") in record}
     speed = ", ".join(f"{kind} {1 / m.value:.0f}" for kind, m in dense.items())
     decoding = f"One thread of the recording machine decodes, in tokens per second of the dense model in llama.cpp: {speed}."
-    return f"{decoding} {zeros_sentence(record)} {prediction_sentence(record)} {same_sentence(record)}"
+    return in_markdown(f"{decoding} {zeros_sentence(record)} {prediction_sentence(record)} {same_sentence(record)}")
 
 
 # ---------------------------------------------------------------- the record, read

@@ -19,11 +19,11 @@ from thesislib.experiment import DENSE
 from thesislib.files import cache_dir, data_file
 from thesislib.held import check_dtype
 from thesislib.parameters import positive
-from thesislib.records import Measurement
+from thesislib.records import Measurement, in_markdown
 from thesislib.store import Store
 from thesislib.sweep.drive import Workers
 from thesislib.sweep.grid import Grid, read_grid
-from thesislib.sweep.run import FAILED, Place, Setting, identity_of, sweep, wanted
+from thesislib.sweep.run import FAILED, Place, Setting, identity_of, possible, sweep, wanted
 
 TITLE = "the whole grid"
 RECORDED, PRECISION, FULL = "sample", "precision", "full"
@@ -65,13 +65,16 @@ def grid(size: str) -> Grid:
 
 
 def run(p: EvaluationChapter) -> Results:
-    """The grid measured on this machine; what an earlier run measured is kept in the cache.
+    """The grid measured on this machine, less what cannot be made of the subject; what an earlier run measured is kept in the cache.
 
     Raises:
         RuntimeError: configurations that failed, each with its reason.
     """
     g = grid(p.size)
     store = Store(cache_dir() / "sweeps" / f"{g.name}-{g.size}.jsonl")
+    g, why = possible(g, p.place)
+    for label, reason in why.items():
+        print(f"not possible for this subject: {label} ({reason})")
     failed = sweep(g, p.place, store, Workers(p.workers, threads=p.threads, gpu=p.device.startswith("cuda")))
     if failed:
         raise RuntimeError("; ".join(f"{label}: {why}" for label, why in failed.items()))
@@ -189,7 +192,9 @@ def cost_sentence(results: Results) -> str:
     place = " or ".join(places)
     total = sum(m.provenance["seconds"] for m in results.values()) / 3600
     made = {label: note["seconds_to_make"] for (label, _), m in results.items() if (note := m.provenance.get("sweep"))}
-    return f"Measured on {place}: {len(results)} measurements, {total:.1f} hours of one process, and {sum(made.values()) / 3600:.1f} to make the models."
+    return in_markdown(
+        f"Measured on {place}: {len(results)} measurements, {total:.1f} hours of one process, and {sum(made.values()) / 3600:.1f} to make the models."
+    )
 
 
 # ---------------------------------------------------------------- comparisons

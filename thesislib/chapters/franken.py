@@ -20,7 +20,8 @@ from thesislib.evaluate.stats import Comparison, holm, proportion
 from thesislib.experiment import described
 from thesislib.held import check_dtype
 from thesislib.parameters import positive
-from thesislib.records import Measurement
+from thesislib.recipe import Shape
+from thesislib.records import Measurement, in_markdown
 from thesislib.store import Store
 from thesislib.subject import Subject, load_subject
 
@@ -54,6 +55,10 @@ class Franken:
         check_dtype(self.dtype)
         if self.shown not in (names := franken_plans(ORIGINAL_DEPTH)):
             raise unknown("plan", self.shown, names)
+
+    def check_shape(self, shape: Shape) -> None:
+        """Raises BadInput for a subject that is too shallow for the plans."""
+        franken_plans(shape.depth)
 
 
 PARAMETERS = Franken
@@ -230,7 +235,7 @@ def headline(results: Results) -> str:
     again = perplexity.compare(base, results.repeated[mildest])
     said = Counter(claim.verdict for claim in claims(results))
     change = "raises" if again.difference > 0 else "lowers"
-    return (
+    return in_markdown(
         f"On {base.task} (windows of {base.items[0]['tokens'] + 1} tokens, n = {base.n}) the whole model has perplexity {base.value:.1f} "
         f"[{base.low:.1f}, {base.high:.1f}]. {ruined} of the {len(against)} ways to skip and repeat blocks multiply it by ten or more; the mildest, "
         f"{best}, multiplies it by {np.exp(against[best][0].difference):.2f}. Running one block twice {change} it even where that does least harm "

@@ -25,7 +25,7 @@ from thesislib.experiment import DENSE, prepare, recipe_hash, recipe_of
 from thesislib.files import cache_dir, write_whole
 from thesislib.held import check_dtype
 from thesislib.parameters import positive
-from thesislib.recipe import parse_label
+from thesislib.recipe import Shape, parse_label
 from thesislib.records import Measurement
 from thesislib.store import Store
 from thesislib.stream import ALL_AT_ONCE, Statistics, Visitor, stream
@@ -86,6 +86,11 @@ class QuantChapter:
         check_dtype(self.dtype)
         for bits in self.bits:
             self.rtn(bits)
+
+    def check_shape(self, shape: Shape) -> None:
+        """Raises BadInput for a subject of which one of the table's models cannot be made."""
+        for c in table(self):
+            recipe_of(c.stages).check(shape)
 
     def rtn(self, bits: int, **settings) -> Rtn:
         """Rounding, by default on the grid of the chapter's best settings."""

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from thesislib.compress.lora import MERGES, Lora
-from thesislib.errors import BadInput, unknown
+from thesislib.errors import BadInput, shown, unknown
 from thesislib.evaluate.generate import complete
 from thesislib.evaluate.protocol import Protocol
 from thesislib.experiment import DENSE, Prepared, made, prepare, recipe_of
@@ -22,7 +22,7 @@ from thesislib.formats import predicted_disk_bytes, sizes
 from thesislib.held import check_dtype
 from thesislib.layers import Adapted, merge, merge_masked, replace
 from thesislib.parameters import positive
-from thesislib.recipe import parse_label
+from thesislib.recipe import Shape, parse_label
 from thesislib.records import Measurement
 from thesislib.store import Store
 from thesislib.training import TEXTS
@@ -77,6 +77,14 @@ class LoraChapter:
         positive(**{name: getattr(self, name) for name in names})
         check_dtype(self.dtype)
         self.training()
+
+    def check_shape(self, shape: Shape) -> None:
+        """Raises BadInput for a subject of which one of the models cannot be made."""
+        for c in configurations(self):
+            try:
+                recipe_of(c.stages(self)).check(shape)
+            except BadInput as error:
+                raise BadInput(f"parameter 'pruned' has {shown(c.pruned)}, which is not possible for this subject ({error}): expected others") from error
 
     def training(self, text: str = "wikitext", **settings) -> Lora:
         """The LoRA stage on a text."""

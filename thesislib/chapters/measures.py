@@ -16,7 +16,7 @@ from thesislib.experiment import described
 from thesislib.held import check_dtype
 from thesislib.parameters import positive
 from thesislib.prompts import PROMPTS, default_prompt
-from thesislib.records import Measurement
+from thesislib.records import Measurement, in_markdown
 from thesislib.store import Store
 from thesislib.subject import Subject, load_subject
 
@@ -116,7 +116,7 @@ def headline(found: Sequence[Measurement]) -> str:
         return f"{m.value:.1%} [{m.low:.1%}, {m.high:.1%}]"
 
     name = found[0].provenance["subject"]
-    return (
+    return in_markdown(
         f"{name} has perplexity {ppl[first].value:.2f} [{ppl[first].low:.2f}, {ppl[first].high:.2f}] on {ppl[first].task} in windows of {first} tokens "
         f"and {ppl[last].value:.2f} [{ppl[last].low:.2f}, {ppl[last].high:.2f}] in windows of {last}: a perplexity without its window means nothing. "
         f"Asked in its own chat template it answers {share(trivia[False, 'chat'])} of TriviaQA closed book and {share(trivia[True, 'chat'])} "

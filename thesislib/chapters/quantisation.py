@@ -41,7 +41,7 @@ from thesislib.evaluate import perplexity, triviaqa
 from thesislib.evaluate.stats import Comparison, holm
 from thesislib.experiment import DENSE
 from thesislib.files import read_json
-from thesislib.records import Measurement
+from thesislib.records import Measurement, in_markdown
 from thesislib.subject import LINEARS, Subject
 
 __all__ = ["TITLE", "headline", "read_recorded"]
@@ -431,7 +431,7 @@ def headline(results: Results) -> str:
     plain = alone(q)[1]
     ((_, change),) = _pairs(results, [("best", plain, without(q)[0])], HELD_OUT)
     with_eora = dict(method_comparisons(results, table(p), HELD_OUT))["GPTQ 4-bit asymmetric + EoRA against rounding 4-bit asymmetric + EoRA"]
-    return (
+    return in_markdown(
         f"{textbook_sentence(results, q, brief=True)} {kinds_sentence(results, q)} All of the chapter's changes together multiply the "
         f"plain recipe's perplexity by {np.exp(change.difference):.2f}. With EoRA on top, GPTQ is {_word(with_eora)} rounding ({ratio(with_eora)}). "
         f"On WikiText-2 test (dense, in {results[None, PPL].provenance['dtype']}, {results[None, PPL].value:.1f}), groups of "

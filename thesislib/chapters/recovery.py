@@ -16,7 +16,7 @@ from thesislib.errors import BadInput
 from thesislib.evaluate import perplexity, triviaqa
 from thesislib.evaluate.stats import Comparison, bootstrap_mean, friedman, holm, paired_bootstrap, paired_means, signed_rank
 from thesislib.experiment import DENSE
-from thesislib.records import Measurement
+from thesislib.records import Measurement, in_markdown
 from thesislib.training import TEXTS
 
 __all__ = ["TITLE", "headline", "read_recorded"]
@@ -328,7 +328,7 @@ def headline(results: Results) -> str:
     shares, (pairs, told) = recovered(results), _texts_compared(results, CLOSED)
     numbers = {name: f"{name} ({w.value:.1%} against {t.value:.1%}, untrained {_get(results, CLOSED, name).value:.1%})" for name, t, w in pairs}
     answers = "; ".join(f"{how} for {', '.join(numbers[n] for n in names)}" for how, names in told.items() if names) or "told from it for none"
-    return (
+    return in_markdown(
         f"LoRA on {tokens:,} tokens of WikiText takes D2 from perplexity {before.value:.1f} to {after.value:.1f}, {word} the dense model's "
         f"{dense.value:.1f} (the thesis's subject: {theirs}). But the dense model, trained alike, goes to {control.value:.1f}: of the loss that "
         f"pruning caused, D2 seems to win back {shares.naive['D2']:.0%}, and against that control it is {shares.fair['D2']:.0%}; over all "

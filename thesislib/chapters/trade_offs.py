@@ -135,5 +135,5 @@ def digest(results: Results) -> str:
 def explorer(results: Results) -> str:
     """A page's widget as HTML: a size budget, a measure, and which models win. Everything is in the text; no server and no network."""
     script = files("thesislib.chapters").joinpath("explorer.js").read_text("utf8")
-    data = json.dumps(trade_offs(results)).replace("</", "<\\/")
+    data = json.dumps(trade_offs(results)).replace("<", "\\u003c")  # the page's parser takes </script> and <!-- for its own
     return f'<div class="explorer"></div>\n<script>\n(() => {{\nconst rows = {data};\n{script}\n}})();\n</script>'

@@ -25,7 +25,8 @@ from thesislib.experiment import described
 from thesislib.held import check_dtype
 from thesislib.layers import pack_all
 from thesislib.parameters import positive
-from thesislib.records import Measurement
+from thesislib.recipe import Shape
+from thesislib.records import Measurement, in_markdown
 from thesislib.store import Store
 from thesislib.subject import Subject, load_subject
 
@@ -66,6 +67,11 @@ class WidthChapter:
         if self.text not in ("c4", "wikipedia"):
             raise unknown("calibration text", self.text, ("c4", "wikipedia"))
         configurations(self)  # each stage checks its own settings
+
+    def check_shape(self, shape: Shape) -> None:
+        """Raises BadInput for a subject whose rows a pattern does not divide."""
+        for stage in configurations(self):
+            stage.check(shape.inputs)
 
     def width(self, pattern: str, **settings) -> Width:
         """The stage for a pattern, "2:4", or a ratio, "0.5"."""
@@ -269,7 +275,7 @@ def headline(results: Results) -> str:
     mild = _compare(dense, found["1:8"])
     shares = {x: found[x].provenance["chapter"]["sizes"] for x in ("1:8", "2:4")}
     theirs = ", ".join(f"{x} x {thesis_row(f'W{x}').perplexity / thesis_row('dense').perplexity:.3g}" for x in ("1:8", "2:4"))
-    return (
+    return in_markdown(
         f"Removing 1 of 8 weights by WANDA multiplies perplexity on {dense.task} ({dense.value:.3g}) by {np.exp(mild.difference):.3f} "
         f"[{np.exp(mild.low):.3f}, {np.exp(mild.high):.3f}], 2 of 4 by {found['2:4'].value / dense.value:.2f} (the thesis's subject: {theirs}). "
         f"{halves_sentence(results, p)} {magnitude_sentence(results, p)} Packed, 1:8 takes {shares['1:8']['packed'] / shares['1:8']['dense']:.1%} of the "

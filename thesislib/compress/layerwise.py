@@ -20,7 +20,7 @@ def effective_weight(module: nn.Module) -> torch.Tensor:
 
 
 def relative_error(difference: torch.Tensor, weight: torch.Tensor, moment: torch.Tensor) -> float:
-    """|difference X| / |weight X| in the Frobenius norm, out of X^T X (D, D) alone: |A X|^2 = tr(A X X^T A^T)."""
+    """``|difference X| / |weight X|`` in the Frobenius norm, out of X^T X (D, D) alone: ``|A X|^2 = tr(A X X^T A^T)``."""
     wrong, whole = (float(((a @ moment) * a).sum(dtype=torch.float64)) for a in (difference, weight))
     return (max(wrong, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
 
@@ -45,7 +45,7 @@ def layer_errors(original: Subject, compressed: Mapping[str, Subject], windows: 
         weighting: how they count.
 
     Returns:
-        {name: {(block, projection): |(W - W') X| / |W X|}}.
+        ``{name: {(block, projection): |(W - W') X| / |W X|}}``.
 
     Raises:
         BadInput: subjects of different shapes.

@@ -161,16 +161,16 @@ def franken_plans(depth: int) -> dict[str, Plan]:
     Raises:
         BadInput: a model too shallow for the plan with the most runs.
     """
-    plans = {}
+    plans, most = {}, max(len(_runs(*settings)) for name, settings in _ORIGINAL.items() if name not in _STRIDES)
+    if depth < most:
+        raise BadInput(f"the {len(_ORIGINAL)} plans need a model of at least {most} blocks, a block for each run that they treat alike: this one has {depth}")
     for name, (skipped, repeated, times) in _ORIGINAL.items():
         if name in _STRIDES:
             start, step = _STRIDES[name]
             plans[name] = tuple(b for b in range(start, depth, step) for _ in range(times))
             continue
-        skip, repeat = ({*parse_plan(t, ORIGINAL_DEPTH)} if t else set() for t in (skipped, repeated))
-        treatment = [0 if b in skip else times if b in repeat else 1 for b in range(ORIGINAL_DEPTH)]
-        runs = [(t, len(list(same))) for t, same in itertools.groupby(treatment)]
-        edges = _carry(list(itertools.accumulate(length for _, length in runs)), depth, name)
+        runs = _runs(skipped, repeated, times)
+        edges = _carry(list(itertools.accumulate(length for _, length in runs)), depth)
         plan: list[int] = []
         for (t, _), start, end in zip(runs, [0, *edges], edges, strict=False):
             plan += [b for b in range(start, end) for _ in range(t)]
@@ -178,10 +178,15 @@ def franken_plans(depth: int) -> dict[str, Plan]:
     return plans
 
 
-def _carry(boundaries: list[int], depth: int, name: str) -> list[int]:
+def _runs(skipped: str, repeated: str, times: int) -> list[tuple[int, int]]:
+    """(how often each block runs, how many blocks) of a plan's runs of neighbours treated alike, on 32 blocks."""
+    skip, repeat = ({*parse_plan(t, ORIGINAL_DEPTH)} if t else set() for t in (skipped, repeated))
+    treatment = [0 if b in skip else times if b in repeat else 1 for b in range(ORIGINAL_DEPTH)]
+    return [(t, len(list(same))) for t, same in itertools.groupby(treatment)]
+
+
+def _carry(boundaries: list[int], depth: int) -> list[int]:
     """Ends of runs on 32 blocks, moved to `depth` so that every run keeps at least one block."""
-    if len(boundaries) > depth:
-        raise BadInput(f"plan '{name}' has {len(boundaries)} runs of blocks and needs a model at least that deep: this one has {depth} blocks")
     ends: list[int] = []
     for k, boundary in enumerate(boundaries):
         wanted = (2 * boundary * depth + ORIGINAL_DEPTH) // (2 * ORIGINAL_DEPTH)

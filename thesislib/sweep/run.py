@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from thesislib import corpus
 from thesislib.checkpoints import Job
@@ -131,18 +131,36 @@ def missing(grid: Grid, place: Place, stores: Iterable[Store]) -> dict[str, list
     Raises:
         BadInput: configurations that cannot work on this subject, all named. That is told from shapes, stage by stage.
     """
-    job, at, have = place.job(), Setting.of(grid, place), known(stores)
+    at, have = Setting.of(grid, place), known(stores)
     found = {c.label: [name for name, i in wanted(grid, c, at).items() if i not in have] for c in grid.configurations}
     lacking = {label: names for label, names in found.items() if names}
+    fits = _fitting(place)
+    grid.check(lambda c: fits(c) if c.label in lacking else None)  # what was measured can work
+    return lacking
+
+
+def possible(grid: Grid, place: Place) -> tuple[Grid, dict[str, str]]:
+    """The grid less the configurations that cannot work on this subject, and {label: why} of those."""
+    fits, kept, why = _fitting(place), [], {}
+    for c in grid.configurations:
+        try:
+            fits(c)
+            kept.append(c)
+        except BadInput as error:
+            why[c.label] = str(error)
+    return dataclasses.replace(grid, configurations=tuple(kept)), why
+
+
+def _fitting(place: Place) -> Callable[[Configuration], None]:
+    """What raises BadInput for a configuration that cannot work at a place."""
+    job = place.job()
     shape = shape_of(stand_in(job.source))
 
     def fits(c: Configuration) -> None:
-        if c.label in lacking:  # what was measured can work
-            c.recipe.check(shape)
-            forecast(dataclasses.replace(job, recipe=c.recipe))
+        c.recipe.check(shape)
+        forecast(dataclasses.replace(job, recipe=c.recipe))
 
-    grid.check(fits)
-    return lacking
+    return fits
 
 
 def sweep(grid: Grid, place: Place, store: Store, workers: Workers, others: Iterable[Store] = ()) -> dict[str, str]:
