@@ -5,16 +5,43 @@ import functools
 import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
-from thesislib.errors import BadInput, unknown
+from thesislib.errors import BadInput, one_line, unknown
 from thesislib.files import free_file, free_folder, open_folder, plain_errors
 
-app = typer.Typer(help="Compress a small language model step by step, and measure what each step costs.",
+
+class Commands(TyperGroup):
+    """Commands whose errors of usage repeat what was typed without its control characters."""
+
+    def make_context(self, *args, **kwargs):
+        """As Typer does it."""
+        with _usage_escaped():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx):
+        """As Typer does it."""
+        with _usage_escaped():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _usage_escaped() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if isinstance(getattr(error, "message", None), str) and hasattr(error, "exit_code"):  # Typer's own, whose class it keeps to itself
+            error.message = one_line(error.message)
+        raise
+
+
+app = typer.Typer(cls=Commands, help="Compress a small language model step by step, and measure what each step costs.",
                   no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)  # fmt: skip
 
 
@@ -39,10 +66,10 @@ def one_line_errors(command: Callable) -> Callable:
             with plain_errors():
                 return command(*args, **kwargs)
         except BadInput as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {one_line(error)}", err=True)
             raise typer.Exit(2) from error
         except (RuntimeError, OSError, MemoryError) as error:
-            typer.echo(f"failed: {str(error) or type(error).__name__}", err=True)
+            typer.echo(f"failed: {one_line(error) or type(error).__name__}", err=True)
             raise typer.Exit(1) from error
 
     return wrapped
@@ -499,7 +526,8 @@ def records(
             typer.echo(json.dumps({"id": name, **json.loads(m.to_json(items=False))}, ensure_ascii=False))
         else:
             value, low, high = ("?" if x is None else f"{x:.4g}" for x in (m.value, m.low, m.high))  # None: not finite
-            typer.echo(f"{name}  {stored.flat(name, m)['label']:<28} {m.task:<34} {m.metric:<11} {value:>10} [{low}, {high}]  n = {m.n}")
+            label, task, metric = map(one_line, (stored.flat(name, m)["label"], m.task, m.metric))
+            typer.echo(f"{name}  {label:<28} {task:<34} {metric:<11} {value:>10} [{low}, {high}]  n = {m.n}")
 
 
 @listed.command()

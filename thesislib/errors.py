@@ -12,6 +12,11 @@ class BadInput(ValueError):
     thing that would have worked; the command line prints it as one line and exits with 2."""
 
 
+def one_line(text: object) -> str:
+    """A text that stays on one line and does nothing to a terminal: control characters, and what no file takes, as Python's escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
+
+
 def shown(value: object) -> str:
     """A value in quotes as a message has it: on one line, the middle of a long one left out."""
     text = value if isinstance(value, str) else repr(value)
