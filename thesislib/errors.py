@@ -17,6 +17,11 @@ def one_line(text: object) -> str:
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its class."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def shown(value: object) -> str:
     """A value in quotes as a message has it: on one line, the middle of a long one left out."""
     text = value if isinstance(value, str) else repr(value)

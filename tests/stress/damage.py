@@ -498,7 +498,8 @@ def plain_answers(subject: Path, data: Path) -> list[str]:
         text = tok.apply_chat_template([{"role": "user", "content": bare}], tokenize=False, add_generation_prompt=True) if tok.chat_template else bare
         ids = tok(text, add_special_tokens=not text.startswith(tok.bos_token or "\0"), return_tensors="pt")["input_ids"]
         new = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0, ids.shape[1] :].tolist()
-        special = set(tok.all_special_ids)
+        marks = {n for n, token in tok.added_tokens_decoder.items() if token.special or (token.content.startswith("<|") and token.content.endswith("|>"))}
+        special = {*tok.all_special_ids, *marks, *(ends if isinstance(ends, list) else [ends])}
         until = next((i for i, t in enumerate(new) if t in special), len(new))
         found.append(tok.decode(new[:until], skip_special_tokens=True).strip())
     return found

@@ -216,11 +216,7 @@ def _client(workers: Workers) -> Iterator:
         if workers.scheduler is None:
             threads = workers.threads or max(1, _cores() // workers.count)
             stack.enter_context(_environment(dict.fromkeys(THREADS, str(threads))))  # which the workers inherit
-            cluster = stack.enter_context(
-                LocalCluster(n_workers=workers.count, threads_per_worker=1, processes=True, host=workers.host, dashboard_address=f"{workers.host}:0",
-                             resources=workers.resources, memory_limit=0, silence_logs=50)
-            )  # fmt: skip
-            client = stack.enter_context(Client(cluster, timeout=60))
+            client = stack.enter_context(Client(stack.enter_context(_cluster(LocalCluster, workers)), timeout=60))
         else:
             security = Security(require_encryption=True) if workers.scheduler.startswith("tls://") else None
             if security is not None and not security.tls_client_cert:
@@ -235,6 +231,18 @@ def _client(workers: Workers) -> Iterator:
             print(f"dashboard: {client.dashboard_link}", file=sys.stderr)
         _refuse_other_versions(client, workers)
         yield client
+
+
+def _cluster(kind: type, workers: Workers):
+    """The workers of this machine; started anew, as often as an order is tried again, where one of them died before it was ready."""
+    for left in reversed(range(workers.retries + 1)):
+        try:
+            return kind(n_workers=workers.count, threads_per_worker=1, processes=True, host=workers.host, dashboard_address=f"{workers.host}:0",
+                        resources=workers.resources, memory_limit=0, silence_logs=50)  # fmt: skip
+        except RuntimeError as error:
+            if not left:
+                raise
+            print(f"a worker did not start ({error}): starting them again", file=sys.stderr, flush=True)
 
 
 def _refuse_other_versions(client, workers: Workers) -> None:
