@@ -10,7 +10,7 @@ import torch
 
 from thesislib import corpus
 from thesislib.corpus import Choice, Text, choices, clean_web, join, questions, rows, take, windows
-from thesislib.errors import BadInput
+from thesislib.errors import BadInput, shown
 from thesislib.wheels import wheel_folder
 
 UNICODE = "Grüße aus Kraków!  \t 日本語の文章、🚁 und mehr.\n\nÆon naïve – “quoted” ½ "
@@ -189,7 +189,7 @@ def test_unknown_task_and_data(tmp_path):
     for data in ("embeded", tmp_path / "none", "x" * 300):
         with pytest.raises(BadInput, match="'embedded', a folder of JSON Lines files") as raised:
             rows("piqa", data)
-        assert str(data) in one_line(raised)
+        assert shown(str(data)) in one_line(raised)
     with pytest.raises(BadInput, match="did you mean 'hellaswag'"):
         choices("helaswag")
     with pytest.raises(BadInput, match="wikipedia, c4"):

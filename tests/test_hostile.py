@@ -6,6 +6,7 @@ import struct
 
 import gguf
 import nbformat
+import numpy as np
 import pytest
 
 from thesislib import checkpoint, corpus, notebooks
@@ -121,8 +122,6 @@ def test_a_gguf_that_is_whole_passes(tiny, tmp_path):
     writer = gguf.GGUFWriter(path, "llama")
     for kind, value in (("uint32", 1), ("string", "x"), ("bool", True), ("float64", 1.5), ("array", ["a", "bc"]), ("array", [1, 2, 3]), ("array", [0.5])):
         getattr(writer, f"add_{kind}")(f"own.{kind}.{len(str(value))}", value)
-    import numpy as np
-
     writer.add_tensor("x", np.zeros((3, 32), dtype="float32"))
     writer.add_tensor("y", np.zeros((4, 34), dtype="uint8"), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
@@ -131,6 +130,28 @@ def test_a_gguf_that_is_whole_passes(tiny, tmp_path):
     sparse(path, path.stat().st_size + (3 << 20))
     with pytest.raises(BadInput, match="expected no others"):
         check_header(path)
+
+
+@pytest.mark.parametrize("change", ["merges", "types", "numbers", "epsilon", "end"])
+def test_a_gguf_whose_settings_are_odd(tmp_path, monkeypatch, change):
+    monkeypatch.setenv("THESISLIB_CACHE", str(tmp_path / "cache"))
+    tokens = ["a", "b", "ab"]
+    writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
+    for name, value in (("block_count", 1), ("embedding_length", 8), ("attention.head_count", 2), ("feed_forward_length", 8), ("context_length", 64)):
+        writer.add_uint32(f"llama.{name}", value)
+    if change != "epsilon":
+        writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_string("tokenizer.ggml.model", "gpt2")
+    writer.add_string("tokenizer.ggml.pre", "gpt-2")
+    writer.add_array("tokenizer.ggml.tokens", [1, 2, 3] if change == "numbers" else tokens)
+    writer.add_array("tokenizer.ggml.token_type", [1] * (2 if change == "types" else 3))
+    writer.add_array("tokenizer.ggml.merges", ["a nowhere" if change == "merges" else "a b"])
+    writer.add_uint32("tokenizer.ggml.eos_token_id", 1 << 30 if change == "end" else 1)
+    writer.add_tensor("token_embd.weight", np.zeros((3, 8), dtype="float32"))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    with pytest.raises(BadInput, match=r"x\.gguf has .* damaged"):
+        load_subject(tmp_path / "x.gguf")
 
 
 def test_notebooks_that_are_none(tmp_path):

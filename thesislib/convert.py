@@ -6,7 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from thesislib.errors import BadInput
+from thesislib.errors import BadInput, first_line
 from thesislib.files import cache_dir, damaged, lock, read_json, sha256_of, whole_folder
 
 READER = 2  # raise it when the same file comes to be read otherwise
@@ -68,9 +68,14 @@ def _convert(gguf: Path, folder: Path, cut: str | None) -> None:
     from thesislib.checkpoint import empty_model
     from thesislib.gguf_reader import GgufModel
 
-    model = GgufModel(gguf)
-    tokenizer = model.tokenizer(cut)  # refuses what it does not know before any weight is decoded
-    empty = empty_model(model.config, model.config.dtype)
+    try:
+        model = GgufModel(gguf)
+        tokenizer = model.tokenizer(cut)  # refuses what it does not know before any weight is decoded
+        empty = empty_model(model.config, model.config.dtype)
+    except BadInput:
+        raise
+    except Exception as error:  # a text where a number is meant, a token that is not there: each reader of it has its own
+        raise BadInput(f"{gguf.name} has a setting or a tokenizer that is none ({first_line(error)}): the file is damaged") from error
     model.config.architectures = [type(empty).__name__]
     shapes = {name: t.shape for name, t in empty.state_dict().items()}
     if model.config.tie_word_embeddings:
