@@ -8,12 +8,15 @@ import gguf
 import nbformat
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from thesislib import checkpoint, corpus, notebooks
+from thesislib.cli import app
 from thesislib.errors import BadInput, one_line
 from thesislib.files import read_json
 from thesislib.formats import load_artifact, save_artifact
 from thesislib.gguf_reader import check_header
+from thesislib.records import Measurement
 from thesislib.store import Store
 from thesislib.subject import load_subject
 from thesislib.sweep import drive
@@ -175,6 +178,37 @@ def test_notebooks_that_are_none(tmp_path):
 
 def test_control_characters_stay_on_their_line():
     assert one_line("a\nb\x1b[31mc\u2028\ud800é ") == r"a\nb\x1b[31mc\u2028\ud800é "
+
+
+@pytest.mark.parametrize(
+    "args", [["recipe", "label", "D1\nD2"], ["evaluate", "a\x1b[31mb\nc", "--on", "wikitext"], ["compress", "D1", "--data", "a\nb", "--dry-run"]]
+)
+def test_an_error_of_what_was_typed_is_one_line(args):
+    result = CliRunner().invoke(app, args)
+    assert result.exit_code == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and "\x1b" not in result.stderr
+
+
+@pytest.mark.parametrize("args", [["\x1b[31mnope"], ["evaluate", "--\x1b[31mnope"], ["records", "verify", "x", "--\x1b[31m"], ["recipe", "\x1b[31m"]])
+def test_errors_of_usage_leave_a_terminal_alone(args):
+    result = CliRunner().invoke(app, args)
+    assert result.exit_code == 2 and "\x1b[31m" not in result.output and r"\x1b" in result.output
+
+
+def test_a_record_is_one_line_whatever_it_is_called(tmp_path):
+    m = Measurement("a\nb\x1b[31m", "perplexity", 2.0, 1.0, 3.0, 1, "window", [{"id": 1}], provenance={"made": {"label": "D1\r\nD2"}})
+    name = Store(tmp_path / "x.jsonl").append(m)
+    result = CliRunner().invoke(app, ["records", "--store", str(tmp_path / "x.jsonl")])
+    assert result.exit_code == 0 and result.stdout.startswith(name) and result.stdout.count("\n") == 1
+    assert r"a\nb\x1b[31m" in result.stdout and r"D1\r\nD2" in result.stdout
+
+
+@pytest.mark.parametrize("value", [{}, [1], "9", True])
+def test_a_tokenizer_whose_longest_text_is_no_number(tiny, tmp_path, value):
+    folder = tiny(layers=1).save(tmp_path / "x")
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": value}))
+    with pytest.raises(BadInput, match="model_max_length|tokenizer of"):
+        load_subject(folder)
 
 
 def test_a_worker_that_dies_at_the_start_is_started_again(capsys):
