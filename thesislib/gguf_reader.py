@@ -365,14 +365,15 @@ def check_header(path: Path) -> None:
             if dimensions > 4:  # llama.cpp's most
                 raise struct.error(f"a tensor of {dimensions} dimensions")
             n, kind, offset = math.prod(number("Q") for _ in range(dimensions)), number("I"), number("Q")
-            block, width = gguf.GGML_QUANT_SIZES.get(kind, (1, 8))
+            block, width = gguf.GGML_QUANT_SIZES.get(kind, (1, 0))
             total, end = total + n, max(end, offset + n // block * width)
     except struct.error as error:
         raise BadInput(f"{path} cannot be read as GGUF (its header leads out of it, or beyond any model's: {error}): truncated? fetch it again") from error
     if size > at + end + SLACK:
         raise BadInput(f"{path} has {size:,} bytes, of which its header and tensors are {at + end:,}: expected no others; fetch it again")
-    if at + end <= size:  # else truncated, which the reader says
-        check_memory(4 * total, path)
+    if size < at + end:
+        raise BadInput(f"{path} is truncated: its tensors end at byte {at + end}, the file at {size}")
+    check_memory(4 * total, path)
 
 
 def _reader(path: Path) -> gguf.GGUFReader:
