@@ -179,7 +179,13 @@ def test_control_characters_stay_on_their_line():
 
 
 @pytest.mark.parametrize(
-    "args", [["recipe", "label", "D1\nD2"], ["evaluate", "a\x1b[31mb\nc", "--on", "wikitext"], ["compress", "D1", "--data", "a\nb", "--dry-run"]]
+    "args",
+    [
+        ["recipe", "label", "D1\nD2"],
+        ["evaluate", "a\x1b[31mb\nc", "--on", "wikitext"],
+        ["compress", "D1", "--data", "a\nb", "--dry-run"],
+        ["export", "a\0b", "--gguf", "F16"],
+    ],
 )
 def test_an_error_of_what_was_typed_is_one_line(args):
     result = CliRunner().invoke(app, args)
@@ -207,6 +213,12 @@ def test_a_tokenizer_whose_longest_text_is_no_number(tiny, tmp_path, value):
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": value}))
     with pytest.raises(BadInput, match="model_max_length|tokenizer of"):
         load_subject(folder)
+
+
+@pytest.mark.parametrize("host", ["a\0b", "\ud800", "x" * 300, ""])
+def test_a_host_that_is_no_name(host):
+    with pytest.raises(BadInput, match="--host is"):
+        drive.Workers(host=host)
 
 
 def test_a_worker_that_dies_at_the_start_is_started_again(capsys):

@@ -333,12 +333,12 @@ def _held(subject: str, dtype: str | None, usual: str | None = None):
 
 def _name(subject: str) -> str:
     """What a subject's exports are called by default: its folder's or file's own name, also where the spec is '.' or ends in a slash."""
-    from thesislib.files import expanded
+    from thesislib.files import expanded, real
 
     if subject.startswith("hub:"):
         return subject.removeprefix("hub:").partition("@")[0].rpartition("/")[2]
     path = expanded(subject)
-    return subject if subject == "embedded" else path.stem if path.suffix == ".gguf" else path.resolve().name
+    return subject if subject == "embedded" else path.stem if path.suffix == ".gguf" else real(path).name
 
 
 def _megabytes(folder: Path) -> float:

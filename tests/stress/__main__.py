@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 QUICK = {"kills": 3, "damage": 3, "calls": 30}  # kills a job, files a kind, and each so manieth call
-FULL = {"kills": 50, "damage": 200, "calls": 1}
+FULL = {"kills": 50, "damage": 200, "calls": 2}
 SHORT = {f"kills: {name}" for name in ("compress pruned", "conversion", "fetch")} | {
     f"damage {name}" for name in ("artifact.json", "packed.safetensors", "model.safetensors", "config.json", "tokenizer.json", "cached stage", "cached conversion",
                                   "fingerprint", "records", "items of records", "recipe", "grid", "texts", "wheel's member")

@@ -74,7 +74,7 @@ class Workers:
                     raise OSError("it is empty")
                 with socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET) as test:
                     test.bind((self.host, 0))
-            except (OSError, UnicodeError) as error:  # UnicodeError: of a name too long for one
+            except (OSError, ValueError, TypeError) as error:  # of a name too long for one, or with characters that none has
                 raise BadInput(f"--host is {shown(self.host)} ({error}): expected an address of this machine, such as {LOOPBACK}") from error
         elif not re.fullmatch(r"(tcp|tls)://[^\s/]+:\d{1,5}", self.scheduler):
             raise BadInput(f"--scheduler is {shown(self.scheduler)}: expected such as tcp://127.0.0.1:8786, which `dask scheduler` says")
