@@ -97,7 +97,7 @@ def test_a_failed_conversion_leaves_nothing(tmp_path, cache, monkeypatch):
         raise RuntimeError("killed")
 
     path = tmp_path / "x.gguf"
-    path.write_bytes(b"GGUF")
+    path.write_bytes(b"GGUF" + bytes(20))
     monkeypatch.setattr(convert, "_convert", half)
     with pytest.raises(RuntimeError, match="killed"):
         safetensors_folder(path)
@@ -124,18 +124,18 @@ def checkpoint(tiny, tmp_path):
 
 def test_converts_once_and_a_changed_file_anew(tmp_path, cache, counted):
     path = tmp_path / "x.gguf"
-    path.write_bytes(b"GGUF1")
+    path.write_bytes(b"GGUF" + bytes(20) + b"1")
     first = safetensors_folder(path)
     assert safetensors_folder(path) == first
-    path.write_bytes(b"GGUF2")
+    path.write_bytes(b"GGUF" + bytes(20) + b"2")
     assert safetensors_folder(path) != first
-    assert counted == [b"GGUF1", b"GGUF2"]
+    assert counted == [b"GGUF" + bytes(20) + b"1", b"GGUF" + bytes(20) + b"2"]
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
 def test_half_a_converted_folder_is_converted_anew(tmp_path, cache, counted, name):
     path = tmp_path / "x.gguf"
-    path.write_bytes(b"GGUF1")
+    path.write_bytes(b"GGUF" + bytes(20) + b"1")
     (safetensors_folder(path) / name).unlink()
     load_subject(path)
     assert len(counted) == 2
@@ -143,7 +143,7 @@ def test_half_a_converted_folder_is_converted_anew(tmp_path, cache, counted, nam
 
 def test_cut_weights_are_converted_anew(tmp_path, cache, counted):
     path = tmp_path / "x.gguf"
-    path.write_bytes(b"GGUF1")
+    path.write_bytes(b"GGUF" + bytes(20) + b"1")
     weights = safetensors_folder(path) / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     load_subject(path)
@@ -220,7 +220,7 @@ def flip(file, at=-9):
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json", "sha256.json"])
 def test_one_flipped_byte_is_noticed_said_and_healed(tmp_path, cache, counted, capsys, name):
     path = tmp_path / "x.gguf"
-    path.write_bytes(b"GGUF1")
+    path.write_bytes(b"GGUF" + bytes(20) + b"1")
     folder = safetensors_folder(path)
     right = load_subject(path).fingerprint
     before = {f.name: f.read_bytes() for f in folder.iterdir()}
@@ -233,7 +233,7 @@ def test_one_flipped_byte_is_noticed_said_and_healed(tmp_path, cache, counted, c
 
 def test_a_file_that_is_not_the_conversions_own_is_not_read(tmp_path, cache, counted):
     path = tmp_path / "x.gguf"
-    path.write_bytes(b"GGUF1")
+    path.write_bytes(b"GGUF" + bytes(20) + b"1")
     folder = safetensors_folder(path)
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "tool.jinja").write_text("{{ 1 }}")
@@ -243,7 +243,7 @@ def test_a_file_that_is_not_the_conversions_own_is_not_read(tmp_path, cache, cou
 
 def test_a_conversion_of_an_earlier_version_is_made_again(tmp_path, cache, counted):
     path = tmp_path / "x.gguf"
-    path.write_bytes(b"GGUF1")
+    path.write_bytes(b"GGUF" + bytes(20) + b"1")
     folder = safetensors_folder(path)
     (folder / "sha256.json").unlink()
     (folder / "sizes.json").write_text(json.dumps({f.name: f.stat().st_size for f in folder.iterdir()}))
@@ -253,7 +253,7 @@ def test_a_conversion_of_an_earlier_version_is_made_again(tmp_path, cache, count
 
 def test_every_file_is_hashed_once_a_process(tmp_path, cache, counted, monkeypatch):
     path = tmp_path / "x.gguf"
-    path.write_bytes(b"GGUF1")
+    path.write_bytes(b"GGUF" + bytes(20) + b"1")
     safetensors_folder(path)
     monkeypatch.setattr("thesislib.files.hashlib.file_digest", lambda *_: pytest.fail("hashed again"))
     safetensors_folder(path)
@@ -263,19 +263,19 @@ CONVERTS = """
 import os, shutil, signal, sys, time
 from pathlib import Path
 from thesislib import convert
-def copied(gguf, folder):
+def copied(gguf, folder, cut):
     for file in sorted(Path(sys.argv[2]).iterdir()):
         shutil.copy(file, folder)
         print(file.name, flush=True)
         time.sleep(0.02)
-convert._check_complete, convert._convert = (lambda gguf: None), copied
+convert._convert = copied
 convert.safetensors_folder(Path(sys.argv[1]))
 """
 
 
 def test_kills_while_it_converts_leave_nothing_for_good(tmp_path, cache, counted, checkpoint):
     path = tmp_path / "x.gguf"
-    path.write_bytes(b"GGUF1")
+    path.write_bytes(b"GGUF" + bytes(20) + b"1")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     for n in range(3):
         child = subprocess.Popen(

@@ -518,7 +518,7 @@ def test_a_disk_that_fills_in_the_middle_of_a_checkpoint(subject, folder, tmp_pa
     assert report["resumed_at"] == 4 and same_adapters(again, whole)
 
 
-@pytest.mark.parametrize("damage", ["cut", "a byte of a tensor", "a digit of the state", "of an earlier version"])
+@pytest.mark.parametrize("damage", ["cut", "a byte of a tensor", "a digit of the state", "of an earlier version", "a folder", "a pipe"])
 def test_a_damaged_checkpoint_is_said_and_the_training_begins_again(subject, folder, tmp_path, capsys, damage):
     config = Lora(**SMALL)
     whole, _ = config.apply(subject, data=folder, work=tmp_path)
@@ -531,11 +531,15 @@ def test_a_damaged_checkpoint_is_said_and_the_training_begins_again(subject, fol
     elif damage == "a digit of the state":
         at = content.index(b"tokens") + content[content.index(b"tokens") :].index(b"1")
         file.write_bytes(content[:at] + b"2" + content[at + 1 :])
-    else:
+    elif damage == "of an earlier version":
         file.write_bytes(content.replace(b'"sha256"', b'"sha255"'))
+    else:
+        file.unlink()
+        file.mkdir() if damage == "a folder" else os.mkfifo(file)
     again, report = config.apply(subject, data=folder, work=tmp_path)
     assert report["resumed_at"] == 0 and same_adapters(again, whole)
-    assert f"the checkpoint {file} cannot be used (it is damaged: " in (said := capsys.readouterr().err) and "the training begins again" in said
+    why = "no file" if damage in ("a folder", "a pipe") else "damaged: "
+    assert f"the checkpoint {file} cannot be used (it is {why}" in (said := capsys.readouterr().err) and "the training begins again" in said
     assert config.apply(subject, data=folder, work=tmp_path)[1]["resumed_at"] > 0
 
 

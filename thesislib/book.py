@@ -13,7 +13,7 @@ from typing import Any
 from thesislib.chapters import findings as chapter_findings
 from thesislib.errors import BadInput
 from thesislib.files import read_json
-from thesislib.notebooks import ready
+from thesislib.notebooks import read_notebook, ready
 from thesislib.parameters import PARENT
 
 ROOT = Path(__file__).parent.parent
@@ -31,10 +31,8 @@ def chapters(root: Path = ROOT) -> dict[str, Path]:
 def cache_key(notebook: Path, parameters: Mapping[str, Any], root: Path = ROOT) -> str:
     """sha256 over all that an executed notebook depends on: itself (code, prose and parameters cell, not its
     outputs), the parameters given, the sources of thesislib, the data it reads, and the lock file."""
-    import nbformat
-
     digest = hashlib.sha256()
-    cells = [(c.cell_type, c.source, dict(c.metadata)) for c in nbformat.read(notebook, 4).cells]
+    cells = [(c.cell_type, c.source, dict(c.metadata)) for c in read_notebook(notebook).cells]
     digest.update(repr((cells, sorted(parameters.items()), sys.version_info[:2])).encode())
     files = [*(root / "thesislib").rglob("*.py"), *(root / "data").rglob("*"), root / "constraints.txt"]
     for file in sorted(f for f in files if f.is_file()):

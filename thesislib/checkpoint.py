@@ -1,6 +1,7 @@
 """A Hugging Face checkpoint folder, read so that every tensor and setting in it is used, known to be harmless, or refused by name."""
 
 import math
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import logging as transformers_logging
 
 from thesislib.config import read_sizes
-from thesislib.errors import BadInput
-from thesislib.files import read_json
+from thesislib.errors import BadInput, first_line
+from thesislib.files import check_ordinary, read_json
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -64,6 +65,7 @@ def read_config(folder: Path) -> PretrainedConfig:
         BadInput: unreadable, unsupported, or with a setting that would be ignored.
     """
     read_sizes(folder)
+    check_texts(folder)
     said = read_json(folder / "config.json")
     if said.get("transformers_weights"):
         raise BadInput(f"{folder}: 'transformers_weights' names another file of weights, {said['transformers_weights']!r}: expected {SINGLE} or {INDEX}")
@@ -76,6 +78,22 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise BadInput(f"unsupported architecture '{config.model_type}' in {folder}: supported are {', '.join(SUPPORTED)}")
     check_settings(config, said, folder)
     return config
+
+
+def check_texts(folder: Path) -> None:
+    """Raises BadInput for a file of a checkpoint, weights apart, that no reader of it would have room for."""
+    for file in [*folder.iterdir(), *(folder / "additional_chat_templates").glob("*")]:
+        if file.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken") and file.is_file():
+            check_ordinary(file)
+
+
+def check_memory(size: int, what: object) -> None:
+    """Raises BadInput for more bytes than this machine has: the system would end the process without a word."""
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return
+    has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > has:
+        raise BadInput(f"{what} takes {size / 1e9:,.1f} GB of memory, and this machine has {has / 1e9:,.1f}: expected a smaller model, or bfloat16")
 
 
 def check_settings(config: PretrainedConfig, said: dict[str, Any], folder: Path) -> None:
@@ -119,7 +137,7 @@ def headers(folder: Path) -> dict[str, Header]:
     """
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file():
-        return _headers(single)
+        return headers_of(single)
     if not index.is_file():
         raise BadInput(f"{folder} has neither {SINGLE} nor {INDEX}: expected a checkpoint with safetensors weights")
     said = read_json(index)
@@ -132,7 +150,7 @@ def headers(folder: Path) -> dict[str, Header]:
             raise BadInput(f"{index} names '{name}', which is not in its folder: expected the names of files beside it")
         if not (folder / name).is_file():
             raise BadInput(f"{folder} lacks the file '{name}', which its index names: the checkpoint is not whole")
-        for key, header in _headers(folder / name).items():
+        for key, header in headers_of(folder / name).items():
             if where.get(key) == name:
                 found[key] = header
             elif key not in where:
@@ -143,7 +161,12 @@ def headers(folder: Path) -> dict[str, Header]:
     return found
 
 
-def _headers(file: Path) -> dict[str, Header]:
+def headers_of(file: Path) -> dict[str, Header]:
+    """What is stored of each tensor in one safetensors file, whose end must be that of its last tensor.
+
+    Raises:
+        BadInput: it cannot be read.
+    """
     try:
         with safe_open(file, framework="pt") as opened:
             slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118, it is no mapping
@@ -208,7 +231,9 @@ def read_tensors(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> 
         )
     stored = headers(folder)
     empty = empty_model(config, dtype)
-    check_tensors(folder, stored, {key: tuple(t.shape) for key, t in empty.state_dict().items()}, bool(config.tie_word_embeddings))
+    expected = {key: tuple(t.shape) for key, t in empty.state_dict().items()}
+    check_tensors(folder, stored, expected, bool(config.tie_word_embeddings))
+    check_memory(dtype.itemsize * sum(p.numel() for p in empty.parameters()), folder)
     tensors = {}
     for file in {header.file for header in stored.values()}:
         with safe_open(file, framework="pt") as opened:
@@ -258,11 +283,6 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
             return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         except Exception as error:  # each kind of nonsense in a configuration has its own class
             raise BadInput(f"no model can be made of the configuration ({first_line(error)})") from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its class."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextmanager

@@ -5,16 +5,43 @@ import functools
 import io
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer.core import TyperGroup
 
 from thesislib.errors import BadInput, printable, unknown
 from thesislib.files import free_file, free_folder, open_folder, plain_errors
 
-app = typer.Typer(help="Compress a small language model step by step, and measure what each step costs.",
+
+class Commands(TyperGroup):
+    """Commands whose errors of usage repeat what was typed without its control characters."""
+
+    def make_context(self, *args, **kwargs):
+        """As Typer does it."""
+        with _usage_escaped():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx):
+        """As Typer does it."""
+        with _usage_escaped():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _usage_escaped() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if isinstance(getattr(error, "message", None), str) and hasattr(error, "exit_code"):  # Typer's own, whose class it keeps to itself
+            error.message = printable(error.message)
+        raise
+
+
+app = typer.Typer(cls=Commands, help="Compress a small language model step by step, and measure what each step costs.",
                   no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)  # fmt: skip
 
 
@@ -39,10 +66,10 @@ def one_line_errors(command: Callable) -> Callable:
             with plain_errors():
                 return command(*args, **kwargs)
         except BadInput as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {printable(error)}", err=True)
             raise typer.Exit(2) from error
         except (RuntimeError, OSError, MemoryError) as error:
-            typer.echo(f"failed: {str(error) or type(error).__name__}", err=True)
+            typer.echo(f"failed: {printable(error) or type(error).__name__}", err=True)
             raise typer.Exit(1) from error
 
     return wrapped
@@ -306,12 +333,12 @@ def _held(subject: str, dtype: str | None, usual: str | None = None):
 
 def _name(subject: str) -> str:
     """What a subject's exports are called by default: its folder's or file's own name, also where the spec is '.' or ends in a slash."""
-    from thesislib.files import expanded
+    from thesislib.files import expanded, real
 
     if subject.startswith("hub:"):
         return subject.removeprefix("hub:").partition("@")[0].rpartition("/")[2]
     path = expanded(subject)
-    return subject if subject == "embedded" else path.stem if path.suffix == ".gguf" else path.resolve().name
+    return subject if subject == "embedded" else path.stem if path.suffix == ".gguf" else real(path).name
 
 
 def _megabytes(folder: Path) -> float:

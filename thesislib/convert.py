@@ -6,8 +6,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from thesislib.errors import BadInput
-from thesislib.files import cache_dir, damaged, lock, plain_errors, read_json, sha256_of, whole_folder
+from thesislib.errors import BadInput, first_line
+from thesislib.files import cache_dir, damaged, lock, read_json, sha256_of, whole_folder
 
 READER = 2  # raise it when the same file comes to be read otherwise
 SUMS = "sha256.json"  # beside the converted files: of each one
@@ -27,11 +27,9 @@ def safetensors_folder(gguf: Path, sha256: str | None = None, cut: str | None = 
     Raises:
         BadInput: another sha256 than given; see `thesislib.gguf_reader.GgufModel`.
     """
-    from thesislib.gguf_reader import PART, parts
+    from thesislib.gguf_reader import PART, check_header, parts
 
-    with plain_errors(gguf), gguf.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise BadInput(f"{gguf} is not a GGUF file (it does not start with 'GGUF')")
+    check_header(gguf)  # before the whole file is read for its checksum
     digest = sha256_of(gguf)
     if sha256 and digest != sha256:
         raise BadInput(f"{gguf.name} has sha256 {digest}, expected {sha256}: truncated or altered; delete it and fetch it again")
@@ -70,9 +68,14 @@ def _convert(gguf: Path, folder: Path, cut: str | None) -> None:
     from thesislib.checkpoint import empty_model
     from thesislib.gguf_reader import GgufModel
 
-    model = GgufModel(gguf)
-    tokenizer = model.tokenizer(cut)  # refuses what it does not know before any weight is decoded
-    empty = empty_model(model.config, model.config.dtype)
+    try:
+        model = GgufModel(gguf)
+        tokenizer = model.tokenizer(cut)  # refuses what it does not know before any weight is decoded
+        empty = empty_model(model.config, model.config.dtype)
+    except BadInput:
+        raise
+    except Exception as error:  # a text where a number is meant, a token that is not there: each reader of it has its own
+        raise BadInput(f"{gguf.name} has a setting or a tokenizer that is none ({first_line(error)}): the file is damaged") from error
     model.config.architectures = [type(empty).__name__]
     shapes = {name: t.shape for name, t in empty.state_dict().items()}
     if model.config.tie_word_embeddings:

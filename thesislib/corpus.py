@@ -12,11 +12,11 @@ import os
 import random
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 import torch
@@ -71,6 +71,7 @@ TASKS = {
                            ("mandarjoshi/trivia_qa", "rc.wikipedia.nocontext", "train")),
     "calibration_c4": Source(("text",), "c4/train_sample", _EXL + "c4.utf8", ("allenai/c4", "en", "train")),
 }  # fmt: skip
+LONGEST, LARGEST, MOST = 1 << 25, 1 << 31, 10_000_000  # characters of a row, of all rows, rows
 CHOICE_TASKS = ("hellaswag", "piqa", "arc_easy", "arc_challenge", "openbookqa")
 
 
@@ -220,11 +221,25 @@ def _read(path: Path) -> list[Row]:
             packed = file.read(2) == b"\x1f\x8b"  # gzip's first bytes, whatever the file is called
         # -sig: a byte order mark, which some editors put in front, is no part of the first row
         with (gzip.open if packed else open)(path, "rt", encoding="utf-8-sig") as file:
-            return [_json(line, number, path) for number, line in enumerate(file, 1) if line.strip()]
+            return [_json(line, number, path) for number, line in enumerate(_lines(file, path), 1) if line.strip()]
     except UnicodeDecodeError as error:
         raise BadInput(f"{path} is not UTF-8 text ({error}): expected JSON Lines in UTF-8") from error
     except (OSError, EOFError, zlib.error) as error:
         raise BadInput(f"{path} cannot be read, or is cut off ({error})") from error
+
+
+def _lines(file: TextIO, path: Path) -> Iterator[str]:
+    """The lines of a text, in bounded memory: a few bytes of gzip may unpack to all that there is.
+
+    Raises:
+        BadInput: a line, all lines or their number beyond any data set's that fits into memory.
+    """
+    number = total = 0
+    while line := file.readline(LONGEST + 1):
+        number, total = number + 1, total + len(line)
+        if len(line) > LONGEST or total > LARGEST or number > MOST:
+            raise BadInput(f"{path} is too large at line {number}: expected at most {MOST:,} lines, {LONGEST:,} characters in one and {LARGEST:,} in all")
+        yield line
 
 
 def _json(line: str, number: int, path: Path) -> Any:

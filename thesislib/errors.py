@@ -12,20 +12,24 @@ class BadInput(ValueError):
     thing that would have worked; the command line prints it as one line and exits with 2."""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its class."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def shown(value: object) -> str:
     """A value in quotes as a message has it: on one line, the middle of a long one left out."""
-    text = value if isinstance(value, str) else repr(value)
-    text = printable(text)
+    text = printable(value if isinstance(value, str) else repr(value))
     return f"'{text}'" if len(text) <= LONGEST else f"'{text[: LONGEST // 2]}...{text[-LONGEST // 4 :]}'"
 
 
-def printable(text: str) -> str:
+def printable(text: object) -> str:
     """A text on one line, what a terminal would obey (ends of lines, escapes, directions of writing) as an escape.
 
     >>> print(printable("a\\nb"))
     a\\nb
     """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def unknown(what: str, value: object, options: Iterable[str]) -> BadInput:

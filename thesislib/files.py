@@ -9,6 +9,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -18,6 +19,7 @@ from platformdirs import user_cache_dir
 
 from thesislib.errors import BadInput
 
+LARGEST = 1 << 26  # bytes of a text that is read as a whole: twice the largest tokenizer's
 LONGEST = 100  # bytes of a name that a temporary name repeats: systems allow 255
 _SUMS: dict[tuple[int, ...], str] = {}  # sha256 of files as they were when this process read them
 HARMLESS = ("readme", "license", "licence", "notice")  # how files' names begin that say something about a model and are no part of it
@@ -56,9 +58,19 @@ def data_file(name: str) -> Path:
     raise BadInput(f"no data file '{name}' in this installation of thesislib")
 
 
+def check_ordinary(path: Path, most: int = LARGEST) -> None:
+    """Raises BadInput for what is no file (a pipe or a device has no end) or holds more bytes than `most`, before it is read; OSError if it is not there."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise BadInput(f"{path} is no ordinary file")
+    if found.st_size > most:
+        raise BadInput(f"{path} has {found.st_size:,} bytes: expected at most {most:,}")
+
+
 def read_json(path: Path) -> dict:
     """A JSON file, or an error that names it."""
     try:
+        check_ordinary(path)
         return json.loads(path.read_text("utf8"))
     except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path} cannot be read as JSON ({error})") from error

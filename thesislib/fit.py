@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 import sys
 import time
 import warnings
@@ -275,7 +276,7 @@ class Training:
                 random.append((torch.cuda.set_rng_state, (held["random_cuda"], self.subject.device)))
         except (BadInput, KeyError) as error:
             print(f"the checkpoint {file} cannot be used ({error}): the training begins again", file=sys.stderr, flush=True)
-            file.unlink()
+            shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
             return 0
         with torch.no_grad():
             for key, p in self.parameters.items():
@@ -294,6 +295,8 @@ def read_checkpoint(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     Raises:
         BadInput: it cannot be read, or its checksum is not that of its content.
     """
+    if not file.is_file():
+        raise BadInput("it is no file")
     try:
         with safe_open(file, "pt") as held:
             said, tensors = held.metadata() or {}, {key: held.get_tensor(key) for key in held.keys()}  # noqa: SIM118

@@ -27,9 +27,9 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 import thesislib
 from thesislib import packing
-from thesislib.checkpoint import empty_model, first_line, generation_settings, quiet_transformers, read_config, read_tensors
-from thesislib.errors import BadInput, unknown
-from thesislib.files import HARMLESS, damaged, free_folder, inside, read_json, sha256_of, whole_folder
+from thesislib.checkpoint import check_memory, empty_model, generation_settings, headers_of, quiet_transformers, read_config, read_tensors
+from thesislib.errors import BadInput, first_line, unknown
+from thesislib.files import HARMLESS, check_ordinary, damaged, free_folder, inside, read_json, sha256_of, whole_folder
 from thesislib.layers import Adapted, ComputedLinear, PackedLinear, replace, unpack_all
 from thesislib.quantised import TABLES, QuantisedLinear, is_encoding, put_table, tables
 from thesislib.shapes import SHA256, natural, wrong
@@ -377,6 +377,10 @@ def read_artifact(folder: str | Path) -> dict[str, Any]:
     for name in record["files"]:
         if not inside(folder, name).is_file():
             raise BadInput(f"{folder / name} is missing: the artifact is not whole; make it again")
+        if name.endswith(".safetensors"):  # a terabyte behind its tensors is refused before it is read for the checksum
+            headers_of(folder / name)
+        else:
+            check_ordinary(folder / name)
     if name := damaged(folder, record["files"]):
         raise BadInput(f"{folder / name} is damaged: its checksum is not the one in {RECORD}; make the artifact again")
     for name in _read_besides(folder):
@@ -438,6 +442,7 @@ def load_artifact(folder: str | Path, dtype: str | None = None, device: str = "c
         except Exception as error:  # tokenizers has its own for a damaged file
             raise BadInput(f"the tokenizer of {folder} cannot be loaded ({first_line(error)})") from error
     files = [name for name in record["files"] if name.endswith(".safetensors")]
+    check_memory(sum((folder / name).stat().st_size for name in files), folder)
     tensors = {}
     for name in files:
         try:

@@ -4,7 +4,10 @@ transformers reads GGUF too, but makes up the weights that a file lacks, and dro
 wide heads and the way in which the tokenizer cuts text.
 """
 
+import math
+import os
 import re
+import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -17,8 +20,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from thesislib.checkpoint import check_memory
 from thesislib.config import check_sizes
-from thesislib.errors import BadInput, unknown
+from thesislib.errors import BadInput, first_line, unknown
+from thesislib.files import LARGEST, plain_errors
 
 # GGUF's word for an architecture: transformers' word, and whether rows of q and k stand in llama.cpp's order
 ARCHITECTURES = {"llama": ("llama", True), "qwen2": ("qwen2", False), "qwen3": ("qwen3", False), "smollm3": ("smollm3", True)}
@@ -32,6 +37,10 @@ HARMLESS = re.compile(
     r"GGUF\..*|general\.(?!type$).*|split\..*|quantize\.imatrix\..*|tokenizer\.ggml\.(scores|(unknown|separator|mask|cls|fim_\w+|prefix|suffix|middle)_token_id)"
     r"|\w+\.(vocab_size|tensor_data_layout|rope\.scaling\.finetuned)"
 )
+WIDTHS = dict(enumerate((1, 1, 2, 2, 4, 4, 4, 1))) | {10: 8, 11: 8, 12: 8}  # bytes of GGUF's kinds of values, texts and lists apart
+MOST_NAMES = 1 << 16  # tensors, or settings
+MOST_ELEMENTS = 1 << 22  # of all lists in a header: several times those of the largest tokenizer
+SLACK = 1 << 20  # bytes that alignment may add
 PART = re.compile(r"-(\d{5})-of-(\d{5})$")  # how a part's name ends
 NEUTRAL = {
     "tokenizer.ggml.add_sep_token": False,
@@ -49,6 +58,7 @@ def parts(path: Path) -> list[Path]:
     Raises:
         BadInput: a part that is not there, or a part under another name than NAME-00001-of-00003.gguf.
     """
+    check_header(path)
     count = int(_Fields(_reader(path)).get("split.count", 1))
     if count <= 1:
         return [path]
@@ -59,6 +69,7 @@ def parts(path: Path) -> list[Path]:
     for file in files:
         if not file.is_file():
             raise BadInput(f"{path.name} is one of {count} parts of a model, and {file.name} is not beside it: the model is not whole")
+        check_header(file)
     return files
 
 
@@ -277,7 +288,10 @@ def byte_level(tokens: list[str], types: list[int], merges: list[str], pre: str 
         raise BadInput(f"{name} has the token {twice!r} twice: expected each once")
     # llama.cpp takes a merge that makes no token, and then falls back to the parts
     pairs = [(a, b) for a, _, b in (merge.partition(" ") for merge in merges) if a in vocabulary and b in vocabulary and a + b in vocabulary]
-    raw = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=pre == "llama-bpe"))
+    try:
+        raw = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=pre == "llama-bpe"))
+    except Exception as error:  # tokenizers has no class of its own for merges that are none
+        raise BadInput(f"{name} has merges that its tokens do not fit ({first_line(error)}): the file is damaged") from error
     raw.pre_tokenizer, raw.decoder = cuts[pre], decoders.ByteLevel()
     for kind, special in ((SPECIAL, True), (ADDED, False)):
         own = [AddedToken(token, normalized=False, special=special) for token, is_kind in zip(tokens, types, strict=True) if is_kind == kind]
@@ -301,11 +315,71 @@ def _whole(key: str, value: Any) -> int:
     return value
 
 
+def check_header(path: Path) -> None:
+    """Walk through a file's header by its own counts and lengths, in bounded time and memory, before anything is made by them.
+
+    Raises:
+        BadInput: no GGUF; counts or lengths that lead out of the file or are beyond any model; more than tensors behind the header;
+            tensors that this machine has no memory for.
+    """
+    with plain_errors(path), path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        head = file.read(min(size, LARGEST))
+    if head[:4] != b"GGUF":
+        raise BadInput(f"{path} is not a GGUF file (it does not start with 'GGUF')")
+    order, at, elements = ">" if head[4:6] == b"\0\0" else "<", 4, 0
+
+    def number(kind: str) -> int:
+        nonlocal at
+        (value,) = struct.unpack_from(order + kind, head, at)
+        at += struct.calcsize(order + kind)
+        return value
+
+    def over(length: int) -> None:
+        nonlocal at
+        at += length
+        if at > len(head):
+            raise struct.error(f"a length of {length}")
+
+    try:
+        _version, tensors, settings = number("I"), number("Q"), number("Q")
+        if max(tensors, settings) > MOST_NAMES:
+            raise struct.error(f"{tensors} tensors and {settings} settings")
+        for _ in range(settings):
+            over(number("Q"))  # its name
+            kind, count = number("I"), 1
+            if kind == gguf.GGUFValueType.ARRAY:
+                kind, count = number("I"), number("Q")
+                elements += count
+                if elements > MOST_ELEMENTS or kind == gguf.GGUFValueType.ARRAY:
+                    raise struct.error(f"a list of {count} elements")
+            if kind == gguf.GGUFValueType.STRING:
+                for _ in range(count):
+                    over(number("Q"))
+            elif kind in WIDTHS:
+                over(count * WIDTHS[kind])
+            else:
+                raise struct.error(f"a value of kind {kind}")
+        total = end = 0
+        for _ in range(tensors):
+            over(number("Q"))
+            dimensions = number("I")
+            if dimensions > 4:  # llama.cpp's most
+                raise struct.error(f"a tensor of {dimensions} dimensions")
+            n, kind, offset = math.prod(number("Q") for _ in range(dimensions)), number("I"), number("Q")
+            block, width = gguf.GGML_QUANT_SIZES.get(kind, (1, 0))
+            total, end = total + n, max(end, offset + n // block * width)
+    except struct.error as error:
+        raise BadInput(f"{path} cannot be read as GGUF (its header leads out of it, or beyond any model's: {error}): truncated? fetch it again") from error
+    if size > at + end + SLACK:
+        raise BadInput(f"{path} has {size:,} bytes, of which its header and tensors are {at + end:,}: expected no others; fetch it again")
+    if size < at + end:
+        raise BadInput(f"{path} is truncated: its tensors end at byte {at + end}, the file at {size}")
+    check_memory(4 * total, path)
+
+
 def _reader(path: Path) -> gguf.GGUFReader:
     """An open file, all of whose tensors end before it does."""
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise BadInput(f"{path} is not a GGUF file (it does not start with 'GGUF')")
     try:
         reader = gguf.GGUFReader(path)
         end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)

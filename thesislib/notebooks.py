@@ -10,8 +10,8 @@ from typing import Any
 from thesislib.chapters import CHAPTERS
 from thesislib.config import read_sizes
 from thesislib.corpus import kind_of
-from thesislib.errors import BadInput, shown, unknown
-from thesislib.files import expanded, is_folder
+from thesislib.errors import BadInput, first_line, shown, unknown
+from thesislib.files import expanded, is_folder, read_json
 from thesislib.forecast import shape_of, stand_in
 from thesislib.held import check_device
 from thesislib.parameters import build
@@ -22,14 +22,37 @@ TAG = "parameters"  # of the cell with a notebook's defaults
 PATHS = ("subject", "data", "devices")  # parameters that may be paths, or lists of them
 
 
-def defaults(notebook: Path) -> dict[str, Any]:
-    """What a notebook's tagged cell sets, by name; None for what is no plain value."""
+def read_notebook(notebook: Path):
+    """A notebook as nbformat has it, version 4.
+
+    Raises:
+        BadInput: it cannot be read, or is no notebook.
+    """
     import nbformat
 
+    text = json.dumps(read_json(notebook))  # bounded
+    try:
+        found = nbformat.reads(text, 4)
+        nbformat.validate(found)  # which reading only logs
+        return found
+    except Exception as error:  # nbformat and jsonschema have many, some with the whole notebook in their text
+        raise BadInput(f"{notebook} is not a notebook of version 4 ({shown(first_line(error))}): bring it back from a copy") from error
+
+
+def defaults(notebook: Path) -> dict[str, Any]:
+    """What a notebook's tagged cell sets, by name; None for what is no plain value.
+
+    Raises:
+        BadInput: no notebook, or a cell that is no Python.
+    """
     found = {}
-    for cell in nbformat.read(notebook, 4).cells:
+    for cell in read_notebook(notebook).cells:
         if cell.cell_type == "code" and TAG in cell.metadata.get("tags", []):
-            for line in ast.parse(cell.source).body:
+            try:
+                lines = ast.parse(cell.source).body
+            except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # ValueError: of a NUL
+                raise BadInput(f"the cell tagged '{TAG}' of {notebook} is not Python ({first_line(error)}): bring it back from a copy") from error
+            for line in lines:
                 if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
                     try:
                         found[line.targets[0].id] = ast.literal_eval(line.value)

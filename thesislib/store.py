@@ -23,13 +23,13 @@ from typing import Any
 from filelock import FileLock
 
 from thesislib.errors import BadInput, unknown
-from thesislib.files import data_file, expanded, plain_errors, write_whole
+from thesislib.files import check_ordinary, data_file, expanded, plain_errors, write_whole
 from thesislib.records import Measurement
 from thesislib.shapes import SHA256, natural, positive, wrong
 
 SCHEMA = 1
 FIELDS = ("task", "metric", "value", "low", "high", "n", "unit", "extra", "provenance")
-LARGEST = 2**28  # bytes of one row's outcomes, unpacked
+LARGEST = 2**28  # bytes of one row's outcomes, unpacked; and of all rows
 
 
 def _known_schema(value: Any) -> bool:
@@ -181,8 +181,10 @@ class Store:
 
     def _lines(self, damage: list[Damage]) -> Iterator[tuple[int, dict]]:
         """Line number and row of every line that is one; the others are added to `damage`."""
-        content = self.path.read_bytes() if self.path.exists() else b""
-        lines = content.split(b"\n")
+        if not self.path.exists():
+            return
+        check_ordinary(self.path, LARGEST)
+        lines = self.path.read_bytes().split(b"\n")
         for n, line in enumerate(lines, 1):
             if not line.strip():
                 continue

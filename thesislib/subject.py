@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from thesislib.checkpoint import causal, first_line, is_gptq, quiet_transformers, read_config
+from thesislib.checkpoint import causal, is_gptq, quiet_transformers, read_config
 from thesislib.convert import safetensors_folder
-from thesislib.errors import BadInput, shown, unknown
+from thesislib.errors import BadInput, first_line, shown, unknown
 from thesislib.files import expanded, is_folder, whole_folder
 from thesislib.hub import hub_folder
 from thesislib.tokenizers import pad_token, prepared, rows_of

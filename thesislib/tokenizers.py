@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from thesislib.errors import BadInput
+from thesislib.errors import BadInput, shown
 
 
 def prepared(tokenizer: PreTrainedTokenizerBase, rows: int) -> PreTrainedTokenizerBase:
@@ -21,8 +21,10 @@ def prepared(tokenizer: PreTrainedTokenizerBase, rows: int) -> PreTrainedTokeniz
         rows: of the model's embedding.
 
     Raises:
-        BadInput: a tokenizer that goes on closing texts.
+        BadInput: a tokenizer that goes on closing texts, or whose longest text is no number.
     """
+    if isinstance(longest := tokenizer.model_max_length, bool) or not isinstance(longest, (int, float)):
+        raise BadInput(f"tokenizer_config.json has the model_max_length {shown(longest)}: expected a number of tokens")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if getattr(tokenizer, "add_eos_token", False):
         # not by its setter, which makes a new post-processor out of what the tokenizer's settings say

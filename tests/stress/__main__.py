@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 QUICK = {"kills": 3, "damage": 3, "calls": 30}  # kills a job, files a kind, and each so manieth call
-FULL = {"kills": 50, "damage": 200, "calls": 1}
+FULL = {"kills": 50, "damage": 200, "calls": 2}
 SHORT = {f"kills: {name}" for name in ("compress pruned", "conversion", "fetch")} | {
     f"damage {name}" for name in ("artifact.json", "packed.safetensors", "model.safetensors", "config.json", "tokenizer.json", "cached stage", "cached conversion",
                                   "fingerprint", "records", "items of records", "recipe", "grid", "texts", "wheel's member")
@@ -25,7 +25,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a small part, in a minute")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", help="kinds whose name begins so")
+    parser.add_argument("--only", action="append", help="kinds whose name begins so; as often as needed")
     parser.add_argument("--case", type=int, help="one case of --only, as a fault's line says")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="kinds at a time")
     parser.add_argument("--json", type=Path, help="write the figures there")
@@ -57,11 +57,12 @@ def _all(given: argparse.Namespace, root: Path) -> dict[str, dict]:
         "HF_HOME": str(root / "hf"),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     }
-    from . import calls, damage, kills, markup, place
+    from . import calls, damage, hostile, kills, markup, place
 
     place.prepared()
     here = place.Place.made(root)
-    if (given.only or "damage").startswith("damage"):
+    only = tuple(given.only or [""])
+    if not all(name.startswith(("calls", "kills", "markup", "hostile")) for name in only):
         damage.prepared(here, given.quick)
     size = QUICK if given.quick else FULL
     todo: dict[str, Callable[[], dict]] = {}
@@ -69,6 +70,7 @@ def _all(given: argparse.Namespace, root: Path) -> dict[str, dict]:
         count = max(1, size["kills"] // 2 if job.name.startswith("sweep") else size["kills"])
         todo[f"kills: {job.name}"] = lambda job=job, count=count: kills.kill(job, here, count, given.seed)
     todo["markup"] = lambda: markup.run(here)
+    todo["hostile"] = lambda: hostile.run(here, given.case)
     for part in range(2):
         todo[f"calls {part}"] = lambda part=part: calls.run(here, part, 2, size["calls"], given.seed, given.case)
     todo["calls as an ordinary user"] = lambda: calls.as_nobody(here)
@@ -77,7 +79,7 @@ def _all(given: argparse.Namespace, root: Path) -> dict[str, dict]:
         todo[f"damage {kind.name}"] = lambda kind=kind, cases=cases: damage.run(kind, here, cases, given.seed)
     if given.quick:
         todo = {name: do for name, do in todo.items() if name.startswith("calls ") or name in SHORT}
-    todo = {name: do for name, do in todo.items() if name.startswith(given.only or "")}
+    todo = {name: do for name, do in todo.items() if name.startswith(only)}
     if not todo:
         sys.exit(f"no kind begins with {given.only!r}")
     return _side_by_side(todo, given.jobs, root)
@@ -97,7 +99,8 @@ def _side_by_side(todo: dict[str, Callable[[], dict]], jobs: int, root: Path) ->
                 try:
                     began = time.monotonic()
                     result = todo[name]()
-                    note.write_text(json.dumps(result | {"seconds": round(time.monotonic() - began, 1)}))
+                    spent = sum(os.times()[:4])  # of the processor, forked cases too
+                    note.write_text(json.dumps(result | {"seconds": round(time.monotonic() - began, 1), "cpu_seconds": round(spent, 1)}))
                     code = 0
                 except BaseException:
                     import traceback
@@ -114,8 +117,11 @@ def _side_by_side(todo: dict[str, Callable[[], dict]], jobs: int, root: Path) ->
 
 
 def _say(name: str, result: dict) -> None:
-    counts = ", ".join(f"{value} {key}" for key, value in result.items() if key not in ("bad", "seconds"))
-    print(f"{name}: {counts}; {len(result['bad'])} lost or silently wrong; {result.get('seconds', 0):.0f} s", flush=True)
+    counts = ", ".join(f"{value} {key}" for key, value in result.items() if key not in ("bad", "seconds", "cpu_seconds"))
+    print(
+        f"{name}: {counts}; {len(result['bad'])} lost or silently wrong; {result.get('seconds', 0):.0f} s, {result.get('cpu_seconds', 0):.0f} s of a core",
+        flush=True,
+    )
     alike = defaultdict(list)
     for what, how in result["bad"]:
         alike[re.sub(r"[\d.]+|'.*?'", "#", what)[:50]].append((what, how))

@@ -74,7 +74,7 @@ class Workers:
                     raise OSError("it is empty")
                 with socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET) as test:
                     test.bind((self.host, 0))
-            except (OSError, UnicodeError) as error:  # UnicodeError: of a name too long for one
+            except (OSError, ValueError, TypeError) as error:  # of a name too long for one, or with characters that none has
                 raise BadInput(f"--host is {shown(self.host)} ({error}): expected an address of this machine, such as {LOOPBACK}") from error
         elif not re.fullmatch(r"(tcp|tls)://[^\s/]+:\d{1,5}", self.scheduler):
             raise BadInput(f"--scheduler is {shown(self.scheduler)}: expected such as tcp://127.0.0.1:8786, which `dask scheduler` says")
@@ -216,11 +216,7 @@ def _client(workers: Workers) -> Iterator:
         if workers.scheduler is None:
             threads = workers.threads or max(1, _cores() // workers.count)
             stack.enter_context(_environment(dict.fromkeys(THREADS, str(threads))))  # which the workers inherit
-            cluster = stack.enter_context(
-                LocalCluster(n_workers=workers.count, threads_per_worker=1, processes=True, host=workers.host, dashboard_address=f"{workers.host}:0",
-                             resources=workers.resources, memory_limit=0, silence_logs=50)
-            )  # fmt: skip
-            client = stack.enter_context(Client(cluster, timeout=60))
+            client = stack.enter_context(Client(stack.enter_context(_cluster(LocalCluster, workers)), timeout=60))
         else:
             security = Security(require_encryption=True) if workers.scheduler.startswith("tls://") else None
             if security is not None and not security.tls_client_cert:
@@ -235,6 +231,18 @@ def _client(workers: Workers) -> Iterator:
             print(f"dashboard: {client.dashboard_link}", file=sys.stderr)
         _refuse_other_versions(client, workers)
         yield client
+
+
+def _cluster(kind: type, workers: Workers):
+    """The workers of this machine; started anew, as often as an order is tried again, where one of them died before it was ready."""
+    for left in reversed(range(workers.retries + 1)):
+        try:
+            return kind(n_workers=workers.count, threads_per_worker=1, processes=True, host=workers.host, dashboard_address=f"{workers.host}:0",
+                        resources=workers.resources, memory_limit=0, silence_logs=50)  # fmt: skip
+        except RuntimeError as error:
+            if not left:
+                raise
+            print(f"a worker did not start ({error}): starting them again", file=sys.stderr, flush=True)
 
 
 def _refuse_other_versions(client, workers: Workers) -> None:

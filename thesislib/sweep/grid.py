@@ -155,8 +155,11 @@ def write_recipes(grid: Grid, folder: Path) -> list[Path]:
             body = yaml.safe_dump({"label": c.recipe.label, "stages": stages}, sort_keys=False, default_flow_style=None, width=120)
             texts[folder / f"{file_name(c.label)}.yaml"] = f"# {grid.name}, size {grid.size}: {WRITTEN}\n{body}"
     for file in {*folder.glob("*.yaml")} - set(texts):
-        if WRITTEN in file.read_text("utf8").partition("\n")[0]:
-            file.unlink()
+        if file.is_file():
+            with file.open("rb") as opened:
+                own = WRITTEN.encode() in opened.readline(1000)
+            if own:
+                file.unlink()
     for file, text in texts.items():
         write_whole(file, text)
     return list(texts)

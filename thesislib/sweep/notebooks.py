@@ -12,7 +12,7 @@ from typing import Any
 
 from thesislib.errors import BadInput
 from thesislib.files import write_whole
-from thesislib.notebooks import check_names, ready
+from thesislib.notebooks import check_names, read_notebook, ready
 from thesislib.sweep.drive import Order, Workers, drive
 
 TAG = "results"  # of the cell whose table is a notebook's result
@@ -30,9 +30,7 @@ def results_cell(notebook: Path):
     Raises:
         BadInput: none is, or several.
     """
-    import nbformat
-
-    cells = [c for c in nbformat.read(notebook, 4).cells if TAG in c.metadata.get("tags", [])]
+    cells = [c for c in read_notebook(notebook).cells if TAG in c.metadata.get("tags", [])]
     if len(cells) != 1:
         raise BadInput(f"{notebook.name} has {len(cells)} cells tagged '{TAG}': expected one, that shows its table of results")
     return cells[0]
