@@ -74,14 +74,6 @@ def losses_as_before(model, states, targets, rows=1024, columns=2048):
     return losses
 
 
-def losses_in_float32(model, states, targets):
-    """The same with float32 logits straight from the product: fewer bytes, and not the logits that the model itself gives."""
-    words = model.get_output_embeddings().weight
-    rows, _ = tile("cuda", len(words))
-    parts = zip(states.split(rows), targets.split(rows), strict=True)
-    return torch.cat([torch.nn.functional.cross_entropy(torch.mm(x, words.T, out_dtype=torch.float32), t, reduction="none") for x, t in parts])
-
-
 # ---------------------------------------------------------------- parts
 
 
@@ -107,13 +99,7 @@ def losses(subject: Subject, batches: list[int], windows: int, repeats: int) -> 
     def now(batch: int) -> list:
         return perplexity._nats(subject, ids, None, batch)[0].tolist()
 
-    def in_float32(batch: int) -> list:
-        with mock.patch.object(perplexity, "token_losses", losses_in_float32):
-            return now(batch)
-
     ways = {"bare": bare, "before": before, "now": now}
-    if DEVICE == "cuda" and subject.dtype == torch.bfloat16:
-        ways["float32 logits"] = in_float32
     for batch in batches:
         some = {name: (lambda way=way, batch=batch: way(batch)) for name, way in ways.items()}
         times = in_turns(some, repeats)

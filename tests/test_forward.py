@@ -147,9 +147,23 @@ def test_tiles_and_batches_are_made_for_the_device(tiny):
     assert forward.tile("cpu", 49152) == (1024, 2048)
     for words in (300, 49152, 262144):
         rows, columns = forward.tile("cuda", words)
-        assert columns is None and rows * words * 12 <= 2**30 < (rows + 1) * words * 12, "a gigabyte, and a row more would not fit"
+        assert columns is None and rows * words * 8 <= 2**30 < (rows + 1) * words * 8, "a gigabyte, and a row more would not fit"
     assert forward.tile("cuda", 2**40) == (1, None)
     assert forward.batch_for(tiny().model, 512, on_cpu=4) == 4
     assert forward.tokens_at_once(None, 576, 1536) == forward.tokens_at_once(80 * 2**30, 576, 1536) == 32 * 512
     small = forward.tokens_at_once(2**30, 4096, 14336)  # a large model on what is left of a small card
     assert 0 < small < 32 * 512 and small * 4 * (8 * 4096 + 4 * 14336) <= 2**28
+
+
+def test_what_float16_holds_is_bounded_by_the_norms(tiny):
+    subject = tiny()
+    model = subject.model
+    ids = torch.arange(200)[None]
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits
+    gamma, words = model.model.norm.weight, model.lm_head.weight
+    assert logits.abs().max() <= len(gamma) ** 0.5 * gamma.abs().max() * words.norm(dim=1).max()
+    assert forward.fits_half(model)
+    large = copy.deepcopy(model)
+    large.model.norm.weight.data.fill_(1e6)
+    assert not forward.fits_half(large)

@@ -133,7 +133,7 @@ def test_a_gguf_that_is_whole_passes(tiny, tmp_path):
         check_header(path)
 
 
-@pytest.mark.parametrize("change", ["merges", "types", "numbers", "epsilon", "end"])
+@pytest.mark.parametrize("change", ["types", "numbers", "epsilon", "end"])
 def test_a_gguf_whose_settings_are_odd(tmp_path, monkeypatch, change):
     monkeypatch.setenv("THESISLIB_CACHE", str(tmp_path / "cache"))
     tokens = ["a", "b", "ab"]
@@ -146,7 +146,7 @@ def test_a_gguf_whose_settings_are_odd(tmp_path, monkeypatch, change):
     writer.add_string("tokenizer.ggml.pre", "gpt-2")
     writer.add_array("tokenizer.ggml.tokens", [1, 2, 3] if change == "numbers" else tokens)
     writer.add_array("tokenizer.ggml.token_type", [1] * (2 if change == "types" else 3))
-    writer.add_array("tokenizer.ggml.merges", ["a nowhere" if change == "merges" else "a b"])
+    writer.add_array("tokenizer.ggml.merges", ["a b"])
     writer.add_uint32("tokenizer.ggml.eos_token_id", 1 << 30 if change == "end" else 1)
     writer.add_tensor("token_embd.weight", np.zeros((3, 8), dtype="float32"))
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):

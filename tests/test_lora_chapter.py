@@ -76,7 +76,7 @@ def test_what_the_chapter_refuses():
         ({"pruned": ["X2"]}, "part 'X2' is not understood"),
         ({"pruned": []}, "at least one"),
         ({"steps": 0}, "steps"),
-        ({"dtype": "float16"}, "unknown dtype"),
+        ({"dtype": "int8"}, "unknown dtype"),
         ({"learning_rate": -1.0}, "learning_rate"),
     ):
         with pytest.raises(BadInput, match=message):

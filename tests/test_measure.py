@@ -227,7 +227,7 @@ def test_a_gguf_file_is_measured_as_it_is(tiny, tmp_path, monkeypatch):
         (["--tokens", "0"], "'tokens' is 0"),
         (["--prompt", "5000"], "context of 2048"),
         (["--core", "4096"], "core 4096 is not ours"),
-        (["--type", "Q4_K"], "GGUF type 'Q4_K' cannot be written"),
+        (["--type", "Q4_K"], "unknown type 'Q4_K': did you mean 'Q4_1'?"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(checkpoint, words, message):

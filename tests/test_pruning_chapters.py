@@ -115,7 +115,7 @@ def test_depth_results_survive_being_recorded(measured, tmp_path):
         ({"metrics": ["taylr"]}, "'taylr'.*taylor"),
         ({"counts": [0]}, "'counts' is"),
         ({"windows": 0}, "'windows' is 0"),
-        ({"dtype": "int8"}, "'dtype' is 'int8'"),
+        ({"dtype": "int8"}, "unknown dtype 'int8'"),
     ],
 )
 def test_bad_parameters_of_depth(settings, said):

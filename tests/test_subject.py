@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from thesislib import convert
 from thesislib.checkpoint import SUPPORTED
-from thesislib.errors import BadInput
+from thesislib.errors import BadInput, shown
 from thesislib.subject import LINEARS, load_subject
 
 IDS = torch.arange(40)[None] * 7 % 256
@@ -157,7 +157,7 @@ def test_missing_pad_token_is_made_up(checkpoint):
 def test_unknown_spec_lists_what_there_is(spec):
     with pytest.raises(BadInput, match=r"hub:NAME") as raised:
         load_subject(spec)
-    assert spec in one_line(raised) and "'embedded'" in str(raised.value)
+    assert shown(spec) in one_line(raised) and "'embedded'" in str(raised.value)
 
 
 def test_folder_without_config(tmp_path):

@@ -23,7 +23,7 @@ import torch
 from typer.testing import CliRunner
 
 from thesislib import store as stored
-from thesislib.cli import _listed, app
+from thesislib.cli import app
 from thesislib.errors import BadInput
 from thesislib.experiment import again
 from thesislib.store import Store
@@ -323,14 +323,6 @@ def test_headings_that_stand_twice_are_numbered(notebook, tmp_path):
     nb.cells[-1].outputs = [nbformat.v4.new_output("execute_result", {"text/html": html}, execution_count=1)]
     nbformat.write(nb, tmp_path / "twice.ipynb")
     assert results(tmp_path / "twice.ipynb") == [{"name": "a", "k": 1, "x": 2, "x (2)": 3}]
-
-
-def test_lists_of_values_are_read():
-    assert _listed("patterns", "[1:8],[2:4]") == [["1:8"], ["2:4"]] and _listed("d", "2026-01-01") == ["2026-01-01"]
-    assert _listed("k", "2,4,6") == [2, 4, 6] and _listed("k", "[2, 4],[6]") == [[2, 4], [6]] and _listed("t", "c4, wikipedia") == ["c4", "wikipedia"]
-    for text in ("", "[1", "{"):
-        with pytest.raises(BadInput):
-            _listed("k", text)
 
 
 # ---------------------------------------------------------------- schedulers

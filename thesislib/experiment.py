@@ -204,7 +204,7 @@ def again(m: Measurement, subject: str = "embedded", data: str | None = None, de
     if base is None and not same:  # measured directly, without `Prepared` or `described`
         raise BadInput(f"the record is of {made['subject']}, fingerprint {made['fingerprint'][:12]}...; '{subject}' in {made['dtype']} has "
                        f"{model.fingerprint[:12]}...: name the record's subject")  # fmt: skip
-    result = protocol.measure(model, data)
+    result = protocol.measure(Prepared(model, {}).unpacked, data)  # as the record was: few rows of packed weights are multiplied by other kernels
     if [i["id"] for i in result.items] != [i["id"] for i in m.items]:
         raise BadInput(f"data '{data}' gives {result.n} other items ({result.task}) than the record's {m.n} ({m.task}): name the data that it was made with")
     for key, now in (("text_sha256", result.provenance["settings"].get("text_sha256")), ("corpus_sha256", result.provenance.get("corpus_sha256"))):

@@ -563,7 +563,7 @@ def _check_numbers(key: str, tensor: torch.Tensor, dtype: str, folder: Path) -> 
     if tensor.dtype == torch.int16 and key.endswith((".scales", ".minima")):
         tensor = tensor.view(torch.float16)  # their bits, see `thesislib.quantised`
     elif tensor.is_floating_point() and tensor.dtype not in (DTYPES.values() if ".lora_" in key else (getattr(torch, dtype),)):
-        raise BadInput(f"'{key}' in {folder} is {tensor.dtype}: expected torch.{dtype}, as {RECORD} says")
+        raise BadInput(f"'{key}' in {folder} is {tensor.dtype}, and {RECORD} says dtype {dtype}: make the artifact again")
     if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
         raise BadInput(f"'{key}' in {folder} holds NaN or infinity: make the artifact again")
 
