@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import struct
 
 import gguf
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from thesislib import checkpoint, corpus, notebooks
 from thesislib.cli import app
 from thesislib.errors import BadInput, one_line
-from thesislib.files import read_json
+from thesislib.files import damaged, read_json, sha256_of
 from thesislib.formats import load_artifact, save_artifact
 from thesislib.gguf_reader import check_header
 from thesislib.records import Measurement
@@ -86,6 +87,13 @@ def test_texts_that_unpack_to_all_memory(tmp_path, monkeypatch):
     sparse(path.with_suffix(""))
     with pytest.raises(BadInput, match="is too large at line 1"):
         corpus.rows("wikitext", tmp_path)
+
+
+def test_a_pipe_has_no_checksum(tmp_path):
+    os.mkfifo(tmp_path / "x")
+    assert damaged(tmp_path, {"x": "0" * 64}) == "x"
+    with pytest.raises(BadInput, match="no ordinary file"):
+        sha256_of(tmp_path / "x")
 
 
 def test_records_of_a_terabyte(tmp_path):
