@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -109,6 +110,8 @@ def executed(name: str, notebook: Path, cache: Path) -> Path:
         print(f"{name}: unchanged, not executed again", file=sys.stderr)
     else:
         print(f"{name}: executing{' again, since what was kept of it is damaged' if out.exists() else ''}", file=sys.stderr)
+        if out.is_dir() and not out.is_symlink():
+            shutil.rmtree(out)
         execute(notebook, out, {})
         for old in cache.glob(f"{name}-*.ipynb"):
             if old != out:

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 from thesislib.errors import BadInput, first_line
-from thesislib.files import cache_dir, damaged, lock, read_json, sha256_of, whole_folder
+from thesislib.files import cache_dir, damaged, lock, plain_errors, read_json, sha256_of, whole_folder
 
 READER = 2  # raise it when the same file comes to be read otherwise
+LARGE = 1 << 32  # bytes of a file whose header is looked at before all of it is read for its checksum
 SUMS = "sha256.json"  # beside the converted files: of each one
 
 
@@ -29,7 +30,11 @@ def safetensors_folder(gguf: Path, sha256: str | None = None, cut: str | None = 
     """
     from thesislib.gguf_reader import PART, check_header, parts
 
-    check_header(gguf)  # before the whole file is read for its checksum
+    with plain_errors(gguf), gguf.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise BadInput(f"{gguf} is not a GGUF file (it does not start with 'GGUF')")
+    if gguf.stat().st_size > LARGE:
+        check_header(gguf)
     digest = sha256_of(gguf)
     if sha256 and digest != sha256:
         raise BadInput(f"{gguf.name} has sha256 {digest}, expected {sha256}: truncated or altered; delete it and fetch it again")

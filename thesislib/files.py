@@ -370,6 +370,9 @@ def sha256_of(path: Path) -> str:
     Raises:
         BadInput: a file that is not there or cannot be read.
     """
+    with plain_errors(path):
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for somebody to write into it
+            raise BadInput(f"{path} is no ordinary file")
     with plain_errors(path), path.open("rb") as file:
         found = os.fstat(file.fileno())
         known = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)

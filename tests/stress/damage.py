@@ -497,7 +497,7 @@ def plain_answers(subject: Path, data: Path) -> list[str]:
     config = GenerationConfig(max_new_tokens=50, min_new_tokens=1, do_sample=False, eos_token_id=ends, pad_token_id=tok.pad_token_id, repetition_penalty=1.0)
     rows = [json.loads(line) for line in (data / "trivia_qa" / "validation_closed_book.jsonl").read_bytes().splitlines() if line.strip()]
     found = []
-    chosen = random.Random(0).sample(rows, len(rows))[:4]
+    chosen = random.Random(0).sample(rows, len(rows))[:4] if len(rows) > 4 else rows
     for row in chosen:
         bare = f"Question: {row['question']} Answer:"
         text = tok.apply_chat_template([{"role": "user", "content": bare}], tokenize=False, add_generation_prompt=True) if tok.chat_template else bare

@@ -257,6 +257,8 @@ def _refuse_other_versions(client, workers: Workers) -> None:
         raise BadInput(f"no worker has the resource {has}: start one for each, by `dask worker ADDRESS --nthreads 1 --resources {has}`")
     here, other = versions(), {}
     for address, found in client.run(versions, on_error="return").items():
+        if isinstance(found, OSError):  # it died meanwhile; the others go on
+            continue
         if found != here:
             other[address] = str(found) if isinstance(found, BaseException) else ", ".join(f"{name} {number}" for name, number in found.items())
     if other:
