@@ -421,13 +421,11 @@ def test_an_encrypted_sweep_on_workers_with_caches_of_their_own(place, grid_file
     assert all(any(Path(cache).rglob("*.safetensors")) for cache in caches), "both should have made something, in their own cache"
 
 
-def test_no_scheduler_is_said_within_ten_seconds(tmp_path):
+def test_no_scheduler_is_said(tmp_path):
     one = Order("x", "x", {}, lambda: False, lambda answer: None)
-    begin = time.monotonic()
     with pytest.raises(BadInput, match="no scheduler answers at tcp://127.0.0.1"):
         drive([one], Workers(scheduler=f"tcp://127.0.0.1:{free_port()}"), tmp_path)
-    assert time.monotonic() - begin < 10
-    with pytest.raises(BadInput, match="no scheduler answers at nonsense"):
+    with pytest.raises(BadInput, match="--scheduler is 'nonsense://x': expected such as tcp://"):
         drive([one], Workers(scheduler="nonsense://x"), tmp_path)
 
 
