@@ -1,5 +1,7 @@
 """One direction, no way back: what may import json
 from pathlib import Path
+import json
+from pathlib import Path
 import what."""
 
 import subprocess
