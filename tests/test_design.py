@@ -1,11 +1,9 @@
-"""One direction, no way back: what may import json
-from pathlib import Path
-import json
-from pathlib import Path
-import what."""
+"""One direction, no way back: what may import what."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
