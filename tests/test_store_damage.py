@@ -280,3 +280,12 @@ def test_a_disk_that_says_only_at_the_end_that_it_is_full(store, monkeypatch, ca
         store.append(row(1, 1))
     assert content(store) == before
     assert list(store.rows().values()) == [row()] and store.append(row(1, 1)) in store.rows()
+
+
+def test_a_pipe_in_the_place_of_the_items_is_not_waited_for(tmp_path):
+    store = Store(tmp_path / "r.jsonl")
+    store.append(Measurement("t", "perplexity", 1.0, 1.0, 1.0, 1, "u", [{"id": "0"}], {}, {"made": {"label": "dense"}}))
+    store.items.unlink()
+    os.mkfifo(store.items)
+    found, damage = store.read()
+    assert not found and "a pipe or a folder is in their place" in damage[0].reason

@@ -201,6 +201,8 @@ class Store:
             yield n, row
 
     def _outcomes(self, where: dict) -> list[dict]:
+        if self.items.exists() and not self.items.is_file():
+            raise ValueError("a pipe or a folder is in their place")  # a pipe would be waited for
         with self.items.open("rb") as file:
             file.seek(where["offset"])
             packed = file.read(min(where["bytes"], self.items.stat().st_size))
