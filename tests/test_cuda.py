@@ -70,15 +70,18 @@ def test_losses_of_a_real_vocabulary(tiny, dtype):
 
 
 def test_no_wait_within_a_batch(tiny):
-    """Neither for losses nor for a step of an answer is the card asked anything."""
+    """The card is asked nothing while losses are computed: torch raises where it would be."""
     subject = there(tiny())
     states, targets = torch.randn(100, 32, device="cuda"), torch.randint(100, (100,), device="cuda")
-    forward.token_losses(subject.model, states, targets)
+    first = forward.token_losses(subject.model, states, targets)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        forward.token_losses(subject.model, states, targets)
+        again = forward.token_losses(subject.model, states, targets)
+        with pytest.raises(RuntimeError, match="synchronizing"):
+            again.cpu()  # so that the mode is known to see a wait
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(again, first)
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED)

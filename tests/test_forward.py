@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.accelerator import losses_as_before
 from thesislib import forward
 from thesislib.checkpoint import SUPPORTED
 from thesislib.compress.plan import apply_plan, franken_plans
@@ -110,29 +111,14 @@ def test_no_step_holds_all_logits(tiny):
     assert largest.elements < words * 32 + 1 < 500 * words  # the output embedding itself is the largest thing seen
 
 
-def tiled_with_a_mask(words, states, targets, rows=1024, columns=2048):
-    """The losses as they were computed first, by boolean indices."""
-    losses = torch.empty(len(states))
-    for i in range(0, len(states), rows):
-        x, target = states[i : i + rows], targets[i : i + rows]
-        total, hit = torch.full((len(x),), -torch.inf), torch.empty(len(x))
-        for j in range(0, len(words), columns):
-            logits = (x @ words[j : j + columns].T).float()
-            total = torch.logaddexp(total, logits.logsumexp(1))
-            here = (target >= j) & (target < j + columns)
-            hit[here] = logits[here, target[here] - j]
-        losses[i : i + rows] = total - hit
-    return losses
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_losses_on_a_cpu_are_bit_for_bit_what_they_were(tiny, dtype):
     subject = tiny(vocab_size=5000)
-    words = subject.model.get_output_embeddings().weight
     made = torch.Generator().manual_seed(0)
     states, targets = torch.randn(1500, 32, generator=made).to(dtype), torch.randint(5000, (1500,), generator=made)
     targets[:4] = torch.tensor([0, 2047, 2048, 4999])
-    assert torch.equal(token_losses(subject.model.to(dtype), states, targets), tiled_with_a_mask(words.to(dtype), states, targets))
+    model = subject.model.to(dtype)
+    assert torch.equal(token_losses(model, states, targets), losses_as_before(model, states, targets))
 
 
 def test_losses_by_a_cards_tiles(tiny, monkeypatch):

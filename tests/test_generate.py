@@ -56,16 +56,21 @@ def padded(subject, prompts):
     return batch["input_ids"], batch["attention_mask"]
 
 
+def generated_to_many_ends(subject, ids, mask, monkeypatch):
+    """The 12 tokens at most of transformers' generate, where rows end at different steps: at tokens that some say early and some never."""
+    free = subject.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12, min_new_tokens=12)[:, ids.shape[1] :]
+    ends = sorted({row[at].item() for row, at in zip(free, (1, 3, 5, 1, 2, 8), strict=False)})
+    monkeypatch.setattr(subject.model.generation_config, "eos_token_id", ends)
+    out = subject.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12, min_new_tokens=1)[:, ids.shape[1] :]
+    return [row[: next((i for i, token in enumerate(row) if token in ends), len(row) - 1) + 1] for row in out.tolist()]
+
+
 @pytest.mark.parametrize("ahead", [1, 3, 100])
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 def test_running_ahead_says_the_same_as_generate(tiny, model_type, ahead, monkeypatch):
     subject = tiny(model_type, layers=4, **ARCHITECTURES[model_type])
     ids, mask = padded(subject, PROMPTS)
-    free = subject.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12, min_new_tokens=12)[:, ids.shape[1] :]
-    ends = sorted({row[at].item() for row, at in zip(free, (1, 3, 5, 1, 2, 8), strict=False)})
-    monkeypatch.setattr(subject.model.generation_config, "eos_token_id", ends)
-    out = subject.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12, min_new_tokens=1)[:, ids.shape[1] :]
-    expected = [row[: next((i for i, token in enumerate(row) if token in ends), len(row) - 1) + 1] for row in out.tolist()]
+    expected = generated_to_many_ends(subject, ids, mask, monkeypatch)
     widths, forward = [], subject.model.forward
     monkeypatch.setattr(subject.model, "forward", lambda ids, **kw: (widths.append(len(ids)), forward(ids, **kw))[1])
     assert continuations(subject, ids, mask, 12, ahead) == expected
@@ -81,15 +86,7 @@ def test_running_ahead_says_the_same_as_generate(tiny, model_type, ahead, monkey
 def test_continuations_are_those_of_generate_while_rows_leave(tiny, model_type, monkeypatch):
     subject = tiny(model_type, layers=4, **ARCHITECTURES[model_type])
     ids, mask = padded(subject, PROMPTS)
-    # tokens that some rows say early and some never: as ends they take rows out of the batch at different steps
-    free = subject.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12, min_new_tokens=12)[:, ids.shape[1] :]
-    ends = sorted({row[at].item() for row, at in zip(free, (1, 3, 5, 1, 2, 8), strict=False)})
-    monkeypatch.setattr(subject.model.generation_config, "eos_token_id", ends)
-    out = subject.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12, min_new_tokens=1)[:, ids.shape[1] :]
-    expected = []
-    for row in out.tolist():
-        stop = next((i for i, token in enumerate(row) if token in ends), len(row) - 1)
-        expected.append(row[: stop + 1])
+    expected = generated_to_many_ends(subject, ids, mask, monkeypatch)
     widths, forward = [], subject.model.forward
     monkeypatch.setattr(subject.model, "forward", lambda ids, **kw: (widths.append(len(ids)), forward(ids, **kw))[1])
     assert continuations(subject, ids, mask, 12) == expected
