@@ -99,7 +99,7 @@ def held(module: torch.nn.Module) -> list[torch.Tensor]:
 
 def sizes_of(folder: str) -> int:
     """Bytes of weights on disk, as the artifact says."""
-    from thesislib.formats import read_artifact
+    from thesislib.artifact import read_artifact
 
     return read_artifact(folder)["sizes"]["bytes_on_disk"]
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from thesislib import checkpoints, formats
+from thesislib import artifact, checkpoints, formats
+from thesislib.artifact import RECORD, read_artifact
 from thesislib.checkpoints import Job, compress
 from thesislib.cli import app
 from thesislib.compress.depth import Depth
@@ -25,7 +26,7 @@ from thesislib.compress.stages import STAGES
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.files import cache_dir
-from thesislib.formats import RECORD, load_artifact, read_artifact
+from thesislib.formats import load_artifact
 from thesislib.recipe import Recipe
 from thesislib.subject import load_subject
 
@@ -429,7 +430,7 @@ def child(cache, folder, recipe, out, die=None):
     if die == "while a stage works":
         Toy.apply = killed
     elif die == "while a checkpoint is written":
-        formats._checksum = killed
+        artifact.checksum = killed
     elif die == "before a checkpoint has its name":
         os.replace, replaced = lambda a, b: killed() if len(Path(b).name) == 64 else replaced(a, b), os.replace
     elif die == "before the scratch is removed":

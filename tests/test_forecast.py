@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from thesislib import corpus
+from thesislib.artifact import read_artifact
 from thesislib.checkpoints import Job, compress
 from thesislib.compress.depth import Depth
 from thesislib.compress.eora import Eora
@@ -18,7 +19,6 @@ from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.files import data_file
 from thesislib.forecast import Forecast, forecast, spread
-from thesislib.formats import read_artifact
 from thesislib.recipe import Recipe
 from thesislib.subject import load_subject
 

@@ -13,14 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from thesislib import formats, packing
+from thesislib import packing
+from thesislib.artifact import checksum, read_artifact
 from thesislib.compress.depth import remove, without_parts
 from thesislib.compress.gptq import Rtn
 from thesislib.compress.plan import apply_plan
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.files import inside, sha256_of
-from thesislib.formats import load_artifact, packed_tensors, predicted_disk_bytes, read_artifact, save_artifact, sizes
+from thesislib.formats import load_artifact, packed_tensors, predicted_disk_bytes, save_artifact, sizes
 from thesislib.layers import Adapted, PackedLinear, replace
 from thesislib.packing import NINE
 
@@ -340,7 +341,7 @@ def test_whole_or_not_at_all(tiny, tmp_path, monkeypatch):
         raise OSError("the machine went away")
 
     with monkeypatch.context() as patch:
-        patch.setattr(formats, "sha256_of", fails)
+        patch.setattr("thesislib.artifact.sha256_of", fails)
         with pytest.raises(OSError):
             save_artifact(masked(tiny(layers=2)), folder)
     assert read_artifact(folder) == before and [p.name for p in tmp_path.iterdir()] == ["a"]
@@ -365,7 +366,7 @@ def test_weights_that_do_not_fit_the_configuration(tiny, tmp_path):
         record = json.loads((folder / "artifact.json").read_text())
         del record["sha256"]
         record["files"]["packed.safetensors"] = sha256_of(folder / "packed.safetensors")
-        (folder / "artifact.json").write_text(json.dumps({**record, "sha256": formats._checksum(record)}))
+        (folder / "artifact.json").write_text(json.dumps({**record, "sha256": checksum(record)}))
 
     for key in ("model.norm.weight", "model.layers.1.mlp.up_proj.codes"):
         forge({k: v for k, v in tensors.items() if k != key})

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from thesislib import formats
+from thesislib.artifact import read_artifact
 from thesislib.compress.width import Prune, Width
 from thesislib.errors import BadInput
-from thesislib.formats import read_artifact
 from thesislib.stream import stream
 from thesislib.streamed import FromFolder, compress_streamed
 from thesislib.subject import load_subject

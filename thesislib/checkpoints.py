@@ -21,6 +21,7 @@ from filelock import Timeout
 from torch import nn
 
 import thesislib
+from thesislib.artifact import RECORD, read_artifact
 from thesislib.convert import SUMS
 from thesislib.corpus import default_data, kind_of
 from thesislib.errors import BadInput
@@ -39,7 +40,7 @@ from thesislib.files import (
     write_whole,
 )  # fmt: skip
 from thesislib.forecast import forecast, shape_of, stand_in
-from thesislib.formats import RECORD, load_artifact, read_artifact, save_artifact
+from thesislib.formats import load_artifact, save_artifact
 from thesislib.held import check_dtype, own_dtype
 from thesislib.layers import PackedLinear, replace, unpack
 from thesislib.recipe import Recipe, read_recipe

@@ -161,11 +161,11 @@ def compress(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what each stage will make, and what the cache already holds")] = False,
 ) -> None:
     """Carry out a recipe on a subject, and write an artifact folder. Run again, it goes on where it was."""
+    from thesislib.artifact import RECORD
     from thesislib.checkpoints import Job
     from thesislib.checkpoints import compress as carry_out
     from thesislib.files import read_json
     from thesislib.forecast import forecast
-    from thesislib.formats import RECORD
     from thesislib.held import check_device
 
     check_device(device)
@@ -315,8 +315,8 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _is_artifact(subject: str) -> bool:
+    from thesislib.artifact import RECORD
     from thesislib.files import expanded
-    from thesislib.formats import RECORD
     from thesislib.yaml_lines import is_file
 
     return is_file(expanded(subject) / RECORD)

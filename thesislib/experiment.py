@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from thesislib import corpus
+from thesislib.artifact import RECORD
 from thesislib.checkpoints import Job
 from thesislib.compress.plan import apply_plan
 from thesislib.compress.stages import STAGES
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate.protocol import Protocol, protocol_of
 from thesislib.files import read_json
-from thesislib.formats import RECORD, predicted_disk_bytes, sizes
+from thesislib.formats import predicted_disk_bytes, sizes
 from thesislib.layers import ComputedLinear
 from thesislib.parameters import build
 from thesislib.recipe import Recipe

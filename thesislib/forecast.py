@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from thesislib import packing
+from thesislib.artifact import RECORD
 from thesislib.checkpoint import quiet_transformers
 from thesislib.compress.depth import SLOTS, Depth, remove
 from thesislib.compress.eora import ENTRY, GREED, Eora, share_out
@@ -24,7 +25,7 @@ from thesislib.compress.width import Width
 from thesislib.config import read_sizes
 from thesislib.errors import BadInput
 from thesislib.files import read_json
-from thesislib.formats import RECORD, predicted_disk_bytes
+from thesislib.formats import predicted_disk_bytes
 from thesislib.layers import Adapted, ComputedLinear, replace
 from thesislib.quantised import EVERYWHERE, TABLES, QuantisedLinear, held_shapes, put_table, tables
 from thesislib.recipe import Shape, Stage

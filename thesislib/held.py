@@ -4,13 +4,13 @@ from pathlib import Path
 
 import torch
 
+from thesislib.artifact import RECORD
 from thesislib.config import read_sizes
 from thesislib.errors import BadInput, shown, unknown
 from thesislib.files import expanded, read_json
 from thesislib.subject import DTYPES, checkpoint_folder
 
 EMBEDDED = "bfloat16"  # as the study's tables say
-RECORD = "artifact.json"
 
 
 def own_dtype(spec: str | Path) -> str:

@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoTokenizer
 
+from thesislib.artifact import RECORD, write_record
 from thesislib.checkpoint import DERIVED, EMBEDDING, HEAD, INDEX, SINGLE, check_tensors, empty_model, full_name, headers, quiet_transformers, read_config
 from thesislib.checkpoints import place_for
 from thesislib.compress.width import Width
 from thesislib.corpus import calibration_windows, default_data
 from thesislib.errors import BadInput, unknown
 from thesislib.files import whole_folder, write_whole
-from thesislib.formats import RECORD, write_record
 from thesislib.forward import attention_windows
 from thesislib.held import check_dtype, own_dtype
 from thesislib.recipe import read_recipe

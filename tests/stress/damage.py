@@ -180,17 +180,18 @@ def signed(damage: Callable, folder: Callable[[Path], Path]) -> Callable:
     """Damage to a file of an artifact whose record then vouches for the damaged file."""
 
     def do(path: Path, rng: random.Random, others: list[Path]) -> str:
-        from thesislib import formats
 
         said = damage(path, rng, others)
         if path.is_symlink() or not path.is_file():  # a pipe, or no end: nothing to sign
             return said
+        from thesislib import artifact
+
         with suppress(Exception):
-            record = json.loads((folder(path) / formats.RECORD).read_text("utf8"))
-            if path.name != formats.RECORD:
+            record = json.loads((folder(path) / artifact.RECORD).read_text("utf8"))
+            if path.name != artifact.RECORD:
                 record["files"][path.relative_to(folder(path)).as_posix()] = kills.sha256(path)
             record.pop("sha256", None)
-            (folder(path) / formats.RECORD).write_bytes(written({**record, "sha256": formats._checksum(record)}))
+            (folder(path) / artifact.RECORD).write_bytes(written({**record, "sha256": artifact.checksum(record)}))
         return f"{said}, and signed"
 
     return do
@@ -512,7 +513,7 @@ def plain_answers(subject: Path, data: Path) -> list[str]:
 
 def _made(case: Path, ended: Ended) -> object:
     """What an artifact says it is and was made from, once its files are found right."""
-    from thesislib.formats import read_artifact
+    from thesislib.artifact import read_artifact
 
     record = read_artifact(case / "out")
     return record["fingerprint"], record["base"], record["label"], record["stages"]

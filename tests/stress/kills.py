@@ -244,7 +244,7 @@ def sha256(path: Path) -> str:
 
 
 def _artifact(case: Path, ended: Ended | None) -> object:
-    from thesislib.formats import read_artifact
+    from thesislib.artifact import read_artifact
 
     return read_artifact(case / "out")["fingerprint"] if (case / "out").exists() else None
 
