@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 
-WAYS = {"spinning": {"OMP_WAIT_POLICY": "ACTIVE"}, "OpenMP's default": {}, "as thesislib sets it": {"OMP_WAIT_POLICY": "PASSIVE"}}
+WAYS = {"OpenMP's default": {}, "asleep at once": {"OMP_WAIT_POLICY": "PASSIVE"}, "as thesislib sets it": {"GOMP_SPINCOUNT": "1000"}}
 SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")
 CHILD = """
 import json, sys, torch

@@ -9,7 +9,8 @@ import sys
 
 __version__ = "0.1.0"
 
-# Threads that wait for each other by spinning keep waiting for one that another program has put aside, which takes more than half of the speed.
-# OpenMP reads this when torch loads it, so it is set here, before any module imports torch; what the user has set stays.
-if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Threads that wait for each other by spinning keep waiting for one that another program has put aside, which takes more than half of the speed;
+# threads that sleep at once are slow to wake. A short spin has most of both (`python -m benchmarks.threads`). OpenMP reads this when torch loads it, so
+# it is set here, before any module imports torch, for GNU's OpenMP (Linux) and for LLVM's (macOS); what the user has set stays.
+if "torch" not in sys.modules and not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"} & os.environ.keys():
+    os.environ |= {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}

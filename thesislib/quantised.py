@@ -306,7 +306,7 @@ def _tiled(held: dict[str, torch.Tensor], shape: tuple[int, int]) -> dict[str, t
     much, in steps of float16, rounding has taken from the scale, plus 8.
     """
     codes, bits = unpack_bits(held["codes"], 4, prod(shape)).view(shape), held["scales"].T.contiguous()
-    zeros = unpack_bits(held["zeros"], 4, bits.numel()).view(shape[0], -1).T if "zeros" in held else torch.full_like(bits, 8, dtype=torch.uint8)
+    zeros = unpack_bits(held["zeros"], 4, bits.numel()).view(shape[0], -1).T.contiguous() if "zeros" in held else torch.full_like(bits, 8, dtype=torch.uint8)
     scale = _from_bits(bits).bfloat16()
     pairs = torch.stack([scale, (8 - zeros.float()) * scale], 2).bfloat16()
     rest = zeros | (bits - _to_bits(scale) + 8 << 4).to(torch.uint8)
