@@ -15,14 +15,14 @@ from benchmarks.generate import leaving_against_generate
 from benchmarks.lora import lora_against_bare_loop
 from benchmarks.packed import packed_against_dense
 from benchmarks.quantised import quantised_against_dense
-from thesislib.compress.plan import apply_plan, franken_plans
-from thesislib.corpus import evaluation_text, questions, windows
+from thesislib.compress.franken import apply_plan, franken_plans
 from thesislib.evaluate.choice import multiple_choice
 from thesislib.evaluate.harness import lm_eval_task
 from thesislib.evaluate.perplexity import perplexities, perplexity
 from thesislib.evaluate.triviaqa import triviaqa
-from thesislib.records import hardware
-from thesislib.subject import load_subject
+from thesislib.model.subject import load_subject
+from thesislib.records.measurement import hardware
+from thesislib.sources.corpus import evaluation_text, questions, windows
 
 
 def seconds(function) -> float:
@@ -77,7 +77,7 @@ def trivia_batched(repeats: int = 3) -> dict:
 
 def choice_against_harness(repeats: int = 1) -> dict:
     """24 HellaSwag items: endings packed behind one context, and lm-evaluation-harness's pairs."""
-    from thesislib.corpus import choices
+    from thesislib.sources.corpus import choices
 
     subject = load_subject(dtype="bfloat16")
     items = choices("hellaswag", limit=24)

@@ -24,9 +24,9 @@ from thesislib.compress.gptq import Rtn
 from thesislib.compress.width import Width
 from thesislib.evaluate import perplexity
 from thesislib.evaluate.generate import continuations
-from thesislib.forward import batch_for, tile, token_losses
-from thesislib.layers import pack_all, semi_structured
-from thesislib.subject import Subject, load_subject
+from thesislib.model.forward import batch_for, tile, token_losses
+from thesislib.model.layers import pack_all, semi_structured
+from thesislib.model.subject import Subject, load_subject
 
 LENGTH = 512
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU nothing is worth its figures, but it runs: a rehearsal
@@ -185,7 +185,7 @@ CHILD = """
 import sys, torch
 from benchmarks import accelerator
 from thesislib.evaluate import perplexity
-from thesislib.subject import load_subject
+from thesislib.model.subject import load_subject
 from thesislib.sweep.task import SHARED
 workers, windows, spec = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if accelerator.DEVICE == "cuda":

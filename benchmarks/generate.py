@@ -5,10 +5,10 @@ import time
 
 from transformers import GenerationConfig
 
-from thesislib.corpus import questions
 from thesislib.evaluate.generate import continuations, end_tokens
-from thesislib.prompts import adds_bos, default_prompt, prompt_for
-from thesislib.subject import load_subject
+from thesislib.model.prompts import adds_bos, default_prompt, prompt_for
+from thesislib.model.subject import load_subject
+from thesislib.sources.corpus import questions
 
 
 def leaving_against_generate(repeats: int = 3, batch: int = 16, new: int = 50) -> dict:

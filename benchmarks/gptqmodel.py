@@ -17,9 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from thesislib.compress.gptq import Gptq
-from thesislib.corpus import calibration_windows, evaluation_text
 from thesislib.evaluate.perplexity import perplexity
-from thesislib.subject import Subject, load_subject
+from thesislib.model.subject import Subject, load_subject
+from thesislib.sources.corpus import calibration_windows, evaluation_text
 
 WINDOWS, LENGTH, HELD_OUT = 16, 512, 24
 THEIRS = {"damping": 0.05, "act_order": "none", "clip": "none", "weighting": "equal", "sequential": True}

@@ -5,10 +5,10 @@ import time
 
 import torch
 
-from thesislib.compress.lora import Lora
-from thesislib.fit import Training, bfloat16_is_fast, indices
-from thesislib.subject import load_subject
-from thesislib.training import sequences
+from thesislib.compress.lora.sequences import sequences
+from thesislib.compress.lora.stage import Lora
+from thesislib.compress.lora.train import Training, bfloat16_is_fast, indices
+from thesislib.model.subject import load_subject
 
 
 def lora_against_bare_loop(autocast: bool | None = None, batch: int = 4, steps: int = 1, repeats: int = 3) -> dict:

@@ -3,9 +3,9 @@
 import json
 import resource
 
-from thesislib.corpus import evaluation_text
 from thesislib.evaluate.perplexity import perplexity
-from thesislib.subject import load_subject
+from thesislib.model.subject import load_subject
+from thesislib.sources.corpus import evaluation_text
 
 MB = 1e6
 

@@ -7,10 +7,10 @@ import time
 import torch
 
 from thesislib.errors import BadInput
-from thesislib.formats import load_artifact, save_artifact, sizes
-from thesislib.layers import semi_structured
-from thesislib.packing import NINE, pack, unpack
-from thesislib.subject import Subject, load_subject
+from thesislib.formats.artifact import load_artifact, save_artifact, sizes
+from thesislib.model.layers import semi_structured
+from thesislib.model.packing import NINE, pack, unpack
+from thesislib.model.subject import Subject, load_subject
 
 PREFILL, DECODE = 512, 16
 
@@ -99,7 +99,7 @@ def held(module: torch.nn.Module) -> list[torch.Tensor]:
 
 def sizes_of(folder: str) -> int:
     """Bytes of weights on disk, as the artifact says."""
-    from thesislib.artifact import read_artifact
+    from thesislib.formats.artifact_json import read_artifact
 
     return read_artifact(folder)["sizes"]["bytes_on_disk"]
 

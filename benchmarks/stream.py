@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from thesislib.compress.calibration import stream
 from thesislib.compress.depth import leave_one_out, remove
 from thesislib.compress.width import Prune, Width
-from thesislib.corpus import calibration_windows
-from thesislib.stream import stream
-from thesislib.subject import Subject, load_subject
+from thesislib.model.subject import Subject, load_subject
+from thesislib.sources.corpus import calibration_windows
 
 MB = 1e6
 
@@ -92,7 +92,7 @@ def one_billion(streamed: bool) -> dict:
         torch.set_default_dtype(torch.float32)
         took = seconds(lambda: stream(Subject(model, None, "1B"), ids, Prune(Width(2, 4)), batch=2))
         return {"seconds": round(took), "bar": "< 6000"}
-    from thesislib.streamed import FromFolder
+    from thesislib.pipeline.offload import FromFolder
 
     with tempfile.TemporaryDirectory() as folder:
         # written by another process, whose memory does not count

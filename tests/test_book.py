@@ -91,7 +91,7 @@ def test_execute_with_parameters_and_failure(tmp_path):
 def test_the_kernel_dies_with_its_run(tmp_path):
     """kill -9 on the run: its kernel, in the middle of a long cell, is gone too and nothing has the final name."""
     source, pid_file = tmp_path / "long.ipynb", tmp_path / "kernel.pid"
-    cells = ["import os, time, pathlib\nfrom dataclasses import make_dataclass\nfrom thesislib.parameters import settings\n"
+    cells = ["import os, time, pathlib\nfrom dataclasses import make_dataclass\nfrom thesislib.config import settings\n"
              "settings(make_dataclass('P', [('seconds', int)]), {'seconds': 1})",
              f"pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\nx = 0\nwhile True: x += 1"]  # fmt: skip
     nbformat.write(notebook(*cells), source)
@@ -152,14 +152,14 @@ def test_stored_notebooks_are_clean_thin_and_tagged():
 def test_every_notebook_is_in_the_book_and_its_parameters_are_its_configs():
     from papermill import inspect_notebook
 
-    from thesislib.chapters.depth import DepthChapter
-    from thesislib.chapters.device import DeviceChapter
-    from thesislib.chapters.evaluation import EvaluationChapter
-    from thesislib.chapters.franken import Franken
-    from thesislib.chapters.gptq import QuantChapter
-    from thesislib.chapters.lora import LoraChapter
-    from thesislib.chapters.measures import Measures
-    from thesislib.chapters.width import WidthChapter
+    from thesislib.chapters.ch00_measures import Measures
+    from thesislib.chapters.ch01_franken import Franken
+    from thesislib.chapters.ch02_depth import DepthChapter
+    from thesislib.chapters.ch03_width import WidthChapter
+    from thesislib.chapters.ch04_runs import LoraChapter
+    from thesislib.chapters.ch05_runs import QuantChapter
+    from thesislib.chapters.ch06_grid import EvaluationChapter
+    from thesislib.chapters.ch07_device import DeviceChapter
 
     toc = (ROOT / "_toc.yml").read_text()
     kinds = {
@@ -182,7 +182,7 @@ def test_every_notebook_has_one_table_that_a_sweep_reads(name):
 
 
 def test_every_module_is_in_the_api():
-    own = {"cli", "sphinx_once"}  # commands, and a hook of the book's own
+    own = {"cli"}  # commands
     package = ROOT / "thesislib"
     modules = {".".join(f.relative_to(package).with_suffix("").parts) for f in package.rglob("*.py") if not f.stem.startswith("__")} - own
     listed = re.findall(r"automodule:: thesislib\.(\S+)", (ROOT / "book" / "api.md").read_text())

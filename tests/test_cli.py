@@ -8,10 +8,11 @@ import nbformat
 import pytest
 from typer.testing import CliRunner
 
-from thesislib import book, cli, corpus
-from thesislib import subject as subject_module
+from thesislib import book, cli
 from thesislib.book import ROOT
 from thesislib.cli import app
+from thesislib.model import subject as subject_module
+from thesislib.sources import corpus
 
 run = CliRunner().invoke
 

@@ -7,19 +7,19 @@ from dataclasses import replace
 import pytest
 import torch
 
-from thesislib import forward
-from thesislib.checkpoint import SUPPORTED
 from thesislib.compress.depth import Depth
 from thesislib.compress.gptq import Rtn
 from thesislib.compress.width import Width
-from thesislib.corpus import Choice, Text
 from thesislib.evaluate.choice import multiple_choice
 from thesislib.evaluate.generate import continuations
 from thesislib.evaluate.perplexity import perplexity
-from thesislib.formats import load_artifact, save_artifact
-from thesislib.layers import Adapted, adapt, pack_all, semi_structured
-from thesislib.layers import replace as put
-from thesislib.subject import load_subject
+from thesislib.formats.artifact import load_artifact, save_artifact
+from thesislib.formats.checkpoint import SUPPORTED
+from thesislib.model import forward
+from thesislib.model.layers import Adapted, adapt, pack_all, semi_structured
+from thesislib.model.layers import replace as put
+from thesislib.model.subject import load_subject
+from thesislib.sources.corpus import Choice, Text
 
 pytestmark = [
     pytest.mark.cuda,

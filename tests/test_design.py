@@ -11,12 +11,12 @@ import pytest
 @pytest.mark.parametrize(
     ("imported", "never"),
     [
-        ("thesislib.compress.stages", "thesislib.evaluate"),
-        ("thesislib.recipe, thesislib.checkpoints, thesislib.streamed", "thesislib.evaluate"),
+        ("thesislib.compress.stage", "thesislib.evaluate"),
+        ("thesislib.pipeline.recipe, thesislib.pipeline.run, thesislib.pipeline.offload", "thesislib.evaluate"),
         ("thesislib.evaluate.perplexity, thesislib.evaluate.triviaqa, thesislib.evaluate.choice, thesislib.evaluate.harness", "thesislib.compress"),
-        ("thesislib.subject, thesislib.corpus, thesislib.forward", "thesislib.records"),
-        ("thesislib.store, thesislib.records", ("thesislib.compress", "thesislib.evaluate")),
-        ("thesislib.evaluate.protocol", "thesislib.compress"),
+        ("thesislib.model.subject, thesislib.sources.corpus, thesislib.model.forward", "thesislib.records.measurement"),
+        ("thesislib.records.store, thesislib.records.measurement", ("thesislib.compress", "thesislib.evaluate")),
+        ("thesislib.evaluate.task", "thesislib.compress"),
     ],
 )
 def test_imports_go_one_way(imported, never):

@@ -9,20 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from thesislib import corpus
 from thesislib.compress.depth import Depth
 from thesislib.compress.eora import Eora
+from thesislib.compress.franken import apply_plan
 from thesislib.compress.gptq import Rtn
-from thesislib.compress.plan import apply_plan
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.evaluate.perplexity import perplexities
-from thesislib.evaluate.protocol import Protocol
+from thesislib.evaluate.task import Protocol
 from thesislib.experiment import Verdict, again, described, prepare, recipe_hash, recipe_of, tolerance
-from thesislib.layers import ComputedLinear
-from thesislib.records import Measurement
-from thesislib.store import Store, find
-from thesislib.subject import load_subject
+from thesislib.model.layers import ComputedLinear
+from thesislib.model.subject import load_subject
+from thesislib.records.measurement import Measurement
+from thesislib.records.store import Store, find
+from thesislib.sources import corpus
 
 STAGES = (Depth(blocks=[0, 2]), Width(remove=1, of=8, windows=4, length=64), Rtn(bits=4, group=32))
 PPL = Protocol("wikitext", length=32, limit=5)

@@ -11,16 +11,18 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from thesislib import checkpoint, corpus, notebooks
+from thesislib import notebooks
 from thesislib.cli import app
 from thesislib.errors import BadInput, printable
 from thesislib.files import damaged, read_json, sha256_of
-from thesislib.formats import load_artifact, save_artifact
-from thesislib.gguf_reader import check_header
-from thesislib.records import Measurement
-from thesislib.store import Store
-from thesislib.subject import load_subject
-from thesislib.sweep import drive
+from thesislib.formats import checkpoint
+from thesislib.formats.artifact import load_artifact, save_artifact
+from thesislib.formats.gguf_reader import check_header
+from thesislib.model.subject import load_subject
+from thesislib.records.measurement import Measurement
+from thesislib.records.store import Store
+from thesislib.sources import corpus
+from thesislib.sweep import workers as drive
 
 TERABYTE = 1 << 40
 

@@ -13,12 +13,15 @@ from myst_parser.config.main import MdParserConfig
 from myst_parser.parsers.mdit import create_md_parser
 from typer.testing import CliRunner
 
-from thesislib import claims, figures, records
-from thesislib.chapters import evaluation, measures, recorded, trade_offs
+from thesislib.chapters import ch00_measures as measures
+from thesislib.chapters import ch06_grid as evaluation
+from thesislib.chapters import claims, figures, recorded
+from thesislib.chapters import pareto as trade_offs
 from thesislib.cli import app
 from thesislib.errors import printable
-from thesislib.records import in_markdown
-from thesislib.store import Store
+from thesislib.records import measurement as records
+from thesislib.records.measurement import in_markdown
+from thesislib.records.store import Store
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = (

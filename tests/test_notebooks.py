@@ -6,13 +6,13 @@ import os
 import pytest
 
 from thesislib.book import chapters
-from thesislib.chapters.words import expect
+from thesislib.bounds import check_sizes
+from thesislib.chapters.phrases import expect
 from thesislib.cli import _name
-from thesislib.config import check_sizes
 from thesislib.errors import BadInput
-from thesislib.held import check_device, own_dtype
-from thesislib.hub import unusable_proxy
+from thesislib.formats.held import check_device, own_dtype
 from thesislib.notebooks import listed, ready, texts, typed
+from thesislib.sources.hub import unusable_proxy
 
 FRANKEN, DEVICE = chapters()["01_franken_llama"], chapters()["07_on_device"]
 ODD = [

@@ -1,7 +1,7 @@
 """thesislib: the tested code under a study of small-language-model compression.
 
-One direction: a subject (`thesislib.subject`) meets a text (`thesislib.corpus`), is changed (`thesislib.compress`),
-measured (`thesislib.evaluate`), and every measurement says how it was made (`thesislib.records`).
+One direction: a subject (`thesislib.model.subject`) meets a text (`thesislib.sources.corpus`), is changed (`thesislib.compress`),
+measured (`thesislib.evaluate`), and every measurement says how it was made (`thesislib.records.measurement`).
 """
 
 import os

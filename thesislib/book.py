@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from thesislib.chapters import findings as chapter_findings
+from thesislib.config import PARENT
 from thesislib.errors import BadInput
 from thesislib.files import read_json
 from thesislib.notebooks import read_notebook, ready
-from thesislib.parameters import PARENT
 
 ROOT = Path(__file__).parent.parent
 SEAL = "thesislib_sha256"
@@ -58,7 +58,7 @@ def execute(notebook: Path, out: Path, parameters: Mapping[str, Any]) -> None:
     for left in out.parent.glob(f".{out.stem}-*.partial.ipynb"):  # of a process that was killed
         if not _alive(int(left.name.removesuffix(".partial.ipynb").rpartition("-")[2])):
             left.unlink(missing_ok=True)
-    os.environ[PARENT] = str(os.getpid())  # the kernel's promise to die with us, see thesislib.parameters
+    os.environ[PARENT] = str(os.getpid())  # the kernel's promise to die with us, see thesislib.config
     try:
         execute_notebook(str(notebook), str(partial), parameters, kernel_name="python3", cwd=str(notebook.parent),
                          progress_bar=sys.stderr.isatty(), start_timeout=300)  # fmt: skip
@@ -156,7 +156,7 @@ def build(out: Path, stored: bool = False, root: Path = ROOT) -> Path:
         "--keep-going",
         "--quiet",
     ]
-    run = subprocess.run(command, stdout=sys.stderr, env={**os.environ, "PYTHONPATH": str(root)})
+    run = subprocess.run(command, stdout=sys.stderr, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "book" / "_ext")])})
     index = out / "_build" / "html" / "index.html"
     if run.returncode or not index.exists():
         raise RuntimeError(f"the book did not build (jupyter-book exited with {run.returncode}): see the warnings above")

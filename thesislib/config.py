@@ -1,73 +1,87 @@
-"""A checkpoint's config.json: sizes that no model has are refused before a module, or a list with an entry a block, is made."""
+"""A notebook's parameters: read from its one tagged cell into a typed, frozen dataclass that refuses the rest."""
 
-import json
+import ctypes
+import dataclasses
+import os
+import signal
+import sys
+import types
+import typing
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from thesislib.errors import BadInput, shown
+from thesislib.errors import BadInput, unknown
 
-# the largest that are taken, far above any model that runs here
-SIZES = {
-    "num_hidden_layers": 1 << 10,
-    "hidden_size": 1 << 17,
-    "intermediate_size": 1 << 20,
-    "num_attention_heads": 1 << 12,
-    "num_key_value_heads": 1 << 12,
-    "head_dim": 1 << 14,
-    "vocab_size": 1 << 22,
-    "max_position_embeddings": 1 << 27,
-}
-NEEDED = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-PARAMETERS = 1 << 40
-LARGEST = 1 << 22  # bytes of a config.json
-BY_BLOCK = ("layer_types", "no_rope_layers")
+T = TypeVar("T")
+PARENT = "THESISLIB_RUN_PID"
+# what nobody means is refused before it asks for all memory: counts above these
+MOST = 1_000_000
+LARGEST = {"batch": 65_536, "workers": 512, "threads": 512, "jobs": 512, "repeats": 10_000, "retries": 100, "rank": 65_536}
 
 
-def read_sizes(folder: Path) -> None:
-    """Raises BadInput for a config.json in `folder` that cannot be read, or see `check_sizes`."""
-    file = folder / "config.json"
-    try:
-        if file.stat().st_size > LARGEST:
-            raise ValueError(f"it is larger than {LARGEST} bytes")
-        plain = json.loads(file.read_text("utf8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"{file} cannot be read ({error}): expected a checkpoint's configuration") from error
-    check_sizes(plain, str(file))
+def settings(kind: type[T], namespace: Mapping[str, Any]) -> T:
+    """The parameters of a notebook as a `kind`, from the namespace (`globals()`) right after its parameters cell.
 
-
-def check_sizes(plain: Mapping[str, Any], where: str = "config.json") -> None:
-    """Sizes of a configuration as JSON holds it: whole numbers, of a model that can be, that divide as they must.
-
-    Sizes that it does not name are its kind's usual ones, which transformers knows.
+    papermill defines whatever it is given, misspelt or not, so a plain value under any other name is refused here.
 
     Raises:
-        BadInput: the first one that is not, by name.
+        BadInput: a name `kind` does not have, a value of the wrong type, or one its own check refuses.
     """
-    if not isinstance(plain, Mapping):
-        raise BadInput(f"{where} is a {type(plain).__name__}: expected an object with a model's sizes")
-    sizes = {}
-    for name, most in SIZES.items():
-        size = plain.get(name)
-        if size is None:
-            continue
-        if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most:
-            raise BadInput(f"{where}: '{name}' is {shown(size)}: expected a whole number from 1 to {most:,}")
-        sizes[name] = size
-    heads, groups, width = (sizes.get(name) for name in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
-    if heads and groups and heads % groups:
-        raise BadInput(f"{where}: 'num_key_value_heads' is {groups}: expected a divisor of the {heads} heads in 'num_attention_heads'")
-    if heads and width and "head_dim" not in sizes and width % heads:
-        raise BadInput(f"{where}: 'num_attention_heads' is {heads}: expected a divisor of 'hidden_size', {width}, or a 'head_dim'")
-    wide = sizes.get("head_dim") or (width and heads and width // heads)
-    if wide and wide % 2:
-        raise BadInput(f"{where}: a head has {wide} dimensions: expected an even number, since rotary positions turn pairs")
-    if all(name in sizes for name in NEEDED):
-        depth, inner = sizes["num_hidden_layers"], sizes["intermediate_size"]
-        count = 2 * width * sizes["vocab_size"] + depth * width * (3 * inner + 2 * wide * (heads + (groups or heads)))
-        if count > PARAMETERS:
-            raise BadInput(f"{where}: these sizes make {count:.2g} parameters: expected at most {PARAMETERS:.2g}")
-    for name in BY_BLOCK:
-        each = plain.get(name)
-        if each is not None and not (isinstance(each, list) and len(each) <= SIZES["num_hidden_layers"]):
-            raise BadInput(f"{where}: '{name}' is {shown(each)}: expected a list with an entry a block")
+    _die_with_parent()
+    names = [f.name for f in dataclasses.fields(kind)]
+    # IPython's own names begin with an underscore or are capitalised
+    plain = {k: v for k, v in namespace.items() if not k.startswith("_") and k.islower() and isinstance(v, (str, int, float, list, dict, types.NoneType))}
+    return build(kind, {k: v for k, v in plain.items() if k in names or k not in ("exit", "quit")})
+
+
+def build(kind: type[T], values: Mapping[str, Any]) -> T:
+    """`kind(**values)`, each value checked against its annotation.
+
+    Raises:
+        BadInput: see `settings`.
+    """
+    hints = typing.get_type_hints(kind)
+    for name, value in values.items():
+        if name not in hints:
+            raise unknown(f"parameter of {kind.__name__}", name, hints)
+        if not _fits(value, hints[name]):
+            raise BadInput(f"parameter '{name}' is {value!r} ({type(value).__name__}): expected {_called(hints[name])}")
+    return kind(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(_fits(value, h) for h in typing.get_args(hint))
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, typing.get_origin(hint) or hint)
+
+
+def _called(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint)) if not typing.get_args(hint) else str(hint).replace("NoneType", "None")
+
+
+def positive(**values: int | None) -> None:
+    """Raises BadInput for the first value that is neither None nor from 1 to what `LARGEST` has for its name."""
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise BadInput(f"parameter '{name}' is {value}: expected at least 1")
+        if value is not None and value > LARGEST.get(name, MOST):
+            raise BadInput(f"parameter '{name}' is {value}: expected at most {LARGEST.get(name, MOST):,}")
+
+
+def check_seed(seed: int) -> None:
+    """Raises BadInput for a seed that some generator does not take."""
+    if not 0 <= seed < 1 << 32:
+        raise BadInput(f"parameter 'seed' is {seed}: expected 0 to {(1 << 32) - 1:,}")
+
+
+def _die_with_parent() -> None:
+    """In a kernel that `thesislib run` started (Linux): be killed when it is, however it dies."""
+    if os.environ.get(PARENT) == str(os.getppid()) and sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.environ[PARENT] != str(os.getppid()):  # it died while we asked
+            os.kill(os.getpid(), signal.SIGKILL)

@@ -8,20 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from thesislib import corpus
-from thesislib.artifact import RECORD
-from thesislib.checkpoints import Job
-from thesislib.compress.plan import apply_plan
-from thesislib.compress.stages import STAGES
+from thesislib.compress.franken import apply_plan
+from thesislib.compress.stage import STAGES
+from thesislib.config import build
 from thesislib.errors import BadInput, unknown
-from thesislib.evaluate.protocol import Protocol, protocol_of
+from thesislib.evaluate.task import Protocol, protocol_of
 from thesislib.files import read_json
-from thesislib.formats import predicted_disk_bytes, sizes
-from thesislib.layers import ComputedLinear
-from thesislib.parameters import build
-from thesislib.recipe import Recipe
-from thesislib.records import Measurement
-from thesislib.subject import Subject
+from thesislib.formats.artifact import predicted_disk_bytes, sizes
+from thesislib.formats.artifact_json import RECORD
+from thesislib.model.layers import ComputedLinear
+from thesislib.model.subject import Subject
+from thesislib.pipeline.recipe import Recipe
+from thesislib.pipeline.run import Job
+from thesislib.records.measurement import Measurement
+from thesislib.sources import corpus
 
 DENSE = "dense"
 
@@ -41,7 +41,7 @@ def made(recipe: Recipe, base: dict, data: str, size: dict, reports: Sequence[di
 
     label, recipe, stage: the configuration, its hash and its last stage's kind. stages: all settings. base: name and
     fingerprint of what the stages began with. data: the kind of data they were calibrated on or trained with. bytes: of
-    the result, see `thesislib.formats.sizes`. reports: what each stage said of itself.
+    the result, see `thesislib.formats.artifact.sizes`. reports: what each stage said of itself.
     """
     plain = recipe.plain()
     facts = {
@@ -86,7 +86,7 @@ def prepare(subject: str, stages: Sequence, *, data: str, dtype: str = "bfloat16
         subject: a subject spec.
         stages: their configs; none for the subject as it is.
         data: a data spec for calibration and training.
-        dtype, device: see `thesislib.subject.load_subject`.
+        dtype, device: see `thesislib.model.subject.load_subject`.
 
     Raises:
         BadInput: stages that cannot work on this subject, or whatever one of them refuses.
@@ -180,7 +180,7 @@ def again(m: Measurement, subject: str = "embedded", data: str | None = None, de
     Args:
         m: the record.
         subject: a spec of what it began with.
-        data: a data spec that has its text; by default `thesislib.corpus.default_data()`.
+        data: a data spec that has its text; by default `thesislib.sources.corpus.default_data()`.
         device: a torch device.
 
     Raises:

@@ -7,15 +7,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from thesislib.bounds import read_sizes
 from thesislib.chapters import CHAPTERS
-from thesislib.config import read_sizes
-from thesislib.corpus import kind_of
+from thesislib.config import build
 from thesislib.errors import BadInput, first_line, shown, unknown
 from thesislib.files import expanded, is_folder, read_json
-from thesislib.forecast import shape_of, stand_in
-from thesislib.held import check_device
-from thesislib.parameters import build
-from thesislib.subject import checkpoint_folder
+from thesislib.formats.held import check_device
+from thesislib.model.subject import checkpoint_folder
+from thesislib.pipeline.forecast import shape_of, stand_in
+from thesislib.sources.corpus import kind_of
 from thesislib.yaml_lines import is_file, value_of_text
 
 TAG = "parameters"  # of the cell with a notebook's defaults

@@ -184,7 +184,7 @@ def signed(damage: Callable, folder: Callable[[Path], Path]) -> Callable:
         said = damage(path, rng, others)
         if path.is_symlink() or not path.is_file():  # a pipe, or no end: nothing to sign
             return said
-        from thesislib import artifact
+        from thesislib.formats import artifact_json as artifact
 
         with suppress(Exception):
             record = json.loads((folder(path) / artifact.RECORD).read_text("utf8"))
@@ -513,7 +513,7 @@ def plain_answers(subject: Path, data: Path) -> list[str]:
 
 def _made(case: Path, ended: Ended) -> object:
     """What an artifact says it is and was made from, once its files are found right."""
-    from thesislib.artifact import read_artifact
+    from thesislib.formats.artifact_json import read_artifact
 
     record = read_artifact(case / "out")
     return record["fingerprint"], record["base"], record["label"], record["stages"]
@@ -537,7 +537,7 @@ def _difference(row: str, expected: list[str]) -> str:
 
 def _items(case: Path) -> int:
     from thesislib.errors import BadInput
-    from thesislib.store import Store
+    from thesislib.records.store import Store
 
     try:
         for name, m in Store(case / "records.jsonl").rows().items():
@@ -554,7 +554,7 @@ def _recipe(here: Place, path: Path) -> int:
     """As the command line checks it; then what it was taken to say."""
     code = thesislib("recipe", "check", path, "--subject", here / "subject")()
     if code == 0:
-        from thesislib.recipe import read_recipe
+        from thesislib.pipeline.recipe import read_recipe
 
         print(json.dumps(read_recipe(path).plain()))
     return code
@@ -616,8 +616,8 @@ def _members(here: Place, index: Path) -> int:
     """A wheel's members out of the cache, or fetched; pip is replaced by a copy, which costs a hundredth."""
     import sys
 
-    from thesislib import wheels
     from thesislib.errors import BadInput
+    from thesislib.sources import wheels
 
     class Copied:
         returncode, stdout, stderr = 0, "", ""
@@ -642,7 +642,7 @@ def _members(here: Place, index: Path) -> int:
 
 def _halfway(here: Place) -> None:
     """A training that ends, as if killed, when its fourth checkpoint is written."""
-    from thesislib import fit
+    from thesislib.compress.lora import train as fit
 
     saved, calls = fit.Trainer._save if hasattr(fit, "Trainer") else None, []
     holder = next(k for k in vars(fit).values() if isinstance(k, type) and hasattr(k, "_save"))

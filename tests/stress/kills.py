@@ -225,7 +225,7 @@ def _run(here: Place, case: Path) -> Callable[[], int]:
 
 
 def _fetch(here: Place) -> None:
-    from thesislib import wheels
+    from thesislib.sources import wheels
 
     wheels.manifest = lambda: here.manifest
     wheels.wheel_folder("tinywheel")
@@ -244,7 +244,7 @@ def sha256(path: Path) -> str:
 
 
 def _artifact(case: Path, ended: Ended | None) -> object:
-    from thesislib.artifact import read_artifact
+    from thesislib.formats.artifact_json import read_artifact
 
     return read_artifact(case / "out")["fingerprint"] if (case / "out").exists() else None
 
@@ -274,7 +274,7 @@ def _wheel(case: Path, ended: Ended | None) -> object:
 
 
 def _rows(case: Path, ended: Ended | None) -> object:
-    from thesislib.store import Store
+    from thesislib.records.store import Store
 
     store = Store(case / "rows.jsonl")
     if not store.path.exists():

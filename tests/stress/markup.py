@@ -26,8 +26,8 @@ HOSTILE = (
     "```{raw} html\n<script>1</script>\n```",
 )
 CELLS = (
-    ("", "import dataclasses, json\nfrom IPython.display import HTML, Markdown, display\nfrom thesislib import records, store, figures\n"
-         "from thesislib.chapters import measures, trade_offs, franken, recorded\nfrom thesislib.parameters import settings\nfrom thesislib.subject import load_subject"),
+    ("", "import dataclasses, json\nfrom IPython.display import HTML, Markdown, display\nfrom thesislib.records import measurement as records; from thesislib.records import store; from thesislib.chapters import figures\n"
+         "from thesislib.chapters import recorded; from thesislib.chapters import ch00_measures as measures; from thesislib.chapters import pareto as trade_offs; from thesislib.chapters import ch01_franken as franken\nfrom thesislib.config import settings\nfrom thesislib.model.subject import load_subject"),
     ("parameters", "subject = 'x'\ntexts = ['x']\nmade = 'x'\nartifact = 'x'"),
     ("", "p = settings(dataclasses.make_dataclass('P', [('subject', str), ('texts', list), ('made', str), ('artifact', str)]), globals())"),
     ("", "model = load_subject(p.subject)\nprint(f'{model.name}: {model.depth} blocks')\nprint(load_subject(p.artifact).name)\nprint(p.texts)"),
@@ -113,9 +113,9 @@ def run(here: Place) -> dict:
 
     def execute() -> int:
         from thesislib import book as made
-        from thesislib.evaluate.protocol import Protocol
+        from thesislib.evaluate.task import Protocol
         from thesislib.experiment import prepare
-        from thesislib.store import Store
+        from thesislib.records.store import Store
 
         m = prepare(str(root / name), [], data=str(here / "data"), dtype="float32").measure(Protocol("wikitext", length=48, limit=2), str(here / "data"))
         m.provenance["hardware"] = {**m.provenance["hardware"], "cpu": HOSTILE[1]}
@@ -178,7 +178,7 @@ def _listed(here: Place, root: Path, row: dict, file: Path) -> list:
     def write() -> int:
         import dataclasses
 
-        from thesislib.store import Store
+        from thesislib.records.store import Store
 
         (m, *_) = Store(here / "records.jsonl").rows().values()
         for text in (*HOSTILE, "=1+1", "a\nb", "a\x1b[2Jb", "\u202eevil"):

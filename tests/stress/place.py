@@ -121,7 +121,7 @@ def save_texts(root: Path) -> Path:
 def save_notebook(path: Path) -> Path:
     """A notebook of chapters' kind, without torch in its kernel."""
     nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}})
-    prelude = "from dataclasses import make_dataclass\nfrom thesislib.parameters import settings"
+    prelude = "from dataclasses import make_dataclass\nfrom thesislib.config import settings"
     cells = [("", prelude), ("parameters", "k = 1\nname = 'x'"), ("", "p = settings(make_dataclass('P', [('k', int), ('name', str)]), globals())"),
              ("", "import time\nfor _ in range(10): time.sleep(0.03)"), ("", "print(p.k * p.k, p.name)")]  # fmt: skip
     nb.cells = [nbformat.v4.new_code_cell(source, metadata={"tags": [tag] if tag else []}) for tag, source in cells]
@@ -200,9 +200,9 @@ class Place:
 def records(here: Place) -> None:
     """A store of three measurements, as a sweep would append them."""
     from thesislib import experiment
-    from thesislib.evaluate.protocol import Protocol
-    from thesislib.recipe import parse_label
-    from thesislib.store import Store
+    from thesislib.evaluate.task import Protocol
+    from thesislib.pipeline.recipe import parse_label
+    from thesislib.records.store import Store
 
     store = Store(here / "records.jsonl")
     for label in ("D1", "W1:8", "D1+W1:8"):
@@ -248,7 +248,7 @@ def prepared() -> None:
         importlib.import_module(f"encodings.{name}")  # another user may not read Python's own folder
     import dask
 
-    from thesislib import records
+    from thesislib.records import measurement as records
 
     dask.config.set({"distributed.worker.multiprocessing-method": "fork"})  # Dask's workers have all imported too
     with contextlib.redirect_stdout(io.StringIO()):

@@ -11,8 +11,9 @@ from pathlib import Path
 from thesislib.files import data_file
 
 CHAPTERS = {
-    "00_measures": "measures", "01_franken_llama": "franken", "02_depth_pruning": "depth", "03_width_pruning": "width", "04_lora_recovery": "recovery",
-    "05_quantisation": "quantisation", "06_evaluation": "evaluation", "07_on_device": "device",
+    "00_measures": "ch00_measures", "01_franken_llama": "ch01_franken", "02_depth_pruning": "ch02_depth",
+    "03_width_pruning": "ch03_width", "04_lora_recovery": "ch04_recovery",
+    "05_quantisation": "ch05_quantisation", "06_evaluation": "ch06_grid", "07_on_device": "ch07_device",
 }  # fmt: skip
 
 
@@ -40,7 +41,7 @@ FIGURE = "book/_static/pareto.png"  # the README's, drawn by `make findings`
 
 def three_findings() -> str:
     """The findings that matter most, for the README."""
-    evaluation = import_module("thesislib.chapters.evaluation")
+    evaluation = import_module("thesislib.chapters.ch06_grid")
     return "".join(f"- {finding}\n" for finding in evaluation.top_findings(recorded("06_evaluation")))
 
 

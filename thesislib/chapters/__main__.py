@@ -4,10 +4,10 @@ import io
 
 import matplotlib
 
-from thesislib import figures
 from thesislib.book import ROOT
-from thesislib.chapters import FIGURE, block, findings, recorded, three_findings, trade_offs
-from thesislib.claims import page, recorded_pool
+from thesislib.chapters import FIGURE, block, figures, findings, recorded, three_findings
+from thesislib.chapters import pareto as trade_offs
+from thesislib.chapters.claims import page, recorded_pool
 from thesislib.files import write_whole
 
 matplotlib.use("agg")

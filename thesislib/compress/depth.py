@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from thesislib.compress.plan import apply_plan
-from thesislib.corpus import calibration_windows
+from thesislib.compress.calibration import Visitor, stream
+from thesislib.compress.franken import apply_plan
 from thesislib.errors import BadInput, unknown
-from thesislib.forward import final_states, token_losses
-from thesislib.stream import Visitor, stream
-from thesislib.subject import Subject, projections
-from thesislib.tokenizers import check_windows
+from thesislib.model.forward import final_states, token_losses
+from thesislib.model.subject import Subject, projections
+from thesislib.model.tokenizers import check_windows
+from thesislib.sources.corpus import calibration_windows
 
 METRICS = ("perplexity", "taylor", "magnitude", "influence", "angular")
 PARTS = ("block", "attention", "mlp")

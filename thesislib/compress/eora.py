@@ -9,15 +9,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from thesislib.compress.calibration import ALL_AT_ONCE, INPUTS, Statistics, Visitor, check_weighting, stream
 from thesislib.compress.gptq import Rtn
 from thesislib.compress.layerwise import Place, effective_weight, relative_error, same_places
 from thesislib.compress.selection import check_all_fit, fits, patterns
 from thesislib.compress.width import Width
-from thesislib.corpus import calibration_windows
 from thesislib.errors import BadInput, unknown
-from thesislib.layers import adapt, replace
-from thesislib.stream import ALL_AT_ONCE, INPUTS, Statistics, Visitor, check_weighting, stream
-from thesislib.subject import Subject
+from thesislib.model.layers import adapt, replace
+from thesislib.model.subject import Subject
+from thesislib.sources.corpus import calibration_windows
 
 INPUTS_OF = ("original", "compressed")
 ENTRY = 2  # bytes of an entry of a saved factor: float16 or bfloat16
@@ -33,7 +33,7 @@ class Eora:
     directions that lessen the projections' relative errors most per byte. inputs: in whose activations the error is
     measured, the original's or the compressed model's (the default: these are what the corrected layer will see).
     linears: names or patterns of projections; all seven by default. weighting: how tokens count, see
-    `thesislib.stream.token_weights`. text, windows, length, seed: calibration.
+    `thesislib.compress.calibration.token_weights`. text, windows, length, seed: calibration.
     """
 
     rank: int | None = None
@@ -87,7 +87,7 @@ class Eora:
             raise BadInput(f"eora {before} has nothing to correct: expected width, rtn or gptq right before it")
 
     def apply(self, subject: Subject, *, data: str = "embedded", work: Path | None = None, original: Subject | None = None) -> tuple[Subject, dict]:
-        """A copy of the subject with corrected projections (`thesislib.layers.Adapted`), and a report.
+        """A copy of the subject with corrected projections (`thesislib.model.layers.Adapted`), and a report.
 
         Args:
             subject: after compression of any kind that keeps its shapes.

@@ -12,15 +12,15 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from thesislib.compress.grid import CLIPS, ROW, Grid, Quantised, round_to_nearest
+from thesislib.compress.calibration import ALL_AT_ONCE, INPUTS, TRUE_SEQUENTIAL, Blocks, Statistics, Visitor, check_weighting, stream
 from thesislib.compress.layerwise import Place, relative_error
 from thesislib.compress.selection import check_all_fit, fits, patterns
-from thesislib.corpus import calibration_windows
 from thesislib.errors import BadInput, unknown
-from thesislib.layers import Adapted, replace
-from thesislib.quantised import TABLES, QuantisedLinear, is_quantised, put_table
-from thesislib.stream import ALL_AT_ONCE, INPUTS, TRUE_SEQUENTIAL, Blocks, Statistics, Visitor, check_weighting, stream
-from thesislib.subject import Subject
+from thesislib.model.grid import CLIPS, ROW, Grid, Quantised, round_to_nearest
+from thesislib.model.layers import Adapted, replace
+from thesislib.model.quantised import TABLES, QuantisedLinear, is_quantised, put_table
+from thesislib.model.subject import Subject
+from thesislib.sources.corpus import calibration_windows
 
 ORDERS = ("none", "static", "index")
 BLOCK = 128  # columns between two updates of all that follow
@@ -32,7 +32,7 @@ class Rtn:
     """Round every weight to the nearest level of its grid.
 
     bits: 2, 3, 4 or 8. group: weights of a row that share a scale, or 'row'. grid: symmetric, asymmetric or minimum, see
-    `thesislib.compress.grid.Grid`. clip: none, or squared: the range with the least squared error of the weights.
+    `thesislib.model.grid.Grid`. clip: none, or squared: the range with the least squared error of the weights.
     linears: names or patterns of projections, e.g. 'q_proj', 'blocks.3.*'; all seven by default. embedding_bits: 8 rounds
     the embedding and the head to 8 bits too, in groups of the same size; by default they stay as they are.
     """
@@ -139,7 +139,7 @@ class Gptq(Rtn):
     inputs first, neighbours in that order share a grid, and each column's group is kept). damping: this times the mean
     of the diagonal is added to it; raised, with a warning, if Cholesky fails. sequential: k, v, q, then o, then up, gate,
     then down, each on inputs from quantised predecessors; otherwise all seven at once. weighting: how tokens count, see
-    `thesislib.stream.token_weights`. text, windows, length, seed: calibration.
+    `thesislib.compress.calibration.token_weights`. text, windows, length, seed: calibration.
 
     The grid is symmetric by default, which every loader of GPTQ checkpoints reads; an integer zero-point (grid asymmetric)
     gives this study's subject 4 % less perplexity. With clip none, act_order none and weighting equal, as in the paper's

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from thesislib.compress.calibration import ALL_AT_ONCE, Statistics, Visitor, stream
 from thesislib.errors import BadInput
-from thesislib.layers import Adapted
-from thesislib.stream import ALL_AT_ONCE, Statistics, Visitor, stream
-from thesislib.subject import Subject
+from thesislib.model.layers import Adapted
+from thesislib.model.subject import Subject
 
 Place = tuple[int, str]  # block, projection
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from thesislib.compress.calibration import ALL_AT_ONCE, Blocks, Statistics, Visitor, check_weighting, stream
 from thesislib.compress.selection import check_all_fit, fits, patterns
-from thesislib.corpus import calibration_windows
 from thesislib.errors import BadInput, unknown
-from thesislib.stream import ALL_AT_ONCE, Blocks, Statistics, Visitor, check_weighting, stream
-from thesislib.subject import LINEARS, Subject
+from thesislib.model.subject import LINEARS, Subject
+from thesislib.sources.corpus import calibration_windows
 
 METRICS = ("wanda", "magnitude")
 THESIS_PATTERNS = ((1, 2), (2, 4), (3, 4), (1, 8), (4, 8), (6, 8), (1, 16), (8, 16), (12, 16))
@@ -25,7 +25,7 @@ class Width:
     metric: wanda (abs(w) times the root mean square of its input; Sun et al. 2023, eq. 1) or magnitude (abs(w)). linears:
     names or patterns of projections, e.g. 'q_proj', '*_proj', 'blocks.3.*'; all seven by default. ratios: {pattern:
     ratio} for some of them, the last that fits counts. text, windows, length, seed: calibration. weighting: how tokens
-    count, see `thesislib.stream.token_weights`; WANDA counts them equally, and so does the default.
+    count, see `thesislib.compress.calibration.token_weights`; WANDA counts them equally, and so does the default.
     """
 
     remove: int | None = None

@@ -26,13 +26,13 @@ import numpy as np
 import torch
 
 from thesislib.book import ROOT
-from thesislib.compress.plan import apply_plan
+from thesislib.compress.franken import apply_plan
 from thesislib.device.measure import Agreement, agreed, file_type, gguf_file, prompt_ids
 from thesislib.errors import BadInput
 from thesislib.files import cache_dir, lock, sha256_of, whole_file, whole_folder, write_whole
-from thesislib.records import hardware, provenance
-from thesislib.subject import Subject, load_subject
-from thesislib.wheels import downloaded
+from thesislib.model.subject import Subject, load_subject
+from thesislib.records.measurement import hardware, provenance
+from thesislib.sources.wheels import downloaded
 
 SOURCE = "llama_cpp_python-0.3.36"  # PyPI's source distribution, which has llama.cpp inside
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"

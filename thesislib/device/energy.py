@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from thesislib.device.cost import Sketch, costs, stored
 from thesislib.device.hardware import Device
-from thesislib.device.plan import Plan, padded
+from thesislib.device.placement import Plan, padded
 from thesislib.device.roofline import Projection
-from thesislib.subject import Subject
+from thesislib.model.subject import Subject
 
 WHOLE, SUM = "published power of the whole device, for as long as it takes", "bytes, multiplications and idle power, as far as they are known"
 

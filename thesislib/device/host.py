@@ -12,7 +12,7 @@ import torch
 
 from thesislib.device.hardware import PRECISIONS
 from thesislib.errors import BadInput, unknown
-from thesislib.records import hardware
+from thesislib.records.measurement import hardware
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 READ = 256 * 2**20  # bytes: larger than any last cache, so that memory is read

@@ -16,9 +16,9 @@ from thesislib.device.engine import Request, run_engine, watched
 from thesislib.device.host import one_thread
 from thesislib.errors import BadInput
 from thesislib.files import cache_dir
-from thesislib.gguf_format import export_gguf
-from thesislib.records import Measurement, provenance
-from thesislib.subject import Subject
+from thesislib.formats.gguf import export_gguf
+from thesislib.model.subject import Subject
+from thesislib.records.measurement import Measurement, provenance
 
 LOADED = 0.25  # cores that others kept busy: from there on memory and the last cache are shared with something
 NOISY = 0.15  # spread of the repetitions' medians, as a share of their median
@@ -200,7 +200,7 @@ def gguf_file(subject: Subject, kind: str) -> Path:
     """The subject as a GGUF file in the cache, written once; low-rank corrections are merged into the weights.
 
     Raises:
-        BadInput: what `thesislib.gguf_format.export_gguf` refuses.
+        BadInput: what `thesislib.formats.gguf.export_gguf` refuses.
     """
     file = cache_dir() / "gguf" / f"{subject.fingerprint[:16]}-{kind}.gguf"
     return file if file.exists() else export_gguf(subject, file, kind, merge_corrections=True)

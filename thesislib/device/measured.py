@@ -10,7 +10,7 @@ from thesislib.device.cost import costs
 from thesislib.device.host import mac_rate, read_bandwidth
 from thesislib.device.measure import QUIET, as_measurement, bytes_per_token, computed_in, file_type, gguf_file, prompt_ids, time_llama_cpp, time_transformers
 from thesislib.errors import BadInput
-from thesislib.subject import Subject
+from thesislib.model.subject import Subject
 
 
 def measured_report(

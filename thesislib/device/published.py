@@ -16,10 +16,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from thesislib.device.cost import Sketch, Stored, costs, distinct_bytes, is_linear, resized
 from thesislib.device.energy import energy
 from thesislib.device.hardware import Device, device
-from thesislib.device.plan import plan
+from thesislib.device.placement import plan
 from thesislib.device.roofline import project
 from thesislib.errors import BadInput, unknown
-from thesislib.subject import Subject
+from thesislib.model.subject import Subject
 
 LLAMA_CPP = "llama.cpp, docs/build-riscv64-spacemit.md: llama-bench, four threads, n_ubatch 128"
 TUTORIAL = "Deeploy, docs/tutorials/introduction.md (May 2025), cycles of the simulator GVSoC"

@@ -4,9 +4,9 @@ import dataclasses
 
 from thesislib.device.energy import energy
 from thesislib.device.hardware import Device
-from thesislib.device.plan import BITS, TOO_LARGE, blocks_that_fit
+from thesislib.device.placement import BITS, TOO_LARGE, blocks_that_fit
 from thesislib.device.roofline import Span, profile
-from thesislib.subject import Subject
+from thesislib.model.subject import Subject
 
 
 def profile_report(subject: Subject, device: Device, prompt: int = 128, context: int = 128) -> dict:

@@ -14,9 +14,9 @@ import pandas as pd
 
 from thesislib.device.cost import Costs, Operation, Sketch, costs, distinct_bytes, resized, sketch, stored
 from thesislib.device.hardware import Device, Tier
-from thesislib.device.plan import TOO_LARGE, Plan, padded, plan
+from thesislib.device.placement import TOO_LARGE, Plan, padded, plan
 from thesislib.errors import BadInput
-from thesislib.subject import Subject
+from thesislib.model.subject import Subject
 
 ARITHMETIC, TRAFFIC, OVERHEAD, UNKNOWN = "arithmetic", "traffic", "overhead", "unknown"
 
@@ -55,7 +55,7 @@ def project(subject: Subject | Sketch, device: Device, tokens: int = 1, context:
     found = found or plan(subject, device, c.cache_bytes)
     if found.verdict == TOO_LARGE:
         raise BadInput(
-            f"{subject.name} does not fit {device.name}: {found.missing / 1e6:.1f} MB have no place. `thesislib.device.plan.what_fits` says what would"
+            f"{subject.name} does not fit {device.name}: {found.missing / 1e6:.1f} MB have no place. `thesislib.device.placement.what_fits` says what would"
         )
     sizes = {w.name: padded(w, device) / max(w.bytes, 1) for w in stored(subject)}
     tiers = {tier.name: tier for tier in device.tiers}

@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from thesislib.corpus import Choice
 from thesislib.errors import BadInput
 from thesislib.evaluate.perplexity import AS_IT_IS
 from thesislib.evaluate.stats import Comparison, paired_outcomes, proportion
-from thesislib.forward import Plan, batch_for, final_states, token_losses
-from thesislib.prompts import adds_bos
-from thesislib.records import Measurement, provenance
-from thesislib.subject import Subject
-from thesislib.tokenizers import check_tokens, longest_context
+from thesislib.model.forward import Plan, batch_for, final_states, token_losses
+from thesislib.model.prompts import adds_bos
+from thesislib.model.subject import Subject
+from thesislib.model.tokenizers import check_tokens, longest_context
+from thesislib.records.measurement import Measurement, provenance
+from thesislib.sources.corpus import Choice
 
 CUT = "contexts cut"
 

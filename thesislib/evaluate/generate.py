@@ -13,10 +13,10 @@ from tqdm import tqdm
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, StaticCache
 
 from thesislib.errors import BadInput
-from thesislib.layers import ComputedLinear
-from thesislib.prompts import adds_bos, control_tokens, end_tokens
-from thesislib.subject import Subject
-from thesislib.tokenizers import check_tokens, longest_context
+from thesislib.model.layers import ComputedLinear
+from thesislib.model.prompts import adds_bos, control_tokens, end_tokens
+from thesislib.model.subject import Subject
+from thesislib.model.tokenizers import check_tokens, longest_context
 
 WORTH = 0.9  # finished rows leave the batch when at most this share goes on: to leave copies the keys and values of the others
 AHEAD = 8  # steps between two looks at what has ended, where a look waits for the card

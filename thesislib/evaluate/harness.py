@@ -16,15 +16,15 @@ from unittest.mock import patch
 
 import yaml
 
-from thesislib.checkpoint import quiet_transformers
-from thesislib.corpus import CHOICE_TASKS, TASKS, Row, article_starts, choices, kind_of, rows, take, wikitext_lines
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate.choice import CUT
 from thesislib.evaluate.perplexity import ONE_DOCUMENT
 from thesislib.evaluate.stats import bootstrap_mean, proportion
-from thesislib.records import Measurement, provenance
-from thesislib.subject import Subject
-from thesislib.tokenizers import check_tokens
+from thesislib.formats.checkpoint import quiet_transformers
+from thesislib.model.subject import Subject
+from thesislib.model.tokenizers import check_tokens
+from thesislib.records.measurement import Measurement, provenance
+from thesislib.sources.corpus import CHOICE_TASKS, TASKS, Row, article_starts, choices, kind_of, rows, take, wikitext_lines
 
 # task: its stock file in lm_eval/tasks, the metric to lead with
 STOCK = {

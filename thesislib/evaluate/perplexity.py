@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from thesislib.corpus import Text, Windows, windows
 from thesislib.evaluate.stats import Comparison, bootstrap_mean, paired_means
-from thesislib.forward import Plan, batch_for, final_states, token_losses
-from thesislib.records import Measurement, provenance
-from thesislib.subject import Subject
-from thesislib.tokenizers import check_windows
+from thesislib.model.forward import Plan, batch_for, final_states, token_losses
+from thesislib.model.subject import Subject
+from thesislib.model.tokenizers import check_windows
+from thesislib.records.measurement import Measurement, provenance
+from thesislib.sources.corpus import Text, Windows, windows
 
 AS_IT_IS = "as it is"
 ONE_DOCUMENT = "one document, and an interval shows how documents differ (WikiText's articles begin with ' = Title = ')"
@@ -45,7 +45,7 @@ def perplexities(
 ) -> dict[str, Measurement]:
     """`perplexity` of the subject under every plan (an order of its blocks), blocks that plans share run once.
 
-    The plan None is the model as it is and must stand alone; see `thesislib.forward.final_states`.
+    The plan None is the model as it is and must stand alone; see `thesislib.model.forward.final_states`.
     """
     started = time.perf_counter()
     cut = windows(text, subject.tokenizer, length, limit)

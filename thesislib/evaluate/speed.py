@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import pandas as pd
 import torch
 
-from thesislib import formats
-from thesislib.records import Measurement, provenance
-from thesislib.subject import Subject
+from thesislib.formats import artifact as formats
+from thesislib.model.subject import Subject
+from thesislib.records.measurement import Measurement, provenance
 
 SECONDS_PER_TOKEN = "seconds per token"
 

@@ -3,13 +3,13 @@
 import time
 from collections import Counter
 
-from thesislib.corpus import Question
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate.generate import greedy
 from thesislib.evaluate.stats import Comparison, paired_outcomes, proportion
-from thesislib.prompts import PROMPTS, asked, default_prompt, normalise, prompt_for
-from thesislib.records import Measurement, provenance
-from thesislib.subject import Subject
+from thesislib.model.prompts import PROMPTS, asked, default_prompt, normalise, prompt_for
+from thesislib.model.subject import Subject
+from thesislib.records.measurement import Measurement, provenance
+from thesislib.sources.corpus import Question
 
 TIERS = ("exact", "substring", "overlap")
 
@@ -38,8 +38,8 @@ def triviaqa(subject: Subject, items: list[Question], *, source: str, prompt: st
 
     Args:
         subject: the model and tokenizer.
-        items: from `thesislib.corpus.questions`.
-        source: what the questions are, for the record (`thesislib.corpus.question_source`).
+        items: from `thesislib.sources.corpus.questions`.
+        source: what the questions are, for the record (`thesislib.sources.corpus.question_source`).
         prompt: 'chat' or 'thesis'; by default `default_prompt`.
         batch: prompts at a time.
         max_new_tokens: the longest answer; the thesis allows 50.

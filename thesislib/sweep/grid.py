@@ -25,14 +25,14 @@ from pathlib import Path
 
 import yaml
 
-from thesislib.compress.stages import STAGES
+from thesislib.compress.stage import STAGES
+from thesislib.config import build
 from thesislib.errors import BadInput, unknown
-from thesislib.evaluate.protocol import Protocol
 from thesislib.evaluate.speed import SECONDS_PER_TOKEN
+from thesislib.evaluate.task import Protocol
 from thesislib.experiment import DENSE, recipe_of
 from thesislib.files import expanded, write_whole
-from thesislib.parameters import build
-from thesislib.recipe import Recipe, parse_label
+from thesislib.pipeline.recipe import Recipe, parse_label
 from thesislib.yaml_lines import compose, value
 
 KEYS = {"name", "stages", "groups", "sizes"}

@@ -13,7 +13,7 @@ from typing import Any
 from thesislib.errors import BadInput
 from thesislib.files import write_whole
 from thesislib.notebooks import check_names, read_notebook, ready
-from thesislib.sweep.drive import Order, Workers, drive
+from thesislib.sweep.workers import Order, Workers, drive
 
 TAG = "results"  # of the cell whose table is a notebook's result
 LARGEST = 10_000  # combinations
@@ -67,7 +67,7 @@ def sweep_notebook(name: str, notebook: Path, axes: Mapping[str, Sequence], out:
     """Execute a notebook with every combination of parameters that is not in `out` yet; the table's path, and {cell: why} of those that failed.
 
     Raises:
-        BadInput: a parameter or a value that the notebook does not take, before anything runs; too many combinations; see also `thesislib.sweep.drive.drive`.
+        BadInput: a parameter or a value that the notebook does not take, before anything runs; too many combinations; see also `thesislib.sweep.workers.drive`.
     """
     from thesislib.book import cache_key, intact
 

@@ -5,17 +5,17 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 
-from thesislib import corpus
-from thesislib.checkpoints import Job
 from thesislib.errors import BadInput
-from thesislib.evaluate.protocol import Protocol, protocol_of
 from thesislib.evaluate.speed import SECONDS_PER_TOKEN
+from thesislib.evaluate.task import Protocol, protocol_of
 from thesislib.experiment import recipe_of
-from thesislib.forecast import forecast, shape_of, stand_in
-from thesislib.records import Measurement
-from thesislib.store import Store
-from thesislib.sweep.drive import Order, Workers, drive
+from thesislib.pipeline.forecast import forecast, shape_of, stand_in
+from thesislib.pipeline.run import Job
+from thesislib.records.measurement import Measurement
+from thesislib.records.store import Store
+from thesislib.sources import corpus
 from thesislib.sweep.grid import Configuration, Grid
+from thesislib.sweep.workers import Order, Workers, drive
 
 FAILED = "failed"  # the metric of a record that says why there is none
 
@@ -167,7 +167,7 @@ def sweep(grid: Grid, place: Place, store: Store, workers: Workers, others: Iter
     """Measure what neither `store` nor `others` hold of a grid, and append it to `store`; {label: why} of what failed, which is also recorded.
 
     Raises:
-        BadInput, RuntimeError: see `missing` and `thesislib.sweep.drive.drive`.
+        BadInput, RuntimeError: see `missing` and `thesislib.sweep.workers.drive`.
     """
     others = list(others)
     lacking = missing(grid, place, [store, *others])

@@ -51,8 +51,8 @@ def _said(found: dict[str, str | None]) -> str:
 
 def _configuration(order: dict) -> dict:
     """{"rows": its measurements, with items}."""
-    from thesislib.evaluate.protocol import Protocol
     from thesislib.evaluate.speed import token_seconds
+    from thesislib.evaluate.task import Protocol
     from thesislib.experiment import prepare, stage_of
 
     stages, started = [stage_of(plain) for plain in order["stages"]], time.perf_counter()

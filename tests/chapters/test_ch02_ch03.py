@@ -1,0 +1,222 @@
+"""Chapters 2 and 3: what they measure on a tiny model, and that their sentences turn with the numbers."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from thesislib.chapters import ch02_depth as depth
+from thesislib.chapters import ch03_width as width
+from thesislib.chapters.thesis import thesis_row, thesis_rows
+from thesislib.compress.width import Width
+from thesislib.errors import BadInput
+from thesislib.records.measurement import Measurement
+from thesislib.records.store import Store
+from thesislib.sources.corpus import Question, join
+
+WINDOWS = 24
+
+
+@pytest.fixture(scope="module", autouse=True)
+def text():
+    monkeypatch = pytest.MonkeyPatch()
+    made = join("text", [f"{i} is a number of things that may be counted, and {i * i} is its square. " * 3 for i in range(12)])
+    for module in (depth, width):
+        monkeypatch.setattr(module, "evaluation_text", lambda _: made)
+    monkeypatch.setattr("thesislib.sources.corpus.calibration_text", lambda *_: made)
+    asked = [Question("1", "Who?", ("a",), None), Question("2", "What?", ("zzz",), None)]
+    monkeypatch.setattr(depth, "questions", lambda _, open_book, limit: [replace(q, context="C") for q in asked] if open_book else asked)
+    yield
+    monkeypatch.undo()
+
+
+def loss(per_token, seed=0, **provenance):
+    noise = np.random.default_rng(seed).normal(0, 0.01, WINDOWS)
+    items = [{"id": i, "document": i, "nats": 100 * (per_token + noise[i]), "tokens": 100} for i in range(WINDOWS)]
+    value = math.exp(per_token)
+    return Measurement("text", "perplexity", value, value * 0.9, value * 1.1, WINDOWS, "window", items, {}, provenance)
+
+
+# ---------------------------------------------------------------- chapter 2
+
+SMALL = depth.DepthChapter(length=32, calibration=3, windows=4, counts=[1, 2], greedy=2, seeds=2, tokens=4)
+
+
+@pytest.fixture(scope="module")
+def measured_once(tiny):
+    subject = tiny(layers=9)
+    return depth.measure(subject, depth.score(subject, SMALL), SMALL)
+
+
+@pytest.fixture
+def measured(measured_once):
+    return replace(measured_once, perplexity=dict(measured_once.perplexity))
+
+
+def test_every_method_removes_as_many_unprotected_blocks_as_it_should(measured):
+    removed = measured.scores.removed
+    assert set(removed) == {"perplexity", "taylor", "magnitude", "influence", "angular", depth.GREEDY, "random 0", "random 1"}
+    for sets in removed.values():
+        for k, gone in sets.items():
+            assert len(set(gone)) == k and set(gone) <= {4, 5, 6}
+    assert removed["perplexity"][1] == removed[depth.GREEDY][1]  # their first step is the same
+    assert removed["angular"][2] in ((4, 5), (5, 6))
+    assert set(measured.perplexity) == {(depth.NOTHING, 0), *((m, k) for m in removed for k in (1, 2))}
+    assert set(measured.trivia) == {(0, False), (0, True), (2, False), (2, True)}
+    assert all(t.startswith("Once upon a time") for t in measured.texts.values())
+
+
+def test_tables_and_sentences_of_depth(measured):
+    assert depth.importance_table(measured.scores).shape == (9, 5)
+    correlations = depth.rank_correlations(measured.scores)
+    assert np.allclose(np.diag(correlations), 1) and np.allclose(correlations, correlations.T)
+    table = depth.thesis_table(measured)
+    assert list(table.index) == ["dense", "D2"] and table.loc["D2", "x dense "] == "2.08"
+    assert "D2" in depth.headline(measured) and "Record" not in depth.headline(measured)
+    assert len(depth.curves(measured)) == len(measured.perplexity)
+
+
+def test_parts(tiny):
+    table = depth.parts(tiny(layers=9), SMALL, count=1)
+    assert list(table.index) == ["1 x block", "1 x attention", "1 x mlp"]
+
+
+def test_verdict_turns_with_the_numbers(measured):
+    k = 2
+    random = [key for key in measured.perplexity if key[0].startswith("random")]
+    for key in random:
+        measured.perplexity[key] = loss(6.0, 2)
+    for method, per_token in ((("perplexity"), 3.0), (depth.GREEDY, 2.5), ("taylor", 3.5), ("magnitude", 3.0), ("influence", 3.0), ("angular", 3.0)):
+        measured.perplexity[method, k] = loss(per_token, seed=0 if per_token == 3.0 else 1)
+    said = depth.verdict(measured, k)
+    assert "better: perplexity, greedy (x 0.61)" in said and "worse: taylor (x 1.65)" in said
+    assert "not told apart: magnitude (x 1.00), influence (x 1.00), angular (x 1.00)" in said
+    assert depth.best(measured, k) == depth.GREEDY
+    measured.perplexity[depth.GREEDY, k] = loss(4.0, seed=1)
+    assert "better: none" in depth.verdict(measured, k) and "perplexity, greedy (x 2.7" in depth.verdict(measured, k)
+
+
+def test_depth_results_survive_being_recorded(measured, tmp_path):
+    path = tmp_path / "r.jsonl"
+    for m in depth.as_measurements(measured):
+        Store(path).append(m)
+    (tmp_path / "r_scores.json").write_text(measured.scores.to_json())
+    again = depth.read_recorded(path)
+    assert again.scores == measured.scores and again.texts == measured.texts
+    assert {k: m.value for k, m in again.perplexity.items()} == {k: m.value for k, m in measured.perplexity.items()}
+    assert depth.headline(again) == depth.headline(measured)
+    with pytest.raises(BadInput, match="the whole model's perplexity or the answers are missing"):
+        depth.from_measurements([], measured.scores)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"metrics": ["taylr"]}, "'taylr'.*taylor"),
+        ({"counts": [0]}, "'counts' is"),
+        ({"windows": 0}, "'windows' is 0"),
+        ({"dtype": "int8"}, "unknown dtype 'int8'"),
+    ],
+)
+def test_bad_parameters_of_depth(settings, said):
+    with pytest.raises(BadInput, match=said):
+        depth.DepthChapter(**settings)
+
+
+def test_what_a_subject_cannot_lose_is_left_out_or_refused(tiny, capsys):
+    scores = depth.score(tiny(layers=7), SMALL)
+    assert "not possible for this subject: to remove 2 of its 7 blocks" in capsys.readouterr().out
+    assert {k for sets in scores.removed.values() for k in sets} == {1} and {b for sets in scores.removed.values() for b in sets[1]} == {4}
+    with pytest.raises(BadInput, match="of this subject's 6 blocks 0 can go"):
+        depth.score(tiny(layers=6), SMALL)
+
+
+# ---------------------------------------------------------------- chapter 3
+
+NARROW = width.WidthChapter(length=32, calibration=3, windows=4, ratios=[0.5], by_magnitude=["2:4"], weightings=["unit_norm"])
+
+
+@pytest.fixture(scope="module")
+def pruned(tiny):
+    return width.measure(tiny(layers=2), width.configurations(NARROW), NARROW)
+
+
+def test_every_configuration_is_measured_and_packed(pruned):
+    assert len(pruned) == 1 + 9 + 1 + 1 + 1
+    for config, m in pruned.items():
+        sizes = m.provenance["chapter"]["sizes"]
+        share = sizes["zeros"] / (sizes["dense"] / 4)
+        assert share == pytest.approx(config.share(0, "q_proj") if config else 0, abs=0.01)
+        assert (sizes["packed"] < sizes["dense"]) == (config is not None)
+    table = width.pattern_table(pruned, NARROW)
+    assert list(table.index) == ["dense", *width.NINE, "0.5"]
+    assert table.loc["2:4", "magnitude"] and not table.loc["1:2", "magnitude"]
+    assert table.loc["2:4", "thesis: perplexity"] == "161.10"
+
+
+def test_done_configurations_are_not_measured_again(tiny, pruned):
+    fresh = []
+    done = {c: m for c, m in pruned.items() if c is None or c.of == 16}
+    again = width.measure(tiny(layers=2), width.configurations(NARROW), NARROW, done, fresh.append)
+    assert len(fresh) == len(pruned) - len(done) and {c: m.value for c, m in again.items()} == {c: m.value for c, m in pruned.items()}
+
+
+def test_width_results_survive_being_recorded(pruned, tmp_path):
+    for m in pruned.values():
+        Store(tmp_path / "r.jsonl").append(m)
+    again = width.read_recorded(tmp_path / "r.jsonl")
+    assert list(again) == list(pruned) and again[None].value == pruned[None].value
+    with pytest.raises(BadInput, match="not the results of chapter 3"):
+        width.from_measurements([loss(3.0)])
+
+
+def test_conventions():
+    table = width.conventions()
+    assert table.loc["1:8", "NVIDIA's reading (kept:of)"] == "7:8" and table.loc["2:4", "NVIDIA's reading (kept:of)"] == "2:4"
+    assert table.loc["8:16", "ways to place"] == "12,870" and table.loc["8:16", "bits a group"] == 14
+    assert table.loc["2:4", "bytes packed, bfloat16"] == "54.7%"
+
+
+def test_sentences_of_width_turn_with_the_numbers():
+    p = width.WidthChapter(by_magnitude=["1:8", "2:4"], weightings=["unit_norm"])
+    order = {"1:2": 5.0, "2:4": 4.5, "4:8": 4.0, "8:16": 4.0}
+    results = {None: loss(3.0)} | {p.width(x): loss(v, seed=0 if x != "8:16" else 1) for x, v in order.items()} | {p.width("1:8"): loss(3.05)}
+    results |= {p.width("1:8", metric="magnitude"): loss(3.05), p.width("2:4", metric="magnitude"): loss(6.0, 1)}
+    results |= {p.width("2:4", weighting="unit_norm"): loss(4.6)}
+    said = width.halves_sentence(results, p)
+    assert "2:4 is better than 1:2 (x 0.61, p < 0.001), 4:8 is better than 2:4 (x 0.61, p < 0.001), 8:16 is not told apart from 4:8" in said
+    assert "below magnitude's for 1 of 2 patterns, above it for 0, not told apart for 1" in width.magnitude_sentence(results, p)
+    assert "unit_norm: x 1.105" in width.weighting_sentence(results, p)
+    results[p.width("2:4")] = loss(5.5)
+    assert "2:4 is worse than 1:2" in width.halves_sentence(results, p)
+
+
+def test_calibration_table_and_sentence():
+    p = width.WidthChapter()
+    results = {c: loss(4 - 0.1 * math.log2(c.windows) + 0.01 * c.seed) for c in width.calibrations(p)}
+    table = width.calibration_table(results, p)
+    assert table.shape == (6, 3) and table.loc[("c4", 8), 0] > table.loc[("c4", 128), 0]
+    said = width.calibration_sentence(results, p)
+    assert said.startswith("From 8 to 128 calibration windows the mean over 3 seeds goes, by text: c4 40.9 to 27.4") and "Seeds differ by 1.0% to 1.0%" in said
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"patterns": ["4:4"]}, "removes 4 of 4"), ({"by_magnitude": ["half"]}, "'half' is not understood"), ({"windows": 0}, "'windows' is 0")],
+)
+def test_bad_parameters_of_width(settings, said):
+    with pytest.raises(BadInput, match=said):
+        width.WidthChapter(**settings)
+
+
+# ---------------------------------------------------------------- the thesis's figures
+
+
+def test_the_thesis_figures():
+    assert len(thesis_rows()) == 189
+    assert (thesis_row("dense").perplexity, thesis_row("D2").closed, thesis_row("W1:8").open) == (26.61, 20.0, 80.8)
+    assert thesis_row("W1:8", "W", "E").perplexity == 16.68 and thesis_row("D2+W1:8", "T", "order").closed == 28.2
+    with pytest.raises(BadInput, match=r"unknown configuration of the thesis 'D3'.*D"):
+        thesis_row("D3")
+    assert Width(1, 8).label in {label for label, _, _ in thesis_rows()}

@@ -1,0 +1,174 @@
+"""Chapter 4: what it measures on a tiny model, that a run killed goes on, and that its sentences turn with the numbers."""
+
+import numpy as np
+import pytest
+
+from thesislib.chapters import ch04_recovery as recovery
+from thesislib.chapters import ch04_runs as lora
+from thesislib.chapters import figures
+from thesislib.chapters.ch04_runs import CLOSED, OPEN, PPL, Configuration, LoraChapter
+from thesislib.errors import BadInput
+from thesislib.experiment import again
+from thesislib.records.measurement import Measurement
+from thesislib.records.store import Store
+
+
+@pytest.fixture(scope="module")
+def small(tiny, tiny_data, tmp_path_factory):
+    """Parameters, with a cache of their own."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("THESISLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
+    folder = tiny(layers=8).save(tmp_path_factory.mktemp("subject") / "tiny")
+    yield LoraChapter(
+        subject=str(folder), data=tiny_data, dtype="float32", pruned=["D1", "W2:4"], texts=["wikitext", "trivia"], steps=4, batch=2, length=64, rank=2,
+        validation=2, every=2, seeds=2, windows=4, questions=2, passages=2, tokens=4, learning_rate=1e-2,
+    )  # fmt: skip
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def measured(small):
+    found = []
+    results = lora.measure([*lora.configurations(small), *lora.order_experiment(small, "D1", "W1:8")], small, found=found.append)
+    return results, found
+
+
+def test_everything_is_measured_once(small, measured):
+    results, found = measured
+    assert len(found) == len(results)
+    labels = {(c.label, c.seed) for c, what in results if what == PPL}
+    assert labels == {
+        *((x, 0) for x in ("dense", "D1", "W2:4", "D1+W", "W2:4+W", "dense+W", "D1+T", "W2:4+T", "dense+T", "D1+W+W1:8", "D1+T+W1:8")),
+        *((f"W2:4+{x}-{way}", 0) for x in "WT" for way in ("masked", "dense")),
+        ("D1+W", 1),
+    }  # fmt: skip
+    assert {what for c, what in results if c == Configuration("D1", "wikitext")} == {PPL, CLOSED, OPEN}
+    assert {what for c, what in results if c.seed == 1} == {PPL}
+    assert results[Configuration("D1", "wikitext"), PPL].value != results[Configuration("D1", "wikitext", seed=1), PPL].value
+    beside, masked, dense = (results[Configuration("W2:4", "wikitext", merge=way), PPL] for way in ("beside", "masked", "dense"))
+    assert len({beside.value, masked.value, dense.value}) == 3
+    assert masked.provenance["made"]["bytes"]["nonzero_parameters"] < dense.provenance["made"]["bytes"]["nonzero_parameters"]
+    assert dense.value == pytest.approx(beside.value, rel=1e-5)  # float32: the same sum, added otherwise
+
+
+def test_a_run_goes_on_where_it_was(small, measured):
+    results, found = measured
+    some = lora.from_measurements(found[:7])
+    later = []
+    configs = [c for c in dict.fromkeys(c for c, _ in results) if c.merge == "beside"]
+    assert lora.measure(configs[:4], small, some, later.append).keys() >= some.keys()
+    assert not {(c, w) for c, w in lora.from_measurements(later)} & set(some)
+
+
+def test_records_come_back_and_can_be_made_again(small, measured, tiny_data, tmp_path):
+    results, found = measured
+    store = Store(tmp_path / "r.jsonl")
+    for m in found:
+        store.append(m)
+    assert dict(lora.read_recorded(store.path)) == results
+    for key in ((Configuration("W2:4", "wikitext", merge="masked"), PPL), (Configuration("D1", "trivia", after="W1:8"), PPL), (Configuration("dense"), CLOSED)):
+        verdict = again(results[key], small.subject, tiny_data)
+        assert verdict.agrees and verdict.same_bits and verdict.same_subject, (key, str(verdict))
+
+
+def test_what_the_chapter_refuses():
+    for settings, message in (
+        ({"texts": ["wiki"]}, "unknown training text 'wiki': did you mean 'wikitext'"),
+        ({"pruned": ["X2"]}, "part 'X2' is not understood"),
+        ({"pruned": []}, "at least one"),
+        ({"steps": 0}, "steps"),
+        ({"dtype": "int8"}, "unknown dtype"),
+        ({"learning_rate": -1.0}, "learning_rate"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            LoraChapter(**settings)
+    with pytest.raises(BadInput, match="not the results of chapter 4"):
+        lora.from_measurements([Measurement("t", "perplexity", 1.0, 1.0, 1.0, 1, "u", [], {}, {"chapter": {}})])
+
+
+# ---------------------------------------------------------------- what it says
+
+
+def loss(per_token, seed=0, **settings):
+    """A made-up perplexity over 24 documents."""
+    noise = np.random.default_rng(0).normal(0, 0.3, 24) + np.random.default_rng(seed).normal(0, 0.01, 24)
+    items = [{"id": i, "document": i, "nats": 100 * (per_token + noise[i]), "tokens": 100} for i in range(24)]
+    report = {
+        "curve": [{"step": 1, "loss": 3.0}], "validation": [{"step": 0, "loss": 3.5}, {"step": 4, "loss": 3.0}], "best_loss": 3.0, "best_step": 4,
+        "tokens": 1000, "parameters": 10**6, "tokens_per_second": 100.0,
+    }  # fmt: skip
+    made = {"reports": [report], "bytes": {"parameters": 10, "nonzero_parameters": 8, "bytes_on_disk": 10**6}, "stages": [{"lora": {"learning_rate": 0.002}}]}
+    value = float(np.exp(per_token))
+    return Measurement("text", "perplexity", value, value * 0.9, value * 1.1, 24, "window", items, {}, {"made": made, "chapter": {"text": "x"}, **settings})
+
+
+def answers(share, n=200):
+    items = [{"id": i, "correct": i < share * n} for i in range(n)]
+    return Measurement("q", "accuracy", share, share - 0.05, share + 0.05, n, "question", items)
+
+
+@pytest.fixture
+def story():
+    """Pruning costs 0.7 nats in D2 and 1 in W2:4; training wins back 0.6 and 0.8, of which the control gains 0.2 by itself."""
+    C = Configuration
+    found = {
+        C("dense"): 3.3, C("D2"): 4.0, C("W2:4"): 4.3, C("D2", "wikitext"): 3.4, C("W2:4", "wikitext"): 3.5, C("dense", "wikitext"): 3.1,
+        C("D2", "trivia"): 3.9, C("W2:4", "trivia"): 4.2, C("dense", "trivia"): 3.3, C("W2:4", "wikitext", merge="masked"): 3.6,
+        C("W2:4", "wikitext", merge="dense"): 3.5, C("W2:4", "trivia", merge="masked"): 4.25, C("W2:4", "trivia", merge="dense"): 4.2,
+        C("D2+W1:8"): 4.1, C("D2+W1:8", "wikitext"): 3.5, C("D2", "wikitext", after="W1:8"): 3.7, C("D2", "wikitext", seed=1): 3.42,
+        C("D2+W1:8", "wikitext", merge="masked"): 3.5, C("D2+W1:8", "wikitext", merge="dense"): 3.5,
+    }  # fmt: skip
+    results = {(c, PPL): loss(x, seed) for seed, (c, x) in enumerate(found.items())}
+    for c, share in ((C("dense"), 0.3), (C("D2"), 0.1), (C("D2", "wikitext"), 0.25), (C("D2", "trivia"), 0.15), (C("dense", "wikitext"), 0.3),
+                     (C("dense", "trivia"), 0.31)):  # fmt: skip
+        results[c, CLOSED] = answers(share)
+        results[c, OPEN] = answers(share + 0.3)
+    return results
+
+
+def test_recovery_is_counted_against_the_control(story):
+    table = recovery.recovered(story)
+    assert table.loc["D2", "naive"] == pytest.approx(0.6 / 0.7, abs=0.02) and table.loc["W2:4", "naive"] == pytest.approx(0.8, abs=0.02)
+    assert table.loc["D2", "fair"] == pytest.approx((0.7 - 0.3) / 0.7, abs=0.02)
+    assert "changes the dense model's" in recovery.control_sentence(story)
+    story[Configuration("dense", "wikitext"), PPL] = loss(3.3, seed=99)
+    assert "does not measurably change the dense model's" in recovery.control_sentence(story)
+    assert recovery.recovered(story).loc["D2", "fair"] == pytest.approx(0.6 / 0.7, abs=0.02)
+
+
+def test_sentences_turn_with_the_numbers(story):
+    assert "WikiText is better for D2, worse for none, and within noise for the other 1" in recovery.texts_sentence(story)
+    story[Configuration("D2", "wikitext"), CLOSED] = answers(0.02)
+    assert "better for none, worse for D2" in recovery.texts_sentence(story)
+    assert "D2+W+W1:8 (40.45) is worse than D2+W1:8+W" in recovery.order_sentence(story)
+    story[Configuration("D2", "wikitext", after="W1:8"), PPL] = loss(3.3)
+    assert "is better than D2+W1:8+W" in recovery.order_sentence(story)
+    story[Configuration("D2", "wikitext", after="W1:8"), PPL] = loss(3.5, seed=77)
+    assert "is within noise of D2+W1:8+W" in recovery.order_sentence(story)
+    assert "D2+W with 2 seeds" in recovery.seeds_sentence(story) and "above the dense model's" in recovery.headline(story)
+    assert "tells the seeds apart" not in recovery.seeds_sentence(story)
+    story[Configuration("D2", "wikitext", seed=2), PPL] = loss(3.6, seed=50)
+    assert "tells the seeds apart (p < 0.001)" in recovery.seeds_sentence(story)
+    story[Configuration("D2", "wikitext"), PPL] = loss(3.0)
+    assert "below the dense model's" in recovery.headline(story)
+
+
+def test_tables_and_figures_hold_what_was_measured(story):
+    p = LoraChapter(pruned=["D2", "W2:4", "D2+W1:8"], texts=["wikitext", "trivia"])
+    assert list(recovery.recovery_table(story).index) == ["D2", "W2:4", "D2+W1:8", "dense"]
+    assert recovery.recovery_table(story).loc["D2", "thesis +W"] == "21.3"
+    assert "*" in recovery.answers_table(story).loc["D2", "closed book, +W"] and "*" not in recovery.answers_table(story).loc["dense", "closed book, +W"]
+    merge = recovery.merge_table(story)
+    assert set(merge.index) == {(m, way) for m in ("W2:4+W", "W2:4+T", "D2+W1:8+W") for way in ("beside", "masked", "dense")}
+    assert merge.loc[("W2:4+W", "masked"), "against beside, paired"].startswith("x 1.1")
+    assert "W2:4+W x 1.1" in recovery.merge_sentence(story) and "stays where it was (x 1.000 to x 1.000)" in recovery.merge_sentence(story)
+    assert len(recovery.training_table(story)) == 8 and "trains with 0.004. Perplexity" in recovery.rates_sentence(story, p)
+    assert set(recovery.samples(story, p).index) >= {"dense", "D2+W", "dense+W"}
+    tests = recovery.tests_table(story)
+    assert list(tests.columns) == ["paired t", "paired bootstrap", "Wilcoxon signed-rank"] and len(tests) == 6
+    assert all(tests.loc["D2 to D2+W"].str.startswith("x 0.5")) and all(tests.loc["D2 to D2+W"].str.endswith("p < 0.001"))
+    chart = figures.recovery_chart(recovery.points(story))
+    assert [t.get_text() for t in chart.axes[0].get_yticklabels()] == ["D2", "W2:4", "D2+W1:8", "dense"]
+    lines = figures.loss_curves(recovery.curves(story))
+    assert [a.get_title() for a in lines.axes] == ["trained on WikiText", "trained on questions"]
+    figures.plt.close("all")

@@ -1,0 +1,223 @@
+"""Chapter 5: what it measures on a tiny model, and that its tables and sentences turn with the numbers."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from thesislib.chapters import ch05_quantisation as quantisation
+from thesislib.chapters import ch05_runs as gptq
+from thesislib.chapters import figures
+from thesislib.chapters.ch05_runs import BEST, CLOSED, HELD_OUT, INGREDIENTS, OPEN, PLAIN, PPL, QuantChapter
+from thesislib.errors import BadInput
+from thesislib.evaluate import task as protocol
+from thesislib.experiment import again
+from thesislib.model.grid import Grid, round_to_nearest
+from thesislib.model.subject import LINEARS
+from thesislib.records.measurement import Measurement
+from thesislib.records.store import Store
+
+
+@pytest.fixture(scope="module")
+def small(tiny, tiny_data, tmp_path_factory):
+    """Parameters, with a cache of their own and the folder's text for held-out text too."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("THESISLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
+    text = protocol.corpus.evaluation_text
+    patch.setattr(protocol.corpus, "evaluation_text", lambda data: text(tiny_data))
+    folder = tiny(layers=3, hidden_size=64, intermediate_size=64, num_attention_heads=8).save(tmp_path_factory.mktemp("subject") / "tiny")
+    settings = {"length": 64, "calibration": 3, "rank": 4, "windows": 4, "held_out": 3, "questions": 2, "passages": 2, "tokens": 4, "group": 32}
+    yield QuantChapter(subject=str(folder), data=tiny_data, dtype="float32", bits=[3], **settings)
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def measured(small):
+    found = []
+    results = gptq.measure([*gptq.table(small), *gptq.pruned(small, ["W2:4"]), *gptq.ranks(small, tried=(2, 8))], small, found=found.append)
+    return results, found
+
+
+def test_every_model_is_made_and_measured_once(small, measured):
+    results, found = measured
+    assert len(found) == len(results) == len({(m.provenance["made"]["recipe"], m.provenance["chapter"]["what"]) for m in found})
+    table = quantisation.main_table(results, gptq.table(small))
+    assert list(table.index) == ["dense", *(f"{way} 3-bit asymmetric{more}" for way in ("rounding", "GPTQ") for more in ("", " + EoRA"))]
+    assert (table[["WikiText-2", "held-out Wikipedia", "closed book", "open book"]] != "").all().all()
+    without, with_eora = (results[c.key, PPL].provenance["made"]["bytes"]["bytes_on_disk"] for c in gptq.table(small)[-2:])
+    assert without < with_eora
+    assert list(quantisation.pruned_table(results, small).index) == ["W2:4", "W2:4, rounding", "W2:4, GPTQ", "W2:4, GPTQ + EoRA"]
+    ranks = quantisation.rank_table(results, small)
+    assert list(ranks["MB of factors"]) == sorted(ranks["MB of factors"]) and ranks.loc["0", "against rank 0"] == ""
+    errors = gptq.layers(small, gptq.table(small)[-2:], windows=3)
+    means = quantisation.layer_table(errors)
+    assert (means["GPTQ 3-bit asymmetric + EoRA"] < means["GPTQ 3-bit asymmetric"]).all() and len(means) == 7
+    assert quantisation.layer_sentence({"rounding": errors["GPTQ 3-bit asymmetric"], **errors}).startswith("Of 21 projections")
+    assert gptq.measure(gptq.table(small), small, results, pytest.fail) == results  # nothing is done twice
+
+
+def test_records_come_back_and_can_be_made_again(small, measured, tiny_data, tmp_path):
+    results, found = measured
+    store = Store(tmp_path / "r.jsonl")
+    for m in found:
+        store.append(m)
+    assert gptq.from_measurements(store.rows().values()) == results
+    verdict = again(results[gptq.table(small)[-1].key, CLOSED], small.subject, tiny_data)
+    assert verdict.same_bits and verdict.same_subject
+
+
+def test_ingredients_change_one_thing_each():
+    p = gptq.recorded_parameters()
+    plain = dataclasses.asdict(gptq.alone(p)[1].stages[0])
+    for c in gptq.alone(p)[2:-1]:
+        changed = {k for k, v in dataclasses.asdict(c.stages[0]).items() if v != plain[k]} - {"windows"}
+        assert changed == {INGREDIENTS[c.name.split(":")[0]][0]}, c.name
+    (_, *less), best = gptq.without(p), dataclasses.asdict(gptq.without(p)[0].stages[0])
+    assert {k: best[k] for k in BEST} == BEST
+    assert [c.name for c in less if c.name.startswith("without")] == [f"without {t}" for t, (k, _) in INGREDIENTS.items() if k in PLAIN and PLAIN[k] != BEST[k]]
+    assert len(less) == len(INGREDIENTS) - 1  # groups have a table of their own
+    for c in less:
+        assert len({k for k, v in dataclasses.asdict(c.stages[0]).items() if v != best[k]} - {"windows"}) == 1, c.name
+    long = next(c for c in gptq.alone(p) if "window length" in c.name).stages[0]
+    assert long.windows * long.length == p.calibration * p.length  # as many tokens
+
+
+# ---------------------------------------------------------------- sentences
+
+
+def loss(per_token, seed=0):
+    noise = np.random.default_rng(0).normal(0, 0.3, 24) + np.random.default_rng(seed).normal(0, 0.01, 24)
+    items = [{"id": i, "document": i, "nats": 100 * (per_token + noise[i]), "tokens": 100} for i in range(24)]
+    value = float(np.exp(per_token))
+    return Measurement("text", "perplexity", value, value * 0.9, value * 1.1, 24, "window", items, {}, {"made": {"bytes": {"bytes_on_disk": 10**6}}})
+
+
+def test_sentences_turn_with_the_numbers():
+    p = gptq.recorded_parameters()
+    configs = gptq.alone(p)
+    results = {(c.key, HELD_OUT): loss(4.0, i) for i, c in enumerate(configs)}
+    results[configs[0].key, HELD_OUT] = loss(3.7, 90)
+    results[configs[3].key, HELD_OUT] = loss(3.5, 91)
+    results[configs[4].key, HELD_OUT] = loss(5.0, 92)
+    said = quantisation.textbook_sentence(results, p)
+    assert (
+        "is worse than plain rounding (x 1.3" in said
+        and "gained by token weighting: first_16 (x 0.6" in said
+        and "harming: token weighting: skip_1" in said
+        and "with an integer zero-point within noise of it" in said
+    )
+    assert "harming" not in quantisation.textbook_sentence(results, p, brief=True)
+    assert all(table(results, p).empty for table in (quantisation.pruned_table, quantisation.rank_table, quantisation.kinds_table))
+    table = quantisation.ingredient_table(results, configs)
+    assert table.loc["token weighting: first_16", ""] == "better" and table.loc["act-order: static", ""] == "within noise"
+    results[configs[0].key, HELD_OUT] = loss(4.5, 90)
+    assert "is better than plain rounding" in quantisation.textbook_sentence(results, p)
+    results[configs[0].key, HELD_OUT] = loss(4.0, 90)
+    assert "is within noise of plain rounding" in quantisation.textbook_sentence(results, p)
+
+    tables = gptq.table(p)
+    results |= {(c.key, PPL): loss(3.4 - 0.05 * i, i) for i, c in enumerate(tables)}
+    said = quantisation.method_sentence(results, tables)
+    assert "GPTQ 4-bit asymmetric against rounding 4-bit asymmetric: better" in said and "rounding 3-bit asymmetric + EoRA against without: better" in said
+    results[tables[4].key, PPL] = loss(3.9, 5)
+    assert "GPTQ 4-bit asymmetric + EoRA against without: worse" in quantisation.method_sentence(results, tables)
+    results |= {(c.key, HELD_OUT): loss(3.5 if c.name.startswith("EoRA") else 3.6, i) for i, c in enumerate(gptq.starts(p))}
+    assert "better for 3 of 3 seeds, worse for 0" in quantisation.starts_sentence(results, p)
+    slow = [c for c in gptq.starts(p) if "rate 0.0002" in c.name]
+    assert len(slow) == 6 and len(quantisation.starts_table(results, p)) == 4
+    faster = {**results, **{(c.key, HELD_OUT): loss(3.3, i) for i, c in enumerate(slow) if c.name.startswith("usual")}}  # its better rate counts
+    said = quantisation.starts_sentence(faster, p)
+    assert "started as usual, learning rate 0.0002" in said and "worse for 3" in said and "At 3 bits, learning rate 0.002, LoRA started from EoRA" in said
+    results[gptq.starts(p)[2].key, HELD_OUT] = loss(3.0)  # the second seed, which does not choose the rate
+    assert "better for 2 of 3 seeds, worse for 1" in quantisation.starts_sentence(results, p)
+    assert quantisation.starts_sentence({}, p) == "Starts of LoRA were not run."
+
+
+def told(c, per_token, seed=0):
+    """A loss of a configuration's subject, with what its stages would have reported."""
+    made = {"bytes": {"bytes_on_disk": 10**6 * (1 + len(c.stages))}, "stages": [{type(s).__name__.lower(): {}} for s in c.stages]}
+    m = loss(per_token, seed)
+    return dataclasses.replace(m, provenance={"made": {**made, "label": "", "reports": [{"bytes": 2 * 10**6} for _ in c.stages]}})
+
+
+def test_every_cell_says_what_its_numbers_say():
+    p, q = gptq.recorded_parameters(), gptq.ablation_parameters()
+    cells = [gptq.kinds(q), gptq.shapes(q), gptq.calibrations(q), gptq.compensations(q), gptq.pruned(q), gptq.ranks(q)]
+    results = {(c.key, HELD_OUT): told(c, 4.0 - 0.1 * c.name.startswith("GPTQ"), i) for cell in cells for i, c in enumerate(cell)}
+    worse = next(c for c in gptq.kinds(q) if c.name == "v_proj, GPTQ")
+    better = next(c for c in gptq.kinds(q) if c.name == "k_proj, GPTQ")
+    results |= {(worse.key, HELD_OUT): told(worse, 4.2), (better.key, HELD_OUT): told(better, 3.8)}
+    said = quantisation.kinds_sentence(results, q)
+    assert "worse than rounding for v_proj; better than rounding for k_proj; within noise of rounding for q_proj" in said
+    results[worse.key, HELD_OUT] = told(worse, 3.8)
+    assert "better than rounding for k_proj, v_proj" in quantisation.kinds_sentence(results, q)
+
+    table = quantisation.shapes_table(results, q)
+    assert set(table.index) == {(str(b), str(g)) for b, groups in gptq.SHAPES.items() for g in groups}
+    assert table.loc[("8", "64"), "GPTQ / rounding"].endswith("better than") and table.loc[("4", "row"), "MB on disk"] == "2.0"
+    gone = next(c for c in gptq.shapes(q) if c.name == "GPTQ, 2 bits, group 64")
+    missing = {k: m for k, m in results.items() if k != (gone.key, HELD_OUT)}
+    assert quantisation.shapes_table(missing, q).loc[("2", "64"), "GPTQ"] == "not run"
+
+    assert "3 choices of 16 windows" in quantisation.calibration_sentence(results, q)
+    compensation = quantisation.compensation_table(results, q)
+    assert compensation.loc["rounding", "against without"] == "" and compensation.loc["rounding + EoRA", "MB"] == "2.0"
+    assert "W2:4: GPTQ against rounding, within noise (x 0.9" in quantisation.pruned_sentence(results, q)
+
+    few, many = gptq.table(p)[-1], gptq.table(p)[3]
+    assert (few.name, many.name) == ("GPTQ 3-bit asymmetric + EoRA", "GPTQ 4-bit asymmetric")
+    results |= {(few.key, PPL): told(few, np.log(40)), (many.key, PPL): told(many, np.log(36))}
+    assert "take 3.0 MB, 4 bits without 2.0 MB; in perplexity the first are worse than the second" in quantisation.bytes_sentence(results, p)
+    bars = quantisation.bars_table(results, p)
+    assert len(bars) == 8 and bars["at most"].nunique() == 4
+    assert bars.loc["GPTQ 4-bit asymmetric", ""] == "not met" and bars.loc["GPTQ 3-bit asymmetric + EoRA", ""] == "met"
+    assert list(bars[""]).count("not run") == 6 and "not run" in quantisation.more_sentence(results, p)
+    first, second = (c for c in gptq.more(p, 3))
+    results |= {
+        (first.key, PPL): told(first, np.log(47)),
+        (gptq.table(p)[-2].key, PPL): told(first, np.log(50), 5),
+        (second.key, PPL): told(second, np.log(39)),
+    }
+    assert quantisation.bars_table(results, p).loc[first.name, "off by"] == "-2.1%"
+    assert "GPTQ 3-bit x 0.9" in quantisation.more_sentence(results, p) and "GPTQ 3-bit + EoRA x 0.9" in quantisation.more_sentence(results, p)
+    both = quantisation.sizes_and_losses(results)
+    assert set(both["method"]) >= {"GPTQ", "rounding", "GPTQ + EoRA"} and (both["MB"] > 0).all()
+    chart = figures.bytes_chart(both, 30.0, most=52)
+    axis, above = chart.axes[0], int((both["perplexity"] > 52).sum())
+    assert {t.get_text() for t in axis.get_legend().get_texts()} == set(
+        both.loc[both["perplexity"] <= 52, "method"]
+    ) and f"{above} above 52 not drawn" in axis.get_title()
+    errors = {how: {f"blocks.{b}.{kind}": 0.1 * (b + 1) for b in range(3) for kind in LINEARS} for how in ("rounding", "GPTQ")}
+    lines = figures.layers_chart(errors, LINEARS)
+    assert [a.get_title() for a in lines.axes[:7]] == list(LINEARS) and all(len(a.lines) == 2 for a in lines.axes[:7])
+    figures.plt.close("all")
+
+
+def test_what_is_measured_directly(small, tiny):
+    shares = gptq.sink_shares(small, windows=3)
+    assert len(shares) == 21 and all(0 < v < 0.5 for v in shares.values())  # one token of 64 in a random model
+    assert quantisation.sink_sentence({"blocks.0.v_proj": 0.05, "blocks.28.down_proj": 0.8}, 64) == (
+        "The first of 64 tokens makes 80% of the trace of block 28's down_proj, its largest share, and over 10% at 1 of 2 projections; "
+        "at v_proj it makes 5.0% to 5.0%."
+    )
+    subject = tiny(hidden_size=64)
+    assert "is 0;" not in quantisation.grid_sentence(subject)
+    for b in (0, 1):
+        for linear in subject.linears(b).values():
+            linear.weight.data = round_to_nearest(linear.weight, Grid(4, 32, "minimum")).weight
+    assert "in 14 linears is 0; with an integer zero-point instead, the mean change is 0.2" in quantisation.grid_sentence(subject)
+
+
+def test_thesis_figures_stand_beside():
+    table = quantisation.thesis_table()
+    assert table.loc["W1:8+W", "perplexity, 4-bit + EoRA"] == 16.68 and table.loc["W1:8+W", "perplexity, recovered"] == 15.7
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"bits": [5]}, "5 bits"), ({"calibration": 0}, "calibration"), ({"dtype": "int8"}, "'int8'"), ({"group": 1}, "group '1'")],
+)
+def test_what_the_chapter_refuses(settings, message):
+    with pytest.raises(BadInput, match=message):
+        QuantChapter(**settings)
+    assert OPEN in QuantChapter().protocols()

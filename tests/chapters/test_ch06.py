@@ -1,0 +1,206 @@
+"""Chapter 6's tables and sentences on made-up records, and on the recorded ones; the README's figure is of them."""
+
+import json
+import struct
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from thesislib.book import ROOT
+from thesislib.chapters import FIGURE, block, figures, labels, record_file, recorded, three_findings
+from thesislib.chapters import ch06_grid as evaluation
+from thesislib.chapters import pareto as trade_offs
+from thesislib.chapters.ch06_grid import EvaluationChapter
+from thesislib.chapters.labels import family
+from thesislib.chapters.pareto import OPEN, PPL, front, points
+from thesislib.errors import BadInput
+from thesislib.records.measurement import Measurement
+
+
+def provenance(megabytes, millions=100):
+    size = {"bytes_on_disk": megabytes * 1e6, "parameters": millions * 1e6, "nonzero_parameters": millions * 1e6}
+    return {"made": {"bytes": size}, "seconds": 2.0, "hardware": {"torch_threads": 1, "cpu": "a processor", "cores": 2}, "sweep": {"seconds_to_make": 5.0}}
+
+
+def ppl(per_token, megabytes, seed=0):
+    noise = np.random.default_rng(1).normal(0, 0.3, 24) + np.random.default_rng(seed).normal(0, 0.01, 24)
+    items = [{"id": i, "document": i, "nats": 100 * (per_token + noise[i]), "tokens": 100} for i in range(24)]
+    value = float(np.exp(per_token))
+    return Measurement("text", "perplexity", value, 0.9 * value, 1.1 * value, 24, "window", items, {}, provenance(megabytes))
+
+
+def answers(share, megabytes, n=100):
+    items = [{"id": i, "correct": i < share * n, "tier": "exact" if i < share * n else None} for i in range(n)]
+    return Measurement("questions", "accuracy", share, share - 0.1, share + 0.1, n, "question", items, {}, provenance(megabytes))
+
+
+@pytest.fixture
+def story():
+    """D2 and W1:8 cost 0.3 and 0.1 nats, together 0.6; training gives 0.2 back, 4 bits cost 0.05, of which EoRA gives 0.02."""
+    nats = {"dense": (3.0, 270), "D2": (3.3, 250), "W1:8": (3.1, 265), "D2+W1:8": (3.6, 240), "W": (2.9, 271), "D2+W": (3.1, 251),
+            "D2+W1:8+W": (3.4, 241), "D2+W+Q": (3.15, 110), "D2+W+Q+E": (3.13, 130)}  # fmt: skip
+    found = {(label, PPL): ppl(x, mb, seed) for seed, (label, (x, mb)) in enumerate(nats.items())}
+    return found | {("dense", OPEN): answers(0.6, 270), ("D2", OPEN): answers(0.3, 250)}
+
+
+def test_families():
+    told = {"dense": "pruned", "D2+W1:8": "pruned", "W1:2": "pruned", "W": "+ LoRA", "D2+W": "+ LoRA", "D2+T+W1:8": "+ LoRA", "Q3": "+ GPTQ", "W+Q": "+ GPTQ"}
+    assert {label: family(label) for label in told} == told and family("D2+W+Q+E") == family("Q2+E") == "+ EoRA"
+
+
+def test_the_thesis_stands_beside():
+    assert labels.thesis_of("D2+W1:8").perplexity == evaluation.thesis_row("D2+W1:8").perplexity
+    assert labels.thesis_of("D2+W+Q").perplexity == evaluation.thesis_row("D2", "W", "Q").perplexity
+    assert labels.thesis_of("D2+W+Q+E") == evaluation.thesis_row("D2", "W", "E")
+    assert labels.thesis_of("Q3") is labels.thesis_of("Q2+E") is None
+    assert labels.thesis_of("D2+W+W1:8") == evaluation.thesis_row("D2+W1:8", "W", "order") != labels.thesis_of("D2+W1:8+W")
+    assert labels.thesis_of("Q") is None and labels.thesis_of("dense") == evaluation.thesis_row("dense")
+
+
+def test_a_front_is_what_nothing_beats(story):
+    table = points(story)
+    labels = front(table, "MB", PPL)
+    assert labels == ["D2+W+Q", "D2+W+Q+E", "D2+W", "dense", "W"]
+    rows = table.set_index("label")
+    for x in rows.index:  # by the definition
+        beaten = any(rows.loc[y, "MB"] <= rows.loc[x, "MB"] and rows.loc[y, PPL] <= rows.loc[x, PPL] for y in rows.index if y != x)
+        assert (x in labels) == (not beaten), x
+    assert front(table, "MB", OPEN) == ["D2", "dense"]
+
+
+def test_depth_and_width_together_cost_more_than_their_sum(story):
+    ((name, c),) = evaluation.interactions(story)
+    assert name == "D2+W1:8" and c.difference == pytest.approx(0.2, abs=0.01) and c.p < 0.001
+    said = evaluation.interaction_sentence(story)
+    assert "Of 1 pairs, they lose more than that for 1 (D2+W1:8), less for 0" in said and "x 1.2" in said
+    (less,) = evaluation.interactions({**story, ("D2+W1:8", PPL): ppl(3.2, 240, 3)})
+    assert less[1].difference < 0 and "less for 1 (D2+W1:8)" in evaluation.interaction_sentence({**story, ("D2+W1:8", PPL): ppl(3.2, 240, 3)})
+    assert evaluation.interaction_sentence({}) == "No model was pruned both ways."
+
+
+def test_steps_go_from_the_model_before(story):
+    found = {(a, b): c for _, a, b, c in evaluation.steps(story)}
+    assert set(found) == {("dense", "D2"), ("dense", "W1:8"), ("D2", "D2+W1:8"), ("dense", "W"), ("D2", "D2+W"), ("D2+W1:8", "D2+W1:8+W"), ("D2+W", "D2+W+Q"),
+                          ("D2+W+Q", "D2+W+Q+E")}  # fmt: skip
+    assert found["D2+W", "D2+W+Q"].difference == pytest.approx(0.05, abs=0.01)
+    table = evaluation.stage_table(story)
+    trained = table.loc["+ LoRA"]
+    assert (trained["pairs"], trained["told better"], trained["told worse"]) == (3, 3, 0)
+    lost = table[table["measure"] == OPEN].loc["pruned"]
+    assert (lost["lowest"], lost["told worse"]) == ("-30.0", 1)
+    other = evaluation.steps({**story, ("D2+W+W1:8", PPL): ppl(3.5, 240, 8)})
+    assert next(f for f, a, b, _ in other if b == "D2+W+W1:8") == "pruned"
+
+
+def test_findings_turn_with_the_records(story):
+    assert "5 models on the front of perplexity against bytes 2 are quantised" in evaluation.top_findings(story)[0]
+    # only D2+W1:8+W: the quantised models of the story are all trained, and what is not trained has no rival among them
+    assert "of 4 untrained ones 0 and of 3 trained ones 1 are beaten" in trade_offs.equal_bytes_sentence(story)
+    plain = {**story, ("Q", PPL): ppl(3.05, 100, 20)}
+    assert "of 4 untrained ones 3 and of 3 trained ones 1 are beaten" in trade_offs.equal_bytes_sentence(plain)
+    assert "alike: untrained dense (270 MB, perplexity 20.1 against 20.1), trained D2+W+Q (110 MB, perplexity 23.3 against 18.2)" not in "".join(
+        evaluation.top_findings(story)
+    )  # 23.3 is more than 1.25 times 18.2
+    assert "alike: untrained Q (100 MB, perplexity 21.1 against 20.1), trained D2+W (251 MB, perplexity 22.2 against 18.2)" in evaluation.top_findings(plain)[0]
+    came = {key: replace(m, provenance={**m.provenance, "subject": "SmolLM2-135M-Instruct"}) for key, m in story.items()}
+    assert "It came as a file of 98 MB in Q4_1" in evaluation.top_findings(came)[0] and "It came" not in evaluation.top_findings(story)[0]
+    said = evaluation.top_findings(story)[1]
+    assert "Of 2 pruned models trained on WikiText 0 end with a perplexity told apart below the untrained dense model's, 0 below that of" in said
+    better = {**story, ("D2+W", PPL): ppl(2.7, 251, 9)}
+    assert "WikiText 1 end with a perplexity told apart below the untrained dense model's, 1 below" in evaluation.top_findings(better)[1]
+    without = {key: m for key, m in story.items() if key[0] != "W"}
+    assert "trained alike was not run" in evaluation.top_findings(without)[1]
+
+
+def test_bfloat16_is_held_against_float32(story):
+    exact = {key: m for key, m in story.items() if key[1] == PPL}
+    n = len(exact)
+    assert f"of {n * (n - 1) // 2} comparisons between them 0 come out otherwise" in evaluation.precision_sentence(exact, exact)
+    moved = {**exact, ("D2", PPL): ppl(2.95, 250, 1)}
+    said = evaluation.precision_sentence(exact, moved)
+    assert "0 come" not in said and "-29.53%" in said
+
+
+def test_what_was_not_run_is_shown(story):
+    table = evaluation.grid_table(story)
+    assert len(table) == len(evaluation.grid("sample").configurations)
+    assert table.loc["D8", PPL] == table.loc["D2+W", OPEN] == "not run" and table.loc["D2", "thesis: open book"] == "53.0%"
+    assert "D4" in evaluation.coverage_sentence(story)
+
+
+def test_the_full_size_is_shown_as_far_as_it_was_run(story):
+    right = answers(0.5, 270, 1000)
+    choice = {label: Measurement("hellaswag", "acc_norm", m.value, m.low, m.high, m.n, "item", m.items, {}, m.provenance)
+              for label, m in (("dense", right), ("W1:8", answers(0.4, 265, 1000)))}  # fmt: skip
+    full = {(label, PPL): story[label, PPL] for label in ("dense", "D2", "W1:8")} | {(label, "HellaSwag"): m for label, m in choice.items()}
+    table = evaluation.grid_table(full, size="full", run=True)
+    assert list(table.index) == ["dense", "D2", "W1:8"] and table.loc["dense", "HellaSwag"] == "50.0% [40.0%, 60.0%]"
+    assert table.loc["D2", "HellaSwag"] == table.loc["dense", "PIQA"] == "not run"
+    beside = evaluation.against_dense(full)
+    assert list(beside.index) == ["D2", "W1:8"] and beside.loc["D2", PPL].startswith("x 1.3") and beside.loc["D2", PPL].endswith("*")
+    assert beside.loc["W1:8", "HellaSwag"].startswith("-10.0 [") and beside.loc["W1:8", "HellaSwag"].endswith("*")
+    assert beside.loc["D2", "HellaSwag"] == "not run"
+    alike = evaluation.against_dense({("dense", "HellaSwag"): right, ("D2", "HellaSwag"): right})
+    assert alike.loc["D2", "HellaSwag"] == "+0.0 [+0.0, +0.0]"
+    said = evaluation.full_sentence(full)
+    assert "perplexity 3 (dense, D2, W1:8); HellaSwag 2 (dense, W1:8)" in said and "Not run for any: perplexity at 2048, closed book, open book, " in said
+    assert evaluation.full_sentence({}) == "Nothing of size full was run."
+    assert evaluation.against_dense({}).empty
+
+
+def test_costs_are_reported(story):
+    table = evaluation.cost_table(story)
+    assert table.loc["pruned", "models"] == 4 and (table["to make it"] == "5").all() and table.loc["+ EoRA", PPL] == "2" and table.loc["+ EoRA", OPEN] == ""
+    assert "on 1 thread of a processor: 11 measurements, 0.0 hours of one process, and 0.0 to make the models" in evaluation.cost_sentence(story)
+
+
+def test_the_explorers_text_is_safe_and_whole(story):
+    html = trade_offs.explorer({**story, ("</script>", PPL): ppl(3, 100)})
+    assert html.count("</script>") == 1
+    rows = json.loads(html.split("const rows = ")[1].split(";\n")[0].replace("<\\/", "</"))
+    assert len(rows) == 10 and {"label", "family", "MB", "M", PPL, f"{PPL} low"} <= set(rows[0])
+
+
+def test_figures_hold_every_model(story):
+    table = points(story)
+    chart = figures.pareto_chart(table, trade_offs.fronts(table), {PPL: True, OPEN: False}, most=30)
+    assert "1 above 30 not drawn" in chart.axes[0].get_title() and "n = 8 models" in chart.axes[0].get_title()
+    assert len(chart.axes) == 4 and chart.axes[0].get_xlabel() == "MB on disk"
+    lines = figures.interaction_chart(evaluation.by_depth_and_width(story))
+    panels = figures.steps_chart(evaluation.steps(story)).axes
+    assert [a.get_title() for a in panels] == ["pruned", "+ LoRA", "+ GPTQ", "+ EoRA"]
+    assert [t.get_text() for t in panels[1].get_yticklabels()] == ["dense", "D2", "D2+W1:8"]
+    assert [t.get_text() for t in lines.legends[0].get_texts()] == ["none", "1:8"]
+    figures.plt.close("all")
+
+
+@pytest.mark.parametrize(("key", "value"), [("size", "huge"), ("workers", 0), ("dtype", "int4")])
+def test_bad_parameters(key, value):
+    with pytest.raises(BadInput, match=str(value)):
+        EvaluationChapter(**{key: value})
+
+
+# ---------------------------------------------------------------- the recorded run
+
+
+def test_the_record_shares_what_other_chapters_measured():
+    record = recorded("06_evaluation")
+    assert ("dense", PPL) in record and record["dense", PPL].n == 24
+    assert all(m.provenance["dtype"] == "bfloat16" for m in record.values())
+    exact = evaluation.read_recorded(record_file("06_evaluation"), evaluation.PRECISION, "float32")
+    assert len(exact) == len(evaluation.grid("precision").configurations) and {m.provenance["dtype"] for m in exact.values()} == {"float32"}
+
+
+def test_the_readme_has_the_three_findings_and_their_figure():
+    text = (ROOT / "README.md").read_text("utf8")
+    before, after = block(text, "three")
+    assert text == before + three_findings() + after and FIGURE in text, "run `make findings`"
+    image, position, said = (ROOT / FIGURE).read_bytes(), 8, {}
+    while position < len(image):  # a PNG's chunks
+        length, kind = struct.unpack(">I4s", image[position : position + 8])
+        if kind == b"tEXt":
+            key, _, value = image[position + 8 : position + 8 + length].partition(b"\0")
+            said[key.decode()] = value.decode()
+        position += length + 12
+    assert said["Description"] == trade_offs.digest(recorded("06_evaluation")), "run `make findings`"

@@ -1,0 +1,85 @@
+import numpy as np
+import pytest
+import torch
+
+from thesislib.compress.franken import apply_plan
+from thesislib.errors import BadInput
+from thesislib.evaluate.choice import compare, multiple_choice, multiple_choices
+from thesislib.evaluate.harness import lm_eval_task
+from thesislib.sources.corpus import CHOICE_TASKS, Choice, choices
+
+ITEMS = [
+    Choice("1", "The dog ran", ("home.", "into the garden, and then out of it again.", "fast"), 1),
+    Choice("2", "Question: Why is the sky blue over the sea?\nAnswer:", ("Scattering", "Paint"), 0),
+    Choice("3", "One", ("two three four", "a", "b", "été"), 0),
+]
+
+
+def one_pair_at_a_time(subject, item):
+    """log p(ending | context), each pair in a sequence of its own."""
+    context = subject.tokenizer(item.context, add_special_tokens=False)["input_ids"]
+    out = []
+    for ending in item.endings:
+        ids = torch.tensor([subject.tokenizer(f"{item.context} {ending}", add_special_tokens=False)["input_ids"]])
+        with torch.inference_mode():
+            logp = subject.model(ids).logits[0, :-1].log_softmax(-1)
+        picked = logp.gather(1, ids[0, 1:, None])[len(context) - 1 :]
+        out.append(float(picked.sum()))
+    return out
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "smollm3"])
+def test_packed_equals_one_pair_at_a_time(tiny, model_type, batch):
+    subject = tiny(model_type)
+    found = multiple_choice(subject, ITEMS, task="test", batch=batch)
+    for item, outcome in zip(ITEMS, found.items, strict=True):
+        expected = np.array(one_pair_at_a_time(subject, item))
+        np.testing.assert_allclose(outcome["logprobs"], expected, atol=2e-4)
+        assert outcome["correct_unnormalised"] == (expected.argmax() == item.label)
+        assert outcome["correct"] == ((expected / [len(e) for e in item.endings]).argmax() == item.label)
+
+
+def test_all_plans_at_once_equal_one_at_a_time(tiny):
+    subject = tiny()
+    plans = {"whole": range(6), "skip": (0, 1, 3), "twice": (0, 0, 5)}
+    together = multiple_choices(subject, ITEMS, plans, task="test")
+    for name, plan in plans.items():
+        alone = multiple_choice(apply_plan(subject, plan), ITEMS, task="test")
+        np.testing.assert_allclose(np.concatenate(together[name].column("logprobs")), np.concatenate(alone.column("logprobs")), atol=2e-4)
+    assert 0 <= compare(together["whole"], together["skip"]).p <= 1
+
+
+@pytest.mark.embedded
+@pytest.mark.parametrize("task", CHOICE_TASKS)
+def test_against_lm_evaluation_harness(embedded_subject, task):
+    ours = multiple_choice(embedded_subject, choices(task, "embedded", 6), task=task)
+    theirs = lm_eval_task(embedded_subject, task, "embedded", limit=6)
+    assert [bool(x) for x in theirs.column("acc_norm")] == ours.column("correct")
+    assert [bool(x) for x in theirs.column("acc")] == ours.column("correct_unnormalised")
+    assert theirs.value == ours.value and (theirs.low, theirs.high) == (ours.low, ours.high)
+
+
+@pytest.mark.embedded
+def test_winogrande_and_errors_of_the_harness(embedded_subject):
+    found = lm_eval_task(embedded_subject, "winogrande", limit=4)
+    assert found.n == 4 and found.metric == "acc"
+    with pytest.raises(BadInput, match="unknown lm-eval task 'helaswag': did you mean 'hellaswag'"):
+        lm_eval_task(embedded_subject, "helaswag")
+    with pytest.raises(BadInput, match="needs WikiText-2 itself"):
+        lm_eval_task(embedded_subject, "wikitext", "embedded")
+
+
+@pytest.mark.shared
+def test_harness_wikitext_is_a_word_perplexity(tiny, shared_data):
+    import math
+
+    found = lm_eval_task(tiny(layers=1), "wikitext", shared_data, limit=2)
+    assert found.metric == "word_perplexity" and found.n == 2
+    nats, words = sum(found.column("nats")), sum(found.column("words"))
+    assert found.value == pytest.approx(math.exp(min(nats / words, 700)), rel=1e-6)
+
+
+def test_no_items(tiny):
+    with pytest.raises(BadInput, match="no multiple-choice items"):
+        multiple_choice(tiny(), [], task="test")

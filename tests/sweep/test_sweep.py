@@ -1,0 +1,505 @@
+"""Sweeps on real worker processes: what is measured, what a second start does, and what deaths, other versions and full disks leave."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import pandas as pd
+import psutil
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from thesislib.book import chapters
+from thesislib.cli import app
+from thesislib.errors import BadInput
+from thesislib.experiment import again
+from thesislib.notebooks import listed
+from thesislib.records import store as stored
+from thesislib.records.store import Store
+from thesislib.sweep import workers as driving
+from thesislib.sweep.grid import read_grid
+from thesislib.sweep.notebooks import results, sweep_notebook
+from thesislib.sweep.run import FAILED, Place, identity_of, missing, possible, sweep
+from thesislib.sweep.task import carry_out, versions
+from thesislib.sweep.workers import Order, Workers, drive
+
+dask = pytest.importorskip("dask", reason="sweeps need Dask: the extra sweep")
+GRID = """
+groups:
+  some: [[none, D1], [none, "W1:8"]]
+sizes:
+  quick:
+    measures: {perplexity: {on: wikitext, length: 32, limit: 5}}
+    timed: 3
+  more:
+    measures: {perplexity: {on: wikitext, length: 32, limit: 5}, closed: {on: trivia, limit: 4}}
+"""
+LABELS = ["dense", "W1:8", "D1", "D1+W1:8"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("THESISLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("THESISLIB_DATA", raising=False)
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def place(tiny, tiny_data, tmp_path_factory):
+    folder = tiny(layers=8).save(tmp_path_factory.mktemp("subject") / "tiny")
+    return Place(str(folder), tiny_data, "float32")
+
+
+@pytest.fixture(scope="module")
+def grid_file(tmp_path_factory):
+    file = tmp_path_factory.mktemp("grid") / "small.yaml"
+    file.write_text(GRID)
+    return file
+
+
+@pytest.fixture(scope="module")
+def swept(place, grid_file, tmp_path_factory):
+    """A store with the whole of size quick, and what failed."""
+    store = Store(tmp_path_factory.mktemp("swept") / "small.jsonl")
+    return store, sweep(read_grid(grid_file, "quick"), place, store, Workers(2))
+
+
+def measured(store):
+    return sorted((m.provenance["sweep"]["label"], m.metric) for m in store.rows(items=False).values())
+
+
+WHOLE = sorted((label, metric) for label in LABELS for metric in ("perplexity", "seconds per token"))
+
+
+def test_a_grid_is_measured_once(swept, place, grid_file, monkeypatch):
+    store, failed = swept
+    assert failed == {} and measured(store) == WHOLE
+    monkeypatch.setattr(driving, "_client", None)  # a second start begins no worker
+    assert sweep(read_grid(grid_file, "quick"), place, store, Workers(2)) == {} and measured(store) == WHOLE
+    assert missing(read_grid(grid_file, "more"), place, [store]) == {label: ["closed"] for label in LABELS}
+    assert not [*store.path.parent.glob("**/*.tmp")]
+
+
+def test_a_record_of_a_sweep_is_made_again(swept, place):
+    rows = [m for m in swept[0].rows().values() if m.metric == "perplexity"]
+    pruned = next(m for m in rows if m.provenance["made"]["label"] == "D1+W1:8")
+    assert again(pruned, place.subject, place.data).agrees
+    note = dict(pruned.provenance["sweep"])
+    assert note.pop("seconds_to_make") > 0 and note == {"grid": "small", "size": "quick", "group": "some", "label": "D1+W1:8"}
+
+
+def environment():
+    return [os.environ.get(name) for name in ("MALLOC_TRIM_THRESHOLD_", "MKL_NUM_THREADS")]
+
+
+def test_workers_have_the_threads_they_are_given(place, grid_file, tmp_path):
+    cores = len(os.sched_getaffinity(0))
+    if cores < 2:
+        pytest.skip("one core only")
+    store, grid = Store(tmp_path / "s.jsonl"), read_grid(grid_file, "quick")
+    one = replace(grid, configurations=grid.configurations[:1])
+    assert sweep(one, place, store, Workers(1, threads=2)) == {}
+    assert {m.provenance["hardware"]["torch_threads"] for m in store.rows(items=False).values()} == {2}
+    with driving._client(Workers(2)) as client:  # nor does Dask's advice against keeping memory reach them, which halves their speed
+        assert {tuple(found) for found in client.run(environment).values()} == {(None, str(max(1, cores // 2)))}
+    assert "MALLOC_TRIM_THRESHOLD_" not in os.environ
+    timed = missing(replace(one, timed=7), place, [store])  # other repetitions are another measurement
+    assert timed == {"dense": ["seconds per token"]}
+
+
+def test_records_of_another_subject_do_not_count(swept, tiny, place, grid_file, tmp_path):
+    other = Place(str(tiny(layers=8, seed=1).save(tmp_path / "tiny")), place.data, "float32")
+    grid = read_grid(grid_file, "quick")
+    assert set(missing(grid, other, [swept[0]])) == set(LABELS)
+    names = set(map(identity_of, swept[0].rows().values()))
+    assert None not in names and len(names) == len(WHOLE)
+    assert set(missing(grid, Place(place.subject, place.data, "bfloat16"), [swept[0]])) == set(LABELS)
+
+
+def test_a_grid_less_what_a_subject_cannot_be_made_into(place, grid_file, tiny, tmp_path):
+    grid = read_grid(grid_file, "quick")
+    assert possible(grid, place) == (grid, {})
+    shallow = Place(str(tiny(layers=6).save(tmp_path / "shallow")), place.data, "float32")
+    kept, why = possible(grid, shallow)
+    assert [c.label for c in kept.configurations] == ["dense", "W1:8"] and set(why) == {"D1", "D1+W1:8"}
+    assert all("cannot remove 1 of 6 blocks" in reason for reason in why.values())
+    assert set(missing(kept, shallow, [])) == {"dense", "W1:8"}
+
+
+def test_what_cannot_work_is_said_before_the_first_run(place, tmp_path, monkeypatch):
+    file = tmp_path / "wrong.yaml"
+    file.write_text(GRID.replace("D1]", "D7, D9]").replace('"W1:8"]', '"W1:8", "W1:5"]'))
+    monkeypatch.setattr(driving, "_client", None)
+    with pytest.raises(BadInput, match="7 of the grid's 9 configurations cannot work"):
+        sweep(read_grid(file, "quick"), place, Store(tmp_path / "x.jsonl"), Workers(1))
+
+
+def test_one_that_fails_is_recorded_and_the_rest_goes_on(place, tmp_path):
+    file = tmp_path / "hard.yaml"
+    text = GRID.replace("groups:", "stages: {Q: {gptq: {group: 32, text: c4, windows: 99999}}}\ngroups:").replace('[none, "W1:8"]', "[none, Q]")
+    file.write_text(text.replace("    timed: 3\n", ""))
+    store = Store(tmp_path / "hard.jsonl")
+    failed = sweep(read_grid(file, "quick"), place, store, Workers(1, retries=0))
+    assert set(failed) == {"Q", "D1+Q"} and all("99999" in why or "windows" in why for why in failed.values()), failed
+    rows = list(store.rows().values())
+    assert sorted(m.provenance["made"]["label"] for m in rows) == ["D1", "D1+Q", "Q", "dense"]
+    assert {m.provenance["why"] for m in rows if m.metric == FAILED} == set(failed.values())
+    assert all(m.value is None for m in rows if m.metric == FAILED)
+    assert set(missing(read_grid(file, "quick"), place, [store])) == {"Q", "D1+Q"}  # to be tried again
+    assert stored.select([store], metric="perplexity")
+
+
+# ---------------------------------------------------------------- orders that die
+
+
+PRELUDE = """
+import os, signal, time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+import pandas as pd
+from thesislib.config import settings
+
+@dataclass(frozen=True)
+class P:
+    k: int = 1
+    folder: str = ""
+"""
+
+
+@pytest.fixture
+def notebook(tmp_path):
+    """A factory of notebooks with parameters k and folder, of which one cell is given."""
+
+    def make(code, name="book"):
+        nb = nbformat.v4.new_notebook()
+        cells = [("", PRELUDE), ("parameters", 'k = 1\nfolder = ""'), ("", "p = settings(P, globals())"), ("", code)]
+        cells.append(("results", 'pd.DataFrame({"name": [f"row {k}"], "square": [k * k]}).set_index("name")'))
+        nb.cells = [nbformat.v4.new_code_cell(source, metadata={"tags": [tag] if tag else []}) for tag, source in cells]
+        nb.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
+        nbformat.write(nb, tmp_path / f"{name}.ipynb")
+        return tmp_path / f"{name}.ipynb"
+
+    return make
+
+
+def order(notebook, out, k=1):
+    kept = []
+    text = {"do": "notebook", "notebook": str(notebook), "out": str(out), "parameters": {"k": k, "folder": str(out.parent)}}
+    return Order(f"k={k}", f"{notebook.stem}-{k}", text, lambda: bool(kept), kept.append), kept
+
+
+def wait_for(what, seconds=60):
+    end = time.monotonic() + seconds
+    while not (found := what()):
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.05)
+    return found
+
+
+def test_a_worker_killed_in_the_middle_is_replaced_and_its_kernel_dies(notebook, tmp_path):
+    slow = notebook('(Path(folder) / f"{os.getpid()}.kernel").write_text(str(os.getppid()))\nif len(list(Path(folder).glob("*.kernel"))) == 1: time.sleep(600)')
+    one, kept = order(slow, tmp_path / "out" / "one.ipynb")
+    (tmp_path / "out").mkdir()
+    pids = []
+
+    def kill():
+        first = wait_for(lambda: [f for f in (tmp_path / "out").glob("*.kernel") if f.read_text()])[0]
+        pids.extend([int(first.stem), int(first.read_text())])
+        os.kill(pids[1], signal.SIGKILL)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    assert drive([one], Workers(1), tmp_path / "claims") == {}
+    thread.join()
+    assert kept == [{"table": [{"name": "row 1", "square": 1}]}]
+    assert not psutil.pid_exists(pids[0]) or psutil.Process(pids[0]).status() == psutil.STATUS_ZOMBIE
+    assert len([*(tmp_path / "out").glob("*.kernel")]) == 2 and [f.name for f in (tmp_path / "out").glob("*.ipynb")] == ["one.ipynb"]
+
+
+def test_a_worker_that_always_dies_is_given_up_and_named(notebook, tmp_path):
+    deadly = notebook("if k == 2: os.kill(os.getppid(), signal.SIGKILL); time.sleep(600)")
+    orders = {k: order(deadly, tmp_path / "out" / f"{k}.ipynb", k) for k in (1, 2, 3)}
+    failed = drive([o for o, _ in orders.values()], Workers(1, retries=1), tmp_path / "claims")
+    assert list(failed) == ["k=2"] and "died 2 times" in failed["k=2"]
+    assert [len(kept) for _, kept in orders.values()] == [1, 0, 1]
+
+
+def test_an_error_is_tried_again(notebook, tmp_path):
+    flaky = notebook('mark = Path(folder) / "mark"\nif not mark.exists():\n    mark.write_text("x")\n    raise OSError("once")')
+    (tmp_path / "out").mkdir()
+    one, kept = order(flaky, tmp_path / "out" / "one.ipynb")
+    assert drive([one], Workers(1, retries=1), tmp_path / "claims") == {} and len(kept) == 1
+    broken, kept = order(notebook("1 / 0", "broken"), tmp_path / "out" / "two.ipynb")
+    assert "ZeroDivisionError" in drive([broken], Workers(1, retries=1), tmp_path / "claims")["k=1"] and not kept
+
+
+def test_a_notebook_is_swept_into_one_table(notebook, tmp_path):
+    table, failed = sweep_notebook("squares", notebook("if k == 3: raise ValueError('three')"), {"k": [1, 2, 3]}, tmp_path / "out", Workers(1, retries=0))
+    assert list(failed) == ["k=3"] and "three" in failed["k=3"]
+    assert table.read_text() == "k,name,square\n1,row 1,1\n2,row 2,4\n"
+    assert len([*(tmp_path / "out").glob("squares-*.ipynb")]) == 3  # one of them the failed one, up to its error
+    with pytest.raises(BadInput, match="unknown parameter of book 'kk': did you mean 'k'"):
+        sweep_notebook("squares", tmp_path / "book.ipynb", {"kk": [1]}, tmp_path / "out", Workers(1))
+
+
+def test_options_that_a_notebook_does_not_take_are_refused():
+    for options, named in ((["--dry-run"], "--dry-run"), (["--data", "embedded", "--with", "x"], "--with, --data")):
+        run = CliRunner().invoke(app, ["sweep", "--chapter", "02", *options])
+        assert run.exit_code == 2 and f"with --chapter {named} would do nothing" in run.output
+    assert "either a grid's file or --chapter" in CliRunner().invoke(app, ["sweep"]).output
+    assert "-p goes with --chapter" in CliRunner().invoke(app, ["sweep", "data/grid.yaml", "-p", "k=1"]).output
+
+
+def test_one_cell_without_a_table_leaves_the_others(notebook, tmp_path):
+    book = notebook("1")
+    nb = nbformat.read(book, 4)
+    nb.cells[-1].source = f"None if k == 2 else {nb.cells[-1].source}"
+    nbformat.write(nb, book)
+    table, failed = sweep_notebook("squares", book, {"k": [1, 2]}, tmp_path / "out", Workers(1, retries=0))
+    assert list(failed) == ["k=2"] and "shows no table" in failed["k=2"] and table.read_text() == "k,name,square\n1,row 1,1\n"
+
+
+def test_workers_that_share_a_card_take_equal_parts_of_it():
+    assert Workers(2).resources is None
+    assert Workers(1, gpu=True).resources == {"GPU": 1}
+    for per_card in (1, 2, 3, 7, 8):
+        crew = Workers(per_card, gpu=True, per_card=per_card)
+        assert per_card * crew.resources["GPU"] == pytest.approx(1)
+        crew.check_cards(1)
+        Workers(4 * per_card, gpu=True, per_card=per_card).check_cards(4)
+        with pytest.raises(
+            BadInput, match=rf"--workers is {2 * per_card + 1}, and this machine has 2 cards: expected at most {2 * per_card}, or --per-card {per_card + 1}"
+        ):
+            Workers(2 * per_card + 1, gpu=True, per_card=per_card).check_cards(2)
+    with pytest.raises(BadInput, match="this machine has 0 cards: expected at most 0$"):
+        Workers(2, gpu=True, per_card=2).check_cards(0)
+    Workers(99, "tcp://somewhere:1", gpu=True).check_cards(0)  # the cards are elsewhere
+    with pytest.raises(BadInput, match="--per-card is 0: expected at least 1"):
+        Workers(1, gpu=True, per_card=0)
+    with pytest.raises(BadInput, match="--per-card is 2, and no card is asked for: expected --device cuda"):
+        Workers(2, per_card=2)
+
+
+@pytest.mark.parametrize(
+    ("number", "per_card", "card", "share"), [(0, 1, "cuda:0", None), (1, 1, "cuda:1", None), (5, 4, "cuda:1", 0.95 / 4), ("a", 2, "cuda", 0.95 / 2)]
+)
+def test_workers_are_dealt_to_the_cards_in_turns(monkeypatch, number, per_card, card, share):
+    import distributed
+
+    from thesislib.sweep.task import _card
+
+    shares = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda part, device: shares.append((part, device)))
+    monkeypatch.setattr(distributed, "get_worker", lambda: SimpleNamespace(name=number))
+    assert _card("cuda", per_card) == card
+    assert shares == ([(share, card)] if share else [])
+    assert _card("cpu", 1) == "cpu" and _card("cuda:1", 1) == "cuda:1"
+
+
+def test_cards_are_not_shared(tmp_path):
+    one = Order("x", "x", {}, lambda: False, lambda answer: None)
+    with pytest.raises(BadInput, match=r"--workers is 99, and this machine has \d+ cards?: expected at most \d+"):
+        drive([one], Workers(99, gpu=True), tmp_path)
+
+
+def test_a_notebook_without_results_is_refused(notebook, tmp_path):
+    nb = nbformat.read(notebook("1"), 4)
+    with pytest.raises(BadInput, match="shows no table"):
+        results(tmp_path / "book.ipynb")
+    nb.cells = nb.cells[:-1]
+    nbformat.write(nb, tmp_path / "none.ipynb")
+    with pytest.raises(BadInput, match="0 cells tagged 'results'"):
+        results(tmp_path / "none.ipynb")
+
+
+def test_headings_that_stand_twice_are_numbered(notebook, tmp_path):
+    nb = nbformat.read(notebook("1"), 4)
+    html = pd.DataFrame([[1, 2, 3]], pd.Index(["a"], name="name"), ["k", "x", "x"]).to_html()
+    nb.cells[-1].outputs = [nbformat.v4.new_output("execute_result", {"text/html": html}, execution_count=1)]
+    nbformat.write(nb, tmp_path / "twice.ipynb")
+    assert results(tmp_path / "twice.ipynb") == [{"name": "a", "k": 1, "x": 2, "x (2)": 3}]
+
+
+def test_lists_of_values_are_read():
+    width, franken = chapters()["03_width_pruning"], chapters()["01_franken_llama"]
+    assert listed(width, [("patterns", "[1:8],[2:4]")]) == {"patterns": [["1:8"], ["2:4"]]}
+    assert listed(franken, [("windows", "2,4,6"), ("prompt", "2026-01-01, it")]) == {"windows": [2, 4, 6], "prompt": ["2026-01-01", "it"]}
+    for text in ("", "[1", "{"):
+        with pytest.raises(BadInput):
+            listed(franken, [("windows", text)])
+
+
+# ---------------------------------------------------------------- schedulers
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@contextmanager
+def running(*command, **environment):
+    process = subprocess.Popen([sys.executable, "-m", *command], env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL, start_new_session=True, cwd="/")  # fmt: skip
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextmanager
+def scheduler(port):
+    with running("dask", "scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard") as process:
+        wait_for(lambda: _open(port))
+        yield process
+
+
+def worker(port, **environment):
+    return running("dask", "worker", f"tcp://127.0.0.1:{port}", "--nthreads", "1", "--no-dashboard", "--host", "127.0.0.1", **environment)
+
+
+def test_a_scheduler_killed_and_started_again(place, grid_file, tmp_path):
+    store, grid, port = Store(tmp_path / "s.jsonl"), read_grid(grid_file, "quick"), free_port()
+    crew = Workers(scheduler=f"tcp://127.0.0.1:{port}")
+    with worker(port):
+        with scheduler(port) as first:
+            killer = threading.Thread(target=lambda: (wait_for(store.path.exists, 120), os.killpg(first.pid, signal.SIGKILL)))
+            killer.start()
+            with pytest.raises(RuntimeError, match=f"the scheduler at tcp://127.0.0.1:{port} is gone"):
+                sweep(grid, place, store, crew)
+            killer.join()
+        before = measured(store)
+        assert before and len(before) < len(WHOLE)
+    with scheduler(port), worker(port):
+        assert sweep(grid, place, store, crew) == {}
+    assert measured(store) == WHOLE
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
+def test_an_encrypted_sweep_on_workers_with_caches_of_their_own(place, grid_file, tmp_path):
+    """As book/rerun.md says for more machines; these two share nothing but the network."""
+    key, cert, port = tmp_path / "key.pem", tmp_path / "cert.pem", free_port()
+    made = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert, "-days", "2", "-subj", "/CN=localhost")
+    subprocess.run(made, check=True, capture_output=True)
+    names = {"ca-file": cert} | {f"{who}.{what}": file for who in ("scheduler", "worker", "client") for what, file in (("cert", cert), ("key", key))}
+    environment = {f"DASK_DISTRIBUTED__COMM__TLS__{n.replace('.', '__').replace('-', '_').upper()}": str(file) for n, file in names.items()}
+    at, store = f"tls://127.0.0.1:{port}", Store(tmp_path / "s.jsonl")
+    caches = [str(tmp_path / name) for name in ("here", "there")]
+    with ExitStack() as stack:
+        stack.enter_context(running("dask", "scheduler", "--protocol", "tls", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard", **environment))
+        wait_for(lambda: _open(port))
+        for cache in caches:
+            where = {**environment, "THESISLIB_CACHE": cache}
+            stack.enter_context(running("dask", "worker", at, "--nthreads", "1", "--no-dashboard", "--host", "127.0.0.1", **where))
+        with pytest.raises(BadInput, match="this driver has no certificate"):
+            sweep(read_grid(grid_file, "quick"), place, store, Workers(scheduler=at))
+        with pytest.raises(BadInput, match="no scheduler answers at tcp://"):  # nor does anyone without TLS
+            sweep(read_grid(grid_file, "quick"), place, store, Workers(scheduler=at.replace("tls", "tcp")))
+        with dask.config.set({f"distributed.comm.tls.{n}": str(file) for n, file in names.items()}):
+            assert sweep(read_grid(grid_file, "quick"), place, store, Workers(scheduler=at)) == {}
+    assert measured(store) == WHOLE
+    assert all(any(Path(cache).rglob("*.safetensors")) for cache in caches), "both should have made something, in their own cache"
+
+
+def test_no_scheduler_is_said(tmp_path):
+    one = Order("x", "x", {}, lambda: False, lambda answer: None)
+    with pytest.raises(BadInput, match="no scheduler answers at tcp://127.0.0.1"):
+        drive([one], Workers(scheduler=f"tcp://127.0.0.1:{free_port()}"), tmp_path)
+    with pytest.raises(BadInput, match="--scheduler is 'nonsense://x': expected such as tcp://"):
+        drive([one], Workers(scheduler="nonsense://x"), tmp_path)
+
+
+def test_a_worker_of_another_version_is_refused(tmp_path):
+    other = tmp_path / "site" / "thesislib"
+    other.mkdir(parents=True)
+    source = Path(driving.__file__).parent.parent
+    for child in source.iterdir():
+        if child.name not in ("__init__.py", "__pycache__"):
+            (other / child.name).symlink_to(child)
+    (other / "__init__.py").write_text('__version__ = "0.0.1"\n')
+    port = free_port()
+    one = Order("x", "x", {}, lambda: False, lambda answer: None)
+    with scheduler(port), worker(port, PYTHONPATH=str(tmp_path / "site")), pytest.raises(BadInput, match=r"has thesislib 0\.0\.1.*Expected thesislib"):
+        drive([one], Workers(scheduler=f"tcp://127.0.0.1:{port}"), tmp_path)
+    with pytest.raises(RuntimeError, match=r"the order is from thesislib 9"):  # one that joined later
+        carry_out(json.dumps({"versions": {**versions(), "thesislib": "9"}}))
+
+
+def _open(port):
+    with socket.socket() as s:
+        return s.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_everything_listens_on_loopback_only(notebook, tmp_path):
+    slow = notebook("time.sleep(3)")
+    one, _ = order(slow, tmp_path / "one.ipynb")
+    heard = set()
+
+    def listen():
+        end = time.monotonic() + 8
+        while time.monotonic() < end:
+            for process in (me := psutil.Process(), *me.children(recursive=True)):
+                try:
+                    heard.update(c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN)
+                except psutil.Error:
+                    continue
+            time.sleep(0.1)
+
+    thread = threading.Thread(target=listen)
+    thread.start()
+    drive([one], Workers(1), tmp_path / "claims")
+    thread.join()
+    assert heard and heard <= {"127.0.0.1", "::1"}, heard
+
+
+# ---------------------------------------------------------------- disks, and two drivers
+
+
+def test_a_full_disk_stops_the_sweep_and_leaves_what_was_there(place, grid_file, tmp_path, monkeypatch):
+    store, grid, append = Store(tmp_path / "s.jsonl"), read_grid(grid_file, "quick"), stored._append
+    calls = []
+
+    def full(path, content, new_line=False):
+        calls.append(path)
+        if len(calls) > 4:  # two rows, each with its items
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return append(path, content, new_line)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stored, "_append", full)
+        with pytest.raises(BadInput, match="No space left on device"):
+            sweep(grid, place, store, Workers(1))
+    assert len(measured(store)) == 2
+    assert sweep(grid, place, store, Workers(1)) == {} and measured(store) == WHOLE
+
+
+def test_two_drivers_on_one_store(place, grid_file, tmp_path):
+    store = tmp_path / "s.jsonl"
+    command = [sys.executable, "-m", "thesislib.cli", "sweep", str(grid_file), "--out", str(store), "--subject", place.subject, "--data", place.data,
+               "--dtype", "float32", "--workers", "1", "--threads", "1"]  # fmt: skip
+    drivers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [d.communicate(timeout=240) for d in drivers]
+    assert [d.returncode for d in drivers] == [0, 0], said
+    assert measured(Store(store)) == WHOLE
+    done = [line for _, err in said for line in err.splitlines() if ": done; " in line]
+    assert len(done) == len(LABELS)  # nothing was carried out twice

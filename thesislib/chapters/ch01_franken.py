@@ -1,0 +1,369 @@
+"""Chapter 1, Franken-LLaMA: 25 ways to skip and repeat blocks, measured together, and what the original study claimed."""
+
+import argparse
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.stats import spearmanr
+from tqdm import tqdm
+
+from thesislib.compress.franken import ORIGINAL_DEPTH, Plan, apply_plan, format_plan, franken_plans
+from thesislib.config import positive
+from thesislib.errors import BadInput, unknown
+from thesislib.evaluate import choice, perplexity
+from thesislib.evaluate.generate import Timed, complete
+from thesislib.evaluate.stats import Comparison, holm, proportion
+from thesislib.experiment import described
+from thesislib.formats.held import check_dtype
+from thesislib.model.subject import Subject, load_subject
+from thesislib.pipeline.recipe import Shape
+from thesislib.records.measurement import Measurement, in_markdown
+from thesislib.records.store import Store
+from thesislib.sources.corpus import choices, evaluation_text
+
+TITLE = "skipping and repeating blocks"
+BASELINE = "baseline"
+
+
+@dataclass(frozen=True)
+class Franken:
+    """Parameters of chapter 1.
+
+    subject, data: specs. dtype, device: see `load_subject`. windows of length tokens: what perplexity is measured on.
+    items: HellaSwag items. singles: how many single blocks, spread over the depth, are skipped and repeated.
+    tokens: length of a completion of `prompt`. shown: the plan whose attention is drawn.
+    """
+
+    subject: str = "embedded"
+    data: str = "embedded"
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    length: int = 512
+    windows: int | None = 8
+    items: int = 24
+    singles: int = 5
+    tokens: int = 40
+    prompt: str = "Once upon a time"
+    shown: str = "0_7_15_23_31"
+
+    def __post_init__(self):
+        positive(length=self.length, windows=self.windows, items=self.items, singles=self.singles, tokens=self.tokens)
+        check_dtype(self.dtype)
+        if self.shown not in (names := franken_plans(ORIGINAL_DEPTH)):
+            raise unknown("plan", self.shown, names)
+
+    def check_shape(self, shape: Shape) -> None:
+        """Raises BadInput for a subject that is too shallow for the plans."""
+        franken_plans(shape.depth)
+
+
+PARAMETERS = Franken
+
+
+@dataclass(frozen=True)
+class Results:
+    """Every plan's measurements under one set of parameters.
+
+    plans: the 25 by name. perplexity, hellaswag: of each. skipped, repeated: perplexity with one block left out or
+    run twice, by block.
+    """
+
+    plans: dict[str, tuple[int, ...]]
+    perplexity: dict[str, Measurement]
+    hellaswag: dict[str, Measurement]
+    skipped: dict[int, Measurement]
+    repeated: dict[int, Measurement]
+
+    def against_baseline(self) -> dict[str, tuple[Comparison, Comparison]]:
+        """(loss, HellaSwag) of every other plan against the baseline, paired, p values Holm-adjusted over plans."""
+        others = [name for name in self.plans if name != BASELINE]
+        loss = [perplexity.compare(self.perplexity[BASELINE], self.perplexity[n]) for n in others]
+        hella = [choice.compare(self.hellaswag[BASELINE], self.hellaswag[n]) for n in others]
+        return dict(zip(others, zip(_adjusted(loss), _adjusted(hella), strict=True), strict=True))
+
+
+def _adjusted(comparisons: list[Comparison]) -> list[Comparison]:
+    return [Comparison(**{**asdict(c), "p": p, "test": f"{c.test}, Holm"}) for c, p in zip(comparisons, holm([c.p for c in comparisons]), strict=True)]
+
+
+def single_block_plans(depth: int, blocks: Sequence[int]) -> tuple[dict[int, Plan], dict[int, Plan]]:
+    """For each block the plans that leave it out and that run it twice."""
+    whole = tuple(range(depth))
+    return {b: whole[:b] + whole[b + 1 :] for b in blocks}, {b: whole[: b + 1] + whole[b:] for b in blocks}
+
+
+def measure(subject: Subject, p: Franken) -> Results:
+    """Perplexity and HellaSwag of all 25 plans, and perplexity of single blocks skipped and repeated.
+
+    All of them are one tree of plans: blocks that they share run once.
+    """
+    plans = franken_plans(subject.depth)
+    blocks = np.unique(np.linspace(0, subject.depth - 1, min(p.singles, subject.depth)).round().astype(int)).tolist()
+    skipped, repeated = single_block_plans(subject.depth, blocks)
+    tree = {**plans, **{("skip", b): q for b, q in skipped.items()}, **{("repeat", b): q for b, q in repeated.items()}}
+    ppl = perplexity.perplexities(subject, evaluation_text(p.data), tree, length=p.length, limit=p.windows)
+    items = choices("hellaswag", p.data, p.items)
+    return Results(
+        plans,
+        {name: ppl[name] for name in plans},
+        choice.multiple_choices(subject, items, plans, task="HellaSwag"),
+        {b: ppl["skip", b] for b in blocks},
+        {b: ppl["repeat", b] for b in blocks},
+    )
+
+
+def completions(subject: Subject, plans: dict[str, tuple[int, ...]], p: Franken) -> dict[str, tuple[Timed, int]]:
+    """For each plan the timed completion of the prompt, and the distinct parameters the plan holds in memory."""
+    out = {}
+    complete(subject, p.prompt, 4)  # the first run pays for everybody's warm-up
+    for name, plan in tqdm(plans.items(), desc="completions", unit="plan", disable=None, leave=False):
+        changed = apply_plan(subject, plan)
+        out[name] = complete(changed, p.prompt, p.tokens), changed.parameters
+    return out
+
+
+def table(results: Results, written: dict[str, tuple[Timed, int]]) -> pd.DataFrame:
+    """One row a plan, in the order of the original list."""
+    rows = []
+    for name, plan in results.plans.items():
+        ppl, hella = results.perplexity[name], results.hellaswag[name]
+        rows.append(
+            {
+                "plan": name, "blocks": format_plan(plan), "run": len(plan),
+                "perplexity": ppl.value, "ppl low": ppl.low, "ppl high": ppl.high,
+                "HellaSwag": hella.value, "hs low": hella.low, "hs high": hella.high,
+                "ms per token": 1000 * written[name][0].seconds_per_token, "parameters, M": written[name][1] / 1e6,
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows).set_index("plan")
+
+
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """The same table for a page: intervals beside their numbers, three digits."""
+    return pd.DataFrame(
+        {
+            "blocks run": table["run"],
+            "perplexity": [f"{v:.3g} [{lo:.3g}, {hi:.3g}]" for v, lo, hi in zip(table["perplexity"], table["ppl low"], table["ppl high"], strict=True)],
+            "HellaSwag": [f"{v:.2f} [{lo:.2f}, {hi:.2f}]" for v, lo, hi in zip(table["HellaSwag"], table["hs low"], table["hs high"], strict=True)],
+            "ms per token": table["ms per token"].map("{:.1f}".format),
+            "parameters, M": table["parameters, M"].map("{:.1f}".format),
+        },
+        index=table.index,
+    )
+
+
+def texts(results: Results, written: dict[str, tuple[Timed, int]], prompt: str) -> pd.DataFrame:
+    """Every plan's completion, best perplexity first."""
+    order = sorted(written, key=lambda n: results.perplexity[n].value)
+    return pd.DataFrame({"completion": [prompt + written[n][0].text for n in order]}, index=pd.Index(order, name="plan"))
+
+
+def agreement(a: Results, b: Results) -> float:
+    """Spearman's rank correlation of the plans' perplexities in two runs."""
+    return float(spearmanr([a.perplexity[n].value for n in a.plans], [b.perplexity[n].value for n in a.plans]).statistic)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the original study said, and what this subject shows. verdict: holds, does not hold, or undecided."""
+
+    said: str
+    verdict: str
+    shown: str
+
+
+# HellaSwag of the original study, 50 items (its slides, December 2024)
+ORIGINAL_HELLASWAG = {
+    "baseline": 17, "0-23_27-31": 19, "15_single_skip": 19, "mid_expansion_with_repeats": 11, "2_3rd_of_llama": 13,
+    "2_3rds_plus_llama": 15, "skip_near_end_keep_last_two": 21,
+}  # fmt: skip
+ORIGINAL_ITEMS = 50
+
+
+def claims(results: Results) -> list[Claim]:
+    """The original study's conclusions, each held against these measurements at the 5 % level."""
+    against = results.against_baseline()
+    return [_skipping_helps(against), _few_late(results, against), _repetition(results), _middle(results), _gibberish(against), _two_thirds(results)]
+
+
+def _ratio(c: Comparison) -> str:
+    low, high = np.exp(c.low), np.exp(min(c.high, 50))
+    return f"perplexity x {np.exp(c.difference):.3g} [{low:.3g}, {high:.3g}], p {_p(c.p)}"
+
+
+def _p(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
+
+
+def _points(c: Comparison) -> str:
+    return f"{100 * c.difference:+.1f} points [{100 * c.low:+.1f}, {100 * c.high:+.1f}], p {_p(c.p)}"
+
+
+def skip_or_repeat(results: Results) -> str:
+    """Of the blocks tried both ways, for how many leaving out costs more than running twice, in a sentence."""
+    both = [b for b in results.repeated if b in results.skipped]
+    c = [perplexity.compare(results.repeated[b], results.skipped[b]) for b in both]
+    p = holm([x.p for x in c])
+    dearer = sum(x.difference > 0 and q < 0.05 for x, q in zip(c, p, strict=True))
+    cheaper = sum(x.difference < 0 and q < 0.05 for x, q in zip(c, p, strict=True))
+    return (
+        f"Of {len(both)} blocks, leaving out costs more than running twice for {dearer}, less for {cheaper}, "
+        f"and {len(both) - dearer - cheaper} are undecided (paired t test, Holm, 5 %)."
+    )
+
+
+def side_by_side(record: Results, run: Results) -> pd.DataFrame:
+    """The original study's conclusions with their verdicts on the record and in this run."""
+    rows = [
+        {"the study said": a.said, "record": a.verdict, "shown by the record": a.shown, "this run": b.verdict}
+        for a, b in zip(claims(record), claims(run), strict=True)
+    ]
+    return pd.DataFrame(rows).set_index("the study said")
+
+
+def headline(results: Results) -> str:
+    """What chapter 1 found, in sentences, for the book's first page and the README."""
+    base = results.perplexity[BASELINE]
+    against = results.against_baseline()
+    ruined = sum(c.low > np.log(10) for c, _ in against.values())
+    best = min(against, key=lambda n: against[n][0].difference)
+    mildest = min(results.repeated, key=lambda b: perplexity.compare(base, results.repeated[b]).difference)
+    again = perplexity.compare(base, results.repeated[mildest])
+    said = Counter(claim.verdict for claim in claims(results))
+    change = "raises" if again.difference > 0 else "lowers"
+    return in_markdown(
+        f"On {base.task} (windows of {base.items[0]['tokens'] + 1} tokens, n = {base.n}) the whole model has perplexity {base.value:.1f} "
+        f"[{base.low:.1f}, {base.high:.1f}]. {ruined} of the {len(against)} ways to skip and repeat blocks multiply it by ten or more; the mildest, "
+        f"{best}, multiplies it by {np.exp(against[best][0].difference):.2f}. Running one block twice {change} it even where that does least harm "
+        f"(block {mildest}: x {np.exp(again.difference):.3f} [{np.exp(again.low):.3f}, {np.exp(again.high):.3f}]). {skip_or_repeat(results)} "
+        f"Of the original study's {said.total()} conclusions {said['holds']} hold here, {said['does not hold']} do not, and {said['undecided']} stay undecided."
+    )
+
+
+def _skipping_helps(against) -> Claim:
+    name = "skip_near_end_keep_last_two"
+    c = against[name][1]
+    verdict = "undecided" if c.p >= 0.05 else "holds" if c.difference > 0 else "does not hold"
+    a, b = ORIGINAL_HELLASWAG[BASELINE], ORIGINAL_HELLASWAG[name]
+    (la, ha), (lb, hb) = proportion(a, ORIGINAL_ITEMS), proportion(b, ORIGINAL_ITEMS)
+    said = (
+        f"Skipping three blocks near the end raises HellaSwag: {b / ORIGINAL_ITEMS:.2f} [{lb:.2f}, {hb:.2f}] against "
+        f"{a / ORIGINAL_ITEMS:.2f} [{la:.2f}, {ha:.2f}] ({ORIGINAL_ITEMS} items; intervals ours)."
+    )
+    return Claim(said, verdict, f"HellaSwag {_points(c)} over {c.n} items.")
+
+
+def _few_late(results: Results, against) -> Claim:
+    names = ("15_single_skip", "0-23_27-31", "skip_near_end_keep_last_two")
+    worst = max(names, key=lambda n: against[n][0].difference)
+    c = against[worst][0]
+    verdict = "does not hold" if c.low > np.log(1.1) else "holds" if c.high < np.log(1.1) else "undecided"
+    return Claim("Skipping one to three blocks leaves a usable, lighter model (read here as: perplexity up by less than 10 %).",
+                 verdict, f"Worst of the three, {worst}: {_ratio(c)}.")  # fmt: skip
+
+
+def _repetition(results: Results) -> Claim:
+    against = [perplexity.compare(results.perplexity[BASELINE], m) for m in results.repeated.values()]
+    p = holm([c.p for c in against])
+    worse = sum(c.difference > 0 and q < 0.05 for c, q in zip(against, p, strict=True))
+    better = sum(c.difference < 0 and q < 0.05 for c, q in zip(against, p, strict=True))
+    verdict = "does not hold" if better else "holds" if worse > len(p) / 2 else "undecided"
+    mildest = min(range(len(p)), key=lambda i: against[i].difference)
+    c = Comparison(**{**asdict(against[mildest]), "p": p[mildest]})
+    shown = (
+        f"Of {len(p)} blocks run twice, one at a time, {worse} make it worse and {better} better; "
+        f"the mildest, block {list(results.repeated)[mildest]}: {_ratio(c)}."
+    )
+    return Claim("Repeating blocks generally makes the result worse.", verdict, shown)
+
+
+def _middle(results: Results) -> Claim:
+    """Over single blocks left out: is the loss smaller the nearer the block is to the middle?"""
+    middle = (len(results.plans[BASELINE]) - 1) / 2
+    loss = [perplexity.compare(results.perplexity[BASELINE], m).difference for m in results.skipped.values()]
+    rho, p = spearmanr([abs(b - middle) for b in results.skipped], loss)
+    verdict = "undecided" if not p < 0.05 else "holds" if rho > 0 else "does not hold"
+    return Claim("Skipping works best in the middle of the model.", verdict,
+                 f"Rank correlation of a block's distance from the middle with what leaving it out costs, over {len(loss)} blocks: "
+                 f"{rho:+.2f}, p {_p(p)}.")  # fmt: skip
+
+
+def _gibberish(against) -> Claim:
+    ruined = [n for n, (c, _) in against.items() if c.low > np.log(10)]
+    n = len(against)
+    low, high = proportion(len(ruined), n)
+    verdict = "holds" if len(ruined) > n / 2 else "does not hold"
+    return Claim("Most of the 25 configurations write gibberish (read here as: perplexity at least ten times the baseline's).", verdict,
+                 f"{len(ruined)} of {n} plans [{100 * low:.0f} %, {100 * high:.0f} %].")  # fmt: skip
+
+
+def _two_thirds(results: Results) -> Claim:
+    six = [n for n in ORIGINAL_HELLASWAG if n not in (BASELINE, "2_3rd_of_llama")]
+    pairs = {n: perplexity.compare(results.perplexity[n], results.perplexity["2_3rd_of_llama"]) for n in six}
+    adjusted = dict(zip(six, holm([c.p for c in pairs.values()]), strict=True))
+    closest = min(six, key=lambda n: pairs[n].difference)
+    if all(pairs[n].difference > 0 and adjusted[n] < 0.05 for n in six):
+        verdict = "holds"
+    else:
+        verdict = "does not hold" if pairs[closest].difference < 0 and adjusted[closest] < 0.05 else "undecided"
+    c = Comparison(**{**asdict(pairs[closest]), "p": adjusted[closest]})
+    return Claim("Of the six configurations kept, two thirds of the model gives the lowest quality.", verdict,
+                 f"2_3rd_of_llama against {closest}, the next: {_ratio(c)}.")  # fmt: skip
+
+
+# ---------------------------------------------------------------- recorded runs
+
+
+def as_measurements(results: Results) -> list[Measurement]:
+    """All of them, as they are recorded."""
+    return [m for group in (results.perplexity, results.hellaswag, results.skipped, results.repeated) for m in group.values()]
+
+
+def plan_label(m: Measurement) -> str:
+    """What a record is called: no recipe's stages stand for a plan."""
+    return f"plan {format_plan(m.provenance['plan'])}"
+
+
+def from_measurements(found: Sequence[Measurement]) -> Results:
+    """The results that `as_measurements` gave, told apart by metric and plan.
+
+    Raises:
+        BadInput: a plan of this chapter was not measured.
+    """
+    by_plan = {(m.metric, tuple(m.provenance["plan"] or ())): m for m in found}
+    depth = max((max(plan) for _, plan in by_plan if plan), default=0) + 1
+    plans = franken_plans(depth)
+    skipped, repeated = single_block_plans(depth, range(depth))
+    try:
+        ppl, hella = ({n: by_plan[metric, plan] for n, plan in plans.items()} for metric in ("perplexity", "acc_norm"))
+    except KeyError as error:
+        raise BadInput(f"these are not the results of chapter 1: {error.args[0][0]} of plan {format_plan(error.args[0][1])} is missing") from error
+    single = [{b: by_plan["perplexity", q] for b, q in group.items() if ("perplexity", q) in by_plan} for group in (skipped, repeated)]
+    return Results(plans, ppl, hella, *single)
+
+
+def read_recorded(path: Path) -> Results:
+    """A recorded run."""
+    return from_measurements(list(Store(path).rows().values()))
+
+
+def main() -> None:
+    """Make a recorded run: `python -m thesislib.chapters.ch01_franken --windows 128 --items 400 --singles 30 --data DIR --out FILE`."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    for name, kind in (("subject", str), ("data", str), ("dtype", str), ("device", str), ("windows", int), ("items", int), ("singles", int)):
+        parser.add_argument(f"--{name}", type=kind, default=getattr(Franken, name))
+    arguments = vars(parser.parse_args())
+    out = arguments.pop("out")
+    p = Franken(**arguments)
+    store, subject = Store.new(out), load_subject(p.subject, p.dtype, p.device)
+    for m in as_measurements(measure(subject, p)):
+        store.append(described(m, subject, p.data, label=plan_label(m)))
+
+
+if __name__ == "__main__":
+    main()

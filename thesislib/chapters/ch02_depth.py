@@ -1,0 +1,367 @@
+"""Chapter 2, depth pruning: what each metric thinks of each block, and what is left when the least important ones go."""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.stats import spearmanr
+from tqdm import tqdm
+
+from thesislib.chapters.thesis import thesis_row
+from thesislib.compress.depth import METRICS, Depth, angular_distances, importance, remove
+from thesislib.config import positive
+from thesislib.errors import BadInput, unknown
+from thesislib.evaluate import perplexity, triviaqa
+from thesislib.evaluate.generate import complete
+from thesislib.evaluate.stats import Comparison, holm
+from thesislib.experiment import described
+from thesislib.files import read_json, write_whole
+from thesislib.formats.held import check_dtype
+from thesislib.model.subject import Subject, load_subject
+from thesislib.pipeline.recipe import Shape
+from thesislib.records.measurement import Measurement, in_markdown, provenance
+from thesislib.records.store import Store
+from thesislib.sources.corpus import calibration_windows, evaluation_text, kind_of, question_source, questions
+
+TITLE = "depth pruning"
+GREEDY, RANDOM = "perplexity, greedy", "random"
+NOTHING = "nothing removed"
+THESIS = (2, 4, 6, 8)
+
+
+@dataclass(frozen=True)
+class DepthChapter:
+    """Parameters of chapter 2.
+
+    subject, data: specs. dtype, device: see `load_subject`. calibration: windows of length tokens that blocks are scored
+    on, of the calibration text. windows: that what is left is measured on. metrics: how to score. greedy: also score by
+    perplexity again after each removal, up to this many. counts: how many blocks go. seeds: of random removal.
+    questions, passages: of TriviaQA, closed and open book, for the thesis's D2, D4, D6, D8. tokens: of a completion of prompt.
+    """
+
+    subject: str = "embedded"
+    data: str = "embedded"
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    length: int = 512
+    calibration: int = 4
+    windows: int | None = 8
+    metrics: list | None = None
+    greedy: int = 0
+    counts: list | None = None
+    seeds: int = 2
+    questions: int = 32
+    passages: int = 12
+    tokens: int = 30
+    prompt: str = "Once upon a time"
+
+    def __post_init__(self):
+        object.__setattr__(self, "metrics", self.metrics or list(METRICS))
+        object.__setattr__(self, "counts", self.counts or [1, 2, 4, 6, 8])
+        for metric in self.metrics:
+            if metric not in METRICS:
+                raise unknown("importance metric", metric, METRICS)
+        if not all(isinstance(k, int) and k > 0 for k in self.counts):
+            raise BadInput(f"parameter 'counts' is {self.counts}: expected numbers of blocks to remove, at least 1 each")
+        positive(length=self.length, calibration=self.calibration, windows=self.windows, questions=self.questions, passages=self.passages, tokens=self.tokens)
+        check_dtype(self.dtype)
+
+    def check_shape(self, shape: Shape) -> None:
+        """Raises BadInput for a subject of which no count of `counts` can be removed."""
+        self.possible(shape.depth)
+
+    def possible(self, blocks: int) -> list[int]:
+        """Those of `counts` that a subject of so many blocks can lose.
+
+        Raises:
+            BadInput: none.
+        """
+        free = unprotected(blocks)
+        found = [k for k in self.counts if k <= free]
+        if not found:
+            some = f"expected e.g. counts=[{free}]" if free else "expected a subject with more blocks"
+            raise BadInput(f"parameter 'counts' is {self.counts}: of this subject's {blocks} blocks {free} can go, since the first and the last stay; {some}")
+        return found
+
+
+PARAMETERS = DepthChapter
+
+
+def unprotected(blocks: int) -> int:
+    """How many blocks a subject of `blocks` can lose at most by default."""
+    return max(0, blocks - Depth.protect_first - Depth.protect_last)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the calibration text says.
+
+    Attributes:
+        metrics: {metric: {block: importance}} of every block; under angular the distance across that block alone.
+        removed: {method: {k: the k blocks that go}}; methods are the metrics, greedy perplexity and random choices.
+        made: provenance.
+    """
+
+    metrics: dict[str, dict[int, float]]
+    removed: dict[str, dict[int, tuple[int, ...]]]
+    made: dict
+
+    @property
+    def main(self) -> str:
+        """The metric whose removals are asked questions: perplexity, or the first if that was not tried."""
+        return "perplexity" if "perplexity" in self.removed else next(iter(self.removed))
+
+    def to_json(self) -> str:
+        """One JSON object."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, plain: Mapping) -> "Scores":
+        """What `to_json` wrote."""
+        return cls(
+            {m: {int(b): s for b, s in scores.items()} for m, scores in plain["metrics"].items()},
+            {m: {int(k): tuple(v) for k, v in removed.items()} for m, removed in plain["removed"].items()},
+            plain["made"],
+        )
+
+
+def score(subject: Subject, p: DepthChapter) -> Scores:
+    """Every block's importance by every metric, and which blocks each method removes."""
+    started = time.perf_counter()
+    ids = calibration_windows(subject.tokenizer, "wikipedia", p.data, p.calibration, p.length)
+    counts = p.possible(subject.depth)
+    if left := [str(k) for k in p.counts if k not in counts]:
+        print(f"not possible for this subject: to remove {', '.join(left)} of its {subject.depth} blocks, since the first and the last stay")
+    free = range(Depth.protect_first, subject.depth - Depth.protect_last)
+    metrics: dict[str, dict[int, float]] = {}
+    removed: dict[str, dict[int, tuple[int, ...]]] = {}
+    for metric in p.metrics:
+        if metric == "angular":
+            distance = angular_distances(subject, ids)
+            metrics[metric] = {b: float(distance[1, b]) for b in range(subject.depth)}
+            starts = {k: min(free[: len(free) - k + 1], key=lambda b: distance[k, b]) for k in counts}
+            removed[metric] = {k: tuple(range(b, b + k)) for k, b in starts.items()}
+        else:
+            metrics[metric] = importance(subject, ids, metric)
+            order = sorted(free, key=lambda b: (metrics[metric][b], b))
+            removed[metric] = {k: tuple(sorted(order[:k])) for k in counts}
+    if p.greedy:
+        _, report = Depth(min(p.greedy, max(counts)), greedy=True, windows=p.calibration, length=p.length).apply(subject, data=p.data)
+        removed[GREEDY] = {k: tuple(sorted(report["order"][:k])) for k in counts if k <= p.greedy}
+    for seed in range(p.seeds):
+        order = np.random.default_rng(seed).permutation(free).tolist()
+        removed[f"{RANDOM} {seed}"] = {k: tuple(sorted(order[:k])) for k in counts}
+    return Scores(metrics, removed, provenance(subject, started, text="wikipedia", data=kind_of(p.data), windows=p.calibration, length=p.length, seed=0))
+
+
+@dataclass(frozen=True)
+class Results:
+    """What is left after each removal.
+
+    scores: see `Scores`. perplexity: {(method, k): measurement}, (NOTHING, 0) the whole model. trivia: {(k, open book): accuracy} with the
+    perplexity metric's removals, 0 the whole model. texts: {k: completion}.
+    """
+
+    scores: Scores
+    perplexity: dict[tuple[str, int], Measurement]
+    trivia: dict[tuple[int, bool], Measurement]
+    texts: dict[int, str]
+
+    @property
+    def dense(self) -> Measurement:
+        """Perplexity of the whole model."""
+        return self.perplexity[NOTHING, 0]
+
+
+def kept(subject_depth: int, gone: Sequence[int]) -> tuple[int, ...]:
+    """The plan without these blocks."""
+    return tuple(b for b in range(subject_depth) if b not in gone)
+
+
+def measure(subject: Subject, scores: Scores, p: DepthChapter) -> Results:
+    """Perplexity of every method at every count, all in one tree; TriviaQA and a text of the thesis's configurations."""
+    plans = {(NOTHING, 0): kept(subject.depth, ())}
+    plans |= {(method, k): kept(subject.depth, gone) for method, sets in scores.removed.items() for k, gone in sets.items()}
+    found = perplexity.perplexities(subject, evaluation_text(p.data), plans, length=p.length, limit=p.windows)
+    chosen = scores.removed[scores.main]
+    small = {0: subject} | {k: remove(subject, chosen[k]) for k in THESIS if k in chosen}
+    trivia = {}
+    for open_book, limit in ((False, p.questions), (True, p.passages)):
+        asked, source = questions(p.data, open_book=open_book, limit=limit), question_source(p.data, open_book)
+        for k, model in tqdm(small.items(), desc="trivia", unit="model", disable=None, leave=False):
+            trivia[k, open_book] = triviaqa.triviaqa(model, asked, source=source)
+    return Results(scores, found, trivia, {k: p.prompt + complete(model, p.prompt, p.tokens).text for k, model in small.items()})
+
+
+def parts(subject: Subject, p: DepthChapter, count: int = 2) -> pd.DataFrame:
+    """Whole blocks, only attentions, only MLPs: the `count` of least Taylor score each, or as many as can go."""
+    rows, count = [], min(count, unprotected(subject.depth))
+    for part in ("block", "attention", "mlp"):
+        small, report = Depth(count, part=part, metric="taylor", windows=p.calibration, length=p.length).apply(subject, data=p.data)
+        m = perplexity.perplexity(small, evaluation_text(p.data), length=p.length, limit=p.windows)
+        gone = ", ".join(map(str, report["removed"]))
+        rows.append({"removed": f"{count} x {part}", "of blocks": gone, "parameters, M": f"{small.parameters / 1e6:.1f}", "perplexity": _number(m)})
+    return pd.DataFrame(rows).set_index("removed")
+
+
+# ---------------------------------------------------------------- what the chapter shows
+
+
+def importance_table(scores: Scores) -> pd.DataFrame:
+    """Blocks by metrics."""
+    return pd.DataFrame(scores.metrics).rename_axis("block")
+
+
+def rank_correlations(scores: Scores) -> pd.DataFrame:
+    """Spearman's rank correlation between metrics, over all blocks."""
+    table = importance_table(scores)
+    return pd.DataFrame(spearmanr(table).statistic if table.shape[1] > 2 else table.corr("spearman").to_numpy(), table.columns, table.columns)
+
+
+def curves(results: Results) -> pd.DataFrame:
+    """One row a (method, blocks removed): perplexity with its interval; random seeds stay apart."""
+    return pd.DataFrame([{"method": m, "removed": k, "value": x.value, "low": x.low, "high": x.high} for (m, k), x in results.perplexity.items()])
+
+
+def against(results: Results, k: int, method: str = "perplexity") -> dict[str, Comparison]:
+    """Loss of every other method against `method` at k blocks removed, paired by document, Holm-adjusted."""
+    others = [m for m, at in results.perplexity if at == k and m != method]
+    found = [perplexity.compare(results.perplexity[method, k], results.perplexity[m, k]) for m in others]
+    adjusted = holm([c.p for c in found])
+    return {m: replace(c, p=p, test=f"{c.test}, Holm") for m, c, p in zip(others, found, adjusted, strict=True)}
+
+
+def thesis_table(results: Results) -> pd.DataFrame:
+    """D2, D4, D6, D8 by perplexity: ours beside the thesis's own subject."""
+    rows = []
+    for k in sorted({k for k, _ in results.trivia}):
+        label = f"D{k}" if k else "dense"
+        ppl = results.dense if k == 0 else results.perplexity[results.scores.main, k]
+        closed, opened, theirs = results.trivia[k, False], results.trivia[k, True], thesis_row(label)
+        rows.append(
+            {
+                "configuration": label, "blocks removed": ", ".join(map(str, results.scores.removed[results.scores.main][k])) if k else "none",
+                "perplexity": _number(ppl), "x dense": f"{ppl.value / results.dense.value:.2f}",
+                "closed book": _share(closed), "open book": _share(opened),
+                "thesis: perplexity": f"{theirs.perplexity:,.2f}", "x dense ": f"{theirs.perplexity / thesis_row('dense').perplexity:,.2f}",
+                "thesis: closed, open": f"{theirs.closed:.1f} %, {theirs.open:.1f} %",
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows).set_index("configuration")
+
+
+def _number(m: Measurement) -> str:
+    return f"{m.value:.4g} [{m.low:.4g}, {m.high:.4g}]"
+
+
+def _share(m: Measurement) -> str:
+    return f"{m.value:.1%} [{m.low:.1%}, {m.high:.1%}]"
+
+
+def _times(ratio: float) -> str:
+    return f"x {ratio:,.2f}" if ratio < 100 else f"x {ratio:,.0f}"
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(names) if names else "none"
+
+
+def verdict(results: Results, k: int) -> str:
+    """Which methods do better and worse than one-shot perplexity at k blocks, in a sentence."""
+    found = {m: c for m, c in against(results, k).items() if not m.startswith(RANDOM)}
+    groups: dict[str, Callable[[Comparison], bool]] = {
+        "better": lambda c: c.p < 0.05 and c.difference < 0,
+        "worse": lambda c: c.p < 0.05 and c.difference > 0,
+        "not told apart": lambda c: c.p >= 0.05,
+    }
+    parts = [f"{name}: {_list([f'{m} (x {np.exp(c.difference):.2f})' for m, c in found.items() if belongs(c)])}" for name, belongs in groups.items()]
+    return f"With {k} blocks removed, against one-shot perplexity ({results.perplexity['perplexity', k].value:.3g}): {'; '.join(parts)}."
+
+
+def best(results: Results, k: int) -> str:
+    """The method with the lowest perplexity at k blocks removed."""
+    return min((m for m, at in results.perplexity if at == k and not m.startswith(RANDOM)), key=lambda m: results.perplexity[m, k].value)
+
+
+def headline(results: Results) -> str:
+    """What chapter 2 found, in sentences, for the book's first page and the README."""
+    dense, counts = results.dense, [k for k in THESIS if ("perplexity", k) in results.perplexity]
+    ours = {k: results.perplexity["perplexity", k].value for k in counts}
+    grow = ", ".join(f"{x:.3g} with D{k} ({_times(x / dense.value)})" for k, x in ours.items())
+    theirs = ", ".join(_times(thesis_row(f"D{k}").perplexity / thesis_row("dense").perplexity) for k in counts)
+    correlation = rank_correlations(results.scores)["perplexity"].drop("perplexity")
+    near, far = correlation.idxmax(), correlation.idxmin()
+    last, trivia = counts[-1], results.trivia
+    depth = len(results.scores.metrics["perplexity"])
+    return in_markdown(
+        f"Removing the blocks whose removal costs least takes perplexity on {dense.task} from {dense.value:.3g} [{dense.low:.3g}, {dense.high:.3g}] to {grow}; "
+        f"the thesis's subject, which has 16 blocks and not {depth}, lost more: {theirs}. Of the other scores {near} ranks blocks most like perplexity "
+        f"does (rank correlation {correlation[near]:.2f}), {far} least ({correlation[far]:.2f}). {verdict(results, last)} Closed-book TriviaQA goes "
+        f"from {_share(trivia[0, False])} to {_share(trivia[2, False])} at D2 and {_share(trivia[last, False])} at D{last}."
+    )
+
+
+# ---------------------------------------------------------------- recorded runs
+
+
+def as_measurements(results: Results) -> list[Measurement]:
+    """All of them, each naming its method, its count and its removed blocks."""
+    out = [_named(m, method=method, removed=k) for (method, k), m in results.perplexity.items()]
+    return out + [_named(m, method="perplexity", removed=k, text=results.texts[k]) for (k, _), m in results.trivia.items()]
+
+
+def _named(m: Measurement, **names) -> Measurement:
+    return replace(m, provenance={**m.provenance, "chapter": names})
+
+
+def stages_of(m: Measurement, depth: int) -> list[Depth]:
+    """What makes a record's subject of one with `depth` blocks: its removed blocks by number, whoever chose them."""
+    gone = tuple(sorted(set(range(depth)) - set(m.provenance["plan"] or range(depth))))
+    return [Depth(blocks=gone)] if gone else []
+
+
+def from_measurements(found: Sequence[Measurement], scores: Scores) -> Results:
+    """The results that `as_measurements` gave."""
+    ppl = {(m.provenance["chapter"]["method"], m.provenance["chapter"]["removed"]): m for m in found if m.metric == "perplexity"}
+    answers = [m for m in found if m.metric == "accuracy"]
+    trivia = {(m.provenance["chapter"]["removed"], m.provenance["settings"]["open_book"]): m for m in answers}
+    if (NOTHING, 0) not in ppl or not trivia:
+        raise BadInput("these are not the results of chapter 2: the whole model's perplexity or the answers are missing")
+    return Results(scores, ppl, trivia, {m.provenance["chapter"]["removed"]: m.provenance["chapter"]["text"] for m in answers})
+
+
+def read_recorded(path: Path) -> Results:
+    """A recorded run: PATH.jsonl and, beside it, the scores."""
+    return from_measurements(list(Store(path).rows().values()), Scores.from_json(read_json(_scores_file(path))))
+
+
+def _scores_file(path: Path) -> Path:
+    return path.with_name(path.name.removesuffix(".jsonl") + "_scores.json")
+
+
+def main() -> None:
+    """Make a recorded run: `python -m thesislib.chapters.ch02_depth --data DIR --out FILE.jsonl`; scores once made are not made again."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    for name, kind, default in (("calibration", int, 8), ("windows", int, 64), ("greedy", int, 12), ("questions", int, 400), ("passages", int, 96)):
+        parser.add_argument(f"--{name}", type=kind, default=default)
+    for name in ("subject", "data", "dtype", "device"):
+        parser.add_argument(f"--{name}", default=getattr(DepthChapter, name))
+    arguments = vars(parser.parse_args())
+    out = arguments.pop("out")
+    p = DepthChapter(**arguments, counts=[1, 2, 3, 4, 5, 6, 7, 8, 10, 12], seeds=3, tokens=40)
+    subject = load_subject(p.subject, p.dtype, p.device)
+    if not _scores_file(out).exists():
+        write_whole(_scores_file(out), score(subject, p).to_json())
+    store = Store.new(out)
+    for m in as_measurements(measure(subject, Scores.from_json(read_json(_scores_file(out))), p)):
+        store.append(described(m, subject, p.data, stages_of(m, subject.depth)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,346 @@
+"""Chapter 3, width pruning: nine patterns and some ratios, by magnitude and WANDA, and what calibration has to do with it."""
+
+import argparse
+import dataclasses
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from thesislib.chapters.thesis import thesis_row
+from thesislib.compress.width import THESIS_PATTERNS, Width
+from thesislib.config import positive
+from thesislib.errors import BadInput, unknown
+from thesislib.evaluate import perplexity
+from thesislib.evaluate.speed import speeds
+from thesislib.evaluate.stats import Comparison, holm
+from thesislib.experiment import described
+from thesislib.formats.held import check_dtype
+from thesislib.model import packing
+from thesislib.model.layers import pack_all
+from thesislib.model.subject import Subject, load_subject
+from thesislib.pipeline.recipe import Shape
+from thesislib.records.measurement import Measurement, in_markdown
+from thesislib.records.store import Store
+from thesislib.sources.corpus import evaluation_text
+
+TITLE = "width pruning"
+DENSE = "dense"
+NINE = tuple(f"{n}:{m}" for n, m in THESIS_PATTERNS)
+HALVES = ("1:2", "2:4", "4:8", "8:16")
+
+
+@dataclass(frozen=True)
+class WidthChapter:
+    """Parameters of chapter 3.
+
+    subject, data: specs. dtype, device: see `load_subject`. patterns: by WANDA; by_magnitude: those also by magnitude; ratios: unstructured.
+    calibration: windows of length tokens of text, which WANDA sees. windows: that what is left is measured on.
+    """
+
+    subject: str = "embedded"
+    data: str = "embedded"
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    length: int = 512
+    text: str = "c4"
+    calibration: int = 4
+    windows: int | None = 6
+    patterns: list | None = None
+    by_magnitude: list | None = None
+    ratios: list | None = None
+    weightings: list | None = None
+
+    def __post_init__(self):
+        for name, default in (("patterns", [*NINE]), ("by_magnitude", ["1:8", "2:4"]), ("ratios", [0.5]), ("weightings", ["unit_norm"])):
+            object.__setattr__(self, name, default if getattr(self, name) is None else getattr(self, name))
+        for pattern in (*self.patterns, *self.by_magnitude):
+            packing.Pattern.parse(pattern)
+        positive(length=self.length, calibration=self.calibration, windows=self.windows)
+        check_dtype(self.dtype)
+        if self.text not in ("c4", "wikipedia"):
+            raise unknown("calibration text", self.text, ("c4", "wikipedia"))
+        configurations(self)  # each stage checks its own settings
+
+    def check_shape(self, shape: Shape) -> None:
+        """Raises BadInput for a subject whose rows a pattern does not divide."""
+        for stage in configurations(self):
+            stage.check(shape.inputs)
+
+    def width(self, pattern: str, **settings) -> Width:
+        """The stage for a pattern, "2:4", or a ratio, "0.5"."""
+        share = dict(zip(("remove", "of"), packing.Pattern.parse(pattern), strict=True)) if ":" in pattern else {"ratio": float(pattern)}
+        return Width(**share, **{"text": self.text, "windows": self.calibration, "length": self.length, **settings})
+
+
+PARAMETERS = WidthChapter
+
+
+def configurations(p: WidthChapter) -> list[Width]:
+    """What the chapter measures, in order: patterns and ratios by WANDA, some by magnitude, some with other token weights."""
+    return [
+        *(p.width(pattern) for pattern in p.patterns),
+        *(p.width(str(ratio)) for ratio in p.ratios),
+        *(p.width(pattern, metric="magnitude") for pattern in p.by_magnitude),
+        *(p.width("2:4", weighting=weighting) for weighting in p.weightings),
+    ]
+
+
+def calibrations(p: WidthChapter, windows: Sequence[int] = (8, 32, 128), seeds: Sequence[int] = (0, 1, 2)) -> list[Width]:
+    """2:4 calibrated on web text and Wikipedia, on more or fewer windows, with different seeds."""
+    return [p.width("2:4", text=text, windows=n, seed=seed) for text in ("c4", "wikipedia") for n in windows for seed in seeds]
+
+
+Results = Mapping[Width | None, Measurement]  # None: the whole model
+
+
+def measure(subject: Subject, configs: Iterable[Width], p: WidthChapter, done: Results | None = None, found=None) -> dict[Width | None, Measurement]:
+    """Perplexity of the whole model and of each configuration; those in `done` are taken from there.
+
+    Args:
+        subject: the whole model.
+        configs: what to do to it.
+        p: text and windows.
+        done: earlier results.
+        found: called with each new measurement, so that a long run can be kept as it goes.
+    """
+    results: dict[Width | None, Measurement] = {}
+    text = evaluation_text(p.data)
+    for config in tqdm([None, *dict.fromkeys(configs)], desc="width", unit="model", disable=None, leave=False):
+        if done and config in done:
+            results[config] = done[config]
+            continue
+        model, report = (subject, {}) if config is None else config.apply(subject, data=p.data)
+        m = perplexity.perplexity(model, text, length=p.length, limit=p.windows)
+        named = {"config": config and dataclasses.asdict(config), "report": report, "sizes": sizes(model)}
+        results[config] = replace(m, provenance={**m.provenance, "chapter": named})
+        if found:
+            found(results[config])
+    return results
+
+
+def sizes(subject: Subject) -> dict[str, int]:
+    """Bytes of the linears as they are and packed, each in its smallest encoding."""
+    linears = [m.weight for b in range(subject.depth) for m in subject.linears(b).values()]
+    packed = 0
+    for w in linears:
+        encoding = packing.smallest(w)
+        packed += packing.predicted_bytes(w.shape, w.dtype, encoding, int(packing.nonzero_bits(w).sum()))
+    return {"dense": sum(w.numel() * w.element_size() for w in linears), "packed": packed, "zeros": sum(int((w == 0).sum()) for w in linears)}
+
+
+# ---------------------------------------------------------------- what the chapter shows
+
+
+def conventions() -> pd.DataFrame:
+    """How the two readings of N:M name the thesis's nine patterns."""
+    rows = []
+    for n, m in THESIS_PATTERNS:
+        pattern = packing.Pattern(n, m)
+        share = packing.predicted_bytes((1, 16 * m * 8), torch.bfloat16, str(pattern)) / (16 * m * 8 * 2)
+        rows.append(
+            {
+                "here and in WANDA (removed:of)": str(pattern), "NVIDIA's reading (kept:of)": f"{m - n}:{m}", "zeros": f"{n / m:.1%}",
+                "ways to place": f"{pattern.states:,}", "bits a group": pattern.bits, "bytes packed, bfloat16": f"{share:.1%}",
+            }
+        )  # fmt: skip
+    return pd.DataFrame(rows).set_index("here and in WANDA (removed:of)")
+
+
+def _name(config: Width | None) -> str:
+    return DENSE if config is None else config.label
+
+
+def main_results(results: Results, p: WidthChapter, metric: str = "wanda") -> dict[str, Measurement]:
+    """{pattern or ratio: measurement} with the chapter's own calibration."""
+    wanted = {p.width(x, metric=metric): x for x in (*NINE, *map(str, p.ratios))}
+    return {wanted[config]: m for config, m in results.items() if config in wanted}
+
+
+def pattern_table(results: Results, p: WidthChapter) -> pd.DataFrame:
+    """One row a pattern: perplexity by WANDA and magnitude, ratio to dense, bytes, and the thesis's figures."""
+    dense, wanda, magnitude = results[None], main_results(results, p), main_results(results, p, "magnitude")
+    rows = [{"pattern": DENSE, "zeros": "0 %", "WANDA": _number(dense), "x dense": "1.00", "magnitude": "", "linears' bytes": "100 %"}]
+    for pattern, m in wanda.items():
+        size = m.provenance["chapter"]["sizes"]
+        share = shares(wanda)[pattern]
+        rows.append(
+            {
+                "pattern": pattern, "zeros": f"{share:.1%}", "WANDA": _number(m), "x dense": f"{m.value / dense.value:,.2f}",
+                "magnitude": _number(magnitude[pattern]) if pattern in magnitude else "", "linears' bytes": f"{size['packed'] / size['dense']:.1%}",
+            }
+        )  # fmt: skip
+    for row in rows:
+        if ":" in row["pattern"] or row["pattern"] == DENSE:
+            theirs = thesis_row("dense" if row["pattern"] == DENSE else f"W{row['pattern']}")
+            row["thesis: perplexity"], row["x dense "] = f"{theirs.perplexity:,.2f}", f"{theirs.perplexity / thesis_row('dense').perplexity:,.2f}"
+    return pd.DataFrame(rows).fillna("").set_index("pattern")
+
+
+def shares(found: Mapping[str, Measurement]) -> dict[str, float]:
+    """{pattern: share of weights removed}."""
+    return {pattern: Width(**_plain(m)).share(0, "q_proj") for pattern, m in found.items()}
+
+
+def _plain(m: Measurement) -> dict:
+    return m.provenance["chapter"]["config"]
+
+
+def _number(m: Measurement) -> str:
+    value, low, high = (f"{x:,.0f}" if x >= 1000 else f"{x:.4g}" for x in (m.value, m.low, m.high))
+    return f"{value} [{low}, {high}]"
+
+
+def calibration_table(results: Results, p: WidthChapter) -> pd.DataFrame:
+    """Perplexity of 2:4 by calibration text and number of windows, one column a seed."""
+    rows = []
+    for config in calibrations(p):
+        if config in results:
+            rows.append({"text": config.text, "windows": config.windows, "seed": config.seed, "perplexity": results[config].value})
+    return pd.DataFrame(rows).pivot(index=["text", "windows"], columns="seed", values="perplexity")
+
+
+def _compare(a: Measurement, b: Measurement) -> Comparison:
+    return perplexity.compare(a, b)
+
+
+def halves(results: Results, p: WidthChapter) -> list[tuple[str, str, Comparison]]:
+    """At half the weights removed, each wider group against the next narrower one, Holm-adjusted."""
+    found = main_results(results, p)
+    pairs = [(a, b) for a, b in itertools.pairwise(HALVES) if a in found and b in found]
+    tests = [_compare(found[a], found[b]) for a, b in pairs]
+    return [(a, b, replace(c, p=q)) for (a, b), c, q in zip(pairs, tests, holm([c.p for c in tests]), strict=True)]
+
+
+def halves_sentence(results: Results, p: WidthChapter) -> str:
+    """The same in words."""
+    said = []
+    for a, b, c in halves(results, p):
+        word = "not told apart from" if c.p >= 0.05 else "better than" if c.difference < 0 else "worse than"
+        said.append(f"{b} is {word} {a} (x {np.exp(c.difference):.2f}, p {'< 0.001' if c.p < 0.001 else f'= {c.p:.3f}'})")
+    return "With half the weights removed, " + ", ".join(said) + "."
+
+
+def magnitude_sentence(results: Results, p: WidthChapter) -> str:
+    """WANDA against magnitude on each pattern measured both ways."""
+    wanda, magnitude = main_results(results, p), main_results(results, p, "magnitude")
+    both = [x for x in magnitude if x in wanda]
+    tests = [_compare(magnitude[x], wanda[x]) for x in both]
+    adjusted = holm([c.p for c in tests])
+    better = [x for x, c, q in zip(both, tests, adjusted, strict=True) if q < 0.05 and c.difference < 0]
+    worse = [x for x, c, q in zip(both, tests, adjusted, strict=True) if q < 0.05 and c.difference > 0]
+    undecided = len(both) - len(better) - len(worse)
+    widest = min(range(len(both)), key=lambda i: tests[i].difference)
+    return (
+        f"WANDA's perplexity is below magnitude's for {len(better)} of {len(both)} patterns, above it for {len(worse)}, not told apart for {undecided} "
+        f"(paired t test, Holm); most for {both[widest]} (x {np.exp(tests[widest].difference):.2g})."
+    )
+
+
+def weighting_sentence(results: Results, p: WidthChapter) -> str:
+    """What counting tokens differently changes for 2:4."""
+    base = results[p.width("2:4")]
+    said = []
+    for config, m in results.items():
+        if config and config == p.width("2:4", weighting=config.weighting) and config.weighting != "equal":
+            c = _compare(base, m)
+            said.append(f"{config.weighting}: x {np.exp(c.difference):.3f} [{np.exp(c.low):.3f}, {np.exp(c.high):.3f}]")
+    return f"2:4 with tokens counted otherwise, against equally ({base.value:.4g}): {'; '.join(said)}."
+
+
+def calibration_sentence(results: Results, p: WidthChapter) -> str:
+    """How much text, amount and seed matter for 2:4."""
+    table = calibration_table(results, p)
+    spread = table.std(axis=1, ddof=1) / table.mean(axis=1)
+    mean = table.mean(axis=1)
+    texts = sorted({t for t, _ in table.index})
+    counts = sorted({n for _, n in table.index})
+    gains = ", ".join(f"{t} {mean[t, counts[0]]:.1f} to {mean[t, counts[-1]]:.1f}" for t in texts)
+    return (
+        f"From {counts[0]} to {counts[-1]} calibration windows the mean over {table.shape[1]} seeds goes, by text: {gains}. "
+        f"Seeds differ by {spread.min():.1%} to {spread.max():.1%} (standard deviation)."
+    )
+
+
+def headline(results: Results) -> str:
+    """What chapter 3 found, in sentences, for the book's first page and the README."""
+    p = recorded_parameters()
+    dense, found = results[None], main_results(results, p)
+    mild = _compare(dense, found["1:8"])
+    shares = {x: found[x].provenance["chapter"]["sizes"] for x in ("1:8", "2:4")}
+    theirs = ", ".join(f"{x} x {thesis_row(f'W{x}').perplexity / thesis_row('dense').perplexity:.3g}" for x in ("1:8", "2:4"))
+    return in_markdown(
+        f"Removing 1 of 8 weights by WANDA multiplies perplexity on {dense.task} ({dense.value:.3g}) by {np.exp(mild.difference):.3f} "
+        f"[{np.exp(mild.low):.3f}, {np.exp(mild.high):.3f}], 2 of 4 by {found['2:4'].value / dense.value:.2f} (the thesis's subject: {theirs}). "
+        f"{halves_sentence(results, p)} {magnitude_sentence(results, p)} Packed, 1:8 takes {shares['1:8']['packed'] / shares['1:8']['dense']:.1%} of the "
+        f"linears' bytes and 2:4 {shares['2:4']['packed'] / shares['2:4']['dense']:.1%}; the thesis's files stayed as large as they were."
+    )
+
+
+# ---------------------------------------------------------------- packed models
+
+
+def packed_speed(subject: Subject, pattern: str = "2:4") -> pd.DataFrame:
+    """A pruned subject with dense and with packed weights: bytes held, tokens per second of a prefill and one at a time."""
+    remove, of = packing.Pattern.parse(pattern)
+    dense, _ = Width(remove, of, metric="magnitude").apply(subject)
+    return speeds({f"{pattern}, held dense": dense, f"{pattern}, held packed": pack_all(dense)})
+
+
+# ---------------------------------------------------------------- recorded runs
+
+
+def stages_of(m: Measurement) -> list[Width]:
+    """What makes a record's subject."""
+    return [Width(**config)] if (config := m.provenance["chapter"]["config"]) else []
+
+
+def from_measurements(found: Sequence[Measurement]) -> dict[Width | None, Measurement]:
+    """The results, by configuration.
+
+    Raises:
+        BadInput: not this chapter's.
+    """
+    try:
+        results = {None if (c := m.provenance["chapter"]["config"]) is None else Width(**c): m for m in found}
+        return {None: results[None], **results}
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"these are not the results of chapter 3 ({error})") from error
+
+
+def read_recorded(path: Path) -> Results:
+    """A recorded run, read only: in a notebook a plain dict would be taken for a parameter."""
+    return MappingProxyType(from_measurements(list(Store(path).rows().values())))
+
+
+RECORDED = {"calibration": 32, "ratios": [0.125, 0.25, 0.5, 0.75], "by_magnitude": [*NINE], "weightings": ["unit_norm", "first_16", "skip_1"]}
+
+
+def recorded_parameters(**settings) -> WidthChapter:
+    """The parameters of the recorded run, by which its rows are found again."""
+    return WidthChapter(**{**RECORDED, **settings})
+
+
+def main() -> None:
+    """Make a recorded run: `python -m thesislib.chapters.ch03_width --data DIR --out FILE.jsonl`; started again, it goes on where it was."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--windows", type=int, default=64)
+    for name in ("subject", "data", "dtype", "device"):
+        parser.add_argument(f"--{name}", default=getattr(WidthChapter, name))
+    arguments = vars(parser.parse_args())
+    out = arguments.pop("out")
+    p = recorded_parameters(**arguments)
+    store, subject = Store(out), load_subject(p.subject, p.dtype, p.device)
+    done = from_measurements(list(store.rows().values())) if out.exists() else {}
+    measure(subject, [*configurations(p), *calibrations(p)], p, done, lambda m: store.append(described(m, subject, p.data, stages_of(m))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""Chapter 4, LoRA recovery: which models are trained, on what, and what of them is measured."""
+
+import argparse
+import copy
+import dataclasses
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from thesislib.compress.lora.sequences import TEXTS
+from thesislib.compress.lora.stage import MERGES, Lora
+from thesislib.config import positive
+from thesislib.errors import BadInput, shown, unknown
+from thesislib.evaluate.generate import complete
+from thesislib.evaluate.task import Protocol
+from thesislib.experiment import DENSE, Prepared, made, prepare, recipe_of
+from thesislib.files import cache_dir
+from thesislib.formats.artifact import predicted_disk_bytes, sizes
+from thesislib.formats.held import check_dtype
+from thesislib.model.layers import Adapted, merge, merge_masked, replace
+from thesislib.pipeline.recipe import Shape, parse_label
+from thesislib.records.measurement import Measurement
+from thesislib.records.store import Store
+
+PPL, CLOSED, OPEN = "perplexity", "closed book", "open book"
+
+
+@dataclass(frozen=True)
+class LoraChapter:
+    """Parameters of chapter 4.
+
+    subject, data: specs. dtype, device: see `load_subject`. pruned: labels of the models to recover; the dense one is always
+    trained too, as the control. texts: to train on. steps: of the optimiser, each on batch sequences of length tokens.
+    learning_rate, rank, validation (held-out sequences, every so many steps): see `thesislib.compress.lora.stage.Lora`. seeds:
+    how many, for the first pruned model on the first text. answering: how many of the pruned models, and the dense one, are also
+    asked questions. windows, questions, passages: that is measured on.
+    tokens: of a completion of prompt.
+    """
+
+    subject: str = "embedded"
+    data: str = "embedded"
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    pruned: list | None = None
+    texts: list | None = None
+    steps: int = 16
+    batch: int = 2
+    length: int = 512
+    learning_rate: float = 4e-3
+    rank: int = 8
+    validation: int = 4
+    every: int = 8
+    seeds: int = 1
+    answering: int = 3
+    windows: int | None = 6
+    questions: int = 24
+    passages: int = 8
+    tokens: int = 30
+    prompt: str = "Once upon a time"
+
+    def __post_init__(self):
+        object.__setattr__(self, "pruned", ["D2"] if self.pruned is None else self.pruned)
+        object.__setattr__(self, "texts", ["wikitext"] if self.texts is None else self.texts)
+        for label in self.pruned:
+            parse_label(label)
+        for text in self.texts:
+            if text not in TEXTS:
+                raise unknown("training text", text, TEXTS)
+        if not self.pruned or not self.texts:
+            raise BadInput("parameters 'pruned' and 'texts' must name at least one model and one text: expected e.g. ['D2'] and ['wikitext']")
+        names = ("steps", "batch", "length", "rank", "every", "seeds", "answering", "windows", "questions", "passages", "tokens")
+        positive(**{name: getattr(self, name) for name in names})
+        check_dtype(self.dtype)
+        self.training()
+
+    def check_shape(self, shape: Shape) -> None:
+        """Raises BadInput for a subject of which one of the models cannot be made."""
+        for c in configurations(self):
+            try:
+                recipe_of(c.stages(self)).check(shape)
+            except BadInput as error:
+                raise BadInput(f"parameter 'pruned' has {shown(c.pruned)}, which is not possible for this subject ({error}): expected others") from error
+
+    def training(self, text: str = "wikitext", **settings) -> Lora:
+        """The LoRA stage on a text."""
+        shared = ("rank", "learning_rate", "steps", "batch", "length", "every", "validation")
+        return Lora(text=text, accumulate=1, checkpoint_every=self.every, **{name: getattr(self, name) for name in shared}, **settings)
+
+    def protocols(self) -> dict[str, Protocol]:
+        """What is measured, by name."""
+        return {
+            PPL: Protocol("wikitext", length=self.length, limit=self.windows),
+            CLOSED: Protocol("trivia", limit=self.questions),
+            OPEN: Protocol("trivia_open", limit=self.passages),
+        }
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """One model of the chapter.
+
+    pruned: label of what was pruned before training, or dense. text: trained on; None for no training. after: label of what was
+    pruned after training, as in the thesis's order experiment. merge: see `thesislib.compress.lora.stage.MERGES`. seed: of training.
+    learning_rate: None for the chapter's.
+    """
+
+    pruned: str
+    text: str | None = None
+    after: str = ""
+    merge: str = "beside"
+    seed: int = 0
+    learning_rate: float | None = None
+
+    def stages(self, p: LoraChapter) -> list:
+        """Their configs."""
+        settings = {} if self.learning_rate is None else {"learning_rate": self.learning_rate}
+        trained = [dataclasses.replace(p.training(self.text, merge=self.merge, seed=self.seed), **settings)] if self.text else []
+        parts = [() if label in ("", DENSE) else parse_label(label).stages for label in (self.pruned, self.after)]
+        return [*parts[0], *trained, *parts[1]]
+
+    @property
+    def label(self) -> str:
+        """As the book writes it: D2+W, dense+W for the control."""
+        letter = Lora(text=self.text, merge=self.merge).label if self.text else ""
+        return "+".join(x for x in (self.pruned, letter, self.after) if x)
+
+
+def configurations(p: LoraChapter) -> list[Configuration]:
+    """What the chapter measures, the dense model first: each model untrained and trained on each text, more seeds of one."""
+    models = [DENSE, *p.pruned]
+    trained = [Configuration(m, text) for text in p.texts for m in (*p.pruned, DENSE)]
+    seeds = [Configuration(p.pruned[0], p.texts[0], seed=seed) for seed in range(1, p.seeds)]
+    return [*map(Configuration, models), *trained, *seeds]
+
+
+def order_experiment(p: LoraChapter, depth: str = "D2", width: str = "W1:8") -> list[Configuration]:
+    """The thesis's: width pruning after recovery instead of before."""
+    return [Configuration(depth, text, after=width) for text in p.texts]
+
+
+def rates(p: LoraChapter, others: Sequence[float] = (0.25, 0.5, 2)) -> list[Configuration]:
+    """The first training at other learning rates, multiples of the chapter's: what its default was chosen among."""
+    return [Configuration(p.pruned[0], p.texts[0], learning_rate=x * p.learning_rate) for x in others]
+
+
+Results = Mapping[tuple[Configuration, str], Measurement]
+
+
+def measure(configs: Iterable[Configuration], p: LoraChapter, done: Results | None = None, found: Callable | None = None) -> dict:
+    """{(configuration, what): measurement}: perplexity of all, answers of those that `asked` names, merges of trained sparse models.
+
+    Args:
+        configs: in order.
+        p: how they are trained and measured.
+        done: earlier results, which are not made again.
+        found: called with each new measurement, so that a long run can be kept as it goes.
+    """
+    results = dict(done or {})
+
+    def keep(c: Configuration, what: str, m: Measurement) -> None:
+        results[c, what] = m
+        if found:
+            found(m)
+
+    for c in tqdm([*configs], desc="LoRA", unit="model", disable=None, leave=False):
+        todo = [what for what in p.protocols() if (what == PPL or (asked(c) and c.pruned in (DENSE, *p.pruned[: p.answering]))) and (c, what) not in results]
+        ways = [w for w in merges(c) if (w, PPL) not in results]
+        if not todo and not ways:
+            continue
+        ready = prepare(p.subject, c.stages(p), data=p.data, dtype=p.dtype, device=p.device)
+        text = complete(ready.model, p.prompt, p.tokens).text
+        for what in todo:
+            keep(c, what, ready.measure(p.protocols()[what], p.data, chapter=_noted(c, what, text)))
+        for w in ways:
+            keep(w, PPL, merged(ready, w, p).measure(p.protocols()[PPL], p.data, chapter=_noted(w, PPL, "")))
+    return results
+
+
+def asked(c: Configuration) -> bool:
+    """Whether this is one of the chapter's main models: no further seed, rate, or order."""
+    return c.seed == 0 and c.learning_rate is None and not c.after
+
+
+def merges(c: Configuration) -> list[Configuration]:
+    """The same training merged in each way, where the model is sparse, so that it matters."""
+    sparse = any(part.startswith("W") and ":" in part for part in c.pruned.split("+"))
+    return [dataclasses.replace(c, merge=way) for way in ("masked", "dense")] if c.text and sparse and not c.after and asked(c) else []
+
+
+def merged(ready: Prepared, c: Configuration, p: LoraChapter) -> Prepared:
+    """A trained configuration whose adapter was kept beside its weights, merged as `c` says; as if it had been trained so."""
+    model = dataclasses.replace(ready.model, model=copy.deepcopy(ready.model.model))
+    way = {"masked": merge_masked, "dense": merge}[c.merge]
+    for b in range(model.depth):
+        for name, linear in model.linears(b).items():
+            if isinstance(linear, Adapted):
+                replace(model.blocks[b], name, way(linear))
+    size = {**sizes(model), "bytes_on_disk": predicted_disk_bytes(model)}
+    *before, trained = ready.made["reports"]
+    trained = {**trained, "merge": c.merge, "weights": MERGES[c.merge], "zeros_after": None}  # its own were counted beside
+    return Prepared(model, made(recipe_of(c.stages(p)), ready.made["base"], p.data, size, [*before, trained]))
+
+
+def _noted(c: Configuration, what: str, text: str) -> dict:
+    return {"configuration": dataclasses.asdict(c), "what": what, "text": text}
+
+
+# ---------------------------------------------------------------- recorded runs
+
+
+def from_measurements(found: Iterable[Measurement]) -> dict[tuple[Configuration, str], Measurement]:
+    """The results, by configuration and what was measured.
+
+    Raises:
+        BadInput: not this chapter's.
+    """
+    try:
+        return {(Configuration(**m.provenance["chapter"]["configuration"]), m.provenance["chapter"]["what"]): m for m in found}
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"these are not the results of chapter 4 ({error})") from error
+
+
+def read_recorded(path: Path) -> Results:
+    """A recorded run, read only: in a notebook a plain dict would be taken for a parameter."""
+    return MappingProxyType(from_measurements(Store(path).rows().values()))
+
+
+RECORDED = {
+    "pruned": ["D2", "W2:4", "D2+W1:8", "D4", "W8:16"], "texts": ["wikitext", "trivia"], "steps": 48, "validation": 8, "every": 16, "seeds": 3, "windows": 24,
+    "questions": 200, "passages": 64, "tokens": 40,
+}  # fmt: skip
+
+
+def recorded_parameters(**settings) -> LoraChapter:
+    """The parameters of the recorded run."""
+    return LoraChapter(**{**RECORDED, **settings})
+
+
+def main() -> None:
+    """Make a recorded run: `python -m thesislib.chapters.ch04_runs --data DIR --out FILE.jsonl`.
+
+    Started again it goes on where it was; started twice at a time, each takes what the other has not begun.
+    """
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    for name in ("subject", "data", "dtype", "device"):
+        parser.add_argument(f"--{name}", default=getattr(LoraChapter, name))
+    arguments = vars(parser.parse_args())
+    store = Store(arguments.pop("out"))
+    p = recorded_parameters(**arguments)
+    for c in [*configurations(p), *order_experiment(p), *rates(p)]:
+        name = f"{c.label}-{c.seed}-{c.learning_rate}".replace(":", "-")
+        try:
+            with FileLock(cache_dir() / f"chapter-4-{name}.lock", timeout=0):
+                done = from_measurements(store.rows(items=False).values()) if store.path.exists() else {}
+                measure([c], p, done, store.append)
+                print(c.label, c.seed, "done", file=sys.stderr, flush=True)
+        except Timeout:
+            continue
+
+
+if __name__ == "__main__":
+    main()

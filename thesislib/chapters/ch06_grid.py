@@ -1,0 +1,392 @@
+"""Chapter 6, the whole grid: every configuration measured alike, tables of them, and what each stage costs or gives."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import pandas as pd
+
+from thesislib.chapters.labels import FAMILIES, family, stages_of, step_family, thesis_of
+from thesislib.chapters.pareto import OPEN, PPL, Results, bytes_finding, size_of
+from thesislib.chapters.phrases import number, ratio, share
+from thesislib.chapters.thesis import thesis_row
+from thesislib.config import positive
+from thesislib.evaluate.compare import compare
+from thesislib.evaluate.speed import SECONDS_PER_TOKEN
+from thesislib.evaluate.stats import Comparison, holm, paired_means
+from thesislib.experiment import DENSE
+from thesislib.files import cache_dir, data_file
+from thesislib.formats.held import check_dtype
+from thesislib.records.measurement import Measurement, in_markdown
+from thesislib.records.store import Store
+from thesislib.sweep.grid import Grid, read_grid
+from thesislib.sweep.run import FAILED, Place, Setting, identity_of, possible, sweep, wanted
+from thesislib.sweep.workers import Workers
+
+TITLE = "the whole grid"
+RECORDED, PRECISION, FULL = "sample", "precision", "full"
+
+
+@dataclass(frozen=True)
+class EvaluationChapter:
+    """Parameters of chapter 6.
+
+    subject, data, dtype, device: see `thesislib.sweep.run.Place`. size: of the grid in data/grid.yaml. workers, threads: processes
+    on this machine, and threads of each.
+    """
+
+    subject: str = "embedded"
+    data: str = "embedded"
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    size: str = "quick"
+    workers: int = 2
+    threads: int = 1
+
+    def __post_init__(self):
+        positive(workers=self.workers, threads=self.threads)
+        check_dtype(self.dtype)
+        grid(self.size)
+
+    @property
+    def place(self) -> Place:
+        """Where the grid is carried out."""
+        return Place(self.subject, self.data, self.dtype, self.device)
+
+
+PARAMETERS = EvaluationChapter
+
+
+def grid(size: str) -> Grid:
+    """The study's grid at one of its sizes."""
+    return read_grid(data_file("grid.yaml"), size)
+
+
+def run(p: EvaluationChapter) -> Results:
+    """The grid measured on this machine, less what cannot be made of the subject; what an earlier run measured is kept in the cache.
+
+    Raises:
+        RuntimeError: configurations that failed, each with its reason.
+    """
+    g = grid(p.size)
+    store = Store(cache_dir() / "sweeps" / f"{g.name}-{g.size}.jsonl")
+    g, why = possible(g, p.place)
+    for label, reason in why.items():
+        print(f"not possible for this subject: {label} ({reason})")
+    failed = sweep(g, p.place, store, Workers(p.workers, threads=p.threads, gpu=p.device.startswith("cuda")))
+    if failed:
+        raise RuntimeError("; ".join(f"{label}: {why}" for label, why in failed.items()))
+    return collect(g, store.rows().values(), Setting.of(g, p.place))
+
+
+def collect(g: Grid, rows: Iterable[Measurement], at: Setting) -> Results:
+    """{(label, measure): measurement} of a grid on one subject; other subjects' and types' rows, and what is no part of the grid, stay out."""
+    by_identity = {name: m for m in rows if m.metric != FAILED and (name := identity_of(m))}
+    found = {}
+    for c in g.configurations:
+        for measure, name in wanted(g, c, at).items():
+            if name in by_identity:
+                found[c.label, measure] = by_identity[name]
+    return MappingProxyType(found)
+
+
+def read_recorded(path: Path, size: str = RECORDED, dtype: str = "bfloat16") -> Results:
+    """The recorded run of a size of the grid: its own rows, and those of the chapters before it that are the same measurements."""
+    own = list(Store(path).rows().values())
+    before = [m for file in sorted(path.parent.glob("*.jsonl")) if file != path for m in Store(file).rows().values()]
+    return collect(grid(size), [*before, *own], Setting.recorded(own, dtype))
+
+
+# ---------------------------------------------------------------- tables
+
+
+def _number(m: Measurement | None, percent: bool) -> str:
+    if m is None:
+        return "not run"
+    if percent:
+        return share(m)
+    return f"{m.value:,.0f} [{m.low:,.0f}, {m.high:,.0f}]" if m.value > 1000 else number(m)
+
+
+def grid_table(results: Results, groups: Sequence[str] | None = None, size: str = RECORDED, run: bool = False) -> pd.DataFrame:
+    """One row a configuration of the grid: measures with intervals, sizes, and the thesis's own figures for its subject.
+
+    Args:
+        results: of that size.
+        groups: these groups' configurations only.
+        size: of the grid.
+        run: leave out configurations of which nothing was measured.
+    """
+    rows, have = [], {label for label, _ in results}
+    dense = results.get((DENSE, PPL))
+    for c in grid(size).configurations:
+        if (groups and c.group not in groups) or (run and c.label not in have):
+            continue
+        row: dict[str, object] = {"model": c.label}
+        for measure in c.measures:
+            m = results.get((c.label, measure))
+            row[measure] = _number(m, m is not None and m.metric != "perplexity")
+            if measure == PPL:
+                row["x dense"] = f"{m.value / dense.value:,.3g}" if m and dense else ""
+        if m := results.get((c.label, SECONDS_PER_TOKEN)):
+            row["ms per token"] = f"{1e3 * m.value:.1f} [{1e3 * m.low:.1f}, {1e3 * m.high:.1f}]"
+        columns = {"M parameters": "parameters", "M not zero": "nonzero_parameters", "MB on disk": "bytes_on_disk", "MB in memory": "bytes_in_memory"}
+        for name, key in columns.items():
+            value = size_of(results, c.label, key)
+            row[name] = "" if value is None else f"{value / 1e6:.1f}"
+        t, dense_t = thesis_of(c.label), thesis_row(DENSE)
+        row["thesis: x dense"] = f"{t.perplexity / dense_t.perplexity:,.3g}" if t else ""
+        row["thesis: open book"] = f"{t.open:.1f}%" if t else ""
+        rows.append(row)
+    return pd.DataFrame(rows).set_index("model")
+
+
+def tier_table(results: Results) -> pd.DataFrame:
+    """Open-book answers by the tier that found them right, of the models that were asked."""
+    rows = []
+    for (label, what), m in results.items():
+        if what == OPEN:
+            rows.append(
+                {"model": label, "any": f"{m.value:.1%}"} | {tier: f"{x['value']:.1%} [{x['low']:.1%}, {x['high']:.1%}]" for tier, x in m.extra.items()}
+            )
+    return pd.DataFrame(rows).set_index("model")
+
+
+def coverage_sentence(results: Results, size: str = RECORDED) -> str:
+    """How much of the grid was run."""
+    g, whole = grid(size), grid("full")
+    have = {label for label, _ in results}
+    done = [c for c in g.configurations if all((c.label, measure) in results for measure in c.measures)]
+    absent = [c.label for c in g.configurations if c.label not in have]
+    listed = f" Not run: {', '.join(absent[:12])}{f' and {len(absent) - 12} more' if len(absent) > 12 else ''}." if absent else ""
+    return (
+        f"Of the {len(g.configurations)} configurations of size {size}, {len(done)} are measured by all of its measures and {len(have)} by at least one; "
+        f"the whole grid, size full, has {len(whole.configurations)}.{listed}"
+    )
+
+
+def cost_table(results: Results) -> pd.DataFrame:
+    """Seconds of a configuration, by what was done last: to make it from what the cache held of the one before, and to measure it."""
+    rows = []
+    for name in FAMILIES:
+        here = {key: m for key, m in results.items() if family(key[0]) == name}
+        made = {label: note["seconds_to_make"] for (label, _), m in here.items() if (note := m.provenance.get("sweep"))}
+        if here:
+            row = {"last stage": name, "models": len({label for label, _ in here}), "to make it": f"{np.median(list(made.values())):.0f}" if made else ""}
+            for measure in (PPL, OPEN):
+                seconds = [m.provenance["seconds"] for (_, what), m in here.items() if what == measure]
+                row[measure] = f"{np.median(seconds):.0f}" if seconds else ""
+            rows.append(row)
+    return pd.DataFrame(rows).set_index("last stage")
+
+
+def cost_sentence(results: Results) -> str:
+    """What the medians of `cost_table` were measured on."""
+    places: dict[str, None] = {}
+    for m in results.values():
+        run = m.provenance["hardware"]
+        on_card = str(run.get("device", "cpu")).startswith("cuda")
+        places[str(run["accelerator"]) if on_card else f"{run['torch_threads']} thread{'s' * (run['torch_threads'] != 1)} of {run.get('cpu')}"] = None
+    place = " or ".join(places)
+    total = sum(m.provenance["seconds"] for m in results.values()) / 3600
+    made = {label: note["seconds_to_make"] for (label, _), m in results.items() if (note := m.provenance.get("sweep"))}
+    return in_markdown(
+        f"Measured on {place}: {len(results)} measurements, {total:.1f} hours of one process, and {sum(made.values()) / 3600:.1f} to make the models."
+    )
+
+
+# ---------------------------------------------------------------- comparisons
+
+
+def against_dense(results: Results, size: str = FULL) -> pd.DataFrame:
+    """Every model that was measured beside the dense one on the same items: the ratio of perplexities, or the difference in points, with its interval.
+
+    A star: told apart by a paired test, Holm-adjusted over the table.
+    """
+    measures = dict.fromkeys(m for c in grid(size).configurations for m in c.measures)
+    pairs = [(label, m) for label, m in results if label != DENSE and m in measures and (DENSE, m) in results]
+    tests = [compare(results[DENSE, m], results[label, m]) for label, m in pairs]
+    cells: dict[str, dict[str, str]] = {}
+    for (label, m), c, p in zip(pairs, tests, holm([c.p for c in tests]), strict=True):
+        said = ratio(c) if results[label, m].metric == "perplexity" else f"{100 * c.difference:+.1f} [{100 * c.low:+.1f}, {100 * c.high:+.1f}]"
+        cells.setdefault(label, {})[m] = said + " *" * (p < 0.05)
+    rows = [{"model": label} | {m: cells[label].get(m, "not run") for m in measures} for label in cells]
+    return pd.DataFrame(rows, columns=["model", *measures]).set_index("model")
+
+
+def full_sentence(results: Results) -> str:
+    """How much of size full was run, and what one configuration of it takes."""
+    if not results:
+        return "Nothing of size full was run."
+    whole = grid(FULL)
+    measures = dict.fromkeys(m for c in whole.configurations for m in c.measures)
+    said = [f"{m} {len(labels)} ({_few(labels)})" for m in measures if (labels := [label for label, what in results if what == m])]
+    absent = [m for m in measures if not any(what == m for _, what in results)]
+    minutes = {m: np.median([r.provenance["seconds"] for (_, what), r in results.items() if what == m]) / 60 for m in measures if m not in absent}
+    cost = ", ".join(f"{m} {x:.2g}" for m, x in minutes.items())
+    threads = {r.provenance["hardware"]["torch_threads"] for r in results.values()}
+    where = f"{' or '.join(map(str, sorted(threads)))} thread{'s' * (threads != {1})}"
+    return (
+        f"Of the {len(whole.configurations)} configurations of size full these were measured: {'; '.join(said)}."
+        f"{f' Not run for any: {_few(absent)}.' if absent else ''} Median minutes of a measurement on {where}: {cost}."
+    )
+
+
+def _points(c: Comparison) -> str:
+    return f"{100 * c.difference:+.1f} points [{100 * c.low:+.1f}, {100 * c.high:+.1f}]"
+
+
+def steps(results: Results, measure: str = PPL) -> list[tuple[str, str, str, Comparison]]:
+    """(family, from, to, comparison) of every model against the one before its last stage, Holm-adjusted over all."""
+    found = []
+    for label, what in results:
+        parts = stages_of(label)
+        if what != measure or not parts:
+            continue
+        before = "+".join(parts[:-1]) or DENSE
+        if (before, measure) in results:
+            found.append((step_family(parts[-1]), before, label, compare(results[before, measure], results[label, measure])))
+    adjusted = holm([c.p for *_, c in found])
+    return [(f, a, b, replace(c, p=q)) for (f, a, b, c), q in zip(found, adjusted, strict=True)]
+
+
+def shown_steps(results: Results) -> list[tuple[str, str, str, Comparison]]:
+    """`steps`, of pruning only those from the dense model: the others are in the chart of interactions."""
+    return [row for row in steps(results) if row[0] != FAMILIES[0] or row[1] == DENSE]
+
+
+def stage_table(results: Results) -> pd.DataFrame:
+    """What each stage does to the model before it: how many pairs, the lowest, median and highest effect, how many are told apart."""
+    rows = []
+    for measure, words in ((PPL, ("worse", "better")), (OPEN, ("better", "worse"))):
+        found = steps(results, measure)
+        for name in FAMILIES:
+            here = [c for f, *_, c in found if f == name]
+            if here:
+                effects = sorted(c.difference for c in here)
+                shown = [f"x {np.exp(x):.3g}" if measure == PPL else f"{100 * x:+.1f}" for x in (effects[0], float(np.median(effects)), effects[-1])]
+                told = {words[up]: sum(c.p < 0.05 and (c.difference < 0) == bool(up) for c in here) for up in (0, 1)}
+                rows.append(
+                    {"stage": name, "measure": measure, "pairs": len(here), "lowest": shown[0], "median": shown[1], "highest": shown[2],
+                     "told worse": told["worse"], "told better": told["better"]}
+                )  # fmt: skip
+    return pd.DataFrame(rows).set_index("stage")
+
+
+def interaction(results: Results, depth: str, width: str) -> Comparison | None:
+    """log perplexity of both prunings together, less what each costs alone: paired t test over documents. Above 0, together they cost more."""
+    four = [results.get((label, PPL)) for label in (DENSE, depth, width, f"{depth}+{width}")]
+    if any(m is None for m in four):
+        return None
+    tokens = np.asarray(four[0].column("tokens"))
+    for m in four[1:]:
+        four[0].paired_with(m, "id")
+    dense, d, w, both = (np.asarray(m.column("nats")) / tokens for m in four)
+    return paired_means(d - dense + w - dense, both - dense, four[0].column("document"))
+
+
+def interactions(results: Results) -> list[tuple[str, Comparison]]:
+    """Every pair of depth and width that was run together, Holm-adjusted."""
+    labels = [label for label, what in results if what == PPL]
+    depths = [x for x in labels if x.startswith("D") and "+" not in x]
+    widths = [x for x in labels if x.startswith("W") and ":" in x and "+" not in x]
+    found = [(f"{d}+{w}", c) for d in depths for w in widths if (c := interaction(results, d, w))]
+    return [(name, replace(c, p=q)) for (name, c), q in zip(found, holm([c.p for _, c in found]), strict=True)]
+
+
+def interaction_sentence(results: Results) -> str:
+    """Do depth and width pruning add up?"""
+    found = interactions(results)
+    if not found:
+        return "No model was pruned both ways."
+    more, less = ([name for name, c in found if c.p < 0.05 and (c.difference > 0) == up] for up in (True, False))
+    rest = len(found) - len(more) - len(less)
+    name, most = max(found, key=lambda pair: abs(pair[1].difference))
+    sides = [f"more than that for {len(more)}{_listed(more)}", f"less for {len(less)}{_listed(less)}", f"and are not told apart from it for {rest}"]
+    return (
+        f"If pruning depth and width acted apart, their losses in nats a token would add up. Of {len(found)} pairs, they lose {', '.join(sides)}; "
+        f"furthest off is {name}, perplexity {ratio(most, '.3g')} of the sum's (paired t tests over documents, Holm-adjusted)."
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f" ({_few(names)})" if names else ""
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def by_depth_and_width(results: Results) -> pd.DataFrame:
+    """(removed, width, perplexity, low, high) of every model that was pruned and nothing else."""
+    rows = []
+    for (label, what), m in results.items():
+        parts = stages_of(label)
+        if what != PPL or family(label) != FAMILIES[0] or not all(x[0] == "D" or ":" in x for x in parts):
+            continue
+        depth = sum(int(x[1:]) for x in parts if x[0] == "D")
+        width = next((x[1:] for x in parts if x[0] == "W"), "none")
+        rows.append({"removed": depth, "width": width, "perplexity": m.value, "low": m.low, "high": m.high})
+    table = pd.DataFrame(rows)
+    several = table.groupby("width")["removed"].transform("nunique") > 1  # a single point has no line
+    return table[several]
+
+
+def precision_sentence(exact: Results, rounded: Results) -> str:
+    """Whether bfloat16 moves a conclusion: every pair of models compared in float32 and in bfloat16."""
+    labels = [label for label, what in exact if what == PPL and (label, PPL) in rounded]
+    words, shifts = {}, []
+    for kind, results in (("float32", exact), ("bfloat16", rounded)):
+        tests = [compare(results[a, PPL], results[b, PPL]) for i, a in enumerate(labels) for b in labels[i + 1 :]]
+        words[kind] = [0 if q >= 0.05 else np.sign(c.difference) for c, q in zip(tests, holm([c.p for c in tests]), strict=True)]
+    shifts = [rounded[x, PPL].value / exact[x, PPL].value - 1 for x in labels]
+    differ = sum(int(a != b) for a, b in zip(words["float32"], words["bfloat16"], strict=True))
+    return (
+        f"{len(labels)} models in both types: perplexity in bfloat16 is off by {min(shifts):+.2%} to {max(shifts):+.2%}, and of "
+        f"{len(words['float32'])} comparisons between them {differ} come{'s' * (differ == 1)} out otherwise."
+    )
+
+
+# ---------------------------------------------------------------- findings
+
+
+def headline(results: Results) -> str:
+    """What chapter 6 found, in sentences, for the book's first page and the README."""
+    return f"{' '.join(top_findings(results))} {interaction_sentence(results)}"
+
+
+def top_findings(results: Results) -> list[str]:
+    """The three that matter most, filled in from records."""
+    return [bytes_finding(results), _control_finding(results), _width_finding(results)]
+
+
+def _below(results: Results, base: str, labels: Sequence[str]) -> int | None:
+    """How many of some models' perplexities are told below another's, Holm-adjusted; None without that other."""
+    if (base, PPL) not in results:
+        return None
+    tests = [compare(results[base, PPL], results[x, PPL]) for x in labels]
+    return sum(p < 0.05 and c.difference < 0 for c, p in zip(tests, holm([c.p for c in tests]), strict=True))
+
+
+def _control_finding(results: Results) -> str:
+    trained = [label for label, what in results if what == PPL and stages_of(label)[-1:] == ["W"] and label != "W"]
+    dense, control = (_below(results, base, trained) for base in (DENSE, "W"))
+    fair = "the dense model trained alike was not run" if control is None else f"{control} below that of the dense model trained alike"
+    return (
+        f"**Recovery or adaptation.** Of {len(trained)} pruned models trained on WikiText {dense} end with a perplexity told apart below the untrained dense "
+        f"model's, {fair} (paired t tests, Holm-adjusted)."
+    )
+
+
+def _times(results: Results, labels: Iterable[str]) -> str:
+    dense = results[DENSE, PPL].value
+    return ", ".join(f"{x[1:]} x {results[x, PPL].value / dense:.3g}" for x in labels if (x, PPL) in results)
+
+
+def _width_finding(results: Results) -> str:
+    return (
+        f"**Which zeros.** With half of the linears' weights gone, perplexity by the width of the group: {_times(results, ('W1:2', 'W2:4', 'W4:8', 'W8:16'))}; "
+        f"with one of eight or of sixteen gone: {_times(results, ('W1:8', 'W1:16'))}."
+    )

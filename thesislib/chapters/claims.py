@@ -1,0 +1,325 @@
+"""The thesis's conclusions, each held against the recorded runs: holds, does not hold, undecided, or not measured.
+
+A claim names paired comparisons of records and which way they should point. It **holds** if every one, Holm-adjusted within the
+claim, is told apart in the claim's direction at the 5 % level; it **does not hold** if one is told apart in the other direction; else it
+is **undecided**. A claim of "often" holds, or does not, if more than half of its comparisons say so. A claim about a size ("3 to 6
+points") holds if the whole 95 % interval lies in the claimed range, and does not if the interval misses it.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from thesislib.chapters import record_file
+from thesislib.chapters.ch01_franken import single_block_plans
+from thesislib.chapters.ch02_depth import NOTHING
+from thesislib.chapters.ch05_runs import HELD_OUT, PPL
+from thesislib.chapters.ch05_runs import recorded_parameters as quantised
+from thesislib.chapters.ch05_runs import table as quantised_table
+from thesislib.chapters.thesis import thesis_row
+from thesislib.errors import BadInput
+from thesislib.evaluate.compare import compare
+from thesislib.evaluate.stats import Comparison, holm
+from thesislib.records.measurement import Measurement, in_markdown
+from thesislib.records.store import Store
+
+HOLDS, FAILS, UNDECIDED, MISSING = "holds", "does not hold", "undecided", "not measured"
+WIKITEXT, CLOSED, OPEN, WHOLE = "WikiText-2, 24 windows", "closed book", "open book", "WikiText-2, 32 windows"
+LARGE = "size full"  # of the grid: the whole text, 1,200 questions
+WHOLE_PAGE = "../notebooks/06_evaluation.html#the-whole-text-and-other-measures"
+MOST = 8  # comparisons of a claim that its page shows
+Records = Mapping[tuple[str, str], Measurement]  # by label and what was measured
+
+
+def pool(chapters: Mapping[str, Iterable[Measurement]]) -> dict[tuple[str, str], Measurement]:
+    """Every chapter's records by label and measure; of several with one label, the first made with the chapter's main settings.
+
+    Args:
+        chapters: {"02_depth_pruning": its records, ...}; those that are missing leave claims unmeasured.
+    """
+    found: dict[tuple[str, str], Measurement] = {}
+
+    def add(label: str, what: str, m: Measurement) -> None:
+        found.setdefault((label, what), m)
+
+    franken = [m for m in chapters.get("01_franken_llama", ()) if m.metric == "perplexity"]
+    depth = max((max(m.provenance["plan"] or [0]) for m in franken), default=0) + 1
+    for m in franken:
+        add(plan_name(m.provenance["plan"], depth), WHOLE, m)
+    for m in chapters.get("02_depth_pruning", ()):
+        note = m.provenance["chapter"]
+        if note["method"] in ("perplexity", NOTHING):
+            add(f"D{note['removed']}" if note["removed"] else "dense", {"perplexity": WIKITEXT}.get(m.metric, _book(m)), m)
+    for m in chapters.get("03_width_pruning", ()):
+        config = m.provenance["chapter"]["config"]
+        if config is None:
+            add("dense", WIKITEXT, m)
+        elif (config["metric"], config["text"], config["windows"], config["seed"], config["weighting"]) == ("wanda", "c4", 32, 0, "equal"):
+            add(f"W{config['remove']}:{config['of']}" if config["of"] else f"W{config['ratio']:g}", WIKITEXT, m)
+    for m in chapters.get("04_lora_recovery", ()):
+        c = m.provenance["chapter"]["configuration"]
+        if c["seed"] == 0 and c["learning_rate"] is None:
+            add(m.provenance["made"]["label"], {"perplexity": WIKITEXT}.get(m.metric, _book(m)), m)
+    for m in chapters.get("06_evaluation", ()):
+        run = m.provenance
+        size, wanted = run["sweep"]["size"], m.metric in ("perplexity", "accuracy")
+        if wanted and run["dtype"] == "bfloat16" and size in ("sample", "full") and run["protocol"]["length"] == 512:
+            what = WIKITEXT if m.metric == "perplexity" else _book(m)
+            add(run["sweep"]["label"], large(what) if size == "full" else what, m)
+    p = quantised()
+    names = {c.key: c.name for c in quantised_table(p)}
+    for m in chapters.get("05_quantisation", ()):
+        name, what = names.get(m.provenance["made"]["recipe"]), m.provenance["chapter"]["what"]
+        if name and what not in (PPL, HELD_OUT):
+            add(name, what, m)
+    return found
+
+
+def large(what: str) -> str:
+    """The same measured at the grid's size full."""
+    return f"{what.partition(',')[0]}, {LARGE}"
+
+
+def _book(m: Measurement) -> str:
+    return OPEN if m.provenance["settings"].get("open_book") else CLOSED
+
+
+def plan_name(plan: list[int] | None, depth: int) -> str:
+    """What a plan of a model with `depth` blocks is called here: dense, a block that runs twice, or its numbers."""
+    if plan is None or list(plan) == list(range(depth)):
+        return "dense"
+    _, repeated = single_block_plans(depth, range(depth))
+    return next((f"block {b} twice" for b, p in repeated.items() if list(p) == list(plan)), f"plan {plan}")
+
+
+def recorded_pool() -> dict[tuple[str, str], Measurement]:
+    """The study's own records."""
+    names = ("01_franken_llama", "02_depth_pruning", "03_width_pruning", "04_lora_recovery", "05_quantisation", "06_evaluation")
+    found = {}
+    for name in names:
+        try:
+            found[name] = Store(record_file(name)).rows().values()
+        except BadInput:  # a chapter without a record: its claims stay unmeasured
+            continue
+    return pool(found)
+
+
+# ---------------------------------------------------------------- claims
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One conclusion of the thesis.
+
+    Attributes:
+        says: the claim, and how it is read here where it leaves room.
+        pairs: (name, first, second): labels and measure to compare; the difference is the second's less the first's.
+        up: whether the claim says that the second's value is higher; None for a claim about a size.
+        within: the range that a size should lie in, in the measure's own unit (a ratio for perplexity, a share for answers).
+        page, anchor: where in the book the records are shown.
+        thesis: its own figures.
+        often: whether more than half of the comparisons are enough.
+        ours: a control that the thesis did not claim.
+    """
+
+    says: str
+    pairs: Callable[[Records], list[tuple[str, tuple[str, str], tuple[str, str]]]]
+    page: str
+    anchor: str
+    thesis: str = ""
+    up: bool | None = True
+    within: tuple[float, float] | None = None
+    often: bool = False
+    ours: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a claim: the word, and the comparisons behind it (those about perplexity as logarithms of ratios)."""
+
+    claim: Claim
+    word: str
+    comparisons: list[tuple[str, Comparison, bool]]
+    missing: list[str]
+
+
+def judge(claim: Claim, records: Records) -> Verdict:
+    """The verdict on a claim; comparisons whose records are missing are named, and with any missing a claim cannot hold."""
+    done: list[tuple[str, Comparison, bool]] = []
+    missing = []
+    for name, first, second in claim.pairs(records):
+        a, b = records.get(first), records.get(second)
+        if a is None or b is None:
+            missing.append(name)
+            continue
+        ratio = "perplexity" in a.metric
+        done.append((name, compare(a, b), ratio))
+    if not done:
+        return Verdict(claim, MISSING, [], missing)
+    adjusted = holm([c.p for _, c, _ in done])
+    done = [(name, replace(c, p=q), ratio) for (name, c, ratio), q in zip(done, adjusted, strict=True)]
+    if claim.within is not None:
+        sizes = [tuple(math.exp(x) if ratio else x for x in (c.low, c.high)) for _, c, ratio in done]
+        low, high = claim.within
+        word = HOLDS if all(low <= a and b <= high for a, b in sizes) else FAILS if any(b < low or a > high for a, b in sizes) else UNDECIDED
+    else:
+        told = [(c.difference > 0) == claim.up for _, c, _ in done if c.p < 0.05]
+        if claim.often:
+            word = HOLDS if sum(told) > len(done) / 2 else FAILS if len(told) - sum(told) > len(done) / 2 else UNDECIDED
+        else:
+            word = FAILS if not all(told) else HOLDS if len(told) == len(done) else UNDECIDED
+    return Verdict(claim, UNDECIDED if missing and word == HOLDS else word, done, missing)
+
+
+def _trained(base: str | None) -> Callable[[Records], list]:
+    """Chapter 4's pruned models and all others that were trained on WikiText, each against what it was before, or against `base`."""
+
+    def pairs(records: Records) -> list:
+        trained = [label.removesuffix("+W") for label, what in records if what == WIKITEXT and label.endswith("+W")]
+        others = [x for x in trained if x != "dense" and not {"W", "T", "Q", "E"} & set(x.split("+"))]
+        return _on(WIKITEXT, *((base or x, f"{x}+W") for x in dict.fromkeys([*_RECOVERED, *others])))(records)
+
+    return pairs
+
+
+def _on(what: str, *pairs: tuple[str, str]) -> Callable[[Records], list]:
+    """Each pair at the grid's size full where both were measured so; else as the chapters measured it, under their names."""
+
+    def chosen(records: Records) -> list:
+        found = []
+        for a, b in pairs:
+            there = (a, large(what)) in records and (b, large(what)) in records
+            (first, second), kind = ((a, b), large(what)) if there else ((_NAMES.get(a, a), _NAMES.get(b, b)), what)
+            found.append((f"{first} to {second}, {kind}", (first, kind), (second, kind)))
+        return found
+
+    return chosen
+
+
+def _repeats(records: Records) -> list:
+    blocks = [label for label, what in records if what == WHOLE and label.endswith("twice")]
+    return [(f"dense to {label}, {WHOLE}", ("dense", WHOLE), (label, WHOLE)) for label in blocks] or [
+        ("one block run twice", ("dense", WHOLE), ("block 0 twice", WHOLE))
+    ]
+
+
+def _ppl(*labels: tuple[str, ...]) -> str:
+    return ", ".join(f"{'+'.join(x for x in key if x)} {thesis_row(*key).perplexity:,.2f}" for key in labels)
+
+
+_RECOVERED = ("D2", "D4", "W2:4", "W8:16", "D2+W1:8")
+_ASKED = ("D2", "W2:4", "D2+W1:8")
+_NAMES = {"Q": "GPTQ 4-bit asymmetric", "Q+E": "GPTQ 4-bit asymmetric + EoRA"}  # chapter 5's
+
+CLAIMS = (
+    Claim(
+        "Removing blocks hurts more than removing about as many weights singly (here, of the blocks' weights: D2 6.7 % and W1:16 6.3 %, D4 13.3 % "
+        "and W1:8 12.5 %, D8 26.7 % and unstructured pruning 25 %).",
+        _on(WIKITEXT, ("W1:16", "D2"), ("W1:8", "D4"), ("W0.25", "D8")),
+        "03_width_pruning", "nine-patterns-and-some-ratios", f"{_ppl(('W1:8',), ('D2',))} (2 of its 16 blocks are 12.5 %)",
+    ),
+    Claim(
+        "W1:8 is nearly free (read here as: perplexity up by less than 10 %).",
+        _on(WIKITEXT, ("dense", "W1:8")), "03_width_pruning", "nine-patterns-and-some-ratios", _ppl(("dense",), ("W1:8",)), None, (0, 1.1),
+    ),
+    Claim(
+        "With half the weights gone, wider groups are better: 8:16 beats 4:8 beats 2:4 beats 1:2.",
+        _on(WIKITEXT, ("W1:2", "W2:4"), ("W2:4", "W4:8"), ("W4:8", "W8:16")),
+        "03_width_pruning", "nine-patterns-and-some-ratios", _ppl(("W1:2",), ("W2:4",), ("W4:8",), ("W8:16",)), False,
+    ),
+    Claim(
+        "LoRA on WikiText takes a pruned model's perplexity below what it was.",
+        _trained(None), "04_lora_recovery", "before-and-after",
+        _ppl(("D2",), ("D2", "W"), ("W2:4",), ("W2:4", "W")), False,
+    ),
+    Claim(
+        "LoRA on WikiText often takes pruned models below the dense model's perplexity.",
+        _trained("dense"), "04_lora_recovery", "before-and-after", _ppl(("dense",), ("D2", "W"), ("W2:4", "W")), False,
+        often=True,
+    ),
+    Claim(
+        "The same, against the dense model trained alike (not in the thesis: the control it lacked).",
+        _trained("W"), "04_lora_recovery", "recovery-or-adaptation", "", False, ours=True,
+    ),
+    Claim(
+        "Training on WikiText answers more of TriviaQA, closed book, than training on TriviaQA does.",
+        _on(CLOSED, *((f"{m}+T", f"{m}+W") for m in _ASKED), ("T", "W")), "04_lora_recovery", "what-training-on-one-text-does-to-the-other-measure",
+        f"D2+W {thesis_row('D2', 'W').closed} %, D2+T {thesis_row('D2', 'T').closed} %",
+    ),
+    Claim(
+        "The same, open book.",
+        _on(OPEN, *((f"{m}+T", f"{m}+W") for m in _ASKED), ("T", "W")), "04_lora_recovery", "what-training-on-one-text-does-to-the-other-measure",
+        ", ".join(f"{m}+{t} {thesis_row(m, t).open} %" for m in ("D2", "D2+W1:8") for t in "WT"),
+    ),
+    Claim(
+        "Pruning depth and width and then training beats training between the two (single trainings: the test is over documents, not over seeds).",
+        _on(WIKITEXT, ("D2+W1:8+W", "D2+W+W1:8"), ("D2+W1:8+T", "D2+T+W1:8")), "04_lora_recovery", "prune-recover-prune",
+    ),
+    Claim(
+        "4 bits by GPTQ cost 3 to 6 points of TriviaQA, closed book.",
+        _on(CLOSED, ("dense", "Q")), "05_quantisation", "answers-and-text",
+        f"D2+W {thesis_row('D2', 'W').closed} %, quantised {thesis_row('D2', 'W', 'Q').closed} %; its models were pruned and trained, ours is the dense one",
+        None, (-0.06, -0.03),
+    ),
+    Claim(
+        "EoRA gives 1 to 2 points back.",
+        _on(CLOSED, ("Q", "Q+E")), "05_quantisation", "answers-and-text",
+        f"D2+W, quantised {thesis_row('D2', 'W', 'Q').closed} %, with EoRA {thesis_row('D2', 'W', 'E').closed} %", None, (0.01, 0.02),
+    ),
+    Claim(
+        "Repeating a block never helps (read here as: one block run twice, each of those tried on its own).",
+        _repeats, "01_franken_llama", "one-block-at-a-time",
+    ),
+)  # fmt: skip
+
+
+# ---------------------------------------------------------------- the page
+
+
+def page(records: Records) -> str:
+    """book/claims.md."""
+    verdicts = [judge(claim, records) for claim in CLAIMS]
+    theirs, ours = ([v for v in verdicts if v.claim.ours == mine] for mine in (False, True))
+    counts = ", ".join(f"{word} {n}" for word in (HOLDS, FAILS, UNDECIDED, MISSING) if (n := sum(v.word == word for v in theirs)))
+    controls = "".join(f"; a control of ours (claim {verdicts.index(v) + 1}): {v.word}" for v in ours)
+    lines = [
+        "# The thesis's claims, one by one", "",
+        "<!-- written by `make findings` from data/results/, checked by a test: do not edit -->", "",
+        f"{' '.join((__doc__ or '').split(chr(10) + chr(10), 1)[1].split())}", "",
+        f"On SmolLM2-135M-Instruct, of the thesis's {len(theirs)} claims: {counts}{controls}. "
+        "A claim may hold for the thesis's own subject, Llama-3.2-1B-Instruct, and not here, and the other way round. "
+        "Effects are paired, on the same items: for perplexity the ratio of the second to the first, for answers the "
+        "difference in points; n counts documents for perplexity, questions for answers. Intervals are those of each comparison alone; "
+        "p values are adjusted for all of a claim's.", "",
+        "| claim | on this subject |", "| --- | --- |",
+        *(f"| {v.claim.says} | **{v.word}** |" for v in verdicts), "",
+    ]  # fmt: skip
+    for n, v in enumerate(verdicts, 1):
+        lines += [f"## Claim {n}: {v.word}", "", v.claim.says, ""]
+        if v.claim.thesis:
+            lines += [f"The thesis: {v.claim.thesis}.", ""]
+        if v.comparisons:
+            lines += ["| compared | effect | 95 % interval | n | test | p, Holm |", "| --- | ---: | --- | ---: | --- | ---: |"]
+            lines += [_row(*row) for row in _shown(v.comparisons)]
+            lines += [""]
+            if len(v.comparisons) > MOST:
+                lines += [f"The extremes of {len(v.comparisons)} comparisons, all adjusted together.", ""]
+        if v.missing:
+            lines += [f"Not measured: {'; '.join(map(in_markdown, v.missing))}.", ""]
+        href = f"../notebooks/{v.claim.page}.html#{v.claim.anchor}"
+        more = f' What was measured at size full: <a href="{WHOLE_PAGE}">chapter 6</a>.' if any(LARGE in name for name, *_ in v.comparisons) else ""
+        lines += [f'Shown in <a href="{href}">chapter {int(v.claim.page[:2])}</a>.{more}', ""]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _shown(comparisons: list) -> list:
+    """All comparisons of a claim, or of many the extremes."""
+    if len(comparisons) <= MOST:
+        return comparisons
+    ordered = sorted(comparisons, key=lambda row: row[1].difference)
+    return [*ordered[: MOST // 2], *ordered[-(MOST // 2) :]]
+
+
+def _row(name: str, c: Comparison, ratio: bool) -> str:
+    effect, low, high = (f"x\u00a0{math.exp(x):.3f}" if ratio else f"{100 * x:+.1f}" for x in (c.difference, c.low, c.high))
+    return f"| {in_markdown(name)} | {effect} | {low} to {high} | {c.n} | {c.test} | {'< 0.001' if c.p < 0.001 else f'{c.p:.3f}'} |"

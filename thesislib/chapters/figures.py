@@ -1,0 +1,479 @@
+"""The study's plots: colour-blind-safe, different markers, intervals drawn."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
+
+from thesislib.evaluate.perplexity import compare
+from thesislib.evaluate.stats import Comparison
+from thesislib.records.measurement import Measurement
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # Okabe and Ito
+
+
+def style() -> None:
+    """The look of every figure and table; call it once at the top of a notebook."""
+    plain = {"text.parse_math": False}  # a dollar sign in a token or a name is one
+    sns.set_theme(style="whitegrid", context="notebook", rc={"figure.dpi": 110, "axes.titlesize": 11, "axes.labelsize": 10, **plain})
+    pd.set_option("display.max_colwidth", None, "display.max_rows", None)
+
+
+def plan_chart(plans: Mapping[str, Sequence[int]], table: pd.DataFrame, baseline: str = "baseline") -> plt.Figure:
+    """Which blocks each plan runs, beside its perplexity and HellaSwag with 95 % intervals, best perplexity on top."""
+    order = table.sort_values("perplexity").index.tolist()
+    depth = max(max(p) for p in plans.values()) + 1
+    times = np.array([np.bincount(plans[name], minlength=depth) for name in order])
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13.5, 8), sharey=True, width_ratios=(5, 3, 3), layout="constrained")
+    shades = sns.blend_palette(["white", *sns.light_palette(BLUE, 6)[2:]], as_cmap=True)
+    edges_x, edges_y = np.arange(depth + 1) - 0.5, np.arange(len(order) + 1) - 0.5
+    left.pcolormesh(edges_x, edges_y, np.minimum(times, 5), cmap=shades, vmin=0, vmax=5, edgecolors="#dddddd", linewidth=0.4)
+    for y, row in enumerate(times):
+        for x, n in enumerate(row):
+            if n > 1:
+                left.text(x, y, str(n), ha="center", va="center", fontsize=7, color="white" if n > 2 else "black")
+    left.set(xlabel="block (number: times run)", title="blocks run", yticks=range(len(order)), yticklabels=order, xlim=(-0.5, depth - 0.5))
+    left.invert_yaxis()
+    left.grid(False)
+    for axis, column, low, high, marker, colour, title in (
+        (middle, "perplexity", "ppl low", "ppl high", "o", BLUE, "perplexity, lower is better"),
+        (right, "HellaSwag", "hs low", "hs high", "s", ORANGE, "HellaSwag, higher is better"),
+    ):
+        rows = table.loc[order]
+        error = [rows[column] - rows[low], rows[high] - rows[column]]
+        axis.errorbar(rows[column], range(len(order)), xerr=error, fmt=marker, color=colour, markersize=5, capsize=2, linewidth=1)
+        axis.axvline(table.loc[baseline, column], color=GREY, linestyle="--", linewidth=1)
+        axis.set(title=title, xlabel="dashed: baseline")
+    middle.set_xscale("log")
+    right.axvline(0.25, color=GREY, linestyle=":", linewidth=1)
+    right.set_xlabel("acc_norm; dotted: chance")
+    return figure
+
+
+def single_blocks(baseline: Measurement, skipped: Mapping[int, Measurement], repeated: Mapping[int, Measurement]) -> plt.Figure:
+    """By how many percent perplexity changes with one block left out or run twice. Linear to 10 %, logarithmic beyond."""
+    figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
+    bounds = []
+    for runs, marker, colour, label, shift in ((skipped, "o", BLUE, "left out", -0.12), (repeated, "^", ORANGE, "run twice", 0.12)):
+        c = [compare(baseline, m) for m in runs.values()]
+        middle, low, high = (100 * np.expm1([getattr(x, name) for x in c]) for name in ("difference", "low", "high"))
+        axis.errorbar(np.array(list(runs)) + shift, middle, yerr=[middle - low, high - middle], fmt=marker, color=colour,
+                      markersize=5, capsize=2, linewidth=1, label=label)  # fmt: skip
+        bounds += [*low, *high]
+    axis.axhline(0, color=GREY, linestyle="--", linewidth=1)
+    axis.set_yscale("symlog", linthresh=10)
+    axis.set_ylim(min(*bounds, 0) * 1.5 - 3, max(bounds) * 2)
+    axis.yaxis.set_major_formatter("{x:,.0f} %")
+    axis.set(xlabel="block", ylabel="change of perplexity", title="one block left out or run twice, 95 % paired interval")
+    axis.legend()
+    return figure
+
+
+def attention_and_spectrum(maps: Mapping[str, np.ndarray], spectra: Mapping[str, np.ndarray], tokens: Sequence[str]) -> plt.Figure:
+    """For each model the attention of its first, middle and last block (mean of heads), above its 2-D spectrum.
+
+    Args:
+        maps: name to (blocks, heads, T, T).
+        spectra: name to (blocks, heads, T, T), from `thesislib.model.attention.spectrum`.
+        tokens: the T tokens.
+    """
+    figure, axes = plt.subplots(2 * len(maps), 3, figsize=(11, 6.6 * len(maps)), layout="constrained", squeeze=False)
+    words = [t.strip() or "_" for t in tokens]
+    half = len(tokens) // 2
+    for row, name in enumerate(maps):
+        n = len(maps[name])
+        for column, block in enumerate((0, n // 2, n - 1)):
+            upper, lower = axes[2 * row][column], axes[2 * row + 1][column]
+            image = upper.imshow(maps[name][block].mean(0), cmap="viridis", vmin=0, vmax=1)
+            upper.set(title=f"{name}: place {block} of {n}", xticks=range(len(words)), yticks=range(len(words)))
+            upper.set_xticklabels(words, rotation=90, fontsize=7)
+            upper.set_yticklabels(words, fontsize=7)
+            shade = lower.imshow(spectra[name][block].mean(0), cmap="magma", extent=(-half, len(words) - half, len(words) - half, -half))
+            lower.set(xlabel="frequency along keys", ylabel="along queries" if column == 0 else "")
+            for axis in (upper, lower):
+                axis.grid(False)
+            if column == 2:
+                figure.colorbar(image, ax=upper, shrink=0.8, label="attention")
+                figure.colorbar(shade, ax=lower, shrink=0.8, label="log(1 + |F|)")
+    return figure
+
+
+METHOD_LOOKS = {
+    "perplexity": ("o", BLUE), "perplexity, greedy": ("D", "#56B4E9"), "taylor": ("^", GREEN), "magnitude": ("s", ORANGE),
+    "influence": ("v", "#CC79A7"), "angular": ("P", "#E69F00"),
+}  # fmt: skip
+
+
+def block_ranks(table: pd.DataFrame, protected: Sequence[int]) -> plt.Figure:
+    """Each metric's ranking of the blocks (1: first to go), darker for less important; hatched: protected.
+
+    Args:
+        table: importance, blocks by metrics.
+        protected: blocks that no metric may remove.
+    """
+    ranks = table.rank().T
+    figure, axis = plt.subplots(figsize=(12, 0.55 * len(ranks) + 1.4), layout="constrained")
+    sns.heatmap(ranks, cmap="Blues_r", annot=True, fmt=".0f", annot_kws={"size": 8}, cbar_kws={"label": "rank (1: least important)"}, ax=axis, linewidths=0.4)
+    for b in protected:
+        axis.add_patch(plt.Rectangle((b, 0), 1, len(ranks), fill=False, hatch="//", edgecolor=GREY, linewidth=0))
+    axis.set(xlabel="block (hatched: protected by default)", ylabel="")
+    axis.tick_params(axis="y", rotation=0)
+    return figure
+
+
+def removal_curves(table: pd.DataFrame, dense: float) -> plt.Figure:
+    """Perplexity over the number of blocks removed, one line a method with 95 % intervals; random removals as a band.
+
+    Args:
+        table: columns method, removed, value, low, high (see `thesislib.chapters.ch02_depth.curves`).
+        dense: the whole model's perplexity.
+    """
+    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+    random = table[table["method"].str.startswith("random")].groupby("removed")["value"]
+    if len(random):
+        axis.fill_between(random.min().index, random.min(), random.max(), color=GREY, alpha=0.25, linewidth=0, label="random (all seeds)")
+    shifts = np.linspace(-0.15, 0.15, len(METHOD_LOOKS))
+    for shift, (method, (marker, colour)) in zip(shifts, METHOD_LOOKS.items(), strict=True):
+        rows = table[table["method"] == method].sort_values("removed")
+        if len(rows):
+            error = [rows["value"] - rows["low"], rows["high"] - rows["value"]]
+            axis.errorbar(
+                rows["removed"] + shift, rows["value"], yerr=error, fmt=marker + "-", color=colour, markersize=5, capsize=2, linewidth=1, label=method
+            )
+    axis.axhline(dense, color=GREY, linestyle="--", linewidth=1)
+    axis.annotate("whole model", (table["removed"].max(), dense), ha="right", va="bottom", fontsize=9, color=GREY)
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:,.0f}")
+    axis.set(xlabel="blocks removed", ylabel="perplexity (log)", xticks=sorted(set(table["removed"]) - {0}))
+    axis.legend(fontsize=9)
+    return figure
+
+
+def pattern_chart(series: Mapping[str, Mapping[str, Measurement]], zeros: Mapping[str, float], dense: float) -> plt.Figure:
+    """Perplexity of each pattern with its interval, patterns ordered by the share of zeros; one marker a metric.
+
+    Args:
+        series: {metric: {pattern: measurement}}.
+        zeros: {pattern: share of weights removed}.
+        dense: the whole model's perplexity.
+    """
+    order = sorted(zeros, key=lambda x: (zeros[x], -int(x.split(":")[-1]) if ":" in x else -1000))  # the freest choice first
+    figure, axis = plt.subplots(figsize=(10, 4.6), layout="constrained")
+    for (name, found), marker, colour, shift in zip(series.items(), "os", (BLUE, ORANGE), (-0.1, 0.1), strict=False):
+        here = [x for x in order if x in found]
+        value = np.array([found[x].value for x in here])
+        error = [value - [found[x].low for x in here], [found[x].high for x in here] - value]
+        axis.errorbar([order.index(x) + shift for x in here], value, yerr=error, fmt=marker, color=colour, markersize=6, capsize=3, linewidth=1, label=name)
+    axis.axhline(dense, color=GREY, linestyle="--", linewidth=1)
+    axis.annotate("whole model", (len(order) - 0.6, dense), ha="right", va="bottom", fontsize=9, color=GREY)
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:,.0f}")
+    axis.set_xticks(range(len(order)), [f"{x if ':' in x else 'ratio'}\n{100 * zeros[x]:.3g} %" for x in order])
+    axis.set(xlabel="removed:of and share of weights removed", ylabel="perplexity (log)")
+    axis.legend()
+    return figure
+
+
+def calibration_chart(table: pd.DataFrame) -> plt.Figure:
+    """Perplexity over the number of calibration windows: a dot a seed, a line a text.
+
+    Args:
+        table: index (text, windows), one column a seed.
+    """
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    texts = table.index.get_level_values("text").unique()
+    for text, marker, colour, factor in zip(texts, "os^", (BLUE, ORANGE, GREEN), (0.97, 1.03, 1), strict=False):
+        rows = table.loc[text]
+        axis.plot(rows.index * factor, rows.mean(axis=1), "-", color=colour, linewidth=1)
+        for seed in rows:
+            axis.plot(rows.index * factor, rows[seed], marker, color=colour, markersize=6, alpha=0.7, label=text if seed == rows.columns[0] else None)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(rows.index, map(str, rows.index))
+    axis.set(xlabel="calibration windows of 512 tokens (log)", ylabel="perplexity of 2:4", title="a dot a seed, lines through the means")
+    axis.legend()
+    return figure
+
+
+LOOKS = {"untrained": ("o", GREY, "none"), "+W": ("s", BLUE, BLUE), "+T": ("^", ORANGE, ORANGE)}
+
+
+def recovery_chart(points: Mapping[str, Mapping[str, Measurement]], dense: str = "dense") -> plt.Figure:
+    """Perplexity of each model untrained and trained on each text; lines mark the dense model untrained and trained alike.
+
+    Args:
+        points: {model: {"untrained", "+W" or "+T": measurement}}.
+        dense: the control's name.
+    """
+    models = [*(m for m in points if m != dense), *(m for m in points if m == dense)]
+    figure, axis = plt.subplots(figsize=(9, 0.62 * len(models) + 1.6), layout="constrained")
+    for shift, (name, (marker, colour, fill)) in zip((-0.18, 0, 0.18), LOOKS.items(), strict=True):
+        rows = [(y + shift, points[m][name]) for y, m in enumerate(models) if name in points[m]]
+        if rows:
+            value = np.array([m.value for _, m in rows])
+            error = [value - [m.low for _, m in rows], [m.high for _, m in rows] - value]
+            axis.errorbar(
+                value, [y for y, _ in rows], xerr=error, fmt=marker, color=colour, mfc=fill, markersize=7, capsize=3, linewidth=1, label=name,
+            )  # fmt: skip
+        if name in points.get(dense, {}):
+            axis.axvline(points[dense][name].value, color=colour, linestyle="--" if name == "untrained" else ":", linewidth=1)
+    axis.set_xscale("log")
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.xaxis.set_minor_formatter("{x:,.0f}")
+    axis.tick_params(axis="x", which="minor", labelsize=8)
+    axis.set(xlabel="perplexity (log), 95 % interval; lines: the dense model, untrained and trained alike", yticks=range(len(models)), yticklabels=models)
+    axis.invert_yaxis()
+    axis.legend()
+    return figure
+
+
+def loss_curves(curves: Mapping[str, tuple[Sequence[dict], Sequence[dict]]]) -> plt.Figure:
+    """Training loss by step (thin, as it came) and held-out loss (thick, marked), one panel a training text.
+
+    Args:
+        curves: {label: (curve, validation)}, each a list of {"step", "loss", ...}; labels end in +W or +T.
+    """
+    groups = {title: {n: c for n, c in curves.items() if n.endswith(end)} for end, title in (("+W", "trained on WikiText"), ("+T", "trained on questions"))}
+    groups = {title: found for title, found in groups.items() if found}
+    figure, axes = plt.subplots(1, len(groups), figsize=(5.8 * len(groups), 4.2), layout="constrained", squeeze=False)
+    palette = [BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
+    names = list(dict.fromkeys(label.rpartition("+")[0] for label in curves))
+    for axis, (title, found) in zip(axes[0], groups.items(), strict=True):
+        for label, (curve, validation) in found.items():
+            which = names.index(label.rpartition("+")[0])
+            colour, marker = palette[which % len(palette)], "os^DvPX"[which % 7]
+            axis.plot([c["step"] for c in curve], [c["loss"] for c in curve], color=colour, linewidth=0.6, alpha=0.35)
+            held = [(v["step"], v["loss"]) for v in validation]
+            axis.plot(*zip(*held, strict=True), marker + "-", color=colour, markersize=6, linewidth=1.8, label=names[which])
+        axis.set(xlabel="step", ylabel="loss, nats per predicted token", title=title)
+        axis.legend(fontsize=9)
+    return figure
+
+
+QUANTISED_LOOKS = {"rounding": ("o", GREY), "rounding + EoRA": ("s", ORANGE), "GPTQ": ("^", BLUE), "GPTQ + EoRA": ("D", GREEN)}
+
+
+def bytes_chart(table: pd.DataFrame, dense: float, most: float = 150) -> plt.Figure:
+    """Perplexity over megabytes on disk, a marker a method, bits beside it; what lies above `most` is left out and counted.
+
+    Args:
+        table: columns method, bits, MB, perplexity, low, high (see `thesislib.chapters.ch05_quantisation.sizes_and_losses`).
+        dense: the whole model's perplexity.
+        most: the highest perplexity drawn.
+    """
+    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+    shown = table[table["perplexity"] <= most]
+    for method, (marker, colour) in QUANTISED_LOOKS.items():
+        rows = shown[shown["method"] == method]
+        if len(rows):
+            error = [rows["perplexity"] - rows["low"], rows["high"] - rows["perplexity"]]
+            axis.errorbar(rows["MB"], rows["perplexity"], yerr=error, fmt=marker, color=colour, markersize=7, capsize=2, linewidth=0.7, label=method)
+            for _, row in rows.iterrows():
+                axis.annotate(f" {row['bits']}", (row["MB"], row["perplexity"]), fontsize=8, color=colour, va="bottom")
+    axis.axhline(dense, color=GREY, linestyle="--", linewidth=1)
+    axis.annotate("dense", (0.99, dense), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9, color=GREY)
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:,.0f}")
+    axis.yaxis.set_minor_formatter("{x:,.0f}")
+    axis.tick_params(axis="y", which="minor", labelsize=8)
+    left_out = f"; {len(table) - len(shown)} above {most:.0f} not drawn" if len(table) > len(shown) else ""
+    axis.set(xlabel="MB on disk, embedding included", ylabel="held-out perplexity (log)", title=f"numbers: bits a weight without scales{left_out}")
+    axis.legend()
+    return figure
+
+
+def layers_chart(errors: Mapping[str, Mapping[str, float]], kinds: Sequence[str]) -> plt.Figure:
+    """Relative output error of each projection by block, a panel a kind, a line a method.
+
+    Args:
+        errors: {method: {"blocks.B.NAME": error}}.
+        kinds: names of projections.
+    """
+    figure, axes = plt.subplots(2, (len(kinds) + 1) // 2, figsize=(13, 6), sharex=True, layout="constrained")
+    looks = zip(errors, "o^sD", (GREY, ORANGE, BLUE, GREEN), strict=False)
+    for method, marker, colour in looks:
+        for axis, kind in zip(axes.flat, kinds, strict=False):
+            here = {int(place.split(".")[1]): e for place, e in errors[method].items() if place.endswith(f".{kind}")}
+            axis.plot(list(here), list(here.values()), marker + "-", color=colour, markersize=3, linewidth=1, label=method)
+            axis.set(title=kind, yscale="log")
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.tick_params(labelsize=8, which="both")
+    for axis in list(axes.flat)[len(kinds) :]:
+        axis.axis("off")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="lower right", fontsize=10)
+    figure.supxlabel("block")
+    figure.supylabel("|(W - W') X| / |W X| on held-out text (log)")
+    return figure
+
+
+FAMILY_LOOKS = {"pruned": ("o", GREY), "+ LoRA": ("s", BLUE), "+ GPTQ": ("^", ORANGE), "+ EoRA": ("D", GREEN)}
+
+
+def pareto_chart(table: pd.DataFrame, fronts: Mapping[tuple[str, str], Sequence[str]], measures: Mapping[str, bool], most: float = 100) -> plt.Figure:
+    """Each measure over bytes and over parameters that are not zero; the line joins the models that none beats at once in size and measure.
+
+    Args:
+        table: see `thesislib.chapters.pareto.points`.
+        fronts: {(size, measure): labels}.
+        measures: {column: whether it is a perplexity, drawn on a logarithmic scale up to `most`}.
+        most: perplexities above it are not drawn, but counted.
+    """
+    sizes = {"MB": "MB on disk", "M": "million parameters that are not zero"}
+    figure, axes = plt.subplots(len(measures), 2, figsize=(12, 4.6 * len(measures)), layout="constrained", squeeze=False)
+    for row, (measure, logarithmic) in zip(axes, measures.items(), strict=True):
+        for axis, (size, words) in zip(row, sizes.items(), strict=True):
+            known = table.dropna(subset=[size, measure])
+            shown = known[known[measure] <= most] if logarithmic else known
+            for name, (marker, colour) in FAMILY_LOOKS.items():
+                here = shown[shown["family"] == name]
+                if len(here):
+                    error = [here[measure] - here[f"{measure} low"], here[f"{measure} high"] - here[measure]]
+                    axis.errorbar(here[size], here[measure], yerr=error, fmt=marker, color=colour, markersize=6, capsize=0, linewidth=0.5, label=name)
+            front = shown[shown["label"].isin(fronts[size, measure])].sort_values(size)
+            axis.plot(front[size], front[measure], "-", color="black", linewidth=1, zorder=0)
+            axis.margins(x=0.2)
+            if logarithmic:
+                axis.set_yscale("log")
+                axis.yaxis.set_major_formatter("{x:,.0f}")
+                axis.yaxis.set_minor_formatter("{x:,.0f}")
+                axis.tick_params(axis="y", which="minor", labelsize=8)
+            else:
+                axis.yaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f}%")
+            _label_front(axis, front, size, measure, below=logarithmic)
+            left = f"; {len(known) - len(shown)} above {most:.0f} not drawn" if len(known) > len(shown) else ""
+            axis.set(
+                xlabel=words, ylabel=f"{measure}{' (log), lower is better' if logarithmic else ', higher is better'}", title=f"n = {len(shown)} models{left}"
+            )
+    axes[0][0].legend()
+    return figure
+
+
+def _label_front(axis: plt.Axes, front: pd.DataFrame, size: str, measure: str, below: bool) -> None:
+    """Labels on the side where nothing lies, since nothing is smaller and better; those that would cover another's are left out."""
+    placed: list[np.ndarray] = []
+    for _, point in front.iterrows():
+        at = axis.transData.transform((point[size], point[measure]))
+        if all(abs(at[1] - other[1]) > 11 or abs(at[0] - other[0]) > 90 for other in placed):
+            placed.append(at)
+            axis.annotate(point["label"], (point[size], point[measure]), textcoords="offset points", xytext=(-4, -4 if below else 3),
+                          ha="right", va="top" if below else "bottom", fontsize=7)  # fmt: skip
+
+
+def interaction_chart(table: pd.DataFrame) -> plt.Figure:
+    """Perplexity by blocks removed, a line a width pattern: parallel lines, on the logarithmic scale, would mean that losses add up.
+
+    Args:
+        table: columns removed (blocks), width ("none" or a pattern), perplexity, low, high.
+    """
+    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+    palette = ["#000000", BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", GREY, "#8B4513", "#5D3A9B"]
+    for i, (name, rows) in enumerate(table.groupby("width", sort=False)):
+        rows = rows.sort_values("removed")
+        error = [rows["perplexity"] - rows["low"], rows["high"] - rows["perplexity"]]
+        x = rows["removed"] + 0.05 * (i - 4)
+        axis.errorbar(
+            x, rows["perplexity"], yerr=error, fmt="os^DvPX<>*"[i % 10] + "-", color=palette[i % 10], markersize=6, capsize=2, linewidth=1, label=name
+        )
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter("{x:,.0f}")
+    axis.set(xlabel="blocks removed", ylabel="perplexity (log), 95 % interval", xticks=sorted(table["removed"].unique()))
+    figure.legend(title="of each\ngroup removed", fontsize=8, loc="outside right upper")
+    return figure
+
+
+def steps_chart(steps: Sequence[tuple[str, str, str, Comparison]]) -> plt.Figure:
+    """By what factor each stage changes perplexity, a row a model before it, a panel a stage; hollow where a paired test tells nothing.
+
+    Args:
+        steps: see `thesislib.chapters.ch06_grid.steps`.
+    """
+    panels = {name: [(a, b, c) for family, a, b, c in steps if family == name] for name in FAMILY_LOOKS}
+    panels = {name: rows for name, rows in panels.items() if rows}
+    tallest = max(map(len, panels.values()))
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 0.26 * tallest + 1.6), layout="constrained", squeeze=False)
+    for axis, (name, rows) in zip(axes[0], panels.items(), strict=True):
+        marker, colour = FAMILY_LOOKS[name]
+        for y, (_, _, c) in enumerate(rows):
+            middle, low, high = np.exp([c.difference, c.low, c.high])
+            fill = colour if c.p < 0.05 else "none"
+            axis.errorbar(middle, y, xerr=[[middle - low], [high - middle]], fmt=marker, color=colour, mfc=fill, markersize=5, capsize=2, linewidth=0.8)
+        axis.axvline(1, color=GREY, linestyle="--", linewidth=1)
+        axis.set_xscale("log")
+        low, high = axis.get_xlim()
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.xaxis.set_minor_formatter("")
+        last = [b.rpartition("+")[2] for _, b, _ in rows]  # said where a panel's stages are not all alike
+        labels = [f"{a} to {b}" if name == "pruned" else f"{a} ({part})" if part[-1].isdigit() else a for (a, b, _), part in zip(rows, last, strict=True)]
+        axis.set(title=name, xlabel="perplexity times (log)", yticks=range(len(rows)), yticklabels=labels, ylim=(tallest - 0.5, -0.5))
+        axis.tick_params(labelsize=8)
+    return figure
+
+
+def throughput_chart(rows: pd.DataFrame, measured: Mapping[str, float] | None = None) -> plt.Figure:
+    """Projected tokens per second, a panel a device that holds any model, an interval a model; crosses: measured on the host.
+
+    Args:
+        rows: with device, model, low and high, as `thesislib.chapters.ch07_device.projections` has them.
+        measured: tokens per second by model, for the panel named host.
+    """
+    kept = [name for name, part in rows.groupby("device", sort=False) if part["low"].notna().any()]
+    figure, axes = plt.subplots(1, len(kept), figsize=(2.1 * len(kept) + 1.5, 4), sharey=True, layout="constrained", squeeze=False)
+    for axis, name in zip(axes[0], kept, strict=True):
+        part = rows[rows["device"] == name].reset_index(drop=True)
+        axis.hlines(part.index, part["low"], part["high"], color=BLUE, linewidth=5, alpha=0.7)
+        if name == "host" and measured:
+            seen = [(y, measured[label]) for y, label in enumerate(part["model"]) if label in measured]
+            axis.plot([x for _, x in seen], [y for y, _ in seen], "x", color=ORANGE, markersize=8, markeredgewidth=2)
+        axis.set(title=name, xscale="log", xlabel="tokens/s", yticks=range(len(part)), yticklabels=part["model"])
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.xaxis.set_minor_formatter(NullFormatter())
+    axes[0][0].invert_yaxis()
+    return figure
+
+
+def prediction_chart(tables: Mapping[str, pd.DataFrame]) -> plt.Figure:
+    """Measured milliseconds per token over MB per token, a panel a format, with the line through the fitted depths; hollow marks were held out."""
+    figure, axes = plt.subplots(1, len(tables), figsize=(3.2 * len(tables), 3.2), layout="constrained", squeeze=False)
+    for axis, (kind, table) in zip(axes[0], tables.items(), strict=True):
+        table = table.sort_values("MB per token")
+        axis.fill_between(table["MB per token"], table["low"], table["high"], color=BLUE, alpha=0.2)
+        axis.plot(table["MB per token"], table["predicted"], color=BLUE)
+        for fitted, face in ((True, ORANGE), (False, "white")):
+            part = table[(table["where"] == "fitted") == fitted]
+            axis.plot(part["MB per token"], part["measured"], "o", color=ORANGE, markerfacecolor=face, markersize=7)
+        axis.set(title=kind, xlabel="MB read per token", ylabel="ms per token" if axis is axes[0][0] else "", xlim=(0, None), ylim=(0, None))
+    return figure
+
+
+def roofline_chart(device_name: str, rate: float, bandwidth: float, operations: pd.DataFrame) -> plt.Figure:
+    """MACs per second that a device could reach over MACs per byte (Williams et al. 2009), with operations where they lie on it.
+
+    Args:
+        device_name: for the title.
+        rate: MACs per second of the engine.
+        bandwidth: bytes per second of the memory.
+        operations: with name, kind (decoding or prompt) and intensity (MACs per byte).
+    """
+    figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    x = np.geomspace(min(0.1, operations["intensity"].min() / 2), max(1e3, operations["intensity"].max() * 2), 200)
+    axis.plot(x, np.minimum(rate, x * bandwidth), color=GREY)
+    for kind, marker, colour in (("decoding", "o", BLUE), ("prompt", "^", ORANGE)):
+        part = operations[operations["kind"] == kind]
+        axis.plot(part["intensity"], np.minimum(rate, part["intensity"] * bandwidth), marker, color=colour, label=kind, markersize=8, alpha=0.8)
+    axis.axvline(rate / bandwidth, color=GREY, linestyle=":")
+    axis.set(
+        xscale="log",
+        yscale="log",
+        xlabel="MACs per byte read",
+        ylabel="MACs per second, at most",
+        title=f"{device_name}: left of the dotted line memory limits",
+    )
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_major_formatter(EngFormatter(sep=""))  # 10G
+    axis.yaxis.set_minor_formatter(NullFormatter())
+    axis.legend()
+    return figure

@@ -1,0 +1,195 @@
+"""Franken-LLaMA: run a model's blocks in another order, some skipped, some repeated, without copying a weight.
+
+A plan is a tuple of block indices in the order in which they run. Written as text it is a list of terms: `7`, `0-6`
+(both ends run), `0-29:2` (every second of them), each with an optional `x3` (each block three times in a row):
+`0-6x2,10,12-29`.
+"""
+
+import copy
+import itertools
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from thesislib.errors import BadInput, shown
+from thesislib.model.subject import Subject
+
+Plan = tuple[int, ...]
+ORIGINAL_DEPTH = 32
+LONGEST = 10_000  # blocks of a plan
+
+
+def check_plan(plan: Sequence[int], depth: int) -> Plan:
+    """The plan as a tuple, if a model of `depth` blocks can run it.
+
+    Raises:
+        BadInput: an empty plan, or an index out of range.
+    """
+    plan = tuple(plan)
+    if not plan:
+        raise BadInput("the plan is empty: expected at least one block")
+    wrong = next((b for b in plan if not 0 <= b < depth), None)
+    if len(plan) > LONGEST:
+        raise BadInput(f"the plan has {len(plan)} blocks: expected at most {LONGEST:,}")
+    if wrong is not None:
+        raise BadInput(f"block {wrong} is out of range: this model has blocks 0 to {depth - 1}")
+    return plan
+
+
+def parse_plan(text: str, depth: int) -> Plan:
+    """The plan that `text` writes, for a model of `depth` blocks.
+
+    >>> parse_plan("0-2x2,5-9:2", depth=10)
+    (0, 0, 1, 1, 2, 2, 5, 7, 9)
+
+    Raises:
+        BadInput: a term that is not of the form, an empty plan, or an index out of range.
+    """
+    plan: list[int] = []
+    for term in filter(None, (t.strip() for t in str(text).split(","))):
+        match = re.fullmatch(r"(\d+)(?:-(\d+)(?::(\d+))?)?(?:x(\d+))?", term, re.ASCII)
+        if not match or max(map(len, filter(None, match.groups()))) > 18:
+            raise BadInput(f"plan term {shown(term)} is not understood: expected e.g. '7', '0-6', '0-29:2' or '0-6x3'")
+        first, last, step, times = (int(g) if g else None for g in match.groups())
+        last, step, times = first if last is None else last, 1 if step is None else step, 1 if times is None else times
+        if last < first or step < 1 or times < 1:
+            raise BadInput(f"plan term '{term}' runs no block: expected a range that ascends, a step and a repeat of at least 1")
+        check_plan(range(first, last + 1, step)[: depth + 1], depth)  # before it is counted out: what leaves the model does so in so many steps
+        if len(plan) + times * ((last - first) // step + 1) > LONGEST:
+            raise BadInput(f"plan term '{term}' makes a plan of more than {LONGEST:,} blocks: expected fewer")
+        plan += [block for block in range(first, last + 1, step) for _ in range(times)]
+    return check_plan(plan, depth)
+
+
+def format_plan(plan: Sequence[int]) -> str:
+    """The shortest text of this kind without steps that `parse_plan` turns back into `plan`.
+
+    >>> format_plan((0, 1, 2, 2, 3, 3, 9))
+    '0-1,2-3x2,9'
+    """
+    runs = [(block, len(list(same))) for block, same in itertools.groupby(plan)]
+    terms, i = [], 0
+    while i < len(runs):
+        (first, times), j = runs[i], i + 1
+        while j < len(runs) and runs[j] == (first + j - i, times):
+            j += 1
+        terms.append(f"{first}" + (f"-{first + j - i - 1}" if j - i > 1 else "") + (f"x{times}" if times > 1 else ""))
+        i = j
+    return ",".join(terms)
+
+
+def apply_plan(subject: Subject, plan: Sequence[int]) -> Subject:
+    """A subject that runs the blocks of `subject` in the order of `plan`, sharing every weight with it.
+
+    Each place in the plan is a module of its own around the same parameters, with its own index, by which
+    transformers' KV cache files keys and values: two runs of a block see different inputs and must not share them.
+
+    Raises:
+        BadInput: see `check_plan`.
+    """
+    plan = check_plan(plan, subject.depth)
+    model = _shell(subject.model)
+    model.model = _shell(subject.model.model)
+    config = copy.deepcopy(subject.model.config)
+    for name in ("layer_types", "no_rope_layers"):  # what a configuration says block by block
+        if getattr(config, name, None):
+            setattr(config, name, [getattr(config, name)[block] for block in plan])
+    config.num_hidden_layers = len(plan)
+    model.config = model.model.config = config
+    if hasattr(model.model, "has_sliding_layers"):
+        model.model.has_sliding_layers = "sliding_attention" in config.layer_types
+    blocks = []
+    for place, block in enumerate(plan):
+        own = _shell(subject.blocks[block])
+        own.self_attn = _shell(own.self_attn)
+        own.self_attn.layer_idx, own.self_attn.config = place, config
+        blocks.append(own)
+    model.model.layers = nn.ModuleList(blocks)
+    order = plan if subject.plan is None else tuple(subject.plan[block] for block in plan)
+    return Subject(model, subject.tokenizer, subject.name, order)
+
+
+def _shell(module: nn.Module) -> nn.Module:
+    """A new module object around the same children and parameters: changing one of its slots changes no other's."""
+    shell = copy.copy(module)
+    shell.__dict__.update({k: copy.copy(v) for k, v in module.__dict__.items() if isinstance(v, dict)})
+    return shell
+
+
+# What the original study (AngeloGalav/franken-llama, configurations.py) ran on the 32 blocks of Llama-2-7B-chat:
+# name: (blocks skipped, blocks repeated, how often). Two differ from its file, which does not do what its names say:
+# "0_7_15_23_31" ran every fourth block there, and "skip_every_2_layers_r2" repeated none.
+_ORIGINAL: dict[str, tuple[str, str, int]] = {
+    "baseline": ("", "", 1),
+    "0-7": ("8-31", "", 1),
+    "23-31r3": ("0-22", "23-31", 3),
+    "0_7_15_23_31": ("1-6,8-14,16-22,24-30", "", 1),
+    "11-19": ("0-10,20-31", "", 1),
+    "15r3_23r3_31r3": ("0-14,16-22,24-30", "15,23,31", 3),
+    "0-3_28-31": ("4-27", "", 1),
+    "0-7r3": ("8-31", "0-7", 3),
+    "9-19r2": ("0-8,20-31", "9-19", 2),
+    "27-31r5": ("0-26", "27-31", 5),
+    "0r2_7r2_15r2_23r2_31r2": ("1-6,8-14,16-22,24-30", "0,7,15,23,31", 2),
+    "0-23_27-31": ("24-26", "", 1),
+    "15_single_skip": ("15", "", 1),
+    "last_two_only": ("0-29", "", 1),
+    "only_even_layers": ("1-31:2", "", 1),
+    "only_odd_layers": ("0-30:2", "", 1),
+    "first_last_8r2": ("8-23", "0-7,24-31", 2),
+    "first_last_2_with_skips": ("15-16,24-25", "0,31", 2),
+    "mid_expansion_with_repeats": ("6-9,25-28", "14-18", 2),
+    "2_3rd_of_llama": ("11-20", "", 1),
+    "2_3rds_plus_llama": ("11-19:2", "", 1),
+    "skip_every_2_layers": ("1-31:3,2-31:3", "", 1),
+    "skip_every_2_layers_r2": ("1-31:3,2-31:3", "0-31:3", 2),
+    "skip_near_end_keep_last_two": ("27-29", "", 1),
+    "essential_layers_with_final_repeats": ("10-25", "30-31", 2),
+}
+_STRIDES = {"only_even_layers": (0, 2), "only_odd_layers": (1, 2), "skip_every_2_layers": (0, 3), "skip_every_2_layers_r2": (0, 3)}
+
+
+def franken_plans(depth: int) -> dict[str, Plan]:
+    """The 25 configurations of the original study, carried from its 32 blocks to `depth`.
+
+    The rule: a plan cuts the 32 blocks into runs of neighbours treated alike (skipped, run once, run n times). Runs
+    keep their order and their share of the depth: a boundary at b of 32 moves to b * depth / 32, rounded half up, or
+    as little further as it takes for every run to keep one block. Plans that take every second or third block of the
+    whole model take every second or third block of this one. At depth 32 it gives the original plans.
+
+    Raises:
+        BadInput: a model too shallow for the plan with the most runs.
+    """
+    plans, most = {}, max(len(_runs(*settings)) for name, settings in _ORIGINAL.items() if name not in _STRIDES)
+    if depth < most:
+        raise BadInput(f"the {len(_ORIGINAL)} plans need a model of at least {most} blocks, a block for each run that they treat alike: this one has {depth}")
+    for name, (skipped, repeated, times) in _ORIGINAL.items():
+        if name in _STRIDES:
+            start, step = _STRIDES[name]
+            plans[name] = tuple(b for b in range(start, depth, step) for _ in range(times))
+            continue
+        runs = _runs(skipped, repeated, times)
+        edges = _carry(list(itertools.accumulate(length for _, length in runs)), depth)
+        plan: list[int] = []
+        for (t, _), start, end in zip(runs, [0, *edges], edges, strict=False):
+            plan += [b for b in range(start, end) for _ in range(t)]
+        plans[name] = tuple(plan)
+    return plans
+
+
+def _runs(skipped: str, repeated: str, times: int) -> list[tuple[int, int]]:
+    """(how often each block runs, how many blocks) of a plan's runs of neighbours treated alike, on 32 blocks."""
+    skip, repeat = ({*parse_plan(t, ORIGINAL_DEPTH)} if t else set() for t in (skipped, repeated))
+    treatment = [0 if b in skip else times if b in repeat else 1 for b in range(ORIGINAL_DEPTH)]
+    return [(t, len(list(same))) for t, same in itertools.groupby(treatment)]
+
+
+def _carry(boundaries: list[int], depth: int) -> list[int]:
+    """Ends of runs on 32 blocks, moved to `depth` so that every run keeps at least one block."""
+    ends: list[int] = []
+    for k, boundary in enumerate(boundaries):
+        wanted = (2 * boundary * depth + ORIGINAL_DEPTH) // (2 * ORIGINAL_DEPTH)
+        room = depth - (len(boundaries) - 1 - k)
+        ends.append(min(max(wanted, (ends[-1] if ends else 0) + 1), room))
+    return ends

@@ -1,0 +1,1 @@
+"""Low-rank adaptation: the stage, its sequences, its training."""

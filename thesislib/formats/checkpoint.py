@@ -1,0 +1,299 @@
+"""A Hugging Face checkpoint folder, read so that every tensor and setting in it is used, known to be harmless, or refused by name."""
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from thesislib.bounds import read_sizes
+from thesislib.errors import BadInput, first_line
+from thesislib.files import check_ordinary, read_json
+
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+FLOATING = ("F64", "F32", "F16", "BF16")
+POSITIVE = ("rope_theta", "factor", "attention_factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "original_max_position_embeddings")
+# Older checkpoints hold the rotary frequencies, which the configuration says too
+DERIVED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
+# Settings of other architectures that change what is computed, with the values that change nothing. A class that does not know
+# one ignores it, and computes something else than the file was made for.
+NEUTRAL: dict[str, tuple] = {
+    "attention_multiplier": (None,),
+    "attn_logit_softcapping": (None,),
+    "clip_qkv": (None,),
+    "embedding_multiplier": (None, 1, 1.0),
+    "final_logit_softcapping": (None,),
+    "is_causal": (None, True),
+    "logit_scale": (None, 1, 1.0),
+    "logits_scaling": (None, 1, 1.0),
+    "num_experts": (None, 0, 1),
+    "num_local_experts": (None, 0, 1),
+    "partial_rotary_factor": (None, 1, 1.0),
+    "qk_layernorm": (None, False),
+    "query_pre_attn_scalar": (None,),
+    "residual_multiplier": (None, 1, 1.0),
+    "rope_interleaved": (None, False),
+    "scale_depth": (None,),
+    "scale_emb": (None, 1, 1.0),
+    "use_bidirectional_attention": (None, False),
+    "use_parallel_residual": (None, False),
+    "use_qk_norm": (None, False),
+}
+
+
+class Header(NamedTuple):
+    """Where a tensor is stored, and as what: its file, safetensors' word for its type, its shape."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The configuration of a checkpoint, if a model of a supported architecture computes all that it says.
+
+    Raises:
+        BadInput: unreadable, unsupported, or with a setting that would be ignored.
+    """
+    read_sizes(folder)
+    check_texts(folder)
+    said = read_json(folder / "config.json")
+    if said.get("transformers_weights"):
+        raise BadInput(f"{folder}: 'transformers_weights' names another file of weights, {said['transformers_weights']!r}: expected {SINGLE} or {INDEX}")
+    with quiet_transformers():
+        try:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # each kind of nonsense in a configuration has its own class
+            raise BadInput(f"{folder} is not a checkpoint that transformers can read ({first_line(error)})") from error
+    if config.model_type not in SUPPORTED:
+        raise BadInput(f"unsupported architecture '{config.model_type}' in {folder}: supported are {', '.join(SUPPORTED)}")
+    check_settings(config, said, folder)
+    return config
+
+
+def check_texts(folder: Path) -> None:
+    """Raises BadInput for a file of a checkpoint, weights apart, that no reader of it would have room for."""
+    for file in [*folder.iterdir(), *(folder / "additional_chat_templates").glob("*")]:
+        if file.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken") and file.is_file():
+            check_ordinary(file)
+
+
+def check_memory(size: int, what: object) -> None:
+    """Raises BadInput for more bytes than this machine has: the system would end the process without a word."""
+    if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return
+    has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > has:
+        raise BadInput(f"{what} takes {size / 1e9:,.1f} GB of memory, and this machine has {has / 1e9:,.1f}: expected a smaller model, or bfloat16")
+
+
+def check_settings(config: PretrainedConfig, said: dict[str, Any], folder: Path) -> None:
+    """Raises BadInput for a setting in a config.json that this architecture's class would ignore, or that contradicts another."""
+    known = vars(type(config)())
+    ignored = {key: said[key] for key, neutral in NEUTRAL.items() if key in said and key not in known and said[key] not in neutral}
+    window, depth = said.get("sliding_window"), config.num_hidden_layers
+    if "sliding_window" not in known and window and window < config.max_position_embeddings:
+        ignored["sliding_window"] = window
+    for name, plain in (("layer_types", "full_attention"), ("no_rope_layers", 1)):
+        values = said.get(name)
+        if values and name not in known and set(values) != {plain}:
+            ignored[name] = values
+        elif values and len(values) != depth:
+            raise BadInput(f"{folder}: '{name}' in config.json has {len(values)} entries for {depth} blocks: expected one for each")
+    for key, value in ignored.items():
+        raise BadInput(f"{folder}: config.json says {key} = {str(value)[:40]}, which {config.model_type} models ignore: another model would be measured")
+    rotary = getattr(config, "rope_parameters", None) or {}
+    numbers = {"rms_norm_eps": config.rms_norm_eps, **{f"rope_parameters.{key}": value for key, value in rotary.items() if key in POSITIVE}}
+    for key, value in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise BadInput(f"{folder}: {key} in config.json is {str(value)[:40]}: expected a positive number")
+    types = set(getattr(config, "layer_types", None) or ())
+    if odd := types - {"full_attention", "sliding_attention"}:
+        raise BadInput(f"{folder}: layer type '{min(odd)}' in config.json is not known here: expected full_attention or sliding_attention")
+    if "sliding_attention" in types and not config.sliding_window:
+        raise BadInput(f"{folder}: config.json has blocks of sliding_attention and no sliding_window in use: expected its number of tokens")
+
+
+def is_gptq(config: PretrainedConfig) -> bool:
+    """Whether a checkpoint's weights are stored in GPTQ's layout, see `thesislib.formats.gptq`."""
+    said = getattr(config, "quantization_config", None)
+    return isinstance(said, dict) and said.get("quant_method") == "gptq"
+
+
+def headers(folder: Path) -> dict[str, Header]:
+    """What is stored of each tensor, from the files that transformers would load: model.safetensors, else the shards of an index.
+
+    Raises:
+        BadInput: neither is there; a shard that is missing, damaged, or outside the folder; a tensor that its shard lacks.
+    """
+    single, index = folder / SINGLE, folder / INDEX
+    if single.is_file():
+        return headers_of(single)
+    if not index.is_file():
+        raise BadInput(f"{folder} has neither {SINGLE} nor {INDEX}: expected a checkpoint with safetensors weights")
+    said = read_json(index)
+    where = said.get("weight_map") if isinstance(said, dict) else None
+    if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
+        raise BadInput(f"{index} is not an index of weights: expected 'weight_map', tensor names to files")
+    found: dict[str, Header] = {}
+    for name in dict.fromkeys(where.values()):
+        if Path(name).name != name:
+            raise BadInput(f"{index} names '{name}', which is not in its folder: expected the names of files beside it")
+        if not (folder / name).is_file():
+            raise BadInput(f"{folder} lacks the file '{name}', which its index names: the checkpoint is not whole")
+        for key, header in headers_of(folder / name).items():
+            if where.get(key) == name:
+                found[key] = header
+            elif key not in where:
+                raise BadInput(f"{folder / name} holds '{key}', which {INDEX} does not name: the index is another checkpoint's")
+    for key, name in where.items():
+        if key not in found:
+            raise BadInput(f"{folder} lacks the weight '{key}', which its index expects in {name}: the checkpoint is not whole")
+    return found
+
+
+def headers_of(file: Path) -> dict[str, Header]:
+    """What is stored of each tensor in one safetensors file, whose end must be that of its last tensor.
+
+    Raises:
+        BadInput: it cannot be read.
+    """
+    try:
+        with safe_open(file, framework="pt") as opened:
+            slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118, it is no mapping
+            return {key: Header(file, part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{file} cannot be read ({first_line(error)}): the checkpoint is damaged or not whole") from error
+
+
+def full_name(key: str) -> str:
+    """A stored tensor's name in the model: checkpoints of the decoder alone leave out the first part."""
+    return f"model.{key}" if key.startswith(("layers.", "embed_tokens.", "norm.")) else key
+
+
+def check_tensors(folder: Path, stored: dict[str, Header], expected: dict[str, tuple[int, ...]], tied: bool) -> None:
+    """Raises BadInput where what is stored is not what a model has: a tensor too few, too many, of another shape, or no floating numbers.
+
+    Args:
+        folder: for the message.
+        stored: see `headers`.
+        expected: the shape of each tensor of the model's state dict.
+        tied: whether the output embedding may be left out, being the input embedding.
+    """
+    names = [full_name(key) for key in stored]
+    if len(set(names)) < len(names):
+        raise BadInput(f"{folder} holds the weight '{max(names, key=names.count)}' under two names: expected each once")
+    stored = dict(zip(names, stored.values(), strict=True))
+    either = {HEAD, EMBEDDING} if tied and not {HEAD, EMBEDDING}.isdisjoint(stored) else set()
+    for key, header in stored.items():
+        if DERIVED.fullmatch(key):
+            continue
+        if key not in expected:
+            block = re.match(r"model\.layers\.(\d+)\.", key)
+            depth = 1 + max(int(name.split(".")[2]) for name in expected if name.startswith("model.layers."))
+            hint = f"config.json describes {depth} blocks; to leave blocks out, use --plan or a depth stage" if block and int(block[1]) >= depth else (
+                "the configuration has no place for it")  # fmt: skip
+            raise BadInput(f"{folder} holds the weight '{key}', which would not be used ({hint}): another model would be measured")
+        if header.dtype not in FLOATING:
+            raise BadInput(
+                f"the weight '{key}' of {folder} is stored as {header.dtype}: codes of a quantised checkpoint are not weights; expected floating numbers"
+            )
+        if header.shape != tuple(expected[key]):
+            raise BadInput(f"the weight '{key}' of {folder} has shape {header.shape}, and config.json describes {tuple(expected[key])}")
+    for key in expected:
+        if key not in stored and key not in either:
+            raise BadInput(f"{folder} lacks the weight '{key}': the checkpoint is not whole")
+
+
+def read_tensors(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """All tensors of a plain checkpoint under the names of its model's state dict, in one type.
+
+    Where the head is the embedding it is left out. Where the configuration says so and the file holds another head, the
+    configuration is told: transformers leaves such a head alone, and everything that writes a model goes by the configuration.
+
+    Raises:
+        BadInput: codes of a quantiser; see `headers` and `check_tensors`.
+    """
+    if quantiser := getattr(config, "quantization_config", None):
+        said = quantiser if isinstance(quantiser, dict) else quantiser.to_dict()
+        raise BadInput(
+            f"{folder} holds weights quantised by '{said.get('quant_method', 'an unnamed method')}': expected plain ones, GPTQ's (2, 3, 4 or 8 bits), "
+            "a GGUF file or an artifact"
+        )
+    stored = headers(folder)
+    empty = empty_model(config, dtype)
+    expected = {key: tuple(t.shape) for key, t in empty.state_dict().items()}
+    check_tensors(folder, stored, expected, bool(config.tie_word_embeddings))
+    check_memory(dtype.itemsize * sum(p.numel() for p in empty.parameters()), folder)
+    tensors = {}
+    for file in {header.file for header in stored.values()}:
+        with safe_open(file, framework="pt") as opened:
+            for key in (key for key, header in stored.items() if header.file == file):
+                tensors[full_name(key)] = opened.get_tensor(key)
+    for key in [key for key in tensors if DERIVED.fullmatch(key)]:
+        kept, own = tensors.pop(key).float(), type(empty.model.rotary_emb)(config).inv_freq
+        if kept.shape != own.shape or not torch.allclose(kept, own.float(), rtol=0.01):  # some hold them in bfloat16
+            raise BadInput(f"'{key}' in {folder} are other rotary frequencies than config.json's: another model would be measured")
+    if config.tie_word_embeddings and HEAD in tensors:
+        head = tensors.pop(HEAD)
+        if not torch.equal(tensors.setdefault(EMBEDDING, head), head):
+            config.tie_word_embeddings, tensors[HEAD] = False, head
+    return {key: tensor.to(dtype) for key, tensor in tensors.items()}
+
+
+def generation_settings(folder: Path) -> GenerationConfig | None:
+    """What generation_config.json says; None if there is none.
+
+    Raises:
+        BadInput: it cannot be read.
+    """
+    if not (folder / "generation_config.json").is_file():
+        return None
+    try:
+        with quiet_transformers():
+            return GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # each kind of nonsense in it has its own class
+        raise BadInput(f"{folder / 'generation_config.json'} cannot be read ({first_line(error)})") from error
+
+
+def causal(model: PreTrainedModel) -> PreTrainedModel:
+    """Let a model's blocks attend by torch's scaled dot product attention: the one that is causal where a block gets no mask."""
+    if model.config._attn_implementation != "sdpa":
+        model.set_attn_implementation("sdpa")
+    return model
+
+
+def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model that a configuration describes, without any memory for its weights.
+
+    Raises:
+        BadInput: a configuration of which no model can be made.
+    """
+    with torch.device("meta"), quiet_transformers():
+        try:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+        except Exception as error:  # each kind of nonsense in a configuration has its own class
+            raise BadInput(f"no model can be made of the configuration ({first_line(error)})") from error
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No bars and no warnings from transformers inside the block; what goes wrong is raised, not logged."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

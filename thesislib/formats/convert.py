@@ -1,0 +1,92 @@
+"""A GGUF file turned, once, into the safetensors folder that everything else loads."""
+
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+
+from thesislib.errors import BadInput, first_line
+from thesislib.files import cache_dir, damaged, lock, plain_errors, read_json, sha256_of, whole_folder
+
+READER = 2  # raise it when the same file comes to be read otherwise
+LARGE = 1 << 32  # bytes of a file whose header is looked at before all of it is read for its checksum
+SUMS = "sha256.json"  # beside the converted files: of each one
+
+
+def safetensors_folder(gguf: Path, sha256: str | None = None, cut: str | None = None) -> Path:
+    """The Hugging Face folder (float32 safetensors, tokenizer, chat template) made from `gguf`, converted if need be.
+
+    Every weight is exact, since a Q4_1 or Q8_0 value (an fp16 scale times a small integer, plus an fp16 minimum) fits float32.
+    Takes seconds, once; loading the result takes under a second.
+
+    Args:
+        gguf: the file, or one of the parts that llama.cpp's gguf-split made.
+        sha256: expected of the file.
+        cut: how its tokenizer cuts text, instead of what the file says.
+
+    Raises:
+        BadInput: another sha256 than given; see `thesislib.formats.gguf_reader.GgufModel`.
+    """
+    from thesislib.formats.gguf_reader import PART, check_header, parts
+
+    with plain_errors(gguf), gguf.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise BadInput(f"{gguf} is not a GGUF file (it does not start with 'GGUF')")
+    if gguf.stat().st_size > LARGE:
+        check_header(gguf)
+    digest = sha256_of(gguf)
+    if sha256 and digest != sha256:
+        raise BadInput(f"{gguf.name} has sha256 {digest}, expected {sha256}: truncated or altered; delete it and fetch it again")
+    if PART.search(gguf.stem):
+        digest = hashlib.sha256("".join(map(sha256_of, parts(gguf))).encode()).hexdigest()
+    folder = cache_dir() / "subjects" / f"{gguf.stem[:80]}-{digest[:12]}-{READER}{f'-{cut}' if cut else ''}"
+    if _wrong(folder):
+        with lock(folder):
+            if why := _wrong(folder):
+                again = f": what the cache holds of it {why}" if folder.exists() else " (once, some seconds)"
+                print(f"converting {gguf.name} to safetensors{again}", file=sys.stderr)
+                with whole_folder(folder, alone=True) as temporary:
+                    _convert(gguf, temporary, cut)
+                    sums = {file.relative_to(temporary).as_posix(): sha256_of(file) for file in temporary.rglob("*") if file.is_file()}
+                    (temporary / SUMS).write_text(json.dumps(sums), "utf8")
+    return folder
+
+
+def _wrong(folder: Path) -> str | None:
+    """What is wrong with a conversion, if not every file is there as it was written and no other."""
+    try:
+        sums = read_json(folder / SUMS)
+        if not isinstance(sums, dict) or not sums:
+            return f"has a damaged {SUMS}"
+    except BadInput:
+        return "has no checksums that can be read"
+    if found := damaged(folder, sums):
+        return f"is damaged, or lacks a file: {found}"
+    others = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir()} - {SUMS, *sums}
+    return f"has a file that is not its own: {min(others)}" if others else None
+
+
+def _convert(gguf: Path, folder: Path, cut: str | None) -> None:
+    from safetensors.torch import save_file
+
+    from thesislib.formats.checkpoint import empty_model
+    from thesislib.formats.gguf_reader import GgufModel
+
+    try:
+        model = GgufModel(gguf)
+        tokenizer = model.tokenizer(cut)  # refuses what it does not know before any weight is decoded
+        empty = empty_model(model.config, model.config.dtype)
+    except BadInput:
+        raise
+    except Exception as error:  # a text where a number is meant, a token that is not there: each reader of it has its own
+        raise BadInput(f"{gguf.name} has a setting or a tokenizer that is none ({first_line(error)}): the file is damaged") from error
+    model.config.architectures = [type(empty).__name__]
+    shapes = {name: t.shape for name, t in empty.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del shapes["lm_head.weight"]
+    save_file(dict(model.tensors(shapes)), folder / "model.safetensors", {"format": "pt"})
+    model.config.save_pretrained(folder)
+    model.generation.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # safetensors writes it private

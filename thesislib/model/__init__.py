@@ -1,0 +1,1 @@
+"""What a subject is in memory."""

@@ -1,0 +1,288 @@
+"""What may stand in a projection's place: a linear whose weight is computed when used, and one with a low-rank correction.
+
+All of them have `weight` (the dense weight of the projection itself), `bias`, `in_features` and `out_features`, and put
+a plain `weight` into the state dict, so that fingerprints and plain checkpoints need not know about them.
+"""
+
+import copy
+from dataclasses import replace as with_other
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.sparse import to_sparse_semi_structured
+
+from thesislib.errors import BadInput, unknown
+from thesislib.model import packing
+from thesislib.model.subject import Subject, projections
+
+
+class ComputedLinear(nn.Module):
+    """A linear whose weight is made when it is used: a subclass says how by its `weight`.
+
+    What it is made from are buffers that stay out of the state dict. They follow `.to()`: floating ones change their
+    type, codes never do.
+
+    Attributes:
+        encoding: the name under which an artifact keeps those buffers; None if it keeps the weight instead.
+    """
+
+    encoding: str | None = None
+
+    def __init__(self, shape: tuple[int, int], bias: torch.Tensor | None, **tensors: torch.Tensor):
+        super().__init__()
+        self.out_features, self.in_features = shape
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """(outputs, inputs), made anew at every call."""
+        raise NotImplementedError
+
+    @property
+    def held(self) -> dict[str, torch.Tensor]:
+        """The tensors that the weight is made from."""
+        return dict(self.named_buffers())
+
+    @property
+    def resident(self) -> list[torch.Tensor]:
+        """The tensors that take memory, where a faster order of them is not what a file keeps."""
+        return list(self.held.values())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., inputs) -> (..., outputs)."""
+        return F.linear(x, self.weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """As nn.Linear's, and the encoding."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, encoding={self.encoding}"
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.weight
+
+
+class PackedLinear(ComputedLinear):
+    """Holds its weight packed (see `thesislib.model.packing`), 0.55 of the bytes for W2:4 in bfloat16, and unpacks it at each use."""
+
+    def __init__(self, encoding: str, shape: tuple[int, int], bias: torch.Tensor | None, **tensors: torch.Tensor):
+        super().__init__(shape, bias, **tensors)
+        self.encoding = encoding
+
+    @classmethod
+    def of(cls, linear: nn.Module, encoding: str | None = None) -> "PackedLinear":
+        """A linear packed in an encoding, by default the smallest.
+
+        Raises:
+            BadInput: the weight does not have the zeros that the encoding needs, or none that save anything.
+        """
+        encoding = encoding or packing.smallest(linear.weight)
+        if encoding == "dense":
+            raise BadInput("this weight has too few zeros for packing to save anything: leave it as it is")
+        return cls(encoding, (linear.out_features, linear.in_features), linear.bias, **packing.pack(linear.weight.detach(), encoding))
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """(outputs, inputs), unpacked at every call."""
+        return packing.unpack(self.held, self.encoding, (self.out_features, self.in_features))
+
+
+class Adapted(nn.Module):
+    """A projection and a low-rank correction of its output: y = base(x) + (x Aᵀ) Bᵀ, any scale folded into B.
+
+    `weight` and `bias` are the base's. In the state dict the base's `weight` stands where it would without a correction,
+    beside `lora_A` and `lora_B`.
+
+    Args:
+        base: an nn.Linear or a ComputedLinear.
+        A: (rank, inputs).
+        B: (outputs, rank).
+
+    Raises:
+        BadInput: shapes that do not fit; a base that is adapted already (see `adapt`).
+    """
+
+    def __init__(self, base: nn.Module, A: torch.Tensor, B: torch.Tensor):
+        super().__init__()
+        if isinstance(base, Adapted):
+            raise BadInput("this projection is adapted already: use adapt(), which joins both corrections")
+        if A.shape != (len(A), base.in_features) or B.shape != (base.out_features, len(A)):
+            expected = f"(r, {base.in_features}) and ({base.out_features}, r)"
+            raise BadInput(f"A {tuple(A.shape)} and B {tuple(B.shape)} do not fit: expected {expected}")
+        self.base = base
+        self.lora_A, self.lora_B = (t if isinstance(t, nn.Parameter) else nn.Parameter(t, requires_grad=False) for t in (A, B))
+
+    in_features = property(lambda self: self.base.in_features)
+    out_features = property(lambda self: self.base.out_features)
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
+
+    @property
+    def rank(self) -> int:
+        """Of the correction."""
+        return len(self.lora_A)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., inputs) -> (..., outputs); the correction is computed in its own type."""
+        y = self.base(x)
+        return y + F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B).to(y.dtype)
+
+    def state_dict(self, *args, **kwargs) -> dict[str, torch.Tensor]:
+        """As the base's, and the correction."""
+        state, prefix = super().state_dict(*args, **kwargs), kwargs.get("prefix", "")
+        for key in [key for key in state if key.startswith(f"{prefix}base.")]:
+            state[prefix + key.removeprefix(f"{prefix}base.")] = state.pop(key)
+        return state
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for key in ("weight", "bias"):
+            if prefix + key in state_dict:
+                state_dict[f"{prefix}base.{key}"] = state_dict.pop(prefix + key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def adapt(module: nn.Module, A: torch.Tensor, B: torch.Tensor) -> Adapted:
+    """A projection with one more correction: y = module(x) + (x Aᵀ) Bᵀ. Two corrections are one of both ranks together."""
+    if not isinstance(module, Adapted):
+        return Adapted(module, A, B)
+    return Adapted(module.base, torch.cat([module.lora_A.detach(), A]), torch.cat([module.lora_B.detach(), B], 1))
+
+
+def merge(adapted: Adapted) -> nn.Linear:
+    """A dense linear with W + B A: the correction at no cost, and no mask or grid left."""
+    return _linear(_sum(adapted), adapted.bias)
+
+
+def merge_masked(adapted: Adapted) -> nn.Linear:
+    """A dense linear with W + B A where W is not zero (a bit of it is set, so -0.0 counts as a weight), and 0 elsewhere."""
+    kept = packing.nonzero_bits(adapted.weight)
+    return _linear(torch.where(kept, _sum(adapted), 0), adapted.bias)
+
+
+def _sum(adapted: Adapted) -> torch.Tensor:
+    """W + B A, added in float32 and rounded once."""
+    correction = adapted.lora_B.detach().float() @ adapted.lora_A.detach().float()
+    weight = adapted.weight.detach()
+    return (weight.float() + correction).to(weight.dtype)
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """An nn.Linear around these tensors."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    return linear
+
+
+def unpack(module: nn.Module) -> nn.Module:
+    """The projection as an nn.Linear; an adapted one stays adapted, around an nn.Linear; what is dense is returned as it is."""
+    if isinstance(module, Adapted):
+        return module if (base := unpack(module.base)) is module.base else Adapted(base, module.lora_A, module.lora_B)
+    return _linear(module.weight, module.bias) if isinstance(module, ComputedLinear) else module
+
+
+def unpack_all(model: nn.Module) -> nn.Module:
+    """Unpack every projection of a model in place; those that stood in several places are one again in all of them."""
+    dense: dict[int, nn.Module] = {}
+    for parent in list(model.modules()):
+        if isinstance(parent, Adapted):  # replaced as a whole, by its parent
+            continue
+        for name, child in parent.named_children():
+            if isinstance(child, (ComputedLinear, Adapted)):
+                setattr(parent, name, dense.setdefault(id(child), unpack(child)))
+    return model
+
+
+def pack_all(subject: Subject) -> Subject:
+    """A subject that holds each projection packed in its smallest encoding, sharing all that is not packed.
+
+    Those that packing would not make smaller stay as they are.
+    """
+    packed: dict[int, nn.Module] = {}
+
+    def smaller(linear: nn.Module) -> nn.Module:
+        if isinstance(linear, Adapted):
+            return Adapted(smaller(linear.base), linear.lora_A, linear.lora_B)
+        if isinstance(linear, ComputedLinear) or packing.smallest(linear.weight) == "dense":
+            return linear
+        return PackedLinear.of(linear)
+
+    model = copy.deepcopy(subject.model, {id(p): p for p in subject.model.parameters()})
+    for before, after in zip(subject.model.model.layers, model.model.layers, strict=True):
+        for name, linear in projections(before).items():
+            replace(after, name, packed.setdefault(id(linear), smaller(linear)))
+    return with_other(subject, model=model)
+
+
+def replace(block: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where the projection `name` (e.g. "q_proj") of a block stands.
+
+    Raises:
+        BadInput: the block has no such projection.
+    """
+    own = projections(block)
+    if name not in own:
+        raise unknown("projection", name, own)
+    parent = next(part for part in block.children() if part._modules.get(name) is own[name])
+    setattr(parent, name, module)
+
+
+class SemiStructuredLinear(ComputedLinear):
+    """2:4 in the form that NVIDIA's sparse tensor cores take; stays on the device where it was made."""
+
+    def __init__(self, sparse: torch.Tensor, bias: torch.Tensor | None):
+        super().__init__(tuple(sparse.shape), bias)
+        self.sparse = sparse
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """(outputs, inputs), made anew at every call."""
+        return self.sparse.to_dense()
+
+    @property
+    def held(self) -> dict[str, torch.Tensor]:
+        """torch's packed values and, with its CUTLASS kernel, their places apart."""
+        return {name: t for name in ("packed", "meta") if (t := getattr(self.sparse, name)) is not None}
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., inputs) -> (..., outputs)."""
+        return F.linear(x, self.sparse, self.bias)
+
+
+def semi_structured(subject: Subject) -> Subject:
+    """A subject whose 2:4 linears run on torch's semi-structured sparse kernels; those of other weights stay as they are.
+
+    Rows must be a multiple of 32 and columns of 64, which the kernels ask for.
+
+    Raises:
+        BadInput: no NVIDIA card of compute capability 8.0 or newer under the subject; neither float16 nor bfloat16; no linear that holds 2:4.
+    """
+    device, dtype = subject.device, subject.dtype
+    if device.type != "cuda" or torch.version.hip:
+        raise BadInput(
+            f"2:4 kernels cannot run on '{device}': expected an NVIDIA GPU of compute capability 8.0 or newer; elsewhere packed linears unpack at use"
+        )
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        name = torch.cuda.get_device_name(device)
+        raise BadInput(f"2:4 kernels cannot run on {name} of compute capability {'.'.join(map(str, capability))}: expected 8.0 or newer")
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise BadInput(f"2:4 kernels cannot run in {dtype}: expected torch.bfloat16 or torch.float16")
+    model, made = copy.deepcopy(subject.model), {}
+    result = with_other(subject, model=model)
+    for i, block in enumerate(result.blocks):
+        for name, module in result.linears(i).items():
+            base = getattr(module, "base", module)
+            if id(base) not in made:
+                weight = base.weight.detach()
+                fits = weight.shape[0] % 32 == 0 and weight.shape[1] % 64 == 0 and packing.most_kept(weight, 4) <= 2
+                made[id(base)] = SemiStructuredLinear(to_sparse_semi_structured(weight.contiguous()), base.bias) if fits else base
+            if isinstance(module, Adapted):
+                module.base = made[id(base)]
+            else:
+                replace(block, name, made[id(base)])
+    if not any(isinstance(m, SemiStructuredLinear) for m in model.modules()):
+        raise BadInput(f"no linear of {subject.name} holds 2:4 weights of a shape that the kernels take: mask with W2:4 first")
+    return result

@@ -1,0 +1,1 @@
+"""Stages in order: recipes, carried out, kept and resumed."""

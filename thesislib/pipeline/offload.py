@@ -1,0 +1,201 @@
+"""Blocks read from a checkpoint's safetensors one at a time and written back: models larger than memory, see `stream`."""
+
+import copy
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoTokenizer
+
+from thesislib.compress.width import Width
+from thesislib.errors import BadInput, unknown
+from thesislib.files import whole_folder, write_whole
+from thesislib.formats.artifact_json import RECORD, write_record
+from thesislib.formats.checkpoint import (
+    DERIVED,
+    EMBEDDING,
+    HEAD,
+    INDEX,
+    SINGLE,
+    check_tensors,
+    empty_model,
+    full_name,
+    headers,
+    quiet_transformers,
+    read_config,
+)
+from thesislib.formats.held import check_dtype, own_dtype
+from thesislib.model.forward import attention_windows
+from thesislib.model.subject import DTYPES, checkpoint_folder, fingerprint, projections
+from thesislib.model.tokenizers import check_windows
+from thesislib.pipeline.recipe import read_recipe
+from thesislib.pipeline.run import place_for
+from thesislib.sources.corpus import calibration_windows, default_data
+
+
+class FromFolder:
+    """The blocks of a plain checkpoint folder; each is written into `target` when it has been visited.
+
+    After the pass, `finish` writes what is no block (embedding, last norm, head), the index, configuration and
+    tokenizer: a plain sharded checkpoint, one file a block.
+
+    Args:
+        source: a folder with config.json and safetensors.
+        target: an existing folder, best a temporary one (`thesislib.files.whole_folder`).
+        dtype: 'float32' or 'bfloat16', of the computation and of what is written.
+        device: where the one block is that is in memory.
+
+    Raises:
+        BadInput: a folder that is no such checkpoint, unknown architecture or dtype.
+    """
+
+    def __init__(self, source: Path, target: Path, dtype: str = "bfloat16", device: str = "cpu"):
+        if dtype not in DTYPES:
+            raise unknown("dtype", dtype, DTYPES)
+        self.source, self.target, self.dtype, self.device = Path(source), Path(target), DTYPES[dtype], device
+        config = read_config(self.source)
+        if (self.source / "adapter_config.json").is_file() or getattr(config, "quantization_config", None):
+            raise BadInput(
+                f"{source} holds an adapter or quantised weights: weights are streamed from a plain checkpoint, which `thesislib compress --plain` writes"
+            )
+        stored = headers(self.source)
+        self.model = empty_model(config, self.dtype).eval().requires_grad_(False)
+        check_tensors(self.source, stored, {key: tuple(t.shape) for key, t in self.model.state_dict().items()}, bool(config.tie_word_embeddings))
+        # {name in the model: (file, name in it)}
+        self.files = {full_name(key): (header.file, key) for key, header in stored.items() if not DERIVED.fullmatch(key)}
+        if config.tie_word_embeddings and HEAD in self.files:
+            if EMBEDDING not in self.files or torch.equal(self._tensor(HEAD), self._tensor(EMBEDDING)):
+                self.files.setdefault(EMBEDDING, self.files.pop(HEAD))
+            else:  # as everywhere, a head of its own is left alone
+                config.tie_word_embeddings = False
+        self.config, self.depth = config, config.num_hidden_layers
+        self.windows = attention_windows(config)
+        self._rotary = type(self.model.model.rotary_emb)(config).to(device)
+        self.written: dict[str, str] = {}
+
+    @property
+    def inputs(self) -> dict[str, int]:
+        """{projection: inputs} of one block."""
+        return {name: m.weight.shape[1] for name, m in projections(self.model.model.layers[0]).items()}
+
+    @property
+    def fingerprint(self) -> str:
+        """As `Subject.fingerprint`, reading one tensor at a time."""
+        tied = {"lm_head.weight": "model.embed_tokens.weight"} if self.config.tie_word_embeddings else {}
+        return fingerprint((key, self._tensor(tied.get(key, key))) for key in sorted(self.model.state_dict()))
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """As `thesislib.formats.artifact.sizes`, reading one tensor at a time; in memory the whole model would take what it has on disk."""
+        parameters = nonzero = 0
+        for key in self.files:
+            tensor = self._tensor(key)
+            parameters, nonzero = parameters + tensor.numel(), nonzero + int(torch.count_nonzero(tensor))
+        held = parameters * self.dtype.itemsize + sum(buffer.nbytes for buffer in self._rotary.buffers())
+        return {"parameters": parameters, "nonzero_parameters": nonzero, "bytes_in_memory": held}
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """(B, T) tokens to (B, T, D); the embedding stays in memory only for this call."""
+        file, key = self.files[EMBEDDING]
+        with safe_open(file, framework="pt") as opened:
+            table = opened.get_tensor(key)
+        return nn.functional.embedding(ids, table).to(self.dtype)
+
+    def rotary(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `thesislib.compress.calibration.Blocks`."""
+        return self._rotary(x, position_ids=positions)
+
+    @contextmanager
+    def hold(self, i: int) -> Iterator[nn.Module]:
+        """Block i in memory; its changes are written when the context ends without an error."""
+        block, prefix = copy.deepcopy(self.model.model.layers[i]), f"model.layers.{i}."
+        block.load_state_dict({k: self._tensor(prefix + k) for k in block.state_dict()}, assign=True)
+        block.requires_grad_(False)
+        for key, tensor in block.state_dict().items():
+            if not torch.isfinite(tensor.sum(dtype=torch.float32)):
+                raise BadInput(f"weight '{prefix}{key}' holds NaN or infinity: the checkpoint is damaged")
+        yield block
+        self._write(f"model-{i:05d}.safetensors", {prefix + k: v.cpu() for k, v in block.state_dict().items()})
+
+    def finish(self) -> None:
+        """Write the rest of the checkpoint."""
+        rest = {k: self._tensor(k).cpu() for k in self.model.state_dict() if not k.startswith("model.layers.") and k in self.files}
+        self._write(f"model-{self.depth:05d}.safetensors", rest)
+        size = sum((self.target / f).stat().st_size for f in set(self.written.values()))
+        write_whole(self.target / INDEX, json.dumps({"metadata": {"total_size": size}, "weight_map": self.written}, indent=1))
+        config = copy.deepcopy(self.config)
+        config.dtype = self.dtype
+        config.save_pretrained(self.target)
+        for file in self.source.iterdir():  # tokenizer, chat template, generation settings
+            if (
+                file.is_file()
+                and file.suffix in (".json", ".jinja", ".model", ".txt")
+                and not (self.target / file.name).exists()
+                and file.name != "artifact.json"
+            ):
+                shutil.copyfile(file, self.target / file.name)
+
+    def _tensor(self, name: str) -> torch.Tensor:
+        file, key = self.files[name]
+        with safe_open(file, framework="pt") as opened:  # opened anew each time: a file kept open keeps its pages in memory
+            return opened.get_tensor(key).to(self.device, self.dtype)
+
+    def _write(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        tensors = {k: v.contiguous() for k, v in tensors.items()}
+        save_file(tensors, self.target / name, metadata={"format": "pt"})
+        with safe_open(self.target / name, framework="pt") as file:
+            for key, tensor in tensors.items():
+                if not torch.equal(file.get_tensor(key), tensor):
+                    raise BadInput(f"'{key}' reads back from {name} as other numbers than were written: is the disk sound?")
+        self.written.update(dict.fromkeys(tensors, name))
+
+
+def compress_streamed(spec: str, recipe: str | Path, out: Path, *, data: str | None = None, dtype: str | None = None, device: str = "cpu") -> Path:
+    """Carry out a recipe of one width stage on weights that are read and written one block at a time; writes an artifact folder.
+
+    Args:
+        spec: a subject that is a plain checkpoint.
+        recipe: a recipe's file or label.
+        out: a new folder, or an artifact that this one replaces.
+        data: calibration data spec; by default the recipe's own, else THESISLIB_DATA, else embedded.
+        dtype: of the computation and of what is written; by default the subject's own, see `thesislib.formats.held.own_dtype`. device: a torch device.
+
+    Raises:
+        BadInput: other stages, or whatever the stage or the checkpoint refuses.
+    """
+    plan = read_recipe(recipe)
+    if len(plan.stages) != 1 or not isinstance(plan.stages[0], Width) or plan.stages[0].metric != "wanda":
+        raise BadInput(
+            f"--stream-weights takes a recipe of one WANDA stage, e.g. W2:4, and this one is {plan.label}: carry out the others first with --plain, "
+            "then stream over the checkpoint they leave"
+        )
+    (config,) = plan.stages
+    check_dtype(dtype)
+    source, name = checkpoint_folder(spec)
+    dtype = dtype or own_dtype(spec)
+    if (source / RECORD).is_file() and not (source / SINGLE).is_file() and not (source / INDEX).is_file():
+        raise BadInput(f"{source} is a packed artifact: weights are streamed from a plain checkpoint, which `thesislib compress --plain` writes")
+    out = place_for(out, source)
+    with quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    windows = calibration_windows(
+        tokenizer, config.text, next(given for given in (data, plan.data, default_data()) if given is not None), config.windows, config.length, config.seed
+    )
+    with whole_folder(out) as folder:
+        blocks = FromFolder(source, folder, dtype, device)
+        check_windows(blocks.model, tokenizer, windows)
+        config.check(blocks.inputs)
+        report = config.stream_weights(blocks, windows)
+        blocks.finish()
+        before, after = FromFolder(source, folder, dtype), FromFolder(folder, folder, dtype)
+        write_record(
+            folder, label=plan.label, name=name, plan=None, stages=plan.plain(), reports=[report], base={"name": name, "fingerprint": before.fingerprint},
+            fingerprint=after.fingerprint, dtype=dtype, sizes=after.sizes, encodings={}, repeats={}, without={},
+        )  # fmt: skip
+    return out

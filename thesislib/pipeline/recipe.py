@@ -1,0 +1,272 @@
+"""Recipes: which compression stages, with which settings, in which order; what cannot work fails before anything loads.
+
+A recipe is a YAML file, or a label such as D2+W1:8 where the label says it all::
+
+    label: D2+W1:8          # optional, checked against what the stages make
+    include: other.yaml     # optional: its stages come first; a file in this one's folder or below
+    data: embedded          # optional: a data spec for calibration; a folder is one in this file's folder or below
+    stages:
+      - depth: {remove: 2, metric: perplexity}
+      - width: {remove: 1, of: 8}
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from thesislib.compress.depth import Depth
+from thesislib.compress.selection import check_all_fit
+from thesislib.compress.stage import STAGES
+from thesislib.compress.width import Width
+from thesislib.config import build
+from thesislib.errors import BadInput, unknown
+from thesislib.files import expanded, is_folder
+from thesislib.model.subject import Subject
+from thesislib.sources.corpus import kind_of
+from thesislib.yaml_lines import DEEPEST, at, compose, entries, is_file, place, value
+
+KEYS = ("label", "name", "include", "data", "stages")
+# labels that fix a whole stage: the settings that the label's numbers are, and those that its letters are
+LABELS = {
+    r"D(\d+)": ("depth", ("remove",), {}),
+    r"DA(\d+)": ("depth", ("remove",), {"part": "attention"}),
+    r"DM(\d+)": ("depth", ("remove",), {"part": "mlp"}),
+    r"W(\d+):(\d+)": ("width", ("remove", "of"), {}),
+    r"E": ("eora", (), {}),
+}
+
+
+class Stage(Protocol):
+    """What a recipe needs of a stage's config: a frozen dataclass that checks its own values.
+
+    A class may also have `check_after(previous, shape)`, which raises BadInput if the stage cannot follow the configs
+    `previous` or does not fit the `Shape` that they leave (None: no subject is known), and a class method
+    `from_label(part)`, the config that this part of a label fixes, or None. `keeps_sizes = True` says that a stage changes
+    neither shapes nor which weights are zero, `needs_original = True` that its `apply` also takes `original`, the subject
+    that the stage right before it was given.
+    """
+
+    label: str
+
+    def apply(self, subject: Subject, *, data: str, work: Path) -> tuple[Subject, dict]:
+        """A new subject and a report that JSON can hold."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a subject's config.json says about sizes: its blocks, and the inputs of each projection's rows by its name."""
+
+    depth: int
+    inputs: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Stages in order, where each was written ("FILE:LINE", or the label), and the data spec, None if not given."""
+
+    stages: tuple[Any, ...]
+    places: tuple[str, ...]
+    data: str | None = None
+    name: str | None = None
+
+    @property
+    def label(self) -> str:
+        """As the thesis writes a configuration: D2+W1:8+W+Q+E."""
+        return "+".join(stage.label for stage in self.stages)
+
+    def plain(self) -> list[dict[str, dict]]:
+        """The stages as a YAML file would give them, every default filled in."""
+        kinds = {kind: name for name, kind in STAGES.items()}
+        return [{kinds[type(stage)]: dataclasses.asdict(stage)} for stage in self.stages]
+
+    def check(self, shape: Shape | None = None) -> None:
+        """Raises BadInput if a stage cannot follow those before it or, given a shape, does not fit such a subject."""
+        for i, (stage, where) in enumerate(zip(self.stages, self.places, strict=True)):
+            try:
+                if shape is not None and isinstance(stage, Depth):
+                    stage.check(shape.depth)
+                elif shape is not None and isinstance(stage, Width):
+                    stage.check(shape.inputs)
+                if shape is not None:
+                    check_all_fit(getattr(stage, "linears", None) or (), shape.depth)
+                if hasattr(stage, "check_after"):
+                    stage.check_after(list(self.stages[:i]), shape)
+            except BadInput as error:
+                raise BadInput(f"{where}: {error}") from error
+            if shape is not None and isinstance(stage, Depth) and stage.part == "block":
+                shape = dataclasses.replace(shape, depth=shape.depth - stage.count)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_recipe(source: str | Path) -> Recipe:
+    """The recipe that a file holds or that a label is, checked for what needs no subject.
+
+    Raises:
+        BadInput: anything that cannot work, with file and line and the nearest thing that would.
+    """
+    path = expanded(source)
+    looks_like_a_file = path.suffix in (".yaml", ".yml") or len(path.parts) > 1
+    recipe = _load(path, ()) if looks_like_a_file or is_file(path) else parse_label(str(source))
+    recipe.check()
+    return recipe
+
+
+def read_all(sources: Iterable[str | Path]) -> dict[str, Recipe]:
+    """Several recipes by their file's path; a folder stands for all .yaml files in it.
+
+    Raises:
+        BadInput: see `read_recipe`; a folder without recipes; two files with one label.
+    """
+    recipes: dict[str, Recipe] = {}
+    by_label: dict[str, str] = {}
+    for source in sources:
+        files = [source]
+        if is_folder(expanded(source)):
+            files = sorted(f for f in expanded(source).iterdir() if f.suffix in (".yaml", ".yml"))
+            if not files:
+                raise BadInput(f"{source} holds no recipe: expected .yaml files")
+        for file in files:
+            recipe = read_recipe(file)
+            first = by_label.setdefault(recipe.label, str(file))
+            if Path(first).resolve() != Path(file).resolve():
+                raise BadInput(f"{first} and {file} both have the label {recipe.label}: results could not be told apart")
+            recipes[str(file)] = recipe
+    return recipes
+
+
+def parse_label(label: str) -> Recipe:
+    """The recipe that a label writes, every setting that it does not name at its default.
+
+    >>> parse_label("D2+W1:8").stages[1].of
+    8
+
+    Raises:
+        BadInput: a part that is no stage's label, or of a stage whose settings the label does not fix.
+    """
+    parts = [part.strip() for part in str(label).split("+")]
+    stages = []
+    for part in parts:
+        try:
+            stages.append(_of_label(part))
+        except BadInput as error:
+            raise BadInput(f"label '{label}': {error}") from error
+    return Recipe(tuple(stages), tuple(f"label '{label}'" for _ in parts))
+
+
+def _of_label(part: str) -> Stage:
+    """The stage whose label `part` is."""
+    for kind in STAGES.values():
+        stage = kind.from_label(part) if hasattr(kind, "from_label") else None
+        if stage is not None:
+            return stage
+    for pattern, (name, numbers, letters) in LABELS.items():
+        match = re.fullmatch(pattern, part, re.ASCII)
+        if match:
+            if name not in STAGES:
+                raise unknown("stage", name, STAGES)
+            return build(STAGES[name], {**dict(zip(numbers, map(_number, match.groups()), strict=True)), **letters})
+    raise BadInput(f"part '{part}' is not understood: expected a recipe's .yaml file, or parts like D2 or W1:8 joined by '+'")
+
+
+def _load(path: Path, above: tuple[Path, ...]) -> Recipe:
+    """The recipe in a file that the files `above` include, outermost first."""
+    root = compose(path)
+    if not isinstance(root, yaml.MappingNode):
+        raise at(path, root, f"a recipe is a mapping with the keys {', '.join(KEYS)}")
+    given = entries(root, path, "key of a recipe", KEYS)
+    texts = {}
+    for key in ("label", "name", "include", "data"):
+        if key in given:
+            texts[key] = given[key].value
+            if not isinstance(given[key], yaml.ScalarNode) or not texts[key]:
+                raise at(path, given[key], f"'{key}' must be a text")
+    stages, places, data = [], [], None
+    if "include" in given:
+        included, chain = _inside(path, given["include"]), (*above, path)
+        if len(chain) > DEEPEST:
+            raise at(path, given["include"], f"recipes include each other more than {DEEPEST} deep")
+        if included.resolve() in {file.resolve() for file in chain}:
+            raise at(path, given["include"], f"including '{texts['include']}' closes a cycle: {' -> '.join(f.name for f in (*chain, included))}")
+        if not is_file(included):
+            raise at(path, given["include"], f"there is no file {included} to include")
+        first = _load(included, chain)
+        stages, places, data = list(first.stages), list(first.places), first.data
+    if "data" in given:
+        data = texts["data"] if texts["data"] in ("embedded", "hub") else str(_inside(path, given["data"]))
+        try:
+            kind_of(data)
+        except BadInput as error:
+            raise at(path, given["data"], error) from error
+    listed = given.get("stages")
+    if listed is not None and not isinstance(listed, yaml.SequenceNode):
+        raise at(path, listed, "'stages' must be a list, each entry one stage such as '- depth: {remove: 2}'")
+    for entry in listed.value if listed is not None else []:
+        stages.append(_stage(entry, path))
+        places.append(place(path, entry))
+    if not stages:
+        raise at(path, listed or root, f"the recipe has no stages: expected 'stages:' and a list of {', '.join(STAGES)}")
+    recipe = Recipe(tuple(stages), tuple(places), data, texts.get("name"))
+    if "label" in given and texts["label"] != recipe.label:
+        raise at(path, given["label"], f"label '{texts['label']}' is not that of these stages, which is '{recipe.label}'")
+    return recipe
+
+
+def _stage(entry: yaml.Node, path: Path) -> Stage:
+    """One entry of `stages`: 'name', 'name:' or 'name: {setting: value}'."""
+    if isinstance(entry, yaml.ScalarNode):
+        if entry.value not in STAGES:
+            raise at(path, entry, unknown("stage", entry.value, STAGES))
+        name, settings = entry.value, None
+    elif isinstance(entry, yaml.MappingNode) and len(entry.value) == 1:
+        ((name, settings),) = entries(entry, path, "stage", STAGES).items()
+    else:
+        raise at(path, entry, "expected one stage an entry, such as '- depth: {remove: 2}'")
+    fields = {f.name: f for f in dataclasses.fields(STAGES[name])}
+    given = {}
+    if isinstance(settings, yaml.MappingNode):
+        given = entries(settings, path, f"setting of stage '{name}'", fields)
+    elif settings is not None and settings.value != "":
+        raise at(path, settings, f"stage '{name}' takes its settings as '- {name}: {{setting: value}}', any of {', '.join(fields)}")
+    missing = [f for f, field in fields.items() if f not in given and field.default is field.default_factory is dataclasses.MISSING]
+    if missing:
+        raise at(path, entry, f"stage '{name}' lacks the setting '{missing[0]}'")
+    values = {key: value(node, path) for key, node in given.items()}
+    try:
+        return build(STAGES[name], values)
+    except (BadInput, TypeError) as error:  # TypeError: a list or mapping of other things than the stage takes
+        raise at(path, _blamed(str(error), given) or entry, f"stage '{name}': {error}") from error
+
+
+def _blamed(message: str, given: Mapping[str, yaml.Node]) -> yaml.Node | None:
+    """The setting that an error is about, so that its line can be said: the one whose name or value the message has."""
+    signs = (
+        lambda key, node: f"'{key}'" in message,
+        lambda key, node: message.startswith(f"{key} "),
+        lambda key, node: node.value and f"'{node.value}'" in message,
+    )
+    return next((node for sign in signs for key, node in given.items() if sign(key, node)), None)
+
+
+def _number(text: str) -> int:
+    if len(text) > 18:
+        raise BadInput(f"{text[:18]}... is too large a number")
+    return int(text)
+
+
+def _inside(path: Path, node: yaml.ScalarNode) -> Path:
+    """The path that a recipe's file names, if it is in the file's folder or below."""
+    target, root = path.parent / node.value, path.parent.resolve()
+    try:
+        inside = target.resolve().is_relative_to(root)
+    except (OSError, RuntimeError, ValueError) as error:  # too long; links in a circle; no character of a path
+        raise at(path, node, f"{node.value!r} is no path ({error})") from error
+    if not inside:
+        raise at(path, node, f"'{node.value}' leads out of {root}: expected a path in that folder or below")
+    return target

@@ -1,0 +1,177 @@
+"""A measurement with everything needed to make it again."""
+
+import json
+import math
+import os
+import platform
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import thesislib
+from thesislib.errors import BadInput
+from thesislib.model.subject import Subject
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number, its 95 % interval, and the outcomes it was made from.
+
+    Attributes:
+        task: what was measured on, e.g. "WikiText-2 test".
+        metric: what was measured, e.g. "perplexity".
+        value, low, high: the number and its interval.
+        n: how many items; unit: what one item is.
+        items: one dict an item, in order, with at least "id", so that two subjects can be compared item by item.
+        extra: further numbers of the same run, named as what they are.
+        provenance: subject, text, settings, seed, versions, hardware, duration.
+    """
+
+    task: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+    unit: str
+    items: list[dict[str, Any]] = field(repr=False)
+    extra: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def column(self, key: str) -> list:
+        """One field of every item."""
+        return [item[key] for item in self.items]
+
+    def paired_with(self, other: "Measurement", key: str) -> tuple[list, list]:
+        """The same field of the same items in both.
+
+        Raises:
+            BadInput: the two measured different items.
+        """
+        if self.column("id") != other.column("id"):
+            raise BadInput(f"'{self.task}' was measured on other items in the two: a paired test needs the same ones")
+        return self.column(key), other.column(key)
+
+    def to_json(self, items: bool = True) -> str:
+        """One line of JSON; what is not finite, wherever it stands (a bound where too few items allow no interval), becomes null."""
+        plain = asdict(self)
+        if not items:
+            del plain["items"]
+        plain = finite(plain)
+        line = json.dumps(plain, ensure_ascii=False, allow_nan=False)
+        # half a surrogate pair, as a file's name can have, is written as an escape: no file takes it otherwise
+        return re.sub("[\ud800-\udfff]", lambda c: json.dumps(c[0])[1:-1], line)
+
+    def __str__(self) -> str:
+        """For people: the number with its interval, then a line for each further number."""
+        interval = f"95 % interval [{_short(self.low)}, {_short(self.high)}]" if finite(self.low) is not None else "no interval"
+        lines = [f"{self.task}: {self.metric} {_short(self.value)}, {interval}, n = {self.n} ({self.unit})"]
+        for name, value in self.extra.items():
+            if isinstance(value, dict) and {"value", "low", "high"} <= value.keys():
+                value = f"{_short(value['value'])} [{_short(value['low'])}, {_short(value['high'])}]"
+            lines.append(f"  {name}: {_short(value)}")
+        return "\n".join(lines)
+
+
+def finite(plain: Any) -> Any:
+    """The same with None for every number that is not finite, in lists and dicts too: JSON has no word for them."""
+    if isinstance(plain, dict):
+        return {key: finite(value) for key, value in plain.items()}
+    if isinstance(plain, (list, tuple)):
+        return [finite(value) for value in plain]
+    return None if isinstance(plain, float) and not math.isfinite(plain) else plain
+
+
+def _short(value: object) -> str:
+    """A number with four digits, anything else as it is; 'none' for what is not there."""
+    return "none" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def cost(measurements: Iterable[Measurement]) -> str:
+    """How long recorded measurements took (not the compression before them) and on what, in a sentence."""
+    # what was measured together, such as many plans in one tree, has its one duration in every row
+    runs = {(m.metric, json.dumps(m.provenance["settings"]), m.provenance["seconds"]): m.provenance for m in measurements}
+    one = next(iter(runs.values()))
+    minutes = sum(made["seconds"] for made in runs.values()) / 60
+    place = one["hardware"]["accelerator"] or f"{one['hardware']['torch_threads']} cores of {one['hardware']['cpu']}"
+    types = " and ".join(sorted({made["dtype"] for made in runs.values()}))
+    return in_markdown(f"Measured on {one['date']} in {minutes:.0f} minutes on {place}, {types}.")
+
+
+# what Markdown, MyST's and GitHub's, takes for markup inside a line; brackets alone, an underscore inside a word and "p < 0.05" are none
+MARKUP = re.compile(r"[\\`*{}$&~|]|<(?=\S)|\](?=[(\[])|(?<![^\W_])_|_(?![^\W_])|^[!-/:-@[-`{-~]")
+
+
+def in_markdown(text: str) -> str:
+    """A text such as a record's, or a sentence that holds some, for a paragraph or a table of Markdown: shown as it is, on one line.
+
+    >>> print(in_markdown("<b> of a_b [1, 2], p < 0.05"))
+    \\<b> of a_b [1, 2], p < 0.05
+    """
+    return MARKUP.sub(lambda found: "\\" + found[0], " ".join(text.split()))
+
+
+@cache
+def commit() -> str | None:
+    """The git commit of this package's checkout, with "+" where files in it were changed; None outside a checkout."""
+    folder = Path(__file__).parent.parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no", "--", str(folder)) else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def peak_memory() -> int:
+    """Bytes: the most that this process has held until now."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+@cache
+def hardware() -> dict[str, Any]:
+    """Processor, cores in use and accelerator."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), cpu)
+    accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": cpu, "cores": os.cpu_count(), "torch_threads": torch.get_num_threads(), "accelerator": accelerator}
+
+
+def provenance(subject: Subject, started: float, **settings: Any) -> dict[str, Any]:
+    """What a record needs to be made again.
+
+    Args:
+        subject: what was measured.
+        started: `time.perf_counter()` at the beginning.
+        settings: everything that was chosen: text and its sha256, lengths, limits, seeds.
+    """
+    names = ("torch", "transformers", "tokenizers", "numpy")
+    return {
+        "subject": subject.name,
+        "fingerprint": subject.fingerprint,
+        "plan": list(subject.plan) if subject.plan is not None else None,
+        "dtype": str(subject.dtype).removeprefix("torch."),
+        "settings": settings,
+        "versions": {"thesislib": thesislib.__version__, "python": platform.python_version(), **{n: version(n) for n in names}},
+        "hardware": {**hardware(), "device": str(subject.device)},
+        "commit": commit(),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "seconds": round(time.perf_counter() - started, 2),
+        "peak_memory": peak_memory(),
+    }
