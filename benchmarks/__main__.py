@@ -15,12 +15,13 @@ from benchmarks.generate import leaving_against_generate
 from benchmarks.lora import lora_against_bare_loop
 from benchmarks.packed import packed_against_dense
 from benchmarks.quantised import quantised_against_dense
-from thesislib.compress.franken import apply_plan, franken_plans
+from thesislib.compress.franken import franken_plans
 from thesislib.evaluate.choice import multiple_choice
 from thesislib.evaluate.harness import lm_eval_task
 from thesislib.evaluate.perplexity import perplexities, perplexity
 from thesislib.evaluate.triviaqa import triviaqa
-from thesislib.model.subject import load_subject
+from thesislib.formats.load import load_subject
+from thesislib.model.blocks import apply_plan
 from thesislib.records.measurement import hardware
 from thesislib.sources.corpus import evaluation_text, questions, windows
 

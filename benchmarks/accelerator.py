@@ -24,9 +24,10 @@ from thesislib.compress.gptq import Rtn
 from thesislib.compress.width import Width
 from thesislib.evaluate import perplexity
 from thesislib.evaluate.generate import continuations
+from thesislib.formats.load import load_subject
 from thesislib.model.forward import batch_for, tile, token_losses
-from thesislib.model.layers import pack_all, semi_structured
-from thesislib.model.subject import Subject, load_subject
+from thesislib.model.sparse import pack_all, semi_structured
+from thesislib.model.subject import Subject
 
 LENGTH = 512
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU nothing is worth its figures, but it runs: a rehearsal
@@ -127,7 +128,7 @@ def answers(subject: Subject, questions: int, batch: int, prompt: int, new: int)
     ids, mask = made_up(subject, questions, prompt), torch.ones(questions, prompt, dtype=torch.long)
     for row in range(questions):
         mask[row, : row % (prompt // 2)] = 0  # padding on the left
-    never = mock.patch("thesislib.evaluate.generate.end_tokens", lambda subject: [])
+    never = mock.patch("thesislib.model.prompts.end_tokens", lambda subject: [])
     unrecorded = mock.patch("thesislib.evaluate.generate._recordable", lambda model: False)
 
     def ask(ahead: int) -> list:
@@ -185,7 +186,7 @@ CHILD = """
 import sys, torch
 from benchmarks import accelerator
 from thesislib.evaluate import perplexity
-from thesislib.model.subject import load_subject
+from thesislib.formats.load import load_subject
 from thesislib.sweep.task import SHARED
 workers, windows, spec = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if accelerator.DEVICE == "cuda":

@@ -5,9 +5,9 @@ import time
 
 from transformers import GenerationConfig
 
-from thesislib.evaluate.generate import continuations, end_tokens
-from thesislib.model.prompts import adds_bos, default_prompt, prompt_for
-from thesislib.model.subject import load_subject
+from thesislib.evaluate.generate import continuations
+from thesislib.formats.load import load_subject
+from thesislib.model.prompts import adds_bos, default_prompt, end_tokens, prompt_for
 from thesislib.sources.corpus import questions
 
 

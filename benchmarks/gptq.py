@@ -11,8 +11,8 @@ import torch
 
 from benchmarks.memory import peak
 from thesislib.compress.gptq import Gptq, gptq, inverse_factor
+from thesislib.formats.load import load_subject
 from thesislib.model.grid import Grid
-from thesislib.model.subject import load_subject
 
 
 def plain_loop(weight: torch.Tensor, moment: torch.Tensor, grid: Grid) -> torch.Tensor:

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from thesislib.compress.gptq import Gptq
 from thesislib.evaluate.perplexity import perplexity
-from thesislib.model.subject import Subject, load_subject
+from thesislib.formats.load import load_subject, save_checkpoint
+from thesislib.model.subject import Subject
 from thesislib.sources.corpus import calibration_windows, evaluation_text
 
 WINDOWS, LENGTH, HELD_OUT = 16, 512, 24
@@ -62,7 +63,7 @@ def main() -> None:
         start = time.perf_counter()
         model.quantize([{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in ids], batch_size=4)
         seconds = time.perf_counter() - start
-        model.save(f"{place}/theirs")
+        save_checkpoint(model, f"{place}/theirs")
         theirs = dense(subject, Path(f"{place}/theirs"))
     found["GPTQModel"] = {"seconds": round(seconds, 1), "perplexity": round(perplexity(theirs, text, limit=HELD_OUT).value, 2)}
     for name, settings in (("thesislib, the same settings", THEIRS), ("thesislib, its defaults", {})):

@@ -8,7 +8,7 @@ import torch
 from thesislib.compress.lora.sequences import sequences
 from thesislib.compress.lora.stage import Lora
 from thesislib.compress.lora.train import Training, bfloat16_is_fast, indices
-from thesislib.model.subject import load_subject
+from thesislib.formats.load import load_subject
 
 
 def lora_against_bare_loop(autocast: bool | None = None, batch: int = 4, steps: int = 1, repeats: int = 3) -> dict:

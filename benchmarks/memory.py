@@ -4,7 +4,7 @@ import json
 import resource
 
 from thesislib.evaluate.perplexity import perplexity
-from thesislib.model.subject import load_subject
+from thesislib.formats.load import load_subject
 from thesislib.sources.corpus import evaluation_text
 
 MB = 1e6

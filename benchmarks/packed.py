@@ -8,9 +8,10 @@ import torch
 
 from thesislib.errors import BadInput
 from thesislib.formats.artifact import load_artifact, save_artifact, sizes
-from thesislib.model.layers import semi_structured
+from thesislib.formats.load import load_subject
 from thesislib.model.packing import NINE, pack, unpack
-from thesislib.model.subject import Subject, load_subject
+from thesislib.model.sparse import semi_structured
+from thesislib.model.subject import Subject
 
 PREFILL, DECODE = 512, 16
 

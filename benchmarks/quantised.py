@@ -4,7 +4,7 @@ import statistics
 
 from benchmarks.packed import held, tokens_per_second
 from thesislib.compress.gptq import Rtn
-from thesislib.model.subject import load_subject
+from thesislib.formats.load import load_subject
 
 
 def quantised_against_dense(dtype: str = "bfloat16", grid: str = "asymmetric", repeats: int = 5) -> dict:

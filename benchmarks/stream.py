@@ -14,9 +14,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from thesislib.compress.calibration import stream
-from thesislib.compress.depth import leave_one_out, remove
+from thesislib.compress.depth import leave_one_out
 from thesislib.compress.width import Prune, Width
-from thesislib.model.subject import Subject, load_subject
+from thesislib.formats.load import load_subject
+from thesislib.model.blocks import remove
+from thesislib.model.subject import Subject
 from thesislib.sources.corpus import calibration_windows
 
 MB = 1e6

@@ -14,7 +14,7 @@ SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREA
 CHILD = """
 import json, sys, torch
 from benchmarks.packed import tokens_per_second
-from thesislib.model.subject import load_subject
+from thesislib.formats.load import load_subject
 torch.set_num_threads(int(sys.argv[1]))
 subject = load_subject(dtype="bfloat16")
 tokens_per_second(subject)

@@ -10,7 +10,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from thesislib.model.subject import Subject, load_subject
+from thesislib.formats.load import load_subject
+from thesislib.model.subject import Subject
 from thesislib.sources import corpus
 
 CHATML = (

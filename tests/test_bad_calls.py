@@ -8,6 +8,7 @@ import yaml
 from typer.testing import CliRunner
 
 from thesislib.cli import app
+from thesislib.formats.load import save_checkpoint
 
 run = CliRunner().invoke
 HUGE = "9" * 30
@@ -30,7 +31,7 @@ PLANS = ["", ",", "0-999999999", "0x999999999", "0-99", "-1", "1-", "3-1", "a", 
 def here(tiny, tiny_data, tmp_path_factory):
     """A folder with a checkpoint, and things that are none."""
     root = tmp_path_factory.mktemp("bad")
-    tiny(layers=8).save(root / "tiny")
+    save_checkpoint(tiny(layers=8), root / "tiny")
     (root / "empty").mkdir()
     (root / "binary.yaml").write_bytes(bytes(range(256)) * 9)
     (root / "broken.yaml").write_text("stages: [")

@@ -13,11 +13,12 @@ import nbformat
 import pytest
 import yaml
 
-from thesislib.book import ROOT, cache_key, chapters, clean, execute, executed
+from thesislib.book import api, clean
 from thesislib.chapters import CHAPTERS
 from thesislib.errors import BadInput
+from thesislib.files import ROOT
 from thesislib.notebooks import check_names
-from thesislib.sweep.notebooks import results
+from thesislib.runner import cache_key, chapters, execute, executed, results
 
 
 def notebook(*cells, parameters="seconds = 0"):
@@ -32,10 +33,15 @@ def checkout(tmp_path):
     """A small project: one notebook and what its cache key reads."""
     for folder in ("notebooks", "thesislib", "data"):
         (tmp_path / folder).mkdir()
-    (tmp_path / "thesislib" / "a.py").write_text("x = 1")
+    (tmp_path / "thesislib" / "a.py").write_text("from thesislib.b import c")
+    (tmp_path / "thesislib" / "b.py").write_text("c = 1")
+    (tmp_path / "thesislib" / "unrelated.py").write_text("d = 1")
+    (tmp_path / "data" / "results").mkdir()
+    for name in ("01_one", "02_two"):
+        (tmp_path / "data" / "results" / f"{name}.jsonl").write_text("{}")
     (tmp_path / "data" / "manifest.json").write_text("{}")
     (tmp_path / "constraints.txt").write_text("torch==2.13.0")
-    nbformat.write(notebook("print(1 + seconds)"), tmp_path / "notebooks" / "01_one.ipynb")
+    nbformat.write(notebook("if False:\n    from thesislib.a import x  # noqa\nprint(1 + seconds)"), tmp_path / "notebooks" / "01_one.ipynb")
     return tmp_path
 
 
@@ -44,11 +50,14 @@ def test_key_depends_on_what_the_notebook_depends_on(checkout):
     key = cache_key(path, {}, checkout)
     assert cache_key(path, {}, checkout) == key
     assert cache_key(path, {"seconds": 1}, checkout) != key
-    for file in ("thesislib/a.py", "data/manifest.json", "constraints.txt"):
+    for file in ("thesislib/a.py", "thesislib/b.py", "data/manifest.json", "data/results/01_one.jsonl", "constraints.txt"):
         before = (checkout / file).read_text()
         (checkout / file).write_text(before + " ")
         assert cache_key(path, {}, checkout) != key, file
         (checkout / file).write_text(before)
+    for file in ("thesislib/unrelated.py", "data/results/02_two.jsonl"):
+        (checkout / file).write_text("{} ")
+        assert cache_key(path, {}, checkout) == key, file
     nb = nbformat.read(path, 4)
     nb.cells[1].outputs = [nbformat.v4.new_output("stream", text="2\n")]
     nbformat.write(nb, path)
@@ -59,8 +68,8 @@ def test_key_depends_on_what_the_notebook_depends_on(checkout):
 
 
 def test_executed_runs_once_and_again_when_something_changes(checkout, monkeypatch, capsys):
-    monkeypatch.setattr("thesislib.book.ROOT", checkout)
-    monkeypatch.setattr("thesislib.book.cache_key.__defaults__", (checkout,))
+    monkeypatch.setattr("thesislib.files.ROOT", checkout)
+    monkeypatch.setattr("thesislib.runner.cache_key.__defaults__", (checkout,))
     path, cache = checkout / "notebooks" / "01_one.ipynb", checkout / "cache"
     first = executed("01_one", path, cache)
     stamp = first.stat().st_mtime_ns
@@ -95,7 +104,7 @@ def test_the_kernel_dies_with_its_run(tmp_path):
              "settings(make_dataclass('P', [('seconds', int)]), {'seconds': 1})",
              f"pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\nx = 0\nwhile True: x += 1"]  # fmt: skip
     nbformat.write(notebook(*cells), source)
-    code = f"from pathlib import Path; from thesislib.book import execute; execute(Path({str(source)!r}), Path({str(tmp_path / 'out.ipynb')!r}), {{}})"
+    code = f"from pathlib import Path; from thesislib.runner import execute; execute(Path({str(source)!r}), Path({str(tmp_path / 'out.ipynb')!r}), {{}})"
     run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})
     kernel = int(_wait_for(lambda: pid_file.exists() and pid_file.read_text()))
     os.kill(run.pid, signal.SIGKILL)
@@ -182,10 +191,9 @@ def test_every_notebook_has_one_table_that_a_sweep_reads(name):
 
 
 def test_every_module_is_in_the_api():
-    own = {"cli"}  # commands
     package = ROOT / "thesislib"
-    modules = {".".join(f.relative_to(package).with_suffix("").parts) for f in package.rglob("*.py") if not f.stem.startswith("__")} - own
-    listed = re.findall(r"automodule:: thesislib\.(\S+)", (ROOT / "book" / "api.md").read_text())
+    modules = {".".join(f.relative_to(package).with_suffix("").parts) for f in package.rglob("*.py") if not f.stem.startswith("__")} - {"cli"}
+    listed = re.findall(r"automodule:: thesislib\.(\S+)", api())
     assert sorted(listed) == sorted(modules)
 
 

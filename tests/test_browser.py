@@ -8,7 +8,8 @@ import threading
 
 import pytest
 
-from thesislib.book import ROOT, chapters
+from thesislib.files import ROOT
+from thesislib.runner import chapters
 
 HTML = ROOT / "_build" / "stored" / "_build" / "html"
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")

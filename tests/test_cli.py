@@ -8,10 +8,11 @@ import nbformat
 import pytest
 from typer.testing import CliRunner
 
-from thesislib import book, cli
-from thesislib.book import ROOT
+from thesislib import cli, runner
 from thesislib.cli import app
-from thesislib.model import subject as subject_module
+from thesislib.files import ROOT
+from thesislib.formats import load
+from thesislib.formats.load import save_checkpoint
 from thesislib.sources import corpus
 
 run = CliRunner().invoke
@@ -19,7 +20,7 @@ run = CliRunner().invoke
 
 @pytest.fixture
 def tiny_folder(tiny, tmp_path):
-    return str(tiny(layers=12).save(tmp_path / "tiny"))
+    return str(save_checkpoint(tiny(layers=12), tmp_path / "tiny"))
 
 
 @pytest.fixture
@@ -111,7 +112,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny_folder, data_folder, args, m
 
 
 def test_an_unknown_task_or_data_costs_no_model(monkeypatch):
-    monkeypatch.setattr(subject_module, "load_subject", lambda *_: pytest.fail("loaded a model for nothing"))
+    monkeypatch.setattr(load, "load_subject", lambda *_: pytest.fail("loaded a model for nothing"))
     assert run(app, ["evaluate", "embedded", "--on", "nothing"]).exit_code == 2
     assert run(app, ["evaluate", "embedded", "--on", "wikitext", "--data", "nowhere"]).exit_code == 2
 
@@ -120,7 +121,7 @@ def test_a_notebook_that_fails_is_exit_code_1(tmp_path, monkeypatch):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("k = 1", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell("1 / (k - 2)")])
     notebook.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python 3"}
     nbformat.write(notebook, tmp_path / "09_one.ipynb")
-    monkeypatch.setattr(book, "chapters", lambda: {"09_one": tmp_path / "09_one.ipynb"})
+    monkeypatch.setattr(runner, "chapters", lambda: {"09_one": tmp_path / "09_one.ipynb"})
     out = tmp_path / "out.ipynb"
     result = run(app, ["run", "9", "-p", "k=2", "--out", str(out)])
     assert result.exit_code == 1 and "a cell raised ZeroDivisionError" in result.stderr

@@ -5,6 +5,7 @@ import pytest
 
 from thesislib.chapters.ch00_measures import Measures
 from thesislib.chapters.ch01_franken import Franken
+from thesislib.compress.depth import Depth
 from thesislib.config import build, positive, settings
 from thesislib.errors import BadInput
 
@@ -72,3 +73,9 @@ def test_positive():
     positive(a=1, b=None)
     with pytest.raises(BadInput, match="'b' is 0"):
         positive(a=1, b=0)
+
+
+@pytest.mark.parametrize("values", ["x", ["remove"], 3, None])
+def test_settings_that_are_no_mapping(values):
+    with pytest.raises(BadInput, match="the settings of Depth are .*expected a mapping, such as {remove: value}"):
+        build(Depth, values)

@@ -15,10 +15,11 @@ from thesislib.evaluate.generate import continuations
 from thesislib.evaluate.perplexity import perplexity
 from thesislib.formats.artifact import load_artifact, save_artifact
 from thesislib.formats.checkpoint import SUPPORTED
+from thesislib.formats.load import load_subject, save_checkpoint
 from thesislib.model import forward
-from thesislib.model.layers import Adapted, adapt, pack_all, semi_structured
+from thesislib.model.layers import Adapted, adapt
 from thesislib.model.layers import replace as put
-from thesislib.model.subject import load_subject
+from thesislib.model.sparse import pack_all, semi_structured
 from thesislib.sources.corpus import Choice, Text
 
 pytestmark = [
@@ -165,7 +166,7 @@ def test_files_come_back(tiny, tmp_path):
     pruned, _ = Width(2, 4, metric="magnitude").apply(card)
     save_artifact(pruned, tmp_path / "artifact", packed=True)
     assert load_artifact(tmp_path / "artifact", device="cuda").fingerprint == load_artifact(tmp_path / "artifact").fingerprint == pruned.fingerprint
-    pruned.save(tmp_path / "plain")
+    save_checkpoint(pruned, tmp_path / "plain")
     assert load_subject(tmp_path / "plain").fingerprint == pruned.fingerprint
 
 

@@ -11,15 +11,15 @@ import pytest
 
 from thesislib.compress.depth import Depth
 from thesislib.compress.eora import Eora
-from thesislib.compress.franken import apply_plan
 from thesislib.compress.gptq import Rtn
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.evaluate.perplexity import perplexities
 from thesislib.evaluate.task import Protocol
 from thesislib.experiment import Verdict, again, described, prepare, recipe_hash, recipe_of, tolerance
+from thesislib.formats.load import load_subject, save_checkpoint
+from thesislib.model.blocks import apply_plan
 from thesislib.model.layers import ComputedLinear
-from thesislib.model.subject import load_subject
 from thesislib.records.measurement import Measurement
 from thesislib.records.store import Store, find
 from thesislib.sources import corpus
@@ -40,13 +40,13 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tiny, tmp_path_factory):
-    return str(tiny(layers=4).save(tmp_path_factory.mktemp("subject") / "tiny"))
+    return str(save_checkpoint(tiny(layers=4), tmp_path_factory.mktemp("subject") / "tiny"))
 
 
 @pytest.fixture(scope="module")
 def other(tiny, tmp_path_factory):
     """Another subject of the same shape."""
-    return str(tiny(layers=4, seed=1).save(tmp_path_factory.mktemp("other") / "tiny"))
+    return str(save_checkpoint(tiny(layers=4, seed=1), tmp_path_factory.mktemp("other") / "tiny"))
 
 
 @pytest.fixture(scope="module")

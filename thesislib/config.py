@@ -10,7 +10,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from thesislib.errors import BadInput, unknown
+from thesislib.errors import BadInput, shown, unknown
 
 T = TypeVar("T")
 PARENT = "THESISLIB_RUN_PID"
@@ -40,6 +40,8 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
     Raises:
         BadInput: see `settings`.
     """
+    if not isinstance(values, Mapping):
+        raise BadInput(f"the settings of {kind.__name__} are {shown(values)}: expected a mapping, such as {{{next(iter(typing.get_type_hints(kind)))}: value}}")
     hints = typing.get_type_hints(kind)
     for name, value in values.items():
         if name not in hints:

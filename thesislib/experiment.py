@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from thesislib.compress.franken import apply_plan
 from thesislib.compress.stage import STAGES
 from thesislib.config import build
 from thesislib.errors import BadInput, unknown
@@ -16,6 +15,7 @@ from thesislib.evaluate.task import Protocol, protocol_of
 from thesislib.files import read_json
 from thesislib.formats.artifact import predicted_disk_bytes, sizes
 from thesislib.formats.artifact_json import RECORD
+from thesislib.model.blocks import apply_plan
 from thesislib.model.layers import ComputedLinear
 from thesislib.model.subject import Subject
 from thesislib.pipeline.recipe import Recipe
@@ -86,7 +86,7 @@ def prepare(subject: str, stages: Sequence, *, data: str, dtype: str = "bfloat16
         subject: a subject spec.
         stages: their configs; none for the subject as it is.
         data: a data spec for calibration and training.
-        dtype, device: see `thesislib.model.subject.load_subject`.
+        dtype, device: see `thesislib.formats.load.load_subject`.
 
     Raises:
         BadInput: stages that cannot work on this subject, or whatever one of them refuses.

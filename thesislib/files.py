@@ -49,6 +49,9 @@ def cache_dir() -> Path:
     return path
 
 
+ROOT = Path(__file__).parent.parent  # of a checkout
+
+
 def data_file(name: str) -> Path:
     """A file of the project's `data/` folder: in a checkout beside the package, in a wheel inside it."""
     package = Path(__file__).parent
@@ -220,6 +223,7 @@ def _check_writable(folder: Path, path: str | Path) -> None:
         probe = _temporary(above / "probe")
         probe.mkdir()
         probe.rmdir()
+        clear_leftovers(above / "probe")  # of a process killed between these two lines
     except OSError as error:
         raise BadInput(f"{path} cannot be written ({error.strerror} in {above}): expected a place that can") from error
 

@@ -3,17 +3,15 @@
 import ast
 import json
 from collections.abc import Iterable, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from thesislib.bounds import read_sizes
-from thesislib.chapters import CHAPTERS
 from thesislib.config import build
 from thesislib.errors import BadInput, first_line, shown, unknown
 from thesislib.files import expanded, is_folder, read_json
 from thesislib.formats.held import check_device
-from thesislib.model.subject import checkpoint_folder
+from thesislib.formats.load import checkpoint_folder
 from thesislib.pipeline.forecast import shape_of, stand_in
 from thesislib.sources.corpus import kind_of
 from thesislib.yaml_lines import is_file, value_of_text
@@ -129,8 +127,13 @@ def texts(text: str) -> list[str]:
     return found
 
 
-def ready(notebook: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+def ready(notebook: Path, given: Mapping[str, Any], kind: type | None = None) -> dict[str, Any]:
     """The parameters given as the notebook can take them wherever it runs: paths are the user's, from where the command was typed.
+
+    Args:
+        notebook: the file.
+        given: parameters by name.
+        kind: the class of its chapter's parameters; with `check_shape` it also says which subjects it takes.
 
     Raises:
         BadInput: a name, type or value that the chapter does not take; a subject, data or device that is not there; a subject, in a folder, of
@@ -138,8 +141,7 @@ def ready(notebook: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     known = check_names(notebook, given)
     found = {name: _in_full(value) if name in PATHS else value for name, value in given.items()}
-    if notebook.stem in CHAPTERS:
-        kind = import_module(f"thesislib.chapters.{CHAPTERS[notebook.stem]}").PARAMETERS
+    if kind is not None:
         try:
             parameters = build(kind, {**known, **found})
         except (TypeError, ValueError, AttributeError) as error:  # BadInput is a ValueError; the others: of a list's items
@@ -147,7 +149,7 @@ def ready(notebook: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     for name, check in CHECKS.items():
         if isinstance(found.get(name), str):
             check(found[name])
-    if notebook.stem in CHAPTERS and hasattr(parameters, "check_shape") and is_folder(expanded(parameters.subject)):
+    if kind is not None and hasattr(parameters, "check_shape") and is_folder(expanded(parameters.subject)):
         parameters.check_shape(shape_of(stand_in(checkpoint_folder(parameters.subject)[0])))
     return found
 

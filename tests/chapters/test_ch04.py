@@ -9,6 +9,7 @@ from thesislib.chapters import figures
 from thesislib.chapters.ch04_runs import CLOSED, OPEN, PPL, Configuration, LoraChapter
 from thesislib.errors import BadInput
 from thesislib.experiment import again
+from thesislib.formats.load import save_checkpoint
 from thesislib.records.measurement import Measurement
 from thesislib.records.store import Store
 
@@ -18,7 +19,7 @@ def small(tiny, tiny_data, tmp_path_factory):
     """Parameters, with a cache of their own."""
     patch = pytest.MonkeyPatch()
     patch.setenv("THESISLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
-    folder = tiny(layers=8).save(tmp_path_factory.mktemp("subject") / "tiny")
+    folder = save_checkpoint(tiny(layers=8), tmp_path_factory.mktemp("subject") / "tiny")
     yield LoraChapter(
         subject=str(folder), data=tiny_data, dtype="float32", pruned=["D1", "W2:4"], texts=["wikitext", "trivia"], steps=4, batch=2, length=64, rank=2,
         validation=2, every=2, seeds=2, windows=4, questions=2, passages=2, tokens=4, learning_rate=1e-2,

@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from thesislib.book import ROOT
 from thesislib.chapters import FIGURE, block, figures, labels, record_file, recorded, three_findings
 from thesislib.chapters import ch06_grid as evaluation
 from thesislib.chapters import pareto as trade_offs
@@ -15,6 +14,7 @@ from thesislib.chapters.ch06_grid import EvaluationChapter
 from thesislib.chapters.labels import family
 from thesislib.chapters.pareto import OPEN, PPL, front, points
 from thesislib.errors import BadInput
+from thesislib.files import ROOT
 from thesislib.records.measurement import Measurement
 
 

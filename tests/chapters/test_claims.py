@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from docutils.nodes import make_id
 
-from thesislib.book import ROOT, chapters
 from thesislib.chapters.claims import CLAIMS, CLOSED, FAILS, HOLDS, MISSING, UNDECIDED, WHOLE_PAGE, WIKITEXT, judge, large, page, plan_name, recorded_pool
 from thesislib.compress.franken import parse_plan
+from thesislib.files import ROOT
 from thesislib.records.measurement import Measurement
+from thesislib.runner import chapters
 
 COMPARING = [c for c in CLAIMS if c.within is None]
 

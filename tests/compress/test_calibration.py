@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from thesislib.compress.calibration import ALL_AT_ONCE, INPUTS, TRUE_SEQUENTIAL, Visitor, stream, token_weights
-from thesislib.compress.franken import apply_plan
 from thesislib.errors import BadInput
-from thesislib.model.subject import LINEARS
+from thesislib.model.blocks import apply_plan
+from thesislib.model.layers import LINEARS
 from thesislib.sources.corpus import calibration_windows, join
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")

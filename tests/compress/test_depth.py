@@ -20,12 +20,12 @@ from thesislib.compress.depth import (
     taylor,
     without_parts,
 )
-from thesislib.compress.franken import apply_plan
 from thesislib.compress.gptq import Rtn
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
-from thesislib.model.layers import pack_all
-from thesislib.model.subject import load_subject
+from thesislib.formats.load import load_subject, save_checkpoint
+from thesislib.model.blocks import apply_plan
+from thesislib.model.sparse import pack_all
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 IDS = torch.randint(0, 250, (5, 16), generator=torch.Generator().manual_seed(1))
@@ -164,7 +164,7 @@ def test_removing_nothing_changes_nothing(tiny):
 def test_removed_saved_and_loaded_generates_with_cache_what_skipping_by_hook_does(tiny, tmp_path, kind, part):
     subject = tiny(kind, layers=5)
     pruned, _ = Depth(blocks=[0, 3], part=part).apply(subject)
-    pruned.save(tmp_path / "pruned")
+    save_checkpoint(pruned, tmp_path / "pruned")
     loaded = load_subject(tmp_path / "pruned")
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned")
     by_hook = tiny(kind, layers=5)

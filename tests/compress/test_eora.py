@@ -11,9 +11,9 @@ from thesislib.compress.gptq import Gptq, Rtn
 from thesislib.compress.layerwise import effective_weight, layer_errors, relative_error
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
-from thesislib.model.layers import Adapted, adapt, replace
+from thesislib.formats.load import save_checkpoint
+from thesislib.model.layers import LINEARS, Adapted, adapt, replace
 from thesislib.model.quantised import QuantisedLinear
-from thesislib.model.subject import LINEARS
 
 IDS = torch.randint(0, 250, (8, 24), generator=torch.Generator().manual_seed(1))
 
@@ -252,14 +252,14 @@ def test_a_correction_from_training_stays_and_is_not_corrected_away(tiny):
 def test_it_is_a_peft_adapter_with_alpha_equal_to_rank(tiny, tmp_path):
     peft = pytest.importorskip("peft")
     from thesislib.formats.artifact import save_artifact
-    from thesislib.model.subject import load_subject
+    from thesislib.formats.load import load_subject
 
     subject, kinds = compressed_in_every_way(tiny)
     corrected, _ = Eora(rank=4, ranks={"down_proj": 6}).apply(kinds["pruned"], original=subject)
     folder = save_artifact(corrected, tmp_path / "artifact")
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 4
-    base = load_subject(kinds["pruned"].save(tmp_path / "base"))
+    base = load_subject(save_checkpoint(kinds["pruned"], tmp_path / "base"))
     with torch.inference_mode():
         expected = corrected.model(IDS).logits
         adapted = peft.PeftModel.from_pretrained(base.model, folder / "adapter")

@@ -1,9 +1,11 @@
 import pytest
 import torch
 
-from thesislib.compress.franken import apply_plan, format_plan, franken_plans, parse_plan
+from thesislib.compress.franken import format_plan, franken_plans, parse_plan
 from thesislib.errors import BadInput
 from thesislib.formats.checkpoint import SUPPORTED
+from thesislib.formats.load import save_checkpoint
+from thesislib.model.blocks import apply_plan
 
 # What the original study ran on 32 blocks, by its own (skip, repeat, times) lists and its own loop, except for the two
 # configurations that franken_plans documents as mended.
@@ -153,7 +155,7 @@ def test_a_saved_plan_loads_as_a_plain_checkpoint(tiny, tmp_path):
     from transformers import AutoModelForCausalLM
 
     changed = apply_plan(tiny(), (0, 0, 4))
-    loaded = AutoModelForCausalLM.from_pretrained(changed.save(tmp_path / "saved"))
+    loaded = AutoModelForCausalLM.from_pretrained(save_checkpoint(changed, tmp_path / "saved"))
     ids = torch.tensor([[1, 2, 3, 4]])
     torch.testing.assert_close(loaded(ids).logits, changed.model(ids).logits)
     assert loaded.lm_head.weight.data_ptr() == loaded.model.embed_tokens.weight.data_ptr()

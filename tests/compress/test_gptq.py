@@ -7,15 +7,15 @@ import pytest
 import torch
 
 from thesislib.compress.calibration import stream
-from thesislib.compress.franken import apply_plan
 from thesislib.compress.gptq import Gptq, Quantise, Rtn, gptq, inverse_factor
 from thesislib.compress.layerwise import layer_errors, relative_error
 from thesislib.compress.width import THESIS_PATTERNS, Width, least_of_each
 from thesislib.errors import BadInput
+from thesislib.formats.load import save_checkpoint
+from thesislib.model.blocks import apply_plan
 from thesislib.model.grid import Grid, round_to_nearest
-from thesislib.model.layers import Adapted, adapt, replace
+from thesislib.model.layers import LINEARS, Adapted, adapt, replace
 from thesislib.model.quantised import QuantisedLinear, is_quantised
-from thesislib.model.subject import LINEARS
 
 IDS = torch.randint(0, 250, (6, 24), generator=torch.Generator().manual_seed(1))
 SMALL = {"group": 16, "length": 24}  # settings that a tiny model can take
@@ -288,14 +288,14 @@ def test_layer_errors_are_those_of_the_outputs(tiny):
 
 @pytest.mark.parametrize("stage", [Rtn(group=16, embedding_bits=8), Gptq(**SMALL, bits=3, grid="asymmetric", act_order="index")])
 def test_what_is_computed_with_is_what_is_stored(tiny, stage, tmp_path):
-    from thesislib.model.subject import load_subject
+    from thesislib.formats.load import load_subject
 
     result, _ = stage.apply(tiny(layers=2))
     state = result.model.state_dict()
     assert set(state) == set(tiny(layers=2).model.state_dict())
     with torch.inference_mode():
         logits = result.model(IDS).logits
-        assert torch.allclose(load_subject(result.save(tmp_path / "plain")).model(IDS).logits, logits, atol=1e-5)
+        assert torch.allclose(load_subject(save_checkpoint(result, tmp_path / "plain")).model(IDS).logits, logits, atol=1e-5)
         assert torch.equal(result.copy().model(IDS).logits, logits)
     for i in range(2):
         for name, module in result.linears(i).items():

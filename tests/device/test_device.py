@@ -10,7 +10,6 @@ from typer.testing import CliRunner
 
 from thesislib.cli import app
 from thesislib.compress.depth import Depth
-from thesislib.compress.franken import apply_plan
 from thesislib.compress.gptq import Rtn
 from thesislib.compress.width import Width
 from thesislib.device.cost import Sketch, Stored, costs, distinct_bytes, resized, sketch, stored
@@ -22,6 +21,8 @@ from thesislib.device.report import profile_report, readable
 from thesislib.device.roofline import ARITHMETIC, OVERHEAD, TRAFFIC, profile, project, what_each_buys
 from thesislib.errors import BadInput
 from thesislib.formats.artifact import load_artifact, save_artifact, sizes
+from thesislib.formats.load import save_checkpoint
+from thesislib.model.blocks import apply_plan
 from thesislib.model.layers import Adapted
 
 LINEARS = 3 * 32 * 64 + 2 * 32 * 32 + 2 * 16 * 32  # weights of a tiny block: three of the MLP, q and o, k and v
@@ -480,7 +481,7 @@ def test_the_report_says_all_and_that_it_is_a_projection(tiny):
 
 
 def test_the_command(tiny, tmp_path):
-    folder = tiny().save(tmp_path / "tiny")
+    folder = save_checkpoint(tiny(), tmp_path / "tiny")
     run = CliRunner().invoke(app, ["profile", str(folder), "--device", "siracusa", "--json", "--dtype", "bfloat16"])
     plain = json.loads(run.stdout)
     assert (

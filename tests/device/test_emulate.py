@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from thesislib.book import ROOT
 from thesislib.cli import app
 from thesislib.device import emulate as emulation
 from thesislib.device.emulate import CLASSES, OWN, ROUNDED_TOLERANCE, TOOLS, Distance, build, counted, distance, emulate, missing_tools, multiplied
 from thesislib.errors import BadInput
+from thesislib.files import ROOT
 from thesislib.formats.gguf import export_gguf
 
 cross = pytest.mark.skipif(bool(missing_tools()), reason=f"needs {', '.join(sorted(set(TOOLS.values())))}")

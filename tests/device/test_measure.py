@@ -10,7 +10,6 @@ import torch
 from typer.testing import CliRunner
 
 from thesislib.cli import app
-from thesislib.compress.franken import apply_plan
 from thesislib.compress.gptq import Rtn
 from thesislib.compress.width import Width
 from thesislib.device import engine, measure
@@ -20,6 +19,8 @@ from thesislib.device.measure import NOISY_HOST, QUIET, Timing, agreed, agreemen
 from thesislib.device.measured import readable
 from thesislib.errors import BadInput
 from thesislib.formats.gguf import export_gguf
+from thesislib.formats.load import save_checkpoint
+from thesislib.model.blocks import apply_plan
 
 has_engine = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama.cpp is not installed: pip install -e '.[engine]'")
 
@@ -185,7 +186,7 @@ def test_the_engines_numbers_are_of_this_file(tiny, tmp_path):
 
 @pytest.fixture
 def checkpoint(tiny, tmp_path):
-    return str(tiny().save(tmp_path / "tiny"))
+    return str(save_checkpoint(tiny(), tmp_path / "tiny"))
 
 
 def measured(*words):

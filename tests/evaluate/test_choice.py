@@ -2,10 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from thesislib.compress.franken import apply_plan
 from thesislib.errors import BadInput
 from thesislib.evaluate.choice import compare, multiple_choice, multiple_choices
 from thesislib.evaluate.harness import lm_eval_task
+from thesislib.model.blocks import apply_plan
 from thesislib.sources.corpus import CHOICE_TASKS, Choice, choices
 
 ITEMS = [

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from thesislib.errors import BadInput
-from thesislib.evaluate.generate import complete, continuations, end_tokens, greedy
+from thesislib.evaluate.generate import complete, continuations, greedy
 from thesislib.evaluate.triviaqa import triviaqa
+from thesislib.model.prompts import end_tokens
 from thesislib.sources.corpus import questions
 
 PROMPTS = ["a", "What is the longest of these prompts, by far?", "Once upon", "née", "x" * 40, "Is it so?", "No.", "Yes, it is", "b"]

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from thesislib.compress.franken import apply_plan
 from thesislib.errors import BadInput
 from thesislib.evaluate.perplexity import compare, perplexities, perplexity
+from thesislib.model.blocks import apply_plan
 from thesislib.sources.corpus import evaluation_text, join, windows
 
 TEXT = join("tiny text", [f"Document {i} says that the river ran {i} miles, naïvely. " * 4 for i in range(12)])

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from thesislib.book import ROOT
 from thesislib.errors import BadInput
 from thesislib.evaluate import choice, perplexity, triviaqa
 from thesislib.evaluate.task import CHOICES, TASKS, Protocol, protocol_of, sha256_of_items
+from thesislib.files import ROOT
 from thesislib.records.measurement import Measurement
 from thesislib.sources import corpus
 

@@ -13,8 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from thesislib.compress.depth import remove, without_parts
-from thesislib.compress.franken import apply_plan
 from thesislib.compress.gptq import Rtn
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
@@ -22,6 +20,7 @@ from thesislib.files import inside, sha256_of
 from thesislib.formats.artifact import load_artifact, packed_tensors, predicted_disk_bytes, save_artifact, sizes
 from thesislib.formats.artifact_json import checksum, read_artifact
 from thesislib.model import packing
+from thesislib.model.blocks import apply_plan, remove, without_parts
 from thesislib.model.layers import Adapted, PackedLinear, replace
 from thesislib.model.packing import NINE
 

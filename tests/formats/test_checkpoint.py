@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from thesislib.compress.depth import Depth, leave_one_out, remove, without_parts
+from thesislib.compress.depth import Depth, leave_one_out
 from thesislib.compress.eora import Eora
 from thesislib.compress.gptq import Gptq, Rtn
 from thesislib.compress.lora.stage import Lora
@@ -21,7 +21,8 @@ from thesislib.formats.artifact import load_artifact, save_artifact
 from thesislib.formats.checkpoint import SUPPORTED, read_config
 from thesislib.formats.gguf import export_gguf
 from thesislib.formats.gptq import export_gptq
-from thesislib.model.subject import load_subject
+from thesislib.formats.load import load_subject, save_checkpoint
+from thesislib.model.blocks import remove, without_parts
 
 FAMILIES = {
     "llama": {},
@@ -61,7 +62,7 @@ def losses(model):
 
 @pytest.fixture
 def checkpoint(tiny, tmp_path):
-    return tiny(layers=4).save(tmp_path / "model")
+    return save_checkpoint(tiny(layers=4), tmp_path / "model")
 
 
 # ---------------------------------------------------------------- all of it is used
@@ -69,7 +70,7 @@ def checkpoint(tiny, tmp_path):
 
 def test_a_plain_checkpoint_is_what_transformers_loads(tiny, tmp_path):
     for model_type in SUPPORTED:
-        folder = tiny(model_type, layers=4, **FAMILIES[model_type]).save(tmp_path / model_type)
+        folder = save_checkpoint(tiny(model_type, layers=4, **FAMILIES[model_type]), tmp_path / model_type)
         assert losses(load_subject(folder).model) == pytest.approx(plain_losses(folder), rel=1e-5)
 
 
@@ -113,14 +114,14 @@ def test_tensors_are_accounted_for(checkpoint, change, message):
 
 def test_rotary_frequencies_that_old_checkpoints_hold_are_harmless(tiny, tmp_path):
     subject = tiny(layers=2)
-    folder = subject.save(tmp_path / "old")
+    folder = save_checkpoint(subject, tmp_path / "old")
     tensors_of(folder, add("model.layers.0.self_attn.rotary_emb.inv_freq", subject.model.model.rotary_emb.inv_freq.clone()))
     assert load_subject(folder).fingerprint == subject.fingerprint
 
 
 def test_a_checkpoint_of_the_decoder_alone(tiny, tmp_path):
     subject = tiny(layers=2)
-    folder = subject.save(tmp_path / "decoder")
+    folder = save_checkpoint(subject, tmp_path / "decoder")
     subject.model.model.save_pretrained(folder)
     assert not any(key.startswith("model.") for key in load_file(folder / "model.safetensors"))
     assert load_subject(folder).fingerprint == subject.fingerprint
@@ -161,7 +162,7 @@ def test_settings_that_change_nothing_are_taken(checkpoint):
 
 @pytest.mark.parametrize("types", [["sliding_attention"] * 3, ["sliding_attention"] * 3 + ["chunked_attention"]])
 def test_layer_types_that_no_block_has(tiny, tmp_path, types):
-    folder = edit(tiny("qwen2", layers=4, **FAMILIES["qwen2"]).save(tmp_path / "q"), layer_types=types)
+    folder = edit(save_checkpoint(tiny("qwen2", layers=4, **FAMILIES["qwen2"]), tmp_path / "q"), layer_types=types)
     with pytest.raises(BadInput, match="layer_types|layer type|chunked"):
         read_config(folder)
 
@@ -177,7 +178,7 @@ def test_generation_settings_that_cannot_be_read(checkpoint):
 
 def test_one_file_is_preferred_to_an_index_as_transformers_does(tiny, tmp_path):
     one, other = tiny(layers=3), tiny(layers=3, seed=5)
-    folder = one.save(tmp_path / "both")
+    folder = save_checkpoint(one, tmp_path / "both")
     (folder / "model.safetensors").unlink()
     other.model.save_pretrained(folder, max_shard_size="30KB")
     assert load_subject(folder).fingerprint == other.fingerprint
@@ -188,7 +189,7 @@ def test_one_file_is_preferred_to_an_index_as_transformers_does(tiny, tmp_path):
 
 
 def test_shards_that_are_missing_swapped_or_elsewhere(tiny, tmp_path):
-    folder = tiny(layers=3).save(tmp_path / "shards")
+    folder = save_checkpoint(tiny(layers=3), tmp_path / "shards")
     (folder / "model.safetensors").unlink()
     tiny(layers=3).model.save_pretrained(folder, max_shard_size="30KB")
     shards = sorted(folder.glob("model-*.safetensors"))
@@ -217,7 +218,7 @@ def test_shards_that_are_missing_swapped_or_elsewhere(tiny, tmp_path):
 
 @pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 7}}, {"lora_alpha": 1}])
 def test_an_adapter_beside_the_weights_is_kept(tiny, tmp_path, settings):
-    base = tiny(layers=3).save(tmp_path / "base")
+    base = save_checkpoint(tiny(layers=3), tmp_path / "base")
     torch.manual_seed(0)
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], base_model_name_or_path="nowhere", **settings)
     adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
@@ -240,7 +241,7 @@ def test_an_adapter_beside_the_weights_is_kept(tiny, tmp_path, settings):
     ("settings", "message"), [({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"), ({"modules_to_save": ["lm_head"]}, "modules_to_save")]
 )
 def test_adapters_of_other_kinds_are_refused(tiny, tmp_path, settings, message):
-    folder = tiny(layers=2).save(tmp_path / "m")
+    folder = save_checkpoint(tiny(layers=2), tmp_path / "m")
     peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
     edit(folder, "adapter_config.json", **settings)
     with pytest.raises(BadInput, match=message):
@@ -248,8 +249,8 @@ def test_adapters_of_other_kinds_are_refused(tiny, tmp_path, settings, message):
 
 
 def test_adapters_that_do_not_fit_are_refused(tiny, tmp_path):
-    folder = tiny(layers=2).save(tmp_path / "m")
-    other = tiny(layers=3).save(tmp_path / "deeper")
+    folder = save_checkpoint(tiny(layers=2), tmp_path / "m")
+    other = save_checkpoint(tiny(layers=3), tmp_path / "deeper")
     peft.get_peft_model(AutoModelForCausalLM.from_pretrained(other), peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
     with pytest.raises(BadInput, match="layers.2.self_attn.q_proj.lora"):
         load_subject(folder)
@@ -263,7 +264,7 @@ def test_adapters_that_do_not_fit_are_refused(tiny, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_head_of_its_own_survives(tiny, tmp_path, dtype):
-    folder = tiny(layers=3).save(tmp_path / "m")
+    folder = save_checkpoint(tiny(layers=3), tmp_path / "m")
     head = torch.randn(load_file(folder / "model.safetensors")["model.embed_tokens.weight"].shape, generator=torch.Generator().manual_seed(1)) * 0.2
     tensors_of(folder, add("lm_head.weight", head))
     subject = load_subject(folder, dtype)
@@ -273,20 +274,20 @@ def test_a_head_of_its_own_survives(tiny, tmp_path, dtype):
     for packed in (True, False):
         back = load_artifact(save_artifact(subject, tmp_path / f"a{packed}", packed=packed))
         assert back.fingerprint == subject.fingerprint
-    assert load_subject(subject.save(tmp_path / "plain"), dtype).fingerprint == subject.fingerprint
+    assert load_subject(save_checkpoint(subject, tmp_path / "plain"), dtype).fingerprint == subject.fingerprint
     assert torch.equal(load_subject(export_gguf(subject, tmp_path / "m.gguf")).model.lm_head.weight, head.to(getattr(torch, dtype)).half().float())
 
 
 def test_a_head_that_is_the_embedding_once_more_stays_tied(tiny, tmp_path):
     subject = tiny(layers=2)
-    folder = subject.save(tmp_path / "m")
+    folder = save_checkpoint(subject, tmp_path / "m")
     tensors_of(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
     again = load_subject(folder)
     assert again.fingerprint == subject.fingerprint and again.parameters == subject.parameters
 
 
 def test_an_untied_head_that_is_missing_is_not_made_up(tiny, tmp_path):
-    folder = tiny(layers=2, tie_word_embeddings=False).save(tmp_path / "m")
+    folder = save_checkpoint(tiny(layers=2, tie_word_embeddings=False), tmp_path / "m")
     tensors_of(folder, drop("lm_head.weight"))
     with pytest.raises(BadInput, match="lacks the weight 'lm_head.weight'"):
         load_subject(folder)
@@ -309,7 +310,7 @@ def test_stages_do_not_depend_on_the_attention_of_a_configuration(tiny, tiny_dat
     """Scores, masks, grids, corrections and training losses are those of a causal model, whatever config.json asks for."""
     for module in ("depth", "width", "gptq", "eora"):
         monkeypatch.setattr(f"thesislib.compress.{module}.calibration_windows", lambda *_: IDS)
-    plain = tiny(model_type, layers=4, **FAMILIES[model_type]).save(tmp_path / "plain")
+    plain = save_checkpoint(tiny(model_type, layers=4, **FAMILIES[model_type]), tmp_path / "plain")
     asks = edit(shutil.copytree(plain, tmp_path / "asks"), attn_implementation=implementation, _attn_implementation=implementation)
     one, two = load_subject(plain), load_subject(asks)
     scores = leave_one_out(two, IDS, range(4))
@@ -347,8 +348,8 @@ def test_settings_by_block_follow_the_blocks(tiny, tmp_path, model_type):
     subject = tiny(model_type, layers=6, **FAMILIES[model_type])
     pruned = remove(subject, [1, 4])
     back = load_artifact(save_artifact(pruned, tmp_path / "a"))
-    folder = pruned.save(tmp_path / "plain")
-    wanted = by_hand(AutoModelForCausalLM.from_pretrained(subject.save(tmp_path / "whole"), attn_implementation="eager").eval(), {1, 4})
+    folder = save_checkpoint(pruned, tmp_path / "plain")
+    wanted = by_hand(AutoModelForCausalLM.from_pretrained(save_checkpoint(subject, tmp_path / "whole"), attn_implementation="eager").eval(), {1, 4})
     for model in (pruned.model, back.model, load_subject(folder).model, AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()):
         assert losses(model) == pytest.approx(wanted, rel=1e-5)
 
@@ -369,7 +370,7 @@ def test_a_gptq_export_comes_back(tiny, tmp_path, model_type, bits):
         back = load_subject(folder)
         assert losses(back.model) == pytest.approx(losses(quantised.model), rel=1e-6)
         assert all(torch.equal(a.weight, b.weight) for i in range(2) for a, b in zip(quantised.linears(i).values(), back.linears(i).values(), strict=True))
-        assert (folder / "model.safetensors").stat().st_size < subject.save(tmp_path / "dense").joinpath("model.safetensors").stat().st_size
+        assert (folder / "model.safetensors").stat().st_size < save_checkpoint(subject, tmp_path / "dense").joinpath("model.safetensors").stat().st_size
 
 
 def test_a_gptq_checkpoint_that_is_damaged_or_of_another_kind(tiny, tmp_path):
@@ -428,7 +429,7 @@ def test_what_reads_back_otherwise_is_not_written(tiny, tmp_path, monkeypatch, w
         monkeypatch.setattr(formats, "packed_tensors", lambda s, real=formats.packed_tensors: (spoil(real(s)[0]), real(s)[1]))
         if way == "packed":
             subject = Width(remove=2, of=4, metric="magnitude").apply(subject)[0]
-        write = lambda: subject.save(tmp_path / "out") if way == "checkpoint" else save_artifact(subject, tmp_path / "out", packed=way == "packed")  # noqa: E731
+        write = lambda: save_checkpoint(subject, tmp_path / "out") if way == "checkpoint" else save_artifact(subject, tmp_path / "out", packed=way == "packed")  # noqa: E731
     with pytest.raises(BadInput, match="reads back"):
         write()
     assert not list(tmp_path.iterdir())

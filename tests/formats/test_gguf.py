@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from thesislib.cli import app
-from thesislib.compress.depth import remove, without_parts
 from thesislib.compress.eora import Eora
-from thesislib.compress.franken import apply_plan
 from thesislib.compress.gptq import Rtn
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.formats.gguf import PATTERNS, export_gguf, interleaved, pre_tokenizer
+from thesislib.formats.load import save_checkpoint
+from thesislib.model.blocks import apply_plan, remove, without_parts
 from thesislib.sources.wheels import wheel_folder
 
 IDS = torch.randint(0, 250, (2, 12), generator=torch.Generator().manual_seed(3))
@@ -173,7 +173,7 @@ def test_what_cannot_be_written(tiny, tmp_path):
 
 def test_on_the_command_line(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    tiny(layers=1).save(tmp_path / "small")
+    save_checkpoint(tiny(layers=1), tmp_path / "small")
     done = CliRunner().invoke(app, ["export", "small", "--gguf", "Q8_0"])
     assert done.exit_code == 0 and (tmp_path / "small-Q8_0.gguf").stat().st_size > 0, done.output
     for options in (["--gguf", "Q8_0", "--gptq"], [], ["--gguf", "Q9"], ["--gptq", "--merge"]):

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from thesislib.errors import BadInput
 from thesislib.formats.gguf import export_gguf
 from thesislib.formats.gguf_reader import GgufModel, byte_level, halves
-from thesislib.model.subject import load_subject
+from thesislib.formats.load import load_subject, save_checkpoint
 
 IDS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(0))
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
@@ -65,7 +65,7 @@ def test_an_export_comes_back(tiny, tmp_path, case):
     for name, p in subject.model.named_parameters():
         if name.endswith("bias"):
             p.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
-    exact = load_subject(subject.save(tmp_path / "folder"))
+    exact = load_subject(save_checkpoint(subject, tmp_path / "folder"))
     exact.model.load_state_dict({key: t.half().float() if t.ndim > 1 else t for key, t in exact.model.state_dict().items()})
     back = load_subject(export_gguf(subject, tmp_path / "m.gguf", "F16"))
     assert torch.allclose(logits(back), logits(exact), atol=1e-4)

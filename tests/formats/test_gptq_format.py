@@ -16,7 +16,7 @@ from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.formats.artifact import save_artifact
 from thesislib.formats.gptq import export_gptq, words
-from thesislib.model.subject import LINEARS
+from thesislib.model.layers import LINEARS
 
 
 def bits_of(word):

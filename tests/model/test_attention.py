@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 
-from thesislib.compress.franken import apply_plan
 from thesislib.errors import BadInput
 from thesislib.model.attention import attention_maps, sink_share, spectrum
+from thesislib.model.blocks import apply_plan
 
 
 def test_rows_sum_to_one_and_nobody_looks_ahead(tiny):

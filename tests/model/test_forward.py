@@ -6,9 +6,10 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.accelerator import losses_as_before
-from thesislib.compress.franken import apply_plan, franken_plans
+from thesislib.compress.franken import franken_plans
 from thesislib.formats.checkpoint import SUPPORTED
 from thesislib.model import forward
+from thesislib.model.blocks import apply_plan
 from thesislib.model.forward import blocks_run, final_states, token_losses
 from thesislib.model.subject import Subject
 

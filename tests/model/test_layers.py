@@ -5,11 +5,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from thesislib.compress.franken import apply_plan
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.model import packing
-from thesislib.model.layers import Adapted, PackedLinear, adapt, merge, merge_masked, pack_all, replace, semi_structured, unpack, unpack_all
+from thesislib.model.blocks import apply_plan
+from thesislib.model.layers import Adapted, PackedLinear, adapt, merge, merge_masked, replace, unpack, unpack_all
+from thesislib.model.sparse import pack_all, semi_structured
 
 
 def linear(outputs=6, inputs=16, bias=False, seed=0):

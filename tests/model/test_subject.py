@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 from thesislib.errors import BadInput, shown
 from thesislib.formats import convert
 from thesislib.formats.checkpoint import SUPPORTED
-from thesislib.model.subject import LINEARS, load_subject
+from thesislib.formats.load import load_subject, save_checkpoint
+from thesislib.model.layers import LINEARS
 
 IDS = torch.arange(40)[None] * 7 % 256
 
@@ -21,7 +22,7 @@ def logits(subject):
 
 @pytest.fixture
 def checkpoint(tiny, tmp_path):
-    return tiny(layers=2).save(tmp_path / "checkpoint")
+    return save_checkpoint(tiny(layers=2), tmp_path / "checkpoint")
 
 
 def edit(checkpoint, change):
@@ -61,7 +62,7 @@ def test_tied_and_shared_weights_count_once(tiny):
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_every_supported_type_loads_runs_and_keeps_its_fingerprint(tiny, tmp_path, model_type):
     subject = tiny(model_type)
-    again = load_subject(subject.save(tmp_path / "x"))
+    again = load_subject(save_checkpoint(subject, tmp_path / "x"))
     assert again.model.config.model_type == model_type
     assert again.depth == 6 and all(tuple(again.linears(i)) == LINEARS for i in range(6))
     assert again.fingerprint == subject.fingerprint
@@ -72,7 +73,7 @@ def test_every_supported_type_loads_runs_and_keeps_its_fingerprint(tiny, tmp_pat
 
 def test_untied_head_is_kept(tiny, tmp_path):
     subject = tiny(layers=2, tie_word_embeddings=False)
-    again = load_subject(subject.save(tmp_path / "x"))
+    again = load_subject(save_checkpoint(subject, tmp_path / "x"))
     assert again.fingerprint == subject.fingerprint
     assert not torch.equal(again.model.lm_head.weight, again.model.model.embed_tokens.weight)
 
@@ -96,7 +97,7 @@ def test_fingerprint_sees_one_weight_the_type_the_shape_and_the_order(tiny):
 def test_saved_checkpoint_needs_no_thesislib(tiny, tmp_path):
     subject = tiny()
     subject.blocks[4] = subject.blocks[1]  # as a plan that repeats a block shares it
-    folder = subject.save(tmp_path / "x")
+    folder = save_checkpoint(subject, tmp_path / "x")
     script = textwrap.dedent(f"""
         import sys
         sys.modules["thesislib"] = None  # importing it fails, installed or not
@@ -118,12 +119,12 @@ def test_saved_checkpoint_needs_no_thesislib(tiny, tmp_path):
 
 def test_save_replaces_a_checkpoint_and_refuses_what_is_none(tiny, checkpoint, tmp_path):
     (checkpoint / "stale").touch()
-    tiny(layers=2, seed=1).save(checkpoint)
+    save_checkpoint(tiny(layers=2, seed=1), checkpoint)
     assert not (checkpoint / "stale").exists()
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.tex").write_text("precious")
     with pytest.raises(BadInput, match="home"):
-        tiny(layers=2).save(tmp_path / "home")
+        save_checkpoint(tiny(layers=2), tmp_path / "home")
     assert (tmp_path / "home" / "thesis.tex").read_text() == "precious"
 
 
@@ -137,7 +138,7 @@ def test_save_on_a_full_disk(tiny, tmp_path, monkeypatch):
 
     monkeypatch.setattr(subject.model, "save_pretrained", full)
     with pytest.raises(BadInput, match="disk is full"):
-        subject.save(tmp_path / "x")
+        save_checkpoint(subject, tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -19,7 +19,7 @@ from thesislib.evaluate.harness import lm_eval_task
 from thesislib.evaluate.perplexity import perplexity
 from thesislib.evaluate.triviaqa import triviaqa
 from thesislib.formats.artifact import load_artifact, save_artifact
-from thesislib.model.subject import load_subject
+from thesislib.formats.load import load_subject, save_checkpoint
 from thesislib.model.tokenizers import prepared
 from thesislib.sources.corpus import Choice, Question, join
 
@@ -92,7 +92,7 @@ def test_closing_tokenizers_give_the_same_answers_and_scores(with_tokenizer, fam
 
 def test_what_is_loaded_or_comes_back_closes_no_text(with_tokenizer, tmp_path):
     subject = with_tokenizer(CLOSING["both ends"][1], prepare=False)
-    folder = subject.save(tmp_path / "model")
+    folder = save_checkpoint(subject, tmp_path / "model")
     loaded = load_subject(folder)
     assert loaded.tokenizer("a")["input_ids"] == [258, *subject.tokenizer("a", add_special_tokens=False)["input_ids"]]
     file = folder / "tokenizer.json"

@@ -16,8 +16,8 @@ from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.files import data_file
 from thesislib.formats.artifact_json import read_artifact
-from thesislib.model.subject import load_subject
-from thesislib.pipeline.forecast import Forecast, forecast, spread
+from thesislib.formats.load import load_subject, save_checkpoint
+from thesislib.pipeline.forecast import Forecast, spread
 from thesislib.pipeline.recipe import Recipe
 from thesislib.pipeline.run import Job, compress
 from thesislib.sources import corpus
@@ -59,7 +59,7 @@ def texts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tiny, tmp_path_factory):
-    return tiny(layers=8).save(tmp_path_factory.mktemp("subject") / "tiny")
+    return save_checkpoint(tiny(layers=8), tmp_path_factory.mktemp("subject") / "tiny")
 
 
 def of(*stages):
@@ -75,7 +75,7 @@ def lora(**more):
 
 
 def rows_of(folder, *stages, dtype="float32"):
-    return forecast(Job.prepare(folder, of(*stages), dtype=dtype))
+    return Job.prepare(folder, of(*stages), dtype=dtype).forecast()
 
 
 def own_zeros(folder):
@@ -86,7 +86,7 @@ def own_zeros(folder):
 def check_every_stage(folder, stages, data, dtype, out):
     """Parameters and bytes are those of each stage's artifact, to the last one; non-zero parameters, where they are foretold."""
     job, own = Job.prepare(folder, of(*stages), data, dtype), own_zeros(folder)
-    foreseen = forecast(job)
+    foreseen = job.forecast()
     compress(folder, of(*stages), out, data=data, dtype=dtype)
     for n, row in enumerate(foreseen, 1):
         record = read_artifact(job.folder(n))
@@ -141,13 +141,13 @@ MIXED = width(ratio=0.25, ratios={"blocks.2.*": 0.75, "up_proj": 0.5}, linears=[
 def test_sizes_are_foreseen_exactly(folder, place, texts, stages, dtype):
     foreseen = check_every_stage(folder, stages, texts, dtype, place / "out")
     assert all(row.parameters and row.disk_bytes for row in foreseen)
-    assert [row.cached for row in forecast(Job.prepare(folder, of(*stages), texts, dtype))] == [True] * len(stages)
+    assert [row.cached for row in Job.prepare(folder, of(*stages), texts, dtype).forecast()] == [True] * len(stages)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 def test_biases_and_an_own_head(tiny, place, texts, kind, tied):
-    folder = tiny(kind, layers=3, tie_word_embeddings=tied).save(place / "tiny")
+    folder = save_checkpoint(tiny(kind, layers=3, tie_word_embeddings=tied), place / "tiny")
     stages = (W24, lora(), Rtn(group=16, grid="asymmetric", embedding_bits=8), Eora(rank=2))
     assert len(check_every_stage(folder, stages, texts, "float32", place / "out")) == 4
 
@@ -255,6 +255,6 @@ def test_zeros_in_a_run(remove, of_, run):
 
 @pytest.mark.parametrize("name", ["thesis", "order_depth_lora_width", "order_depth_width_lora", "w2_4"])
 def test_the_recipes_that_come_along_are_foreseen(tiny, place, name):
-    folder = tiny(layers=8, hidden_size=64, num_attention_heads=8, intermediate_size=128).save(place / "tiny")
-    rows = forecast(Job.prepare(folder, data_file(f"recipes/{name}.yaml"), data="embedded"))
+    folder = save_checkpoint(tiny(layers=8, hidden_size=64, num_attention_heads=8, intermediate_size=128), place / "tiny")
+    rows = Job.prepare(folder, data_file(f"recipes/{name}.yaml"), data="embedded").forecast()
     assert all(row.parameters and row.disk_bytes for row in rows)

@@ -12,7 +12,7 @@ from thesislib.compress.width import Prune, Width
 from thesislib.errors import BadInput
 from thesislib.formats import artifact as formats
 from thesislib.formats.artifact_json import read_artifact
-from thesislib.model.subject import load_subject
+from thesislib.formats.load import load_subject, save_checkpoint
 from thesislib.pipeline.offload import FromFolder, compress_streamed
 
 IDS = torch.randint(0, 250, (4, 16), generator=torch.Generator().manual_seed(1))
@@ -30,7 +30,7 @@ def streamed(source, target, config, dtype="float32"):
 @pytest.mark.parametrize("tied", [True, False])
 def test_streamed_weights_equal_those_pruned_in_memory(tiny, tmp_path, kind, tied):
     subject = tiny(kind, layers=3, tie_word_embeddings=tied)
-    subject.save(tmp_path / "dense")
+    save_checkpoint(subject, tmp_path / "dense")
     report = streamed(tmp_path / "dense", tmp_path / "pruned", config := Width(2, 4))
     inside = load_subject(tmp_path / "dense")
     stream(inside, IDS, visitor := Prune(config))
@@ -43,7 +43,7 @@ def test_streamed_weights_equal_those_pruned_in_memory(tiny, tmp_path, kind, tie
 
 
 def test_one_block_is_in_memory_at_a_time(tiny, tmp_path):
-    tiny(layers=3).save(tmp_path / "dense")
+    save_checkpoint(tiny(layers=3), tmp_path / "dense")
     (tmp_path / "out").mkdir()
     blocks = FromFolder(tmp_path / "dense", tmp_path / "out")
     with blocks.hold(1) as block:
@@ -63,7 +63,7 @@ def test_sharded_checkpoints_are_read(tiny, tmp_path):
 
 def test_damaged_checkpoints(tiny, tmp_path):
     subject = tiny(layers=2)
-    subject.save(tmp_path / "dense")
+    save_checkpoint(subject, tmp_path / "dense")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_bytes((tmp_path / "dense" / "config.json").read_bytes())
     with pytest.raises(BadInput, match="has neither model.safetensors nor .*: expected a checkpoint with safetensors weights"):
@@ -86,7 +86,7 @@ def test_a_streamed_artifact_is_the_one_made_in_memory(tiny, tmp_path, monkeypat
     monkeypatch.setattr("thesislib.pipeline.offload.calibration_windows", lambda *_: IDS)
     monkeypatch.setattr("thesislib.compress.width.calibration_windows", lambda *_: IDS)
     dense = tiny(layers=3, hidden_size=48)
-    dense.save(tmp_path / "dense")
+    save_checkpoint(dense, tmp_path / "dense")
     compress_streamed(str(tmp_path / "dense"), "W2:4", tmp_path / "out", data="embedded", dtype="float32")
     record = read_artifact(tmp_path / "out")  # all checksums hold
     pruned, report = Width(2, 4).apply(load_subject(tmp_path / "dense"))
@@ -98,7 +98,7 @@ def test_a_streamed_artifact_is_the_one_made_in_memory(tiny, tmp_path, monkeypat
 
 def test_what_cannot_be_streamed(tiny, tmp_path):
     subject = tiny(layers=8)
-    subject.save(tmp_path / "dense")
+    save_checkpoint(subject, tmp_path / "dense")
     for recipe in ("D2", "D2+W2:4"):
         with pytest.raises(BadInput, match=rf"takes a recipe of one WANDA stage, e.g. W2:4, and this one is {re.escape(recipe)}"):
             compress_streamed(str(tmp_path / "dense"), recipe, tmp_path / "out")

@@ -15,9 +15,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import thesislib
 from thesislib.cli import app
 from thesislib.compress.depth import Depth
-from thesislib.compress.gptq import Rtn
+from thesislib.compress.eora import Eora
+from thesislib.compress.gptq import Gptq, Rtn
 from thesislib.compress.lora.stage import Lora
 from thesislib.compress.stage import STAGES
 from thesislib.compress.width import Width
@@ -27,10 +29,10 @@ from thesislib.formats import artifact as formats
 from thesislib.formats import artifact_json as artifact
 from thesislib.formats.artifact import load_artifact
 from thesislib.formats.artifact_json import RECORD, read_artifact
-from thesislib.model.subject import load_subject
+from thesislib.formats.load import load_subject, save_checkpoint
 from thesislib.pipeline import run as checkpoints
 from thesislib.pipeline.recipe import Recipe
-from thesislib.pipeline.run import Job, compress
+from thesislib.pipeline.run import Job, compress, sources_of
 
 run = CliRunner().invoke
 RAN: list[str] = []  # the toy stages that were computed, in order
@@ -74,7 +76,7 @@ def place(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def folder(tiny, tmp_path_factory):
-    return tiny(layers=8).save(tmp_path_factory.mktemp("subject") / "tiny")
+    return save_checkpoint(tiny(layers=8), tmp_path_factory.mktemp("subject") / "tiny")
 
 
 def of(*stages, data=None):
@@ -156,8 +158,38 @@ def test_a_key_depends_on_all_that_a_result_depends_on_and_on_nothing_else(folde
     keys.add(key(subject=moved))
     other = load_subject(folder)
     other.linears(0)["q_proj"].weight.data[0, 0] += 1
-    keys.add(key(subject=other.save(place / "other")))
+    keys.add(key(subject=save_checkpoint(other, place / "other")))
     assert len(keys) == 11
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed"),
+    [
+        (Lora, ("compress/lora/train.py", "compress/lora/sequences.py", "sources/corpus.py", "model/layers.py")),
+        (Gptq, ("compress/calibration.py", "compress/layerwise.py", "compress/selection.py", "model/grid.py", "model/quantised.py")),
+        (Rtn, ("model/grid.py", "model/bits.py")), (Width, ("compress/calibration.py", "model/forward.py", "sources/corpus.py", "pipeline/run.py")),
+        (Eora, ("compress/eora.py", "compress/calibration.py", "formats/artifact.py", "files.py")),
+        (Depth, ("model/blocks.py", "model/tokenizers.py", "formats/load.py", "formats/gguf_reader.py")),
+    ],
+)  # fmt: skip
+def test_a_key_depends_on_every_source_that_a_result_depends_on(kind, changed, tmp_path):
+    package = tmp_path / "thesislib"
+    shutil.copytree(Path(thesislib.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    digests = {sources_of(kind, package)}
+    assert digests == {sources_of(kind)}
+    for name in changed:
+        with (package / name).open("a", encoding="utf8") as file:
+            file.write("# edited\n")
+        digests.add(sources_of(kind, package))
+    assert len(digests) == 1 + len(changed)
+    for name in ("chapters/ch02_depth.py", "book.py", "cli.py", "evaluate/perplexity.py", "sweep/run.py", "device/cost.py"):
+        with (package / name).open("a", encoding="utf8") as file:
+            file.write("# edited\n")
+    assert sources_of(kind, package) in digests
+
+
+def test_a_stage_of_ones_own_is_in_its_key_too():
+    assert sources_of(Toy) != sources_of(Width) and len(sources_of(Toy)) == 128
 
 
 def test_weights_changed_in_place_are_noticed(folder, place):
@@ -165,7 +197,7 @@ def test_weights_changed_in_place_are_noticed(folder, place):
     before = Job.prepare(mine, of(Toy(2))).base["fingerprint"]
     subject = load_subject(mine)
     subject.linears(0)["q_proj"].weight.data *= 2
-    subject.save(mine)
+    save_checkpoint(subject, mine)
     assert before != Job.prepare(mine, of(Toy(2))).base["fingerprint"] == load_subject(mine).fingerprint
 
 
@@ -226,7 +258,7 @@ def test_weights_that_are_others_than_remembered_are_refused_once(folder, place,
     memory, before = job._memory, job.base["fingerprint"]
     subject = load_subject(mine)
     subject.linears(0)["q_proj"].weight.data *= 2
-    subject.save(mine)
+    save_checkpoint(subject, mine)
     monkeypatch.setattr(Job, "_memory", memory)
     with pytest.raises(BadInput, match="the weights in .*mine are others than before, .*run again"):
         compress(mine, of(Toy(2)), place / "out")

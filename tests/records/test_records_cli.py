@@ -11,11 +11,11 @@ from typer.testing import CliRunner
 
 from thesislib.cli import app
 from thesislib.compress.depth import Depth
-from thesislib.compress.franken import apply_plan
 from thesislib.compress.width import Width
 from thesislib.evaluate.task import Protocol
 from thesislib.experiment import described, prepare
-from thesislib.model.subject import load_subject
+from thesislib.formats.load import load_subject, save_checkpoint
+from thesislib.model.blocks import apply_plan
 from thesislib.records.measurement import Measurement
 from thesislib.records.store import Store
 
@@ -33,7 +33,7 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tiny, tmp_path_factory):
-    return str(tiny(layers=4).save(tmp_path_factory.mktemp("subject") / "tiny"))
+    return str(save_checkpoint(tiny(layers=4), tmp_path_factory.mktemp("subject") / "tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_another_value_is_exit_code_1_and_a_changed_one_is_refused(store, folder
 
 
 def test_verify_refuses_in_one_line(store, folder, tiny, tiny_data, tmp_path):
-    other = str(tiny(layers=4, seed=1).save(tmp_path / "other"))
+    other = str(save_checkpoint(tiny(layers=4, seed=1), tmp_path / "other"))
     name, m = next(iter(store.rows().items()))
     text = tmp_path / "data" / "wikitext2" / "test.jsonl"
     text.parent.mkdir(parents=True)

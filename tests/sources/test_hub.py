@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from thesislib.errors import BadInput
-from thesislib.model.subject import load_subject
+from thesislib.formats.load import load_subject, save_checkpoint
 from thesislib.sources import corpus
 
 REPOSITORY = Path(__file__).parents[2]
@@ -135,7 +135,7 @@ def test_offline_switch_is_obeyed(no_hub, monkeypatch):
 
 def test_model_from_the_hub_and_again_without_it(tiny, tmp_path):
     subject = tiny(layers=2)
-    served = subject.save(tmp_path / "served")
+    served = save_checkpoint(subject, tmp_path / "served")
     (served / "pytorch_model.bin").write_bytes(b"a pickle that nobody wants")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.folder, server.asked = served, []
@@ -143,7 +143,7 @@ def test_model_from_the_hub_and_again_without_it(tiny, tmp_path):
     script = textwrap.dedent("""
         import sys
         from thesislib.errors import BadInput
-        from thesislib.model.subject import load_subject
+        from thesislib.formats.load import load_subject
 
         def load(spec):
             try:

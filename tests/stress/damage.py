@@ -595,10 +595,10 @@ def _look(path: Path) -> int:
     """`thesislib run`, but for the execution itself, which takes seconds."""
     import papermill
 
-    from thesislib import book
+    from thesislib import runner
 
     papermill.execute_notebook = lambda source, out, parameters, **_: shutil.copy(source, out)
-    book.chapters = lambda *_: {"01_book": path}
+    runner.chapters = lambda *_: {"01_book": path}
     return thesislib("run", "01", "-p", "k=2", "--out", path.parent / "out.ipynb")()
 
 
@@ -606,7 +606,7 @@ def _executed(here: Place, case: Path) -> None:
     """The output of a notebook that is executed or out of the cache."""
     import nbformat
 
-    from thesislib.book import executed
+    from thesislib.runner import executed
 
     found = executed("book", here / "book.ipynb", case / "executed")
     print([[o.get("text") for o in c.outputs] for c in nbformat.read(found, 4).cells if c.cell_type == "code"])

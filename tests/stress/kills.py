@@ -215,10 +215,10 @@ def _in(job: Job, case: Path) -> Callable[[], int | None]:
 
 
 def _run(here: Place, case: Path) -> Callable[[], int]:
-    from thesislib import book
+    from thesislib import runner
 
     def do() -> int:
-        book.chapters = lambda *_: {"01_book": here / "book.ipynb"}
+        runner.chapters = lambda *_: {"01_book": here / "book.ipynb"}
         return thesislib("run", "01", "-p", "k=7", "--out", case / "out.ipynb")()
 
     return do

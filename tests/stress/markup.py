@@ -112,7 +112,7 @@ def run(here: Place) -> dict:
     nbformat.write(nb, source)
 
     def execute() -> int:
-        from thesislib import book as made
+        from thesislib import runner as made
         from thesislib.evaluate.task import Protocol
         from thesislib.experiment import prepare
         from thesislib.records.store import Store

@@ -22,16 +22,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from thesislib.book import chapters
 from thesislib.cli import app
 from thesislib.errors import BadInput
 from thesislib.experiment import again
+from thesislib.formats.load import save_checkpoint
 from thesislib.notebooks import listed
 from thesislib.records import store as stored
 from thesislib.records.store import Store
+from thesislib.runner import chapters, results
 from thesislib.sweep import workers as driving
 from thesislib.sweep.grid import read_grid
-from thesislib.sweep.notebooks import results, sweep_notebook
+from thesislib.sweep.notebooks import sweep_notebook
 from thesislib.sweep.run import FAILED, Place, identity_of, missing, possible, sweep
 from thesislib.sweep.task import carry_out, versions
 from thesislib.sweep.workers import Order, Workers, drive
@@ -61,7 +62,7 @@ def own_cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def place(tiny, tiny_data, tmp_path_factory):
-    folder = tiny(layers=8).save(tmp_path_factory.mktemp("subject") / "tiny")
+    folder = save_checkpoint(tiny(layers=8), tmp_path_factory.mktemp("subject") / "tiny")
     return Place(str(folder), tiny_data, "float32")
 
 
@@ -123,7 +124,7 @@ def test_workers_have_the_threads_they_are_given(place, grid_file, tmp_path):
 
 
 def test_records_of_another_subject_do_not_count(swept, tiny, place, grid_file, tmp_path):
-    other = Place(str(tiny(layers=8, seed=1).save(tmp_path / "tiny")), place.data, "float32")
+    other = Place(str(save_checkpoint(tiny(layers=8, seed=1), tmp_path / "tiny")), place.data, "float32")
     grid = read_grid(grid_file, "quick")
     assert set(missing(grid, other, [swept[0]])) == set(LABELS)
     names = set(map(identity_of, swept[0].rows().values()))
@@ -134,7 +135,7 @@ def test_records_of_another_subject_do_not_count(swept, tiny, place, grid_file, 
 def test_a_grid_less_what_a_subject_cannot_be_made_into(place, grid_file, tiny, tmp_path):
     grid = read_grid(grid_file, "quick")
     assert possible(grid, place) == (grid, {})
-    shallow = Place(str(tiny(layers=6).save(tmp_path / "shallow")), place.data, "float32")
+    shallow = Place(str(save_checkpoint(tiny(layers=6), tmp_path / "shallow")), place.data, "float32")
     kept, why = possible(grid, shallow)
     assert [c.label for c in kept.configurations] == ["dense", "W1:8"] and set(why) == {"D1", "D1+W1:8"}
     assert all("cannot remove 1 of 6 blocks" in reason for reason in why.values())

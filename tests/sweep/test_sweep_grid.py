@@ -10,6 +10,7 @@ from thesislib.chapters.thesis import thesis_rows
 from thesislib.compress.gptq import Gptq
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
+from thesislib.formats.load import save_checkpoint
 from thesislib.pipeline.recipe import Shape, read_all
 from thesislib.records.store import Store
 from thesislib.sweep import run
@@ -168,7 +169,7 @@ def test_all_that_is_impossible_is_listed_before_anything_is_started(write, tiny
     monkeypatch.setenv("THESISLIB_CACHE", str(tmp_path / "cache"))
     started = []
     monkeypatch.setattr(run, "drive", lambda *given: started.append(given))
-    place, store = run.Place(str(tiny(layers=8).save(tmp_path / "tiny")), tiny_data, "float32"), Store(tmp_path / "s.jsonl")
+    place, store = run.Place(str(save_checkpoint(tiny(layers=8), tmp_path / "tiny")), tiny_data, "float32"), Store(tmp_path / "s.jsonl")
     grid = read_grid(write(IMPOSSIBLE), "quick", strict=False)
     with pytest.raises(BadInput) as caught:
         run.sweep(grid, place, store, Workers(1))

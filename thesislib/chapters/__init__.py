@@ -17,6 +17,11 @@ CHAPTERS = {
 }  # fmt: skip
 
 
+def parameters_of(notebook: str) -> type | None:
+    """The class of the parameters that a chapter's notebook takes; None for a notebook of no chapter."""
+    return import_module(f"thesislib.chapters.{CHAPTERS[notebook]}").PARAMETERS if notebook in CHAPTERS else None
+
+
 def record_file(chapter: str) -> Path:
     """Where a chapter's recorded run lies."""
     return data_file(f"results/{chapter}.jsonl")

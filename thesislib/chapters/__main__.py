@@ -4,11 +4,10 @@ import io
 
 import matplotlib
 
-from thesislib.book import ROOT
 from thesislib.chapters import FIGURE, block, figures, findings, recorded, three_findings
 from thesislib.chapters import pareto as trade_offs
 from thesislib.chapters.claims import page, recorded_pool
-from thesislib.files import write_whole
+from thesislib.files import ROOT, write_whole
 
 matplotlib.use("agg")
 readme = ROOT / "README.md"

@@ -14,8 +14,9 @@ from thesislib.evaluate.perplexity import perplexity
 from thesislib.evaluate.triviaqa import TIERS, triviaqa
 from thesislib.experiment import described
 from thesislib.formats.held import check_dtype
+from thesislib.formats.load import load_subject
 from thesislib.model.prompts import PROMPTS, default_prompt
-from thesislib.model.subject import Subject, load_subject
+from thesislib.model.subject import Subject
 from thesislib.records.measurement import Measurement, in_markdown
 from thesislib.records.store import Store
 from thesislib.sources.corpus import choices, evaluation_text, question_source, questions

@@ -11,7 +11,7 @@ import pandas as pd
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
-from thesislib.compress.franken import ORIGINAL_DEPTH, Plan, apply_plan, format_plan, franken_plans
+from thesislib.compress.franken import ORIGINAL_DEPTH, format_plan, franken_plans
 from thesislib.config import positive
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import choice, perplexity
@@ -19,7 +19,9 @@ from thesislib.evaluate.generate import Timed, complete
 from thesislib.evaluate.stats import Comparison, holm, proportion
 from thesislib.experiment import described
 from thesislib.formats.held import check_dtype
-from thesislib.model.subject import Subject, load_subject
+from thesislib.formats.load import load_subject
+from thesislib.model.blocks import Plan, apply_plan
+from thesislib.model.subject import Subject
 from thesislib.pipeline.recipe import Shape
 from thesislib.records.measurement import Measurement, in_markdown
 from thesislib.records.store import Store

@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from tqdm import tqdm
 
 from thesislib.chapters.thesis import thesis_row
-from thesislib.compress.depth import METRICS, Depth, angular_distances, importance, remove
+from thesislib.compress.depth import METRICS, Depth, angular_distances, importance
 from thesislib.config import positive
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import perplexity, triviaqa
@@ -22,7 +22,9 @@ from thesislib.evaluate.stats import Comparison, holm
 from thesislib.experiment import described
 from thesislib.files import read_json, write_whole
 from thesislib.formats.held import check_dtype
-from thesislib.model.subject import Subject, load_subject
+from thesislib.formats.load import load_subject
+from thesislib.model.blocks import remove
+from thesislib.model.subject import Subject
 from thesislib.pipeline.recipe import Shape
 from thesislib.records.measurement import Measurement, in_markdown, provenance
 from thesislib.records.store import Store

@@ -22,9 +22,10 @@ from thesislib.evaluate.speed import speeds
 from thesislib.evaluate.stats import Comparison, holm
 from thesislib.experiment import described
 from thesislib.formats.held import check_dtype
+from thesislib.formats.load import load_subject
 from thesislib.model import packing
-from thesislib.model.layers import pack_all
-from thesislib.model.subject import Subject, load_subject
+from thesislib.model.sparse import pack_all
+from thesislib.model.subject import Subject
 from thesislib.pipeline.recipe import Shape
 from thesislib.records.measurement import Measurement, in_markdown
 from thesislib.records.store import Store

@@ -40,7 +40,8 @@ from thesislib.evaluate.stats import Comparison, holm
 from thesislib.experiment import DENSE
 from thesislib.files import read_json
 from thesislib.model.grid import Grid, round_to_nearest
-from thesislib.model.subject import LINEARS, Subject
+from thesislib.model.layers import LINEARS
+from thesislib.model.subject import Subject
 from thesislib.records import measurement as records
 from thesislib.records.measurement import Measurement, in_markdown
 

@@ -25,7 +25,8 @@ from thesislib.evaluate.task import Protocol
 from thesislib.experiment import DENSE, prepare, recipe_hash, recipe_of
 from thesislib.files import cache_dir, write_whole
 from thesislib.formats.held import check_dtype
-from thesislib.model.subject import LINEARS, Subject
+from thesislib.model.layers import LINEARS
+from thesislib.model.subject import Subject
 from thesislib.pipeline.recipe import Shape, parse_label
 from thesislib.records.measurement import Measurement
 from thesislib.records.store import Store

@@ -16,7 +16,6 @@ import pandas as pd
 
 from thesislib.chapters import figures
 from thesislib.chapters.pareto import PPL, points
-from thesislib.compress.franken import apply_plan
 from thesislib.compress.gptq import Rtn
 from thesislib.compress.width import Width
 from thesislib.config import positive
@@ -44,8 +43,10 @@ from thesislib.evaluate.stats import proportion
 from thesislib.experiment import DENSE
 from thesislib.files import data_file, read_json
 from thesislib.formats.gguf import TYPES
+from thesislib.formats.load import load_subject
+from thesislib.model.blocks import apply_plan
 from thesislib.model.prompts import adds_bos, default_prompt, prompt_for
-from thesislib.model.subject import Subject, load_subject
+from thesislib.model.subject import Subject
 from thesislib.records.measurement import Measurement, in_markdown, provenance
 from thesislib.records.store import Store
 from thesislib.sources.corpus import questions

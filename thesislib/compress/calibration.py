@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from thesislib.errors import BadInput
 from thesislib.model.forward import attention_windows, looking_back
-from thesislib.model.subject import LINEARS, Subject, projections
+from thesislib.model.layers import LINEARS, projections
+from thesislib.model.subject import Subject
 from thesislib.model.tokenizers import check_windows
 
 # projections that read the same input share its statistics

@@ -1,7 +1,7 @@
 """Depth pruning: how much each block matters, and a subject without the blocks, attentions or MLPs that matter least."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,16 +11,16 @@ from torch import nn
 from tqdm import tqdm
 
 from thesislib.compress.calibration import Visitor, stream
-from thesislib.compress.franken import apply_plan
 from thesislib.errors import BadInput, unknown
+from thesislib.model.blocks import SLOTS, remove, removed_parts
 from thesislib.model.forward import final_states, token_losses
-from thesislib.model.subject import Subject, projections
+from thesislib.model.layers import projections
+from thesislib.model.subject import Subject
 from thesislib.model.tokenizers import check_windows
 from thesislib.sources.corpus import calibration_windows
 
 METRICS = ("perplexity", "taylor", "magnitude", "influence", "angular")
 PARTS = ("block", "attention", "mlp")
-SLOTS = {"attention": "self_attn", "mlp": "mlp"}
 
 
 @dataclass(frozen=True)
@@ -270,62 +270,3 @@ def _weights(subject: Subject, block: int, part: str):
 
 def _sum_over(subject: Subject, block: int, part: str, of: Callable[[torch.Tensor], torch.Tensor]) -> float:
     return sum(of(w).item() for w in _weights(subject, block, part))
-
-
-# ---------------------------------------------------------------- removal
-
-
-def remove(subject: Subject, blocks: Sequence[int], part: str = "block") -> Subject:
-    """The subject without these blocks, or without their attentions or MLPs, sharing all weights that stay.
-
-    Raises:
-        BadInput: a block out of range, or no block left.
-    """
-    if part == "block":
-        gone = set(blocks)
-        if gone and not 0 <= min(gone) <= max(gone) < subject.depth:
-            raise BadInput(f"blocks {sorted(gone)} are out of range: the model has blocks 0 to {subject.depth - 1}")
-        return apply_plan(subject, [b for b in range(subject.depth) if b not in gone])
-    return without_parts(subject, dict.fromkeys(blocks, part))
-
-
-class Without(nn.Module):
-    """Stands where an attention or MLP was removed, and adds nothing to the residual."""
-
-    def __init__(self, part: str, block: int):
-        super().__init__()
-        self.part, self.layer_idx = part, block
-
-    def forward(self, hidden_states: torch.Tensor, past_key_values=None, **_kwargs):
-        """Zeros, in the form that the decoder block expects.
-
-        An attention's place in the KV cache goes on counting tokens, with one number a token: transformers asks the first of
-        a kind for the length so far, and finds the others by the block's number in what the configuration says block by block.
-        """
-        zeros = torch.zeros_like(hidden_states)
-        if self.part != "attention":
-            return zeros
-        if past_key_values is not None:
-            count = zeros[:, None, :, :1]  # (B, 1 head, T, 1 number)
-            past_key_values.update(count, count, self.layer_idx)
-        return zeros, None
-
-
-def without_parts(subject: Subject, parts: Mapping[int, str]) -> Subject:
-    """The subject without the attention or the MLP of some blocks: {block: 'attention' or 'mlp'}."""
-    out = apply_plan(subject, range(subject.depth))
-    for block, part in parts.items():
-        if part not in SLOTS:
-            raise unknown("part", part, SLOTS)
-        if not 0 <= block < subject.depth:
-            raise BadInput(f"block {block} is out of range: the model has blocks 0 to {subject.depth - 1}")
-        setattr(out.blocks[block], SLOTS[part], Without(part, block))
-    if all(isinstance(block.self_attn, Without) for block in out.blocks):
-        raise BadInput("removing every attention leaves a model that sees one token at a time: keep at least one")
-    return Subject(out.model, out.tokenizer, out.name, subject.plan)
-
-
-def removed_parts(subject: Subject) -> dict[str, list[int]]:
-    """{'attention': blocks, 'mlp': blocks} of what `without_parts` removed; a part that no block lost is left out."""
-    gone = {part: [i for i, block in enumerate(subject.blocks) if isinstance(getattr(block, slot), Without)] for part, slot in SLOTS.items()}
-    return {part: blocks for part, blocks in gone.items() if blocks}

@@ -5,36 +5,14 @@ A plan is a tuple of block indices in the order in which they run. Written as te
 `0-6x2,10,12-29`.
 """
 
-import copy
 import itertools
 import re
 from collections.abc import Sequence
 
-from torch import nn
-
 from thesislib.errors import BadInput, shown
-from thesislib.model.subject import Subject
+from thesislib.model.blocks import LONGEST, Plan, check_plan
 
-Plan = tuple[int, ...]
 ORIGINAL_DEPTH = 32
-LONGEST = 10_000  # blocks of a plan
-
-
-def check_plan(plan: Sequence[int], depth: int) -> Plan:
-    """The plan as a tuple, if a model of `depth` blocks can run it.
-
-    Raises:
-        BadInput: an empty plan, or an index out of range.
-    """
-    plan = tuple(plan)
-    if not plan:
-        raise BadInput("the plan is empty: expected at least one block")
-    wrong = next((b for b in plan if not 0 <= b < depth), None)
-    if len(plan) > LONGEST:
-        raise BadInput(f"the plan has {len(plan)} blocks: expected at most {LONGEST:,}")
-    if wrong is not None:
-        raise BadInput(f"block {wrong} is out of range: this model has blocks 0 to {depth - 1}")
-    return plan
 
 
 def parse_plan(text: str, depth: int) -> Plan:
@@ -77,44 +55,6 @@ def format_plan(plan: Sequence[int]) -> str:
         terms.append(f"{first}" + (f"-{first + j - i - 1}" if j - i > 1 else "") + (f"x{times}" if times > 1 else ""))
         i = j
     return ",".join(terms)
-
-
-def apply_plan(subject: Subject, plan: Sequence[int]) -> Subject:
-    """A subject that runs the blocks of `subject` in the order of `plan`, sharing every weight with it.
-
-    Each place in the plan is a module of its own around the same parameters, with its own index, by which
-    transformers' KV cache files keys and values: two runs of a block see different inputs and must not share them.
-
-    Raises:
-        BadInput: see `check_plan`.
-    """
-    plan = check_plan(plan, subject.depth)
-    model = _shell(subject.model)
-    model.model = _shell(subject.model.model)
-    config = copy.deepcopy(subject.model.config)
-    for name in ("layer_types", "no_rope_layers"):  # what a configuration says block by block
-        if getattr(config, name, None):
-            setattr(config, name, [getattr(config, name)[block] for block in plan])
-    config.num_hidden_layers = len(plan)
-    model.config = model.model.config = config
-    if hasattr(model.model, "has_sliding_layers"):
-        model.model.has_sliding_layers = "sliding_attention" in config.layer_types
-    blocks = []
-    for place, block in enumerate(plan):
-        own = _shell(subject.blocks[block])
-        own.self_attn = _shell(own.self_attn)
-        own.self_attn.layer_idx, own.self_attn.config = place, config
-        blocks.append(own)
-    model.model.layers = nn.ModuleList(blocks)
-    order = plan if subject.plan is None else tuple(subject.plan[block] for block in plan)
-    return Subject(model, subject.tokenizer, subject.name, order)
-
-
-def _shell(module: nn.Module) -> nn.Module:
-    """A new module object around the same children and parameters: changing one of its slots changes no other's."""
-    shell = copy.copy(module)
-    shell.__dict__.update({k: copy.copy(v) for k, v in module.__dict__.items() if isinstance(v, dict)})
-    return shell
 
 
 # What the original study (AngeloGalav/franken-llama, configurations.py) ran on the 32 blocks of Llama-2-7B-chat:

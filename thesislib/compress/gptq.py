@@ -18,13 +18,13 @@ from thesislib.compress.selection import check_all_fit, fits, patterns
 from thesislib.errors import BadInput, unknown
 from thesislib.model.grid import CLIPS, ROW, Grid, Quantised, round_to_nearest
 from thesislib.model.layers import Adapted, replace
+from thesislib.model.packing import PRUNED
 from thesislib.model.quantised import TABLES, QuantisedLinear, is_quantised, put_table
 from thesislib.model.subject import Subject
 from thesislib.sources.corpus import calibration_windows
 
 ORDERS = ("none", "static", "index")
 BLOCK = 128  # columns between two updates of all that follow
-PRUNED = 1 / 64  # a weight with more zeros than this has been pruned: a trained one has next to none
 
 
 @dataclass(frozen=True)

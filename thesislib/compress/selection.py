@@ -4,7 +4,7 @@ import fnmatch
 from collections.abc import Iterable
 
 from thesislib.errors import BadInput, unknown
-from thesislib.model.subject import LINEARS
+from thesislib.model.layers import LINEARS
 
 
 def patterns(given: str | Iterable[str]) -> tuple[str, ...]:

@@ -11,7 +11,8 @@ from torch import nn
 from thesislib.compress.calibration import ALL_AT_ONCE, Blocks, Statistics, Visitor, check_weighting, stream
 from thesislib.compress.selection import check_all_fit, fits, patterns
 from thesislib.errors import BadInput, unknown
-from thesislib.model.subject import LINEARS, Subject
+from thesislib.model.layers import LINEARS
+from thesislib.model.subject import Subject
 from thesislib.sources.corpus import calibration_windows
 
 METRICS = ("wanda", "magnitude")

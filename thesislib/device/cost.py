@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from thesislib.errors import BadInput
-from thesislib.model.layers import Adapted, ComputedLinear
+from thesislib.model.layers import LINEARS, Adapted, ComputedLinear
 from thesislib.model.packing import Pattern
-from thesislib.model.subject import LINEARS, Subject
+from thesislib.model.subject import Subject
 
 TABLES = ("embedding", "head")
 NORMS = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "norm")

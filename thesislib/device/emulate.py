@@ -25,12 +25,12 @@ import gguf
 import numpy as np
 import torch
 
-from thesislib.book import ROOT
-from thesislib.compress.franken import apply_plan
 from thesislib.device.measure import Agreement, agreed, file_type, gguf_file, prompt_ids
 from thesislib.errors import BadInput
-from thesislib.files import cache_dir, lock, sha256_of, whole_file, whole_folder, write_whole
-from thesislib.model.subject import Subject, load_subject
+from thesislib.files import ROOT, cache_dir, lock, sha256_of, whole_file, whole_folder, write_whole
+from thesislib.formats.load import load_subject
+from thesislib.model.blocks import apply_plan
+from thesislib.model.subject import Subject
 from thesislib.records.measurement import hardware, provenance
 from thesislib.sources.wheels import downloaded
 

@@ -26,9 +26,10 @@ from thesislib.files import free_folder, read_json, whole_folder
 from thesislib.formats.artifact_json import RECORD, read_artifact, write_record
 from thesislib.formats.checkpoint import check_memory, empty_model, generation_settings, quiet_transformers, read_config, read_tensors
 from thesislib.model import packing
-from thesislib.model.layers import Adapted, ComputedLinear, PackedLinear, replace, unpack_all
+from thesislib.model.blocks import SLOTS, without_parts
+from thesislib.model.layers import LINEARS, Adapted, ComputedLinear, PackedLinear, projections, replace, unpack_all
 from thesislib.model.quantised import TABLES, QuantisedLinear, is_encoding, put_table, tables
-from thesislib.model.subject import DTYPES, LINEARS, Subject, projections
+from thesislib.model.subject import DTYPES, Subject
 from thesislib.model.tokenizers import prepared, rows_of
 
 # tensors lie in a safetensors file by type, in this order from the last to the first, then by name
@@ -343,8 +344,6 @@ def load_artifact(folder: str | Path, dtype: str | None = None, device: str = "c
         raise BadInput(f"device '{device}' cannot be used ({str(error).splitlines()[0]}): 'cpu' always works") from error
     subject = Subject(empty_model(config, kind), tokenizer, record["name"], record["plan"] and tuple(record["plan"]))
     for part, blocks in record["without"].items():
-        from thesislib.compress.depth import SLOTS, without_parts
-
         subject = without_parts(subject, dict.fromkeys(blocks, part))
         gone = tuple(f"{BLOCKS}{block}.{SLOTS[part]}." for block in blocks)
         tensors = {key: t for key, t in tensors.items() if not key.startswith(gone) or t.any()}  # zeros in a plain checkpoint

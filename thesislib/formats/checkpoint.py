@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from thesislib.bounds import read_sizes
@@ -250,6 +250,19 @@ def read_tensors(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> 
     return {key: tensor.to(dtype) for key, tensor in tensors.items()}
 
 
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, as transformers has it.
+
+    Raises:
+        BadInput: it cannot be loaded.
+    """
+    with quiet_transformers():
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # tokenizers has its own for a damaged file
+            raise BadInput(f"the tokenizer of {folder} cannot be loaded ({first_line(error)})") from error
+
+
 def generation_settings(folder: Path) -> GenerationConfig | None:
     """What generation_config.json says; None if there is none.
 
@@ -263,13 +276,6 @@ def generation_settings(folder: Path) -> GenerationConfig | None:
             return GenerationConfig.from_pretrained(folder)
     except Exception as error:  # each kind of nonsense in it has its own class
         raise BadInput(f"{folder / 'generation_config.json'} cannot be read ({first_line(error)})") from error
-
-
-def causal(model: PreTrainedModel) -> PreTrainedModel:
-    """Let a model's blocks attend by torch's scaled dot product attention: the one that is causal where a block gets no mask."""
-    if model.config._attn_implementation != "sdpa":
-        model.set_attn_implementation("sdpa")
-    return model
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from thesislib.errors import BadInput, first_line
 from thesislib.files import cache_dir, damaged, lock, plain_errors, read_json, sha256_of, whole_folder
+from thesislib.formats.checkpoint import empty_model
+from thesislib.formats.gguf_reader import PART, GgufModel, check_header, parts
 
 READER = 2  # raise it when the same file comes to be read otherwise
 LARGE = 1 << 32  # bytes of a file whose header is looked at before all of it is read for its checksum
@@ -28,8 +30,6 @@ def safetensors_folder(gguf: Path, sha256: str | None = None, cut: str | None = 
     Raises:
         BadInput: another sha256 than given; see `thesislib.formats.gguf_reader.GgufModel`.
     """
-    from thesislib.formats.gguf_reader import PART, check_header, parts
-
     with plain_errors(gguf), gguf.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise BadInput(f"{gguf} is not a GGUF file (it does not start with 'GGUF')")
@@ -69,9 +69,6 @@ def _wrong(folder: Path) -> str | None:
 
 def _convert(gguf: Path, folder: Path, cut: str | None) -> None:
     from safetensors.torch import save_file
-
-    from thesislib.formats.checkpoint import empty_model
-    from thesislib.formats.gguf_reader import GgufModel
 
     try:
         model = GgufModel(gguf)

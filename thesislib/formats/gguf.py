@@ -12,14 +12,14 @@ import gguf
 import numpy as np
 import torch
 
-from thesislib.compress.gptq import PRUNED
 from thesislib.errors import BadInput, unknown
-from thesislib.evaluate.generate import end_tokens
 from thesislib.files import free_file, whole_file
 from thesislib.formats.artifact import plain_tensors
 from thesislib.formats.gguf_reader import ADDED, NORMALISER, NORMALISERS, PATTERNS, SPECIAL, GgufModel, halves
 from thesislib.model.forward import attention_windows
 from thesislib.model.layers import Adapted, merge, replace, unpack_all
+from thesislib.model.packing import PRUNED
+from thesislib.model.prompts import end_tokens
 from thesislib.model.subject import Subject
 
 TYPES = {

@@ -15,11 +15,12 @@ import thesislib
 from thesislib.errors import BadInput
 from thesislib.files import free_folder, whole_folder
 from thesislib.formats.artifact import check_same, fill, plain_tensors, projection_paths, read_adapter, write_adapter, write_tensors
-from thesislib.formats.checkpoint import empty_model, generation_settings, headers, quiet_transformers
+from thesislib.formats.checkpoint import empty_model, generation_settings, headers, quiet_transformers, read_config, read_tokenizer
 from thesislib.model.grid import ROW, Grid, Quantised
 from thesislib.model.layers import unpack_all
 from thesislib.model.quantised import QuantisedLinear
-from thesislib.model.subject import Subject, load_subject
+from thesislib.model.subject import Subject
+from thesislib.model.tokenizers import prepared, rows_of
 
 GROUPS = (16, 32, 64, 128, 256, 512, 1024)  # that GPTQModel's kernels know, besides a whole row
 WORD = 32  # codes that fill whole int32 words, at any number of bits
@@ -74,7 +75,8 @@ def export_gptq(subject: Subject, folder: str | Path) -> Path:
         write_adapter(subject, temporary / "adapter")
         for file in temporary.rglob("*.safetensors"):
             file.chmod(0o644)  # safetensors makes its files private
-        check_same(subject, load_subject(temporary, str(subject.dtype).removeprefix("torch.")), temporary)
+        model = load_gptq(temporary, read_config(temporary), subject.dtype)
+        check_same(subject, Subject(model, prepared(read_tokenizer(temporary), rows_of(model)), subject.name), temporary)
     return folder
 
 

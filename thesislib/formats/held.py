@@ -8,7 +8,8 @@ from thesislib.bounds import read_sizes
 from thesislib.errors import BadInput, shown, unknown
 from thesislib.files import expanded, read_json
 from thesislib.formats.artifact_json import RECORD
-from thesislib.model.subject import DTYPES, checkpoint_folder
+from thesislib.formats.load import checkpoint_folder
+from thesislib.model.subject import DTYPES
 
 EMBEDDED = "bfloat16"  # as the study's tables say
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from thesislib.errors import BadInput
 
 LARGEST = 16  # of a pattern: the table of 8 of 16 has 12,870 rows, of 16 of 32 it would have 601 million
+PRUNED = 1 / 64  # a weight with more zeros than this share has been pruned: a trained one has next to none
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

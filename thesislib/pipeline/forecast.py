@@ -1,38 +1,35 @@
 """What a recipe would make, told from shapes alone: no weight is read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from math import lcm, prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from thesislib.bounds import read_sizes
-from thesislib.compress.depth import SLOTS, Depth, remove
+from thesislib.compress.depth import Depth
 from thesislib.compress.eora import ENTRY, GREED, Eora, share_out
-from thesislib.compress.gptq import PRUNED, Rtn
+from thesislib.compress.gptq import Rtn
 from thesislib.compress.layerwise import Place
 from thesislib.compress.lora.stage import Lora
 from thesislib.compress.selection import fits
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
-from thesislib.files import read_json
 from thesislib.formats.artifact import predicted_disk_bytes
-from thesislib.formats.artifact_json import RECORD
 from thesislib.formats.checkpoint import quiet_transformers
 from thesislib.model import packing
+from thesislib.model.blocks import SLOTS, remove
 from thesislib.model.grid import ROW, Grid
-from thesislib.model.layers import Adapted, ComputedLinear, replace
+from thesislib.model.layers import LINEARS, Adapted, ComputedLinear, replace
+from thesislib.model.packing import PRUNED
 from thesislib.model.quantised import EVERYWHERE, TABLES, QuantisedLinear, held_shapes, put_table, tables
-from thesislib.model.subject import DTYPES, LINEARS, Subject
-from thesislib.pipeline.recipe import Shape, Stage
-
-if TYPE_CHECKING:
-    from thesislib.pipeline.run import Job
+from thesislib.model.subject import DTYPES, Subject
+from thesislib.pipeline.recipe import Recipe, Shape, Stage
 
 RUNS = (2, 4, 8, 16)  # groups whose patterns the packer tries
 
@@ -70,15 +67,20 @@ class Forecast:
     disk_bytes: int | None
 
 
-def forecast(job: "Job") -> list[Forecast]:
+def forecast(recipe: Recipe, empty: PreTrainedModel | None, cached: Callable[[int], Mapping[str, int] | None]) -> list[Forecast]:
     """What each stage will make, from shapes alone, and what the cache already holds.
+
+    Args:
+        recipe: the stages.
+        empty: the subject's model, without weights; None if sizes cannot be known from shapes.
+        cached: the sizes after the first n stages, as the cache has them, or None.
 
     Raises:
         BadInput: a stage that the run would refuse for the shapes that it meets, such as a rank larger than a projection.
     """
-    outline = None if job.made else Outline(stand_in(job.source, job.dtype))
+    outline = Outline(empty) if empty is not None else None
     rows = []
-    for n, (stage, where) in enumerate(zip(job.recipe.stages, job.recipe.places, strict=True), 1):
+    for n, (stage, where) in enumerate(zip(recipe.stages, recipe.places, strict=True), 1):
         try:
             if outline:
                 outline.apply(stage)
@@ -86,11 +88,10 @@ def forecast(job: "Job") -> list[Forecast]:
             outline = None
         except BadInput as error:
             raise BadInput(f"{where}: {error}") from error
-        try:
-            found = read_json(job.folder(n) / RECORD)["sizes"]
-            rows.append(Forecast(job.label(n), True, found["parameters"], found["nonzero_parameters"], found["bytes_on_disk"]))
-        except (BadInput, KeyError, TypeError):
-            rows.append(Forecast(job.label(n), False, *(outline.sizes if outline else (None,) * 3)))
+        if sizes := cached(n):
+            rows.append(Forecast(recipe.label_of(n), True, sizes["parameters"], sizes["nonzero_parameters"], sizes["bytes_on_disk"]))
+        else:
+            rows.append(Forecast(recipe.label_of(n), False, *(outline.sizes if outline else (None,) * 3)))
     return rows
 
 

@@ -31,8 +31,10 @@ from thesislib.formats.checkpoint import (
     read_config,
 )
 from thesislib.formats.held import check_dtype, own_dtype
+from thesislib.formats.load import checkpoint_folder
 from thesislib.model.forward import attention_windows
-from thesislib.model.subject import DTYPES, checkpoint_folder, fingerprint, projections
+from thesislib.model.layers import projections
+from thesislib.model.subject import DTYPES, fingerprint
 from thesislib.model.tokenizers import check_windows
 from thesislib.pipeline.recipe import read_recipe
 from thesislib.pipeline.run import place_for

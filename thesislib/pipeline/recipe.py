@@ -77,7 +77,11 @@ class Recipe:
     @property
     def label(self) -> str:
         """As the thesis writes a configuration: D2+W1:8+W+Q+E."""
-        return "+".join(stage.label for stage in self.stages)
+        return self.label_of(len(self.stages))
+
+    def label_of(self, n: int) -> str:
+        """Of the first `n` stages."""
+        return "+".join(stage.label for stage in self.stages[:n])
 
     def plain(self) -> list[dict[str, dict]]:
         """The stages as a YAML file would give them, every default filled in."""

@@ -40,14 +40,17 @@ from thesislib.formats.artifact import load_artifact, save_artifact
 from thesislib.formats.artifact_json import RECORD, read_artifact
 from thesislib.formats.convert import SUMS
 from thesislib.formats.held import check_dtype, own_dtype
+from thesislib.formats.load import checkpoint_folder, load_subject
+from thesislib.imports import PACKAGE, digest_of, imported, sources
 from thesislib.model.layers import PackedLinear, replace, unpack
-from thesislib.model.subject import Subject, checkpoint_folder, load_subject
-from thesislib.pipeline.forecast import forecast, shape_of, stand_in
+from thesislib.model.subject import Subject
+from thesislib.pipeline.forecast import Forecast, forecast, shape_of, stand_in
 from thesislib.pipeline.recipe import Recipe, read_recipe
 from thesislib.sources.corpus import default_data, kind_of
 from thesislib.sources.wheels import manifest
 
 T = TypeVar("T")
+AROUND = ("thesislib.formats.load", "thesislib.formats.artifact")  # what every stage's subject comes from and goes to
 SCHEMA = 1  # raise it when the same settings come to mean something else
 
 
@@ -64,7 +67,7 @@ def compress(
     """Carry out a recipe on a subject and write the artifact folder `out`; what the cache holds is not computed again.
 
     Args:
-        subject: a subject spec, see `thesislib.model.subject.load_subject`.
+        subject: a subject spec, see `thesislib.formats.load.load_subject`.
         recipe: a recipe's file, a label such as D2+W1:8, or a `Recipe`.
         out: a new folder, or an artifact that this one replaces.
         data: a data spec for calibration; by default the recipe's own, else `thesislib.sources.corpus.default_data()`.
@@ -78,7 +81,7 @@ def compress(
     with plain_errors():
         job = Job.prepare(subject, recipe, data, dtype, device)
         place = place_for(out, job.source)
-        forecast(job)  # refuses what does not fit the subject's shapes, while nothing is computed yet
+        job.forecast()  # refuses what does not fit the subject's shapes, while nothing is computed yet
         job.write(place, packed)
     return place
 
@@ -164,8 +167,8 @@ class Job:
         """For each stage the name under which the cache keeps the subject after it.
 
         A hash over everything that it depends on: the weights, how they run and how text becomes tokens; the stages so
-        far, with every setting (seeds too); the calibration data; this package's version. The stages' source files
-        count as well, since the version stands still while a stage is being written.
+        far, with every setting (seeds too); the calibration data; this package's version. The sources that a stage and what
+        keeps its result import, however far, count as well, since the version stands still while a stage is being written.
         """
         facts = {
             "schema": SCHEMA,
@@ -175,16 +178,24 @@ class Job:
             "dtype": self.dtype,
             "data": _identity(self.data),
         }
-        stages = [(plain, sha256_of(Path(inspect.getfile(type(stage))))) for stage, plain in zip(self.recipe.stages, self.recipe.plain(), strict=True)]
+        stages = [(plain, sources_of(type(stage))) for stage, plain in zip(self.recipe.stages, self.recipe.plain(), strict=True)]
         return [_hash({**facts, "stages": stages[:n]}) for n in range(1, len(stages) + 1)]
 
     def folder(self, n: int) -> Path:
         """Where the cache keeps the subject after the first `n` stages, if it does."""
         return cache_dir() / "stages" / self.keys[n - 1]
 
-    def label(self, n: int) -> str:
-        """Of the first `n` stages."""
-        return "+".join(stage.label for stage in self.recipe.stages[:n])
+    def forecast(self) -> list[Forecast]:
+        """See `thesislib.pipeline.forecast.forecast`."""
+        return forecast(self.recipe, None if self.made else stand_in(self.source, self.dtype), self._sizes)
+
+    def _sizes(self, n: int) -> dict[str, int] | None:
+        """What the cache says of the subject after the first `n` stages, if it holds it."""
+        try:
+            sizes = read_json(self.folder(n) / RECORD)["sizes"]
+            return {name: sizes[name] for name in ("parameters", "nonzero_parameters", "bytes_on_disk")}
+        except (BadInput, KeyError, TypeError):
+            return None
 
     def after(self, n: int) -> tuple[Subject, list[dict]]:
         """The subject after the first `n` stages and their reports.
@@ -198,7 +209,7 @@ class Job:
         """What `use` makes of the checkpoint after the first `n` stages, which is computed if there is none, or `use` refuses it."""
         stage, folder = self.recipe.stages[n - 1], self.folder(n)
         work = folder.with_name(f"{folder.name}.work")
-        title = f"stage {n} of {len(self.recipe.stages)}, {self.label(n)}"
+        title = f"stage {n} of {len(self.recipe.stages)}, {self.recipe.label_of(n)}"
         with _alone(folder, title):
             if folder.exists():
                 try:
@@ -250,10 +261,19 @@ class Job:
     def save(self, made: Subject, reports: list[dict], folder: Path, packed: bool = True) -> None:
         """Write the subject after the first stages, as many as there are reports, as an artifact."""
         n = len(reports)
-        save_artifact(made, folder, stages=self.recipe.plain()[:n], reports=reports, base=self.base, label=self.label(n), packed=packed)
+        save_artifact(made, folder, stages=self.recipe.plain()[:n], reports=reports, base=self.base, label=self.recipe.label_of(n), packed=packed)
 
 
 # ---------------------------------------------------------------- identities
+
+
+def sources_of(kind: type, package: Path = PACKAGE) -> str:
+    """sha256 of the code that a stage's result comes from: its own module's, that which loads, saves and runs it, and all that these import."""
+    names = {kind.__module__, *AROUND}
+    if kind.__module__.partition(".")[0] == "thesislib":
+        return digest_of([*sources(names, package), package / "pipeline" / "run.py"], package)
+    own = Path(inspect.getfile(kind))  # a stage of somebody else's
+    return digest_of(sources(names | imported(own.read_text("utf8")), package), package) + sha256_of(own)
 
 
 def _settings(folder: Path) -> dict[str, str]:

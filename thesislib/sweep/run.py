@@ -9,7 +9,7 @@ from thesislib.errors import BadInput
 from thesislib.evaluate.speed import SECONDS_PER_TOKEN
 from thesislib.evaluate.task import Protocol, protocol_of
 from thesislib.experiment import recipe_of
-from thesislib.pipeline.forecast import forecast, shape_of, stand_in
+from thesislib.pipeline.forecast import shape_of, stand_in
 from thesislib.pipeline.run import Job
 from thesislib.records.measurement import Measurement
 from thesislib.records.store import Store
@@ -158,7 +158,7 @@ def _fitting(place: Place) -> Callable[[Configuration], None]:
 
     def fits(c: Configuration) -> None:
         c.recipe.check(shape)
-        forecast(dataclasses.replace(job, recipe=c.recipe))
+        dataclasses.replace(job, recipe=c.recipe).forecast()
 
     return fits
 

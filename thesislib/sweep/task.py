@@ -11,6 +11,10 @@ from pathlib import Path
 
 import thesislib
 from thesislib.errors import BadInput
+from thesislib.evaluate.speed import token_seconds
+from thesislib.evaluate.task import Protocol
+from thesislib.experiment import prepare, stage_of
+from thesislib.runner import execute, intact, results
 
 SHARED = 0.95  # of a card's memory: each process takes some besides its tensors
 
@@ -51,10 +55,6 @@ def _said(found: dict[str, str | None]) -> str:
 
 def _configuration(order: dict) -> dict:
     """{"rows": its measurements, with items}."""
-    from thesislib.evaluate.speed import token_seconds
-    from thesislib.evaluate.task import Protocol
-    from thesislib.experiment import prepare, stage_of
-
     stages, started = [stage_of(plain) for plain in order["stages"]], time.perf_counter()
     device = _card(order["device"], order.get("per_card", 1))
     ready = prepare(order["subject"], stages, data=order["data"], dtype=order["dtype"], device=device)
@@ -81,9 +81,6 @@ def _card(device: str, per_card: int) -> str:
 
 def _notebook(order: dict) -> dict:
     """{"table": the rows of its cell tagged `results`}; the executed notebook is at `out`, unless it is there already."""
-    from thesislib.book import execute, intact
-    from thesislib.sweep.notebooks import results
-
     out = Path(order["out"])
     if not intact(out):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -19,15 +19,14 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from thesislib.compress.depth import remove
-from thesislib.compress.franken import apply_plan
 from thesislib.compress.lora import train as fit
 from thesislib.compress.lora.sequences import sequences
 from thesislib.compress.lora.stage import MERGES, Lora
 from thesislib.compress.lora.train import HeadLoss, Training, bfloat16_is_fast, indices, rate, read_checkpoint
 from thesislib.errors import BadInput
-from thesislib.model.layers import Adapted, PackedLinear, adapt, replace
-from thesislib.model.subject import LINEARS, load_subject
+from thesislib.formats.load import load_subject, save_checkpoint
+from thesislib.model.blocks import apply_plan, remove
+from thesislib.model.layers import LINEARS, Adapted, PackedLinear, adapt, replace
 from thesislib.sources import corpus
 
 SMALL = {"length": 64, "batch": 2, "accumulate": 2, "steps": 8, "every": 4, "validation": 4, "checkpoint_every": 2, "learning_rate": 1e-2, "autocast": False}
@@ -461,7 +460,7 @@ import sys, torch
 from safetensors.torch import save_file
 from thesislib.compress.lora.stage import Lora
 from thesislib.model.layers import Adapted
-from thesislib.model.subject import load_subject
+from thesislib.formats.load import load_subject
 source, data, work, out, threads, settings = sys.argv[1:]
 torch.set_num_threads(int(threads))
 made, report = Lora(**eval(settings)).apply(load_subject(source), data=data, work=work)
@@ -473,7 +472,7 @@ save_file(found | {"resumed_at": torch.tensor(report["resumed_at"])}, out)
 
 def test_killed_at_any_moment_it_ends_with_the_same_bits(subject, folder, tmp_path):
     settings = SMALL | {"steps": 250, "checkpoint_every": 1, "every": 50}
-    source, work, out = subject.save(tmp_path / "subject"), tmp_path / "work", tmp_path / "out.safetensors"
+    source, work, out = save_checkpoint(subject, tmp_path / "subject"), tmp_path / "work", tmp_path / "out.safetensors"
     command = [sys.executable, "-c", CHILD, str(source), folder, str(work), str(out), str(torch.get_num_threads()), repr(settings)]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     r = random.Random(time.time_ns())

@@ -15,8 +15,8 @@ from thesislib.compress.lora.sequences import TEXTS, sequences
 from thesislib.compress.lora.train import Factors, Place, Training, bfloat16_is_fast
 from thesislib.compress.selection import fits, patterns
 from thesislib.errors import BadInput, unknown
-from thesislib.model.layers import Adapted, adapt, merge, merge_masked, replace
-from thesislib.model.subject import LINEARS, Subject
+from thesislib.model.layers import LINEARS, Adapted, adapt, merge, merge_masked, replace
+from thesislib.model.subject import Subject
 
 INITS = ("default", "gaussian", "orthogonal", "eora")
 MERGES = {

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import safetensors.torch
 import torch
@@ -28,13 +28,30 @@ from thesislib.model.forward import final_states
 from thesislib.model.layers import Adapted, replace
 from thesislib.model.subject import Subject, fingerprint
 
-if TYPE_CHECKING:
-    from thesislib.compress.lora.stage import Lora
-
 Place = tuple[int, str]
 Factors = Mapping[Place, tuple[torch.Tensor, torch.Tensor]]  # A (rank, inputs) and B (outputs, rank), any scale in B
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
 ADAPTER = "default"  # PEFT's name for the one adapter that a model has
+
+
+class Settings(Protocol):
+    """What training asks of its stage's settings; see `thesislib.compress.lora.stage.Lora`."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    init: str
+    learning_rate: float
+    warmup: float
+    weight_decay: float
+    steps: int
+    batch: int
+    accumulate: int
+    clip: float
+    every: int
+    checkpoint_every: int
+    seed: int
+    label: str
 
 
 class HeadLoss(torch.autograd.Function):
@@ -74,7 +91,7 @@ def bfloat16_is_fast(device: torch.device) -> bool:
     return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
 
 
-def rate(step: int, config: "Lora") -> float:
+def rate(step: int, config: Settings) -> float:
     """The learning rate of a step (from 1): up a line over the warm-up, then down a cosine that ends one step above 0."""
     warm = math.ceil(config.warmup * config.steps)
     if step <= warm:
@@ -109,7 +126,7 @@ class Training:
     Draws the adapters' first values from torch's generator.
     """
 
-    def __init__(self, config: "Lora", subject: Subject, places: list[list[Place]], autocast: bool, initial: Factors | None = None):
+    def __init__(self, config: Settings, subject: Subject, places: list[list[Place]], autocast: bool, initial: Factors | None = None):
         self.config, self.autocast = config, autocast
         self.subject = subject.copy()
         self.subject.model.float()

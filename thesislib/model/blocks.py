@@ -1,0 +1,125 @@
+"""A model's blocks in another order: some skipped, some repeated, some without their attention or MLP; no weight is copied."""
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from thesislib.errors import BadInput, unknown
+from thesislib.model.subject import Subject
+
+Plan = tuple[int, ...]
+LONGEST = 10_000  # blocks of a plan
+SLOTS = {"attention": "self_attn", "mlp": "mlp"}
+
+
+def check_plan(plan: Sequence[int], depth: int) -> Plan:
+    """The plan as a tuple, if a model of `depth` blocks can run it.
+
+    Raises:
+        BadInput: an empty plan, or an index out of range.
+    """
+    plan = tuple(plan)
+    if not plan:
+        raise BadInput("the plan is empty: expected at least one block")
+    wrong = next((b for b in plan if not 0 <= b < depth), None)
+    if len(plan) > LONGEST:
+        raise BadInput(f"the plan has {len(plan)} blocks: expected at most {LONGEST:,}")
+    if wrong is not None:
+        raise BadInput(f"block {wrong} is out of range: this model has blocks 0 to {depth - 1}")
+    return plan
+
+
+def apply_plan(subject: Subject, plan: Sequence[int]) -> Subject:
+    """A subject that runs the blocks of `subject` in the order of `plan`, sharing every weight with it.
+
+    Each place in the plan is a module of its own around the same parameters, with its own index, by which
+    transformers' KV cache files keys and values: two runs of a block see different inputs and must not share them.
+
+    Raises:
+        BadInput: see `check_plan`.
+    """
+    plan = check_plan(plan, subject.depth)
+    model = _shell(subject.model)
+    model.model = _shell(subject.model.model)
+    config = copy.deepcopy(subject.model.config)
+    for name in ("layer_types", "no_rope_layers"):  # what a configuration says block by block
+        if getattr(config, name, None):
+            setattr(config, name, [getattr(config, name)[block] for block in plan])
+    config.num_hidden_layers = len(plan)
+    model.config = model.model.config = config
+    if hasattr(model.model, "has_sliding_layers"):
+        model.model.has_sliding_layers = "sliding_attention" in config.layer_types
+    blocks = []
+    for place, block in enumerate(plan):
+        own = _shell(subject.blocks[block])
+        own.self_attn = _shell(own.self_attn)
+        own.self_attn.layer_idx, own.self_attn.config = place, config
+        blocks.append(own)
+    model.model.layers = nn.ModuleList(blocks)
+    order = plan if subject.plan is None else tuple(subject.plan[block] for block in plan)
+    return Subject(model, subject.tokenizer, subject.name, order)
+
+
+def _shell(module: nn.Module) -> nn.Module:
+    """A new module object around the same children and parameters: changing one of its slots changes no other's."""
+    shell = copy.copy(module)
+    shell.__dict__.update({k: copy.copy(v) for k, v in module.__dict__.items() if isinstance(v, dict)})
+    return shell
+
+
+def remove(subject: Subject, blocks: Sequence[int], part: str = "block") -> Subject:
+    """The subject without these blocks, or without their attentions or MLPs, sharing all weights that stay.
+
+    Raises:
+        BadInput: a block out of range, or no block left.
+    """
+    if part == "block":
+        gone = set(blocks)
+        if gone and not 0 <= min(gone) <= max(gone) < subject.depth:
+            raise BadInput(f"blocks {sorted(gone)} are out of range: the model has blocks 0 to {subject.depth - 1}")
+        return apply_plan(subject, [b for b in range(subject.depth) if b not in gone])
+    return without_parts(subject, dict.fromkeys(blocks, part))
+
+
+class Without(nn.Module):
+    """Stands where an attention or MLP was removed, and adds nothing to the residual."""
+
+    def __init__(self, part: str, block: int):
+        super().__init__()
+        self.part, self.layer_idx = part, block
+
+    def forward(self, hidden_states: torch.Tensor, past_key_values=None, **_kwargs):
+        """Zeros, in the form that the decoder block expects.
+
+        An attention's place in the KV cache goes on counting tokens, with one number a token: transformers asks the first of
+        a kind for the length so far, and finds the others by the block's number in what the configuration says block by block.
+        """
+        zeros = torch.zeros_like(hidden_states)
+        if self.part != "attention":
+            return zeros
+        if past_key_values is not None:
+            count = zeros[:, None, :, :1]  # (B, 1 head, T, 1 number)
+            past_key_values.update(count, count, self.layer_idx)
+        return zeros, None
+
+
+def without_parts(subject: Subject, parts: Mapping[int, str]) -> Subject:
+    """The subject without the attention or the MLP of some blocks: {block: 'attention' or 'mlp'}."""
+    out = apply_plan(subject, range(subject.depth))
+    for block, part in parts.items():
+        if part not in SLOTS:
+            raise unknown("part", part, SLOTS)
+        if not 0 <= block < subject.depth:
+            raise BadInput(f"block {block} is out of range: the model has blocks 0 to {subject.depth - 1}")
+        setattr(out.blocks[block], SLOTS[part], Without(part, block))
+    if all(isinstance(block.self_attn, Without) for block in out.blocks):
+        raise BadInput("removing every attention leaves a model that sees one token at a time: keep at least one")
+    return Subject(out.model, out.tokenizer, out.name, subject.plan)
+
+
+def removed_parts(subject: Subject) -> dict[str, list[int]]:
+    """{'attention': blocks, 'mlp': blocks} of what `without_parts` removed; a part that no block lost is left out."""
+    gone = {part: [i for i, block in enumerate(subject.blocks) if isinstance(getattr(block, slot), Without)] for part, slot in SLOTS.items()}
+    return {part: blocks for part, blocks in gone.items() if blocks}

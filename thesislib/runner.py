@@ -1,0 +1,162 @@
+"""One notebook executed with papermill: what it depends on, whether it is as it was written, and the table that it shows."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from thesislib.config import PARENT
+from thesislib.errors import BadInput
+from thesislib.files import ROOT, alive, read_json
+from thesislib.imports import digest_of, imported, sources
+from thesislib.notebooks import read_notebook, ready
+
+SEAL = "thesislib_sha256"
+TAG = "results"  # of the cell whose table is a notebook's result
+
+
+def chapters(root: Path = ROOT) -> dict[str, Path]:
+    """The notebooks by name, e.g. '01_franken_llama'."""
+    found = {p.stem: p for p in sorted((root / "notebooks").glob("*.ipynb"))}
+    if not found:
+        raise BadInput(f"no notebooks in {root}: `thesislib run` and `thesislib book` work in a checkout of the project")
+    return found
+
+
+def cache_key(notebook: Path, parameters: Mapping[str, Any], root: Path = ROOT) -> str:
+    """sha256 over all that an executed notebook depends on: itself (code, prose and parameters cell, not its outputs), the parameters given, the
+    sources of thesislib that its cells import, directly or not, the data that it may read, and the lock file.
+
+    Records count that its sources or cells name, by their chapter's number; all other data counts.
+    """
+    cells = [(c.cell_type, c.source, dict(c.metadata)) for c in read_notebook(notebook).cells]
+    code = "\n".join(source for kind, source, _ in cells if kind == "code")
+    own = sources(imported(code), root / "thesislib")
+    texts = [notebook.stem, code, *(file.read_text("utf8") for file in own if file.name != "__init__.py")]
+    data = [file for file in sorted((root / "data").rglob("*")) if file.is_file() and _reads(texts, file.relative_to(root / "data"))]
+    facts = repr((cells, sorted(parameters.items()), sys.version_info[:2], digest_of([*own, *data, root / "constraints.txt"], root)))
+    return hashlib.sha256(facts.encode()).hexdigest()
+
+
+def _reads(texts: Iterable[str], file: Path) -> bool:
+    """Whether code may read a file of `data/`: a record if it names it or reads all of them, a generated recipe never, all else always."""
+    if file.parts[0] != "results":
+        return file.parts[:2] != ("recipes", "grid")
+    name = file.name.partition(".")[0]
+    return any(name in text or "recorded_pool" in text for text in texts)
+
+
+def execute(notebook: Path, out: Path, parameters: Mapping[str, Any], kind: type | None = None) -> None:
+    """Execute one notebook; `out` appears only when every cell ran.
+
+    A notebook that fails is left beside `out` as `NAME.failed.ipynb`, up to the cell that failed.
+
+    Args:
+        notebook, parameters, kind: see `thesislib.notebooks.ready`.
+        out: where it is written.
+
+    Raises:
+        BadInput: a parameter that it cannot take, before anything runs, or what a cell refused. RuntimeError: a cell raised, with its error.
+    """
+    from papermill import execute_notebook
+    from papermill.exceptions import PapermillExecutionError
+
+    parameters = ready(notebook, parameters, kind)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial, failed = out.with_name(f".{out.stem}-{os.getpid()}.partial.ipynb"), out.with_suffix(".failed.ipynb")
+    for left in out.parent.glob(f".{out.stem}-*.partial.ipynb"):  # of a process that was killed
+        if not alive(int(left.name.removesuffix(".partial.ipynb").rpartition("-")[2])):
+            left.unlink(missing_ok=True)
+    os.environ[PARENT] = str(os.getpid())  # the kernel's promise to die with us, see thesislib.config
+    try:
+        execute_notebook(str(notebook), str(partial), parameters, kernel_name="python3", cwd=str(notebook.parent),
+                         progress_bar=sys.stderr.isatty(), start_timeout=300)  # fmt: skip
+        seal(partial)
+        os.replace(partial, out)
+    except PapermillExecutionError as error:
+        os.replace(partial, failed)
+        kind = BadInput if error.ename == BadInput.__name__ else RuntimeError
+        raise kind(f"{notebook.stem}: a cell raised {error.ename}: {error.evalue} (see {failed})") from error
+    finally:
+        os.environ.pop(PARENT, None)
+        partial.unlink(missing_ok=True)
+
+
+def seal(notebook: Path) -> None:
+    """Note in an executed notebook's metadata the checksum of all the rest, for `intact`."""
+    plain = read_json(notebook)
+    plain["metadata"][SEAL] = _checksum(plain)
+    notebook.write_text(json.dumps(plain, indent=1, ensure_ascii=False) + "\n", "utf8")
+
+
+def intact(notebook: Path) -> bool:
+    """Whether an executed notebook is there as it was written."""
+    try:
+        plain = read_json(notebook)
+        return plain["metadata"].pop(SEAL) == _checksum(plain)
+    except (BadInput, KeyError, TypeError, AttributeError):
+        return False
+
+
+def _checksum(plain: dict) -> str:
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def executed(name: str, notebook: Path, cache: Path) -> Path:
+    """The notebook executed with its default parameters, from the cache if nothing it depends on has changed."""
+    out = cache / f"{name}-{cache_key(notebook, {})[:16]}.ipynb"
+    if intact(out):
+        print(f"{name}: unchanged, not executed again", file=sys.stderr)
+    else:
+        print(f"{name}: executing{' again, since what was kept of it is damaged' if out.exists() else ''}", file=sys.stderr)
+        if out.is_dir() and not out.is_symlink():
+            shutil.rmtree(out)
+        execute(notebook, out, {})
+        for old in cache.glob(f"{name}-*.ipynb"):
+            if old != out:
+                old.unlink()
+    return out
+
+
+def results_cell(notebook: Path):
+    """The one cell that is tagged `results`.
+
+    Raises:
+        BadInput: none is, or several.
+    """
+    cells = [c for c in read_notebook(notebook).cells if TAG in c.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise BadInput(f"{notebook.name} has {len(cells)} cells tagged '{TAG}': expected one, that shows its table of results")
+    return cells[0]
+
+
+def results(notebook: Path) -> list[dict[str, Any]]:
+    """The rows of the table that a notebook's cell tagged `results` shows.
+
+    Raises:
+        BadInput: no such cell, or no table in its output.
+    """
+    import pandas as pd
+
+    for output in results_cell(notebook).get("outputs", []):
+        if html := output.get("data", {}).get("text/html"):
+            table = pd.read_html(io.StringIO("".join(html)))[0]
+            if isinstance(table.columns, pd.MultiIndex):  # headings in levels; an index with a name has a row of its own
+                table.columns = [", ".join(dict.fromkeys(str(x) for x in names if not str(x).startswith("Unnamed"))) for names in table.columns]
+            table.columns = distinct(table.columns)
+            return json.loads(table.to_json(orient="records"))
+    raise BadInput(f"the cell tagged '{TAG}' of {notebook.name} shows no table: expected a DataFrame as its last line")
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """Names, those that are there already with a number."""
+    found: list[str] = []
+    for name in names:
+        taken = sum(other == name or other.startswith(f"{name} (") for other in found)
+        found.append(f"{name} ({taken + 1})" if name in found else name)
+    return found
