@@ -262,7 +262,7 @@ def test_other_data_is_refused(folder, data, tmp_path, protocol, file, change, m
         ([{"depth": {"blocks": "1"}}], "stage 'depth' in the record: parameter 'blocks' is '1'"),
         ([{"depth": {"remove": 0}}], "remove is 0: expected at least 1 block"),
         ([{"depth": {"blocks": [1, 9]}}], "stage 1: block"),
-        ([{"depth": None}], "is not understood: expected a name and its settings"),
+        ([{"depth": None}], "stage 'depth' in the record: the settings of Depth are 'None': expected a mapping"),
         ([{}], "is not understood"),
         (["depth"], "is not understood"),
         ([{"depth": {"remove": 1}, "width": {}}], "is not understood"),

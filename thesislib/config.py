@@ -40,15 +40,21 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
     Raises:
         BadInput: see `settings`.
     """
+    every = typing.get_type_hints(kind)
+    hints = {name: every[name] for name in fields_of(kind)}
     if not isinstance(values, Mapping):
-        raise BadInput(f"the settings of {kind.__name__} are {shown(values)}: expected a mapping, such as {{{next(iter(typing.get_type_hints(kind)))}: value}}")
-    hints = typing.get_type_hints(kind)
+        raise BadInput(f"the settings of {kind.__name__} are {shown(values)}: expected a mapping, such as {{{next(iter(hints))}: value}}")
     for name, value in values.items():
         if name not in hints:
             raise unknown(f"parameter of {kind.__name__}", name, hints)
         if not _fits(value, hints[name]):
             raise BadInput(f"parameter '{name}' is {value!r} ({type(value).__name__}): expected {_called(hints[name])}")
     return kind(**values)
+
+
+def fields_of(kind: type) -> dict[str, dataclasses.Field]:
+    """The fields of a dataclass by name, those that it shares with others (keyword-only) last."""
+    return {f.name: f for f in sorted(dataclasses.fields(kind), key=lambda f: f.kw_only)}
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -18,12 +18,11 @@ from thesislib.formats.artifact_json import RECORD
 from thesislib.model.blocks import apply_plan
 from thesislib.model.layers import ComputedLinear
 from thesislib.model.subject import Subject
+from thesislib.pipeline.label import DENSE
 from thesislib.pipeline.recipe import Recipe
 from thesislib.pipeline.run import Job
 from thesislib.records.measurement import Measurement
 from thesislib.sources import corpus
-
-DENSE = "dense"
 
 
 def recipe_of(stages: Sequence) -> Recipe:

@@ -2,11 +2,19 @@
 
 import ast
 import hashlib
+import pkgutil
 from collections.abc import Iterable
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent
+
+
+def import_all(package: str) -> None:
+    """Import every module of a package, so that what registers itself there is known; `imported` sees it where the name is written out."""
+    for module in pkgutil.walk_packages(import_module(package).__path__, f"{package}."):
+        import_module(module.name)
 
 
 def imported(code: str) -> set[str]:
@@ -21,6 +29,8 @@ def imported(code: str) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "import_all":
+            found.add(f"{ast.literal_eval(node.args[0])}.*")
     return {name for name in found if name.partition(".")[0] == "thesislib"}
 
 
@@ -38,7 +48,10 @@ def sources(names: Iterable[str], package: Path = PACKAGE) -> list[Path]:
     """
     open_, found = list(names), {}
     while open_:
-        path = package.joinpath(*open_.pop().split(".")[1:])
+        name = open_.pop()
+        path = package.joinpath(*name.removesuffix(".*").split(".")[1:])
+        if name.endswith(".*"):
+            open_ += [".".join(("thesislib", *file.relative_to(package).with_suffix("").parts)) for file in path.rglob("*.py")]
         for file in (path.with_suffix(".py"), path / "__init__.py"):
             if file.is_file() and file not in found:
                 found[file] = None

@@ -72,7 +72,7 @@ class WidthChapter:
     def check_shape(self, shape: Shape) -> None:
         """Raises BadInput for a subject whose rows a pattern does not divide."""
         for stage in configurations(self):
-            stage.check(shape.inputs)
+            stage.after([], shape)
 
     def width(self, pattern: str, **settings) -> Width:
         """The stage for a pattern, "2:4", or a ratio, "0.5"."""

@@ -221,7 +221,7 @@ class Job:
                     _say(f"{title}: the checkpoint cannot be used and is computed again ({error})")
             before, reports = self.after(n - 1)
             # what a compensating stage makes up for is what the stage before it did
-            more = {"original": self.after(n - 2)[0]} if getattr(stage, "needs_original", False) else {}
+            more = {"original": self.after(n - 2)[0]} if stage.needs_original else {}
             _say(f"{title}: computing")
             work.mkdir(exist_ok=True)
             try:

@@ -5,15 +5,19 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from thesislib.compress.lora.sequences import TEXTS, sequences
 from thesislib.compress.lora.train import Factors, Place, Training, bfloat16_is_fast
+from thesislib.compress.outline import Outline, Outlined, SizeUnknown, Zeros, base_of, corrected
 from thesislib.compress.selection import fits, patterns
+from thesislib.compress.stage import Shape, Stage, stage
 from thesislib.errors import BadInput, unknown
 from thesislib.model.layers import LINEARS, Adapted, adapt, merge, merge_masked, replace
 from thesislib.model.subject import Subject
@@ -27,8 +31,9 @@ MERGES = {
 THESIS_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
+@stage("lora")
 @dataclass(frozen=True)
-class Lora:
+class Lora(Stage):
     """Train low-rank corrections y + (alpha / rank) x Aᵀ Bᵀ of `linears`, the model's own weights held fixed.
 
     text: wikitext (next-token loss on running text) or trivia (loss on the answers of questions), see
@@ -65,11 +70,14 @@ class Lora:
     autocast: bool | None = None
     seed: int = 0
 
+    family: ClassVar[str] = "trained"
+    pattern: ClassVar[str] = r"[WT](-masked|-dense)?"
+
     def __post_init__(self):
         for what, value, options in (("text", self.text, TEXTS), ("init", self.init, INITS), ("merge", self.merge, MERGES)):
             if value not in options:
                 raise unknown(f"{what} of LoRA", value, options)
-        object.__setattr__(self, "linears", patterns(self.linears))
+        self._normalise(linears=patterns(self.linears))
         for name in ("rank", "steps", "batch", "accumulate", "every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} {getattr(self, name)} is too small: expected at least 1")
@@ -94,15 +102,41 @@ class Lora:
         """The config, with defaults, whose label `part` is."""
         return next((c for text in TEXTS for way in MERGES if (c := cls(text=text, merge=way)).label == part), None)
 
-    def check_after(self, previous: list, shape) -> None:
-        """Raises BadInput where `init: eora` has no correction to train, or a rank exceeds the inputs of a projection."""
-        beside = (stage.merge == "beside" if isinstance(stage, Lora) else stage.label.startswith("E") for stage in previous)
+    def after(self, previous: Sequence[Stage], shape: Shape | None = None) -> Shape | None:
+        """See `Stage`: `init: eora` needs a correction to train, and a rank is at most a projection's inputs."""
+        beside = (stage.merge == "beside" if isinstance(stage, Lora) else stage.family == "compensated" for stage in previous)
         if self.init == "eora" and not any(beside):
             raise BadInput("init 'eora' trains the corrections that an EoRA stage made: put one before it, or use init 'default'")
         if shape is not None:
             for name, inputs in shape.inputs.items():
                 if self.rank > inputs and any(fits(p, b, name) for p in self.linears for b in range(shape.depth)):
                     raise BadInput(f"rank {self.rank} is larger than {name}, which has {inputs} inputs")
+        return super().after(previous, shape)
+
+    def outline(self, outline: Outline) -> None:
+        """See `Stage`."""
+
+        def takes(block: int, name: str) -> bool:
+            return any(fits(pattern, block, name) for pattern in self.linears)
+
+        outline.check_alike(takes)
+        taken = {place for places in self.places(outline.subject) for place in places}
+        replaced = self.merge != "beside" or self.init == "eora"
+        if outline.budgeted - taken and (replaced or outline.dtype != torch.float32):
+            raise SizeUnknown
+
+        def trained(module: nn.Module, _: bool) -> nn.Module:
+            base = base_of(module)
+            if self.merge == "masked":
+                return Outlined(base, outline.dtype, None if base.grid else base.zeros)
+            if self.merge == "dense":
+                return Outlined(base, outline.dtype, Zeros())
+            return corrected(base if self.init == "eora" else module, self.rank, torch.float32)
+
+        outline.change(trained, takes)
+        outline.changed = set()
+        if replaced:
+            outline.budgeted = set()
 
     def places(self, subject: Subject) -> list[list[Place]]:
         """The (block, name) of the projections to adapt; all places of one in one list, where a plan repeats its block.
