@@ -44,9 +44,9 @@ def cache_key(notebook: Path, parameters: Mapping[str, Any], root: Path = ROOT) 
 
 
 def _reads(texts: Iterable[str], file: Path) -> bool:
-    """Whether code may read a file of `data/`: a record if it names it or reads all of them, a generated recipe never, all else always."""
+    """Whether code may read a file of `data/`: a record if it names it or reads all of them, all else always."""
     if file.parts[0] != "results":
-        return file.parts[:2] != ("recipes", "grid")
+        return True
     name = file.name.partition(".")[0]
     return any(name in text or "recorded_pool" in text for text in texts)
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 from thesislib.compress.stage import FAMILIES, STAGES, Stage
 from thesislib.errors import BadInput
+from thesislib.imports import import_all
 
+import_all("thesislib.compress")  # each stage registers itself
 DENSE = "dense"
 
 

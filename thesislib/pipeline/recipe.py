@@ -21,13 +21,11 @@ from thesislib.compress.stage import STAGES, Shape, Stage, plain
 from thesislib.config import build, fields_of
 from thesislib.errors import BadInput, unknown
 from thesislib.files import expanded, is_folder
-from thesislib.imports import import_all
 from thesislib.pipeline.label import kind_of
 from thesislib.sources import corpus
 from thesislib.yaml_lines import DEEPEST, at, compose, entries, is_file, place, value
 
 KEYS = ("label", "name", "include", "data", "stages")
-import_all("thesislib.compress")  # each stage registers itself
 
 
 @dataclass(frozen=True)
