@@ -143,12 +143,16 @@ class Rtn(Stage):
         if self.embedding_bits and is_quantised(embedding):
             raise BadInput("the embedding is quantised already: start from the subject before that")
 
+    def rounded(self, weight: torch.Tensor) -> Quantised:
+        """A (rows, columns) float32 weight on the grid."""
+        return round_to_nearest(weight, self.levels, self.clip)
+
     def _quantise(self, subject: Subject, data: str) -> tuple[dict[Place, QuantisedLinear], dict]:
         places = [(i, name, module) for i in range(subject.depth) for name, module in subject.linears(i).items() if self.takes(i, name)]
         made: dict[int, QuantisedLinear] = {}  # by projection: blocks that a plan repeats go on sharing theirs
         for _, _, module in tqdm(places, desc=self.label, unit="linear", disable=None, leave=False):
             if id(module) not in made:
-                made[id(module)] = _linear(module, round_to_nearest(module.weight.detach().float(), self.levels, self.clip))
+                made[id(module)] = _linear(module, self.rounded(module.weight.detach().float()))
         return {(i, name): made[id(module)] for i, name, module in places}, {}
 
 
