@@ -32,12 +32,18 @@ LETTERS = {"block": "", "attention": "A", "mlp": "M"}  # in labels
 @stage("depth")
 @dataclass(frozen=True)
 class Depth(Calibrated):
-    """Remove `remove` blocks, those that matter least by `metric`, or exactly `blocks`.
+    """Remove whole blocks, or only their attention or MLP: those that matter least, or those that are named.
 
-    metric: perplexity (leave it out and measure), taylor (sum of abs(w * gradient)), magnitude (sum of abs(w)), influence
-    (1 - mean cosine of input and output) or angular (the run of `remove` neighbours whose input and output point most
-    alike). greedy: score again after each removal. protect_first, protect_last: blocks that always stay (the thesis's
-    four and two). part: remove whole blocks, or only their attention or MLP. text, windows, length, seed: calibration.
+    Attributes:
+        remove: how many go; either this or `blocks`.
+        blocks: exactly which go, as indices into the subject's.
+        metric: how a block's importance is measured. perplexity: leave it out and measure. taylor: sum of abs(weight * gradient).
+            magnitude: sum of abs(weight). influence: 1 - mean cosine of its input and output. angular: the run of `remove`
+            neighbours whose input and output point most alike.
+        greedy: measure again after each removal.
+        protect_first: blocks at the beginning that always stay; the thesis's four.
+        protect_last: blocks at the end that always stay; the thesis's two.
+        part: block, attention or mlp: what is removed of a block.
     """
 
     remove: int | None = None

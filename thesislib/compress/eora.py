@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from thesislib.compress.calibration import ALL_AT_ONCE, INPUTS, Statistics, Visitor, stream
-from thesislib.compress.layerwise import Place, effective_weight, relative_error, same_places
+from thesislib.compress.layerwise import Place, check_same_shapes, effective_weight, relative_error
 from thesislib.compress.outline import Outline, SizeUnknown, corrected
 from thesislib.compress.selection import check_all_fit, fits, patterns
 from thesislib.compress.stage import Shape, Stage, Weighted, stage
@@ -29,12 +29,13 @@ GREED = 4  # with a byte budget no projection gets more than this times the rank
 class Eora(Weighted):
     """Correct W - W_compressed by a low-rank B A that is best for the layer's inputs (Liu et al. 2024, EoRA).
 
-    rank: of every correction (default 32, at most the projection's smaller side); ranks: {pattern: rank} for some, the
-    last that fits counts. bytes: instead of ranks, a budget for all corrections at 2 bytes an entry, spent on the
-    directions that lessen the projections' relative errors most per byte. inputs: in whose activations the error is
-    measured, the original's or the compressed model's (the default: these are what the corrected layer will see).
-    linears: names or patterns of projections; all seven by default. weighting: how tokens count, see
-    `thesislib.compress.calibration.token_weights`. text, windows, length, seed: calibration.
+    Attributes:
+        rank: of every correction, at most the projection's smaller side; 32 if no budget is given.
+        ranks: {pattern: rank} for some projections; of several that fit, the last counts.
+        bytes: instead of ranks a budget for all corrections at 2 bytes an entry, spent on the directions that lessen the
+            projections' relative errors most for a byte.
+        inputs: in whose activations the error is measured: original, or compressed, which the corrected layer will see.
+        linears: names or patterns of projections; all seven by default.
     """
 
     rank: int | None = None
@@ -122,7 +123,7 @@ class Eora(Weighted):
         """
         if original is None:
             raise BadInput("eora corrects the difference to the original weights and needs them at hand: apply(..., original=SUBJECT), or a recipe")
-        same_places(original, subject)
+        check_same_shapes(original, subject)
         check_all_fit(self.linears, subject.depth)
         ids = self.ids(subject.tokenizer, data)
         visitor = Correct(self, original, subject)
@@ -155,7 +156,7 @@ def start(
     is zero and the rest of A random, as in LoRA's own start. See `Eora` for the arguments; ids are (N, T) windows.
     """
     config = Eora(rank=rank, linears=linears, inputs=inputs, weighting=weighting)
-    same_places(original, subject)
+    check_same_shapes(original, subject)
     visitor = Correct(config, original, subject)
     stream(original if inputs == "original" else subject, ids, visitor, weighting=weighting, feed="original", title="eora")
     found, generator = visitor.factors(), torch.Generator().manual_seed(0)

@@ -33,10 +33,13 @@ BLOCK = 128  # columns between two updates of all that follow
 class Rtn(Stage):
     """Round every weight to the nearest level of its grid.
 
-    bits: 2, 3, 4 or 8. group: weights of a row that share a scale, or 'row'. grid: symmetric, asymmetric or minimum, see
-    `thesislib.model.grid.Grid`. clip: none, or squared: the range with the least squared error of the weights.
-    linears: names or patterns of projections, e.g. 'q_proj', 'blocks.3.*'; all seven by default. embedding_bits: 8 rounds
-    the embedding and the head to 8 bits too, in groups of the same size; by default they stay as they are.
+    Attributes:
+        bits: 2, 3, 4 or 8.
+        group: weights of a row that share a scale, or 'row'.
+        grid: symmetric, asymmetric or minimum, see `thesislib.model.grid.Grid`.
+        clip: none: levels span the whole range. squared: the part of the range with the least squared error of the weights.
+        linears: names or patterns of projections, e.g. 'q_proj', 'blocks.3.*'; all seven by default.
+        embedding_bits: 8 rounds the embedding and the head too, in groups of the same size; by default they stay as they are.
     """
 
     bits: int = 4
@@ -161,16 +164,17 @@ class Rtn(Stage):
 class Gptq(Weighted, Rtn):
     """GPTQ (Frantar et al. 2023), by default with the settings that suit this study's subject.
 
-    Beyond `Rtn`'s: clip: also weighted: errors weighed by the inputs' mean squares. act_order: in which order columns are
-    rounded: none (as they stand), static (large inputs first, on grids fitted to neighbours beforehand), index (large
-    inputs first, neighbours in that order share a grid, and each column's group is kept). damping: this times the mean
-    of the diagonal is added to it; raised, with a warning, if Cholesky fails. sequential: k, v, q, then o, then up, gate,
-    then down, each on inputs from quantised predecessors; otherwise all seven at once. weighting: how tokens count, see
-    `thesislib.compress.calibration.token_weights`. text, windows, length, seed: calibration.
-
-    The grid is symmetric by default, which every loader of GPTQ checkpoints reads; an integer zero-point (grid asymmetric)
+    The grid is symmetric by default, which every loader of GPTQ checkpoints reads. An integer zero-point (grid asymmetric)
     gives this study's subject 4 % less perplexity. With clip none, act_order none and weighting equal, as in the paper's
     code, a symmetric grid at 4 bits is worse there than rounding: chapter 5.
+
+    Attributes:
+        clip: also weighted: squared errors weighed by the inputs' mean squares.
+        act_order: the order in which columns are rounded. none: as they stand. static: large inputs first, on grids fitted to
+            neighbours beforehand. index: large inputs first; neighbours in that order share a grid, and each column's group is kept.
+        damping: this times the mean of the Hessian's diagonal is added to it; raised, with a warning, if Cholesky fails.
+        sequential: k, v, q, then o, then up, gate, then down, each on inputs from quantised predecessors; otherwise all at once.
+        weighting: how tokens count, see `thesislib.compress.calibration.token_weights`.
     """
 
     act_order: str = "static"

@@ -25,12 +25,15 @@ THESIS_PATTERNS = ((1, 2), (2, 4), (3, 4), (1, 8), (4, 8), (6, 8), (1, 16), (8, 
 @stage("width")
 @dataclass(frozen=True)
 class Width(Weighted):
-    """Set to zero `remove` of each `of` consecutive inputs of a row, or the share `ratio` of each row.
+    """Set single weights to zero: `remove` of each `of` consecutive inputs of a row, or a share of each row.
 
-    metric: wanda (abs(w) times the root mean square of its input; Sun et al. 2023, eq. 1) or magnitude (abs(w)). linears:
-    names or patterns of projections, e.g. 'q_proj', '*_proj', 'blocks.3.*'; all seven by default. ratios: {pattern:
-    ratio} for some of them, the last that fits counts. text, windows, length, seed: calibration. weighting: how tokens
-    count, see `thesislib.compress.calibration.token_weights`; WANDA counts them equally, and so does the default.
+    Attributes:
+        remove: how many of each `of` go.
+        of: consecutive inputs that lose `remove`.
+        ratio: the share of each row that goes, instead of `remove` and `of`.
+        ratios: {pattern: ratio} for some projections; of several that fit, the last counts.
+        metric: wanda: abs(weight) times the root mean square of its input (Sun et al. 2023, eq. 1). magnitude: abs(weight).
+        linears: names or patterns of projections, e.g. 'q_proj', '*_proj', 'blocks.3.*'; all seven by default.
     """
 
     remove: int | None = None

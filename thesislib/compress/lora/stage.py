@@ -34,19 +34,31 @@ THESIS_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 @stage("lora")
 @dataclass(frozen=True)
 class Lora(Stage):
-    """Train low-rank corrections y + (alpha / rank) x Aᵀ Bᵀ of `linears`, the model's own weights held fixed.
+    """Train low-rank corrections y + (alpha / rank) x Aᵀ Bᵀ of `linears`; the model's own weights stay fixed.
 
-    text: wikitext (next-token loss on running text) or trivia (loss on the answers of questions), see
-    `thesislib.compress.lora.sequences`. linears: names or patterns, e.g. 'q_proj', '*_proj', 'blocks.3.*'; rank, alpha, dropout: as in
-    the thesis by default. init: default (A uniform, B zero), gaussian, orthogonal, or eora: train the corrections that
-    the subject has, which an EoRA stage of the same rank put there, instead of adding new ones. learning_rate: of
-    AdamW, with warm-up over the share `warmup` of the steps and then down a cosine; the default lies between the 2e-4
-    usual for models of 7 billion parameters and the 4e-3 that chapter 4 found for 135 million (held-out loss, 48 steps). steps: of
-    the optimiser, each on `accumulate` batches of `batch` sequences of `length` tokens; clip: the largest norm of the
-    gradient. every: steps between validations on `validation` held-out sequences; the best adapter is kept, the
-    untrained one included. checkpoint_every: steps between checkpoints. merge: beside, masked or dense, see `MERGES`.
-    autocast: compute in bfloat16; None for where the processor has instructions for it. seed: of
-    everything random.
+    Attributes:
+        text: wikitext: next-token loss on running text. trivia: loss on the answers of questions. See `thesislib.compress.lora.sequences`.
+        linears: names or patterns of projections, e.g. 'q_proj', '*_proj', 'blocks.3.*'; the thesis's four by default.
+        rank: of the corrections; the thesis's by default.
+        alpha: their scale is alpha / rank.
+        dropout: of the corrections' inputs while training.
+        init: default: A uniform, B zero. gaussian, orthogonal: as PEFT has them. eora: train the corrections that the subject has,
+            which an EoRA stage of the same rank put there, instead of adding new ones.
+        learning_rate: of AdamW; the default lies between the 2e-4 usual for models of 7 billion parameters and the 4e-3 that
+            chapter 4 found for 135 million (held-out loss, 48 steps).
+        steps: of the optimiser.
+        batch: sequences at a time.
+        accumulate: batches a step.
+        length: tokens of a sequence.
+        warmup: the share of the steps over which the learning rate rises; it then falls along a cosine.
+        clip: the largest norm of the gradient.
+        weight_decay: of AdamW.
+        every: steps between validations; the best adapter is kept, the untrained one included.
+        validation: held-out sequences.
+        checkpoint_every: steps between checkpoints.
+        merge: beside, masked or dense, see `MERGES`.
+        autocast: compute in bfloat16; None for where the processor has instructions for it.
+        seed: of everything random.
     """
 
     text: str = "wikitext"
