@@ -25,7 +25,7 @@ from thesislib.errors import BadInput, first_line, unknown
 from thesislib.files import free_folder, read_json, whole_folder
 from thesislib.formats.artifact_json import RECORD, read_artifact, write_record
 from thesislib.formats.checkpoint import check_memory, empty_model, generation_settings, quiet_transformers, read_config, read_tensors
-from thesislib.model import packing
+from thesislib.model import layers, packing
 from thesislib.model.blocks import SLOTS, without_parts
 from thesislib.model.layers import LINEARS, Adapted, ComputedLinear, PackedLinear, projections, replace, unpack_all
 from thesislib.model.quantised import TABLES, QuantisedLinear, is_encoding, put_table, tables
@@ -110,7 +110,7 @@ def packed_tensors(subject: Subject) -> tuple[dict[str, torch.Tensor], dict[str,
     """
     tensors, encodings = _others(subject), {}
     for path, module in _stored(subject):
-        module = getattr(module, "base", module)
+        module = layers.base(module)
         if isinstance(module, ComputedLinear) and module.encoding:
             encodings[path], own = module.encoding, module.held
         else:
@@ -262,7 +262,7 @@ def predicted_disk_bytes(subject: Subject, removed: str | float | None = None) -
     """
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {name: (tuple(t.shape), t.dtype) for name, t in _others(subject).items()}
     for path, module in _stored(subject):
-        module = getattr(module, "base", module)
+        module = layers.base(module)
         shape, dtype = (module.out_features, module.in_features), subject.dtype
         if removed is None and isinstance(module, ComputedLinear) and module.encoding:
             shapes |= {f"{path}.{name}": (tuple(t.shape), t.dtype) for name, t in module.held.items()}
@@ -383,7 +383,7 @@ def fill(subject: Subject, tensors: Mapping[str, torch.Tensor], encodings: Mappi
     Raises:
         BadInput: a tensor that is missing, of another shape, or that has no place.
     """
-    model, layers, used = subject.model, {}, set()
+    model, filled, used = subject.model, {}, set()
 
     def source(key: str) -> str:
         """Under which name the tensor of this name is stored."""
@@ -403,7 +403,7 @@ def fill(subject: Subject, tensors: Mapping[str, torch.Tensor], encodings: Mappi
 
     for path, linear in list(projection_paths(subject)):
         key = source(path)
-        if key not in layers:
+        if key not in filled:
             layer, shape = linear, (linear.out_features, linear.in_features)
             encoding = encodings.get(key, "dense")
             if is_encoding(encoding):
@@ -416,9 +416,9 @@ def fill(subject: Subject, tensors: Mapping[str, torch.Tensor], encodings: Mappi
                 packing.check_places(own, encoding, key)
                 layer = PackedLinear(encoding, shape, None if linear.bias is None else take(f"{key}.bias", linear.bias.shape), **own)
             factors = [f"base_model.model.{key}.{name}.weight" for name in ("lora_A", "lora_B")]
-            layers[key] = layer if factors[0] not in tensors else Adapted(layer, *(tensors.get(name) for name in factors))
+            filled[key] = layer if factors[0] not in tensors else Adapted(layer, *(tensors.get(name) for name in factors))
             used.update(factors)
-        replace(subject.blocks[_block(path)], path.rpartition(".")[2], layers[key])
+        replace(subject.blocks[_block(path)], path.rpartition(".")[2], filled[key])
     quantised = [path for path in TABLES if path in encodings]
     for path in quantised:
         shape = tuple(model.get_submodule(path).weight.shape)

@@ -4,6 +4,8 @@ All of them have `weight` (the dense weight of the projection itself), `bias`, `
 a plain `weight` into the state dict, so that fingerprints and plain checkpoints need not know about them.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -153,6 +155,11 @@ def adapt(module: nn.Module, A: torch.Tensor, B: torch.Tensor) -> Adapted:
     return Adapted(module.base, torch.cat([module.lora_A.detach(), A]), torch.cat([module.lora_B.detach(), B], 1))
 
 
+def base(module: nn.Module) -> nn.Module:
+    """What stands under a projection's correction; the projection itself if it has none."""
+    return module.base if isinstance(module, Adapted) else module
+
+
 def merge(adapted: Adapted) -> nn.Linear:
     """A dense linear with W + B A: the correction at no cost, and no mask or grid left."""
     return _linear(_sum(adapted), adapted.bias)
@@ -162,6 +169,16 @@ def merge_masked(adapted: Adapted) -> nn.Linear:
     """A dense linear with W + B A where W is not zero (a bit of it is set, so -0.0 counts as a weight), and 0 elsewhere."""
     kept = packing.nonzero_bits(adapted.weight)
     return _linear(torch.where(kept, _sum(adapted), 0), adapted.bias)
+
+
+def merged(adapted: Adapted, how: str) -> nn.Module:
+    """A corrected projection merged "dense", see `merge`, or "masked", see `merge_masked`; "beside" leaves it as it is."""
+    return {"beside": lambda module: module, "masked": merge_masked, "dense": merge}[how](adapted)
+
+
+def merge_all(model: nn.Module, how: str) -> nn.Module:
+    """Merge every correction of a model in place, see `merged`; those that stood in several places are one again in all of them."""
+    return _change_all(model, lambda module: merged(module, how) if isinstance(module, Adapted) else module)
 
 
 def _sum(adapted: Adapted) -> torch.Tensor:
@@ -182,19 +199,26 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
 def unpack(module: nn.Module) -> nn.Module:
     """The projection as an nn.Linear; an adapted one stays adapted, around an nn.Linear; what is dense is returned as it is."""
     if isinstance(module, Adapted):
-        return module if (base := unpack(module.base)) is module.base else Adapted(base, module.lora_A, module.lora_B)
+        return module if (dense := unpack(module.base)) is module.base else Adapted(dense, module.lora_A, module.lora_B)
     return _linear(module.weight, module.bias) if isinstance(module, ComputedLinear) else module
 
 
-def unpack_all(model: nn.Module) -> nn.Module:
-    """Unpack every projection of a model in place; those that stood in several places are one again in all of them."""
-    dense: dict[int, nn.Module] = {}
-    for parent in list(model.modules()):
+def unpack_all(model: nn.Module, kind: type[ComputedLinear] = ComputedLinear) -> nn.Module:
+    """Unpack every linear of one kind in a model in place; those that stood in several places are one again in all of them."""
+    return _change_all(model, lambda module: unpack(module) if isinstance(base(module), kind) else module)
+
+
+def _change_all(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Put what `change` makes of it where each linear of a model stands that is computed or corrected; each is changed once."""
+    changed: dict[int, nn.Module] = {}
+    for parent in list(model.modules()):  # which holds them all, so that no two have the same id
         if isinstance(parent, Adapted):  # replaced as a whole, by its parent
             continue
         for name, child in parent.named_children():
             if isinstance(child, (ComputedLinear, Adapted)):
-                setattr(parent, name, dense.setdefault(id(child), unpack(child)))
+                if id(child) not in changed:
+                    changed[id(child)] = change(child)
+                setattr(parent, name, changed[id(child)])
     return model
 
 

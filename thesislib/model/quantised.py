@@ -12,7 +12,7 @@ from thesislib.errors import BadInput
 from thesislib.model import packing
 from thesislib.model.bits import pack_bits, packed_length, unpack_bits
 from thesislib.model.grid import ROW, Grid, Quantised
-from thesislib.model.layers import ComputedLinear
+from thesislib.model.layers import ComputedLinear, base
 
 EVERYWHERE = "all"
 TABLES = ("model.embed_tokens", "lm_head")
@@ -340,7 +340,7 @@ def _tiles_are_known() -> bool:
 
 def is_quantised(module: nn.Module) -> bool:
     """Whether a module, or what it is a correction of, holds a quantised weight."""
-    return isinstance(getattr(module, "base", getattr(module, "table", module)), QuantisedLinear)
+    return isinstance(base(getattr(module, "table", module)), QuantisedLinear)
 
 
 def _to_bits(numbers: torch.Tensor) -> torch.Tensor:
