@@ -46,6 +46,8 @@ class QuantisedLinear(ComputedLinear):
         BadInput: an encoding of another form.
     """
 
+    words = ("int",)
+
     def __init__(self, encoding: str, shape: tuple[int, int], bias: torch.Tensor | None, dtype: torch.dtype = torch.float32, **tensors: torch.Tensor):
         super().__init__(shape, bias, **tensors)
         self.encoding, (self.grid, self.mask) = encoding, parse_encoding(encoding)
@@ -114,6 +116,11 @@ class QuantisedLinear(ComputedLinear):
         if "places" in expected:
             packing.check_places({"codes": tensors["places"]}, mask, name)
         return cls(encoding, shape, bias, dtype, **{part: tensors[part] for part in expected})
+
+    @classmethod
+    def check_encoding(cls, encoding: str) -> None:
+        """Raises BadInput, see `parse_encoding`."""
+        parse_encoding(encoding)
 
     @property
     def held(self) -> dict[str, torch.Tensor]:
@@ -272,11 +279,6 @@ def parse_encoding(encoding: str) -> tuple[Grid, str]:
     if mask not in (EVERYWHERE, "bitmap"):
         packing.Pattern.parse(mask)
     return Grid(int(bits.removeprefix("int")), group if group == ROW else int(group), kind), mask
-
-
-def is_encoding(encoding: str) -> bool:
-    """Whether an encoding is one of this module's, not of `thesislib.model.packing`'s."""
-    return encoding.startswith("int")
 
 
 def tables(model: nn.Module) -> list[tuple[str, QuantisedLinear]]:

@@ -68,7 +68,7 @@ class Subject:
     def parameters(self) -> int:
         """Distinct parameters, zeros and packed ones too: tied and shared weights count once."""
         stored = {p.data_ptr(): p.numel() for p in self.model.parameters()}
-        return sum(stored.values()) + sum(m.in_features * m.out_features for m in self.model.modules() if isinstance(m, ComputedLinear))
+        return sum(stored.values()) + sum(m.numel for m in self.model.modules() if isinstance(m, ComputedLinear))
 
     @cached_property
     def fingerprint(self) -> str:
