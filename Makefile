@@ -52,8 +52,9 @@ notebooks: fetch
 findings: setup
 	$(PY) -m thesislib.chapters
 
+# here a reader may ask for any subject, hub:NAME too
 lab: fetch
-	$(PY) -m jupyter lab notebooks
+	env -u HF_HUB_OFFLINE $(PY) -m jupyter lab notebooks
 
 bench: fetch
 	$(PY) -m benchmarks

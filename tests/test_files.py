@@ -17,8 +17,10 @@ import pytest
 
 from thesislib.errors import BadInput
 from thesislib.files import (
+    ROOT,
     _temporary,
     cache_dir,
+    check_checkout,
     damaged,
     data_file,
     free_file,
@@ -28,6 +30,7 @@ from thesislib.files import (
     plain_errors,
     read_json,
     sha256_of,
+    shipped,
     whole_file,
     whole_folder,
     write_whole,
@@ -196,8 +199,14 @@ def test_cache_dir_that_cannot_be(tmp_path, monkeypatch, below):
     assert str(tmp_path / "file") in str(raised.value)
 
 
+def test_what_is_no_checkout_is_named(tmp_path):
+    check_checkout("a chapter", ROOT)
+    with pytest.raises(BadInput, match=f"a chapter needs a checkout.*{re.escape(str(tmp_path))} is none"):
+        check_checkout("a chapter", tmp_path)
+
+
 def test_data_file():
-    assert data_file("manifest.json").is_file()
+    assert data_file("manifest.json").is_file() and shipped("hw/devices").is_dir()
     with pytest.raises(BadInput, match=r"nothing\.json"):
         data_file("nothing.json")
 

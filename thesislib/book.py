@@ -8,7 +8,7 @@ from pathlib import Path
 
 from thesislib.chapters import findings as chapter_findings
 from thesislib.errors import BadInput
-from thesislib.files import ROOT
+from thesislib.files import ROOT, check_checkout
 from thesislib.runner import chapters, executed
 
 
@@ -21,8 +21,9 @@ def build(out: Path, stored: bool = False, root: Path = ROOT) -> Path:
         root: the checkout.
 
     Raises:
-        RuntimeError: a notebook or the build failed; what was said is on stderr.
+        BadInput: `root` is no checkout. RuntimeError: a notebook or the build failed; what was said is on stderr.
     """
+    check_checkout("the book", root)
     source = out / "source"
     source.mkdir(parents=True, exist_ok=True)
     wanted = set()
@@ -129,7 +130,8 @@ def main(argv: list[str] | None = None) -> None:
         else:
             print(build(arguments.out, stored=arguments.stored))
     except (BadInput, RuntimeError) as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, BadInput) else 1)
 
 
 if __name__ == "__main__":

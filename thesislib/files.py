@@ -49,16 +49,31 @@ def cache_dir() -> Path:
     return path
 
 
-ROOT = Path(__file__).parent.parent  # of a checkout
+PACKAGE = Path(__file__).parent
+ROOT = PACKAGE.parent  # of a checkout; of an installed wheel the folder of all packages, which holds nothing of this project
+
+
+def shipped(name: str) -> Path:
+    """A file or folder of the project's that the package reads, e.g. "hw/devices": in a wheel inside the package, in a checkout beside it.
+
+    Raises:
+        BadInput: there is none of this name.
+    """
+    for folder in (PACKAGE, ROOT):
+        if (folder / name).exists():
+            return folder / name
+    raise BadInput(f"no '{name}' in this installation of thesislib: expected a file or folder of data/ or hw/")
 
 
 def data_file(name: str) -> Path:
-    """A file of the project's `data/` folder: in a checkout beside the package, in a wheel inside it."""
-    package = Path(__file__).parent
-    for folder in (package.parent / "data", package / "data"):
-        if (folder / name).exists():
-            return folder / name
-    raise BadInput(f"no data file '{name}' in this installation of thesislib")
+    """A file of the project's `data/` folder; see `shipped`."""
+    return shipped(f"data/{name}")
+
+
+def check_checkout(what: str, root: Path = ROOT) -> None:
+    """Raises BadInput, which names `what`, unless `root` is a checkout of the project: an installed wheel has no notebooks and no book."""
+    if not (root / "notebooks").is_dir() or not (root / "_toc.yml").is_file():
+        raise BadInput(f"{what} needs a checkout of thesislib, with its notebooks/ and book/, and {root} is none: run it there")
 
 
 def check_ordinary(path: Path, most: int = LARGEST) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from thesislib.config import PARENT
 from thesislib.errors import BadInput
-from thesislib.files import ROOT, alive, read_json
+from thesislib.files import ROOT, alive, check_checkout, read_json
 from thesislib.imports import digest_of, imported, sources
 from thesislib.notebooks import read_notebook, ready
 
@@ -22,10 +22,8 @@ TAG = "results"  # of the cell whose table is a notebook's result
 
 def chapters(root: Path = ROOT) -> dict[str, Path]:
     """The notebooks by name, e.g. '01_franken_llama'."""
-    found = {p.stem: p for p in sorted((root / "notebooks").glob("*.ipynb"))}
-    if not found:
-        raise BadInput(f"no notebooks in {root}: `thesislib run` and `thesislib book` work in a checkout of the project")
-    return found
+    check_checkout("a chapter", root)
+    return {p.stem: p for p in sorted((root / "notebooks").glob("*.ipynb"))}
 
 
 def cache_key(notebook: Path, parameters: Mapping[str, Any], root: Path = ROOT) -> str:

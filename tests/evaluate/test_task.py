@@ -183,8 +183,8 @@ def test_what_no_protocol_makes(m):
         ({"on": ["wikitext"]}, "'on' is"),
         ({"length": 512}, "missing"),
         ({}, "missing"),
-        (None, "no attribute"),
-        ("wikitext", "no attribute"),
+        (None, "expected a mapping"),
+        ("wikitext", "expected a mapping"),
     ],
 )
 def test_a_protocol_of_another_version(noted, message):

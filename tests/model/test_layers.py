@@ -9,7 +9,7 @@ from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.model import packing
 from thesislib.model.blocks import apply_plan
-from thesislib.model.layers import Adapted, PackedLinear, adapt, merge, merge_masked, replace, unpack, unpack_all
+from thesislib.model.layers import Adapted, PackedLinear, adapt, base, merge, merge_all, merge_masked, merged, replace, unpack, unpack_all
 from thesislib.model.sparse import pack_all, semi_structured
 
 
@@ -241,3 +241,41 @@ def test_a_subject_packed_in_memory_computes_the_same_and_holds_less(tiny):
     assert pack_all(tiny(layers=1)).linears(0)["q_proj"].__class__ is nn.Linear  # nothing to gain
     repeated = pack_all(apply_plan(dense, (0, 1, 1)))
     assert repeated.linears(1)["q_proj"] is repeated.linears(2)["q_proj"]
+
+
+def test_a_copy_that_stays_packed(tiny):
+    """Its own memory, the same form, and blocks that repeat still share; the other kind of copy is plain."""
+    subject = apply_plan(pack_all(Width(2, 4, metric="magnitude").apply(tiny())[0]), [0, 1, 1, 2])
+    packed, plain = subject.copy(unpack=False), subject.copy()
+    assert packed.fingerprint == plain.fingerprint == subject.fingerprint and packed.plan == subject.plan
+    assert sum(isinstance(m, PackedLinear) for m in packed.model.modules()) == sum(isinstance(m, PackedLinear) for m in subject.model.modules()) == 21
+    assert not any(isinstance(m, PackedLinear) for m in plain.model.modules())
+    for copied in (packed, plain):
+        assert copied.linears(1)["q_proj"] is copied.linears(2)["q_proj"] is not subject.linears(1)["q_proj"]
+    packed.linears(0)["q_proj"].values.zero_()
+    assert subject.linears(0)["q_proj"].weight.any() and not packed.linears(0)["q_proj"].weight.any()
+
+
+@pytest.mark.parametrize("how", ("dense", "masked"))
+def test_merging_all(tiny, how):
+    """Every correction of a packed subject, against the sum by hand; what repeats is one linear again."""
+    subject = apply_plan(pack_all(Width(2, 4, metric="magnitude").apply(tiny())[0]), [0, 1, 1])
+    factors = {}
+    for i in (0, 1):
+        old = subject.linears(i)["q_proj"]
+        factors[i] = correction(outputs=32, seed=i)[1], torch.randn(3, 32, generator=torch.Generator().manual_seed(9 + i))
+        new = adapt(old, factors[i][1], factors[i][0])
+        for block in {0: [0], 1: [1, 2]}[i]:
+            replace(subject.blocks[block], "q_proj", new)
+    weights = {i: base(subject.linears(i)["q_proj"]).weight for i in (0, 1)}
+    merge_all(subject.model, how)
+    for i, (B, A) in factors.items():
+        wanted = weights[i] + B @ A
+        torch.testing.assert_close(subject.linears(i)["q_proj"].weight, torch.where(weights[i] != 0, wanted, 0) if how == "masked" else wanted)
+    assert subject.linears(1)["q_proj"] is subject.linears(2)["q_proj"]
+    assert isinstance(subject.linears(0)["k_proj"], PackedLinear) and not any(isinstance(m, Adapted) for m in subject.model.modules())
+
+
+def test_an_adapter_that_stays_beside_is_the_same_object():
+    adapted = Adapted(linear(), *correction())
+    assert merged(adapted, "beside") is adapted and base(adapted) is adapted.base is base(adapted.base)

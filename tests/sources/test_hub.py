@@ -173,3 +173,36 @@ def test_model_from_the_hub_and_again_without_it(tiny, tmp_path):
     again, unknown = gone.strip().splitlines()
     assert again == loaded
     assert "'org/tiny'" in unknown and "Hugging Face Hub" in unknown
+
+
+@pytest.mark.parametrize("proxy", [None, "http://127.0.0.1:port"])
+def test_a_data_set_out_of_the_cache(no_hub, monkeypatch, tmp_path, proxy):
+    """One that was loaded before, as datasets keeps it, when nothing answers, a proxy that cannot be used or not; switches and proxy stay as they were."""
+    import datasets
+    from huggingface_hub import constants
+
+    rows = [{"text": "alpha"}, {"text": "beta"}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    datasets.load_dataset("json", data_files={"test": str(tmp_path / "rows.jsonl")}, cache_dir=str(tmp_path / "datasets"))
+    (made,) = (tmp_path / "datasets" / "json").iterdir()
+    made.rename(made.with_name("default"))
+    (tmp_path / "datasets" / "json").rename(tmp_path / "datasets" / "org___tiny")
+    for info in (tmp_path / "datasets").rglob("dataset_info.json"):
+        info.write_text(info.read_text().replace('"dataset_name": "json"', '"dataset_name": "tiny"').replace(made.name, "default"))
+    for file in (tmp_path / "datasets").rglob("json-test.arrow"):
+        file.rename(file.with_name("tiny-test.arrow"))
+    if proxy:
+        monkeypatch.setenv("https_proxy", proxy)
+    assert corpus._hub_rows("wikitext", ("org/tiny", None, "test")) == rows
+    assert os.environ.get("https_proxy") == proxy
+    assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
+
+
+def test_a_model_out_of_the_cache_past_a_proxy_that_cannot_be_used(no_hub, monkeypatch, tiny, tmp_path):
+    folder = tmp_path / "hub" / "models--org--tiny"
+    subject = tiny(layers=2)
+    save_checkpoint(subject, folder / "snapshots" / COMMIT)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(COMMIT)
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    assert load_subject("hub:org/tiny").fingerprint == subject.fingerprint

@@ -1,7 +1,6 @@
 """Chapter 4, LoRA recovery: which models are trained, on what, and what of them is measured."""
 
 import argparse
-import copy
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,7 +21,7 @@ from thesislib.experiment import DENSE, Prepared, made, prepare, recipe_of
 from thesislib.files import cache_dir
 from thesislib.formats.artifact import predicted_disk_bytes, sizes
 from thesislib.formats.held import check_dtype
-from thesislib.model.layers import Adapted, merge, merge_masked, replace
+from thesislib.model.layers import merge_all
 from thesislib.pipeline.recipe import Shape, parse_label
 from thesislib.records.measurement import Measurement
 from thesislib.records.store import Store
@@ -194,12 +193,8 @@ def merges(c: Configuration) -> list[Configuration]:
 
 def merged(ready: Prepared, c: Configuration, p: LoraChapter) -> Prepared:
     """A trained configuration whose adapter was kept beside its weights, merged as `c` says; as if it had been trained so."""
-    model = dataclasses.replace(ready.model, model=copy.deepcopy(ready.model.model))
-    way = {"masked": merge_masked, "dense": merge}[c.merge]
-    for b in range(model.depth):
-        for name, linear in model.linears(b).items():
-            if isinstance(linear, Adapted):
-                replace(model.blocks[b], name, way(linear))
+    model = ready.model.copy(unpack=False)
+    merge_all(model.model, c.merge)
     size = {**sizes(model), "bytes_on_disk": predicted_disk_bytes(model)}
     *before, trained = ready.made["reports"]
     trained = {**trained, "merge": c.merge, "weights": MERGES[c.merge], "zeros_after": None}  # its own were counted beside

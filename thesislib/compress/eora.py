@@ -1,7 +1,5 @@
 """EoRA: what compression took from each projection, given back as a low-rank correction where the layer's inputs are large."""
 
-import copy
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,8 +129,7 @@ class Eora(Weighted):
         factors = visitor.factors()
         if not factors:
             raise BadInput("the original's weights equal the compressed subject's: eora has nothing to correct")
-        model = copy.deepcopy(subject.model)  # not subject.copy(), which would unpack
-        result = dataclasses.replace(subject, model=model)
+        result = subject.copy(unpack=False)
         for (block, name), (A, B) in factors.items():
             module = result.linears(block)[name]
             kind = {"dtype": module.weight.dtype, "device": module.weight.device}

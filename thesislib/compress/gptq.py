@@ -14,12 +14,13 @@ from tqdm import tqdm
 
 from thesislib.compress.calibration import ALL_AT_ONCE, INPUTS, TRUE_SEQUENTIAL, Blocks, Statistics, Visitor, stream
 from thesislib.compress.layerwise import Place, relative_error
-from thesislib.compress.outline import Outline, base_of, empty
+from thesislib.compress.outline import Outline, empty
 from thesislib.compress.selection import check_all_fit, fits, patterns
 from thesislib.compress.stage import Shape, Stage, Weighted, stage
 from thesislib.errors import BadInput, unknown
 from thesislib.model.grid import CLIPS, ROW, Grid, Quantised, round_to_nearest
 from thesislib.model.layers import Adapted, replace
+from thesislib.model.layers import base as base_of
 from thesislib.model.packing import PRUNED
 from thesislib.model.quantised import EVERYWHERE, TABLES, QuantisedLinear, held_shapes, is_quantised, put_table
 from thesislib.model.subject import Subject

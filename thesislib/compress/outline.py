@@ -14,6 +14,7 @@ from thesislib.model import packing
 from thesislib.model.blocks import SLOTS
 from thesislib.model.grid import Grid
 from thesislib.model.layers import LINEARS, Adapted, ComputedLinear, replace
+from thesislib.model.layers import base as base_of
 from thesislib.model.packing import PRUNED
 from thesislib.model.quantised import EVERYWHERE, held_shapes
 from thesislib.model.subject import Subject
@@ -110,11 +111,6 @@ def corrected(module: nn.Module, rank: int, dtype: torch.dtype) -> Adapted:
         rank, dtype = rank + module.rank, torch.promote_types(dtype, module.lora_A.dtype)
     factors = empty({"A": ((rank, module.in_features), dtype), "B": ((module.out_features, rank), dtype)})
     return Adapted(base_of(module), factors["A"], factors["B"])
-
-
-def base_of(module: nn.Module) -> nn.Module:
-    """What a correction corrects, or the projection itself."""
-    return getattr(module, "base", module)
 
 
 class Outline:

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from thesislib.compress.calibration import ALL_AT_ONCE, Blocks, Statistics, Visitor, stream
-from thesislib.compress.outline import Outline, base_of
+from thesislib.compress.outline import Outline
 from thesislib.compress.selection import check_all_fit, fits, patterns, whole_number
 from thesislib.compress.stage import Shape, Stage, Weighted, stage
 from thesislib.errors import BadInput, unknown
 from thesislib.model.layers import LINEARS
+from thesislib.model.layers import base as base_of
 from thesislib.model.subject import Subject
 
 METRICS = ("wanda", "magnitude")

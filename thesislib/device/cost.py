@@ -1,14 +1,14 @@
 """What a model asks of a device: MACs and bytes of every operation, for a prompt and for each token after it, weights as they are stored."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from thesislib.errors import BadInput
-from thesislib.model.layers import LINEARS, Adapted, ComputedLinear
+from thesislib.model.layers import LINEARS, Adapted, ComputedLinear, Size, size_of
 from thesislib.model.packing import Pattern
 from thesislib.model.subject import Subject
 
@@ -36,11 +36,18 @@ class Operation:
 
 @dataclass(frozen=True)
 class Stored:
-    """A weight as it is held: the operation that reads it, its bytes, how many numbers it stands for, and in which tensors it lies.
+    """A weight as it is held.
 
-    beside: bytes of these, and how many numbers, that are a low-rank correction's. precision: what a product with it is computed in: its own
-    floating type, or int8 for whatever is held in codes of 8 bits or fewer, since that is what llama.cpp's and Deeploy's kernels turn them
-    into, with inputs in 8 bits. (This study's own runtime computes them in the model's type.) A correction goes with its projection.
+    Attributes:
+        name: of the operation that reads it.
+        bytes: that it takes.
+        params: how many numbers it stands for.
+        tensors: where it lies.
+        beside: bytes of these, and how many numbers, that are a low-rank correction's.
+        precision: what a product with it is computed in: its own floating type, or int8 for whatever is held in codes of 8 bits or
+            fewer, since that is what llama.cpp's and Deeploy's kernels turn them into, with inputs in 8 bits. (This study's own runtime
+            computes them in the model's type.) A correction goes with its projection.
+        multiplied: multiply-accumulates for one token; None: one for each number.
     """
 
     name: str
@@ -49,6 +56,12 @@ class Stored:
     tensors: tuple[int, ...]
     beside: tuple[int, int] = (0, 0)
     precision: str = "float32"
+    multiplied: int | None = None
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one token."""
+        return self.params if self.multiplied is None else self.multiplied
 
 
 @dataclass(frozen=True)
@@ -158,15 +171,14 @@ def stored(subject: Subject | Sketch) -> list[Stored]:
         return list(subject.weights)
     found, seen = [], set()
 
-    def add(name: str, *tensors: torch.Tensor, params: int, beside: tuple[int, int] = (0, 0), held: Iterable[torch.Tensor] | None = None) -> None:
+    def add(name: str, *tensors: torch.Tensor, size: Size, beside: tuple[int, int] = (0, 0), held: Iterable[torch.Tensor] | None = None) -> None:
         places = tuple(t.untyped_storage().data_ptr() + t.storage_offset() * t.element_size() if t.device.type != "meta" else id(t) for t in tensors)
-        found.append(Stored(name, sum(t.nbytes for t in tensors), params, places, beside, _precision(tensors if held is None else held)))
+        found.append(Stored(name, size.nbytes, size.numel, places, beside, _precision(tensors if held is None else held), size.macs))
 
     core = subject.model.model
     table, head = subject.model.get_input_embeddings(), subject.model.get_output_embeddings()
     for name, module in (("embedding", table), ("head", head)):
-        tensors = list(module.held.values()) if isinstance(module, ComputedLinear) else _held(module)
-        add(name, *tensors, params=module.weight.numel())
+        add(name, *_held(module), size=size_of(getattr(module, "table", module)))
         seen |= set(module.modules())
     for b, block in enumerate(subject.blocks):
         for kind, linear in subject.linears(b).items():
@@ -175,20 +187,20 @@ def stored(subject: Subject | Sketch) -> list[Stored]:
             low_rank = list(_own(linear)) if isinstance(linear, Adapted) else []
             beside = (sum(t.nbytes for t in low_rank), sum(t.numel() for t in low_rank))
             held = parts[0].held.values() if isinstance(parts[0], ComputedLinear) else [parts[0].weight]
-            add(f"blocks.{b}.{kind}", *tensors, params=linear.out_features * linear.in_features + beside[1], beside=beside, held=held)
+            add(f"blocks.{b}.{kind}", *tensors, size=size_of(linear), beside=beside, held=held)
             seen |= set(linear.modules())
         for path, module in block.named_modules():
             if module not in seen and (own := _own(module)):
                 if path.rpartition(".")[2] not in NORMS:
                     raise BadInput(f"block {b} has an operation that the cost model does not know, '{path}' ({type(module).__name__}): "
                                    f"expected {', '.join(LINEARS)} and norms")  # fmt: skip
-                add(f"blocks.{b}.{path}", *own, params=sum(t.numel() for t in own))
+                add(f"blocks.{b}.{path}", *own, size=_plain(own))
     for path, module in core.named_modules():
         outside = module not in seen and not path.startswith("layers") and not path.startswith("rotary_emb")
         if outside and (own := _own(module)):
             if path not in NORMS:
                 raise BadInput(f"the model has an operation that the cost model does not know, '{path}' ({type(module).__name__})")
-            add(path, *own, params=sum(t.numel() for t in own))
+            add(path, *own, size=_plain(own))
     return found
 
 
@@ -197,6 +209,11 @@ def _own(module: nn.Module) -> list[torch.Tensor]:
     if isinstance(module, ComputedLinear):
         return [*module.held.values(), *([] if module.bias is None else [module.bias])]
     return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
+def _plain(tensors: Sequence[torch.Tensor]) -> Size:
+    """Of numbers that no product is made with."""
+    return Size(sum(t.numel() for t in tensors), 0, sum(t.nbytes for t in tensors))
 
 
 def _held(module: nn.Module) -> list[torch.Tensor]:
@@ -252,9 +269,9 @@ def costs(subject: Subject | Sketch, tokens: int = 1, context: int = 128, cache_
         if w.name == "embedding":
             found.append(Operation(w.name, "move", 0, tokens * -(-w.bytes // plain.rows), tokens * w.params // plain.rows))
         elif w.name == "head":
-            found.append(Operation(w.name, "gemv", w.params, w.bytes, w.params, precision=w.precision))
+            found.append(Operation(w.name, "gemv", w.macs, w.bytes, w.params, precision=w.precision))
         elif part in LINEARS:
-            found.append(Operation(w.name, kind, tokens * w.params, w.bytes, w.params, precision=w.precision))
+            found.append(Operation(w.name, kind, tokens * w.macs, w.bytes, w.params, precision=w.precision))
             if part == "v_proj":
                 macs, moved = 2 * pairs * plain.heads * plain.width, (context + 2 * tokens) * entry
                 found.append(Operation(f"{place}.attention", "attention", macs, 0, 0, moved, plain.activations))

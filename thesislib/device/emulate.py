@@ -27,7 +27,7 @@ import torch
 
 from thesislib.device.measure import Agreement, agreed, file_type, gguf_file, prompt_ids
 from thesislib.errors import BadInput
-from thesislib.files import ROOT, cache_dir, lock, sha256_of, whole_file, whole_folder, write_whole
+from thesislib.files import cache_dir, lock, sha256_of, shipped, whole_file, whole_folder, write_whole
 from thesislib.formats.load import load_subject
 from thesislib.model.blocks import apply_plan
 from thesislib.model.subject import Subject
@@ -37,7 +37,7 @@ from thesislib.sources.wheels import downloaded
 SOURCE = "llama_cpp_python-0.3.36"  # PyPI's source distribution, which has llama.cpp inside
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 PARTS = ("CMakeLists.txt", "cmake", "ggml", "include", "licenses", "src", "vendor")  # of llama.cpp: without models, tools and tests
-OWN = ROOT / "hw" / "emulate"
+OWN = shipped("hw/emulate")
 TOOLS = {  # and Debian's packages of them; qemu-user-static's emulator takes no plugins
     "cmake": "cmake", "make": "make", "gcc": "gcc", "g++": "g++",
     "riscv64-linux-gnu-gcc": "gcc-riscv64-linux-gnu", "riscv64-linux-gnu-g++": "g++-riscv64-linux-gnu", "qemu-riscv64": "qemu-user",
@@ -144,12 +144,10 @@ def build(jobs: int = 1) -> Programs:
         jobs: compilers at a time. One takes about 10 minutes.
 
     Raises:
-        BadInput: a program is missing (said with its Debian package); no checkout; no network; another sha256; a compiler fails.
+        BadInput: a program is missing (said with its Debian package); no network; another sha256; a compiler fails.
     """
     if missing := missing_tools():
         raise BadInput(f"emulation needs {', '.join(missing)}, not found here: on Debian, apt-get install {' '.join(sorted(set(missing.values())))}")
-    if not (OWN / "probe.cpp").exists():
-        raise BadInput("emulation needs hw/emulate, which this installation lacks: expected a checkout of thesislib")
     root = cache_dir() / "emulate"
     with lock(root / "build"):
         sources = _sources(root / SOURCE)

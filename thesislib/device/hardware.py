@@ -6,7 +6,7 @@ from pathlib import Path
 
 from thesislib.device.quantity import parse
 from thesislib.errors import BadInput, unknown
-from thesislib.files import ROOT, expanded
+from thesislib.files import expanded, shipped
 from thesislib.yaml_lines import compose, value
 
 KINDS = ("published", "derived", "measured", "assumed")
@@ -98,8 +98,7 @@ class Device:
 
 def devices(folder: Path | None = None) -> dict[str, Path]:
     """The files of devices by name."""
-
-    folder = folder or ROOT / "hw" / "devices"
+    folder = folder or shipped("hw/devices")
     return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
 
 

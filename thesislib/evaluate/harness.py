@@ -12,7 +12,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from unittest.mock import patch
 
 import yaml
 
@@ -72,7 +71,8 @@ def lm_eval_task(subject: Subject, task: str, data: str | Path = "embedded", *, 
         quiet.enter_context(quiet_transformers())
         quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
         # it would ask git about the user's folder, whose complaint goes past redirect_stderr
-        quiet.enter_context(patch("lm_eval.evaluator.get_git_commit_hash", return_value=None))
+        quiet.callback(setattr, evaluator, "get_git_commit_hash", evaluator.get_git_commit_hash)
+        evaluator.get_git_commit_hash = lambda: None
         if not sys.stderr.isatty():  # the harness draws its bars into logs too
             quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
         file = Path(folder) / "rows.jsonl"
@@ -86,7 +86,6 @@ def lm_eval_task(subject: Subject, task: str, data: str | Path = "embedded", *, 
             "training_split": None, "validation_split": split if split == "validation" else None,
             "test_split": split if split == "test" else None,
         }))  # fmt: skip
-        quiet.enter_context(patch.object(evaluator, "get_git_commit_hash", lambda: None))  # git says so where there is no checkout
         model = _watched(subject, batch)
         results = evaluator.simple_evaluate(
             model=model,

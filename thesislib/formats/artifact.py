@@ -27,8 +27,8 @@ from thesislib.formats.artifact_json import RECORD, read_artifact, write_record
 from thesislib.formats.checkpoint import check_memory, empty_model, generation_settings, quiet_transformers, read_config, read_tensors
 from thesislib.model import packing
 from thesislib.model.blocks import SLOTS, without_parts
-from thesislib.model.layers import LINEARS, Adapted, ComputedLinear, PackedLinear, projections, replace, unpack_all
-from thesislib.model.quantised import TABLES, QuantisedLinear, is_encoding, put_table, tables
+from thesislib.model.layers import LINEARS, Adapted, ComputedLinear, base, projections, reader, replace, unpack_all
+from thesislib.model.quantised import TABLES, QuantisedLinear, put_table, tables
 from thesislib.model.subject import DTYPES, Subject
 from thesislib.model.tokenizers import prepared, rows_of
 
@@ -110,7 +110,7 @@ def packed_tensors(subject: Subject) -> tuple[dict[str, torch.Tensor], dict[str,
     """
     tensors, encodings = _others(subject), {}
     for path, module in _stored(subject):
-        module = getattr(module, "base", module)
+        module = base(module)
         if isinstance(module, ComputedLinear) and module.encoding:
             encodings[path], own = module.encoding, module.held
         else:
@@ -243,11 +243,11 @@ def sizes(subject: Subject) -> dict[str, int]:
     for module in subject.model.modules():
         weights = [p for p in module.parameters(recurse=False) if _place(p) not in held]
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        if isinstance(module, ComputedLinear):
-            weights.append(module.weight)
-            tensors += module.resident
         parameters += sum(w.numel() for w in weights)
         nonzero += sum(int(torch.count_nonzero(w)) for w in weights)
+        if isinstance(module, ComputedLinear):
+            parameters, nonzero = parameters + module.numel, nonzero + module.nonzero
+            tensors += module.resident
         held |= {_place(tensor): tensor.nbytes for tensor in tensors}
     return {"parameters": parameters, "nonzero_parameters": nonzero, "bytes_in_memory": sum(held.values())}
 
@@ -262,7 +262,7 @@ def predicted_disk_bytes(subject: Subject, removed: str | float | None = None) -
     """
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {name: (tuple(t.shape), t.dtype) for name, t in _others(subject).items()}
     for path, module in _stored(subject):
-        module = getattr(module, "base", module)
+        module = base(module)
         shape, dtype = (module.out_features, module.in_features), subject.dtype
         if removed is None and isinstance(module, ComputedLinear) and module.encoding:
             shapes |= {f"{path}.{name}": (tuple(t.shape), t.dtype) for name, t in module.held.items()}
@@ -383,7 +383,7 @@ def fill(subject: Subject, tensors: Mapping[str, torch.Tensor], encodings: Mappi
     Raises:
         BadInput: a tensor that is missing, of another shape, or that has no place.
     """
-    model, layers, used = subject.model, {}, set()
+    model, filled, used = subject.model, {}, set()
 
     def source(key: str) -> str:
         """Under which name the tensor of this name is stored."""
@@ -403,22 +403,17 @@ def fill(subject: Subject, tensors: Mapping[str, torch.Tensor], encodings: Mappi
 
     for path, linear in list(projection_paths(subject)):
         key = source(path)
-        if key not in layers:
+        if key not in filled:
             layer, shape = linear, (linear.out_features, linear.in_features)
             encoding = encodings.get(key, "dense")
-            if is_encoding(encoding):
+            if encoding != "dense":
                 bias = None if linear.bias is None else take(f"{key}.bias", linear.bias.shape)
-                layer = QuantisedLinear.load(encoding, shape, bias, model.dtype, _parts(tensors, key), key)
+                layer = reader(encoding).load(encoding, shape, bias, model.dtype, _parts(tensors, key), key)
                 used |= {f"{key}.{name}" for name in layer.held}
-            elif encoding != "dense":
-                values = tensors.get(f"{key}.values", torch.empty(0))
-                own = {name: take(f"{key}.{name}", size) for name, size in packing.packed_shapes(shape, encoding, values.numel()).items()}
-                packing.check_places(own, encoding, key)
-                layer = PackedLinear(encoding, shape, None if linear.bias is None else take(f"{key}.bias", linear.bias.shape), **own)
             factors = [f"base_model.model.{key}.{name}.weight" for name in ("lora_A", "lora_B")]
-            layers[key] = layer if factors[0] not in tensors else Adapted(layer, *(tensors.get(name) for name in factors))
+            filled[key] = layer if factors[0] not in tensors else Adapted(layer, *(tensors.get(name) for name in factors))
             used.update(factors)
-        replace(subject.blocks[_block(path)], path.rpartition(".")[2], layers[key])
+        replace(subject.blocks[_block(path)], path.rpartition(".")[2], filled[key])
     quantised = [path for path in TABLES if path in encodings]
     for path in quantised:
         shape = tuple(model.get_submodule(path).weight.shape)

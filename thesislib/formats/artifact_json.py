@@ -17,8 +17,7 @@ import thesislib
 from thesislib.errors import BadInput
 from thesislib.files import HARMLESS, check_ordinary, damaged, inside, read_json, sha256_of
 from thesislib.formats.checkpoint import headers_of
-from thesislib.model import packing
-from thesislib.model.quantised import is_encoding
+from thesislib.model.layers import reader
 from thesislib.model.subject import DTYPES
 from thesislib.shapes import SHA256, natural, wrong
 
@@ -52,7 +51,7 @@ def write_record(folder: Path, *, sizes: Mapping[str, int], **facts: Any) -> Non
 def _encoding(value: Any) -> bool:
     """dense, bitmap, a pattern such as 2:4, or the words of a grid"""
     try:
-        return isinstance(value, str) and (value in ("dense", "bitmap") or is_encoding(value) or bool(packing.Pattern.parse(value)))
+        return isinstance(value, str) and (value == "dense" or bool(reader(value)))
     except (BadInput, ValueError):
         return False
 

@@ -1,7 +1,5 @@
 """GGUF files: what llama.cpp runs."""
 
-import copy
-import dataclasses
 import hashlib
 import json
 import sys
@@ -17,7 +15,7 @@ from thesislib.files import free_file, whole_file
 from thesislib.formats.artifact import plain_tensors
 from thesislib.formats.gguf_reader import ADDED, NORMALISER, NORMALISERS, PATTERNS, SPECIAL, GgufModel, halves
 from thesislib.model.forward import attention_windows
-from thesislib.model.layers import Adapted, merge, replace, unpack_all
+from thesislib.model.layers import Adapted, merge_all
 from thesislib.model.packing import PRUNED
 from thesislib.model.prompts import end_tokens
 from thesislib.model.subject import Subject
@@ -124,13 +122,12 @@ def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
 
 def _dense(subject: Subject, merge_corrections: bool) -> Subject:
     """A copy with plain linears."""
-    result = dataclasses.replace(subject, model=unpack_all(copy.deepcopy(subject.model)))
-    for i in range(result.depth):
-        for name, module in result.linears(i).items():
-            if isinstance(module, Adapted):
-                if not merge_corrections:
-                    raise BadInput(f"block {i}'s {name} has a low-rank correction beside its weight, which GGUF cannot hold: add --merge, which fills zeros")
-                replace(result.blocks[i], name, merge(module))
+    for i in range(subject.depth):
+        for name, module in subject.linears(i).items():
+            if isinstance(module, Adapted) and not merge_corrections:
+                raise BadInput(f"block {i}'s {name} has a low-rank correction beside its weight, which GGUF cannot hold: add --merge, which fills zeros")
+    result = subject.copy()
+    merge_all(result.model, "dense")
     return result
 
 

@@ -1,7 +1,6 @@
 """The GPTQ checkpoint layout, begun by AutoGPTQ: quantised linears as transformers, GPTQModel and vLLM load them."""
 
 import copy
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from thesislib.files import free_folder, whole_folder
 from thesislib.formats.artifact import check_same, fill, plain_tensors, projection_paths, read_adapter, write_adapter, write_tensors
 from thesislib.formats.checkpoint import empty_model, generation_settings, headers, quiet_transformers, read_config, read_tokenizer
 from thesislib.model.grid import ROW, Grid, Quantised
-from thesislib.model.layers import unpack_all
+from thesislib.model.layers import base
 from thesislib.model.quantised import QuantisedLinear
 from thesislib.model.subject import Subject
 from thesislib.model.tokenizers import prepared, rows_of
@@ -45,13 +44,12 @@ def export_gptq(subject: Subject, folder: str | Path) -> Path:
             layout cannot hold; a folder that holds something.
     """
     folder = free_folder(folder)
-    linears = {path: getattr(module, "base", module) for path, module in projection_paths(subject)}
+    linears = {path: base(module) for path, module in projection_paths(subject)}
     settings = _settings(subject, linears)
     quantised = {path: linear.quantised for path, linear in linears.items()}
     less = int(settings["checkpoint_format"] == "gptq")
     away = tuple(f"{path}." for path in linears)
-    dense = dataclasses.replace(subject, model=unpack_all(copy.deepcopy(subject.model)))
-    tensors = {name: tensor for name, tensor in plain_tensors(dense).items() if not name.startswith(away)}
+    tensors = {name: tensor for name, tensor in plain_tensors(subject.copy()).items() if not name.startswith(away)}
     for path, q in quantised.items():
         groups = torch.arange(q.codes.shape[1]) // q.grid.size(q.codes.shape[1]) if q.index is None else q.index
         zeros = (q.offset.long() - less).to(torch.uint8)

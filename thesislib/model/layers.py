@@ -4,6 +4,10 @@ All of them have `weight` (the dense weight of the projection itself), `bias`, `
 a plain `weight` into the state dict, so that fingerprints and plain checkpoints need not know about them.
 """
 
+import re
+from collections.abc import Callable, Mapping
+from typing import ClassVar, NamedTuple
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -20,17 +24,67 @@ def projections(block: nn.Module) -> dict[str, nn.Module]:
     return {name: module for part in parts for name, module in part.named_children() if name in LINEARS}
 
 
+class Size(NamedTuple):
+    """What a linear is counted as.
+
+    Attributes:
+        numel: its parameters, zeros that are packed away too; a bias apart.
+        macs: multiply-accumulates for one token. Masked zeros are multiplied like any weight.
+        nbytes: what a file keeps of it, a bias too.
+    """
+
+    numel: int
+    macs: int
+    nbytes: int
+
+
+READERS: dict[str, type["ComputedLinear"]] = {}  # by the first word of the encodings that each class reads
+
+
 class ComputedLinear(nn.Module):
     """A linear whose weight is made when it is used: a subclass says how by its `weight`.
 
     What it is made from are buffers that stay out of the state dict. They follow `.to()`: floating ones change their
-    type, codes never do.
+    type, codes never do. A subclass whose parameters are not those of a matrix of its shape says so by `numel`, `macs`
+    and `nonzero`; one that an artifact brings back has `words` and `load`.
 
     Attributes:
         encoding: the name under which an artifact keeps those buffers; None if it keeps the weight instead.
+        words: first words of the encodings that `load` reads, see `reader`.
     """
 
     encoding: str | None = None
+    words: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        for word in cls.__dict__.get("words", ()):
+            if word in READERS:
+                raise TypeError(f"encodings that begin with '{word}' are read by {READERS[word].__name__} already: {cls.__name__} needs another word")
+            READERS[word] = cls
+
+    @classmethod
+    def load(
+        cls, encoding: str, shape: tuple[int, int], bias: torch.Tensor | None, dtype: torch.dtype, tensors: Mapping[str, torch.Tensor], name: str
+    ) -> "ComputedLinear":
+        """The linear of which a file keeps what `held` gave.
+
+        Args:
+            encoding: see above.
+            shape: (outputs, inputs).
+            bias: (outputs,) or None.
+            dtype: of the weight.
+            tensors: {"codes": ..., ...}.
+            name: what to call it in errors.
+
+        Raises:
+            BadInput: tensors that are missing, or of another shape or type.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def check_encoding(cls, encoding: str) -> None:
+        """Raises BadInput for an encoding that begins with a word of this class and is none."""
 
     def __init__(self, shape: tuple[int, int], bias: torch.Tensor | None, **tensors: torch.Tensor):
         super().__init__()
@@ -48,6 +102,26 @@ class ComputedLinear(nn.Module):
     def held(self) -> dict[str, torch.Tensor]:
         """The tensors that the weight is made from."""
         return dict(self.named_buffers())
+
+    @property
+    def numel(self) -> int:
+        """Parameters, see `Size`."""
+        return self.out_features * self.in_features
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one token."""
+        return self.out_features * self.in_features
+
+    @property
+    def nonzero(self) -> int:
+        """Parameters that are not zero."""
+        return int(torch.count_nonzero(self.weight))
+
+    @property
+    def nbytes(self) -> int:
+        """What a file keeps of it, a bias too."""
+        return sum(tensor.nbytes for tensor in self.held.values()) + (0 if self.bias is None else self.bias.nbytes)
 
     @property
     def resident(self) -> list[torch.Tensor]:
@@ -70,9 +144,36 @@ class ComputedLinear(nn.Module):
 class PackedLinear(ComputedLinear):
     """Holds its weight packed (see `thesislib.model.packing`), 0.55 of the bytes for W2:4 in bfloat16, and unpacks it at each use."""
 
+    words = ("bitmap", "")  # patterns such as 2:4 begin with no word
+
     def __init__(self, encoding: str, shape: tuple[int, int], bias: torch.Tensor | None, **tensors: torch.Tensor):
         super().__init__(shape, bias, **tensors)
         self.encoding = encoding
+
+    @classmethod
+    def load(
+        cls, encoding: str, shape: tuple[int, int], bias: torch.Tensor | None, dtype: torch.dtype, tensors: Mapping[str, torch.Tensor], name: str
+    ) -> "PackedLinear":
+        """See `ComputedLinear.load`; the type is that of the values.
+
+        Raises:
+            BadInput: tensors that are missing or of another shape, or that name places that cannot be.
+        """
+        held = {}
+        for part, size in packing.packed_shapes(shape, encoding, len(tensors.get("values", ()))).items():
+            if part not in tensors:
+                raise BadInput(f"it lacks the weight '{name}.{part}'")
+            if tensors[part].shape != torch.Size(size):
+                raise BadInput(f"'{name}.{part}' has shape {tuple(tensors[part].shape)}, expected {tuple(size)}")
+            held[part] = tensors[part]
+        packing.check_places(held, encoding, name)
+        return cls(encoding, shape, bias, **held)
+
+    @classmethod
+    def check_encoding(cls, encoding: str) -> None:
+        """Raises BadInput for what is no bitmap and no pattern."""
+        if encoding != "bitmap":
+            packing.Pattern.parse(encoding)
 
     @classmethod
     def of(cls, linear: nn.Module, encoding: str | None = None) -> "PackedLinear":
@@ -90,6 +191,19 @@ class PackedLinear(ComputedLinear):
     def weight(self) -> torch.Tensor:
         """(outputs, inputs), unpacked at every call."""
         return packing.unpack(self.held, self.encoding, (self.out_features, self.in_features))
+
+
+def reader(encoding: str) -> type[ComputedLinear]:
+    """The class that reads an encoding, by the letters that it begins with: "int" of int4/symmetric/64/all, none of 2:4.
+
+    Raises:
+        BadInput: no class reads it, or not in this form.
+    """
+    word = re.match(r"[a-z_]*", encoding)[0]
+    if word not in READERS:
+        raise unknown("encoding", encoding, ["dense", *filter(None, READERS)])
+    READERS[word].check_encoding(encoding)
+    return READERS[word]
 
 
 class Adapted(nn.Module):
@@ -153,6 +267,23 @@ def adapt(module: nn.Module, A: torch.Tensor, B: torch.Tensor) -> Adapted:
     return Adapted(module.base, torch.cat([module.lora_A.detach(), A]), torch.cat([module.lora_B.detach(), B], 1))
 
 
+def base(module: nn.Module) -> nn.Module:
+    """What stands under a projection's correction; the projection itself if it has none."""
+    return module.base if isinstance(module, Adapted) else module
+
+
+def size_of(module: nn.Module) -> Size:
+    """Of a linear or an embedding, plain, computed or corrected."""
+    if isinstance(module, Adapted):
+        A, B, under = module.lora_A, module.lora_B, size_of(module.base)
+        more = A.numel() + B.numel()
+        return Size(under.numel + more, under.macs + more, under.nbytes + A.nbytes + B.nbytes)
+    if isinstance(module, ComputedLinear):
+        return Size(module.numel, module.macs, module.nbytes)
+    count = module.weight.numel()
+    return Size(count, count, sum(p.nbytes for p in module.parameters(recurse=False)))
+
+
 def merge(adapted: Adapted) -> nn.Linear:
     """A dense linear with W + B A: the correction at no cost, and no mask or grid left."""
     return _linear(_sum(adapted), adapted.bias)
@@ -162,6 +293,16 @@ def merge_masked(adapted: Adapted) -> nn.Linear:
     """A dense linear with W + B A where W is not zero (a bit of it is set, so -0.0 counts as a weight), and 0 elsewhere."""
     kept = packing.nonzero_bits(adapted.weight)
     return _linear(torch.where(kept, _sum(adapted), 0), adapted.bias)
+
+
+def merged(adapted: Adapted, how: str) -> nn.Module:
+    """A corrected projection merged "dense", see `merge`, or "masked", see `merge_masked`; "beside" leaves it as it is."""
+    return {"beside": lambda module: module, "masked": merge_masked, "dense": merge}[how](adapted)
+
+
+def merge_all(model: nn.Module, how: str) -> nn.Module:
+    """Merge every correction of a model in place, see `merged`; those that stood in several places are one again in all of them."""
+    return _change_all(model, lambda module: merged(module, how) if isinstance(module, Adapted) else module)
 
 
 def _sum(adapted: Adapted) -> torch.Tensor:
@@ -182,19 +323,26 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
 def unpack(module: nn.Module) -> nn.Module:
     """The projection as an nn.Linear; an adapted one stays adapted, around an nn.Linear; what is dense is returned as it is."""
     if isinstance(module, Adapted):
-        return module if (base := unpack(module.base)) is module.base else Adapted(base, module.lora_A, module.lora_B)
+        return module if (dense := unpack(module.base)) is module.base else Adapted(dense, module.lora_A, module.lora_B)
     return _linear(module.weight, module.bias) if isinstance(module, ComputedLinear) else module
 
 
-def unpack_all(model: nn.Module) -> nn.Module:
-    """Unpack every projection of a model in place; those that stood in several places are one again in all of them."""
-    dense: dict[int, nn.Module] = {}
-    for parent in list(model.modules()):
+def unpack_all(model: nn.Module, kind: type[ComputedLinear] = ComputedLinear) -> nn.Module:
+    """Unpack every linear of one kind in a model in place; those that stood in several places are one again in all of them."""
+    return _change_all(model, lambda module: unpack(module) if isinstance(base(module), kind) else module)
+
+
+def _change_all(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Put what `change` makes of it where each linear of a model stands that is computed or corrected; each is changed once."""
+    changed: dict[int, nn.Module] = {}
+    for parent in list(model.modules()):  # which holds them all, so that no two have the same id
         if isinstance(parent, Adapted):  # replaced as a whole, by its parent
             continue
         for name, child in parent.named_children():
             if isinstance(child, (ComputedLinear, Adapted)):
-                setattr(parent, name, dense.setdefault(id(child), unpack(child)))
+                if id(child) not in changed:
+                    changed[id(child)] = change(child)
+                setattr(parent, name, changed[id(child)])
     return model
 
 

@@ -12,7 +12,7 @@ from thesislib.errors import BadInput
 from thesislib.model import packing
 from thesislib.model.bits import pack_bits, packed_length, unpack_bits
 from thesislib.model.grid import ROW, Grid, Quantised
-from thesislib.model.layers import ComputedLinear
+from thesislib.model.layers import ComputedLinear, base
 
 EVERYWHERE = "all"
 TABLES = ("model.embed_tokens", "lm_head")
@@ -45,6 +45,8 @@ class QuantisedLinear(ComputedLinear):
     Raises:
         BadInput: an encoding of another form.
     """
+
+    words = ("int",)
 
     def __init__(self, encoding: str, shape: tuple[int, int], bias: torch.Tensor | None, dtype: torch.dtype = torch.float32, **tensors: torch.Tensor):
         super().__init__(shape, bias, **tensors)
@@ -114,6 +116,11 @@ class QuantisedLinear(ComputedLinear):
         if "places" in expected:
             packing.check_places({"codes": tensors["places"]}, mask, name)
         return cls(encoding, shape, bias, dtype, **{part: tensors[part] for part in expected})
+
+    @classmethod
+    def check_encoding(cls, encoding: str) -> None:
+        """Raises BadInput, see `parse_encoding`."""
+        parse_encoding(encoding)
 
     @property
     def held(self) -> dict[str, torch.Tensor]:
@@ -274,11 +281,6 @@ def parse_encoding(encoding: str) -> tuple[Grid, str]:
     return Grid(int(bits.removeprefix("int")), group if group == ROW else int(group), kind), mask
 
 
-def is_encoding(encoding: str) -> bool:
-    """Whether an encoding is one of this module's, not of `thesislib.model.packing`'s."""
-    return encoding.startswith("int")
-
-
 def tables(model: nn.Module) -> list[tuple[str, QuantisedLinear]]:
     """The quantised embedding and head of a model with their paths; a tied head stands under the embedding's alone."""
     table = getattr(model.get_input_embeddings(), "table", None)
@@ -340,7 +342,7 @@ def _tiles_are_known() -> bool:
 
 def is_quantised(module: nn.Module) -> bool:
     """Whether a module, or what it is a correction of, holds a quantised weight."""
-    return isinstance(getattr(module, "base", getattr(module, "table", module)), QuantisedLinear)
+    return isinstance(base(getattr(module, "table", module)), QuantisedLinear)
 
 
 def _to_bits(numbers: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch.sparse import to_sparse_semi_structured
 
 from thesislib.errors import BadInput
 from thesislib.model import packing
-from thesislib.model.layers import Adapted, ComputedLinear, PackedLinear, projections, replace
+from thesislib.model.layers import Adapted, ComputedLinear, PackedLinear, base, projections, replace
 from thesislib.model.subject import Subject
 
 
@@ -76,19 +76,18 @@ def semi_structured(subject: Subject) -> Subject:
         raise BadInput(f"2:4 kernels cannot run on {name} of compute capability {'.'.join(map(str, capability))}: expected 8.0 or newer")
     if dtype not in (torch.float16, torch.bfloat16):
         raise BadInput(f"2:4 kernels cannot run in {dtype}: expected torch.bfloat16 or torch.float16")
-    model, made = copy.deepcopy(subject.model), {}
-    result = with_other(subject, model=model)
+    result, made = subject.copy(unpack=False), {}
     for i, block in enumerate(result.blocks):
         for name, module in result.linears(i).items():
-            base = getattr(module, "base", module)
-            if id(base) not in made:
-                weight = base.weight.detach()
+            under = base(module)
+            if id(under) not in made:
+                weight = under.weight.detach()
                 fits = weight.shape[0] % 32 == 0 and weight.shape[1] % 64 == 0 and packing.most_kept(weight, 4) <= 2
-                made[id(base)] = SemiStructuredLinear(to_sparse_semi_structured(weight.contiguous()), base.bias) if fits else base
+                made[id(under)] = SemiStructuredLinear(to_sparse_semi_structured(weight.contiguous()), under.bias) if fits else under
             if isinstance(module, Adapted):
-                module.base = made[id(base)]
+                module.base = made[id(under)]
             else:
-                replace(block, name, made[id(base)])
-    if not any(isinstance(m, SemiStructuredLinear) for m in model.modules()):
+                replace(block, name, made[id(under)])
+    if not any(isinstance(m, SemiStructuredLinear) for m in result.model.modules()):
         raise BadInput(f"no linear of {subject.name} holds 2:4 weights of a shape that the kernels take: mask with W2:4 first")
     return result

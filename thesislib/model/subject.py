@@ -3,7 +3,7 @@
 import copy
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -68,19 +68,21 @@ class Subject:
     def parameters(self) -> int:
         """Distinct parameters, zeros and packed ones too: tied and shared weights count once."""
         stored = {p.data_ptr(): p.numel() for p in self.model.parameters()}
-        return sum(stored.values()) + sum(m.in_features * m.out_features for m in self.model.modules() if isinstance(m, ComputedLinear))
+        return sum(stored.values()) + sum(m.numel for m in self.model.modules() if isinstance(m, ComputedLinear))
 
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over the names, types, shapes and bytes of all tensors, and the order of blocks."""
         return fingerprint(sorted(self.model.state_dict().items()))
 
-    def copy(self) -> "Subject":
-        """An independent subject with the same weights, for a stage to change; packed weights become plain ones.
+    def copy(self, unpack: bool = True) -> "Subject":
+        """An independent subject with the same weights, for a stage to change. Blocks that a plan repeats go on sharing theirs.
 
-        Blocks that a plan repeats go on sharing theirs.
+        Args:
+            unpack: packed and quantised weights become plain ones; False leaves them as they are.
         """
-        return Subject(unpack_all(copy.deepcopy(self.model)), self.tokenizer, self.name, self.plan)
+        model = copy.deepcopy(self.model)
+        return replace(self, model=unpack_all(model) if unpack else model)
 
 
 def causal(model: PreTrainedModel) -> PreTrainedModel:

