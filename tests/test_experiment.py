@@ -180,7 +180,7 @@ def test_a_recipe_hash_stands_for_every_setting():
     ],
 )
 def test_verdicts(then, now, allowed, agrees, said):
-    a, b = (Measurement("t", "m", value, 0.0, 0.0, 1, "u", []) for value in (then, now))
+    a, b = (Measurement(task="t", metric="m", value=value, low=0.0, high=0.0, n=1, unit="u", items=[]) for value in (then, now))
     verdict = Verdict(a, b, allowed, True)
     assert verdict.agrees == agrees and verdict.same_bits == ("the same" in said) and said in str(verdict)
     assert "the weights are not the recorded ones to the last bit" in str(Verdict(a, b, allowed, False)) and "weights" not in str(verdict)
@@ -198,7 +198,7 @@ def test_verdicts(then, now, allowed, agrees, said):
     ],
 )
 def test_tolerances(metric, dtype, stages, expected):
-    m = Measurement("t", metric, 1.0, 1.0, 1.0, 1, "u", [], {}, {"dtype": dtype, "made": {"stages": stages}})
+    m = Measurement(task="t", metric=metric, value=1.0, low=1.0, high=1.0, n=1, unit="u", items=[], provenance={"dtype": dtype, "made": {"stages": stages}})
     assert tolerance(m) == expected and tolerance(altered(m, tolerance={"absolute": 7})) == {"absolute": 7}
 
 

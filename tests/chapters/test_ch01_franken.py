@@ -19,12 +19,16 @@ def loss(plan, per_token, seed=0):
     noise = np.random.default_rng(seed).normal(0, 0.01, WINDOWS)
     items = [{"id": i, "document": i, "nats": 100 * (per_token + noise[i]), "tokens": 100} for i in range(WINDOWS)]
     value = float(np.exp(per_token))
-    return Measurement("text", "perplexity", value, value * 0.9, value * 1.1, WINDOWS, "window", items, {}, {"plan": list(plan)})
+    return Measurement(
+        task="text", metric="perplexity", value=value, low=value * 0.9, high=value * 1.1, n=WINDOWS, unit="window", items=items, provenance={"plan": list(plan)}
+    )
 
 
 def hella(plan, right):
     items = [{"id": str(i), "correct": i < right, "correct_unnormalised": i < right} for i in range(ITEMS)]
-    return Measurement("HellaSwag", "acc_norm", right / ITEMS, 0, 1, ITEMS, "item", items, {}, {"plan": list(plan)})
+    return Measurement(
+        task="HellaSwag", metric="acc_norm", value=right / ITEMS, low=0, high=1, n=ITEMS, unit="item", items=items, provenance={"plan": list(plan)}
+    )
 
 
 @pytest.fixture

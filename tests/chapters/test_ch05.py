@@ -90,7 +90,17 @@ def loss(per_token, seed=0):
     noise = np.random.default_rng(0).normal(0, 0.3, 24) + np.random.default_rng(seed).normal(0, 0.01, 24)
     items = [{"id": i, "document": i, "nats": 100 * (per_token + noise[i]), "tokens": 100} for i in range(24)]
     value = float(np.exp(per_token))
-    return Measurement("text", "perplexity", value, value * 0.9, value * 1.1, 24, "window", items, {}, {"made": {"bytes": {"bytes_on_disk": 10**6}}})
+    return Measurement(
+        task="text",
+        metric="perplexity",
+        value=value,
+        low=value * 0.9,
+        high=value * 1.1,
+        n=24,
+        unit="window",
+        items=items,
+        provenance={"made": {"bytes": {"bytes_on_disk": 10**6}}},
+    )
 
 
 def test_sentences_turn_with_the_numbers():

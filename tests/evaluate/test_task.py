@@ -52,7 +52,7 @@ def read(path):
 
 
 def measurement(metric="m", task="t", **provenance):
-    return Measurement(task, metric, 1.0, 1.0, 1.0, 7, "u", [], {}, provenance)
+    return Measurement(task=task, metric=metric, value=1.0, low=1.0, high=1.0, n=7, unit="u", items=[], provenance=provenance)
 
 
 # ---------------------------------------------------------------- measuring

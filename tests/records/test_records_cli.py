@@ -153,7 +153,7 @@ def test_csv_has_the_rows(store, tmp_path):
 
 def test_what_is_not_finite_or_not_said_is_listed(tmp_path):
     store = Store(tmp_path / "r.jsonl")
-    store.append(Measurement('é, "a"\nb', "perplexity", math.inf, 1.0, math.nan, 1, "u", []))
+    store.append(Measurement(task='é, "a"\nb', metric="perplexity", value=math.inf, low=1.0, high=math.nan, n=1, unit="u", items=[]))
     shown = run(app, ["records", "--store", str(store.path)])
     assert shown.exit_code == 0 and "? [1, ?]  n = 1" in shown.stdout
     assert json.loads(run(app, ["records", "--store", str(store.path), "--json"]).stdout)["value"] is None

@@ -155,7 +155,7 @@ def _measurement(task: str, items: list[Choice], scores: list[np.ndarray], cut: 
     raw = sum(o["correct_unnormalised"] for o in outcomes)
     low, high = proportion(right, n)
     extra = {"acc": dict(zip(("value", "low", "high"), (raw / n, *proportion(raw, n)), strict=True)), CUT: cut}
-    return Measurement(task, "acc_norm", right / n, low, high, n, "item", outcomes, extra, made)
+    return Measurement(task=task, metric="acc_norm", value=right / n, low=low, high=high, n=n, unit="item", items=outcomes, extra=extra, provenance=made)
 
 
 def compare(a: Measurement, b: Measurement) -> Comparison:

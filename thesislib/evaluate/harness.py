@@ -102,7 +102,8 @@ def lm_eval_task(subject: Subject, task: str, data: str | Path = "embedded", *, 
     n, right = len(items), sum(i["correct"] for i in items)
     extra = {m: sum(i[m] for i in items) / n for m in ("acc", "acc_norm") if m in items[0]}
     extra[CUT] = sum(any(tuple(pair) in model.cut for pair in s["arguments"]) for s in samples)
-    return Measurement(task, metric, right / n, *proportion(right, n), n, "item", items, extra, made)
+    low, high = proportion(right, n)
+    return Measurement(task=task, metric=metric, value=right / n, low=low, high=high, n=n, unit="item", items=items, extra=extra, provenance=made)
 
 
 def _word_perplexity(samples: list[dict], made: dict) -> Measurement:
@@ -115,7 +116,11 @@ def _word_perplexity(samples: list[dict], made: dict) -> Measurement:
     items = [{"id": str(s["doc_id"]), "nats": -s["word_perplexity"][0], "words": s["word_perplexity"][1]} for s in samples]
     extra = {"documents": len(items)} | ({"why no interval": ONE_DOCUMENT} if len(items) < 2 else {})
     extra |= {"bits_per_byte": -sum(loglikelihood) / sum(s["bits_per_byte"][1] for s in samples) / float(np.log(2))}
-    return Measurement("wikitext (lm-eval)", "word_perplexity", *np.exp([value, low, high]).tolist(), len(items), "article", items, extra, made)
+    value, low, high = np.exp([value, low, high]).tolist()
+    return Measurement(
+        task="wikitext (lm-eval)", metric="word_perplexity", value=value, low=low, high=high, n=len(items), unit="article", items=items,
+        extra=extra, provenance=made,
+    )  # fmt: skip
 
 
 def _watched(subject: Subject, batch: int):

@@ -88,7 +88,10 @@ def _measurement(task: str, cut: Windows, nats: np.ndarray, made: dict) -> Measu
     if extra["documents"] < 2:
         extra["why no interval"] = ONE_DOCUMENT
     items = [{"id": i, "document": int(d), "nats": float(v), "tokens": length - 1} for i, (d, v) in enumerate(zip(cut.document, nats, strict=True))]
-    return Measurement(task, "perplexity", _exp(mean), _exp(low), _exp(high), n, f"window of {length} tokens", items, extra, made)
+    return Measurement(
+        task=task, metric="perplexity", value=_exp(mean), low=_exp(low), high=_exp(high), n=n, unit=f"window of {length} tokens", items=items,
+        extra=extra, provenance=made,
+    )  # fmt: skip
 
 
 def _per(x: float, n: int) -> float:

@@ -69,7 +69,10 @@ def triviaqa(subject: Subject, items: list[Question], *, source: str, prompt: st
         extra[name] = {"value": counts[name] / n, "low": a, "high": b}
     settings = {"prompt": prompt, "source": source, "max_new_tokens": max_new_tokens, "batch": batch,
                 "open_book": items[0].context is not None, **asked(subject, prompts, prompt)}  # fmt: skip
-    return Measurement(source, "accuracy", correct / n, low, high, n, "question", outcomes, extra, provenance(subject, started, **settings))
+    return Measurement(
+        task=source, metric="accuracy", value=correct / n, low=low, high=high, n=n, unit="question", items=outcomes, extra=extra,
+        provenance=provenance(subject, started, **settings),
+    )  # fmt: skip
 
 
 def compare(a: Measurement, b: Measurement) -> Comparison:

@@ -211,4 +211,4 @@ def _failure(c: Configuration, grid: Grid, place: Place, base: dict, why: str) -
     made = {"label": c.label, "stages": _plain(c), "base": base, "data": corpus.kind_of(place.data)}
     note = {"grid": grid.name, "size": grid.size, "group": c.group, "label": c.label}
     facts = {"subject": base["name"], "dtype": place.dtype, "made": made, "sweep": note, "why": why}
-    return Measurement("sweep", FAILED, None, None, None, 0, "configuration", [], {}, facts)
+    return Measurement(task="sweep", metric=FAILED, value=None, low=None, high=None, n=0, unit="configuration", items=[], provenance=facts)
