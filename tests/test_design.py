@@ -16,7 +16,7 @@ import pytest
         ("thesislib.evaluate.perplexity, thesislib.evaluate.triviaqa, thesislib.evaluate.choice, thesislib.evaluate.harness", "thesislib.compress"),
         ("thesislib.model.subject, thesislib.sources.corpus, thesislib.model.forward", "thesislib.records.measurement"),
         ("thesislib.records.store, thesislib.records.measurement", ("thesislib.compress", "thesislib.evaluate")),
-        ("thesislib.evaluate.task", "thesislib.compress"),
+        ("thesislib.evaluate.setup", "thesislib.compress"),
     ],
 )
 def test_imports_go_one_way(imported, never):

@@ -15,7 +15,7 @@ from thesislib.compress.gptq import Rtn
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.evaluate.perplexity import perplexities
-from thesislib.evaluate.task import Protocol
+from thesislib.evaluate.setup import Setup
 from thesislib.experiment import Verdict, again, described, prepare, recipe_hash, recipe_of, tolerance
 from thesislib.formats.load import load_subject, save_checkpoint
 from thesislib.model.blocks import apply_plan
@@ -25,9 +25,9 @@ from thesislib.records.store import Store, find
 from thesislib.sources import corpus
 
 STAGES = (Depth(blocks=[0, 2]), Width(remove=1, of=8, windows=4, length=64), Rtn(bits=4, group=32))
-PPL = Protocol("wikitext", length=32, limit=5)
-CHOICE = Protocol("hellaswag", limit=4, fast=True)
-TRIVIA = Protocol("trivia", batch=4)
+PPL = Setup("wikitext", length=32, limit=5)
+CHOICE = Setup("hellaswag", limit=4, fast=True)
+TRIVIA = Setup("trivia", batch=4)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,7 +97,7 @@ def other_data(data, tmp_path, file, change):
 
 @pytest.mark.parametrize(
     ("stages", "protocol"),
-    [((), PPL), ((), CHOICE), ((), Protocol("trivia_open", limit=1)), (STAGES, PPL), (STAGES, CHOICE), (STAGES, Protocol("trivia", limit=1))],
+    [((), PPL), ((), CHOICE), ((), Setup("trivia_open", limit=1)), (STAGES, PPL), (STAGES, CHOICE), (STAGES, Setup("trivia", limit=1))],
     ids=lambda x: getattr(x, "on", recipe_of(x).label if isinstance(x, tuple) else ""),
 )
 def test_a_record_is_made_again_to_the_last_bit(folder, data, tmp_path, stages, protocol):
@@ -240,7 +240,7 @@ def test_another_subject_is_refused(recorded, folder, other, data):
             lambda rows: [{"text": row["text"].replace("alpha", "omega")} for row in rows],
             "has another text for WikiText-2 test .sha256 ",
         ),
-        (Protocol("wikitext", length=32, limit=16), "wikitext2/test", lambda rows: rows[:2], r"gives \d+ other items"),
+        (Setup("wikitext", length=32, limit=16), "wikitext2/test", lambda rows: rows[:2], r"gives \d+ other items"),
         (TRIVIA, "trivia_qa/validation_closed_book", lambda rows: rows[:3], r"gives 3 other items .* than the record's 4"),
         (TRIVIA, "trivia_qa/validation_closed_book", lambda rows: rows[::-1], "gives 4 other items"),
         (TRIVIA, "trivia_qa/validation_closed_book", lambda rows: [{**row, "question": "Why?"} for row in rows], "has another text for TriviaQA"),

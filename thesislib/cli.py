@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from thesislib.errors import BadInput, printable, unknown
 from thesislib.files import free_file, free_folder, open_folder, plain_errors
@@ -75,11 +75,24 @@ def one_line_errors(command: Callable) -> Callable:
     return wrapped
 
 
-@app.command()
+class NamesTasks(TyperCommand):
+    """A command whose help names the tasks there are; other commands' help does not wait until all are imported."""
+
+    def format_help(self, ctx, formatter) -> None:
+        """As Typer does it."""
+        from thesislib.evaluate.setup import TASKS
+
+        for parameter in self.params:
+            if parameter.name == "on":
+                parameter.help = ", ".join(TASKS)
+        super().format_help(ctx, formatter)
+
+
+@app.command(cls=NamesTasks)
 @one_line_errors
 def evaluate(
     subject: Annotated[str, typer.Argument(help="embedded, a checkpoint or artifact folder, a .gguf file, or hub:NAME[@REVISION]")],
-    on: Annotated[str, typer.Option(help="wikitext, trivia, trivia_open, hellaswag, piqa, arc_easy, arc_challenge, openbookqa, winogrande, lm_eval_wikitext")],
+    on: Annotated[str, typer.Option(help="a task")],
     data: Annotated[str | None, typer.Option(help="embedded, a folder, or hub; default THESISLIB_DATA, else embedded")] = None,
     length: Annotated[int, typer.Option(help="tokens in a window of perplexity")] = 512,
     limit: Annotated[int | None, typer.Option(help="windows, questions or items; all by default")] = None,
@@ -95,14 +108,14 @@ def evaluate(
     items: Annotated[bool, typer.Option("--items", help="with --json: every item's outcome too")] = False,
 ) -> None:
     """One measurement of a subject: value, 95 % interval, n."""
-    from thesislib.evaluate.task import Protocol
+    from thesislib.evaluate.setup import Setup
     from thesislib.formats.held import check_device, check_dtype, own_dtype
     from thesislib.formats.load import load_subject
     from thesislib.sources import corpus
 
     check_dtype(dtype)
     check_device(device)
-    protocol = Protocol(on, length=length, limit=limit, prompt=prompt, seed=seed, fast=fast, batch=batch)
+    setup = Setup(on, length=length, limit=limit, prompt=prompt, seed=seed, fast=fast, batch=batch)
     data = corpus.default_data() if data is None else data
     corpus.kind_of(data)  # before a model is loaded
     dtype = dtype or (own_dtype(subject) if _is_artifact(subject) else "float32")
@@ -112,7 +125,7 @@ def evaluate(
         from thesislib.model.blocks import apply_plan
 
         loaded = apply_plan(loaded, parse_plan(plan, loaded.depth))
-    result = protocol.measure(loaded, data)
+    result = setup.measure(loaded, data)
     typer.echo(result.to_json(items=items) if as_json else result)
 
 
