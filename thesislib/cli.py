@@ -100,6 +100,7 @@ def evaluate(
     plan: Annotated[str | None, typer.Option(help="run these blocks in this order, e.g. 0-13,15-29")] = None,
     fast: Annotated[bool, typer.Option("--fast", help="multiple choice with shared contexts instead of lm-eval; same scores")] = False,
     batch: Annotated[int | None, typer.Option(help="at a time; default 4 windows, 32 questions, 8 items")] = None,
+    reference: Annotated[str | None, typer.Option(help="tasks of two models: what the subject is held against, a spec like it")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default an artifact's own, else float32")] = None,
     device: Annotated[str, typer.Option(help="a torch device")] = "cpu",
     unpack: Annotated[bool, typer.Option("--unpack", help="unpack an artifact's weights once: faster, more memory")] = False,
@@ -115,7 +116,7 @@ def evaluate(
 
     check_dtype(dtype)
     check_device(device)
-    setup = Setup(on, length=length, limit=limit, prompt=prompt, seed=seed, fast=fast, batch=batch)
+    setup = Setup(on, length=length, limit=limit, prompt=prompt, seed=seed, fast=fast, batch=batch, reference=reference)
     data = corpus.default_data() if data is None else data
     corpus.kind_of(data)  # before a model is loaded
     dtype = dtype or (own_dtype(subject) if _is_artifact(subject) else "float32")
@@ -554,6 +555,7 @@ def verify(
     subject: Annotated[str, typer.Option(help="what the record began with")] = "embedded",
     data: Annotated[str | None, typer.Option(help="the data it was made with; default THESISLIB_DATA, else embedded")] = None,
     device: Annotated[str, typer.Option(help="a torch device")] = "cpu",
+    reference: Annotated[str | None, typer.Option(help="the model that it was held against; default the record's own")] = None,
 ) -> None:
     """Make a measurement again from its own record: does it agree within its stated tolerance? If not, the exit code is 1."""
     from thesislib.experiment import again
@@ -561,7 +563,7 @@ def verify(
     from thesislib.records import store as stored
 
     check_device(device)
-    verdict = again(stored.find(name, stored.stores(store or [stored.study()])), subject, data, device)
+    verdict = again(stored.find(name, stored.stores(store or [stored.study()])), subject, data, device, reference)
     typer.echo(str(verdict))
     if not verdict.agrees:
         raise typer.Exit(1)

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from thesislib.compress.stage import STAGES
 from thesislib.config import build
-from thesislib.errors import BadInput, unknown
+from thesislib.errors import BadInput, shown, unknown
 from thesislib.evaluate.setup import Setup, setup_of, task_of
 from thesislib.files import read_json
 from thesislib.formats.artifact import predicted_disk_bytes, sizes
@@ -173,7 +173,7 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def again(m: Measurement, subject: str = "embedded", data: str | None = None, device: str = "cpu") -> Verdict:
+def again(m: Measurement, subject: str = "embedded", data: str | None = None, device: str = "cpu", reference: str | None = None) -> Verdict:
     """Make a recorded measurement once more from what its record says.
 
     Args:
@@ -181,12 +181,15 @@ def again(m: Measurement, subject: str = "embedded", data: str | None = None, de
         subject: a spec of what it began with.
         data: a data spec that has its text; by default `thesislib.sources.corpus.default_data()`.
         device: a torch device.
+        reference: a spec of the model that it was held against; by default the record's own.
 
     Raises:
-        BadInput: the subject or the text is another than the record's; stages or settings this version does not know.
+        BadInput: the subject, the reference or the text is another than the record's; stages or settings this version does not know.
     """
     made, data = m.provenance, data or corpus.default_data()
     setup = setup_of(m)
+    if reference is not None:
+        setup = dataclasses.replace(setup, reference=reference)
     missing = [key for key in ("subject", "fingerprint", "dtype", "settings") if key not in made]
     if missing:
         raise BadInput(f"the record does not say its {', '.join(missing)}: it cannot be measured again")
@@ -211,6 +214,10 @@ def again(m: Measurement, subject: str = "embedded", data: str | None = None, de
         then = made["settings"].get(key, made.get(key))
         if then is not None and now is not None and then != now:
             raise BadInput(f"data '{data}' has another text for {m.task} (sha256 {now[:12]}..., recorded {then[:12]}...): name the data that it was made with")
+    now, then = (x.provenance["settings"].get("reference_fingerprint") for x in (result, m))
+    if now != then:
+        raise BadInput(f"the record was held against a reference with fingerprint {str(then)[:12]}...; {shown(setup.reference)} has {str(now)[:12]}...: "
+                       "name the record's by --reference")  # fmt: skip
     now, then = (x.provenance["settings"].get("prompts_sha256") for x in (result, m))
     if then is not None and now != then:  # records made before prompts were hashed have none
         raise BadInput(f"the questions are put in other words than the record's (sha256 of all prompts {str(now)[:12]}..., recorded {str(then)[:12]}...): "

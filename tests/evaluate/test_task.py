@@ -275,3 +275,10 @@ def test_tasks_are_found_in_their_folder():
     for task in TASKS.values():
         kind, allowed = task.tolerance
         assert kind in ("relative", "absolute") and list(allowed) == sorted(allowed) and task.unit and isinstance(task.higher_is_better, bool)
+
+
+def test_a_reference_belongs_to_tasks_of_two_models(subject, data):
+    with pytest.raises(BadInput, match="task 'wikitext' measures one model, the reference 'embedded' would do nothing: leave it out"):
+        Setup("wikitext", reference="embedded")
+    m = Setup("wikitext", length=32, limit=2).measure(subject, str(data))
+    assert "reference" not in m.provenance["protocol"]  # as in records made before

@@ -36,8 +36,9 @@ class Setup(Options):
         return TASKS[self.on]
 
     def plain(self) -> dict[str, Any]:
-        """As a record holds it."""
-        return {"on": self.on, **dataclasses.asdict(self)}
+        """As a record holds it; without a reference, as before there were tasks that have one."""
+        facts = {"on": self.on, **dataclasses.asdict(self)}
+        return {name: value for name, value in facts.items() if (name, value) != ("reference", None)}
 
     def items(self, data: str) -> Any:
         """See `Task.items`."""

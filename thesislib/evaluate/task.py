@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from thesislib.config import check_seed, positive
+from thesislib.errors import BadInput, shown
 from thesislib.evaluate.stats import Comparison, paired_outcomes
 from thesislib.model.subject import Subject
 from thesislib.records.measurement import Measurement
@@ -26,6 +27,7 @@ class Options:
         fast: multiple choice with shared contexts instead of lm-eval, with the same scores.
         batch: at a time, None for 32 questions and, on a CPU, 4 windows and 8 items (on a card as many as fill it); rounding
             apart, it changes nothing.
+        reference: a spec of the subject that another is held against, for a task of two models.
     """
 
     length: int = 512
@@ -34,6 +36,7 @@ class Options:
     seed: int = 0
     fast: bool = False
     batch: int | None = None
+    reference: str | None = None
 
     def __post_init__(self):
         # a loop in negative steps measures nothing, and a loss of nothing is a perplexity of 1
@@ -52,6 +55,7 @@ class Task:
         ratio: whether the difference of a comparison is the logarithm of a ratio of two numbers.
         tolerance: "relative" or "absolute", and how far the same measurement may lie from a record on another machine: of a
             model in float32, in 16 bits, and of one that was trained.
+        two_models: whether it holds a subject against a reference.
     """
 
     name: ClassVar[str]
@@ -60,9 +64,14 @@ class Task:
     higher_is_better: ClassVar[bool]
     ratio: ClassVar[bool] = False
     tolerance: ClassVar[tuple[str, tuple[float, float, float]]]
+    two_models: ClassVar[bool] = False
 
     def check(self, options: Options) -> None:
         """Raises BadInput for options that this task cannot work with; asked before a model is loaded."""
+        if self.two_models and options.reference is None:
+            raise BadInput(f"task '{self.name}' holds a subject against another, which is not said: expected a reference, such as --reference embedded")
+        if not self.two_models and options.reference is not None:
+            raise BadInput(f"task '{self.name}' measures one model, the reference {shown(options.reference)} would do nothing: leave it out")
 
     def items(self, data: str, options: Options) -> Any:
         """What is measured on, out of a data spec: a text, or a list of questions or items.
