@@ -7,31 +7,33 @@ from collections.abc import Iterable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 PACKAGE = Path(__file__).parent
 
 
-def import_all(package: str) -> None:
-    """Import every module of a package, so that what registers itself there is known; `imported` sees it where the name is written out."""
-    for module in pkgutil.walk_packages(import_module(package).__path__, f"{package}."):
-        import_module(module.name)
-
-
 def imported(code: str) -> set[str]:
     """The modules of thesislib that a piece of code imports, and may: `from thesislib.a import b` names thesislib.a and thesislib.a.b.
+
+    `members("thesislib.a")` imports all of a folder, "thesislib.a.*" here.
 
     >>> sorted(imported("import torch, thesislib.files\\nfrom thesislib.model import grid"))
     ['thesislib.files', 'thesislib.model', 'thesislib.model.grid']
     """
     found = set()
     for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.Import):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == members.__name__ and isinstance(node.args[0], ast.Constant):
+            found.add(f"{node.args[0].value}.*")
+        elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "import_all":
-            found.add(f"{ast.literal_eval(node.args[0])}.*")
     return {name for name in found if name.partition(".")[0] == "thesislib"}
+
+
+def members(package: str) -> list[ModuleType]:
+    """Every module of a folder of this package and of those in it, imported. Give its name as it is, not a variable: `imported` reads it."""
+    return [import_module(m.name) for m in pkgutil.walk_packages(import_module(package).__path__, f"{package}.")]
 
 
 @cache

@@ -28,7 +28,7 @@ def record(tiny):
         (chapter.depth_label(30, d), f"llama.cpp {kind}"): timed(subject, f"llama.cpp {kind}", 2 + 0.6 * d, 10 * d) for kind in TYPES for d in chapter.DEPTHS
     }
     same = [{"id": "a", "same": 32, "of": 32, "margin": None, "gap": 0.01}, {"id": "b", "same": 7, "of": 32, "margin": 0.002, "gap": 0.002}]
-    found["dense", chapter.SAME] = Measurement("text", chapter.SAME, 0.5, 0.1, 0.9, 2, "prompt", same)
+    found["dense", chapter.SAME] = Measurement(task="text", metric=chapter.SAME, value=0.5, low=0.1, high=0.9, n=2, unit="prompt", items=same)
     return found
 
 

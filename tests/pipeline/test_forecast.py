@@ -51,7 +51,7 @@ def texts(tmp_path_factory):
     """Text to train on."""
     root, r = tmp_path_factory.mktemp("texts"), random.Random(0)
     for task in ("wikitext_train", "wikitext"):
-        path = root / f"{corpus.TASKS[task].folder}.jsonl"
+        path = root / f"{corpus.SOURCES[task].folder}.jsonl"
         path.parent.mkdir(exist_ok=True)
         rows = [row for i in range(4) for row in (f" = {task} {i} = \n", "".join(r.choices("abc def", k=200)) + "\n")]
         path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))

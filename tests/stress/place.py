@@ -200,7 +200,7 @@ class Place:
 def records(here: Place) -> None:
     """A store of three measurements, as a sweep would append them."""
     from thesislib import experiment
-    from thesislib.evaluate.task import Protocol
+    from thesislib.evaluate.setup import Setup
     from thesislib.pipeline.recipe import parse_label
     from thesislib.records.store import Store
 
@@ -208,7 +208,7 @@ def records(here: Place) -> None:
     for label in ("D1", "W1:8", "D1+W1:8"):
         stages = [type(s)(**({"blocks": [1]} if "D" in s.label else {"remove": 1, "of": 8, "metric": "magnitude"})) for s in parse_label(label).stages]
         ready = experiment.prepare(str(here / "subject"), stages, data=str(here / "data"), dtype="float32")
-        store.append(ready.measure(Protocol("wikitext", length=LENGTH, limit=WINDOWS), str(here / "data")))
+        store.append(ready.measure(Setup("wikitext", length=LENGTH, limit=WINDOWS), str(here / "data")))
 
 
 def plain_perplexity(subject: Path, data: Path) -> float:

@@ -11,6 +11,7 @@ from thesislib.config import positive
 from thesislib.errors import BadInput
 from thesislib.evaluate.choice import multiple_choice
 from thesislib.evaluate.perplexity import perplexity
+from thesislib.evaluate.setup import Setup
 from thesislib.evaluate.triviaqa import TIERS, triviaqa
 from thesislib.experiment import described
 from thesislib.formats.held import check_dtype
@@ -19,7 +20,7 @@ from thesislib.model.prompts import PROMPTS, default_prompt
 from thesislib.model.subject import Subject
 from thesislib.records.measurement import Measurement, in_markdown
 from thesislib.records.store import Store
-from thesislib.sources.corpus import choices, evaluation_text, question_source, questions
+from thesislib.sources.corpus import evaluation_text, question_source, questions
 
 TITLE = "the subject and its measures"
 
@@ -76,7 +77,7 @@ def measure_answers(subject: Subject, p: Measures) -> list[Measurement]:
     for open_book, limit in ((False, p.questions), (True, p.passages)):
         asked = questions(p.data, open_book=open_book, limit=limit)
         found += [triviaqa(subject, asked, source=question_source(p.data, open_book), prompt=prompt) for prompt in prompts_for(subject)]
-    return [*found, multiple_choice(subject, choices("hellaswag", p.data, p.items), task="HellaSwag validation")]
+    return [*found, multiple_choice(subject, Setup("hellaswag", limit=p.items, fast=True).items(p.data), task="HellaSwag validation")]
 
 
 def table(found: Sequence[Measurement]) -> pd.DataFrame:

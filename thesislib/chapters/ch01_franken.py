@@ -16,6 +16,7 @@ from thesislib.config import positive
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import choice, perplexity
 from thesislib.evaluate.generate import Timed, complete
+from thesislib.evaluate.setup import Setup
 from thesislib.evaluate.stats import Comparison, holm, proportion
 from thesislib.experiment import described
 from thesislib.formats.held import check_dtype
@@ -25,7 +26,7 @@ from thesislib.model.subject import Subject
 from thesislib.pipeline.recipe import Shape
 from thesislib.records.measurement import Measurement, in_markdown
 from thesislib.records.store import Store
-from thesislib.sources.corpus import choices, evaluation_text
+from thesislib.sources.corpus import evaluation_text
 
 TITLE = "skipping and repeating blocks"
 BASELINE = "baseline"
@@ -108,7 +109,7 @@ def measure(subject: Subject, p: Franken) -> Results:
     skipped, repeated = single_block_plans(subject.depth, blocks)
     tree = {**plans, **{("skip", b): q for b, q in skipped.items()}, **{("repeat", b): q for b, q in repeated.items()}}
     ppl = perplexity.perplexities(subject, evaluation_text(p.data), tree, length=p.length, limit=p.windows)
-    items = choices("hellaswag", p.data, p.items)
+    items = Setup("hellaswag", limit=p.items, fast=True).items(p.data)
     return Results(
         plans,
         {name: ppl[name] for name in plans},

@@ -16,7 +16,7 @@ from thesislib.compress.lora.stage import MERGES, Lora
 from thesislib.config import positive
 from thesislib.errors import BadInput, shown, unknown
 from thesislib.evaluate.generate import complete
-from thesislib.evaluate.task import Protocol
+from thesislib.evaluate.setup import Setup
 from thesislib.experiment import DENSE, Prepared, made, prepare, recipe_of
 from thesislib.files import cache_dir
 from thesislib.formats.artifact import predicted_disk_bytes, sizes
@@ -90,12 +90,12 @@ class LoraChapter:
         shared = ("rank", "learning_rate", "steps", "batch", "length", "every", "validation")
         return Lora(text=text, accumulate=1, checkpoint_every=self.every, **{name: getattr(self, name) for name in shared}, **settings)
 
-    def protocols(self) -> dict[str, Protocol]:
+    def protocols(self) -> dict[str, Setup]:
         """What is measured, by name."""
         return {
-            PPL: Protocol("wikitext", length=self.length, limit=self.windows),
-            CLOSED: Protocol("trivia", limit=self.questions),
-            OPEN: Protocol("trivia_open", limit=self.passages),
+            PPL: Setup("wikitext", length=self.length, limit=self.windows),
+            CLOSED: Setup("trivia", limit=self.questions),
+            OPEN: Setup("trivia_open", limit=self.passages),
         }
 
 

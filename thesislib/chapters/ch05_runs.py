@@ -21,7 +21,7 @@ from thesislib.compress.lora.stage import Lora
 from thesislib.config import positive
 from thesislib.errors import BadInput
 from thesislib.evaluate.generate import complete
-from thesislib.evaluate.task import Protocol
+from thesislib.evaluate.setup import Setup
 from thesislib.experiment import DENSE, prepare, recipe_hash, recipe_of
 from thesislib.files import cache_dir, write_whole
 from thesislib.formats.held import check_dtype
@@ -109,13 +109,13 @@ class QuantChapter:
         """EoRA."""
         return Eora(**{**({} if "bytes" in settings else {"rank": self.rank}), "windows": self.calibration, "length": self.length, **settings})
 
-    def protocols(self) -> dict[str, tuple[Protocol, str]]:
+    def protocols(self) -> dict[str, tuple[Setup, str]]:
         """{what: (protocol, data)}."""
         return {
-            PPL: (Protocol("wikitext", length=self.length, limit=self.windows), self.data),
-            HELD_OUT: (Protocol("wikitext", length=self.length, limit=self.held_out), "embedded"),
-            CLOSED: (Protocol("trivia", limit=self.questions), self.data),
-            OPEN: (Protocol("trivia_open", limit=self.passages), self.data),
+            PPL: (Setup("wikitext", length=self.length, limit=self.windows), self.data),
+            HELD_OUT: (Setup("wikitext", length=self.length, limit=self.held_out), "embedded"),
+            CLOSED: (Setup("trivia", limit=self.questions), self.data),
+            OPEN: (Setup("trivia_open", limit=self.passages), self.data),
         }
 
 

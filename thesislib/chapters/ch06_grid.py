@@ -9,13 +9,15 @@ import numpy as np
 import pandas as pd
 
 from thesislib.chapters.labels import FAMILIES, family, stages_of, step_family, thesis_of
-from thesislib.chapters.pareto import OPEN, PPL, Results, bytes_finding, size_of
-from thesislib.chapters.phrases import number, ratio, share
+from thesislib.chapters.pareto import MEASURES, OPEN, PPL, Results, bytes_finding, size_of
+from thesislib.chapters.phrases import difference, number, ratio, share
 from thesislib.chapters.thesis import thesis_row
 from thesislib.config import positive
 from thesislib.evaluate.compare import compare
+from thesislib.evaluate.setup import task_of
 from thesislib.evaluate.speed import SECONDS_PER_TOKEN
 from thesislib.evaluate.stats import Comparison, holm, paired_means
+from thesislib.evaluate.task import SHARE
 from thesislib.experiment import DENSE
 from thesislib.files import cache_dir, data_file
 from thesislib.formats.held import check_dtype
@@ -127,7 +129,7 @@ def grid_table(results: Results, groups: Sequence[str] | None = None, size: str 
         row: dict[str, object] = {"model": c.label}
         for measure in c.measures:
             m = results.get((c.label, measure))
-            row[measure] = _number(m, m is not None and m.metric != "perplexity")
+            row[measure] = _number(m, m is not None and task_of(m).unit == SHARE)
             if measure == PPL:
                 row["x dense"] = f"{m.value / dense.value:,.3g}" if m and dense else ""
         if m := results.get((c.label, SECONDS_PER_TOKEN)):
@@ -175,7 +177,7 @@ def cost_table(results: Results) -> pd.DataFrame:
         made = {label: note["seconds_to_make"] for (label, _), m in here.items() if (note := m.provenance.get("sweep"))}
         if here:
             row = {"last stage": name, "models": len({label for label, _ in here}), "to make it": f"{np.median(list(made.values())):.0f}" if made else ""}
-            for measure in (PPL, OPEN):
+            for measure in MEASURES:
                 seconds = [m.provenance["seconds"] for (_, what), m in here.items() if what == measure]
                 row[measure] = f"{np.median(seconds):.0f}" if seconds else ""
             rows.append(row)
@@ -210,7 +212,7 @@ def against_dense(results: Results, size: str = FULL) -> pd.DataFrame:
     tests = [compare(results[DENSE, m], results[label, m]) for label, m in pairs]
     cells: dict[str, dict[str, str]] = {}
     for (label, m), c, p in zip(pairs, tests, holm([c.p for c in tests]), strict=True):
-        said = ratio(c) if results[label, m].metric == "perplexity" else f"{100 * c.difference:+.1f} [{100 * c.low:+.1f}, {100 * c.high:+.1f}]"
+        said = difference(c, task_of(results[label, m]))
         cells.setdefault(label, {})[m] = said + " *" * (p < 0.05)
     rows = [{"model": label} | {m: cells[label].get(m, "not run") for m in measures} for label in cells]
     return pd.DataFrame(rows, columns=["model", *measures]).set_index("model")
@@ -260,13 +262,14 @@ def shown_steps(results: Results) -> list[tuple[str, str, str, Comparison]]:
 def stage_table(results: Results) -> pd.DataFrame:
     """What each stage does to the model before it: how many pairs, the lowest, median and highest effect, how many are told apart."""
     rows = []
-    for measure, words in ((PPL, ("worse", "better")), (OPEN, ("better", "worse"))):
+    for measure, task in MEASURES.items():
+        words = ("better", "worse") if task.higher_is_better else ("worse", "better")
         found = steps(results, measure)
         for name in FAMILIES:
             here = [c for f, *_, c in found if f == name]
             if here:
                 effects = sorted(c.difference for c in here)
-                shown = [f"x {np.exp(x):.3g}" if measure == PPL else f"{100 * x:+.1f}" for x in (effects[0], float(np.median(effects)), effects[-1])]
+                shown = [f"x {np.exp(x):.3g}" if task.ratio else f"{100 * x:+.1f}" for x in (effects[0], float(np.median(effects)), effects[-1])]
                 told = {words[up]: sum(c.p < 0.05 and (c.difference < 0) == bool(up) for c in here) for up in (0, 1)}
                 rows.append(
                     {"stage": name, "measure": measure, "pairs": len(here), "lowest": shown[0], "median": shown[1], "highest": shown[2],

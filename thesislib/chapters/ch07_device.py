@@ -157,7 +157,10 @@ def same_text(subject: Subject, tokens: int = TOKENS) -> Measurement:
     low, high = proportion(same, len(found))
     items = [{"id": q.id, **dataclasses.asdict(a)} for q, a in zip(asked, found, strict=True)]
     made = provenance(subject, started, tokens=tokens, file="F16", cache="F32")
-    return Measurement("greedy text, llama.cpp F16 against transformers float32", SAME, same / len(found), low, high, len(found), "prompt", items, {}, made)
+    return Measurement(
+        task="greedy text, llama.cpp F16 against transformers float32", metric=SAME, value=same / len(found), low=low, high=high, n=len(found),
+        unit="prompt", items=items, provenance=made,
+    )  # fmt: skip
 
 
 def _noted(m: Measurement, label: str, engine: str, blocks: int) -> Measurement:

@@ -19,12 +19,14 @@ from thesislib.chapters.ch05_runs import table as quantised_table
 from thesislib.chapters.thesis import thesis_row
 from thesislib.errors import BadInput
 from thesislib.evaluate.compare import compare
+from thesislib.evaluate.setup import task_of
 from thesislib.evaluate.stats import Comparison, holm
 from thesislib.records.measurement import Measurement, in_markdown
 from thesislib.records.store import Store
 
 HOLDS, FAILS, UNDECIDED, MISSING = "holds", "does not hold", "undecided", "not measured"
 WIKITEXT, CLOSED, OPEN, WHOLE = "WikiText-2, 24 windows", "closed book", "open book", "WikiText-2, 32 windows"
+MEASURED = {"wikitext": WIKITEXT, "trivia": CLOSED, "trivia_open": OPEN}  # by task
 LARGE = "size full"  # of the grid: the whole text, 1,200 questions
 WHOLE_PAGE = "../notebooks/06_evaluation.html#the-whole-text-and-other-measures"
 MOST = 8  # comparisons of a claim that its page shows
@@ -49,7 +51,7 @@ def pool(chapters: Mapping[str, Iterable[Measurement]]) -> dict[tuple[str, str],
     for m in chapters.get("02_depth_pruning", ()):
         note = m.provenance["chapter"]
         if note["method"] in ("perplexity", NOTHING):
-            add(f"D{note['removed']}" if note["removed"] else "dense", {"perplexity": WIKITEXT}.get(m.metric, _book(m)), m)
+            add(f"D{note['removed']}" if note["removed"] else "dense", MEASURED[task_of(m).name], m)
     for m in chapters.get("03_width_pruning", ()):
         config = m.provenance["chapter"]["config"]
         if config is None:
@@ -59,12 +61,11 @@ def pool(chapters: Mapping[str, Iterable[Measurement]]) -> dict[tuple[str, str],
     for m in chapters.get("04_lora_recovery", ()):
         c = m.provenance["chapter"]["configuration"]
         if c["seed"] == 0 and c["learning_rate"] is None:
-            add(m.provenance["made"]["label"], {"perplexity": WIKITEXT}.get(m.metric, _book(m)), m)
+            add(m.provenance["made"]["label"], MEASURED[task_of(m).name], m)
     for m in chapters.get("06_evaluation", ()):
-        run = m.provenance
-        size, wanted = run["sweep"]["size"], m.metric in ("perplexity", "accuracy")
-        if wanted and run["dtype"] == "bfloat16" and size in ("sample", "full") and run["protocol"]["length"] == 512:
-            what = WIKITEXT if m.metric == "perplexity" else _book(m)
+        run, what = m.provenance, MEASURED.get(m.provenance.get("protocol", {}).get("on"))
+        size = run["sweep"]["size"]
+        if what and run["dtype"] == "bfloat16" and size in ("sample", "full") and run["protocol"]["length"] == 512:
             add(run["sweep"]["label"], large(what) if size == "full" else what, m)
     p = quantised()
     names = {c.key: c.name for c in quantised_table(p)}
@@ -78,10 +79,6 @@ def pool(chapters: Mapping[str, Iterable[Measurement]]) -> dict[tuple[str, str],
 def large(what: str) -> str:
     """The same measured at the grid's size full."""
     return f"{what.partition(',')[0]}, {LARGE}"
-
-
-def _book(m: Measurement) -> str:
-    return OPEN if m.provenance["settings"].get("open_book") else CLOSED
 
 
 def plan_name(plan: list[int] | None, depth: int) -> str:
@@ -152,8 +149,7 @@ def judge(claim: Claim, records: Records) -> Verdict:
         if a is None or b is None:
             missing.append(name)
             continue
-        ratio = "perplexity" in a.metric
-        done.append((name, compare(a, b), ratio))
+        done.append((name, compare(a, b), task_of(a).ratio))
     if not done:
         return Verdict(claim, MISSING, [], missing)
     adjusted = holm([c.p for _, c, _ in done])

@@ -3,6 +3,7 @@
 import numpy as np
 
 from thesislib.evaluate.stats import Comparison
+from thesislib.evaluate.task import SHARE, Task
 from thesislib.records.measurement import Measurement
 
 
@@ -20,6 +21,15 @@ def ratio(c: Comparison, form: str = ".3f") -> str:
     """The ratio of two perplexities, whose logarithms are compared, with its interval."""
     low, middle, high = (f"{np.exp(x):{form}}" for x in (c.low, c.difference, c.high))
     return f"x {middle} [{low}, {high}]"
+
+
+def difference(c: Comparison, task: Task) -> str:
+    """A comparison with its interval as its task has it: a ratio, points of percent, or a difference in the task's unit."""
+    if task.ratio:
+        return ratio(c)
+    factor, form = (100, "+.1f") if task.unit == SHARE else (1, "+.4g")
+    low, middle, high = (f"{factor * x:{form}}" for x in (c.low, c.difference, c.high))
+    return f"{middle} [{low}, {high}]"
 
 
 def p_value(p: float) -> str:

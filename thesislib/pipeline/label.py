@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from thesislib.compress.stage import FAMILIES, STAGES, Stage
 from thesislib.errors import BadInput
-from thesislib.imports import import_all
+from thesislib.imports import members
 
-import_all("thesislib.compress")  # each stage registers itself
+members("thesislib.compress")  # each stage registers itself
 DENSE = "dense"
 
 

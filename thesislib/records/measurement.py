@@ -23,15 +23,18 @@ from thesislib.errors import BadInput
 from thesislib.model.subject import Subject
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Measurement:
     """One number, its 95 % interval, and the outcomes it was made from.
 
     Attributes:
         task: what was measured on, e.g. "WikiText-2 test".
         metric: what was measured, e.g. "perplexity".
-        value, low, high: the number and its interval.
-        n: how many items; unit: what one item is.
+        value: the number.
+        low: where its interval begins.
+        high: where it ends.
+        n: how many items.
+        unit: what one item is.
         items: one dict an item, in order, with at least "id", so that two subjects can be compared item by item.
         extra: further numbers of the same run, named as what they are.
         provenance: subject, text, settings, seed, versions, hardware, duration.

@@ -27,8 +27,8 @@ import yaml
 from thesislib.compress.stage import STAGES
 from thesislib.config import build, fields_of
 from thesislib.errors import BadInput, unknown
+from thesislib.evaluate.setup import Setup
 from thesislib.evaluate.speed import SECONDS_PER_TOKEN
-from thesislib.evaluate.task import Protocol
 from thesislib.experiment import DENSE, recipe_of
 from thesislib.files import expanded, write_whole
 from thesislib.pipeline.recipe import Recipe, parse_label
@@ -48,7 +48,7 @@ class Configuration:
     label: str
     group: str
     recipe: Recipe
-    measures: Mapping[str, Protocol]
+    measures: Mapping[str, Setup]
 
 
 @dataclass(frozen=True)
@@ -226,11 +226,11 @@ def _groups(plain: Mapping[str, object], where: str) -> dict[str, list[str]]:
     return found
 
 
-def _measures(plain: object, path: Path) -> dict[str, Protocol]:
+def _measures(plain: object, path: Path) -> dict[str, Setup]:
     if not isinstance(plain, dict) or not plain:
         raise BadInput(f"{path}: no 'measures': expected e.g. {{perplexity: {{on: wikitext, limit: 8}}}}")
     try:
-        return {name: build(Protocol, settings) for name, settings in plain.items()}
+        return {name: build(Setup, settings) for name, settings in plain.items()}
     except (BadInput, TypeError, AttributeError) as error:
         raise BadInput(f"{path}, measures: {error}") from error
 

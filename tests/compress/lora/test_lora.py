@@ -48,7 +48,7 @@ def folder(tmp_path_factory):
         "trivia": [{"question": "Who?", "answer": {"value": "me"}}],
     }
     for task, rows in tables.items():
-        path = root / f"{corpus.TASKS[task].folder}.jsonl"
+        path = root / f"{corpus.SOURCES[task].folder}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(root)
