@@ -10,7 +10,6 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from thesislib.config import PARENT
 from thesislib.errors import BadInput
 from thesislib.files import ROOT, alive, read_json
 from thesislib.imports import digest_of, imported, sources
@@ -75,8 +74,7 @@ def execute(notebook: Path, out: Path, parameters: Mapping[str, Any], kind: type
     for left in out.parent.glob(f".{out.stem}-*.partial.ipynb"):  # of a process that was killed
         if not alive(int(left.name.removesuffix(".partial.ipynb").rpartition("-")[2])):
             left.unlink(missing_ok=True)
-    os.environ[PARENT] = str(os.getpid())  # the kernel's promise to die with us, see thesislib.config
-    try:
+    try:  # a kernel ends by itself, within a second, when its parent is killed: ipykernel looks for that
         execute_notebook(str(notebook), str(partial), parameters, kernel_name="python3", cwd=str(notebook.parent),
                          progress_bar=sys.stderr.isatty(), start_timeout=300)  # fmt: skip
         seal(partial)
@@ -86,7 +84,6 @@ def execute(notebook: Path, out: Path, parameters: Mapping[str, Any], kind: type
         kind = BadInput if error.ename == BadInput.__name__ else RuntimeError
         raise kind(f"{notebook.stem}: a cell raised {error.ename}: {error.evalue} (see {failed})") from error
     finally:
-        os.environ.pop(PARENT, None)
         partial.unlink(missing_ok=True)
 
 

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -312,8 +311,8 @@ def from_measurements(found: Sequence[Measurement]) -> dict[Width | None, Measur
 
 
 def read_recorded(path: Path) -> Results:
-    """A recorded run, read only: in a notebook a plain dict would be taken for a parameter."""
-    return MappingProxyType(from_measurements(list(Store(path).rows().values())))
+    """A recorded run."""
+    return from_measurements(list(Store(path).rows().values()))
 
 
 RECORDED = {

@@ -5,7 +5,6 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 from tqdm import tqdm
 
@@ -228,8 +227,8 @@ def from_measurements(found: Iterable[Measurement]) -> dict[tuple[Configuration,
 
 
 def read_recorded(path: Path) -> Results:
-    """A recorded run, read only: in a notebook a plain dict would be taken for a parameter."""
-    return MappingProxyType(from_measurements(Store(path).rows().values()))
+    """A recorded run."""
+    return from_measurements(Store(path).rows().values())
 
 
 RECORDED = {

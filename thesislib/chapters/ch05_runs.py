@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 from torch import nn
 from tqdm import tqdm
@@ -329,14 +328,14 @@ def from_measurements(found: Iterable[Measurement]) -> dict[tuple[str | None, st
 
 
 def read_recorded(path: Path) -> Results:
-    """A recorded run, read only; the dense model on the test text and its answers are chapter 0's and chapter 4's, on the same items."""
+    """A recorded run; the dense model on the test text and its answers are chapter 0's and chapter 4's, on the same items."""
     found = from_measurements(Store(path).rows().values())
     measures, lora = (list(Store(path.with_name(f"{name}.jsonl")).rows().values()) for name in ("00_measures", "04_lora_recovery"))
     dense = {PPL: [m for m in measures if m.metric == "perplexity" and m.provenance["settings"]["length"] == 512]}
     of_dense = [m for m in lora if m.provenance["made"]["label"] == DENSE]
     dense |= {what: [m for m in of_dense if m.provenance["chapter"]["what"] == what] for what in (CLOSED, OPEN)}
     noted = {what: dataclasses.replace(ms[0], provenance={"chapter": {"what": what}, **ms[0].provenance}) for what, ms in dense.items() if ms}
-    return MappingProxyType({(None, what): m for what, m in noted.items()} | found)
+    return {(None, what): m for what, m in noted.items()} | found
 
 
 RECORDED = {"bits": [4, 3], "calibration": 32, "windows": None, "held_out": 24, "questions": 200, "passages": 64, "tokens": 40}

@@ -5,7 +5,6 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -91,7 +90,7 @@ def collect(g: Grid, rows: Iterable[Measurement], at: Setting) -> Results:
         for measure, name in wanted(g, c, at).items():
             if name in by_identity:
                 found[c.label, measure] = by_identity[name]
-    return MappingProxyType(found)
+    return found
 
 
 def read_recorded(path: Path, size: str = RECORDED, dtype: str = "bfloat16") -> Results:

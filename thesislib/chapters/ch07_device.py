@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -487,7 +486,7 @@ def from_measurements(found: Iterable[Measurement]) -> Results:
         BadInput: not this chapter's.
     """
     try:
-        return MappingProxyType({(m.provenance["chapter"]["model"], m.provenance["chapter"]["engine"]): m for m in found})
+        return {(m.provenance["chapter"]["model"], m.provenance["chapter"]["engine"]): m for m in found}
     except (KeyError, TypeError) as error:
         raise BadInput(f"these are not the results of chapter 7 ({error})") from error
 
