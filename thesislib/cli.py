@@ -152,6 +152,36 @@ def run(
 
 @app.command()
 @one_line_errors
+def record(
+    chapter: Annotated[str, typer.Argument(help="a notebook's name, e.g. 03_width_pruning, or its number")],
+    data: Annotated[str | None, typer.Option(help="a folder, hub or embedded; default THESISLIB_DATA, else embedded")] = None,
+    limit: Annotated[int | None, typer.Option(help="make at most so many rows now")] = None,
+    out: Annotated[Path | None, typer.Option(help="the record's folder; default the study's own, data/results")] = None,
+    parameter: Annotated[list[str] | None, typer.Option("-p", "--parameter", help="with --out: key=value, as often as needed")] = None,
+) -> None:
+    """Carry out a chapter's recorded run: what its record lacks is made. Run again it goes on; several processes share the work."""
+    from thesislib.chapters import chapter_of
+    from thesislib.chapters.record import parameters
+    from thesislib.chapters.record import record as carry_out
+    from thesislib.config import positive
+    from thesislib.notebooks import ready, typed
+    from thesislib.records.store import study
+
+    positive(limit=limit)
+    name, notebook = _notebook(chapter)
+    if parameter and out is None:
+        raise BadInput("the study's own record has the parameters of its chapter: expected --out FOLDER with -p")
+    found = chapter_of(name)
+    folder = open_folder(out or study())
+    p = parameters(found, ready(notebook, typed(notebook, map(_pair, parameter or []))), data)
+    done = carry_out(found, p, folder, limit)
+    for part in done.busy:
+        typer.echo(f"another process is at: {part}", err=True)
+    typer.echo(f"{folder / f'{found.notebook}.jsonl'}: {done.added} rows added, {done.missing} missing")
+
+
+@app.command()
+@one_line_errors
 def fetch() -> None:
     """Fetch the embedded model and text now, so that later commands need no network. Safe to run again."""
     from thesislib.formats.load import load_subject
@@ -267,7 +297,7 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only list what is missing")] = False,
 ) -> None:
     """Measure a grid of configurations, or execute a notebook with many parameters. Run again, it does what is missing."""
-    from thesislib.chapters import parameters_of
+    from thesislib.chapters import parameters_of, reads
     from thesislib.formats.held import check_device, check_dtype
     from thesislib.notebooks import listed
     from thesislib.records.store import Store, stores
@@ -292,7 +322,7 @@ def sweep(
                            "a notebook takes its parameters by -p, such as -p subject=embedded")  # fmt: skip
         name, notebook = _notebook(chapter)
         axes = listed(notebook, map(_pair, parameter or []))
-        table, failed = sweep_notebook(name, notebook, axes, open_folder(out or base / name), crew, parameters_of(name))
+        table, failed = sweep_notebook(name, notebook, axes, open_folder(out or base / name), crew, parameters_of(name), reads(name))
         typer.echo(table)
     else:
         if parameter:

@@ -3,9 +3,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from thesislib.chapters import CHAPTERS, findings, record_file, recorded
 from thesislib.chapters import ch00_measures as measures
 from thesislib.chapters import ch01_franken as franken
+from thesislib.chapters import chapters, findings, record_file, recorded
 from thesislib.compress.franken import franken_plans
 from thesislib.errors import BadInput
 from thesislib.evaluate.setup import TASKS
@@ -116,7 +116,7 @@ def test_measure_on_a_tiny_model(tiny, monkeypatch):
 
 
 def test_the_committed_records_are_whole_and_say_where_they_come_from():
-    for chapter in CHAPTERS:
+    for chapter in chapters():
         for m in Store(record_file(chapter)).rows().values():
             assert len(m.items) == m.n and m.low <= m.value <= m.high
             made = m.provenance

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from docutils.nodes import make_id
 
-from thesislib.chapters.claims import CLAIMS, CLOSED, FAILS, HOLDS, MISSING, UNDECIDED, WHOLE_PAGE, WIKITEXT, judge, large, page, plan_name, recorded_pool
+from thesislib.chapters.ch01_franken import plan_name
+from thesislib.chapters.claims import CLAIMS, CLOSED, FAILS, HOLDS, MISSING, UNDECIDED, WHOLE_PAGE, WIKITEXT, judge, large, page, recorded_pool
 from thesislib.compress.franken import parse_plan
 from thesislib.files import ROOT
 from thesislib.records.measurement import Measurement

@@ -239,7 +239,7 @@ def prepared() -> None:
 
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     torch.set_num_threads(1)
-    for name in ("checkpoints", "cli", "book", "streamed", "gguf_format", "gptq_format", "training", "fit", "experiment", "evaluate.protocol", "sweep.run",
+    for name in ("cli", "book", "pipeline.offload", "formats.gguf", "formats.gptq", "compress.lora.train", "experiment", "chapters.ch03_width", "sweep.run",
                  "device.report", "device.measured", "device.emulate", "device.host"):  # fmt: skip
         importlib.import_module(f"thesislib.{name}")
     for name in ("transformers.models.llama.modeling_llama", "transformers.integrations", "transformers.generation", "papermill", "distributed"):

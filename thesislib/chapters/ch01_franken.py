@@ -1,8 +1,8 @@
 """Chapter 1, Franken-LLaMA: 25 ways to skip and repeat blocks, measured together, and what the original study claimed."""
 
-import argparse
+import functools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import pandas as pd
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
+from thesislib.chapters.chapter import WHOLE, Chapter, Keep, Key, Part, shape
 from thesislib.compress.franken import ORIGINAL_DEPTH, format_plan, franken_plans
 from thesislib.config import positive
 from thesislib.errors import BadInput, unknown
@@ -18,7 +19,7 @@ from thesislib.evaluate import choice, perplexity
 from thesislib.evaluate.generate import Timed, complete
 from thesislib.evaluate.setup import Setup
 from thesislib.evaluate.stats import Comparison, holm, proportion
-from thesislib.experiment import described
+from thesislib.experiment import DENSE, described
 from thesislib.formats.held import check_dtype
 from thesislib.formats.load import load_subject
 from thesislib.model.blocks import Plan, apply_plan
@@ -28,7 +29,6 @@ from thesislib.records.measurement import Measurement, in_markdown
 from thesislib.records.store import Store
 from thesislib.sources.corpus import evaluation_text
 
-TITLE = "skipping and repeating blocks"
 BASELINE = "baseline"
 
 
@@ -64,9 +64,6 @@ class Franken:
         franken_plans(shape.depth)
 
 
-PARAMETERS = Franken
-
-
 @dataclass(frozen=True)
 class Results:
     """Every plan's measurements under one set of parameters.
@@ -99,14 +96,18 @@ def single_block_plans(depth: int, blocks: Sequence[int]) -> tuple[dict[int, Pla
     return {b: whole[:b] + whole[b + 1 :] for b in blocks}, {b: whole[: b + 1] + whole[b:] for b in blocks}
 
 
+def all_plans(depth: int, p: Franken) -> tuple[dict[str, Plan], dict[int, Plan], dict[int, Plan]]:
+    """The 25 by name, and by block those that leave it out and that run it twice, for `p.singles` blocks spread over the depth."""
+    blocks = np.unique(np.linspace(0, depth - 1, min(p.singles, depth)).round().astype(int)).tolist()
+    return franken_plans(depth), *single_block_plans(depth, blocks)
+
+
 def measure(subject: Subject, p: Franken) -> Results:
     """Perplexity and HellaSwag of all 25 plans, and perplexity of single blocks skipped and repeated.
 
     All of them are one tree of plans: blocks that they share run once.
     """
-    plans = franken_plans(subject.depth)
-    blocks = np.unique(np.linspace(0, subject.depth - 1, min(p.singles, subject.depth)).round().astype(int)).tolist()
-    skipped, repeated = single_block_plans(subject.depth, blocks)
+    plans, skipped, repeated = all_plans(subject.depth, p)
     tree = {**plans, **{("skip", b): q for b, q in skipped.items()}, **{("repeat", b): q for b, q in repeated.items()}}
     ppl = perplexity.perplexities(subject, evaluation_text(p.data), tree, length=p.length, limit=p.windows)
     items = Setup("hellaswag", limit=p.items, fast=True).items(p.data)
@@ -114,8 +115,8 @@ def measure(subject: Subject, p: Franken) -> Results:
         plans,
         {name: ppl[name] for name in plans},
         choice.multiple_choices(subject, items, plans, task="HellaSwag"),
-        {b: ppl["skip", b] for b in blocks},
-        {b: ppl["repeat", b] for b in blocks},
+        {b: ppl["skip", b] for b in skipped},
+        {b: ppl["repeat", b] for b in repeated},
     )
 
 
@@ -354,19 +355,46 @@ def read_recorded(path: Path) -> Results:
     return from_measurements(list(Store(path).rows().values()))
 
 
-def main() -> None:
-    """Make a recorded run: `python -m thesislib.chapters.ch01_franken --windows 128 --items 400 --singles 30 --data DIR --out FILE`."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    for name, kind in (("subject", str), ("data", str), ("dtype", str), ("device", str), ("windows", int), ("items", int), ("singles", int)):
-        parser.add_argument(f"--{name}", type=kind, default=getattr(Franken, name))
-    arguments = vars(parser.parse_args())
-    out = arguments.pop("out")
-    p = Franken(**arguments)
-    store, subject = Store.new(out), load_subject(p.subject, p.dtype, p.device)
-    for m in as_measurements(measure(subject, p)):
-        store.append(described(m, subject, p.data, label=plan_label(m)))
+def recorded_parts(p: Franken, file: Path) -> Iterator[Part]:
+    """Two trees of plans, perplexity's and HellaSwag's: blocks that plans share run once, so what a tree lacks is made at one go."""
+    load = functools.cache(load_subject)
+    plans, skipped, repeated = all_plans(shape(p.subject).depth, p)
+    by_name = {f"plan {format_plan(plan)}": plan for plan in (*plans.values(), *skipped.values(), *repeated.values())}
+
+    def make(missing: Collection[Key], keep: Keep) -> None:
+        subject = load(p.subject, p.dtype, p.device)
+        tree = {key: by_name[key[0]] for key in missing}
+        if next(iter(tree))[1] == "perplexity":
+            found = perplexity.perplexities(subject, evaluation_text(p.data), tree, length=p.length, limit=p.windows)
+        else:
+            found = choice.multiple_choices(subject, Setup("hellaswag", limit=p.items, fast=True).items(p.data), tree, task="HellaSwag")
+        for m in found.values():
+            keep(described(m, subject, p.data, label=plan_label(m)))
+
+    yield Part("perplexity", {(name, "perplexity"): p.windows for name in by_name}, make)
+    yield Part("HellaSwag", {(f"plan {format_plan(plan)}", "acc_norm"): p.items for plan in plans.values()}, make)
 
 
-if __name__ == "__main__":
-    main()
+def key(m: Measurement) -> Key:
+    """Of a row: label, metric."""
+    return m.provenance["made"]["label"], m.metric
+
+
+def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurement]]:
+    """Perplexities, by what a plan is called."""
+    found = [m for m in rows if m.metric == "perplexity"]
+    depth = max((max(m.provenance["plan"] or [0]) for m in found), default=0) + 1
+    for m in found:
+        yield plan_name(m.provenance["plan"], depth), WHOLE, m
+
+
+def plan_name(plan: Sequence[int] | None, depth: int) -> str:
+    """What a plan of a model with `depth` blocks is called among claims: dense, a block that runs twice, or its numbers."""
+    if plan is None or list(plan) == list(range(depth)):
+        return DENSE
+    _, repeated = single_block_plans(depth, range(depth))
+    return next((f"block {b} twice" for b, p in repeated.items() if list(p) == list(plan)), f"plan {plan}")
+
+
+CHAPTER = Chapter("01_franken_llama", "skipping and repeating blocks", Franken, recorded_parts, key, read_recorded, headline,
+                  recorded={"windows": 32, "items": 200, "singles": 15}, claims=for_claims)  # fmt: skip

@@ -1,18 +1,18 @@
 """Chapter 3, width pruning: nine patterns and some ratios, by magnitude and WANDA, and what calibration has to do with it."""
 
-import argparse
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
 
+from thesislib.chapters.chapter import WIKITEXT, Chapter, Keep, Key, Part
 from thesislib.chapters.thesis import thesis_row
 from thesislib.compress.width import THESIS_PATTERNS, Width
 from thesislib.config import positive
@@ -20,7 +20,7 @@ from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import perplexity
 from thesislib.evaluate.speed import speeds
 from thesislib.evaluate.stats import Comparison, holm
-from thesislib.experiment import described
+from thesislib.experiment import DENSE, described, recipe_hash, recipe_of
 from thesislib.formats.held import check_dtype
 from thesislib.formats.load import load_subject
 from thesislib.model import packing
@@ -31,8 +31,6 @@ from thesislib.records.measurement import Measurement, in_markdown
 from thesislib.records.store import Store
 from thesislib.sources.corpus import evaluation_text
 
-TITLE = "width pruning"
-DENSE = "dense"
 NINE = tuple(f"{n}:{m}" for n, m in THESIS_PATTERNS)
 HALVES = ("1:2", "2:4", "4:8", "8:16")
 
@@ -78,9 +76,6 @@ class WidthChapter:
         """The stage for a pattern, "2:4", or a ratio, "0.5"."""
         share = dict(zip(("remove", "of"), packing.Pattern.parse(pattern), strict=True)) if ":" in pattern else {"ratio": float(pattern)}
         return Width(**share, **{"text": self.text, "windows": self.calibration, "length": self.length, **settings})
-
-
-PARAMETERS = WidthChapter
 
 
 def configurations(p: WidthChapter) -> list[Width]:
@@ -316,11 +311,13 @@ def from_measurements(found: Sequence[Measurement]) -> dict[Width | None, Measur
 
 
 def read_recorded(path: Path) -> Results:
-    """A recorded run, read only: in a notebook a plain dict would be taken for a parameter."""
-    return MappingProxyType(from_measurements(list(Store(path).rows().values())))
+    """A recorded run."""
+    return from_measurements(list(Store(path).rows().values()))
 
 
-RECORDED = {"calibration": 32, "ratios": [0.125, 0.25, 0.5, 0.75], "by_magnitude": [*NINE], "weightings": ["unit_norm", "first_16", "skip_1"]}
+RECORDED = {
+    "calibration": 32, "windows": 24, "ratios": [0.125, 0.25, 0.5, 0.75], "by_magnitude": [*NINE], "weightings": ["unit_norm", "first_16", "skip_1"],
+}  # fmt: skip
 
 
 def recorded_parameters(**settings) -> WidthChapter:
@@ -328,20 +325,38 @@ def recorded_parameters(**settings) -> WidthChapter:
     return WidthChapter(**{**RECORDED, **settings})
 
 
-def main() -> None:
-    """Make a recorded run: `python -m thesislib.chapters.ch03_width --data DIR --out FILE.jsonl`; started again, it goes on where it was."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--windows", type=int, default=64)
-    for name in ("subject", "data", "dtype", "device"):
-        parser.add_argument(f"--{name}", default=getattr(WidthChapter, name))
-    arguments = vars(parser.parse_args())
-    out = arguments.pop("out")
-    p = recorded_parameters(**arguments)
-    store, subject = Store(out), load_subject(p.subject, p.dtype, p.device)
-    done = from_measurements(list(store.rows().values())) if out.exists() else {}
-    measure(subject, [*configurations(p), *calibrations(p)], p, done, lambda m: store.append(described(m, subject, p.data, stages_of(m))))
+def recorded_parts(p: WidthChapter, file: Path) -> Iterator[Part]:
+    """Each configuration by itself: those of the chapter's tables, and 2:4 on other calibration text."""
+    load = functools.cache(load_subject)
+    configs = {_key(config): config for config in (None, *configurations(p), *calibrations(p))}
+
+    def make(missing: Collection[Key], keep: Keep) -> None:
+        subject = load(p.subject, p.dtype, p.device)
+        for one in missing:
+            config = configs[one]
+            (m,) = (m for c, m in measure(subject, [config] if config else [], p, {} if config is None else {None: None}).items() if c == config)
+            keep(described(m, subject, p.data, stages_of(m)))
+
+    for one in configs:
+        yield Part(" ".join(map(str, one)), {one: p.windows}, make)
 
 
-if __name__ == "__main__":
-    main()
+def _key(config: Width | None) -> Key:
+    return _name(config), recipe_hash(recipe_of([config] if config else []))
+
+
+def key(m: Measurement) -> Key:
+    """Of a row: label, and the hash of all settings."""
+    return m.provenance["made"]["label"], m.provenance["made"]["recipe"]
+
+
+def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurement]]:
+    """The dense model, and WANDA with the recorded run's own calibration."""
+    p = recorded_parameters()
+    labels = {None: DENSE, **{p.width(x): f"W{x}" for x in (*NINE, *map(str, p.ratios))}}
+    for m in rows:
+        if (label := labels.get(next(iter(stages_of(m)), None))) is not None:
+            yield label, WIKITEXT, m
+
+
+CHAPTER = Chapter("03_width_pruning", "width pruning", WidthChapter, recorded_parts, key, read_recorded, headline, RECORDED, claims=for_claims)

@@ -8,7 +8,23 @@ import statistics
 import numpy as np
 import pandas as pd
 
-from thesislib.chapters.ch04_runs import CLOSED, OPEN, PPL, Configuration, LoraChapter, Results, asked, merges, rates, read_recorded
+from thesislib.chapters.ch04_runs import (
+    CLOSED,
+    OPEN,
+    PPL,
+    RECORDED,
+    Configuration,
+    LoraChapter,
+    Results,
+    asked,
+    for_claims,
+    key,
+    merges,
+    rates,
+    read_recorded,
+    recorded_parts,
+)
+from thesislib.chapters.chapter import Chapter
 from thesislib.chapters.phrases import number, p_value, ratio
 from thesislib.chapters.thesis import thesis_row
 from thesislib.compress.lora.sequences import TEXTS
@@ -19,9 +35,6 @@ from thesislib.experiment import DENSE
 from thesislib.records import measurement as records
 from thesislib.records.measurement import Measurement, in_markdown
 
-__all__ = ["TITLE", "headline", "read_recorded"]
-TITLE = "LoRA recovery"
-PARAMETERS = LoraChapter
 LETTERS = {"wikitext": "W", "trivia": "T"}
 
 
@@ -335,3 +348,6 @@ def headline(results: Results) -> str:
         f"{len(shares)} pruned models {shares.fair.min():.0%} to {shares.fair.max():.0%}. On closed-book questions, training on WikiText against training "
         f"on questions is {answers}, of {len(pairs)} models. {order_sentence(results)}"
     )
+
+
+CHAPTER = Chapter("04_lora_recovery", "LoRA recovery", LoraChapter, recorded_parts, key, read_recorded, headline, RECORDED, claims=for_claims)

@@ -13,6 +13,7 @@ from thesislib.chapters.ch05_runs import (
     MORE,
     OPEN,
     PPL,
+    RECORDED,
     Configuration,
     QuantChapter,
     Results,
@@ -20,6 +21,8 @@ from thesislib.chapters.ch05_runs import (
     alone,
     calibrations,
     compensations,
+    for_claims,
+    key,
     kinds,
     layers_file,
     more,
@@ -27,11 +30,13 @@ from thesislib.chapters.ch05_runs import (
     ranks,
     read_recorded,
     recorded_parameters,
+    recorded_parts,
     shapes,
     starts,
     table,
     without,
 )
+from thesislib.chapters.chapter import Chapter
 from thesislib.chapters.phrases import number, p_value, ratio, share
 from thesislib.chapters.thesis import thesis_row
 from thesislib.errors import BadInput
@@ -45,9 +50,6 @@ from thesislib.model.subject import Subject
 from thesislib.records import measurement as records
 from thesislib.records.measurement import Measurement, in_markdown
 
-__all__ = ["TITLE", "headline", "read_recorded"]
-TITLE = "quantisation and compensation"
-PARAMETERS = QuantChapter
 # what the chapter set itself before it was run: perplexity on the whole of WikiText-2 test, windows of 512, groups of 64
 BARS = {"GPTQ 4-bit asymmetric": 35.0, "GPTQ 4-bit asymmetric + EoRA": 32.8, "GPTQ 3-bit asymmetric": 48.0, "GPTQ 3-bit asymmetric + EoRA": 40.5}
 
@@ -480,3 +482,7 @@ def answers_sentence(results: Results, p: QuantChapter) -> str:
         listed = [f"{n} {results[by_name[n.split(' against')[0]].key, what].value:.1%} ({_short(c, up=True)}, {p_value(c.p)})" for n, c in tests]
         said.append(f"{what}, dense {results[None, what].value:.1%}: {'; '.join(listed) or 'not run'}")
     return ". ".join(x[0].upper() + x[1:] for x in said) + ". Exact McNemar tests, Holm-adjusted."
+
+
+CHAPTER = Chapter("05_quantisation", "quantisation and compensation", QuantChapter, recorded_parts, key, read_recorded, headline, RECORDED,
+                  reads=("00_measures", "04_lora_recovery"), claims=for_claims)  # fmt: skip

@@ -1,34 +1,36 @@
 """Chapter 6, the whole grid: every configuration measured alike, tables of them, and what each stage costs or gives."""
 
-from collections.abc import Iterable, Sequence
+import functools
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
 
+from thesislib.chapters.chapter import WIKITEXT, Chapter, Keep, Key, Part, book, large
 from thesislib.chapters.labels import FAMILIES, family, stages_of, step_family, thesis_of
 from thesislib.chapters.pareto import MEASURES, OPEN, PPL, Results, bytes_finding, size_of
 from thesislib.chapters.phrases import difference, number, ratio, share
 from thesislib.chapters.thesis import thesis_row
 from thesislib.config import positive
 from thesislib.evaluate.compare import compare
-from thesislib.evaluate.setup import task_of
+from thesislib.evaluate.setup import setup_of, task_of
 from thesislib.evaluate.speed import SECONDS_PER_TOKEN
 from thesislib.evaluate.stats import Comparison, holm, paired_means
 from thesislib.evaluate.task import SHARE
-from thesislib.experiment import DENSE
+from thesislib.experiment import DENSE, prepare
 from thesislib.files import cache_dir, data_file
 from thesislib.formats.held import check_dtype
 from thesislib.records.measurement import Measurement, in_markdown
 from thesislib.records.store import Store
-from thesislib.sweep.grid import Grid, read_grid
-from thesislib.sweep.run import FAILED, Place, Setting, identity_of, possible, sweep, wanted
+from thesislib.sweep.grid import Configuration, Grid, read_grid
+from thesislib.sweep.run import FAILED, Place, Setting, identity_of, known, possible, sweep, wanted
 from thesislib.sweep.workers import Workers
 
-TITLE = "the whole grid"
 RECORDED, PRECISION, FULL = "sample", "precision", "full"
+READS = ("00_measures", "01_franken_llama", "02_depth_pruning", "03_width_pruning", "04_lora_recovery", "05_quantisation")
 
 
 @dataclass(frozen=True)
@@ -58,9 +60,7 @@ class EvaluationChapter:
         return Place(self.subject, self.data, self.dtype, self.device)
 
 
-PARAMETERS = EvaluationChapter
-
-
+@functools.cache
 def grid(size: str) -> Grid:
     """The study's grid at one of its sizes."""
     return read_grid(data_file("grid.yaml"), size)
@@ -91,14 +91,19 @@ def collect(g: Grid, rows: Iterable[Measurement], at: Setting) -> Results:
         for measure, name in wanted(g, c, at).items():
             if name in by_identity:
                 found[c.label, measure] = by_identity[name]
-    return MappingProxyType(found)
+    return found
 
 
 def read_recorded(path: Path, size: str = RECORDED, dtype: str = "bfloat16") -> Results:
     """The recorded run of a size of the grid: its own rows, and those of the chapters before it that are the same measurements."""
     own = list(Store(path).rows().values())
-    before = [m for file in sorted(path.parent.glob("*.jsonl")) if file != path for m in Store(file).rows().values()]
+    before = [m for store in _before(path) for m in store.rows().values()]
     return collect(grid(size), [*before, *own], Setting.recorded(own, dtype))
+
+
+def _before(path: Path) -> list[Store]:
+    """The records, beside this chapter's, of the chapters before it."""
+    return [Store(file) for name in READS if (file := path.with_name(f"{name}.jsonl")).exists()]
 
 
 # ---------------------------------------------------------------- tables
@@ -393,3 +398,69 @@ def _width_finding(results: Results) -> str:
         f"**Which zeros.** With half of the linears' weights gone, perplexity by the width of the group: {_times(results, ('W1:2', 'W2:4', 'W4:8', 'W8:16'))}; "
         f"with one of eight or of sixteen gone: {_times(results, ('W1:8', 'W1:16'))}."
     )
+
+
+# ---------------------------------------------------------------- the recorded run
+
+TRAINED = ("D2+W", "W", "D2+T", "T", "W2:4+W", "D2+W1:8+W", "D2+W1:8+T", "W2:4+T")
+CHOICES = ("dense", "D2", "D4", "W1:8", "W2:4", "W", "Q", "Q+E")
+PART_OF_FULL = {  # what of size full was measured, by measure: nobody has run all of it
+    "perplexity": ("dense", "D4", "W1:8", "W2:4"),
+    "closed book": ("dense", "D4", "W1:8", "W2:4", "Q", "Q+E", *TRAINED),
+    "open book": ("W2:4+T", "W2:4+W"),
+    "HellaSwag": CHOICES,
+    "ARC-Easy": CHOICES,
+    "PIQA": CHOICES,
+}
+RUNS = ((RECORDED, "bfloat16"), (PRECISION, "float32"), (FULL, "bfloat16"))  # in bfloat16 size precision is a part of size sample
+
+
+def recorded_parts(p: EvaluationChapter, file: Path) -> Iterator[Part]:
+    """Each configuration by itself: of the recorded sizes, or of `p.size` alone where that is another. What the chapters before have is not made again."""
+    for size, dtype in RUNS if p.size == RECORDED else [(p.size, p.dtype)]:
+        place = replace(p.place, dtype=dtype)
+        g = grid(size)
+
+        @functools.cache
+        def elsewhere(g: Grid = g, place: Place = place) -> tuple[Setting, set[str]]:
+            return Setting.of(g, place), known(_before(file))
+
+        for c in g.configurations:
+            everything = p.size != RECORDED or size != FULL
+            ways = {what: way for what, way in c.measures.items() if everything or c.label in PART_OF_FULL.get(what, ())}
+
+            def make(missing: Collection[Key], keep: Keep, g: Grid = g, c: Configuration = c, place: Place = place, elsewhere=elsewhere) -> None:
+                at, have = elsewhere()
+                names = wanted(g, c, at)
+                todo = [what for what in c.measures if names.get(what) not in have and (c.label, g.size, place.dtype, what) in missing]
+                if not todo:
+                    return
+                started = time.perf_counter()
+                ready = prepare(place.subject, c.recipe.stages, data=place.data, dtype=place.dtype, device=place.device)
+                note = {"grid": g.name, "size": g.size, "group": c.group, "label": c.label, "seconds_to_make": round(time.perf_counter() - started, 1)}
+                for what in todo:
+                    keep(ready.measure(c.measures[what], place.data, sweep=note))
+
+            if ways:
+                yield Part(f"{size} {dtype} {c.label}", {(c.label, size, dtype, what): way.limit for what, way in ways.items()}, make)
+
+
+def key(m: Measurement) -> Key:
+    """Of a row: label, size, dtype, measure; a row of a failed sweep has no measure."""
+    note, way = m.provenance["sweep"], None if m.metric == FAILED else replace(setup_of(m), batch=None)
+    measures = next((c.measures for c in grid(note["size"]).configurations if c.label == note["label"]), {})
+    what = next((name for name, other in measures.items() if replace(other, batch=None) == way), None)
+    return note["label"], note["size"], m.provenance["dtype"], what
+
+
+def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurement]]:
+    """Perplexities and answers in bfloat16, those at size full under a name of their own."""
+    for m in rows:
+        run = m.provenance
+        size, fits = run["sweep"]["size"], m.metric in ("perplexity", "accuracy")
+        if fits and run["dtype"] == "bfloat16" and size in (RECORDED, FULL) and run["protocol"]["length"] == 512:
+            what = WIKITEXT if m.metric == "perplexity" else book(m)
+            yield run["sweep"]["label"], large(what) if size == FULL else what, m
+
+
+CHAPTER = Chapter("06_evaluation", "the whole grid", EvaluationChapter, recorded_parts, key, read_recorded, headline, {"size": RECORDED}, READS, for_claims)

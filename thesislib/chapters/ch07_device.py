@@ -1,20 +1,18 @@
 """Chapter 7, on a device: what compressed models would do on eight devices, what they do on this one, and how wrong the projection is."""
 
-import argparse
 import dataclasses
 import re
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import matplotlib.pyplot as plt
 import pandas as pd
 
 from thesislib.chapters import figures
+from thesislib.chapters.chapter import Chapter, Keep, Key, Part, shape
 from thesislib.chapters.pareto import PPL, points
 from thesislib.compress.gptq import Rtn
 from thesislib.compress.width import Width
@@ -51,7 +49,6 @@ from thesislib.records.measurement import Measurement, in_markdown, provenance
 from thesislib.records.store import Store
 from thesislib.sources.corpus import questions
 
-TITLE = "on a device"
 DEPTHS, FITTED = (30, 20, 10, 4), (0, 2)  # of predicted against measured, and the places of those that the line is fitted on; held against the others
 SAME, PROMPTS = "prompts with the same text", 10
 TOKENS, REPEATS = 32, 7  # what a recorded timing decodes after the first token, and how often
@@ -141,7 +138,6 @@ def measure(p: "DeviceChapter", store: Callable[[Measurement], object], done: It
             timing = time_transformers(model, ids, TOKENS, REPEATS)
         m = as_measurement(model, timing, started)
         store(_noted(m, case.label, case.engine, exact.depth))
-        print(case.label, case.engine, f"{1e3 * m.value:.2f} ms,", timing.verdict, file=sys.stderr, flush=True)
     if (DENSE, SAME) not in done:
         store(_noted(same_text(exact), DENSE, SAME, exact.depth))
 
@@ -187,9 +183,6 @@ class DeviceChapter:
             device(name)
         if not self.devices:
             raise BadInput(f"no device was chosen: expected some of {', '.join(devices())}")
-
-
-PARAMETERS = DeviceChapter
 
 
 # ---------------------------------------------------------------- projections
@@ -496,7 +489,7 @@ def from_measurements(found: Iterable[Measurement]) -> Results:
         BadInput: not this chapter's.
     """
     try:
-        return MappingProxyType({(m.provenance["chapter"]["model"], m.provenance["chapter"]["engine"]): m for m in found})
+        return {(m.provenance["chapter"]["model"], m.provenance["chapter"]["engine"]): m for m in found}
     except (KeyError, TypeError) as error:
         raise BadInput(f"these are not the results of chapter 7 ({error})") from error
 
@@ -506,15 +499,21 @@ def read_recorded(path: Path) -> Results:
     return from_measurements(Store(path).rows().values())
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Make a recorded run: `python -m thesislib.chapters.ch07_device --out FILE.jsonl`. Started again it goes on where it was."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--subject", default=DeviceChapter.subject)
-    given = parser.parse_args(arguments)
-    store = Store(given.out)
-    measure(DeviceChapter(subject=given.subject), store.append, read_recorded(given.out) if given.out.exists() else ())
+def recorded_parts(p: DeviceChapter, file: Path) -> Iterator[Part]:
+    """One part, so that no two processes take each other's time. A quiet machine and the extra `engine` are needed."""
+    rows: dict[Key, int | None] = {(c.label, c.engine): TOKENS * REPEATS for c in cases(shape(p.subject).depth)}
+    rows[DENSE, SAME] = PROMPTS
+
+    def make(missing: Collection[Key], keep: Keep) -> None:
+        measure(p, keep, set(rows) - set(missing))
+
+    yield Part("timings", rows, make)
 
 
-if __name__ == "__main__":
-    main()
+def key(m: Measurement) -> Key:
+    """Of a row: model and engine."""
+    ((model, engine),) = from_measurements([m])
+    return model, engine
+
+
+CHAPTER = Chapter("07_on_device", "on a device", DeviceChapter, recorded_parts, key, read_recorded, headline, reads=("06_evaluation",))
