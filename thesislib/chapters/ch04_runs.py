@@ -8,6 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from thesislib.chapters.chapter import CLOSED, OPEN, WIKITEXT, Keep, Key, Part
+from thesislib.chapters.labels import of
 from thesislib.compress.lora.sequences import TEXTS
 from thesislib.compress.lora.stage import MERGES, Lora
 from thesislib.config import positive
@@ -188,7 +189,7 @@ def asked(c: Configuration) -> bool:
 
 def merges(c: Configuration) -> list[Configuration]:
     """The same training merged in each way, where the model is sparse, so that it matters."""
-    sparse = any(part.startswith("W") and ":" in part for part in c.pruned.split("+"))
+    sparse = bool(of(c.pruned).width)
     return [dataclasses.replace(c, merge=way) for way in ("masked", "dense")] if c.text and sparse and not c.after and asked(c) else []
 
 

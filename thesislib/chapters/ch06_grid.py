@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from thesislib.chapters.chapter import WIKITEXT, Chapter, Keep, Key, Part, book, large
-from thesislib.chapters.labels import FAMILIES, family, stages_of, step_family, thesis_of
+from thesislib.chapters.labels import FAMILIES, family, of, step_family, thesis_of
 from thesislib.chapters.pareto import MEASURES, OPEN, PPL, Results, bytes_finding, size_of
 from thesislib.chapters.phrases import difference, number, ratio, share
 from thesislib.chapters.thesis import thesis_row
@@ -249,12 +249,11 @@ def steps(results: Results, measure: str = PPL) -> list[tuple[str, str, str, Com
     """(family, from, to, comparison) of every model against the one before its last stage, Holm-adjusted over all."""
     found = []
     for label, what in results:
-        parts = stages_of(label)
-        if what != measure or not parts:
+        if what != measure or not of(label).parts:
             continue
-        before = "+".join(parts[:-1]) or DENSE
+        before, last = str(of(label).before()), of(label).parts[-1]
         if (before, measure) in results:
-            found.append((step_family(parts[-1]), before, label, compare(results[before, measure], results[label, measure])))
+            found.append((step_family(last), before, label, compare(results[before, measure], results[label, measure])))
     adjusted = holm([c.p for *_, c in found])
     return [(f, a, b, replace(c, p=q)) for (f, a, b, c), q in zip(found, adjusted, strict=True)]
 
@@ -298,8 +297,8 @@ def interaction(results: Results, depth: str, width: str) -> Comparison | None:
 def interactions(results: Results) -> list[tuple[str, Comparison]]:
     """Every pair of depth and width that was run together, Holm-adjusted."""
     labels = [label for label, what in results if what == PPL]
-    depths = [x for x in labels if x.startswith("D") and "+" not in x]
-    widths = [x for x in labels if x.startswith("W") and ":" in x and "+" not in x]
+    single = {x: said.kinds[0].word for x in labels if len((said := of(x)).parts) == 1}
+    depths, widths = ([x for x, word in single.items() if word == wanted] for wanted in ("depth", "width"))
     found = [(f"{d}+{w}", c) for d in depths for w in widths if (c := interaction(results, d, w))]
     return [(name, replace(c, p=q)) for (name, c), q in zip(found, holm([c.p for _, c in found]), strict=True)]
 
@@ -331,12 +330,10 @@ def by_depth_and_width(results: Results) -> pd.DataFrame:
     """(removed, width, perplexity, low, high) of every model that was pruned and nothing else."""
     rows = []
     for (label, what), m in results.items():
-        parts = stages_of(label)
-        if what != PPL or family(label) != FAMILIES[0] or not all(x[0] == "D" or ":" in x for x in parts):
+        said = of(label)
+        if what != PPL or said.family != "pruned" or said.depth == 0 != len(said.of("depth")):  # parts of blocks are no depth
             continue
-        depth = sum(int(x[1:]) for x in parts if x[0] == "D")
-        width = next((x[1:] for x in parts if x[0] == "W"), "none")
-        rows.append({"removed": depth, "width": width, "perplexity": m.value, "low": m.low, "high": m.high})
+        rows.append({"removed": said.depth, "width": next(iter(said.width), "none"), "perplexity": m.value, "low": m.low, "high": m.high})
     table = pd.DataFrame(rows)
     several = table.groupby("width")["removed"].transform("nunique") > 1  # a single point has no line
     return table[several]
@@ -379,7 +376,7 @@ def _below(results: Results, base: str, labels: Sequence[str]) -> int | None:
 
 
 def _control_finding(results: Results) -> str:
-    trained = [label for label, what in results if what == PPL and stages_of(label)[-1:] == ["W"] and label != "W"]
+    trained = [label for label, what in results if what == PPL and of(label).parts[-1:] == ("W",) and label != "W"]
     dense, control = (_below(results, base, trained) for base in (DENSE, "W"))
     fair = "the dense model trained alike was not run" if control is None else f"{control} below that of the dense model trained alike"
     return (

@@ -15,7 +15,6 @@ from thesislib.chapters import figures
 from thesislib.chapters.chapter import Chapter, Keep, Key, Part, shape
 from thesislib.chapters.pareto import PPL, points
 from thesislib.compress.gptq import Rtn
-from thesislib.compress.width import Width
 from thesislib.config import positive
 from thesislib.device.cost import costs, stored
 from thesislib.device.hardware import Device, device, devices
@@ -45,6 +44,7 @@ from thesislib.formats.load import load_subject
 from thesislib.model.blocks import apply_plan
 from thesislib.model.prompts import adds_bos, default_prompt, prompt_for
 from thesislib.model.subject import Subject
+from thesislib.pipeline.recipe import parse_label
 from thesislib.records.measurement import Measurement, in_markdown, provenance
 from thesislib.records.store import Store
 from thesislib.sources.corpus import questions
@@ -66,17 +66,16 @@ def stand_in(subject: Subject, label: str) -> Subject:
         BadInput: a part of the label that is none of these.
     """
     result = subject
-    for part in [] if label == DENSE else label.split("+"):
-        if part[0] == "D" and part[1:].isdigit() and 0 < int(part[1:]) < result.depth:
-            kept = result.depth - int(part[1:])
+    for stage in [] if label == DENSE else parse_label(label).stages:
+        if stage.word == "depth" and stage.part == "block" and 0 < stage.count < result.depth:
+            kept = result.depth - stage.count
             result = apply_plan(result, [*range(kept - 1), result.depth - 1])
-        elif part[0] == "W" and ":" in part:
-            remove, of = part[1:].split(":")
-            result, _ = Width(remove=int(remove), of=int(of), metric="magnitude").apply(result, data="embedded")
-        elif part == "Q":
-            result, _ = Rtn(bits=4, group=64).apply(result)
-        elif part != "W":
-            raise BadInput(f"'{part}' of '{label}' has no stand-in: expected parts such as D4, W2:4, W and Q")
+        elif stage.word == "width":
+            result, _ = dataclasses.replace(stage, metric="magnitude").apply(result, data="embedded")
+        elif stage.family == "quantised":
+            result, _ = Rtn(bits=stage.bits, group=64).apply(result)
+        elif stage.family != "trained":
+            raise BadInput(f"'{stage.label}' of '{label}' has no stand-in: expected parts such as D4, W2:4, W and Q")
     return result
 
 

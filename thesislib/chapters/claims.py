@@ -13,6 +13,7 @@ from pathlib import Path
 
 from thesislib.chapters import chapters
 from thesislib.chapters.chapter import CLOSED, LARGE, OPEN, WHOLE, WIKITEXT, large
+from thesislib.chapters.labels import of
 from thesislib.chapters.thesis import thesis_row
 from thesislib.evaluate.compare import compare
 from thesislib.evaluate.setup import task_of
@@ -115,8 +116,8 @@ def _trained(base: str | None) -> Callable[[Records], list]:
     """Chapter 4's pruned models and all others that were trained on WikiText, each against what it was before, or against `base`."""
 
     def pairs(records: Records) -> list:
-        trained = [label.removesuffix("+W") for label, what in records if what == WIKITEXT and label.endswith("+W")]
-        others = [x for x in trained if x != "dense" and not {"W", "T", "Q", "E"} & set(x.split("+"))]
+        trained = [of(label).before() for label, what in records if what == WIKITEXT and of(label).parts[-1:] == ("W",)]
+        others = [str(x) for x in trained if x.parts and x == x.pruned]
         return _on(WIKITEXT, *((base or x, f"{x}+W") for x in dict.fromkeys([*_RECOVERED, *others])))(records)
 
     return pairs

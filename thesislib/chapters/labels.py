@@ -19,11 +19,6 @@ def of(label: str) -> Label:
         return Label(())
 
 
-def stages_of(label: str) -> list[str]:
-    """The parts of a label; none of the dense model's."""
-    return list(of(label).parts)
-
-
 def family(label: str) -> str:
     """What was done last to a model: pruned only, trained, quantised, compensated."""
     return SHOWN[of(label).family]
