@@ -22,7 +22,7 @@ def imported(code: str) -> set[str]:
     """
     found = set()
     for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == members.__name__ and isinstance(node.args[0], ast.Constant):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == members.__name__ and node.args and isinstance(node.args[0], ast.Constant):
             found.add(f"{node.args[0].value}.*")
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}

@@ -12,7 +12,8 @@ from thesislib.config import positive
 from thesislib.errors import BadInput
 from thesislib.evaluate.choice import multiple_choice
 from thesislib.evaluate.perplexity import perplexity
-from thesislib.evaluate.setup import Setup
+from thesislib.evaluate.setup import Setup, task_of
+from thesislib.evaluate.task import SHARE
 from thesislib.evaluate.triviaqa import TIERS, triviaqa
 from thesislib.experiment import DENSE, described
 from thesislib.formats.held import check_dtype
@@ -92,7 +93,8 @@ def table(found: Sequence[Measurement]) -> pd.DataFrame:
     """One row a number, with what it was measured on, its interval and n; the tiers of trivia are rows of their own."""
     rows = []
     for m in found:
-        settings = m.provenance["settings"]
+        settings, percent = m.provenance["settings"], task_of(m).unit == SHARE
+        first = len(rows)
         how = {"perplexity": f"windows of {settings.get('length')}", "accuracy": f"{settings.get('prompt')} prompt"}.get(m.metric, "0-shot")
         rows.append({"task": m.task, "how": how, "metric": m.metric, "value": m.value, "low": m.low, "high": m.high, "n": m.n})
         for tier in TIERS if m.metric == "accuracy" else ():
@@ -102,16 +104,17 @@ def table(found: Sequence[Measurement]) -> pd.DataFrame:
         if m.metric == "perplexity":
             for name in ("word_perplexity", "bits_per_byte"):
                 rows.append({"task": "", "how": how, "metric": name, "value": m.extra[name], "low": None, "high": None, "n": m.n})
+        rows[first:] = [row | {"percent": percent} for row in rows[first:]]
     return pd.DataFrame(rows)
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
     """The same table for a page: the interval beside its number."""
 
-    def number(x: float, metric: str) -> str:
-        return f"{x:.1%}" if metric.startswith(("acc", "of these")) else f"{x:.4g}"
+    def number(x: float, percent: bool) -> str:
+        return f"{x:.1%}" if percent else f"{x:.4g}"
 
-    shown = [number(r.value, r.metric) + ("" if pd.isna(r.low) else f" [{number(r.low, r.metric)}, {number(r.high, r.metric)}]") for r in table.itertuples()]
+    shown = [number(r.value, r.percent) + ("" if pd.isna(r.low) else f" [{number(r.low, r.percent)}, {number(r.high, r.percent)}]") for r in table.itertuples()]
     return table[["task", "how", "metric", "n"]].assign(value=shown).set_index("task")[["how", "metric", "value", "n"]]
 
 

@@ -64,6 +64,17 @@ def lm_eval_task(subject: Subject, stock: Stock, chosen: list[Row], *, limit: in
         BadInput: harness not installed; a context or an ending without tokens or with one that the model has no row for, an
             ending longer than the model's context.
     """
+    samples, cut, made = _run(subject, stock, chosen, limit, seed, batch)
+    items = [{"id": str(s["doc_id"]), "correct": bool(s[stock.metric]), **{m: float(s[m]) for m in ("acc", "acc_norm") if m in s}} for s in samples]
+    n, right = len(items), sum(i["correct"] for i in items)
+    extra = {m: sum(i[m] for i in items) / n for m in ("acc", "acc_norm") if m in items[0]}
+    extra[CUT] = sum(any(tuple(pair) in cut for pair in s["arguments"]) for s in samples)
+    low, high = proportion(right, n)
+    return Measurement(task=stock.name, metric=stock.metric, value=right / n, low=low, high=high, n=n, unit="item", items=items, extra=extra, provenance=made)
+
+
+def _run(subject: Subject, stock: Stock, chosen: list[Row], limit: int | None, seed: int, batch: int) -> tuple[list[dict], set[tuple], dict]:
+    """The harness's samples of a task in order, the (context, ending) pairs whose context was cut, and the provenance; see `lm_eval_task`."""
     try:
         import lm_eval
         from lm_eval import evaluator
@@ -97,15 +108,7 @@ def lm_eval_task(subject: Subject, stock: Stock, chosen: list[Row], *, limit: in
         )  # fmt: skip
     samples = sorted(results["samples"][name], key=lambda s: s["doc_id"])
     settings = {"task": stock.name, "limit": limit, "seed": seed, "protocol": "lm-eval 0-shot", "lm_eval": lm_eval.__version__}
-    made = provenance(subject, started, **settings)
-    if stock.metric == "word_perplexity":
-        return _word_perplexity(samples, made)
-    items = [{"id": str(s["doc_id"]), "correct": bool(s[stock.metric]), **{m: float(s[m]) for m in ("acc", "acc_norm") if m in s}} for s in samples]
-    n, right = len(items), sum(i["correct"] for i in items)
-    extra = {m: sum(i[m] for i in items) / n for m in ("acc", "acc_norm") if m in items[0]}
-    extra[CUT] = sum(any(tuple(pair) in model.cut for pair in s["arguments"]) for s in samples)
-    low, high = proportion(right, n)
-    return Measurement(task=stock.name, metric=stock.metric, value=right / n, low=low, high=high, n=n, unit="item", items=items, extra=extra, provenance=made)
+    return samples, model.cut, provenance(subject, started, **settings)
 
 
 def _word_perplexity(samples: list[dict], made: dict) -> Measurement:
@@ -173,9 +176,10 @@ class LmEvalWikitext(Task):
         """None: the ids in its items name them."""
 
     def measure(self, subject: Subject, items: list[Row], options: Options) -> Measurement:
-        """See `lm_eval_task`."""
+        """See the class."""
         stock = Stock("wikitext", "wikitext/wikitext.yaml", self.metric, "test")
-        return lm_eval_task(subject, stock, items, limit=options.limit, seed=options.seed, batch=options.batch or 8)
+        samples, _, made = _run(subject, stock, items, options.limit, options.seed, options.batch or 8)
+        return _word_perplexity(samples, made)
 
     def compare(self, a: Measurement, b: Measurement) -> Comparison:
         """Paired t test of b's loss against a's in nats a word, over articles; exp(difference) is a ratio of word perplexities."""
