@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from thesislib.chapters.chapter import Chapter, Keep, Key, Part
+from thesislib.chapters.phrases import interval, number, share
 from thesislib.config import positive
 from thesislib.errors import BadInput
 from thesislib.evaluate.choice import multiple_choice
@@ -110,11 +111,8 @@ def table(found: Sequence[Measurement]) -> pd.DataFrame:
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
     """The same table for a page: the interval beside its number."""
-
-    def number(x: float, percent: bool) -> str:
-        return f"{x:.1%}" if percent else f"{x:.4g}"
-
-    shown = [number(r.value, r.percent) + ("" if pd.isna(r.low) else f" [{number(r.low, r.percent)}, {number(r.high, r.percent)}]") for r in table.itertuples()]
+    forms = [".1%" if percent else ".4g" for percent in table["percent"]]
+    shown = [f"{r.value:{form}}" if pd.isna(r.low) else interval(r.value, r.low, r.high, form) for r, form in zip(table.itertuples(), forms, strict=True)]
     return table[["task", "how", "metric", "n"]].assign(value=shown).set_index("task")[["how", "metric", "value", "n"]]
 
 
@@ -125,13 +123,10 @@ def headline(found: Sequence[Measurement]) -> str:
     (hella,) = (m for m in found if m.metric == "acc_norm")
     first, last = min(ppl), max(ppl)
 
-    def share(m: Measurement) -> str:
-        return f"{m.value:.1%} [{m.low:.1%}, {m.high:.1%}]"
-
     name = found[0].provenance["subject"]
     return in_markdown(
-        f"{name} has perplexity {ppl[first].value:.2f} [{ppl[first].low:.2f}, {ppl[first].high:.2f}] on {ppl[first].task} in windows of {first} tokens "
-        f"and {ppl[last].value:.2f} [{ppl[last].low:.2f}, {ppl[last].high:.2f}] in windows of {last}: a perplexity without its window means nothing. "
+        f"{name} has perplexity {number(ppl[first], '.2f')} on {ppl[first].task} in windows of {first} tokens "
+        f"and {number(ppl[last], '.2f')} in windows of {last}: a perplexity without its window means nothing. "
         f"Asked in its own chat template it answers {share(trivia[False, 'chat'])} of TriviaQA closed book and {share(trivia[True, 'chat'])} "
         f"with a passage that holds the answer; with the thesis's bare prompt {share(trivia[False, 'thesis'])} and "
         f"{share(trivia[True, 'thesis'])}. HellaSwag acc_norm is {share(hella)}."

@@ -3,7 +3,7 @@
 import functools
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +12,14 @@ from scipy.stats import spearmanr
 from tqdm import tqdm
 
 from thesislib.chapters.chapter import WHOLE, Chapter, Keep, Key, Part, shape
+from thesislib.chapters.phrases import interval, p_value, points, ratio
 from thesislib.compress.franken import ORIGINAL_DEPTH, format_plan, franken_plans
 from thesislib.config import positive
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import choice, perplexity
 from thesislib.evaluate.generate import Timed, complete
 from thesislib.evaluate.setup import Setup
-from thesislib.evaluate.stats import Comparison, holm, proportion
+from thesislib.evaluate.stats import Comparison, holm_adjusted, proportion
 from thesislib.experiment import DENSE, described
 from thesislib.formats.held import check_dtype
 from thesislib.formats.load import load_subject
@@ -81,13 +82,9 @@ class Results:
     def against_baseline(self) -> dict[str, tuple[Comparison, Comparison]]:
         """(loss, HellaSwag) of every other plan against the baseline, paired, p values Holm-adjusted over plans."""
         others = [name for name in self.plans if name != BASELINE]
-        loss = [perplexity.compare(self.perplexity[BASELINE], self.perplexity[n]) for n in others]
-        hella = [choice.compare(self.hellaswag[BASELINE], self.hellaswag[n]) for n in others]
-        return dict(zip(others, zip(_adjusted(loss), _adjusted(hella), strict=True), strict=True))
-
-
-def _adjusted(comparisons: list[Comparison]) -> list[Comparison]:
-    return [Comparison(**{**asdict(c), "p": p, "test": f"{c.test}, Holm"}) for c, p in zip(comparisons, holm([c.p for c in comparisons]), strict=True)]
+        loss = holm_adjusted({n: perplexity.compare(self.perplexity[BASELINE], self.perplexity[n]) for n in others})
+        hella = holm_adjusted({n: choice.compare(self.hellaswag[BASELINE], self.hellaswag[n]) for n in others})
+        return {n: (loss[n], hella[n]) for n in others}
 
 
 def single_block_plans(depth: int, blocks: Sequence[int]) -> tuple[dict[int, Plan], dict[int, Plan]]:
@@ -151,8 +148,8 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "blocks run": table["run"],
-            "perplexity": [f"{v:.3g} [{lo:.3g}, {hi:.3g}]" for v, lo, hi in zip(table["perplexity"], table["ppl low"], table["ppl high"], strict=True)],
-            "HellaSwag": [f"{v:.2f} [{lo:.2f}, {hi:.2f}]" for v, lo, hi in zip(table["HellaSwag"], table["hs low"], table["hs high"], strict=True)],
+            "perplexity": [interval(*x, ".3g") for x in zip(table["perplexity"], table["ppl low"], table["ppl high"], strict=True)],
+            "HellaSwag": [interval(*x, ".2f") for x in zip(table["HellaSwag"], table["hs low"], table["hs high"], strict=True)],
             "ms per token": table["ms per token"].map("{:.1f}".format),
             "parameters, M": table["parameters, M"].map("{:.1f}".format),
         },
@@ -195,25 +192,15 @@ def claims(results: Results) -> list[Claim]:
 
 
 def _ratio(c: Comparison) -> str:
-    low, high = np.exp(c.low), np.exp(min(c.high, 50))
-    return f"perplexity x {np.exp(c.difference):.3g} [{low:.3g}, {high:.3g}], p {_p(c.p)}"
-
-
-def _p(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
-
-
-def _points(c: Comparison) -> str:
-    return f"{100 * c.difference:+.1f} points [{100 * c.low:+.1f}, {100 * c.high:+.1f}], p {_p(c.p)}"
+    return f"perplexity {ratio(c, '.3g')}, {p_value(c.p)}"
 
 
 def skip_or_repeat(results: Results) -> str:
     """Of the blocks tried both ways, for how many leaving out costs more than running twice, in a sentence."""
     both = [b for b in results.repeated if b in results.skipped]
-    c = [perplexity.compare(results.repeated[b], results.skipped[b]) for b in both]
-    p = holm([x.p for x in c])
-    dearer = sum(x.difference > 0 and q < 0.05 for x, q in zip(c, p, strict=True))
-    cheaper = sum(x.difference < 0 and q < 0.05 for x, q in zip(c, p, strict=True))
+    tests = holm_adjusted({b: perplexity.compare(results.repeated[b], results.skipped[b]) for b in both})
+    found = Counter(c.verdict() for c in tests.values())
+    dearer, cheaper = found["worse"], found["better"]
     return (
         f"Of {len(both)} blocks, leaving out costs more than running twice for {dearer}, less for {cheaper}, "
         f"and {len(both) - dearer - cheaper} are undecided (paired t test, Holm, 5 %)."
@@ -243,7 +230,7 @@ def headline(results: Results) -> str:
         f"On {base.task} (windows of {base.items[0]['tokens'] + 1} tokens, n = {base.n}) the whole model has perplexity {base.value:.1f} "
         f"[{base.low:.1f}, {base.high:.1f}]. {ruined} of the {len(against)} ways to skip and repeat blocks multiply it by ten or more; the mildest, "
         f"{best}, multiplies it by {np.exp(against[best][0].difference):.2f}. Running one block twice {change} it even where that does least harm "
-        f"(block {mildest}: x {np.exp(again.difference):.3f} [{np.exp(again.low):.3f}, {np.exp(again.high):.3f}]). {skip_or_repeat(results)} "
+        f"(block {mildest}: {ratio(again)}). {skip_or_repeat(results)} "
         f"Of the original study's {said.total()} conclusions {said['holds']} hold here, {said['does not hold']} do not, and {said['undecided']} stay undecided."
     )
 
@@ -251,14 +238,14 @@ def headline(results: Results) -> str:
 def _skipping_helps(against) -> Claim:
     name = "skip_near_end_keep_last_two"
     c = against[name][1]
-    verdict = "undecided" if c.p >= 0.05 else "holds" if c.difference > 0 else "does not hold"
+    verdict = {"better": "holds", "worse": "does not hold"}.get(c.verdict(higher_is_better=True), "undecided")
     a, b = ORIGINAL_HELLASWAG[BASELINE], ORIGINAL_HELLASWAG[name]
     (la, ha), (lb, hb) = proportion(a, ORIGINAL_ITEMS), proportion(b, ORIGINAL_ITEMS)
     said = (
         f"Skipping three blocks near the end raises HellaSwag: {b / ORIGINAL_ITEMS:.2f} [{lb:.2f}, {hb:.2f}] against "
         f"{a / ORIGINAL_ITEMS:.2f} [{la:.2f}, {ha:.2f}] ({ORIGINAL_ITEMS} items; intervals ours)."
     )
-    return Claim(said, verdict, f"HellaSwag {_points(c)} over {c.n} items.")
+    return Claim(said, verdict, f"HellaSwag {points(c)}, {p_value(c.p)} over {c.n} items.")
 
 
 def _few_late(results: Results, against) -> Claim:
@@ -271,16 +258,14 @@ def _few_late(results: Results, against) -> Claim:
 
 
 def _repetition(results: Results) -> Claim:
-    against = [perplexity.compare(results.perplexity[BASELINE], m) for m in results.repeated.values()]
-    p = holm([c.p for c in against])
-    worse = sum(c.difference > 0 and q < 0.05 for c, q in zip(against, p, strict=True))
-    better = sum(c.difference < 0 and q < 0.05 for c, q in zip(against, p, strict=True))
-    verdict = "does not hold" if better else "holds" if worse > len(p) / 2 else "undecided"
-    mildest = min(range(len(p)), key=lambda i: against[i].difference)
-    c = Comparison(**{**asdict(against[mildest]), "p": p[mildest]})
+    against = holm_adjusted({b: perplexity.compare(results.perplexity[BASELINE], m) for b, m in results.repeated.items()})
+    found = Counter(c.verdict() for c in against.values())
+    worse, better = found["worse"], found["better"]
+    verdict = "does not hold" if better else "holds" if worse > len(against) / 2 else "undecided"
+    mildest = min(against, key=lambda b: against[b].difference)
     shown = (
-        f"Of {len(p)} blocks run twice, one at a time, {worse} make it worse and {better} better; "
-        f"the mildest, block {list(results.repeated)[mildest]}: {_ratio(c)}."
+        f"Of {len(against)} blocks run twice, one at a time, {worse} make it worse and {better} better; "
+        f"the mildest, block {mildest}: {_ratio(against[mildest])}."
     )
     return Claim("Repeating blocks generally makes the result worse.", verdict, shown)
 
@@ -293,7 +278,7 @@ def _middle(results: Results) -> Claim:
     verdict = "undecided" if not p < 0.05 else "holds" if rho > 0 else "does not hold"
     return Claim("Skipping works best in the middle of the model.", verdict,
                  f"Rank correlation of a block's distance from the middle with what leaving it out costs, over {len(loss)} blocks: "
-                 f"{rho:+.2f}, p {_p(p)}.")  # fmt: skip
+                 f"{rho:+.2f}, {p_value(p)}.")  # fmt: skip
 
 
 def _gibberish(against) -> Claim:
@@ -307,16 +292,12 @@ def _gibberish(against) -> Claim:
 
 def _two_thirds(results: Results) -> Claim:
     six = [n for n in ORIGINAL_HELLASWAG if n not in (BASELINE, "2_3rd_of_llama")]
-    pairs = {n: perplexity.compare(results.perplexity[n], results.perplexity["2_3rd_of_llama"]) for n in six}
-    adjusted = dict(zip(six, holm([c.p for c in pairs.values()]), strict=True))
+    pairs = holm_adjusted({n: perplexity.compare(results.perplexity[n], results.perplexity["2_3rd_of_llama"]) for n in six})
     closest = min(six, key=lambda n: pairs[n].difference)
-    if all(pairs[n].difference > 0 and adjusted[n] < 0.05 for n in six):
-        verdict = "holds"
-    else:
-        verdict = "does not hold" if pairs[closest].difference < 0 and adjusted[closest] < 0.05 else "undecided"
-    c = Comparison(**{**asdict(pairs[closest]), "p": adjusted[closest]})
+    least = all(c.verdict() == "worse" for c in pairs.values())
+    verdict = "holds" if least else "does not hold" if pairs[closest].verdict() == "better" else "undecided"
     return Claim("Of the six configurations kept, two thirds of the model gives the lowest quality.", verdict,
-                 f"2_3rd_of_llama against {closest}, the next: {_ratio(c)}.")  # fmt: skip
+                 f"2_3rd_of_llama against {closest}, the next: {_ratio(pairs[closest])}.")  # fmt: skip
 
 
 # ---------------------------------------------------------------- recorded runs

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -12,13 +12,14 @@ from scipy.stats import spearmanr
 from tqdm import tqdm
 
 from thesislib.chapters.chapter import CLOSED, OPEN, WIKITEXT, Chapter, Keep, Key, Part, book, shape
+from thesislib.chapters.phrases import listed, number, share, times
 from thesislib.chapters.thesis import thesis_row
 from thesislib.compress.depth import METRICS, Depth, angular_distances, importance
 from thesislib.config import positive
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import perplexity, triviaqa
 from thesislib.evaluate.generate import complete
-from thesislib.evaluate.stats import Comparison, holm
+from thesislib.evaluate.stats import VERDICTS, Comparison, holm_adjusted
 from thesislib.experiment import DENSE, described
 from thesislib.files import read_json, write_whole
 from thesislib.formats.held import check_dtype
@@ -216,7 +217,7 @@ def parts(subject: Subject, p: DepthChapter, count: int = 2) -> pd.DataFrame:
         small, report = Depth(count, part=part, metric="taylor", windows=p.calibration, length=p.length).apply(subject, data=p.data)
         m = perplexity.perplexity(small, evaluation_text(p.data), length=p.length, limit=p.windows)
         gone = ", ".join(map(str, report["removed"]))
-        rows.append({"removed": f"{count} x {part}", "of blocks": gone, "parameters, M": f"{small.parameters / 1e6:.1f}", "perplexity": _number(m)})
+        rows.append({"removed": f"{count} x {part}", "of blocks": gone, "parameters, M": f"{small.parameters / 1e6:.1f}", "perplexity": number(m)})
     return pd.DataFrame(rows).set_index("removed")
 
 
@@ -242,9 +243,7 @@ def curves(results: Results) -> pd.DataFrame:
 def against(results: Results, k: int, method: str = "perplexity") -> dict[str, Comparison]:
     """Loss of every other method against `method` at k blocks removed, paired by document, Holm-adjusted."""
     others = [m for m, at in results.perplexity if at == k and m != method]
-    found = [perplexity.compare(results.perplexity[method, k], results.perplexity[m, k]) for m in others]
-    adjusted = holm([c.p for c in found])
-    return {m: replace(c, p=p, test=f"{c.test}, Holm") for m, c, p in zip(others, found, adjusted, strict=True)}
+    return holm_adjusted({m: perplexity.compare(results.perplexity[method, k], results.perplexity[m, k]) for m in others})
 
 
 def thesis_table(results: Results) -> pd.DataFrame:
@@ -257,8 +256,8 @@ def thesis_table(results: Results) -> pd.DataFrame:
         rows.append(
             {
                 "configuration": label, "blocks removed": ", ".join(map(str, results.scores.removed[results.scores.main][k])) if k else "none",
-                "perplexity": _number(ppl), "x dense": f"{ppl.value / results.dense.value:.2f}",
-                "closed book": _share(closed), "open book": _share(opened),
+                "perplexity": number(ppl), "x dense": f"{ppl.value / results.dense.value:.2f}",
+                "closed book": share(closed), "open book": share(opened),
                 "thesis: perplexity": f"{theirs.perplexity:,.2f}", "x dense ": f"{theirs.perplexity / thesis_row('dense').perplexity:,.2f}",
                 "thesis: closed, open": f"{theirs.closed:.1f} %, {theirs.open:.1f} %",
             }
@@ -266,32 +265,11 @@ def thesis_table(results: Results) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("configuration")
 
 
-def _number(m: Measurement) -> str:
-    return f"{m.value:.4g} [{m.low:.4g}, {m.high:.4g}]"
-
-
-def _share(m: Measurement) -> str:
-    return f"{m.value:.1%} [{m.low:.1%}, {m.high:.1%}]"
-
-
-def _times(ratio: float) -> str:
-    return f"x {ratio:,.2f}" if ratio < 100 else f"x {ratio:,.0f}"
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names) if names else "none"
-
-
 def verdict(results: Results, k: int) -> str:
     """Which methods do better and worse than one-shot perplexity at k blocks, in a sentence."""
     found = {m: c for m, c in against(results, k).items() if not m.startswith(RANDOM)}
-    groups: dict[str, Callable[[Comparison], bool]] = {
-        "better": lambda c: c.p < 0.05 and c.difference < 0,
-        "worse": lambda c: c.p < 0.05 and c.difference > 0,
-        "not told apart": lambda c: c.p >= 0.05,
-    }
-    parts = [f"{name}: {_list([f'{m} (x {np.exp(c.difference):.2f})' for m, c in found.items() if belongs(c)])}" for name, belongs in groups.items()]
-    return f"With {k} blocks removed, against one-shot perplexity ({results.perplexity['perplexity', k].value:.3g}): {'; '.join(parts)}."
+    groups = [f"{word}: {listed([f'{m} (x {np.exp(c.difference):.2f})' for m, c in found.items() if c.verdict() == word])}" for word in VERDICTS]
+    return f"With {k} blocks removed, against one-shot perplexity ({results.perplexity['perplexity', k].value:.3g}): {'; '.join(groups)}."
 
 
 def best(results: Results, k: int) -> str:
@@ -303,17 +281,17 @@ def headline(results: Results) -> str:
     """What chapter 2 found, in sentences, for the book's first page and the README."""
     dense, counts = results.dense, [k for k in THESIS if ("perplexity", k) in results.perplexity]
     ours = {k: results.perplexity["perplexity", k].value for k in counts}
-    grow = ", ".join(f"{x:.3g} with D{k} ({_times(x / dense.value)})" for k, x in ours.items())
-    theirs = ", ".join(_times(thesis_row(f"D{k}").perplexity / thesis_row("dense").perplexity) for k in counts)
+    grow = ", ".join(f"{x:.3g} with D{k} ({times(x / dense.value)})" for k, x in ours.items())
+    theirs = ", ".join(times(thesis_row(f"D{k}").perplexity / thesis_row("dense").perplexity) for k in counts)
     correlation = rank_correlations(results.scores)["perplexity"].drop("perplexity")
     near, far = correlation.idxmax(), correlation.idxmin()
     last, trivia = counts[-1], results.trivia
     depth = len(results.scores.metrics["perplexity"])
     return in_markdown(
-        f"Removing the blocks whose removal costs least takes perplexity on {dense.task} from {dense.value:.3g} [{dense.low:.3g}, {dense.high:.3g}] to {grow}; "
+        f"Removing the blocks whose removal costs least takes perplexity on {dense.task} from {number(dense, '.3g')} to {grow}; "
         f"the thesis's subject, which has 16 blocks and not {depth}, lost more: {theirs}. Of the other scores {near} ranks blocks most like perplexity "
         f"does (rank correlation {correlation[near]:.2f}), {far} least ({correlation[far]:.2f}). {verdict(results, last)} Closed-book TriviaQA goes "
-        f"from {_share(trivia[0, False])} to {_share(trivia[2, False])} at D2 and {_share(trivia[last, False])} at D{last}."
+        f"from {share(trivia[0, False])} to {share(trivia[2, False])} at D2 and {share(trivia[last, False])} at D{last}."
     )
 
 

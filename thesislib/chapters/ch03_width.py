@@ -13,13 +13,14 @@ import torch
 from tqdm import tqdm
 
 from thesislib.chapters.chapter import WIKITEXT, Chapter, Keep, Key, Part
+from thesislib.chapters.phrases import p_value, ratio, versus, with_thousands
 from thesislib.chapters.thesis import thesis_row
 from thesislib.compress.width import THESIS_PATTERNS, Width
 from thesislib.config import positive
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import perplexity
 from thesislib.evaluate.speed import speeds
-from thesislib.evaluate.stats import Comparison, holm
+from thesislib.evaluate.stats import VERDICTS, Comparison, holm_adjusted
 from thesislib.experiment import DENSE, described, recipe_hash, recipe_of
 from thesislib.formats.held import check_dtype
 from thesislib.formats.load import load_subject
@@ -162,14 +163,14 @@ def main_results(results: Results, p: WidthChapter, metric: str = "wanda") -> di
 def pattern_table(results: Results, p: WidthChapter) -> pd.DataFrame:
     """One row a pattern: perplexity by WANDA and magnitude, ratio to dense, bytes, and the thesis's figures."""
     dense, wanda, magnitude = results[None], main_results(results, p), main_results(results, p, "magnitude")
-    rows = [{"pattern": DENSE, "zeros": "0 %", "WANDA": _number(dense), "x dense": "1.00", "magnitude": "", "linears' bytes": "100 %"}]
+    rows = [{"pattern": DENSE, "zeros": "0 %", "WANDA": with_thousands(dense), "x dense": "1.00", "magnitude": "", "linears' bytes": "100 %"}]
     for pattern, m in wanda.items():
         size = m.provenance["chapter"]["sizes"]
         share = shares(wanda)[pattern]
         rows.append(
             {
-                "pattern": pattern, "zeros": f"{share:.1%}", "WANDA": _number(m), "x dense": f"{m.value / dense.value:,.2f}",
-                "magnitude": _number(magnitude[pattern]) if pattern in magnitude else "", "linears' bytes": f"{size['packed'] / size['dense']:.1%}",
+                "pattern": pattern, "zeros": f"{share:.1%}", "WANDA": with_thousands(m), "x dense": f"{m.value / dense.value:,.2f}",
+                "magnitude": with_thousands(magnitude[pattern]) if pattern in magnitude else "", "linears' bytes": f"{size['packed'] / size['dense']:.1%}",
             }
         )  # fmt: skip
     for row in rows:
@@ -188,11 +189,6 @@ def _plain(m: Measurement) -> dict:
     return m.provenance["chapter"]["config"]
 
 
-def _number(m: Measurement) -> str:
-    value, low, high = (f"{x:,.0f}" if x >= 1000 else f"{x:.4g}" for x in (m.value, m.low, m.high))
-    return f"{value} [{low}, {high}]"
-
-
 def calibration_table(results: Results, p: WidthChapter) -> pd.DataFrame:
     """Perplexity of 2:4 by calibration text and number of windows, one column a seed."""
     rows = []
@@ -202,40 +198,30 @@ def calibration_table(results: Results, p: WidthChapter) -> pd.DataFrame:
     return pd.DataFrame(rows).pivot(index=["text", "windows"], columns="seed", values="perplexity")
 
 
-def _compare(a: Measurement, b: Measurement) -> Comparison:
-    return perplexity.compare(a, b)
-
-
 def halves(results: Results, p: WidthChapter) -> list[tuple[str, str, Comparison]]:
     """At half the weights removed, each wider group against the next narrower one, Holm-adjusted."""
     found = main_results(results, p)
     pairs = [(a, b) for a, b in itertools.pairwise(HALVES) if a in found and b in found]
-    tests = [_compare(found[a], found[b]) for a, b in pairs]
-    return [(a, b, replace(c, p=q)) for (a, b), c, q in zip(pairs, tests, holm([c.p for c in tests]), strict=True)]
+    return [(a, b, c) for (a, b), c in holm_adjusted({(a, b): perplexity.compare(found[a], found[b]) for a, b in pairs}).items()]
 
 
 def halves_sentence(results: Results, p: WidthChapter) -> str:
     """The same in words."""
     said = []
     for a, b, c in halves(results, p):
-        word = "not told apart from" if c.p >= 0.05 else "better than" if c.difference < 0 else "worse than"
-        said.append(f"{b} is {word} {a} (x {np.exp(c.difference):.2f}, p {'< 0.001' if c.p < 0.001 else f'= {c.p:.3f}'})")
+        said.append(f"{b} is {versus(c, else_='not told apart from')} {a} (x {np.exp(c.difference):.2f}, {p_value(c.p)})")
     return "With half the weights removed, " + ", ".join(said) + "."
 
 
 def magnitude_sentence(results: Results, p: WidthChapter) -> str:
     """WANDA against magnitude on each pattern measured both ways."""
     wanda, magnitude = main_results(results, p), main_results(results, p, "magnitude")
-    both = [x for x in magnitude if x in wanda]
-    tests = [_compare(magnitude[x], wanda[x]) for x in both]
-    adjusted = holm([c.p for c in tests])
-    better = [x for x, c, q in zip(both, tests, adjusted, strict=True) if q < 0.05 and c.difference < 0]
-    worse = [x for x, c, q in zip(both, tests, adjusted, strict=True) if q < 0.05 and c.difference > 0]
-    undecided = len(both) - len(better) - len(worse)
-    widest = min(range(len(both)), key=lambda i: tests[i].difference)
+    tests = holm_adjusted({x: perplexity.compare(magnitude[x], wanda[x]) for x in magnitude if x in wanda})
+    better, worse, undecided = ([c.verdict() for c in tests.values()].count(word) for word in VERDICTS)
+    widest = min(tests, key=lambda x: tests[x].difference)
     return (
-        f"WANDA's perplexity is below magnitude's for {len(better)} of {len(both)} patterns, above it for {len(worse)}, not told apart for {undecided} "
-        f"(paired t test, Holm); most for {both[widest]} (x {np.exp(tests[widest].difference):.2g})."
+        f"WANDA's perplexity is below magnitude's for {better} of {len(tests)} patterns, above it for {worse}, not told apart for {undecided} "
+        f"(paired t test, Holm); most for {widest} (x {np.exp(tests[widest].difference):.2g})."
     )
 
 
@@ -245,8 +231,8 @@ def weighting_sentence(results: Results, p: WidthChapter) -> str:
     said = []
     for config, m in results.items():
         if config and config == p.width("2:4", weighting=config.weighting) and config.weighting != "equal":
-            c = _compare(base, m)
-            said.append(f"{config.weighting}: x {np.exp(c.difference):.3f} [{np.exp(c.low):.3f}, {np.exp(c.high):.3f}]")
+            c = perplexity.compare(base, m)
+            said.append(f"{config.weighting}: {ratio(c)}")
     return f"2:4 with tokens counted otherwise, against equally ({base.value:.4g}): {'; '.join(said)}."
 
 
@@ -268,12 +254,12 @@ def headline(results: Results) -> str:
     """What chapter 3 found, in sentences, for the book's first page and the README."""
     p = recorded_parameters()
     dense, found = results[None], main_results(results, p)
-    mild = _compare(dense, found["1:8"])
+    mild = perplexity.compare(dense, found["1:8"])
     shares = {x: found[x].provenance["chapter"]["sizes"] for x in ("1:8", "2:4")}
     theirs = ", ".join(f"{x} x {thesis_row(f'W{x}').perplexity / thesis_row('dense').perplexity:.3g}" for x in ("1:8", "2:4"))
     return in_markdown(
-        f"Removing 1 of 8 weights by WANDA multiplies perplexity on {dense.task} ({dense.value:.3g}) by {np.exp(mild.difference):.3f} "
-        f"[{np.exp(mild.low):.3f}, {np.exp(mild.high):.3f}], 2 of 4 by {found['2:4'].value / dense.value:.2f} (the thesis's subject: {theirs}). "
+        f"Removing 1 of 8 weights by WANDA multiplies perplexity on {dense.task} ({dense.value:.3g}) by {ratio(mild).removeprefix('x ')}, "
+        f"2 of 4 by {found['2:4'].value / dense.value:.2f} (the thesis's subject: {theirs}). "
         f"{halves_sentence(results, p)} {magnitude_sentence(results, p)} Packed, 1:8 takes {shares['1:8']['packed'] / shares['1:8']['dense']:.1%} of the "
         f"linears' bytes and 2:4 {shares['2:4']['packed'] / shares['2:4']['dense']:.1%}; the thesis's files stayed as large as they were."
     )

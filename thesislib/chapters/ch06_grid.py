@@ -12,13 +12,13 @@ import pandas as pd
 from thesislib.chapters.chapter import WIKITEXT, Chapter, Keep, Key, Part, book, large
 from thesislib.chapters.labels import FAMILIES, family, of, step_family, thesis_of
 from thesislib.chapters.pareto import MEASURES, OPEN, PPL, Results, bytes_finding, size_of
-from thesislib.chapters.phrases import difference, number, ratio, share
+from thesislib.chapters.phrases import difference, interval, number, ratio, share
 from thesislib.chapters.thesis import thesis_row
 from thesislib.config import positive
 from thesislib.evaluate.compare import compare
 from thesislib.evaluate.setup import setup_of, task_of
 from thesislib.evaluate.speed import SECONDS_PER_TOKEN
-from thesislib.evaluate.stats import Comparison, holm, paired_means
+from thesislib.evaluate.stats import Comparison, holm_adjusted, paired_means
 from thesislib.evaluate.task import SHARE
 from thesislib.experiment import DENSE, prepare
 from thesislib.files import cache_dir, data_file
@@ -110,11 +110,7 @@ def _before(path: Path) -> list[Store]:
 
 
 def _number(m: Measurement | None, percent: bool) -> str:
-    if m is None:
-        return "not run"
-    if percent:
-        return share(m)
-    return f"{m.value:,.0f} [{m.low:,.0f}, {m.high:,.0f}]" if m.value > 1000 else number(m)
+    return "not run" if m is None else share(m) if percent else number(m, ",.0f" if m.value > 1000 else ".4g")
 
 
 def grid_table(results: Results, groups: Sequence[str] | None = None, size: str = RECORDED, run: bool = False) -> pd.DataFrame:
@@ -138,7 +134,7 @@ def grid_table(results: Results, groups: Sequence[str] | None = None, size: str 
             if measure == PPL:
                 row["x dense"] = f"{m.value / dense.value:,.3g}" if m and dense else ""
         if m := results.get((c.label, SECONDS_PER_TOKEN)):
-            row["ms per token"] = f"{1e3 * m.value:.1f} [{1e3 * m.low:.1f}, {1e3 * m.high:.1f}]"
+            row["ms per token"] = interval(1e3 * m.value, 1e3 * m.low, 1e3 * m.high, ".1f")
         columns = {"M parameters": "parameters", "M not zero": "nonzero_parameters", "MB on disk": "bytes_on_disk", "MB in memory": "bytes_in_memory"}
         for name, key in columns.items():
             value = size_of(results, c.label, key)
@@ -155,9 +151,7 @@ def tier_table(results: Results) -> pd.DataFrame:
     rows = []
     for (label, what), m in results.items():
         if what == OPEN:
-            rows.append(
-                {"model": label, "any": f"{m.value:.1%}"} | {tier: f"{x['value']:.1%} [{x['low']:.1%}, {x['high']:.1%}]" for tier, x in m.extra.items()}
-            )
+            rows.append({"model": label, "any": f"{m.value:.1%}"} | {tier: interval(x["value"], x["low"], x["high"], ".1%") for tier, x in m.extra.items()})
     return pd.DataFrame(rows).set_index("model")
 
 
@@ -214,11 +208,9 @@ def against_dense(results: Results, size: str = FULL) -> pd.DataFrame:
     """
     measures = dict.fromkeys(m for c in grid(size).configurations for m in c.measures)
     pairs = [(label, m) for label, m in results if label != DENSE and m in measures and (DENSE, m) in results]
-    tests = [compare(results[DENSE, m], results[label, m]) for label, m in pairs]
     cells: dict[str, dict[str, str]] = {}
-    for (label, m), c, p in zip(pairs, tests, holm([c.p for c in tests]), strict=True):
-        said = difference(c, task_of(results[label, m]))
-        cells.setdefault(label, {})[m] = said + " *" * (p < 0.05)
+    for (label, m), c in holm_adjusted({(label, m): compare(results[DENSE, m], results[label, m]) for label, m in pairs}).items():
+        cells.setdefault(label, {})[m] = difference(c, task_of(results[label, m])) + " *" * c.told
     rows = [{"model": label} | {m: cells[label].get(m, "not run") for m in measures} for label in cells]
     return pd.DataFrame(rows, columns=["model", *measures]).set_index("model")
 
@@ -241,21 +233,16 @@ def full_sentence(results: Results) -> str:
     )
 
 
-def _points(c: Comparison) -> str:
-    return f"{100 * c.difference:+.1f} points [{100 * c.low:+.1f}, {100 * c.high:+.1f}]"
-
-
 def steps(results: Results, measure: str = PPL) -> list[tuple[str, str, str, Comparison]]:
     """(family, from, to, comparison) of every model against the one before its last stage, Holm-adjusted over all."""
-    found = []
+    found = {}
     for label, what in results:
         if what != measure or not of(label).parts:
             continue
         before, last = str(of(label).before()), of(label).parts[-1]
         if (before, measure) in results:
-            found.append((step_family(last), before, label, compare(results[before, measure], results[label, measure])))
-    adjusted = holm([c.p for *_, c in found])
-    return [(f, a, b, replace(c, p=q)) for (f, a, b, c), q in zip(found, adjusted, strict=True)]
+            found[step_family(last), before, label] = compare(results[before, measure], results[label, measure])
+    return [(*names, c) for names, c in holm_adjusted(found).items()]
 
 
 def shown_steps(results: Results) -> list[tuple[str, str, str, Comparison]]:
@@ -267,17 +254,16 @@ def stage_table(results: Results) -> pd.DataFrame:
     """What each stage does to the model before it: how many pairs, the lowest, median and highest effect, how many are told apart."""
     rows = []
     for measure, task in MEASURES.items():
-        words = ("better", "worse") if task.higher_is_better else ("worse", "better")
         found = steps(results, measure)
         for name in FAMILIES:
             here = [c for f, *_, c in found if f == name]
             if here:
                 effects = sorted(c.difference for c in here)
                 shown = [f"x {np.exp(x):.3g}" if task.ratio else f"{100 * x:+.1f}" for x in (effects[0], float(np.median(effects)), effects[-1])]
-                told = {words[up]: sum(c.p < 0.05 and (c.difference < 0) == bool(up) for c in here) for up in (0, 1)}
+                told = [c.verdict(task.higher_is_better) for c in here]
                 rows.append(
                     {"stage": name, "measure": measure, "pairs": len(here), "lowest": shown[0], "median": shown[1], "highest": shown[2],
-                     "told worse": told["worse"], "told better": told["better"]}
+                     "told worse": told.count("worse"), "told better": told.count("better")}
                 )  # fmt: skip
     return pd.DataFrame(rows).set_index("stage")
 
@@ -300,7 +286,7 @@ def interactions(results: Results) -> list[tuple[str, Comparison]]:
     single = {x: said.kinds[0].word for x in labels if len((said := of(x)).parts) == 1}
     depths, widths = ([x for x, word in single.items() if word == wanted] for wanted in ("depth", "width"))
     found = [(f"{d}+{w}", c) for d in depths for w in widths if (c := interaction(results, d, w))]
-    return [(name, replace(c, p=q)) for (name, c), q in zip(found, holm([c.p for _, c in found]), strict=True)]
+    return list(holm_adjusted(dict(found)).items())
 
 
 def interaction_sentence(results: Results) -> str:
@@ -308,7 +294,7 @@ def interaction_sentence(results: Results) -> str:
     found = interactions(results)
     if not found:
         return "No model was pruned both ways."
-    more, less = ([name for name, c in found if c.p < 0.05 and (c.difference > 0) == up] for up in (True, False))
+    more, less = ([name for name, c in found if c.verdict() == word] for word in ("worse", "better"))
     rest = len(found) - len(more) - len(less)
     name, most = max(found, key=lambda pair: abs(pair[1].difference))
     sides = [f"more than that for {len(more)}{_listed(more)}", f"less for {len(less)}{_listed(less)}", f"and are not told apart from it for {rest}"]
@@ -344,8 +330,8 @@ def precision_sentence(exact: Results, rounded: Results) -> str:
     labels = [label for label, what in exact if what == PPL and (label, PPL) in rounded]
     words, shifts = {}, []
     for kind, results in (("float32", exact), ("bfloat16", rounded)):
-        tests = [compare(results[a, PPL], results[b, PPL]) for i, a in enumerate(labels) for b in labels[i + 1 :]]
-        words[kind] = [0 if q >= 0.05 else np.sign(c.difference) for c, q in zip(tests, holm([c.p for c in tests]), strict=True)]
+        tests = {(a, b): compare(results[a, PPL], results[b, PPL]) for i, a in enumerate(labels) for b in labels[i + 1 :]}
+        words[kind] = [c.verdict() for c in holm_adjusted(tests).values()]
     shifts = [rounded[x, PPL].value / exact[x, PPL].value - 1 for x in labels]
     differ = sum(int(a != b) for a, b in zip(words["float32"], words["bfloat16"], strict=True))
     return (
@@ -371,8 +357,8 @@ def _below(results: Results, base: str, labels: Sequence[str]) -> int | None:
     """How many of some models' perplexities are told below another's, Holm-adjusted; None without that other."""
     if (base, PPL) not in results:
         return None
-    tests = [compare(results[base, PPL], results[x, PPL]) for x in labels]
-    return sum(p < 0.05 and c.difference < 0 for c, p in zip(tests, holm([c.p for c in tests]), strict=True))
+    tests = holm_adjusted({x: compare(results[base, PPL], results[x, PPL]) for x in labels})
+    return [c.verdict() for c in tests.values()].count("better")
 
 
 def _control_finding(results: Results) -> str:

@@ -8,16 +8,17 @@ points") holds if the whole 95 % interval lies in the claimed range, and does no
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from thesislib.chapters import chapters
 from thesislib.chapters.chapter import CLOSED, LARGE, OPEN, WHOLE, WIKITEXT, large
 from thesislib.chapters.labels import of
+from thesislib.chapters.phrases import p_number
 from thesislib.chapters.thesis import thesis_row
 from thesislib.evaluate.compare import compare
 from thesislib.evaluate.setup import task_of
-from thesislib.evaluate.stats import Comparison, holm
+from thesislib.evaluate.stats import Comparison, holm_adjusted
 from thesislib.records.measurement import Measurement, in_markdown
 from thesislib.records.store import Store, study
 
@@ -87,24 +88,25 @@ class Verdict:
 
 def judge(claim: Claim, records: Records) -> Verdict:
     """The verdict on a claim; comparisons whose records are missing are named, and with any missing a claim cannot hold."""
-    done: list[tuple[str, Comparison, bool]] = []
+    ratios: dict[str, bool] = {}
+    tests: dict[str, Comparison] = {}
     missing = []
     for name, first, second in claim.pairs(records):
         a, b = records.get(first), records.get(second)
         if a is None or b is None:
             missing.append(name)
             continue
-        done.append((name, compare(a, b), task_of(a).ratio))
-    if not done:
+        ratios[name] = task_of(a).ratio
+        tests[name] = compare(a, b)
+    if not tests:
         return Verdict(claim, MISSING, [], missing)
-    adjusted = holm([c.p for _, c, _ in done])
-    done = [(name, replace(c, p=q), ratio) for (name, c, ratio), q in zip(done, adjusted, strict=True)]
+    done = [(name, c, ratios[name]) for name, c in holm_adjusted(tests).items()]
     if claim.within is not None:
         sizes = [tuple(math.exp(x) if ratio else x for x in (c.low, c.high)) for _, c, ratio in done]
         low, high = claim.within
         word = HOLDS if all(low <= a and b <= high for a, b in sizes) else FAILS if any(b < low or a > high for a, b in sizes) else UNDECIDED
     else:
-        told = [(c.difference > 0) == claim.up for _, c, _ in done if c.p < 0.05]
+        told = [(c.difference > 0) == claim.up for _, c, _ in done if c.told]
         if claim.often:
             word = HOLDS if sum(told) > len(done) / 2 else FAILS if len(told) - sum(told) > len(done) / 2 else UNDECIDED
         else:
@@ -263,4 +265,4 @@ def _shown(comparisons: list) -> list:
 
 def _row(name: str, c: Comparison, ratio: bool) -> str:
     effect, low, high = (f"x\u00a0{math.exp(x):.3f}" if ratio else f"{100 * x:+.1f}" for x in (c.difference, c.low, c.high))
-    return f"| {in_markdown(name)} | {effect} | {low} to {high} | {c.n} | {c.test} | {'< 0.001' if c.p < 0.001 else f'{c.p:.3f}'} |"
+    return f"| {in_markdown(name)} | {effect} | {low} to {high} | {c.n} | {c.test} | {p_number(c.p)} |"

@@ -10,7 +10,7 @@ import pandas as pd
 from thesislib.chapters.labels import FAMILIES, family, training
 from thesislib.evaluate.compare import compare
 from thesislib.evaluate.setup import TASKS
-from thesislib.evaluate.stats import holm
+from thesislib.evaluate.stats import holm_adjusted
 from thesislib.evaluate.task import SHARE
 from thesislib.experiment import DENSE
 from thesislib.records.measurement import Measurement
@@ -83,8 +83,8 @@ def equal_bytes_sentence(results: Results) -> str:
         return "Models with and without quantisation are not both there to compare."
     rivals = {x: [q for q in packed if training(q) == training(x) and rows.loc[q, "MB"] <= rows.loc[x, "MB"]] for x in plain}
     pairs = [(x, min(smaller, key=lambda q: rows.loc[q, PPL])) for x, smaller in rivals.items() if smaller]
-    tests = [compare(results[x, PPL], results[q, PPL]) for x, q in pairs]
-    beaten = [x for (x, _), c, p in zip(pairs, tests, holm([c.p for c in tests]), strict=True) if p < 0.05 and c.difference < 0]
+    tests = holm_adjusted({x: compare(results[x, PPL], results[q, PPL]) for x, q in pairs})
+    beaten = [x for x, c in tests.items() if c.verdict() == "better"]
     said = [
         f"of {len(here)} {name} ones {sum(x in beaten for x in here)}"
         for name, trained in (("untrained", False), ("trained", True))
