@@ -249,6 +249,7 @@ CHAPTER = Chapter("42_counting", "counting", Counting, parts, lambda m: (m.prove
 def new_chapter(tmp_path, monkeypatch):
     """A notebook and a module in places of their own; nothing else."""
     (tmp_path / "notebooks").mkdir()
+    (tmp_path / "_toc.yml").write_text("root: x")
     (tmp_path / "modules").mkdir()
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("n = 2", metadata={"tags": ["parameters"]})])
     nbformat.write(nb, tmp_path / "notebooks" / "42_counting.ipynb")
