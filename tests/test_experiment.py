@@ -195,6 +195,8 @@ def test_verdicts(then, now, allowed, agrees, said):
         ("accuracy", "float32", [], {"absolute": 0.005}),
         ("acc_norm", "bfloat16", [], {"absolute": 0.02}),
         ("accuracy", "bfloat16", [{"lora": {}}], {"absolute": 0.04}),
+        ("perplexity", "bfloat16", [{"gptq": {}}, {"eora": {}}], {"relative": 0.03}),
+        ("perplexity", "bfloat16", [{"rtn": {}}], {"relative": 0.01}),
     ],
 )
 def test_tolerances(metric, dtype, stages, expected):

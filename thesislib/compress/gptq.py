@@ -184,6 +184,7 @@ class Gptq(Weighted, Rtn):
     weighting: str = field(default="unit_norm", kw_only=True)
 
     letter: ClassVar[str] = "Q"
+    amplifies: ClassVar[bool] = True
     pattern: ClassVar[str] = r"Q([238]?)"
     clips: ClassVar[tuple[str, ...]] = CLIPS
 

@@ -49,6 +49,7 @@ class Stage:
         pattern: a regular expression that all of its labels match, and no other stage's.
         correctable: whether it changes weights and keeps their shapes, so that EoRA may follow.
         needs_original: whether `apply` also takes `original`, the subject that the stage right before it was given.
+        amplifies: whether it follows its own rounding for many steps, so that sums in another order end at other weights.
         streams: whether `stream_weights` does the same on blocks that are in memory one at a time.
     """
 
@@ -57,6 +58,7 @@ class Stage:
     pattern: ClassVar[str] = ""
     correctable: ClassVar[bool] = False
     needs_original: ClassVar[bool] = False
+    amplifies: ClassVar[bool] = False
     streams: ClassVar[bool] = False
 
     @property

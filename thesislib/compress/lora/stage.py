@@ -83,6 +83,7 @@ class Lora(Stage):
     seed: int = 0
 
     family: ClassVar[str] = "trained"
+    amplifies: ClassVar[bool] = True
     pattern: ClassVar[str] = r"[WT](-masked|-dense)?"
 
     def __post_init__(self):
