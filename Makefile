@@ -32,6 +32,7 @@ fetch: setup
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 unit: fetch
 	$(PY) -m pytest tests thesislib -m "not browser" --durations=10

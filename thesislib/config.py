@@ -28,7 +28,7 @@ def settings(kind: type[T], namespace: Mapping[str, Any]) -> T:
         BadInput: a name `kind` does not have, a value of the wrong type, or one its own check refuses.
     """
     _die_with_parent()
-    names = [f.name for f in dataclasses.fields(kind)]
+    names = [f.name for f in dataclasses.fields(typing.cast(Any, kind))]
     # IPython's own names begin with an underscore or are capitalised
     plain = {k: v for k, v in namespace.items() if not k.startswith("_") and k.islower() and isinstance(v, (str, int, float, list, dict, types.NoneType))}
     return build(kind, {k: v for k, v in plain.items() if k in names or k not in ("exit", "quit")})

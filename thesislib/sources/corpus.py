@@ -102,12 +102,14 @@ def rows(task: str, data: str | Path = "embedded") -> list[Row]:
     if task not in TASKS:
         raise unknown("task", task, TASKS)
     source, kind = TASKS[task], kind_of(data)
-    where = f"the data set {source.hub[0]}"
     if kind == "embedded":  # what the manifest's checksums vouch for needs no look
         return _read(_member(source.member))
+    where: Path | str = f"the data set {source.hub[0]}"
     if kind == "folder":
         where = _file_in(expanded(data), source.folder)
-    found = _hub_rows(task, source.hub) if kind == "hub" else _read(where)
+        found = _read(where)
+    else:
+        found = _hub_rows(task, source.hub)
     if not found:
         raise BadInput(f"task '{task}' has no rows in {where}")
     for number, row in enumerate(found, 1):
