@@ -99,9 +99,7 @@ def test_findings_turn_with_the_records(story):
     assert "of 4 untrained ones 0 and of 3 trained ones 1 are beaten" in trade_offs.equal_bytes_sentence(story)
     plain = {**story, ("Q", PPL): ppl(3.05, 100, 20)}
     assert "of 4 untrained ones 3 and of 3 trained ones 1 are beaten" in trade_offs.equal_bytes_sentence(plain)
-    assert "alike: untrained dense (270 MB, perplexity 20.1 against 20.1), trained D2+W+Q (110 MB, perplexity 23.3 against 18.2)" not in "".join(
-        evaluation.top_findings(story)
-    )  # 23.3 is more than 1.25 times 18.2
+    assert "perplexity 23.3" not in "".join(evaluation.top_findings(story))  # D2+W+Q's, which is more than 1.25 times 18.2
     assert "alike: untrained Q (100 MB, perplexity 21.1 against 20.1), trained D2+W (251 MB, perplexity 22.2 against 18.2)" in evaluation.top_findings(plain)[0]
     came = {key: replace(m, provenance={**m.provenance, "subject": "SmolLM2-135M-Instruct"}) for key, m in story.items()}
     assert "It came as a file of 98 MB in Q4_1" in evaluation.top_findings(came)[0] and "It came" not in evaluation.top_findings(story)[0]
