@@ -51,7 +51,6 @@ notebooks: fetch
 	$(PY) -m thesislib.book --store
 
 findings: setup
-	$(PY) -m thesislib.cli recipe expand data/grid.yaml --out data/recipes/grid
 	$(PY) -m thesislib.chapters
 
 # here a reader may ask for any subject, hub:NAME too

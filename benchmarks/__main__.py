@@ -16,9 +16,8 @@ from benchmarks.lora import lora_against_bare_loop
 from benchmarks.packed import packed_against_dense
 from benchmarks.quantised import quantised_against_dense
 from thesislib.compress.franken import franken_plans
-from thesislib.evaluate.choice import multiple_choice
-from thesislib.evaluate.harness import lm_eval_task
 from thesislib.evaluate.perplexity import perplexities, perplexity
+from thesislib.evaluate.setup import Setup
 from thesislib.evaluate.triviaqa import triviaqa
 from thesislib.formats.load import load_subject
 from thesislib.model.blocks import apply_plan
@@ -78,11 +77,9 @@ def trivia_batched(repeats: int = 3) -> dict:
 
 def choice_against_harness(repeats: int = 1) -> dict:
     """24 HellaSwag items: endings packed behind one context, and lm-evaluation-harness's pairs."""
-    from thesislib.sources.corpus import choices
-
     subject = load_subject(dtype="bfloat16")
-    items = choices("hellaswag", limit=24)
-    ours, theirs = alternating(lambda: multiple_choice(subject, items, task="hellaswag"), lambda: lm_eval_task(subject, "hellaswag", limit=24), repeats)
+    packed, pairs = (Setup("hellaswag", limit=24, fast=fast) for fast in (True, False))
+    ours, theirs = alternating(lambda: packed.measure(subject, "embedded"), lambda: pairs.measure(subject, "embedded"), repeats)
     return {"packed_s": round(ours, 1), "harness_s": round(theirs, 1), "ratio": round(ours / theirs, 3)}
 
 

@@ -70,7 +70,7 @@ def tiny_data(tmp_path_factory):
         ],
     }
     for task, rows in tables.items():
-        path = root / f"{corpus.TASKS[task].folder}.jsonl"
+        path = root / f"{corpus.SOURCES[task].folder}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(root)

@@ -85,6 +85,10 @@ CALLS = [
     *(["evaluate", "tiny", *more] for more in ([], ["--on", ""], ["--on", "wikitex"], ["--on", "wikitext", "--nonsense"], ["two", "--on", "wikitext"])),
     ["evaluate", "tiny", "--on", "trivia", "--prompt", "poem", "--data", "DATA"],
     ["evaluate"],
+    *(["record", value] for value in ("", "99", "03_width", "-1")),
+    *(["record", "00", "--out", "new", "-p", value] for value in ("lengths=512", "lengths=[a]", f"lengths=[{HUGE}]", "items=x", "windows=0", "nope=1")),
+    ["record", "02", "--out", "new", "-p", "counts=[x]"],
+    ["record", "01", "-p", "windows=1"],
     *(["run", value] for value in ("", "99", "01_frankenllama", "-1", "notebooks/01_franken_llama.ipynb")),
     *(["run", "01", "-p", value] for value in (
         "windows=abc", "windows=-1", "windows=0", "windows=1.5", "windows=true", f"windows={HUGE}", "windows=[1]", "windows={a: 1}", "windows=", "windows=*a",

@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from thesislib.book import api, clean
-from thesislib.chapters import CHAPTERS
+from thesislib.chapters import chapters as study
+from thesislib.chapters import reads
 from thesislib.errors import BadInput
 from thesislib.files import ROOT
 from thesislib.notebooks import check_names
@@ -67,6 +68,31 @@ def test_key_depends_on_what_the_notebook_depends_on(checkout):
     assert cache_key(path, {}, checkout) != key
 
 
+def test_key_depends_on_the_records_that_a_chapter_reads_and_on_what_reads_them(checkout):
+    path = checkout / "notebooks" / "01_one.ipynb"
+    nb = nbformat.read(path, 4)
+    nb.cells[1].source += '\nrecorded("02_two")'
+    nbformat.write(nb, path)
+    chapters_read = {"01_one": "thesislib.a", "02_two": "thesislib.unrelated", "03_three": "thesislib.quiet"}
+    (checkout / "thesislib" / "quiet.py").write_text("e = 1")
+    key = cache_key(path, {}, checkout, reads=chapters_read)
+    beside = checkout / "data" / "results" / "02_beside.json"
+    for file, changes in (("data/results/02_two.jsonl", True), ("data/results/02_beside.json", True), ("thesislib/unrelated.py", True),
+                          ("thesislib/quiet.py", False), ("data/results/04_four.jsonl", False)):  # fmt: skip
+        before = (checkout / file).read_text() if (checkout / file).exists() else None
+        (checkout / file).write_text("f = 1")
+        assert (cache_key(path, {}, checkout, reads=chapters_read) != key) == changes, file
+        (checkout / file).write_text(before) if before is not None else (checkout / file).unlink()
+    assert not beside.exists()
+
+
+def test_a_chapter_reads_what_its_notebook_names():
+    for name, path in chapters().items():
+        code = "\n".join(c.source for c in nbformat.read(path, 4).cells if c.cell_type == "code")
+        named = set(re.findall(r'(?:recorded|record_file)\("(\w+)"', code))
+        assert name in named and named <= set(reads(name)), name
+
+
 def test_executed_runs_once_and_again_when_something_changes(checkout, monkeypatch, capsys):
     monkeypatch.setattr("thesislib.files.ROOT", checkout)
     monkeypatch.setattr("thesislib.runner.cache_key.__defaults__", (checkout,))
@@ -96,13 +122,11 @@ def test_execute_with_parameters_and_failure(tmp_path):
     assert not list(tmp_path.glob("never*")) and not list(tmp_path.glob(".*partial*"))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells whether it lives")
 def test_the_kernel_dies_with_its_run(tmp_path):
     """kill -9 on the run: its kernel, in the middle of a long cell, is gone too and nothing has the final name."""
     source, pid_file = tmp_path / "long.ipynb", tmp_path / "kernel.pid"
-    cells = ["import os, time, pathlib\nfrom dataclasses import make_dataclass\nfrom thesislib.config import settings\n"
-             "settings(make_dataclass('P', [('seconds', int)]), {'seconds': 1})",
-             f"pathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\nx = 0\nwhile True: x += 1"]  # fmt: skip
+    cells = [f"import os, pathlib\npathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\nx = 0\nwhile True: x += 1"]
     nbformat.write(notebook(*cells), source)
     code = f"from pathlib import Path; from thesislib.runner import execute; execute(Path({str(source)!r}), Path({str(tmp_path / 'out.ipynb')!r}), {{}})"
     run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})
@@ -161,25 +185,14 @@ def test_stored_notebooks_are_clean_thin_and_tagged():
 def test_every_notebook_is_in_the_book_and_its_parameters_are_its_configs():
     from papermill import inspect_notebook
 
-    from thesislib.chapters.ch00_measures import Measures
-    from thesislib.chapters.ch01_franken import Franken
-    from thesislib.chapters.ch02_depth import DepthChapter
-    from thesislib.chapters.ch03_width import WidthChapter
-    from thesislib.chapters.ch04_runs import LoraChapter
-    from thesislib.chapters.ch05_runs import QuantChapter
-    from thesislib.chapters.ch06_grid import EvaluationChapter
-    from thesislib.chapters.ch07_device import DeviceChapter
-
     toc = (ROOT / "_toc.yml").read_text()
-    kinds = {
-        "00_measures": Measures, "01_franken_llama": Franken, "02_depth_pruning": DepthChapter, "03_width_pruning": WidthChapter,
-        "04_lora_recovery": LoraChapter, "05_quantisation": QuantChapter, "06_evaluation": EvaluationChapter,
-        "07_on_device": DeviceChapter,
-    }  # fmt: skip
-    assert set(kinds) == set(chapters()) == set(CHAPTERS)
-    for name, kind in kinds.items():
+    assert list(study()) == list(chapters())
+    for name, chapter in study().items():
         assert f"notebooks/{name}" in toc
-        assert set(inspect_notebook(str(chapters()[name]))) == {f.name for f in fields(kind)}
+        assert set(inspect_notebook(str(chapters()[name]))) == {f.name for f in fields(chapter.parameters)}
+
+
+def test_a_misspelt_parameter_is_refused_with_the_nearest():
     with pytest.raises(BadInput, match="did you mean 'windows'"):
         check_names(chapters()["01_franken_llama"], ["windos"])
 

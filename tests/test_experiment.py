@@ -15,7 +15,7 @@ from thesislib.compress.gptq import Rtn
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.evaluate.perplexity import perplexities
-from thesislib.evaluate.task import Protocol
+from thesislib.evaluate.setup import Setup
 from thesislib.experiment import Verdict, again, described, prepare, recipe_hash, recipe_of, tolerance
 from thesislib.formats.load import load_subject, save_checkpoint
 from thesislib.model.blocks import apply_plan
@@ -25,9 +25,9 @@ from thesislib.records.store import Store, find
 from thesislib.sources import corpus
 
 STAGES = (Depth(blocks=[0, 2]), Width(remove=1, of=8, windows=4, length=64), Rtn(bits=4, group=32))
-PPL = Protocol("wikitext", length=32, limit=5)
-CHOICE = Protocol("hellaswag", limit=4, fast=True)
-TRIVIA = Protocol("trivia", batch=4)
+PPL = Setup("wikitext", length=32, limit=5)
+CHOICE = Setup("hellaswag", limit=4, fast=True)
+TRIVIA = Setup("trivia", batch=4)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -97,7 +97,7 @@ def other_data(data, tmp_path, file, change):
 
 @pytest.mark.parametrize(
     ("stages", "protocol"),
-    [((), PPL), ((), CHOICE), ((), Protocol("trivia_open", limit=1)), (STAGES, PPL), (STAGES, CHOICE), (STAGES, Protocol("trivia", limit=1))],
+    [((), PPL), ((), CHOICE), ((), Setup("trivia_open", limit=1)), (STAGES, PPL), (STAGES, CHOICE), (STAGES, Setup("trivia", limit=1))],
     ids=lambda x: getattr(x, "on", recipe_of(x).label if isinstance(x, tuple) else ""),
 )
 def test_a_record_is_made_again_to_the_last_bit(folder, data, tmp_path, stages, protocol):
@@ -180,7 +180,7 @@ def test_a_recipe_hash_stands_for_every_setting():
     ],
 )
 def test_verdicts(then, now, allowed, agrees, said):
-    a, b = (Measurement("t", "m", value, 0.0, 0.0, 1, "u", []) for value in (then, now))
+    a, b = (Measurement(task="t", metric="m", value=value, low=0.0, high=0.0, n=1, unit="u", items=[]) for value in (then, now))
     verdict = Verdict(a, b, allowed, True)
     assert verdict.agrees == agrees and verdict.same_bits == ("the same" in said) and said in str(verdict)
     assert "the weights are not the recorded ones to the last bit" in str(Verdict(a, b, allowed, False)) and "weights" not in str(verdict)
@@ -198,7 +198,7 @@ def test_verdicts(then, now, allowed, agrees, said):
     ],
 )
 def test_tolerances(metric, dtype, stages, expected):
-    m = Measurement("t", metric, 1.0, 1.0, 1.0, 1, "u", [], {}, {"dtype": dtype, "made": {"stages": stages}})
+    m = Measurement(task="t", metric=metric, value=1.0, low=1.0, high=1.0, n=1, unit="u", items=[], provenance={"dtype": dtype, "made": {"stages": stages}})
     assert tolerance(m) == expected and tolerance(altered(m, tolerance={"absolute": 7})) == {"absolute": 7}
 
 
@@ -240,7 +240,7 @@ def test_another_subject_is_refused(recorded, folder, other, data):
             lambda rows: [{"text": row["text"].replace("alpha", "omega")} for row in rows],
             "has another text for WikiText-2 test .sha256 ",
         ),
-        (Protocol("wikitext", length=32, limit=16), "wikitext2/test", lambda rows: rows[:2], r"gives \d+ other items"),
+        (Setup("wikitext", length=32, limit=16), "wikitext2/test", lambda rows: rows[:2], r"gives \d+ other items"),
         (TRIVIA, "trivia_qa/validation_closed_book", lambda rows: rows[:3], r"gives 3 other items .* than the record's 4"),
         (TRIVIA, "trivia_qa/validation_closed_book", lambda rows: rows[::-1], "gives 4 other items"),
         (TRIVIA, "trivia_qa/validation_closed_book", lambda rows: [{**row, "question": "Why?"} for row in rows], "has another text for TriviaQA"),
@@ -262,7 +262,7 @@ def test_other_data_is_refused(folder, data, tmp_path, protocol, file, change, m
         ([{"depth": {"blocks": "1"}}], "stage 'depth' in the record: parameter 'blocks' is '1'"),
         ([{"depth": {"remove": 0}}], "remove is 0: expected at least 1 block"),
         ([{"depth": {"blocks": [1, 9]}}], "stage 1: block"),
-        ([{"depth": None}], "is not understood: expected a name and its settings"),
+        ([{"depth": None}], "stage 'depth' in the record: the settings of Depth are 'None': expected a mapping"),
         ([{}], "is not understood"),
         (["depth"], "is not understood"),
         ([{"depth": {"remove": 1}, "width": {}}], "is not understood"),

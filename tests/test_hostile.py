@@ -209,7 +209,17 @@ def test_errors_of_usage_leave_a_terminal_alone(args):
 
 
 def test_a_record_is_one_line_whatever_it_is_called(tmp_path):
-    m = Measurement("a\nb\x1b[31m", "perplexity", 2.0, 1.0, 3.0, 1, "window", [{"id": 1}], provenance={"made": {"label": "D1\r\nD2"}})
+    m = Measurement(
+        task="a\nb\x1b[31m",
+        metric="perplexity",
+        value=2.0,
+        low=1.0,
+        high=3.0,
+        n=1,
+        unit="window",
+        items=[{"id": 1}],
+        provenance={"made": {"label": "D1\r\nD2"}},
+    )
     name = Store(tmp_path / "x.jsonl").append(m)
     result = CliRunner().invoke(app, ["records", "--store", str(tmp_path / "x.jsonl")])
     assert result.exit_code == 0 and result.stdout.startswith(name) and result.stdout.count("\n") == 1

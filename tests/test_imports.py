@@ -1,6 +1,7 @@
 """Who may import whom: the table in the README is what is tested."""
 
 import ast
+import shutil
 
 import pytest
 
@@ -79,3 +80,15 @@ def test_a_notebook_does_not_depend_on_other_chapters():
     own = {f.name for f in sources(imported(code))}
     assert "ch02_depth.py" in own and "depth.py" in own and "corpus.py" in own
     assert not own & {"ch05_runs.py", "ch07_device.py", "book.py", "cli.py", "roofline.py"}
+
+
+def test_who_finds_the_tasks_depends_on_them_all(tmp_path):
+    from thesislib.imports import digest_of
+
+    copy = tmp_path / "thesislib"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    before = digest_of(sources(["thesislib.evaluate.setup"], copy), tmp_path)
+    (copy / "evaluate" / "piqa.py").write_text((copy / "evaluate" / "piqa.py").read_text() + "# worded otherwise\n")
+    touched = digest_of(sources(["thesislib.evaluate.setup"], copy), tmp_path)
+    (copy / "evaluate" / "new.py").write_text("# one more task\n")
+    assert len({before, touched, digest_of(sources(["thesislib.evaluate.setup"], copy), tmp_path)}) == 3

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from thesislib.chapters import findings as chapter_findings
+from thesislib.chapters import reads
 from thesislib.errors import BadInput
 from thesislib.files import ROOT, check_checkout
 from thesislib.runner import chapters, executed
@@ -28,7 +29,8 @@ def build(out: Path, stored: bool = False, root: Path = ROOT) -> Path:
     source.mkdir(parents=True, exist_ok=True)
     wanted = set()
     for name, notebook in chapters(root).items():
-        wanted.add(_place(notebook if stored else executed(name, notebook, out / "executed"), source / "notebooks" / f"{name}.ipynb", strip=True))
+        found = notebook if stored else executed(name, notebook, out / "executed", reads=reads(name))
+        wanted.add(_place(found, source / "notebooks" / f"{name}.ipynb", strip=True))
     for page in [root / "_config.yml", root / "_toc.yml", *(p for p in (root / "book").rglob("*") if p.is_file())]:
         wanted.add(_place(page, source / page.relative_to(root)))
     for name, text in (("_findings.md", chapter_findings()), ("_api.md", api(root))):  # pages include them
@@ -111,7 +113,7 @@ def store(out: Path, root: Path = ROOT) -> list[Path]:
     """Put the executed notebooks, cleaned, into `notebooks/`: what nbval compares with and readers see on the web."""
     stored = []
     for name, notebook in chapters(root).items():
-        stored.append(_place(executed(name, notebook, out / "executed"), notebook, strip=True))
+        stored.append(_place(executed(name, notebook, out / "executed", reads=reads(name)), notebook, strip=True))
     return stored
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from thesislib.errors import BadInput, printable, unknown
 from thesislib.files import free_file, free_folder, open_folder, plain_errors
@@ -80,11 +80,24 @@ def one_line_errors(command: Callable) -> Callable:
     return wrapped
 
 
-@app.command()
+class NamesTasks(TyperCommand):
+    """A command whose help names the tasks there are; other commands' help does not wait until all are imported."""
+
+    def format_help(self, ctx, formatter) -> None:
+        """As Typer does it."""
+        from thesislib.evaluate.setup import TASKS
+
+        for parameter in self.params:
+            if parameter.name == "on":
+                parameter.help = ", ".join(TASKS)
+        super().format_help(ctx, formatter)
+
+
+@app.command(cls=NamesTasks)
 @one_line_errors
 def evaluate(
     subject: Annotated[str, typer.Argument(help="embedded, a checkpoint or artifact folder, a .gguf file, or hub:NAME[@REVISION]")],
-    on: Annotated[str, typer.Option(help="wikitext, trivia, trivia_open, hellaswag, piqa, arc_easy, arc_challenge, openbookqa, winogrande, lm_eval_wikitext")],
+    on: Annotated[str, typer.Option(help="a task")],
     data: Annotated[str | None, typer.Option(help="embedded, a folder, or hub; default THESISLIB_DATA, else embedded")] = None,
     length: Annotated[int, typer.Option(help="tokens in a window of perplexity")] = 512,
     limit: Annotated[int | None, typer.Option(help="windows, questions or items; all by default")] = None,
@@ -92,6 +105,7 @@ def evaluate(
     plan: Annotated[str | None, typer.Option(help="run these blocks in this order, e.g. 0-13,15-29")] = None,
     fast: Annotated[bool, typer.Option("--fast", help="multiple choice with shared contexts instead of lm-eval; same scores")] = False,
     batch: Annotated[int | None, typer.Option(help="at a time; default 4 windows, 32 questions, 8 items")] = None,
+    reference: Annotated[str | None, typer.Option(help="tasks of two models: what the subject is held against, a spec like it")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default an artifact's own, else float32")] = None,
     device: Annotated[str, typer.Option(help="a torch device")] = "cpu",
     unpack: Annotated[bool, typer.Option("--unpack", help="unpack an artifact's weights once: faster, more memory")] = False,
@@ -100,14 +114,14 @@ def evaluate(
     items: Annotated[bool, typer.Option("--items", help="with --json: every item's outcome too")] = False,
 ) -> None:
     """One measurement of a subject: value, 95 % interval, n."""
-    from thesislib.evaluate.task import Protocol
+    from thesislib.evaluate.setup import Setup
     from thesislib.formats.held import check_device, check_dtype, own_dtype
     from thesislib.formats.load import load_subject
     from thesislib.sources import corpus
 
     check_dtype(dtype)
     check_device(device)
-    protocol = Protocol(on, length=length, limit=limit, prompt=prompt, seed=seed, fast=fast, batch=batch)
+    setup = Setup(on, length=length, limit=limit, prompt=prompt, seed=seed, fast=fast, batch=batch, reference=reference)
     data = corpus.default_data() if data is None else data
     corpus.kind_of(data)  # before a model is loaded
     dtype = dtype or (own_dtype(subject) if _is_artifact(subject) else "float32")
@@ -117,7 +131,7 @@ def evaluate(
         from thesislib.model.blocks import apply_plan
 
         loaded = apply_plan(loaded, parse_plan(plan, loaded.depth))
-    result = protocol.measure(loaded, data)
+    result = setup.measure(loaded, data)
     typer.echo(result.to_json(items=items) if as_json else result)
 
 
@@ -139,6 +153,36 @@ def run(
     target = out or ROOT / "_build" / "runs" / f"{name}.ipynb"
     execute(notebook, free_file(target), parameters, parameters_of(notebook.stem))
     typer.echo(target)
+
+
+@app.command()
+@one_line_errors
+def record(
+    chapter: Annotated[str, typer.Argument(help="a notebook's name, e.g. 03_width_pruning, or its number")],
+    data: Annotated[str | None, typer.Option(help="a folder, hub or embedded; default THESISLIB_DATA, else embedded")] = None,
+    limit: Annotated[int | None, typer.Option(help="make at most so many rows now")] = None,
+    out: Annotated[Path | None, typer.Option(help="the record's folder; default the study's own, data/results")] = None,
+    parameter: Annotated[list[str] | None, typer.Option("-p", "--parameter", help="with --out: key=value, as often as needed")] = None,
+) -> None:
+    """Carry out a chapter's recorded run: what its record lacks is made. Run again it goes on; several processes share the work."""
+    from thesislib.chapters import chapter_of
+    from thesislib.chapters.record import parameters
+    from thesislib.chapters.record import record as carry_out
+    from thesislib.config import positive
+    from thesislib.notebooks import ready, typed
+    from thesislib.records.store import study
+
+    positive(limit=limit)
+    name, notebook = _notebook(chapter)
+    if parameter and out is None:
+        raise BadInput("the study's own record has the parameters of its chapter: expected --out FOLDER with -p")
+    found = chapter_of(name)
+    folder = open_folder(out or study())
+    p = parameters(found, ready(notebook, typed(notebook, map(_pair, parameter or []))), data)
+    done = carry_out(found, p, folder, limit)
+    for part in done.busy:
+        typer.echo(f"another process is at: {part}", err=True)
+    typer.echo(f"{folder / f'{found.notebook}.jsonl'}: {done.added} rows added, {done.missing} missing")
 
 
 @app.command()
@@ -258,7 +302,7 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only list what is missing")] = False,
 ) -> None:
     """Measure a grid of configurations, or execute a notebook with many parameters. Run again, it does what is missing."""
-    from thesislib.chapters import parameters_of
+    from thesislib.chapters import parameters_of, reads
     from thesislib.formats.held import check_device, check_dtype
     from thesislib.notebooks import listed
     from thesislib.records.store import Store, stores
@@ -283,7 +327,7 @@ def sweep(
                            "a notebook takes its parameters by -p, such as -p subject=embedded")  # fmt: skip
         name, notebook = _notebook(chapter)
         axes = listed(notebook, map(_pair, parameter or []))
-        table, failed = sweep_notebook(name, notebook, axes, open_folder(out or base / name), crew, parameters_of(name))
+        table, failed = sweep_notebook(name, notebook, axes, open_folder(out or base / name), crew, parameters_of(name), reads(name))
         typer.echo(table)
     else:
         if parameter:
@@ -546,6 +590,7 @@ def verify(
     subject: Annotated[str, typer.Option(help="what the record began with")] = "embedded",
     data: Annotated[str | None, typer.Option(help="the data it was made with; default THESISLIB_DATA, else embedded")] = None,
     device: Annotated[str, typer.Option(help="a torch device")] = "cpu",
+    reference: Annotated[str | None, typer.Option(help="the model that it was held against; default the record's own")] = None,
 ) -> None:
     """Make a measurement again from its own record: does it agree within its stated tolerance? If not, the exit code is 1."""
     from thesislib.experiment import again
@@ -553,7 +598,7 @@ def verify(
     from thesislib.records import store as stored
 
     check_device(device)
-    verdict = again(stored.find(name, stored.stores(store or [stored.study()])), subject, data, device)
+    verdict = again(stored.find(name, stored.stores(store or [stored.study()])), subject, data, device, reference)
     typer.echo(str(verdict))
     if not verdict.agrees:
         raise typer.Exit(1)

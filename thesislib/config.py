@@ -1,10 +1,6 @@
-"""A notebook's parameters: read from its one tagged cell into a typed, frozen dataclass that refuses the rest."""
+"""A notebook's parameters: read from its one tagged cell into a typed, frozen dataclass that checks them."""
 
-import ctypes
 import dataclasses
-import os
-import signal
-import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -13,42 +9,43 @@ from typing import Any, TypeVar
 from thesislib.errors import BadInput, shown, unknown
 
 T = TypeVar("T")
-PARENT = "THESISLIB_RUN_PID"
 # what nobody means is refused before it asks for all memory: counts above these
 MOST = 1_000_000
 LARGEST = {"batch": 65_536, "workers": 512, "threads": 512, "jobs": 512, "repeats": 10_000, "retries": 100, "rank": 65_536}
 
 
 def settings(kind: type[T], namespace: Mapping[str, Any]) -> T:
-    """The parameters of a notebook as a `kind`, from the namespace (`globals()`) right after its parameters cell.
+    """The parameters of a notebook as a `kind`: the values that a namespace (`globals()`) has under the names of its fields, the defaults of the rest.
 
-    papermill defines whatever it is given, misspelt or not, so a plain value under any other name is refused here.
+    Other names are the notebook's own; a misspelt parameter is refused before a notebook runs (`thesislib.notebooks.check_names`).
 
     Raises:
-        BadInput: a name `kind` does not have, a value of the wrong type, or one its own check refuses.
+        BadInput: a value of the wrong type, or one that its own check refuses.
     """
-    _die_with_parent()
-    names = [f.name for f in dataclasses.fields(typing.cast(Any, kind))]
-    # IPython's own names begin with an underscore or are capitalised
-    plain = {k: v for k, v in namespace.items() if not k.startswith("_") and k.islower() and isinstance(v, (str, int, float, list, dict, types.NoneType))}
-    return build(kind, {k: v for k, v in plain.items() if k in names or k not in ("exit", "quit")})
+    return build(kind, {f.name: namespace[f.name] for f in dataclasses.fields(typing.cast(Any, kind)) if f.name in namespace})
 
 
 def build(kind: type[T], values: Mapping[str, Any]) -> T:
     """`kind(**values)`, each value checked against its annotation.
 
     Raises:
-        BadInput: see `settings`.
+        BadInput: a name `kind` does not have, a value of the wrong type, or one its own check refuses.
     """
+    every = typing.get_type_hints(kind)
+    hints = {name: every[name] for name in fields_of(kind)}
     if not isinstance(values, Mapping):
-        raise BadInput(f"the settings of {kind.__name__} are {shown(values)}: expected a mapping, such as {{{next(iter(typing.get_type_hints(kind)))}: value}}")
-    hints = typing.get_type_hints(kind)
+        raise BadInput(f"the settings of {kind.__name__} are {shown(values)}: expected a mapping, such as {{{next(iter(hints))}: value}}")
     for name, value in values.items():
         if name not in hints:
             raise unknown(f"parameter of {kind.__name__}", name, hints)
         if not _fits(value, hints[name]):
             raise BadInput(f"parameter '{name}' is {value!r} ({type(value).__name__}): expected {_called(hints[name])}")
     return kind(**values)
+
+
+def fields_of(kind: type) -> dict[str, dataclasses.Field]:
+    """The fields of a dataclass by name, those that it shares with others (keyword-only) last."""
+    return {f.name: f for f in sorted(dataclasses.fields(kind), key=lambda f: f.kw_only)}
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -78,12 +75,3 @@ def check_seed(seed: int) -> None:
     """Raises BadInput for a seed that some generator does not take."""
     if not 0 <= seed < 1 << 32:
         raise BadInput(f"parameter 'seed' is {seed}: expected 0 to {(1 << 32) - 1:,}")
-
-
-def _die_with_parent() -> None:
-    """In a kernel that `thesislib run` started (Linux): be killed when it is, however it dies."""
-    if os.environ.get(PARENT) == str(os.getppid()) and sys.platform == "linux":
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.environ[PARENT] != str(os.getppid()):  # it died while we asked
-            os.kill(os.getpid(), signal.SIGKILL)

@@ -10,20 +10,19 @@ from functools import cached_property
 
 from thesislib.compress.stage import STAGES
 from thesislib.config import build
-from thesislib.errors import BadInput, unknown
-from thesislib.evaluate.task import Protocol, protocol_of
+from thesislib.errors import BadInput, shown, unknown
+from thesislib.evaluate.setup import Setup, setup_of, task_of
 from thesislib.files import read_json
 from thesislib.formats.artifact import predicted_disk_bytes, sizes
 from thesislib.formats.artifact_json import RECORD
 from thesislib.model.blocks import apply_plan
 from thesislib.model.layers import ComputedLinear
 from thesislib.model.subject import Subject
+from thesislib.pipeline.label import DENSE
 from thesislib.pipeline.recipe import Recipe
 from thesislib.pipeline.run import Job
 from thesislib.records.measurement import Measurement
 from thesislib.sources import corpus
-
-DENSE = "dense"
 
 
 def recipe_of(stages: Sequence) -> Recipe:
@@ -69,9 +68,9 @@ class Prepared:
         """The model with its packed weights unpacked once, the same numbers as at every use: one of 4 bits answers questions three times as fast."""
         return self.model.copy() if any(isinstance(m, ComputedLinear) for m in self.model.model.modules()) else self.model
 
-    def measure(self, protocol: Protocol, data: str, **more: object) -> Measurement:
-        """The measurement by a protocol on a data spec, with all that would make it again; `more` is noted beside it."""
-        m = self.noted(protocol.measure(self.unpacked, data), **more)
+    def measure(self, setup: Setup, data: str, **more: object) -> Measurement:
+        """The measurement by a setup on a data spec, with all that would make it again; `more` is noted beside it."""
+        m = self.noted(setup.measure(self.unpacked, data), **more)
         return dataclasses.replace(m, provenance={**m.provenance, "tolerance": tolerance(m)})
 
     def noted(self, m: Measurement, **more: object) -> Measurement:
@@ -129,9 +128,8 @@ def tolerance(m: Measurement) -> dict[str, float]:
         return made["tolerance"]
     trained = any("lora" in stage for stage in made.get("made", {}).get("stages", []))
     rank = 2 if trained else 1 if made["dtype"] in ("bfloat16", "float16") else 0
-    if "perplexity" in m.metric:
-        return {"relative": (0.001, 0.01, 0.03)[rank]}
-    return {"absolute": (0.005, 0.02, 0.04)[rank]}
+    kind, allowed = task_of(m).tolerance
+    return {kind: allowed[rank]}
 
 
 @dataclass(frozen=True)
@@ -174,7 +172,7 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def again(m: Measurement, subject: str = "embedded", data: str | None = None, device: str = "cpu") -> Verdict:
+def again(m: Measurement, subject: str = "embedded", data: str | None = None, device: str = "cpu", reference: str | None = None) -> Verdict:
     """Make a recorded measurement once more from what its record says.
 
     Args:
@@ -182,12 +180,15 @@ def again(m: Measurement, subject: str = "embedded", data: str | None = None, de
         subject: a spec of what it began with.
         data: a data spec that has its text; by default `thesislib.sources.corpus.default_data()`.
         device: a torch device.
+        reference: a spec of the model that it was held against; by default the record's own.
 
     Raises:
-        BadInput: the subject or the text is another than the record's; stages or settings this version does not know.
+        BadInput: the subject, the reference or the text is another than the record's; stages or settings this version does not know.
     """
     made, data = m.provenance, data or corpus.default_data()
-    protocol = protocol_of(m)
+    setup = setup_of(m)
+    if reference is not None:
+        setup = dataclasses.replace(setup, reference=reference)
     missing = [key for key in ("subject", "fingerprint", "dtype", "settings") if key not in made]
     if missing:
         raise BadInput(f"the record does not say its {', '.join(missing)}: it cannot be measured again")
@@ -205,13 +206,17 @@ def again(m: Measurement, subject: str = "embedded", data: str | None = None, de
     if base is None and not same:  # measured directly, without `Prepared` or `described`
         raise BadInput(f"the record is of {made['subject']}, fingerprint {made['fingerprint'][:12]}...; '{subject}' in {made['dtype']} has "
                        f"{model.fingerprint[:12]}...: name the record's subject")  # fmt: skip
-    result = protocol.measure(Prepared(model, {}).unpacked, data)  # as the record was: few rows of packed weights are multiplied by other kernels
+    result = setup.measure(Prepared(model, {}).unpacked, data)  # as the record was: few rows of packed weights are multiplied by other kernels
     if [i["id"] for i in result.items] != [i["id"] for i in m.items]:
         raise BadInput(f"data '{data}' gives {result.n} other items ({result.task}) than the record's {m.n} ({m.task}): name the data that it was made with")
     for key, now in (("text_sha256", result.provenance["settings"].get("text_sha256")), ("corpus_sha256", result.provenance.get("corpus_sha256"))):
         then = made["settings"].get(key, made.get(key))
         if then is not None and now is not None and then != now:
             raise BadInput(f"data '{data}' has another text for {m.task} (sha256 {now[:12]}..., recorded {then[:12]}...): name the data that it was made with")
+    now, then = (x.provenance["settings"].get("reference_fingerprint") for x in (result, m))
+    if now != then:
+        raise BadInput(f"the record was held against a reference with fingerprint {str(then)[:12]}...; {shown(setup.reference)} has {str(now)[:12]}...: "
+                       "name the record's by --reference")  # fmt: skip
     now, then = (x.provenance["settings"].get("prompts_sha256") for x in (result, m))
     if then is not None and now != then:  # records made before prompts were hashed have none
         raise BadInput(f"the questions are put in other words than the record's (sha256 of all prompts {str(now)[:12]}..., recorded {str(then)[:12]}...): "

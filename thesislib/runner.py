@@ -6,11 +6,10 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from thesislib.config import PARENT
 from thesislib.errors import BadInput
 from thesislib.files import ROOT, alive, check_checkout, read_json
 from thesislib.imports import digest_of, imported, sources
@@ -26,27 +25,28 @@ def chapters(root: Path = ROOT) -> dict[str, Path]:
     return {p.stem: p for p in sorted((root / "notebooks").glob("*.ipynb"))}
 
 
-def cache_key(notebook: Path, parameters: Mapping[str, Any], root: Path = ROOT) -> str:
+def cache_key(notebook: Path, parameters: Mapping[str, Any], root: Path = ROOT, *, reads: Mapping[str, str] | None = None) -> str:
     """sha256 over all that an executed notebook depends on: itself (code, prose and parameters cell, not its outputs), the parameters given, the
     sources of thesislib that its cells import, directly or not, the data that it may read, and the lock file.
 
-    Records count that its sources or cells name, by their chapter's number; all other data counts.
+    Args:
+        notebook, parameters: what is executed.
+        root: the checkout.
+        reads: {chapter: its module} of the chapters whose records it reads (see `thesislib.chapters.reads`). Of data/results the files of these
+            chapters' numbers and of its own count; a module counts too if a cell names its chapter, since that record is then read by it.
     """
     cells = [(c.cell_type, c.source, dict(c.metadata)) for c in read_notebook(notebook).cells]
     code = "\n".join(source for kind, source, _ in cells if kind == "code")
-    own = sources(imported(code), root / "thesislib")
-    texts = [notebook.stem, code, *(file.read_text("utf8") for file in own if file.name != "__init__.py")]
-    data = [file for file in sorted((root / "data").rglob("*")) if file.is_file() and _reads(texts, file.relative_to(root / "data"))]
+    own = sources(imported(code) | {module for name, module in (reads or {}).items() if f'"{name}"' in code}, root / "thesislib")
+    numbers = {name.partition("_")[0] for name in (notebook.stem, *(reads or {}))}
+    data = [file for file in sorted((root / "data").rglob("*")) if file.is_file() and _may_read(numbers, file.relative_to(root / "data"))]
     facts = repr((cells, sorted(parameters.items()), sys.version_info[:2], digest_of([*own, *data, root / "constraints.txt"], root)))
     return hashlib.sha256(facts.encode()).hexdigest()
 
 
-def _reads(texts: Iterable[str], file: Path) -> bool:
-    """Whether code may read a file of `data/`: a record if it names it or reads all of them, a generated recipe never, all else always."""
-    if file.parts[0] != "results":
-        return file.parts[:2] != ("recipes", "grid")
-    name = file.name.partition(".")[0]
-    return any(name in text or "recorded_pool" in text for text in texts)
+def _may_read(numbers: Collection[str], file: Path) -> bool:
+    """Whether a notebook may read a file of `data/`: a record of one of these chapters, all else always."""
+    return file.parts[0] != "results" or file.name.partition("_")[0] in numbers
 
 
 def execute(notebook: Path, out: Path, parameters: Mapping[str, Any], kind: type | None = None) -> None:
@@ -70,8 +70,7 @@ def execute(notebook: Path, out: Path, parameters: Mapping[str, Any], kind: type
     for left in out.parent.glob(f".{out.stem}-*.partial.ipynb"):  # of a process that was killed
         if not alive(int(left.name.removesuffix(".partial.ipynb").rpartition("-")[2])):
             left.unlink(missing_ok=True)
-    os.environ[PARENT] = str(os.getpid())  # the kernel's promise to die with us, see thesislib.config
-    try:
+    try:  # a kernel ends by itself, within a second, when its parent is killed: ipykernel looks for that
         execute_notebook(str(notebook), str(partial), parameters, kernel_name="python3", cwd=str(notebook.parent),
                          progress_bar=sys.stderr.isatty(), start_timeout=300)  # fmt: skip
         seal(partial)
@@ -81,7 +80,6 @@ def execute(notebook: Path, out: Path, parameters: Mapping[str, Any], kind: type
         kind = BadInput if error.ename == BadInput.__name__ else RuntimeError
         raise kind(f"{notebook.stem}: a cell raised {error.ename}: {error.evalue} (see {failed})") from error
     finally:
-        os.environ.pop(PARENT, None)
         partial.unlink(missing_ok=True)
 
 
@@ -105,9 +103,9 @@ def _checksum(plain: dict) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
-def executed(name: str, notebook: Path, cache: Path) -> Path:
-    """The notebook executed with its default parameters, from the cache if nothing it depends on has changed."""
-    out = cache / f"{name}-{cache_key(notebook, {})[:16]}.ipynb"
+def executed(name: str, notebook: Path, cache: Path, *, reads: Mapping[str, str] | None = None) -> Path:
+    """The notebook executed with its default parameters, from the cache if nothing it depends on has changed; see `cache_key`."""
+    out = cache / f"{name}-{cache_key(notebook, {}, reads=reads)[:16]}.ipynb"
     if intact(out):
         print(f"{name}: unchanged, not executed again", file=sys.stderr)
     else:

@@ -3,11 +3,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from thesislib.chapters import CHAPTERS, findings, record_file, recorded
 from thesislib.chapters import ch00_measures as measures
 from thesislib.chapters import ch01_franken as franken
+from thesislib.chapters import chapters, findings, record_file, recorded
 from thesislib.compress.franken import franken_plans
 from thesislib.errors import BadInput
+from thesislib.evaluate.setup import TASKS
 from thesislib.files import data_file
 from thesislib.records.measurement import Measurement
 from thesislib.records.store import Store
@@ -19,12 +20,16 @@ def loss(plan, per_token, seed=0):
     noise = np.random.default_rng(seed).normal(0, 0.01, WINDOWS)
     items = [{"id": i, "document": i, "nats": 100 * (per_token + noise[i]), "tokens": 100} for i in range(WINDOWS)]
     value = float(np.exp(per_token))
-    return Measurement("text", "perplexity", value, value * 0.9, value * 1.1, WINDOWS, "window", items, {}, {"plan": list(plan)})
+    return Measurement(
+        task="text", metric="perplexity", value=value, low=value * 0.9, high=value * 1.1, n=WINDOWS, unit="window", items=items, provenance={"plan": list(plan)}
+    )
 
 
 def hella(plan, right):
     items = [{"id": str(i), "correct": i < right, "correct_unnormalised": i < right} for i in range(ITEMS)]
-    return Measurement("HellaSwag", "acc_norm", right / ITEMS, 0, 1, ITEMS, "item", items, {}, {"plan": list(plan)})
+    return Measurement(
+        task="HellaSwag", metric="acc_norm", value=right / ITEMS, low=0, high=1, n=ITEMS, unit="item", items=items, provenance={"plan": list(plan)}
+    )
 
 
 @pytest.fixture
@@ -96,7 +101,7 @@ def test_measure_on_a_tiny_model(tiny, monkeypatch):
     from thesislib.sources.corpus import Choice, join
 
     monkeypatch.setattr(franken, "evaluation_text", lambda _: join("text", [f"{i} is a number of things that may be counted. " * 3 for i in range(9)]))
-    monkeypatch.setattr(franken, "choices", lambda *_: [Choice(str(i), "It", ("is.", "was not"), i % 2) for i in range(4)])
+    monkeypatch.setattr(TASKS["hellaswag"], "items", lambda *_: [Choice(str(i), "It", ("is.", "was not"), i % 2) for i in range(4)])
     subject = tiny(layers=12)
     p = franken.Franken(length=32, windows=6, items=4, singles=3, tokens=4)
     found = franken.measure(subject, p)
@@ -111,7 +116,7 @@ def test_measure_on_a_tiny_model(tiny, monkeypatch):
 
 
 def test_the_committed_records_are_whole_and_say_where_they_come_from():
-    for chapter in CHAPTERS:
+    for chapter in chapters():
         for m in Store(record_file(chapter)).rows().values():
             assert len(m.items) == m.n and m.low <= m.value <= m.high
             made = m.provenance
@@ -142,7 +147,7 @@ def test_measures_table_and_flattering_answers(tiny, monkeypatch):
     from thesislib.sources.corpus import Choice, Question, join
 
     monkeypatch.setattr(measures, "evaluation_text", lambda _: join("text", [f"{i} is a number of things that may be counted. " * 3 for i in range(9)]))
-    monkeypatch.setattr(measures, "choices", lambda *_: [Choice(str(i), "It", ("is.", "was not"), i % 2) for i in range(4)])
+    monkeypatch.setattr(TASKS["hellaswag"], "items", lambda *_: [Choice(str(i), "It", ("is.", "was not"), i % 2) for i in range(4)])
     asked = [Question("1", "Who?", ("a",), None), Question("2", "What?", ("zzz",), None)]
     monkeypatch.setattr(measures, "questions", lambda _, open_book, limit: [replace(q, context="C") for q in asked] if open_book else asked)
     p = measures.Measures(lengths=[16, 64], windows=8)

@@ -35,7 +35,9 @@ def loss(per_token, seed=0, **provenance):
     noise = np.random.default_rng(seed).normal(0, 0.01, WINDOWS)
     items = [{"id": i, "document": i, "nats": 100 * (per_token + noise[i]), "tokens": 100} for i in range(WINDOWS)]
     value = math.exp(per_token)
-    return Measurement("text", "perplexity", value, value * 0.9, value * 1.1, WINDOWS, "window", items, {}, provenance)
+    return Measurement(
+        task="text", metric="perplexity", value=value, low=value * 0.9, high=value * 1.1, n=WINDOWS, unit="window", items=items, provenance=provenance
+    )
 
 
 # ---------------------------------------------------------------- chapter 2

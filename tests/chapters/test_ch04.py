@@ -84,7 +84,7 @@ def test_what_the_chapter_refuses():
         with pytest.raises(BadInput, match=message):
             LoraChapter(**settings)
     with pytest.raises(BadInput, match="not the results of chapter 4"):
-        lora.from_measurements([Measurement("t", "perplexity", 1.0, 1.0, 1.0, 1, "u", [], {}, {"chapter": {}})])
+        lora.from_measurements([Measurement(task="t", metric="perplexity", value=1.0, low=1.0, high=1.0, n=1, unit="u", items=[], provenance={"chapter": {}})])
 
 
 # ---------------------------------------------------------------- what it says
@@ -100,12 +100,22 @@ def loss(per_token, seed=0, **settings):
     }  # fmt: skip
     made = {"reports": [report], "bytes": {"parameters": 10, "nonzero_parameters": 8, "bytes_on_disk": 10**6}, "stages": [{"lora": {"learning_rate": 0.002}}]}
     value = float(np.exp(per_token))
-    return Measurement("text", "perplexity", value, value * 0.9, value * 1.1, 24, "window", items, {}, {"made": made, "chapter": {"text": "x"}, **settings})
+    return Measurement(
+        task="text",
+        metric="perplexity",
+        value=value,
+        low=value * 0.9,
+        high=value * 1.1,
+        n=24,
+        unit="window",
+        items=items,
+        provenance={"made": made, "chapter": {"text": "x"}, **settings},
+    )
 
 
 def answers(share, n=200):
     items = [{"id": i, "correct": i < share * n} for i in range(n)]
-    return Measurement("q", "accuracy", share, share - 0.05, share + 0.05, n, "question", items)
+    return Measurement(task="q", metric="accuracy", value=share, low=share - 0.05, high=share + 0.05, n=n, unit="question", items=items)
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ from thesislib.chapters import ch05_runs as gptq
 from thesislib.chapters import figures
 from thesislib.chapters.ch05_runs import BEST, CLOSED, HELD_OUT, INGREDIENTS, OPEN, PLAIN, PPL, QuantChapter
 from thesislib.errors import BadInput
-from thesislib.evaluate import task as protocol
 from thesislib.experiment import again
 from thesislib.formats.load import save_checkpoint
 from thesislib.model.grid import Grid, round_to_nearest
 from thesislib.model.layers import LINEARS
 from thesislib.records.measurement import Measurement
 from thesislib.records.store import Store
+from thesislib.sources import corpus
 
 
 @pytest.fixture(scope="module")
@@ -24,8 +24,8 @@ def small(tiny, tiny_data, tmp_path_factory):
     """Parameters, with a cache of their own and the folder's text for held-out text too."""
     patch = pytest.MonkeyPatch()
     patch.setenv("THESISLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
-    text = protocol.corpus.evaluation_text
-    patch.setattr(protocol.corpus, "evaluation_text", lambda data: text(tiny_data))
+    text = corpus.evaluation_text
+    patch.setattr(corpus, "evaluation_text", lambda data: text(tiny_data))
     folder = save_checkpoint(tiny(layers=3, hidden_size=64, intermediate_size=64, num_attention_heads=8), tmp_path_factory.mktemp("subject") / "tiny")
     settings = {"length": 64, "calibration": 3, "rank": 4, "windows": 4, "held_out": 3, "questions": 2, "passages": 2, "tokens": 4, "group": 32}
     yield QuantChapter(subject=str(folder), data=tiny_data, dtype="float32", bits=[3], **settings)
@@ -90,7 +90,17 @@ def loss(per_token, seed=0):
     noise = np.random.default_rng(0).normal(0, 0.3, 24) + np.random.default_rng(seed).normal(0, 0.01, 24)
     items = [{"id": i, "document": i, "nats": 100 * (per_token + noise[i]), "tokens": 100} for i in range(24)]
     value = float(np.exp(per_token))
-    return Measurement("text", "perplexity", value, value * 0.9, value * 1.1, 24, "window", items, {}, {"made": {"bytes": {"bytes_on_disk": 10**6}}})
+    return Measurement(
+        task="text",
+        metric="perplexity",
+        value=value,
+        low=value * 0.9,
+        high=value * 1.1,
+        n=24,
+        unit="window",
+        items=items,
+        provenance={"made": {"bytes": {"bytes_on_disk": 10**6}}},
+    )
 
 
 def test_sentences_turn_with_the_numbers():

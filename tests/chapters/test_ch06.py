@@ -27,12 +27,16 @@ def ppl(per_token, megabytes, seed=0):
     noise = np.random.default_rng(1).normal(0, 0.3, 24) + np.random.default_rng(seed).normal(0, 0.01, 24)
     items = [{"id": i, "document": i, "nats": 100 * (per_token + noise[i]), "tokens": 100} for i in range(24)]
     value = float(np.exp(per_token))
-    return Measurement("text", "perplexity", value, 0.9 * value, 1.1 * value, 24, "window", items, {}, provenance(megabytes))
+    return Measurement(
+        task="text", metric="perplexity", value=value, low=0.9 * value, high=1.1 * value, n=24, unit="window", items=items, provenance=provenance(megabytes)
+    )
 
 
 def answers(share, megabytes, n=100):
     items = [{"id": i, "correct": i < share * n, "tier": "exact" if i < share * n else None} for i in range(n)]
-    return Measurement("questions", "accuracy", share, share - 0.1, share + 0.1, n, "question", items, {}, provenance(megabytes))
+    return Measurement(
+        task="questions", metric="accuracy", value=share, low=share - 0.1, high=share + 0.1, n=n, unit="question", items=items, provenance=provenance(megabytes)
+    )
 
 
 @pytest.fixture
@@ -129,7 +133,7 @@ def test_what_was_not_run_is_shown(story):
 
 def test_the_full_size_is_shown_as_far_as_it_was_run(story):
     right = answers(0.5, 270, 1000)
-    choice = {label: Measurement("hellaswag", "acc_norm", m.value, m.low, m.high, m.n, "item", m.items, {}, m.provenance)
+    choice = {label: replace(m, task="hellaswag", metric="acc_norm", unit="item")
               for label, m in (("dense", right), ("W1:8", answers(0.4, 265, 1000)))}  # fmt: skip
     full = {(label, PPL): story[label, PPL] for label in ("dense", "D2", "W1:8")} | {(label, "HellaSwag"): m for label, m in choice.items()}
     table = evaluation.grid_table(full, size="full", run=True)

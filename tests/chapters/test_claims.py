@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from docutils.nodes import make_id
 
-from thesislib.chapters.claims import CLAIMS, CLOSED, FAILS, HOLDS, MISSING, UNDECIDED, WHOLE_PAGE, WIKITEXT, judge, large, page, plan_name, recorded_pool
+from thesislib.chapters.ch01_franken import plan_name
+from thesislib.chapters.claims import CLAIMS, CLOSED, FAILS, HOLDS, MISSING, UNDECIDED, WHOLE_PAGE, WIKITEXT, judge, large, page, recorded_pool
 from thesislib.compress.franken import parse_plan
 from thesislib.files import ROOT
 from thesislib.records.measurement import Measurement
@@ -19,13 +20,20 @@ COMPARING = [c for c in CLAIMS if c.within is None]
 def ppl(per_token, seed):
     noise = np.random.default_rng(0).normal(0, 0.3, 24) + np.random.default_rng(seed).normal(0, 0.02, 24)
     items = [{"id": i, "document": i, "nats": 100 * (per_token + noise[i]), "tokens": 100} for i in range(24)]
-    return Measurement("text", "perplexity", float(np.exp(per_token)), 0, 0, 24, "window", items)
+    return Measurement(task="text", metric="perplexity", value=float(np.exp(per_token)), low=0, high=0, n=24, unit="window", items=items)
 
 
 def answers(share, seed, n=400):
     right = np.random.default_rng(seed).permutation(n) < share * n
     return Measurement(
-        "questions", "accuracy", share, 0, 0, n, "question", [{"id": i, "correct": bool(r), "tier": "exact" if r else None} for i, r in enumerate(right)]
+        task="questions",
+        metric="accuracy",
+        value=share,
+        low=0,
+        high=0,
+        n=n,
+        unit="question",
+        items=[{"id": i, "correct": bool(r), "tier": "exact" if r else None} for i, r in enumerate(right)],
     )
 
 

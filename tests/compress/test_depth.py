@@ -10,21 +10,17 @@ from transformers import AutoModelForCausalLM
 
 from thesislib.compress.depth import (
     Depth,
-    Without,
     angular_distances,
     importance,
     influence,
     leave_one_out,
-    remove,
-    removed_parts,
     taylor,
-    without_parts,
 )
 from thesislib.compress.gptq import Rtn
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.formats.load import load_subject, save_checkpoint
-from thesislib.model.blocks import apply_plan
+from thesislib.model.blocks import Without, apply_plan, remove, removed_parts, without_parts
 from thesislib.model.sparse import pack_all
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -123,7 +119,7 @@ def test_magnitude(tiny):
 
 @pytest.mark.parametrize("metric", ["perplexity", "taylor", "magnitude", "influence"])
 def test_one_shot_removes_the_least_important_unprotected(tiny, metric, monkeypatch):
-    monkeypatch.setattr("thesislib.compress.depth.calibration_windows", lambda *a: IDS)
+    monkeypatch.setattr("thesislib.compress.stage.calibration_windows", lambda *a: IDS)
     subject = tiny(layers=8)
     pruned, report = Depth(2, metric=metric, protect_first=2, protect_last=1).apply(subject)
     scores = importance(subject, IDS, metric)
@@ -133,7 +129,7 @@ def test_one_shot_removes_the_least_important_unprotected(tiny, metric, monkeypa
 
 
 def test_greedy_scores_again_after_each_removal(tiny, monkeypatch):
-    monkeypatch.setattr("thesislib.compress.depth.calibration_windows", lambda *a: IDS)
+    monkeypatch.setattr("thesislib.compress.stage.calibration_windows", lambda *a: IDS)
     subject = tiny(layers=8, seed=3)
     left, expected = list(range(8)), []
     for _ in range(3):
@@ -146,7 +142,7 @@ def test_greedy_scores_again_after_each_removal(tiny, monkeypatch):
 
 
 def test_angular_removes_the_run_of_neighbours_that_turns_least(tiny, monkeypatch):
-    monkeypatch.setattr("thesislib.compress.depth.calibration_windows", lambda *a: IDS)
+    monkeypatch.setattr("thesislib.compress.stage.calibration_windows", lambda *a: IDS)
     subject = tiny(layers=8)
     _, report = Depth(3, metric="angular", protect_first=1, protect_last=1).apply(subject)
     distance = angular_distances(subject, IDS)[3]

@@ -20,8 +20,7 @@ IDS = torch.randint(0, 250, (8, 24), generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture(autouse=True)
 def calibrated(monkeypatch):
-    for stage in ("gptq", "width", "eora"):
-        monkeypatch.setattr(f"thesislib.compress.{stage}.calibration_windows", lambda *a: IDS)
+    monkeypatch.setattr("thesislib.compress.stage.calibration_windows", lambda *a: IDS)
 
 
 def problem(rows=24, columns=40, tokens=200, seed=0):
@@ -318,9 +317,9 @@ def test_bad_originals(tiny):
 
 def test_its_place_in_a_recipe():
     assert Eora().label == "E" and Eora.needs_original and Eora().rank == 32
-    Eora().check_after([Width(2, 4), Gptq()])
-    Eora().check_after([Width(2, 4)])
+    Eora().after([Width(2, 4), Gptq()])
+    Eora().after([Width(2, 4)])
     with pytest.raises(BadInput, match="eora at the beginning has nothing to correct: expected width, rtn or gptq right before it"):
-        Eora().check_after([])
+        Eora().after([])
     with pytest.raises(BadInput, match="eora after E has nothing to correct"):
-        Eora().check_after([Gptq(), Eora()])
+        Eora().after([Gptq(), Eora()])

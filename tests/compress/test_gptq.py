@@ -23,8 +23,7 @@ SMALL = {"group": 16, "length": 24}  # settings that a tiny model can take
 
 @pytest.fixture(autouse=True)
 def calibrated(monkeypatch):
-    for stage in ("gptq", "width"):
-        monkeypatch.setattr(f"thesislib.compress.{stage}.calibration_windows", lambda *a: IDS)
+    monkeypatch.setattr("thesislib.compress.stage.calibration_windows", lambda *a: IDS)
 
 
 def problem(rows=24, columns=96, tokens=400, seed=0):
@@ -457,9 +456,9 @@ def test_labels_and_recipes():
     assert Gptq.from_label("Q2") == Gptq(bits=2) and Rtn.from_label("R") == Rtn()
     assert Gptq.from_label("Q4") is None and Gptq.from_label("R") is None and Rtn.from_label("Q") is None
     with pytest.raises(BadInput, match="Q after R3 would quantise a quantised subject: keep one of the two"):
-        Gptq().check_after([Rtn(bits=3)])
+        Gptq().after([Rtn(bits=3)])
     shape = Shape(30, {"q_proj": 576, "down_proj": 1536})
-    Gptq().check_after([Width(2, 4)], shape)
+    Gptq().after([Width(2, 4)], shape)
     with pytest.raises(BadInput, match=r"group 128 does not divide the rows of q_proj \(576 inputs\): 8, 12, 16, 24, 32, 48, 64, 96, 192 divide"):
-        Gptq(group=128).check_after([], shape)
-    Gptq(group=128, linears="down_proj").check_after([], shape)
+        Gptq(group=128).after([], shape)
+    Gptq(group=128, linears="down_proj").after([], shape)

@@ -14,7 +14,7 @@ IDS = torch.randint(0, 250, (4, 16), generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture(autouse=True)
 def calibrated(monkeypatch):
-    monkeypatch.setattr("thesislib.compress.width.calibration_windows", lambda *a: IDS)
+    monkeypatch.setattr("thesislib.compress.stage.calibration_windows", lambda *a: IDS)
 
 
 def lowest_by_loops(score, remove, of):
@@ -86,7 +86,7 @@ def test_wanda_with_equal_activations_is_magnitude(tiny):
 
 
 def test_magnitude_needs_no_text(tiny, monkeypatch):
-    monkeypatch.setattr("thesislib.compress.width.calibration_windows", lambda *a: pytest.fail("text was read"))
+    monkeypatch.setattr("thesislib.compress.stage.calibration_windows", lambda *a: pytest.fail("text was read"))
     pruned, _ = Width(1, 8, metric="magnitude").apply(tiny(layers=2))
     before = tiny(layers=2)
     for b in range(2):

@@ -3,11 +3,12 @@ import pytest
 import torch
 
 from thesislib.errors import BadInput
-from thesislib.evaluate.choice import compare, multiple_choice, multiple_choices
-from thesislib.evaluate.harness import lm_eval_task
+from thesislib.evaluate.choice import MultipleChoice, compare, multiple_choice, multiple_choices
+from thesislib.evaluate.setup import TASKS, Setup
 from thesislib.model.blocks import apply_plan
-from thesislib.sources.corpus import CHOICE_TASKS, Choice, choices
+from thesislib.sources.corpus import Choice
 
+FAST = [name for name, task in TASKS.items() if isinstance(task, MultipleChoice) and name != "winogrande" and task.metric == "acc_norm"]
 ITEMS = [
     Choice("1", "The dog ran", ("home.", "into the garden, and then out of it again.", "fast"), 1),
     Choice("2", "Question: Why is the sky blue over the sea?\nAnswer:", ("Scattering", "Paint"), 0),
@@ -57,10 +58,9 @@ def few_blocks(embedded_subject):
 
 
 @pytest.mark.embedded
-@pytest.mark.parametrize("task", CHOICE_TASKS)
+@pytest.mark.parametrize("task", FAST)
 def test_against_lm_evaluation_harness(few_blocks, task):
-    ours = multiple_choice(few_blocks, choices(task, "embedded", 6), task=task)
-    theirs = lm_eval_task(few_blocks, task, "embedded", limit=6)
+    ours, theirs = (Setup(task, limit=6, fast=fast).measure(few_blocks, "embedded") for fast in (True, False))
     assert [bool(x) for x in theirs.column("acc_norm")] == ours.column("correct")
     assert [bool(x) for x in theirs.column("acc")] == ours.column("correct_unnormalised")
     assert theirs.value == ours.value and (theirs.low, theirs.high) == (ours.low, ours.high)
@@ -68,19 +68,17 @@ def test_against_lm_evaluation_harness(few_blocks, task):
 
 @pytest.mark.embedded
 def test_winogrande_and_errors_of_the_harness(few_blocks):
-    found = lm_eval_task(few_blocks, "winogrande", limit=4)
-    assert found.n == 4 and found.metric == "acc"
-    with pytest.raises(BadInput, match="unknown lm-eval task 'helaswag': did you mean 'hellaswag'"):
-        lm_eval_task(few_blocks, "helaswag")
+    found = Setup("winogrande", limit=4).measure(few_blocks, "embedded")
+    assert found.n == 4 and found.metric == "acc" and found.extra["chance"] == 0.5
     with pytest.raises(BadInput, match="needs WikiText-2 itself"):
-        lm_eval_task(few_blocks, "wikitext", "embedded")
+        Setup("lm_eval_wikitext").measure(few_blocks, "embedded")
 
 
 @pytest.mark.shared
 def test_harness_wikitext_is_a_word_perplexity(tiny, shared_data):
     import math
 
-    found = lm_eval_task(tiny(layers=1), "wikitext", shared_data, limit=2)
+    found = Setup("lm_eval_wikitext", limit=2).measure(tiny(layers=1), shared_data)
     assert found.metric == "word_perplexity" and found.n == 2
     nats, words = sum(found.column("nats")), sum(found.column("words"))
     assert found.value == pytest.approx(math.exp(min(nats / words, 700)), rel=1e-6)

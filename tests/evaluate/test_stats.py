@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 from itertools import product
 
@@ -6,7 +7,18 @@ import pytest
 from scipy import stats as scipy_stats
 
 from thesislib.errors import BadInput
-from thesislib.evaluate.stats import bootstrap_mean, friedman, holm, paired_bootstrap, paired_means, paired_outcomes, proportion, signed_rank
+from thesislib.evaluate.stats import (
+    Comparison,
+    bootstrap_mean,
+    friedman,
+    holm,
+    holm_adjusted,
+    paired_bootstrap,
+    paired_means,
+    paired_outcomes,
+    proportion,
+    signed_rank,
+)
 
 quick_bootstrap = partial(paired_bootstrap, resamples=1000)
 PAIRED = pytest.mark.parametrize("compare", [paired_means, quick_bootstrap, signed_rank], ids=["t", "bootstrap", "ranks"])
@@ -342,3 +354,14 @@ def test_tables_that_cannot_be_ranked():
             friedman({"a": items, "b": items, "c": items}, groups)
     with pytest.raises(BadInput, match="2 groups for 3 items"):
         friedman({"a": x, "b": x, "c": x}, [0, 1])
+
+
+def test_comparisons_adjusted_together_keep_their_names_and_all_but_p():
+    found = {name: Comparison(d, d - 1, d + 1, p, 9, "t") for name, d, p in (("a", 2.0, 0.01), ("b", -2.0, 0.04), ("c", 2.0, 0.03))}
+    adjusted = holm_adjusted(found)
+    assert list(adjusted) == ["a", "b", "c"] and [c.p for c in adjusted.values()] == pytest.approx([0.03, 0.06, 0.06])
+    assert [replace(c, p=found[name].p) for name, c in adjusted.items()] == list(found.values())
+    assert [c.verdict() for c in adjusted.values()] == ["worse", "not told apart", "not told apart"]  # less is better
+    assert [c.verdict(higher_is_better=True) for c in found.values()] == ["better", "worse", "better"]
+    assert [c.told for c in adjusted.values()] == [True, False, False] and not Comparison(1, 0, 2, 0.05, 9, "t").told
+    assert holm_adjusted({}) == {}

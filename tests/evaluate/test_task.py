@@ -1,4 +1,4 @@
-"""Protocols: the words of a record make the same measurement again, and what no protocol makes is refused."""
+"""Setups: the words of a record make the same measurement again, and what no setup makes is refused. Tasks answer what is asked of them."""
 
 import dataclasses
 import hashlib
@@ -8,21 +8,24 @@ import shutil
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
 from thesislib.errors import BadInput
 from thesislib.evaluate import choice, perplexity, triviaqa
-from thesislib.evaluate.task import CHOICES, TASKS, Protocol, protocol_of, sha256_of_items
+from thesislib.evaluate.compare import compare
+from thesislib.evaluate.setup import TASKS, Setup, setup_of, task_of
+from thesislib.evaluate.task import sha256_of_items
 from thesislib.files import ROOT
 from thesislib.records.measurement import Measurement
 from thesislib.sources import corpus
 
 RECORDED = sorted((ROOT / "data" / "results").glob("0[0-3]_*.jsonl"))  # chapters that measure without protocols
 PROTOCOLS = [
-    Protocol("wikitext", length=32, limit=5),
-    Protocol("trivia", limit=2, seed=3, batch=1),
-    Protocol("trivia", prompt="thesis"),
-    Protocol("trivia_open", limit=3),
-    Protocol("hellaswag", limit=4, fast=True),
+    Setup("wikitext", length=32, limit=5),
+    Setup("trivia", limit=2, seed=3, batch=1),
+    Setup("trivia", prompt="thesis"),
+    Setup("trivia_open", limit=3),
+    Setup("hellaswag", limit=4, fast=True),
 ]
 
 
@@ -52,7 +55,7 @@ def read(path):
 
 
 def measurement(metric="m", task="t", **provenance):
-    return Measurement(task, metric, 1.0, 1.0, 1.0, 7, "u", [], {}, provenance)
+    return Measurement(task=task, metric=metric, value=1.0, low=1.0, high=1.0, n=7, unit="u", items=[], provenance=provenance)
 
 
 # ---------------------------------------------------------------- measuring
@@ -61,29 +64,29 @@ def measurement(metric="m", task="t", **provenance):
 @pytest.mark.parametrize("protocol", PROTOCOLS, ids=str)
 def test_the_same_words_measure_the_same(subject, data, protocol):
     m = protocol.measure(subject, str(data))
-    assert m.n == (protocol.limit or 4) and m.provenance["protocol"] == dataclasses.asdict(protocol)
+    assert m.n == (protocol.limit or 4) and m.provenance["protocol"] == protocol.plain()
     read_back = dataclasses.replace(m, provenance=json.loads(json.dumps(m.provenance)))
-    assert protocol_of(read_back) == protocol
-    again = protocol_of(read_back).measure(subject, str(data))
+    assert setup_of(read_back) == protocol
+    again = setup_of(read_back).measure(subject, str(data))
     assert (again.value, again.low, again.high, again.items, again.task, again.metric) == (m.value, m.low, m.high, m.items, m.task, m.metric)
     assert again.provenance["corpus_sha256"] == m.provenance["corpus_sha256"]
 
 
 def test_each_word_counts(subject, data):
     def ids(**settings):
-        return Protocol("hellaswag", fast=True, **settings).measure(subject, str(data)).column("id")
+        return Setup("hellaswag", fast=True, **settings).measure(subject, str(data)).column("id")
 
     assert len(ids()) == 8 and ids(limit=3) == ids(limit=5)[:3] and ids(limit=3, seed=1) != ids(limit=3) and ids(seed=1) == ids()
-    one, other = (Protocol("wikitext", length=n, limit=4).measure(subject, str(data)) for n in (16, 32))
+    one, other = (Setup("wikitext", length=n, limit=4).measure(subject, str(data)) for n in (16, 32))
     assert [i["tokens"] for i in one.items + other.items] == [15] * 4 + [31] * 4
-    prompts = {Protocol("trivia", prompt=p).measure(subject, str(data)).provenance["settings"]["prompt"] for p in ("chat", "thesis", None)}
+    prompts = {Setup("trivia", prompt=p).measure(subject, str(data)).provenance["settings"]["prompt"] for p in ("chat", "thesis", None)}
     assert prompts == {"chat", "thesis"}
-    batched = [Protocol("wikitext", length=32, limit=5, batch=b).measure(subject, str(data)).column("nats") for b in (1, 5)]
+    batched = [Setup("wikitext", length=32, limit=5, batch=b).measure(subject, str(data)).column("nats") for b in (1, 5)]
     assert batched[0] == pytest.approx(batched[1], rel=1e-5)
 
 
 def test_the_text_is_named_by_its_hash(subject, data, tmp_path):
-    m = Protocol("wikitext", length=32, limit=2).measure(subject, str(data))
+    m = Setup("wikitext", length=32, limit=2).measure(subject, str(data))
     lines = [row["text"] for row in read(data / "wikitext2" / "test.jsonl")]
     assert m.provenance["corpus_sha256"] == m.provenance["settings"]["text_sha256"] == hashlib.sha256("\n\n".join(lines).encode()).hexdigest()
 
@@ -91,8 +94,8 @@ def test_the_text_is_named_by_its_hash(subject, data, tmp_path):
     rows, hashes = read(data / file), []
     for k, changed in enumerate((rows, rows[::-1], [*rows[:-1], rows[-1] | {"label": "0"}], [*rows[:-1], rows[-1] | {"ctx_a": "She runs."}], rows)):
         write(tmp_path / str(k) / file, changed)
-        hashes.append(Protocol("hellaswag", fast=True).measure(subject, str(tmp_path / str(k))).provenance["corpus_sha256"])
-    assert hashes[0] == hashes[4] == sha256_of_items(corpus.choices("hellaswag", str(data))) and len(set(hashes)) == 4
+        hashes.append(Setup("hellaswag", fast=True).measure(subject, str(tmp_path / str(k))).provenance["corpus_sha256"])
+    assert hashes[0] == hashes[4] == sha256_of_items(Setup("hellaswag", fast=True).items(str(data))) and len(set(hashes)) == 4
 
 
 @pytest.mark.parametrize(
@@ -106,13 +109,13 @@ def test_the_text_is_named_by_its_hash(subject, data, tmp_path):
         ({"on": "wikitext", "length": 1}, "window length 1 is too small"),
         ({"on": "wikitext", "length": 10**6}, "window length 1000000 is longer than text 'WikiText-2 test'"),
         ({"on": "trivia", "prompt": "chatt"}, "unknown prompt 'chatt': did you mean 'chat'"),
-        ({"on": "winogrande", "fast": True}, "unknown multiple-choice task 'winogrande'"),
+        ({"on": "winogrande", "fast": True}, "task 'winogrande' has no fast way"),
         ({"on": "piqa", "fast": True}, r"holds neither piqa/validation\.jsonl"),
     ],
 )
 def test_what_cannot_be_measured(subject, data, settings, message):
     with pytest.raises(BadInput, match=message):
-        Protocol(**settings).measure(subject, str(data))
+        Setup(**settings).measure(subject, str(data))
 
 
 # ---------------------------------------------------------------- out of records without a protocol
@@ -124,10 +127,10 @@ def test_of_measurements_made_directly(subject, data):
         "wikitext": perplexity.perplexity(subject, corpus.evaluation_text(spec), length=32, limit=5),
         "trivia": triviaqa.triviaqa(subject, corpus.questions(spec, limit=3), source=corpus.question_source(spec, False), prompt="thesis", batch=2),
         "trivia_open": triviaqa.triviaqa(subject, corpus.questions(spec, open_book=True), source=corpus.question_source(spec, True)),
-        "hellaswag": choice.multiple_choice(subject, corpus.choices("hellaswag", spec, 5), task="HellaSwag validation"),
+        "hellaswag": choice.multiple_choice(subject, Setup("hellaswag", limit=5, fast=True).items(spec), task="HellaSwag validation"),
     }
     for on, m in direct.items():
-        found = protocol_of(m)
+        found = setup_of(m)
         again = found.measure(subject, spec)
         assert (found.on, again.value, again.items, again.metric) == (on, m.value, m.items, m.metric)
 
@@ -137,23 +140,26 @@ def test_of_every_record_of_the_first_chapters(path):
     for row in read(path):
         m = Measurement(**{key: row[key] for key in ("task", "metric", "value", "low", "high", "n", "unit", "extra", "provenance")}, items=[])
         m.provenance.pop("protocol", None)
-        found, settings = protocol_of(m), m.provenance["settings"]
+        found, settings = setup_of(m), m.provenance["settings"]
         if m.metric == "perplexity":
-            assert found == Protocol("wikitext", length=int(m.unit.split()[2]), limit=settings["limit"]) and (settings["limit"] or m.n) == m.n
+            assert found == Setup("wikitext", length=int(m.unit.split()[2]), limit=settings["limit"]) and (settings["limit"] or m.n) == m.n
         elif m.metric == "accuracy":
             on = {"closed": "trivia", "open": "trivia_open"}[m.task.split()[2]]
-            assert found == Protocol(on, limit=m.n, prompt=settings["prompt"], batch=32)
+            assert found == Setup(on, limit=m.n, prompt=settings["prompt"], batch=32)
         else:
-            assert found == Protocol("hellaswag", limit=m.n, fast=True)
+            assert found == Setup("hellaswag", limit=m.n, fast=True)
 
 
 def test_the_first_chapters_have_records():
     assert [path.stem[:2] for path in RECORDED] == ["00", "01", "02", "03"]
 
 
-@pytest.mark.parametrize("task", ["HellaSwag validation", "hellaswag", "PIQA", "ARC-Easy validation", "arc_challenge", "OpenBookQA"])
+ON = {"HellaSwag validation": "hellaswag", "PIQA": "piqa", "ARC-Easy validation": "arc_easy", "OpenBookQA": "openbookqa"}
+
+
+@pytest.mark.parametrize("task", [*ON, "hellaswag", "arc_challenge"])
 def test_names_of_multiple_choice_tasks(task):
-    assert protocol_of(measurement("acc_norm", task, settings={"protocol": "0-shot, packed endings"})).on in CHOICES
+    assert setup_of(measurement("acc_norm", task, settings={"protocol": "0-shot, packed endings"})).on == ON.get(task, task)
 
 
 @pytest.mark.parametrize(
@@ -169,14 +175,14 @@ def test_names_of_multiple_choice_tasks(task):
     ids=lambda m: f"{m.metric} on {m.task}",
 )
 def test_what_no_protocol_makes(m):
-    with pytest.raises(BadInput, match=f"'{m.metric}' on '{m.task}' cannot be measured again from its record: expected one of {TASKS[0]}, "):
-        protocol_of(m)
+    with pytest.raises(BadInput, match=f"'{m.metric}' on '{m.task}' cannot be measured again from its record: expected one of {next(iter(TASKS))}, "):
+        setup_of(m)
 
 
 @pytest.mark.parametrize(
     ("noted", "message"),
     [
-        ({"on": "wikitext", "stride": 256}, "unknown parameter of Protocol 'stride'"),
+        ({"on": "wikitext", "stride": 256}, "unknown parameter of Setup 'stride'"),
         ({"on": "wikitext", "length": "512"}, r"'length' is '512' \(str\): expected int"),
         ({"on": "wikitext", "length": math.inf}, "'length' is inf"),
         ({"on": "wikitxt"}, "did you mean 'wikitext'"),
@@ -187,6 +193,92 @@ def test_what_no_protocol_makes(m):
         ("wikitext", "expected a mapping"),
     ],
 )
-def test_a_protocol_of_another_version(noted, message):
+def test_a_setup_of_another_version(noted, message):
     with pytest.raises(BadInput, match=f"the record's protocol is not one that this version knows .*{message}"):
-        protocol_of(measurement("perplexity", protocol=noted, settings={"length": 512}))
+        setup_of(measurement("perplexity", protocol=noted, settings={"length": 512}))
+
+
+# ---------------------------------------------------------------- what is asked of tasks
+
+
+def articles(nats, words=(10, 20, 5, 8), **changes):
+    items = [{"id": str(i), "nats": x * n, "words": n} for i, (x, n) in enumerate(zip(nats, words, strict=True))]
+    facts = {"task": "wikitext (lm-eval)", "metric": "word_perplexity", "value": 9.0, "low": 8.0, "high": 10.0, "n": len(items), "unit": "article"}
+    return Measurement(**facts | {"items": items} | changes)
+
+
+def test_word_perplexities_are_compared_by_article():
+    a, b = [3.0, 3.5, 2.5, 4.0], [3.2, 3.6, 2.4, 4.4]
+    found, expected = compare(articles(a), articles(b)), stats.ttest_rel(b, a)
+    assert (found.p, found.n) == (pytest.approx(expected.pvalue), 4)
+    interval = expected.confidence_interval(0.95)
+    assert (found.low, found.difference, found.high) == pytest.approx((interval.low, sum(b) / 4 - sum(a) / 4, interval.high))
+    with pytest.raises(BadInput, match="measured on other items"):
+        compare(articles(a), articles(b[:3], (10, 20, 5)))
+
+
+def test_word_perplexities_as_the_harness_gives_them(tiny, data):
+    pytest.importorskip("lm_eval", reason="lm-eval is an extra")
+    one, other = (Setup("lm_eval_wikitext", limit=5).measure(tiny(layers=2, seed=seed), str(data)) for seed in (0, 1))
+    means = [[i["nats"] / i["words"] for i in m.items] for m in (one, other)]
+    assert compare(one, other).p == pytest.approx(stats.ttest_rel(*means).pvalue) and task_of(one).name == "lm_eval_wikitext"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        ({}, {"metric": "perplexity"}, r"'word_perplexity' \(article\) and 'perplexity' \(article\) do not compare"),
+        ({"unit": "window of 512 tokens"}, {"unit": "window of 64 tokens"}, "do not compare: expected two measurements of one measure"),
+        ({"metric": "seconds per token"}, {"metric": "seconds per token"}, "'seconds per token' .* is no task's measurement: expected one of .*accuracy"),
+        ({"metric": "perplexity of bits"}, {"metric": "perplexity of bits"}, "is no task's measurement"),
+    ],
+)
+def test_what_does_not_compare(a, b, message):
+    with pytest.raises(BadInput, match=message) as raised:
+        compare(*(articles([1.0] * 4, **changes) for changes in (a, b)))
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS, ids=str)
+def test_a_text_is_read_and_hashed_once(subject, data, protocol, monkeypatch):
+    reads, rows, hashed, sha256 = [], corpus.rows, [], hashlib.sha256
+    monkeypatch.setattr(corpus, "rows", lambda *of: reads.append(of) or rows(*of))
+    monkeypatch.setattr(hashlib, "sha256", lambda *content: hashed.append(sha256(*content).hexdigest()) or sha256(*content))
+    m = protocol.measure(subject, str(data))
+    assert len(reads) == 1 and hashed.count(m.provenance["corpus_sha256"]) == 1
+
+
+def test_a_record_says_what_guessing_gets(subject, data):
+    assert Setup("hellaswag", limit=4, fast=True).measure(subject, str(data)).extra["chance"] == 0.25
+
+
+def test_every_recorded_number_is_called_as_its_task_calls_it():
+    seen = set()
+    for path in sorted((ROOT / "data" / "results").glob("*.jsonl")):
+        for row in read(path):
+            if "protocol" in row["provenance"]:
+                m = Measurement(**{key: row[key] for key in ("task", "metric", "value", "low", "high", "n", "unit", "provenance")}, items=[])
+                assert (task_of(m).name, task_of(m).metric) == (row["provenance"]["protocol"]["on"], row["metric"])
+                assert setup_of(m).plain() == row["provenance"]["protocol"]
+                seen.add(task_of(m).name)
+    assert {"wikitext", "trivia", "trivia_open", "hellaswag"} <= seen
+
+
+def test_open_and_closed_book_are_told_apart_without_a_protocol():
+    for open_book, name in ((False, "trivia"), (True, "trivia_open")):
+        assert task_of(measurement("accuracy", settings={"open_book": open_book})).name == name
+
+
+def test_tasks_are_found_in_their_folder():
+    files = {type(task).__module__.rpartition(".")[2] for task in TASKS.values()}
+    assert {"perplexity", "triviaqa", "harness", "hellaswag", "piqa", "arc"} <= files and all(name == task.name for name, task in TASKS.items())
+    for task in TASKS.values():
+        kind, allowed = task.tolerance
+        assert kind in ("relative", "absolute") and list(allowed) == sorted(allowed) and task.unit and isinstance(task.higher_is_better, bool)
+
+
+def test_a_reference_belongs_to_tasks_of_two_models(subject, data):
+    with pytest.raises(BadInput, match="task 'wikitext' measures one model, the reference 'embedded' would do nothing: leave it out"):
+        Setup("wikitext", reference="embedded")
+    m = Setup("wikitext", length=32, limit=2).measure(subject, str(data))
+    assert "reference" not in m.provenance["protocol"]  # as in records made before

@@ -308,8 +308,7 @@ def by_hand(model, gone):
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_stages_do_not_depend_on_the_attention_of_a_configuration(tiny, tiny_data, tmp_path, model_type, implementation, monkeypatch):
     """Scores, masks, grids, corrections and training losses are those of a causal model, whatever config.json asks for."""
-    for module in ("depth", "width", "gptq", "eora"):
-        monkeypatch.setattr(f"thesislib.compress.{module}.calibration_windows", lambda *_: IDS)
+    monkeypatch.setattr("thesislib.compress.stage.calibration_windows", lambda *_: IDS)
     plain = save_checkpoint(tiny(model_type, layers=4, **FAMILIES[model_type]), tmp_path / "plain")
     asks = edit(shutil.copytree(plain, tmp_path / "asks"), attn_implementation=implementation, _attn_implementation=implementation)
     one, two = load_subject(plain), load_subject(asks)

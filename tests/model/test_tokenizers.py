@@ -15,8 +15,8 @@ from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.evaluate.choice import CUT, multiple_choice
 from thesislib.evaluate.generate import complete, greedy
-from thesislib.evaluate.harness import lm_eval_task
 from thesislib.evaluate.perplexity import perplexity
+from thesislib.evaluate.setup import Setup
 from thesislib.evaluate.triviaqa import triviaqa
 from thesislib.formats.artifact import load_artifact, save_artifact
 from thesislib.formats.load import load_subject, save_checkpoint
@@ -132,7 +132,7 @@ def test_any_token_pads(with_tokenizer, tiny_data, special, family):
 def test_lm_eval_without_first_and_end_token(with_tokenizer, tmp_path):
     pytest.importorskip("lm_eval", reason="lm-eval is an extra")
     subject = with_tokenizer(special={"pad_token": None, "eos_token": None})
-    assert lm_eval_task(subject, "arc_easy", arc(tmp_path, ["Why?"] * 3)).n == 3
+    assert Setup("arc_easy").measure(subject, arc(tmp_path, ["Why?"] * 3)).n == 3
 
 
 # ---------------------------------------------------------------- tokens without a row
@@ -156,7 +156,7 @@ def test_a_token_without_a_row_is_named_wherever_it_comes_in(with_tokenizer, tmp
     with pytest.raises(BadInput, match="has no row"):
         sequences("wikitext", subject, tiny_data, length=64, validation=2)
     with pytest.raises(BadInput, match="has no row"):
-        lm_eval_task(subject, "arc_easy", arc(tmp_path, ["Is it a zebra?"]))
+        Setup("arc_easy").measure(subject, arc(tmp_path, ["Is it a zebra?"]))
     assert Rtn(bits=4, group=8).apply(subject, data=tiny_data)[0].depth == 2, "what reads no text is not concerned"
 
 
@@ -195,11 +195,9 @@ def test_a_context_that_does_not_fit_is_cut_from_the_left(tiny, family):
 @pytest.mark.parametrize("most", [40, 41, 64, 200])
 def test_fast_and_lm_eval_cut_alike(tiny, tmp_path, most):
     pytest.importorskip("lm_eval", reason="lm-eval is an extra")
-    from thesislib.sources.corpus import choices
-
     data = arc(tmp_path, [f"Where {'very ' * n}far is number {n}?  " for n in range(12)])
     subject = tiny(layers=2, max_position_embeddings=most)
-    fast, slow = multiple_choice(subject, choices("arc_easy", data), task="arc_easy"), lm_eval_task(subject, "arc_easy", data)
+    fast, slow = (Setup("arc_easy", fast=fast).measure(subject, data) for fast in (True, False))
     assert fast.column("correct") == [bool(x) for x in slow.column("acc_norm")]
     assert fast.column("correct_unnormalised") == [bool(x) for x in slow.column("acc")]
     assert fast.extra[CUT] == slow.extra[CUT] and (fast.extra[CUT] > 0) == (most < 100)
@@ -207,15 +205,13 @@ def test_fast_and_lm_eval_cut_alike(tiny, tmp_path, most):
 
 def test_white_space_behind_a_context_counts_as_in_lm_eval(tiny, tmp_path):
     pytest.importorskip("lm_eval", reason="lm-eval is an extra")
-    from thesislib.sources.corpus import choices
-
     path = tmp_path / "openbookqa" / "validation.jsonl"
     path.parent.mkdir()
     choice = {"text": ["ab", "a longer one", "c"], "label": ["A", "B", "C"]}
     rows = [{"id": str(i), "question_stem": f"stem {i}{' ' * (i % 4)}", "choices": choice, "answerKey": "ABC"[i % 3]} for i in range(24)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     subject = tiny(layers=2)
-    fast, slow = multiple_choice(subject, choices("openbookqa", tmp_path), task="t"), lm_eval_task(subject, "openbookqa", tmp_path)
+    fast, slow = (Setup("openbookqa", fast=fast).measure(subject, tmp_path) for fast in (True, False))
     assert fast.column("correct") == [bool(x) for x in slow.column("acc_norm")]
 
 
@@ -224,7 +220,7 @@ def test_endings_that_cannot_be_scored_are_named_in_both(tiny, tmp_path):
         multiple_choice(tiny(layers=2, max_position_embeddings=24), [Choice("1", "q", ("a", "c" * 30), 0)], task="t")
     pytest.importorskip("lm_eval", reason="lm-eval is an extra")
     with pytest.raises(BadInput, match="31 of an ending: expected .* at most the 24"):
-        lm_eval_task(tiny(layers=2, max_position_embeddings=24), "arc_easy", arc(tmp_path, ["Why?"], ("a", "c" * 30)))
+        Setup("arc_easy").measure(tiny(layers=2, max_position_embeddings=24), arc(tmp_path, ["Why?"], ("a", "c" * 30)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

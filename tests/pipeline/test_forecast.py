@@ -11,13 +11,14 @@ from thesislib.compress.depth import Depth
 from thesislib.compress.eora import Eora
 from thesislib.compress.gptq import Gptq, Rtn
 from thesislib.compress.lora.stage import Lora
-from thesislib.compress.stage import STAGES
+from thesislib.compress.outline import spread
+from thesislib.compress.stage import STAGES, Stage
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.files import data_file
 from thesislib.formats.artifact_json import read_artifact
 from thesislib.formats.load import load_subject, save_checkpoint
-from thesislib.pipeline.forecast import Forecast, spread
+from thesislib.pipeline.forecast import Forecast
 from thesislib.pipeline.recipe import Recipe
 from thesislib.pipeline.run import Job, compress
 from thesislib.sources import corpus
@@ -27,10 +28,11 @@ TRAINING = {"rank": 4, "length": 32, "batch": 2, "accumulate": 1, "steps": 2, "e
 
 
 @dataclass(frozen=True)
-class Toy:
+class Toy(Stage):
     """A stage that is not known to the forecast."""
 
     label = "X"
+    word, family, pattern = "toy", "trained", "X"
 
     def apply(self, subject, *, data, work):
         return subject.copy(), {}
@@ -40,8 +42,7 @@ class Toy:
 def place(tmp_path, monkeypatch):
     monkeypatch.setenv("THESISLIB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setitem(STAGES, "toy", Toy)
-    for stage in ("gptq", "width", "eora"):
-        monkeypatch.setattr(f"thesislib.compress.{stage}.calibration_windows", lambda *_: IDS)
+    monkeypatch.setattr("thesislib.compress.stage.calibration_windows", lambda *_: IDS)
     return tmp_path
 
 
@@ -50,7 +51,7 @@ def texts(tmp_path_factory):
     """Text to train on."""
     root, r = tmp_path_factory.mktemp("texts"), random.Random(0)
     for task in ("wikitext_train", "wikitext"):
-        path = root / f"{corpus.TASKS[task].folder}.jsonl"
+        path = root / f"{corpus.SOURCES[task].folder}.jsonl"
         path.parent.mkdir(exist_ok=True)
         rows = [row for i in range(4) for row in (f" = {task} {i} = \n", "".join(r.choices("abc def", k=200)) + "\n")]
         path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
@@ -226,7 +227,7 @@ def test_an_entry_of_a_correction_takes_what_its_type_takes(folder):
 
 
 def test_a_stage_that_keeps_sizes_changes_none(folder, monkeypatch):
-    monkeypatch.setattr(Toy, "keeps_sizes", True, raising=False)
+    monkeypatch.setattr(Toy, "outline", lambda self, outline: outline.changed.clear())
     assert rows_of(folder, Toy(), D2)[1] == replace(rows_of(folder, D2)[0], label="X+D2")
 
 

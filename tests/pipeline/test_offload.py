@@ -83,8 +83,7 @@ def test_damaged_checkpoints(tiny, tmp_path):
 
 
 def test_a_streamed_artifact_is_the_one_made_in_memory(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("thesislib.pipeline.offload.calibration_windows", lambda *_: IDS)
-    monkeypatch.setattr("thesislib.compress.width.calibration_windows", lambda *_: IDS)
+    monkeypatch.setattr("thesislib.compress.stage.calibration_windows", lambda *_: IDS)
     dense = tiny(layers=3, hidden_size=48)
     save_checkpoint(dense, tmp_path / "dense")
     compress_streamed(str(tmp_path / "dense"), "W2:4", tmp_path / "out", data="embedded", dtype="float32")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from thesislib.compress.depth import Depth
-from thesislib.compress.stage import STAGES
+from thesislib.compress.stage import STAGES, Stage
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.files import data_file
@@ -15,7 +15,7 @@ SMOLLM2 = Shape(30, {"q_proj": 576, "k_proj": 576, "v_proj": 576, "o_proj": 576,
 
 
 @dataclass(frozen=True)
-class Toy:
+class Toy(Stage):
     """A stage with settings of each type, that may stand only after one that removed something."""
 
     rate: float
@@ -29,12 +29,14 @@ class Toy:
             raise BadInput(f"times is {self.times}: expected at least 1")
 
     label = "X"
+    word, family, pattern = "toy", "pruned", "X"
 
-    def check_after(self, previous, shape):
+    def after(self, previous, shape=None):
         if not previous:
             raise BadInput("nothing was removed yet that could be made up for")
         if shape is not None and shape.depth < 3:
             raise BadInput(f"{shape.depth} blocks are too few")
+        return shape
 
 
 @pytest.fixture
@@ -221,7 +223,7 @@ def test_paths_that_lead_nowhere(write):
 # ---------------------------------------------------------------- labels
 
 
-@pytest.mark.parametrize("label", ["D4", "W2:4", "D2+W1:8", "W1:8+D2", "D1+D1+W12:16", "DA3+DM2"])
+@pytest.mark.parametrize("label", ["D4", "W2:4", "D2+W1:8", "W1:8+D2", "D1+D1+W12:16", "DA3+DM2", "W50%", "W12.5%+R3", "T-masked+Q8+E"])
 def test_labels_of_default_settings_are_recipes(label):
     assert read_recipe(label).label == label
 
@@ -235,7 +237,9 @@ def test_a_label_gives_default_settings():
     ("label", "message"),
     [
         ("D2+", "label 'D2+': part '' is not understood"),
-        ("W50%", "part 'W50%' is not understood: expected a recipe's .yaml file, or parts like D2 or W1:8 joined by '+'"),
+        ("W50", "part 'W50' is not understood: expected a recipe's .yaml file, or parts like D2 or W1:8 joined by '+'"),
+        ("W~", "'W~' does not say all settings of the stage 'width': expected a recipe's .yaml file with them"),
+        ("W100%", "ratio 1.0: expected a share of the weights in [0, 1)"),
         ("D", "part 'D' is not understood"),
         ("D0", "label 'D0': remove is 0"),
         ("W8:8", "label 'W8:8': pattern 8:8 removes all"),
@@ -251,9 +255,11 @@ def test_labels_that_are_none(label, message):
 
 def test_a_stage_may_read_its_own_label(monkeypatch):
     class Own(Toy):
+        word, pattern = "own", r"Y(\d+)"
+
         @classmethod
         def from_label(cls, part):
-            return cls(rate=float(part[1:])) if part.startswith("Y") else None
+            return cls(rate=float(part[1:]))
 
     monkeypatch.setitem(STAGES, "own", Own)
     assert parse_label("D2+Y3").stages == (Depth(remove=2), Own(rate=3.0))
@@ -261,7 +267,7 @@ def test_a_stage_may_read_its_own_label(monkeypatch):
 
 def test_a_label_of_a_stage_that_is_not_there_yet(monkeypatch):
     monkeypatch.delitem(STAGES, "eora", raising=False)
-    with pytest.raises(BadInput, match=r"label 'D2\+E': unknown stage 'eora': .*expected one of depth, width"):
+    with pytest.raises(BadInput, match=r"label 'D2\+E': part 'E' is not understood"):
         parse_label("D2+E")
 
 

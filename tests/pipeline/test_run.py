@@ -21,7 +21,7 @@ from thesislib.compress.depth import Depth
 from thesislib.compress.eora import Eora
 from thesislib.compress.gptq import Gptq, Rtn
 from thesislib.compress.lora.stage import Lora
-from thesislib.compress.stage import STAGES
+from thesislib.compress.stage import STAGES, Stage
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.files import cache_dir
@@ -39,12 +39,14 @@ RAN: list[str] = []  # the toy stages that were computed, in order
 
 
 @dataclass(frozen=True)
-class Toy:
+class Toy(Stage):
     """Multiplies a projection in a few slow steps, of which it keeps the finished ones in its scratch folder."""
 
     factor: float = 2.0
     seconds: float = 0.0
     die: str = ""  # a moment at which to be killed, once
+
+    word, family, pattern = "toy", "trained", r"X[\d.]+"
 
     @property
     def label(self):

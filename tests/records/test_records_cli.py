@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from thesislib.cli import app
 from thesislib.compress.depth import Depth
 from thesislib.compress.width import Width
-from thesislib.evaluate.task import Protocol
+from thesislib.evaluate.setup import Setup
 from thesislib.experiment import described, prepare
 from thesislib.formats.load import load_subject, save_checkpoint
 from thesislib.model.blocks import apply_plan
@@ -39,7 +39,7 @@ def folder(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def measured(folder, tiny_data):
     """Four records: dense and D1+W1:8, two measures each."""
-    protocols = Protocol("wikitext", length=32, limit=5), Protocol("trivia_open", limit=1)
+    protocols = Setup("wikitext", length=32, limit=5), Setup("trivia_open", limit=1)
     made = (prepare(folder, stages, data=tiny_data, dtype="float32") for stages in ((), STAGES))
     return [ready.measure(protocol, tiny_data) for ready in made for protocol in protocols]
 
@@ -153,7 +153,7 @@ def test_csv_has_the_rows(store, tmp_path):
 
 def test_what_is_not_finite_or_not_said_is_listed(tmp_path):
     store = Store(tmp_path / "r.jsonl")
-    store.append(Measurement('é, "a"\nb', "perplexity", math.inf, 1.0, math.nan, 1, "u", []))
+    store.append(Measurement(task='é, "a"\nb', metric="perplexity", value=math.inf, low=1.0, high=math.nan, n=1, unit="u", items=[]))
     shown = run(app, ["records", "--store", str(store.path)])
     assert shown.exit_code == 0 and "? [1, ?]  n = 1" in shown.stdout
     assert json.loads(run(app, ["records", "--store", str(store.path), "--json"]).stdout)["value"] is None
@@ -232,7 +232,7 @@ def test_verify_refuses_in_one_line(store, folder, tiny, tiny_data, tmp_path):
 
 def test_a_plan_is_verified(store, folder, tiny_data):
     subject = load_subject(folder)
-    m = Protocol("wikitext", length=32, limit=5).measure(apply_plan(subject, (0, 2, 2)), tiny_data)
+    m = Setup("wikitext", length=32, limit=5).measure(apply_plan(subject, (0, 2, 2)), tiny_data)
     name = store.append(described(m, subject, tiny_data, label="plan 0,2x2"))
     assert "plan 0,2x2" in run(app, ["records", "--store", str(store.path), "--label", "plan 0,2x2"]).stdout
     result = run(app, ["records", "verify", name, "--store", str(store.path), "--subject", folder, "--data", tiny_data])

@@ -284,7 +284,9 @@ def test_a_disk_that_says_only_at_the_end_that_it_is_full(store, monkeypatch, ca
 
 def test_a_pipe_in_the_place_of_the_items_is_not_waited_for(tmp_path):
     store = Store(tmp_path / "r.jsonl")
-    store.append(Measurement("t", "perplexity", 1.0, 1.0, 1.0, 1, "u", [{"id": "0"}], {}, {"made": {"label": "dense"}}))
+    store.append(
+        Measurement(task="t", metric="perplexity", value=1.0, low=1.0, high=1.0, n=1, unit="u", items=[{"id": "0"}], provenance={"made": {"label": "dense"}})
+    )
     store.items.unlink()
     os.mkfifo(store.items)
     found, damage = store.read()

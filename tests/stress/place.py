@@ -200,7 +200,7 @@ class Place:
 def records(here: Place) -> None:
     """A store of three measurements, as a sweep would append them."""
     from thesislib import experiment
-    from thesislib.evaluate.task import Protocol
+    from thesislib.evaluate.setup import Setup
     from thesislib.pipeline.recipe import parse_label
     from thesislib.records.store import Store
 
@@ -208,7 +208,7 @@ def records(here: Place) -> None:
     for label in ("D1", "W1:8", "D1+W1:8"):
         stages = [type(s)(**({"blocks": [1]} if "D" in s.label else {"remove": 1, "of": 8, "metric": "magnitude"})) for s in parse_label(label).stages]
         ready = experiment.prepare(str(here / "subject"), stages, data=str(here / "data"), dtype="float32")
-        store.append(ready.measure(Protocol("wikitext", length=LENGTH, limit=WINDOWS), str(here / "data")))
+        store.append(ready.measure(Setup("wikitext", length=LENGTH, limit=WINDOWS), str(here / "data")))
 
 
 def plain_perplexity(subject: Path, data: Path) -> float:
@@ -239,7 +239,7 @@ def prepared() -> None:
 
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     torch.set_num_threads(1)
-    for name in ("checkpoints", "cli", "book", "streamed", "gguf_format", "gptq_format", "training", "fit", "experiment", "evaluate.protocol", "sweep.run",
+    for name in ("cli", "book", "pipeline.offload", "formats.gguf", "formats.gptq", "compress.lora.train", "experiment", "chapters.ch03_width", "sweep.run",
                  "device.report", "device.measured", "device.emulate", "device.host"):  # fmt: skip
         importlib.import_module(f"thesislib.{name}")
     for name in ("transformers.models.llama.modeling_llama", "transformers.integrations", "transformers.generation", "papermill", "distributed"):

@@ -1,25 +1,69 @@
-"""What each notebook measures: its parameters, its measurements, and the claims it holds them against.
+"""What each notebook measures: its parameters, its recorded run, and the claims it is held against.
 
-A chapter's module has a TITLE, PARAMETERS (the class of those that its notebook takes), `read_recorded(path)` for its recorded run, and
-`headline(record)`, what was found, in sentences.
+A chapter is found by its file's name: of the modules `chNN_*.py` of each number one has a CHAPTER, see `thesislib.chapters.chapter`.
 """
 
 import re
 from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
+from thesislib.chapters.chapter import Chapter
+from thesislib.errors import BadInput
 from thesislib.files import data_file
 
-CHAPTERS = {
-    "00_measures": "ch00_measures", "01_franken_llama": "ch01_franken", "02_depth_pruning": "ch02_depth",
-    "03_width_pruning": "ch03_width", "04_lora_recovery": "ch04_recovery",
-    "05_quantisation": "ch05_quantisation", "06_evaluation": "ch06_grid", "07_on_device": "ch07_device",
-}  # fmt: skip
+
+def chapters() -> dict[str, Chapter]:
+    """All chapters by their notebooks' names, in order."""
+    numbers = sorted({found[1] for module in iter_modules(__path__) if (found := re.match(r"ch(\d\d)_", module.name))})
+    return {c.notebook: c for number in numbers for _, c in [_of(number)]}
+
+
+def _of(number: str) -> tuple[str, Chapter]:
+    """The module that has a number's CHAPTER, and the chapter.
+
+    Raises:
+        BadInput: none has, or several, or the notebook's name has another number.
+    """
+    names = [f"{__name__}.{module.name}" for module in iter_modules(__path__) if module.name.startswith(f"ch{number}_")]
+    found = {name: c for name in names if (c := getattr(import_module(name), "CHAPTER", None)) is not None}
+    if len(found) != 1 or not next(iter(found.values())).notebook.startswith(f"{number}_"):
+        raise BadInput(f"of {', '.join(names) or 'no module'} {len(found)} have a CHAPTER: expected one, whose notebook is named {number}_...")
+    return next(iter(found.items()))
+
+
+def _known(notebook: str) -> tuple[str, Chapter] | None:
+    number = notebook.partition("_")[0]
+    there = re.fullmatch(r"\d\d", number) and any(module.name.startswith(f"ch{number}_") for module in iter_modules(__path__))
+    return found if there and (found := _of(number))[1].notebook == notebook else None
+
+
+def chapter_of(notebook: str) -> Chapter:
+    """The chapter of a notebook.
+
+    Raises:
+        BadInput: it has none.
+    """
+    if (found := _known(notebook)) is None:
+        raise BadInput(f"notebook {notebook} has no chapter: expected a CHAPTER named so in a module ch{notebook[:2]}_*.py of thesislib/chapters")
+    return found[1]
 
 
 def parameters_of(notebook: str) -> type | None:
     """The class of the parameters that a chapter's notebook takes; None for a notebook of no chapter."""
-    return import_module(f"thesislib.chapters.{CHAPTERS[notebook]}").PARAMETERS if notebook in CHAPTERS else None
+    return found[1].parameters if (found := _known(notebook)) else None
+
+
+def reads(notebook: str) -> dict[str, str]:
+    """{chapter: its module} of a notebook's chapter, of those whose records it reads, and of those that these read; empty for a notebook of no chapter."""
+    found: dict[str, str] = {}
+    open_ = [notebook]
+    while open_:
+        name = open_.pop()
+        if name not in found and (known := _known(name)):
+            found[name] = known[0]
+            open_ += known[1].reads
+    return found
 
 
 def record_file(chapter: str) -> Path:
@@ -29,15 +73,14 @@ def record_file(chapter: str) -> Path:
 
 def recorded(chapter: str):
     """The recorded run of a chapter, as its functions take it."""
-    return import_module(f"thesislib.chapters.{CHAPTERS[chapter]}").read_recorded(record_file(chapter))
+    return chapter_of(chapter).read(record_file(chapter))
 
 
 def findings() -> str:
     """What was found, in sentences filled in from the recorded runs: for the book's first page and the README."""
     said = []
-    for name, module in CHAPTERS.items():
-        chapter = import_module(f"thesislib.chapters.{module}")
-        said.append(f"**Chapter {int(name[:2])}, {chapter.TITLE}.** {chapter.headline(recorded(name))}\n")
+    for name, chapter in chapters().items():
+        said.append(f"**Chapter {int(name[:2])}, {chapter.title}.** {chapter.headline(recorded(name))}\n")
     return "\n".join(said)
 
 

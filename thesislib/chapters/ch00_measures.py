@@ -1,27 +1,29 @@
 """Chapter 0, the subject and its measures: perplexity, trivia with both prompts and three tiers, multiple choice."""
 
-import argparse
-from collections.abc import Sequence
+import functools
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
+from thesislib.chapters.chapter import Chapter, Keep, Key, Part
+from thesislib.chapters.phrases import interval, number, share
 from thesislib.config import positive
 from thesislib.errors import BadInput
 from thesislib.evaluate.choice import multiple_choice
 from thesislib.evaluate.perplexity import perplexity
+from thesislib.evaluate.setup import Setup, task_of
+from thesislib.evaluate.task import SHARE
 from thesislib.evaluate.triviaqa import TIERS, triviaqa
-from thesislib.experiment import described
+from thesislib.experiment import DENSE, described
 from thesislib.formats.held import check_dtype
 from thesislib.formats.load import load_subject
 from thesislib.model.prompts import PROMPTS, default_prompt
 from thesislib.model.subject import Subject
 from thesislib.records.measurement import Measurement, in_markdown
 from thesislib.records.store import Store
-from thesislib.sources.corpus import choices, evaluation_text, question_source, questions
-
-TITLE = "the subject and its measures"
+from thesislib.sources.corpus import evaluation_text, question_source, questions
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,6 @@ class Measures:
         check_dtype(self.dtype)
 
 
-PARAMETERS = Measures
-
-
 def prompts_for(subject: Subject) -> tuple[str, ...]:
     """Both prompts for a subject with a chat template, the thesis's alone for one without; the default first."""
     return PROMPTS if default_prompt(subject) == "chat" else ("thesis",)
@@ -65,25 +64,38 @@ def measure(subject: Subject, p: Measures) -> list[Measurement]:
 
 def measure_text(subject: Subject, p: Measures) -> list[Measurement]:
     """Perplexity at each length, over the same number of tokens: a window of 2,048 costs four of 512."""
-    text = evaluation_text(p.data)
-    limits = [p.windows and max(1, p.windows * min(p.lengths) // n) for n in p.lengths]
-    return [perplexity(subject, text, length=n, limit=limit, batch=max(1, 2048 // n)) for n, limit in zip(p.lengths, limits, strict=True)]
+    return [_text(subject, p, n) for n in p.lengths]
+
+
+def _text(subject: Subject, p: Measures, length: int) -> Measurement:
+    return perplexity(subject, evaluation_text(p.data), length=length, limit=_windows(p, length), batch=max(1, 2048 // length))
+
+
+def _windows(p: Measures, length: int) -> int | None:
+    return p.windows and max(1, p.windows * min(p.lengths) // length)
 
 
 def measure_answers(subject: Subject, p: Measures) -> list[Measurement]:
     """Trivia closed and open book with each prompt, and HellaSwag."""
-    found = []
-    for open_book, limit in ((False, p.questions), (True, p.passages)):
-        asked = questions(p.data, open_book=open_book, limit=limit)
-        found += [triviaqa(subject, asked, source=question_source(p.data, open_book), prompt=prompt) for prompt in prompts_for(subject)]
-    return [*found, multiple_choice(subject, choices("hellaswag", p.data, p.items), task="HellaSwag validation")]
+    asked = [_answers(subject, p, open_book, prompt) for open_book in (False, True) for prompt in prompts_for(subject)]
+    return [*asked, _choices(subject, p.data, p)]
+
+
+def _answers(subject: Subject, p: Measures, open_book: bool, prompt: str) -> Measurement:
+    asked = questions(p.data, open_book=open_book, limit=p.passages if open_book else p.questions)
+    return triviaqa(subject, asked, source=question_source(p.data, open_book), prompt=prompt)
+
+
+def _choices(subject: Subject, data: str, p: Measures) -> Measurement:
+    return multiple_choice(subject, Setup("hellaswag", limit=p.items, fast=True).items(data), task="HellaSwag validation")
 
 
 def table(found: Sequence[Measurement]) -> pd.DataFrame:
     """One row a number, with what it was measured on, its interval and n; the tiers of trivia are rows of their own."""
     rows = []
     for m in found:
-        settings = m.provenance["settings"]
+        settings, percent = m.provenance["settings"], task_of(m).unit == SHARE
+        first = len(rows)
         how = {"perplexity": f"windows of {settings.get('length')}", "accuracy": f"{settings.get('prompt')} prompt"}.get(m.metric, "0-shot")
         rows.append({"task": m.task, "how": how, "metric": m.metric, "value": m.value, "low": m.low, "high": m.high, "n": m.n})
         for tier in TIERS if m.metric == "accuracy" else ():
@@ -93,16 +105,14 @@ def table(found: Sequence[Measurement]) -> pd.DataFrame:
         if m.metric == "perplexity":
             for name in ("word_perplexity", "bits_per_byte"):
                 rows.append({"task": "", "how": how, "metric": name, "value": m.extra[name], "low": None, "high": None, "n": m.n})
+        rows[first:] = [row | {"percent": percent} for row in rows[first:]]
     return pd.DataFrame(rows)
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
     """The same table for a page: the interval beside its number."""
-
-    def number(x: float, metric: str) -> str:
-        return f"{x:.1%}" if metric.startswith(("acc", "of these")) else f"{x:.4g}"
-
-    shown = [number(r.value, r.metric) + ("" if pd.isna(r.low) else f" [{number(r.low, r.metric)}, {number(r.high, r.metric)}]") for r in table.itertuples()]
+    forms = [".1%" if percent else ".4g" for percent in table["percent"]]
+    shown = [f"{r.value:{form}}" if pd.isna(r.low) else interval(r.value, r.low, r.high, form) for r, form in zip(table.itertuples(), forms, strict=True)]
     return table[["task", "how", "metric", "n"]].assign(value=shown).set_index("task")[["how", "metric", "value", "n"]]
 
 
@@ -113,13 +123,10 @@ def headline(found: Sequence[Measurement]) -> str:
     (hella,) = (m for m in found if m.metric == "acc_norm")
     first, last = min(ppl), max(ppl)
 
-    def share(m: Measurement) -> str:
-        return f"{m.value:.1%} [{m.low:.1%}, {m.high:.1%}]"
-
     name = found[0].provenance["subject"]
     return in_markdown(
-        f"{name} has perplexity {ppl[first].value:.2f} [{ppl[first].low:.2f}, {ppl[first].high:.2f}] on {ppl[first].task} in windows of {first} tokens "
-        f"and {ppl[last].value:.2f} [{ppl[last].low:.2f}, {ppl[last].high:.2f}] in windows of {last}: a perplexity without its window means nothing. "
+        f"{name} has perplexity {number(ppl[first], '.2f')} on {ppl[first].task} in windows of {first} tokens "
+        f"and {number(ppl[last], '.2f')} in windows of {last}: a perplexity without its window means nothing. "
         f"Asked in its own chat template it answers {share(trivia[False, 'chat'])} of TriviaQA closed book and {share(trivia[True, 'chat'])} "
         f"with a passage that holds the answer; with the thesis's bare prompt {share(trivia[False, 'thesis'])} and "
         f"{share(trivia[True, 'thesis'])}. HellaSwag acc_norm is {share(hella)}."
@@ -132,31 +139,40 @@ def flattering(m: Measurement, count: int = 3) -> pd.DataFrame:
     return pd.DataFrame(sorted(loose, key=lambda i: -len(i["answer"]))[:count], columns=["tier", "answer"])
 
 
+# ---------------------------------------------------------------- the recorded run
+
+
+def recorded_parts(p: Measures, file: Path) -> Iterator[Part]:
+    """Every measure by itself: perplexity in float32, answers in `p.dtype`; HellaSwag always on its embedded items, which are all there are."""
+    load = functools.cache(load_subject)
+
+    def make(missing: Collection[Key], keep: Keep) -> None:
+        for _, metric, *how in missing:
+            subject = load(p.subject, "float32" if metric == "perplexity" else p.dtype, p.device)
+            if metric == "perplexity":
+                keep(described(_text(subject, p, *how), subject, p.data))
+            elif metric == "acc_norm":
+                keep(described(_choices(subject, "embedded", p), subject, p.data))
+            elif how[1] in prompts_for(subject):
+                keep(described(_answers(subject, p, *how), subject, p.data))
+
+    rows: dict[Key, int | None] = {(DENSE, "perplexity", n): _windows(p, n) for n in p.lengths}
+    rows |= {(DENSE, "accuracy", open_book, prompt): p.passages if open_book else p.questions for open_book in (False, True) for prompt in PROMPTS}
+    for key, n in {**rows, (DENSE, "acc_norm"): p.items}.items():
+        yield Part(" ".join(map(str, key)), {key: n}, make)
+
+
+def key(m: Measurement) -> Key:
+    """Of a row: label, metric, and the window's length, or whether the book was open and the prompt."""
+    settings = m.provenance["settings"]
+    how = {"perplexity": ("length",), "accuracy": ("open_book", "prompt")}.get(m.metric, ())
+    return (m.provenance["made"]["label"], m.metric, *(settings[name] for name in how))
+
+
 def read_recorded(path: Path) -> tuple[Measurement, ...]:
     """A recorded run."""
     return tuple(Store(path).rows().values())
 
 
-def main() -> None:
-    """Make a recorded run: `python -m thesislib.chapters.ch00_measures --data DIR --out FILE`.
-
-    Perplexity over the whole text in float32, answers to a stated number of questions in --dtype.
-    """
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    for name, default in (("windows", None), ("questions", 1200), ("passages", 96), ("items", 2000)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    for name in ("subject", "data", "dtype", "device"):
-        parser.add_argument(f"--{name}", default=getattr(Measures, name))
-    arguments = vars(parser.parse_args())
-    out = arguments.pop("out")
-    p = Measures(**arguments)
-    store = Store.new(out)
-    for dtype, made in (("float32", measure_text), (p.dtype, measure_answers)):
-        subject = load_subject(p.subject, dtype, p.device)
-        for m in made(subject, p):
-            store.append(described(m, subject, p.data))
-
-
-if __name__ == "__main__":
-    main()
+CHAPTER = Chapter("00_measures", "the subject and its measures", Measures, recorded_parts, key, read_recorded, headline,
+                  recorded={"windows": None, "questions": 1200, "passages": 96, "items": None})  # fmt: skip

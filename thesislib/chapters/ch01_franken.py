@@ -1,9 +1,9 @@
 """Chapter 1, Franken-LLaMA: 25 ways to skip and repeat blocks, measured together, and what the original study claimed."""
 
-import argparse
+import functools
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +11,16 @@ import pandas as pd
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
+from thesislib.chapters.chapter import WHOLE, Chapter, Keep, Key, Part, shape
+from thesislib.chapters.phrases import interval, p_value, points, ratio
 from thesislib.compress.franken import ORIGINAL_DEPTH, format_plan, franken_plans
 from thesislib.config import positive
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import choice, perplexity
 from thesislib.evaluate.generate import Timed, complete
-from thesislib.evaluate.stats import Comparison, holm, proportion
-from thesislib.experiment import described
+from thesislib.evaluate.setup import Setup
+from thesislib.evaluate.stats import Comparison, holm_adjusted, proportion
+from thesislib.experiment import DENSE, described
 from thesislib.formats.held import check_dtype
 from thesislib.formats.load import load_subject
 from thesislib.model.blocks import Plan, apply_plan
@@ -25,9 +28,8 @@ from thesislib.model.subject import Subject
 from thesislib.pipeline.recipe import Shape
 from thesislib.records.measurement import Measurement, in_markdown
 from thesislib.records.store import Store
-from thesislib.sources.corpus import choices, evaluation_text
+from thesislib.sources.corpus import evaluation_text
 
-TITLE = "skipping and repeating blocks"
 BASELINE = "baseline"
 
 
@@ -63,9 +65,6 @@ class Franken:
         franken_plans(shape.depth)
 
 
-PARAMETERS = Franken
-
-
 @dataclass(frozen=True)
 class Results:
     """Every plan's measurements under one set of parameters.
@@ -83,13 +82,9 @@ class Results:
     def against_baseline(self) -> dict[str, tuple[Comparison, Comparison]]:
         """(loss, HellaSwag) of every other plan against the baseline, paired, p values Holm-adjusted over plans."""
         others = [name for name in self.plans if name != BASELINE]
-        loss = [perplexity.compare(self.perplexity[BASELINE], self.perplexity[n]) for n in others]
-        hella = [choice.compare(self.hellaswag[BASELINE], self.hellaswag[n]) for n in others]
-        return dict(zip(others, zip(_adjusted(loss), _adjusted(hella), strict=True), strict=True))
-
-
-def _adjusted(comparisons: list[Comparison]) -> list[Comparison]:
-    return [Comparison(**{**asdict(c), "p": p, "test": f"{c.test}, Holm"}) for c, p in zip(comparisons, holm([c.p for c in comparisons]), strict=True)]
+        loss = holm_adjusted({n: perplexity.compare(self.perplexity[BASELINE], self.perplexity[n]) for n in others})
+        hella = holm_adjusted({n: choice.compare(self.hellaswag[BASELINE], self.hellaswag[n]) for n in others})
+        return {n: (loss[n], hella[n]) for n in others}
 
 
 def single_block_plans(depth: int, blocks: Sequence[int]) -> tuple[dict[int, Plan], dict[int, Plan]]:
@@ -98,23 +93,27 @@ def single_block_plans(depth: int, blocks: Sequence[int]) -> tuple[dict[int, Pla
     return {b: whole[:b] + whole[b + 1 :] for b in blocks}, {b: whole[: b + 1] + whole[b:] for b in blocks}
 
 
+def all_plans(depth: int, p: Franken) -> tuple[dict[str, Plan], dict[int, Plan], dict[int, Plan]]:
+    """The 25 by name, and by block those that leave it out and that run it twice, for `p.singles` blocks spread over the depth."""
+    blocks = np.unique(np.linspace(0, depth - 1, min(p.singles, depth)).round().astype(int)).tolist()
+    return franken_plans(depth), *single_block_plans(depth, blocks)
+
+
 def measure(subject: Subject, p: Franken) -> Results:
     """Perplexity and HellaSwag of all 25 plans, and perplexity of single blocks skipped and repeated.
 
     All of them are one tree of plans: blocks that they share run once.
     """
-    plans = franken_plans(subject.depth)
-    blocks = np.unique(np.linspace(0, subject.depth - 1, min(p.singles, subject.depth)).round().astype(int)).tolist()
-    skipped, repeated = single_block_plans(subject.depth, blocks)
+    plans, skipped, repeated = all_plans(subject.depth, p)
     tree = {**plans, **{("skip", b): q for b, q in skipped.items()}, **{("repeat", b): q for b, q in repeated.items()}}
     ppl = perplexity.perplexities(subject, evaluation_text(p.data), tree, length=p.length, limit=p.windows)
-    items = choices("hellaswag", p.data, p.items)
+    items = Setup("hellaswag", limit=p.items, fast=True).items(p.data)
     return Results(
         plans,
         {name: ppl[name] for name in plans},
         choice.multiple_choices(subject, items, plans, task="HellaSwag"),
-        {b: ppl["skip", b] for b in blocks},
-        {b: ppl["repeat", b] for b in blocks},
+        {b: ppl["skip", b] for b in skipped},
+        {b: ppl["repeat", b] for b in repeated},
     )
 
 
@@ -149,8 +148,8 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "blocks run": table["run"],
-            "perplexity": [f"{v:.3g} [{lo:.3g}, {hi:.3g}]" for v, lo, hi in zip(table["perplexity"], table["ppl low"], table["ppl high"], strict=True)],
-            "HellaSwag": [f"{v:.2f} [{lo:.2f}, {hi:.2f}]" for v, lo, hi in zip(table["HellaSwag"], table["hs low"], table["hs high"], strict=True)],
+            "perplexity": [interval(*x, ".3g") for x in zip(table["perplexity"], table["ppl low"], table["ppl high"], strict=True)],
+            "HellaSwag": [interval(*x, ".2f") for x in zip(table["HellaSwag"], table["hs low"], table["hs high"], strict=True)],
             "ms per token": table["ms per token"].map("{:.1f}".format),
             "parameters, M": table["parameters, M"].map("{:.1f}".format),
         },
@@ -193,25 +192,15 @@ def claims(results: Results) -> list[Claim]:
 
 
 def _ratio(c: Comparison) -> str:
-    low, high = np.exp(c.low), np.exp(min(c.high, 50))
-    return f"perplexity x {np.exp(c.difference):.3g} [{low:.3g}, {high:.3g}], p {_p(c.p)}"
-
-
-def _p(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
-
-
-def _points(c: Comparison) -> str:
-    return f"{100 * c.difference:+.1f} points [{100 * c.low:+.1f}, {100 * c.high:+.1f}], p {_p(c.p)}"
+    return f"perplexity {ratio(c, '.3g')}, {p_value(c.p)}"
 
 
 def skip_or_repeat(results: Results) -> str:
     """Of the blocks tried both ways, for how many leaving out costs more than running twice, in a sentence."""
     both = [b for b in results.repeated if b in results.skipped]
-    c = [perplexity.compare(results.repeated[b], results.skipped[b]) for b in both]
-    p = holm([x.p for x in c])
-    dearer = sum(x.difference > 0 and q < 0.05 for x, q in zip(c, p, strict=True))
-    cheaper = sum(x.difference < 0 and q < 0.05 for x, q in zip(c, p, strict=True))
+    tests = holm_adjusted({b: perplexity.compare(results.repeated[b], results.skipped[b]) for b in both})
+    found = Counter(c.verdict() for c in tests.values())
+    dearer, cheaper = found["worse"], found["better"]
     return (
         f"Of {len(both)} blocks, leaving out costs more than running twice for {dearer}, less for {cheaper}, "
         f"and {len(both) - dearer - cheaper} are undecided (paired t test, Holm, 5 %)."
@@ -241,7 +230,7 @@ def headline(results: Results) -> str:
         f"On {base.task} (windows of {base.items[0]['tokens'] + 1} tokens, n = {base.n}) the whole model has perplexity {base.value:.1f} "
         f"[{base.low:.1f}, {base.high:.1f}]. {ruined} of the {len(against)} ways to skip and repeat blocks multiply it by ten or more; the mildest, "
         f"{best}, multiplies it by {np.exp(against[best][0].difference):.2f}. Running one block twice {change} it even where that does least harm "
-        f"(block {mildest}: x {np.exp(again.difference):.3f} [{np.exp(again.low):.3f}, {np.exp(again.high):.3f}]). {skip_or_repeat(results)} "
+        f"(block {mildest}: {ratio(again)}). {skip_or_repeat(results)} "
         f"Of the original study's {said.total()} conclusions {said['holds']} hold here, {said['does not hold']} do not, and {said['undecided']} stay undecided."
     )
 
@@ -249,14 +238,14 @@ def headline(results: Results) -> str:
 def _skipping_helps(against) -> Claim:
     name = "skip_near_end_keep_last_two"
     c = against[name][1]
-    verdict = "undecided" if c.p >= 0.05 else "holds" if c.difference > 0 else "does not hold"
+    verdict = {"better": "holds", "worse": "does not hold"}.get(c.verdict(higher_is_better=True), "undecided")
     a, b = ORIGINAL_HELLASWAG[BASELINE], ORIGINAL_HELLASWAG[name]
     (la, ha), (lb, hb) = proportion(a, ORIGINAL_ITEMS), proportion(b, ORIGINAL_ITEMS)
     said = (
         f"Skipping three blocks near the end raises HellaSwag: {b / ORIGINAL_ITEMS:.2f} [{lb:.2f}, {hb:.2f}] against "
         f"{a / ORIGINAL_ITEMS:.2f} [{la:.2f}, {ha:.2f}] ({ORIGINAL_ITEMS} items; intervals ours)."
     )
-    return Claim(said, verdict, f"HellaSwag {_points(c)} over {c.n} items.")
+    return Claim(said, verdict, f"HellaSwag {points(c)}, {p_value(c.p)} over {c.n} items.")
 
 
 def _few_late(results: Results, against) -> Claim:
@@ -269,16 +258,14 @@ def _few_late(results: Results, against) -> Claim:
 
 
 def _repetition(results: Results) -> Claim:
-    against = [perplexity.compare(results.perplexity[BASELINE], m) for m in results.repeated.values()]
-    p = holm([c.p for c in against])
-    worse = sum(c.difference > 0 and q < 0.05 for c, q in zip(against, p, strict=True))
-    better = sum(c.difference < 0 and q < 0.05 for c, q in zip(against, p, strict=True))
-    verdict = "does not hold" if better else "holds" if worse > len(p) / 2 else "undecided"
-    mildest = min(range(len(p)), key=lambda i: against[i].difference)
-    c = Comparison(**{**asdict(against[mildest]), "p": p[mildest]})
+    against = holm_adjusted({b: perplexity.compare(results.perplexity[BASELINE], m) for b, m in results.repeated.items()})
+    found = Counter(c.verdict() for c in against.values())
+    worse, better = found["worse"], found["better"]
+    verdict = "does not hold" if better else "holds" if worse > len(against) / 2 else "undecided"
+    mildest = min(against, key=lambda b: against[b].difference)
     shown = (
-        f"Of {len(p)} blocks run twice, one at a time, {worse} make it worse and {better} better; "
-        f"the mildest, block {list(results.repeated)[mildest]}: {_ratio(c)}."
+        f"Of {len(against)} blocks run twice, one at a time, {worse} make it worse and {better} better; "
+        f"the mildest, block {mildest}: {_ratio(against[mildest])}."
     )
     return Claim("Repeating blocks generally makes the result worse.", verdict, shown)
 
@@ -291,7 +278,7 @@ def _middle(results: Results) -> Claim:
     verdict = "undecided" if not p < 0.05 else "holds" if rho > 0 else "does not hold"
     return Claim("Skipping works best in the middle of the model.", verdict,
                  f"Rank correlation of a block's distance from the middle with what leaving it out costs, over {len(loss)} blocks: "
-                 f"{rho:+.2f}, p {_p(p)}.")  # fmt: skip
+                 f"{rho:+.2f}, {p_value(p)}.")  # fmt: skip
 
 
 def _gibberish(against) -> Claim:
@@ -305,16 +292,12 @@ def _gibberish(against) -> Claim:
 
 def _two_thirds(results: Results) -> Claim:
     six = [n for n in ORIGINAL_HELLASWAG if n not in (BASELINE, "2_3rd_of_llama")]
-    pairs = {n: perplexity.compare(results.perplexity[n], results.perplexity["2_3rd_of_llama"]) for n in six}
-    adjusted = dict(zip(six, holm([c.p for c in pairs.values()]), strict=True))
+    pairs = holm_adjusted({n: perplexity.compare(results.perplexity[n], results.perplexity["2_3rd_of_llama"]) for n in six})
     closest = min(six, key=lambda n: pairs[n].difference)
-    if all(pairs[n].difference > 0 and adjusted[n] < 0.05 for n in six):
-        verdict = "holds"
-    else:
-        verdict = "does not hold" if pairs[closest].difference < 0 and adjusted[closest] < 0.05 else "undecided"
-    c = Comparison(**{**asdict(pairs[closest]), "p": adjusted[closest]})
+    least = all(c.verdict() == "worse" for c in pairs.values())
+    verdict = "holds" if least else "does not hold" if pairs[closest].verdict() == "better" else "undecided"
     return Claim("Of the six configurations kept, two thirds of the model gives the lowest quality.", verdict,
-                 f"2_3rd_of_llama against {closest}, the next: {_ratio(c)}.")  # fmt: skip
+                 f"2_3rd_of_llama against {closest}, the next: {_ratio(pairs[closest])}.")  # fmt: skip
 
 
 # ---------------------------------------------------------------- recorded runs
@@ -353,19 +336,46 @@ def read_recorded(path: Path) -> Results:
     return from_measurements(list(Store(path).rows().values()))
 
 
-def main() -> None:
-    """Make a recorded run: `python -m thesislib.chapters.ch01_franken --windows 128 --items 400 --singles 30 --data DIR --out FILE`."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    for name, kind in (("subject", str), ("data", str), ("dtype", str), ("device", str), ("windows", int), ("items", int), ("singles", int)):
-        parser.add_argument(f"--{name}", type=kind, default=getattr(Franken, name))
-    arguments = vars(parser.parse_args())
-    out = arguments.pop("out")
-    p = Franken(**arguments)
-    store, subject = Store.new(out), load_subject(p.subject, p.dtype, p.device)
-    for m in as_measurements(measure(subject, p)):
-        store.append(described(m, subject, p.data, label=plan_label(m)))
+def recorded_parts(p: Franken, file: Path) -> Iterator[Part]:
+    """Two trees of plans, perplexity's and HellaSwag's: blocks that plans share run once, so what a tree lacks is made at one go."""
+    load = functools.cache(load_subject)
+    plans, skipped, repeated = all_plans(shape(p.subject).depth, p)
+    by_name = {f"plan {format_plan(plan)}": plan for plan in (*plans.values(), *skipped.values(), *repeated.values())}
+
+    def make(missing: Collection[Key], keep: Keep) -> None:
+        subject = load(p.subject, p.dtype, p.device)
+        tree = {key: by_name[key[0]] for key in missing}
+        if next(iter(tree))[1] == "perplexity":
+            found = perplexity.perplexities(subject, evaluation_text(p.data), tree, length=p.length, limit=p.windows)
+        else:
+            found = choice.multiple_choices(subject, Setup("hellaswag", limit=p.items, fast=True).items(p.data), tree, task="HellaSwag")
+        for m in found.values():
+            keep(described(m, subject, p.data, label=plan_label(m)))
+
+    yield Part("perplexity", {(name, "perplexity"): p.windows for name in by_name}, make)
+    yield Part("HellaSwag", {(f"plan {format_plan(plan)}", "acc_norm"): p.items for plan in plans.values()}, make)
 
 
-if __name__ == "__main__":
-    main()
+def key(m: Measurement) -> Key:
+    """Of a row: label, metric."""
+    return m.provenance["made"]["label"], m.metric
+
+
+def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurement]]:
+    """Perplexities, by what a plan is called."""
+    found = [m for m in rows if m.metric == "perplexity"]
+    depth = max((max(m.provenance["plan"] or [0]) for m in found), default=0) + 1
+    for m in found:
+        yield plan_name(m.provenance["plan"], depth), WHOLE, m
+
+
+def plan_name(plan: Sequence[int] | None, depth: int) -> str:
+    """What a plan of a model with `depth` blocks is called among claims: dense, a block that runs twice, or its numbers."""
+    if plan is None or list(plan) == list(range(depth)):
+        return DENSE
+    _, repeated = single_block_plans(depth, range(depth))
+    return next((f"block {b} twice" for b, p in repeated.items() if list(p) == list(plan)), f"plan {plan}")
+
+
+CHAPTER = Chapter("01_franken_llama", "skipping and repeating blocks", Franken, recorded_parts, key, read_recorded, headline,
+                  recorded={"windows": 32, "items": 200, "singles": 15}, claims=for_claims)  # fmt: skip

@@ -1,9 +1,8 @@
 """Chapter 2, depth pruning: what each metric thinks of each block, and what is left when the least important ones go."""
 
-import argparse
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -12,25 +11,26 @@ import pandas as pd
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
+from thesislib.chapters.chapter import CLOSED, OPEN, WIKITEXT, Chapter, Keep, Key, Part, book, shape
+from thesislib.chapters.phrases import listed, number, share, times
 from thesislib.chapters.thesis import thesis_row
 from thesislib.compress.depth import METRICS, Depth, angular_distances, importance
 from thesislib.config import positive
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import perplexity, triviaqa
 from thesislib.evaluate.generate import complete
-from thesislib.evaluate.stats import Comparison, holm
-from thesislib.experiment import described
+from thesislib.evaluate.stats import VERDICTS, Comparison, holm_adjusted
+from thesislib.experiment import DENSE, described
 from thesislib.files import read_json, write_whole
 from thesislib.formats.held import check_dtype
 from thesislib.formats.load import load_subject
-from thesislib.model.blocks import remove
+from thesislib.model.blocks import Plan, remove
 from thesislib.model.subject import Subject
 from thesislib.pipeline.recipe import Shape
 from thesislib.records.measurement import Measurement, in_markdown, provenance
 from thesislib.records.store import Store
 from thesislib.sources.corpus import calibration_windows, evaluation_text, kind_of, question_source, questions
 
-TITLE = "depth pruning"
 GREEDY, RANDOM = "perplexity, greedy", "random"
 NOTHING = "nothing removed"
 THESIS = (2, 4, 6, 8)
@@ -89,9 +89,6 @@ class DepthChapter:
             some = f"expected e.g. counts=[{free}]" if free else "expected a subject with more blocks"
             raise BadInput(f"parameter 'counts' is {self.counts}: of this subject's {blocks} blocks {free} can go, since the first and the last stay; {some}")
         return found
-
-
-PARAMETERS = DepthChapter
 
 
 def unprotected(blocks: int) -> int:
@@ -185,18 +182,31 @@ def kept(subject_depth: int, gone: Sequence[int]) -> tuple[int, ...]:
     return tuple(b for b in range(subject_depth) if b not in gone)
 
 
+def plans_of(subject: Subject, scores: Scores) -> dict[tuple[str, int], Plan]:
+    """{(method, blocks removed): plan} of all that was chosen, and of nothing removed."""
+    chosen = {(method, k): kept(subject.depth, gone) for method, sets in scores.removed.items() for k, gone in sets.items()}
+    return {(NOTHING, 0): kept(subject.depth, ()), **chosen}
+
+
+def pruned(subject: Subject, scores: Scores) -> dict[int, Subject]:
+    """The thesis's models that questions are asked of, by how many blocks they lack; 0 is the whole."""
+    chosen = scores.removed[scores.main]
+    return {0: subject} | {k: remove(subject, chosen[k]) for k in THESIS if k in chosen}
+
+
+def answers(model: Subject, p: DepthChapter, open_book: bool) -> Measurement:
+    """TriviaQA, closed or open book."""
+    asked = questions(p.data, open_book=open_book, limit=p.passages if open_book else p.questions)
+    return triviaqa.triviaqa(model, asked, source=question_source(p.data, open_book))
+
+
 def measure(subject: Subject, scores: Scores, p: DepthChapter) -> Results:
     """Perplexity of every method at every count, all in one tree; TriviaQA and a text of the thesis's configurations."""
-    plans = {(NOTHING, 0): kept(subject.depth, ())}
-    plans |= {(method, k): kept(subject.depth, gone) for method, sets in scores.removed.items() for k, gone in sets.items()}
-    found = perplexity.perplexities(subject, evaluation_text(p.data), plans, length=p.length, limit=p.windows)
-    chosen = scores.removed[scores.main]
-    small = {0: subject} | {k: remove(subject, chosen[k]) for k in THESIS if k in chosen}
-    trivia = {}
-    for open_book, limit in ((False, p.questions), (True, p.passages)):
-        asked, source = questions(p.data, open_book=open_book, limit=limit), question_source(p.data, open_book)
+    found = perplexity.perplexities(subject, evaluation_text(p.data), plans_of(subject, scores), length=p.length, limit=p.windows)
+    small, trivia = pruned(subject, scores), {}
+    for open_book in (False, True):
         for k, model in tqdm(small.items(), desc="trivia", unit="model", disable=None, leave=False):
-            trivia[k, open_book] = triviaqa.triviaqa(model, asked, source=source)
+            trivia[k, open_book] = answers(model, p, open_book)
     return Results(scores, found, trivia, {k: p.prompt + complete(model, p.prompt, p.tokens).text for k, model in small.items()})
 
 
@@ -207,7 +217,7 @@ def parts(subject: Subject, p: DepthChapter, count: int = 2) -> pd.DataFrame:
         small, report = Depth(count, part=part, metric="taylor", windows=p.calibration, length=p.length).apply(subject, data=p.data)
         m = perplexity.perplexity(small, evaluation_text(p.data), length=p.length, limit=p.windows)
         gone = ", ".join(map(str, report["removed"]))
-        rows.append({"removed": f"{count} x {part}", "of blocks": gone, "parameters, M": f"{small.parameters / 1e6:.1f}", "perplexity": _number(m)})
+        rows.append({"removed": f"{count} x {part}", "of blocks": gone, "parameters, M": f"{small.parameters / 1e6:.1f}", "perplexity": number(m)})
     return pd.DataFrame(rows).set_index("removed")
 
 
@@ -233,9 +243,7 @@ def curves(results: Results) -> pd.DataFrame:
 def against(results: Results, k: int, method: str = "perplexity") -> dict[str, Comparison]:
     """Loss of every other method against `method` at k blocks removed, paired by document, Holm-adjusted."""
     others = [m for m, at in results.perplexity if at == k and m != method]
-    found = [perplexity.compare(results.perplexity[method, k], results.perplexity[m, k]) for m in others]
-    adjusted = holm([c.p for c in found])
-    return {m: replace(c, p=p, test=f"{c.test}, Holm") for m, c, p in zip(others, found, adjusted, strict=True)}
+    return holm_adjusted({m: perplexity.compare(results.perplexity[method, k], results.perplexity[m, k]) for m in others})
 
 
 def thesis_table(results: Results) -> pd.DataFrame:
@@ -248,8 +256,8 @@ def thesis_table(results: Results) -> pd.DataFrame:
         rows.append(
             {
                 "configuration": label, "blocks removed": ", ".join(map(str, results.scores.removed[results.scores.main][k])) if k else "none",
-                "perplexity": _number(ppl), "x dense": f"{ppl.value / results.dense.value:.2f}",
-                "closed book": _share(closed), "open book": _share(opened),
+                "perplexity": number(ppl), "x dense": f"{ppl.value / results.dense.value:.2f}",
+                "closed book": share(closed), "open book": share(opened),
                 "thesis: perplexity": f"{theirs.perplexity:,.2f}", "x dense ": f"{theirs.perplexity / thesis_row('dense').perplexity:,.2f}",
                 "thesis: closed, open": f"{theirs.closed:.1f} %, {theirs.open:.1f} %",
             }
@@ -257,32 +265,11 @@ def thesis_table(results: Results) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("configuration")
 
 
-def _number(m: Measurement) -> str:
-    return f"{m.value:.4g} [{m.low:.4g}, {m.high:.4g}]"
-
-
-def _share(m: Measurement) -> str:
-    return f"{m.value:.1%} [{m.low:.1%}, {m.high:.1%}]"
-
-
-def _times(ratio: float) -> str:
-    return f"x {ratio:,.2f}" if ratio < 100 else f"x {ratio:,.0f}"
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names) if names else "none"
-
-
 def verdict(results: Results, k: int) -> str:
     """Which methods do better and worse than one-shot perplexity at k blocks, in a sentence."""
     found = {m: c for m, c in against(results, k).items() if not m.startswith(RANDOM)}
-    groups: dict[str, Callable[[Comparison], bool]] = {
-        "better": lambda c: c.p < 0.05 and c.difference < 0,
-        "worse": lambda c: c.p < 0.05 and c.difference > 0,
-        "not told apart": lambda c: c.p >= 0.05,
-    }
-    parts = [f"{name}: {_list([f'{m} (x {np.exp(c.difference):.2f})' for m, c in found.items() if belongs(c)])}" for name, belongs in groups.items()]
-    return f"With {k} blocks removed, against one-shot perplexity ({results.perplexity['perplexity', k].value:.3g}): {'; '.join(parts)}."
+    groups = [f"{word}: {listed([f'{m} (x {np.exp(c.difference):.2f})' for m, c in found.items() if c.verdict() == word])}" for word in VERDICTS]
+    return f"With {k} blocks removed, against one-shot perplexity ({results.perplexity['perplexity', k].value:.3g}): {'; '.join(groups)}."
 
 
 def best(results: Results, k: int) -> str:
@@ -294,17 +281,17 @@ def headline(results: Results) -> str:
     """What chapter 2 found, in sentences, for the book's first page and the README."""
     dense, counts = results.dense, [k for k in THESIS if ("perplexity", k) in results.perplexity]
     ours = {k: results.perplexity["perplexity", k].value for k in counts}
-    grow = ", ".join(f"{x:.3g} with D{k} ({_times(x / dense.value)})" for k, x in ours.items())
-    theirs = ", ".join(_times(thesis_row(f"D{k}").perplexity / thesis_row("dense").perplexity) for k in counts)
+    grow = ", ".join(f"{x:.3g} with D{k} ({times(x / dense.value)})" for k, x in ours.items())
+    theirs = ", ".join(times(thesis_row(f"D{k}").perplexity / thesis_row("dense").perplexity) for k in counts)
     correlation = rank_correlations(results.scores)["perplexity"].drop("perplexity")
     near, far = correlation.idxmax(), correlation.idxmin()
     last, trivia = counts[-1], results.trivia
     depth = len(results.scores.metrics["perplexity"])
     return in_markdown(
-        f"Removing the blocks whose removal costs least takes perplexity on {dense.task} from {dense.value:.3g} [{dense.low:.3g}, {dense.high:.3g}] to {grow}; "
+        f"Removing the blocks whose removal costs least takes perplexity on {dense.task} from {number(dense, '.3g')} to {grow}; "
         f"the thesis's subject, which has 16 blocks and not {depth}, lost more: {theirs}. Of the other scores {near} ranks blocks most like perplexity "
         f"does (rank correlation {correlation[near]:.2f}), {far} least ({correlation[far]:.2f}). {verdict(results, last)} Closed-book TriviaQA goes "
-        f"from {_share(trivia[0, False])} to {_share(trivia[2, False])} at D2 and {_share(trivia[last, False])} at D{last}."
+        f"from {share(trivia[0, False])} to {share(trivia[2, False])} at D2 and {share(trivia[last, False])} at D{last}."
     )
 
 
@@ -346,24 +333,57 @@ def _scores_file(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(".jsonl") + "_scores.json")
 
 
-def main() -> None:
-    """Make a recorded run: `python -m thesislib.chapters.ch02_depth --data DIR --out FILE.jsonl`; scores once made are not made again."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    for name, kind, default in (("calibration", int, 8), ("windows", int, 64), ("greedy", int, 12), ("questions", int, 400), ("passages", int, 96)):
-        parser.add_argument(f"--{name}", type=kind, default=default)
-    for name in ("subject", "data", "dtype", "device"):
-        parser.add_argument(f"--{name}", default=getattr(DepthChapter, name))
-    arguments = vars(parser.parse_args())
-    out = arguments.pop("out")
-    p = DepthChapter(**arguments, counts=[1, 2, 3, 4, 5, 6, 7, 8, 10, 12], seeds=3, tokens=40)
-    subject = load_subject(p.subject, p.dtype, p.device)
-    if not _scores_file(out).exists():
-        write_whole(_scores_file(out), score(subject, p).to_json())
-    store = Store.new(out)
-    for m in as_measurements(measure(subject, Scores.from_json(read_json(_scores_file(out))), p)):
-        store.append(described(m, subject, p.data, stages_of(m, subject.depth)))
+def recorded_parts(p: DepthChapter, file: Path) -> Iterator[Part]:
+    """One part, since all of it follows from the scores, which lie in a file beside the record; all perplexities are one tree of plans."""
+    counts = p.possible(shape(p.subject).depth)
+    methods = [*p.metrics, *(f"{RANDOM} {seed}" for seed in range(p.seeds))]
+    removed = [(NOTHING, 0), *((method, k) for method in methods for k in counts), *((GREEDY, k) for k in counts if k <= p.greedy)]
+    rows: dict[Key, int | None] = {(label_of(k), "perplexity", method): p.windows for method, k in removed}
+    asked = [0, *(k for k in THESIS if k in counts)]
+    rows |= {(label_of(k), what, "perplexity"): n for what, n in ((CLOSED, p.questions), (OPEN, p.passages)) for k in asked}
+
+    def make(missing: Collection[Key], keep: Keep) -> None:
+        subject = load_subject(p.subject, p.dtype, p.device)
+        if not (beside := _scores_file(file)).exists():
+            write_whole(beside, score(subject, p).to_json())
+        scores = Scores.from_json(read_json(beside))
+        plans = {(m, k): plan for (m, k), plan in plans_of(subject, scores).items() if (label_of(k), "perplexity", m) in missing}
+        if plans:
+            for (method, k), m in perplexity.perplexities(subject, evaluation_text(p.data), plans, length=p.length, limit=p.windows).items():
+                named = _named(m, method=method, removed=k)
+                keep(described(named, subject, p.data, stages_of(named, subject.depth)))
+        for k, model in pruned(subject, scores).items():
+            text = ""
+            for open_book, what in ((False, CLOSED), (True, OPEN)):
+                if (label_of(k), what, "perplexity") in missing:
+                    text = text or p.prompt + complete(model, p.prompt, p.tokens).text
+                    named = _named(answers(model, p, open_book), method="perplexity", removed=k, text=text)
+                    keep(described(named, subject, p.data, stages_of(named, subject.depth)))
+
+    yield Part("all", rows, make, _scores_file(file))
 
 
-if __name__ == "__main__":
-    main()
+def label_of(removed: int) -> str:
+    """The label of a model without so many blocks."""
+    return f"D{removed}" if removed else DENSE
+
+
+def key(m: Measurement) -> Key:
+    """Of a row: label, what was measured, by whose choice of blocks."""
+    what = m.metric if m.metric == "perplexity" else book(m)
+    return m.provenance["made"]["label"], what, m.provenance["chapter"]["method"]
+
+
+def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurement]]:
+    """What was removed by perplexity, and nothing."""
+    for m in rows:
+        if (note := m.provenance["chapter"])["method"] in ("perplexity", NOTHING):
+            yield label_of(note["removed"]), WIKITEXT if m.metric == "perplexity" else book(m), m
+
+
+CHAPTER = Chapter(
+    "02_depth_pruning", "depth pruning", DepthChapter, recorded_parts, key, read_recorded, headline, claims=for_claims,
+    recorded={
+        "calibration": 8, "windows": 24, "greedy": 12, "counts": [1, 2, 3, 4, 5, 6, 7, 8, 10, 12], "seeds": 3, "questions": 200, "passages": 64, "tokens": 40,
+    },
+)  # fmt: skip

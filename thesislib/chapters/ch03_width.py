@@ -1,26 +1,27 @@
 """Chapter 3, width pruning: nine patterns and some ratios, by magnitude and WANDA, and what calibration has to do with it."""
 
-import argparse
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
 
+from thesislib.chapters.chapter import WIKITEXT, Chapter, Keep, Key, Part
+from thesislib.chapters.phrases import p_value, ratio, versus, with_thousands
 from thesislib.chapters.thesis import thesis_row
 from thesislib.compress.width import THESIS_PATTERNS, Width
 from thesislib.config import positive
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import perplexity
 from thesislib.evaluate.speed import speeds
-from thesislib.evaluate.stats import Comparison, holm
-from thesislib.experiment import described
+from thesislib.evaluate.stats import VERDICTS, Comparison, holm_adjusted
+from thesislib.experiment import DENSE, described, recipe_hash, recipe_of
 from thesislib.formats.held import check_dtype
 from thesislib.formats.load import load_subject
 from thesislib.model import packing
@@ -31,8 +32,6 @@ from thesislib.records.measurement import Measurement, in_markdown
 from thesislib.records.store import Store
 from thesislib.sources.corpus import evaluation_text
 
-TITLE = "width pruning"
-DENSE = "dense"
 NINE = tuple(f"{n}:{m}" for n, m in THESIS_PATTERNS)
 HALVES = ("1:2", "2:4", "4:8", "8:16")
 
@@ -72,15 +71,12 @@ class WidthChapter:
     def check_shape(self, shape: Shape) -> None:
         """Raises BadInput for a subject whose rows a pattern does not divide."""
         for stage in configurations(self):
-            stage.check(shape.inputs)
+            stage.after([], shape)
 
     def width(self, pattern: str, **settings) -> Width:
         """The stage for a pattern, "2:4", or a ratio, "0.5"."""
         share = dict(zip(("remove", "of"), packing.Pattern.parse(pattern), strict=True)) if ":" in pattern else {"ratio": float(pattern)}
         return Width(**share, **{"text": self.text, "windows": self.calibration, "length": self.length, **settings})
-
-
-PARAMETERS = WidthChapter
 
 
 def configurations(p: WidthChapter) -> list[Width]:
@@ -167,14 +163,14 @@ def main_results(results: Results, p: WidthChapter, metric: str = "wanda") -> di
 def pattern_table(results: Results, p: WidthChapter) -> pd.DataFrame:
     """One row a pattern: perplexity by WANDA and magnitude, ratio to dense, bytes, and the thesis's figures."""
     dense, wanda, magnitude = results[None], main_results(results, p), main_results(results, p, "magnitude")
-    rows = [{"pattern": DENSE, "zeros": "0 %", "WANDA": _number(dense), "x dense": "1.00", "magnitude": "", "linears' bytes": "100 %"}]
+    rows = [{"pattern": DENSE, "zeros": "0 %", "WANDA": with_thousands(dense), "x dense": "1.00", "magnitude": "", "linears' bytes": "100 %"}]
     for pattern, m in wanda.items():
         size = m.provenance["chapter"]["sizes"]
         share = shares(wanda)[pattern]
         rows.append(
             {
-                "pattern": pattern, "zeros": f"{share:.1%}", "WANDA": _number(m), "x dense": f"{m.value / dense.value:,.2f}",
-                "magnitude": _number(magnitude[pattern]) if pattern in magnitude else "", "linears' bytes": f"{size['packed'] / size['dense']:.1%}",
+                "pattern": pattern, "zeros": f"{share:.1%}", "WANDA": with_thousands(m), "x dense": f"{m.value / dense.value:,.2f}",
+                "magnitude": with_thousands(magnitude[pattern]) if pattern in magnitude else "", "linears' bytes": f"{size['packed'] / size['dense']:.1%}",
             }
         )  # fmt: skip
     for row in rows:
@@ -193,11 +189,6 @@ def _plain(m: Measurement) -> dict:
     return m.provenance["chapter"]["config"]
 
 
-def _number(m: Measurement) -> str:
-    value, low, high = (f"{x:,.0f}" if x >= 1000 else f"{x:.4g}" for x in (m.value, m.low, m.high))
-    return f"{value} [{low}, {high}]"
-
-
 def calibration_table(results: Results, p: WidthChapter) -> pd.DataFrame:
     """Perplexity of 2:4 by calibration text and number of windows, one column a seed."""
     rows = []
@@ -207,40 +198,30 @@ def calibration_table(results: Results, p: WidthChapter) -> pd.DataFrame:
     return pd.DataFrame(rows).pivot(index=["text", "windows"], columns="seed", values="perplexity")
 
 
-def _compare(a: Measurement, b: Measurement) -> Comparison:
-    return perplexity.compare(a, b)
-
-
 def halves(results: Results, p: WidthChapter) -> list[tuple[str, str, Comparison]]:
     """At half the weights removed, each wider group against the next narrower one, Holm-adjusted."""
     found = main_results(results, p)
     pairs = [(a, b) for a, b in itertools.pairwise(HALVES) if a in found and b in found]
-    tests = [_compare(found[a], found[b]) for a, b in pairs]
-    return [(a, b, replace(c, p=q)) for (a, b), c, q in zip(pairs, tests, holm([c.p for c in tests]), strict=True)]
+    return [(a, b, c) for (a, b), c in holm_adjusted({(a, b): perplexity.compare(found[a], found[b]) for a, b in pairs}).items()]
 
 
 def halves_sentence(results: Results, p: WidthChapter) -> str:
     """The same in words."""
     said = []
     for a, b, c in halves(results, p):
-        word = "not told apart from" if c.p >= 0.05 else "better than" if c.difference < 0 else "worse than"
-        said.append(f"{b} is {word} {a} (x {np.exp(c.difference):.2f}, p {'< 0.001' if c.p < 0.001 else f'= {c.p:.3f}'})")
+        said.append(f"{b} is {versus(c, else_='not told apart from')} {a} (x {np.exp(c.difference):.2f}, {p_value(c.p)})")
     return "With half the weights removed, " + ", ".join(said) + "."
 
 
 def magnitude_sentence(results: Results, p: WidthChapter) -> str:
     """WANDA against magnitude on each pattern measured both ways."""
     wanda, magnitude = main_results(results, p), main_results(results, p, "magnitude")
-    both = [x for x in magnitude if x in wanda]
-    tests = [_compare(magnitude[x], wanda[x]) for x in both]
-    adjusted = holm([c.p for c in tests])
-    better = [x for x, c, q in zip(both, tests, adjusted, strict=True) if q < 0.05 and c.difference < 0]
-    worse = [x for x, c, q in zip(both, tests, adjusted, strict=True) if q < 0.05 and c.difference > 0]
-    undecided = len(both) - len(better) - len(worse)
-    widest = min(range(len(both)), key=lambda i: tests[i].difference)
+    tests = holm_adjusted({x: perplexity.compare(magnitude[x], wanda[x]) for x in magnitude if x in wanda})
+    better, worse, undecided = ([c.verdict() for c in tests.values()].count(word) for word in VERDICTS)
+    widest = min(tests, key=lambda x: tests[x].difference)
     return (
-        f"WANDA's perplexity is below magnitude's for {len(better)} of {len(both)} patterns, above it for {len(worse)}, not told apart for {undecided} "
-        f"(paired t test, Holm); most for {both[widest]} (x {np.exp(tests[widest].difference):.2g})."
+        f"WANDA's perplexity is below magnitude's for {better} of {len(tests)} patterns, above it for {worse}, not told apart for {undecided} "
+        f"(paired t test, Holm); most for {widest} (x {np.exp(tests[widest].difference):.2g})."
     )
 
 
@@ -250,8 +231,8 @@ def weighting_sentence(results: Results, p: WidthChapter) -> str:
     said = []
     for config, m in results.items():
         if config and config == p.width("2:4", weighting=config.weighting) and config.weighting != "equal":
-            c = _compare(base, m)
-            said.append(f"{config.weighting}: x {np.exp(c.difference):.3f} [{np.exp(c.low):.3f}, {np.exp(c.high):.3f}]")
+            c = perplexity.compare(base, m)
+            said.append(f"{config.weighting}: {ratio(c)}")
     return f"2:4 with tokens counted otherwise, against equally ({base.value:.4g}): {'; '.join(said)}."
 
 
@@ -273,12 +254,12 @@ def headline(results: Results) -> str:
     """What chapter 3 found, in sentences, for the book's first page and the README."""
     p = recorded_parameters()
     dense, found = results[None], main_results(results, p)
-    mild = _compare(dense, found["1:8"])
+    mild = perplexity.compare(dense, found["1:8"])
     shares = {x: found[x].provenance["chapter"]["sizes"] for x in ("1:8", "2:4")}
     theirs = ", ".join(f"{x} x {thesis_row(f'W{x}').perplexity / thesis_row('dense').perplexity:.3g}" for x in ("1:8", "2:4"))
     return in_markdown(
-        f"Removing 1 of 8 weights by WANDA multiplies perplexity on {dense.task} ({dense.value:.3g}) by {np.exp(mild.difference):.3f} "
-        f"[{np.exp(mild.low):.3f}, {np.exp(mild.high):.3f}], 2 of 4 by {found['2:4'].value / dense.value:.2f} (the thesis's subject: {theirs}). "
+        f"Removing 1 of 8 weights by WANDA multiplies perplexity on {dense.task} ({dense.value:.3g}) by {ratio(mild).removeprefix('x ')}, "
+        f"2 of 4 by {found['2:4'].value / dense.value:.2f} (the thesis's subject: {theirs}). "
         f"{halves_sentence(results, p)} {magnitude_sentence(results, p)} Packed, 1:8 takes {shares['1:8']['packed'] / shares['1:8']['dense']:.1%} of the "
         f"linears' bytes and 2:4 {shares['2:4']['packed'] / shares['2:4']['dense']:.1%}; the thesis's files stayed as large as they were."
     )
@@ -316,11 +297,13 @@ def from_measurements(found: Sequence[Measurement]) -> dict[Width | None, Measur
 
 
 def read_recorded(path: Path) -> Results:
-    """A recorded run, read only: in a notebook a plain dict would be taken for a parameter."""
-    return MappingProxyType(from_measurements(list(Store(path).rows().values())))
+    """A recorded run."""
+    return from_measurements(list(Store(path).rows().values()))
 
 
-RECORDED = {"calibration": 32, "ratios": [0.125, 0.25, 0.5, 0.75], "by_magnitude": [*NINE], "weightings": ["unit_norm", "first_16", "skip_1"]}
+RECORDED = {
+    "calibration": 32, "windows": 24, "ratios": [0.125, 0.25, 0.5, 0.75], "by_magnitude": [*NINE], "weightings": ["unit_norm", "first_16", "skip_1"],
+}  # fmt: skip
 
 
 def recorded_parameters(**settings) -> WidthChapter:
@@ -328,20 +311,38 @@ def recorded_parameters(**settings) -> WidthChapter:
     return WidthChapter(**{**RECORDED, **settings})
 
 
-def main() -> None:
-    """Make a recorded run: `python -m thesislib.chapters.ch03_width --data DIR --out FILE.jsonl`; started again, it goes on where it was."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--windows", type=int, default=64)
-    for name in ("subject", "data", "dtype", "device"):
-        parser.add_argument(f"--{name}", default=getattr(WidthChapter, name))
-    arguments = vars(parser.parse_args())
-    out = arguments.pop("out")
-    p = recorded_parameters(**arguments)
-    store, subject = Store(out), load_subject(p.subject, p.dtype, p.device)
-    done = from_measurements(list(store.rows().values())) if out.exists() else {}
-    measure(subject, [*configurations(p), *calibrations(p)], p, done, lambda m: store.append(described(m, subject, p.data, stages_of(m))))
+def recorded_parts(p: WidthChapter, file: Path) -> Iterator[Part]:
+    """Each configuration by itself: those of the chapter's tables, and 2:4 on other calibration text."""
+    load = functools.cache(load_subject)
+    configs = {_key(config): config for config in (None, *configurations(p), *calibrations(p))}
+
+    def make(missing: Collection[Key], keep: Keep) -> None:
+        subject = load(p.subject, p.dtype, p.device)
+        for one in missing:
+            config = configs[one]
+            (m,) = (m for c, m in measure(subject, [config] if config else [], p, {} if config is None else {None: None}).items() if c == config)
+            keep(described(m, subject, p.data, stages_of(m)))
+
+    for one in configs:
+        yield Part(" ".join(map(str, one)), {one: p.windows}, make)
 
 
-if __name__ == "__main__":
-    main()
+def _key(config: Width | None) -> Key:
+    return _name(config), recipe_hash(recipe_of([config] if config else []))
+
+
+def key(m: Measurement) -> Key:
+    """Of a row: label, and the hash of all settings."""
+    return m.provenance["made"]["label"], m.provenance["made"]["recipe"]
+
+
+def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurement]]:
+    """The dense model, and WANDA with the recorded run's own calibration."""
+    p = recorded_parameters()
+    labels = {None: DENSE, **{p.width(x): f"W{x}" for x in (*NINE, *map(str, p.ratios))}}
+    for m in rows:
+        if (label := labels.get(next(iter(stages_of(m)), None))) is not None:
+            yield label, WIKITEXT, m
+
+
+CHAPTER = Chapter("03_width_pruning", "width pruning", WidthChapter, recorded_parts, key, read_recorded, headline, RECORDED, claims=for_claims)

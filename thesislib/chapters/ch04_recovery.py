@@ -8,20 +8,33 @@ import statistics
 import numpy as np
 import pandas as pd
 
-from thesislib.chapters.ch04_runs import CLOSED, OPEN, PPL, Configuration, LoraChapter, Results, asked, merges, rates, read_recorded
-from thesislib.chapters.phrases import number, p_value, ratio
+from thesislib.chapters.ch04_runs import (
+    CLOSED,
+    OPEN,
+    PPL,
+    RECORDED,
+    Configuration,
+    LoraChapter,
+    Results,
+    asked,
+    for_claims,
+    key,
+    merges,
+    rates,
+    read_recorded,
+    recorded_parts,
+)
+from thesislib.chapters.chapter import Chapter
+from thesislib.chapters.phrases import interval, listed, number, p_value, ratio, share, versus
 from thesislib.chapters.thesis import thesis_row
 from thesislib.compress.lora.sequences import TEXTS
 from thesislib.errors import BadInput
 from thesislib.evaluate import perplexity, triviaqa
-from thesislib.evaluate.stats import Comparison, bootstrap_mean, friedman, holm, paired_bootstrap, paired_means, signed_rank
+from thesislib.evaluate.stats import Comparison, bootstrap_mean, friedman, holm_adjusted, paired_bootstrap, paired_means, signed_rank
 from thesislib.experiment import DENSE
 from thesislib.records import measurement as records
 from thesislib.records.measurement import Measurement, in_markdown
 
-__all__ = ["TITLE", "headline", "read_recorded"]
-TITLE = "LoRA recovery"
-PARAMETERS = LoraChapter
 LETTERS = {"wikitext": "W", "trivia": "T"}
 
 
@@ -77,7 +90,7 @@ def recovered(results: Results, text: str = "wikitext") -> pd.DataFrame:
         row = {"model": model, "gap before, nats": f"{gap.mean():.3f}"}
         for name, gained in (("naive", nats["before"] - nats["after"]), ("fair", gap - (nats["after"] - nats["control"]))):
             low, high = bootstrap_mean(gained, gap, documents)
-            row[f"recovered, {name}"] = f"{gained.sum() / gap.sum():.0%} [{low:.0%}, {high:.0%}]"
+            row[f"recovered, {name}"] = interval(gained.sum() / gap.sum(), low, high, ".0%")
             row[name] = float(gained.sum() / gap.sum())
         rows.append(row)
     return pd.DataFrame(rows).set_index("model")
@@ -89,27 +102,26 @@ def control_sentence(results: Results, text: str = "wikitext") -> str:
     c = perplexity.compare(dense, control)
     table = recovered(results, text)
     shares = ", ".join(f"{model} {row.naive:.0%} ({row.fair:.0%})" for model, row in table.iterrows())
-    moved = "changes" if c.p < 0.05 else "does not measurably change"
+    moved = "changes" if c.told else "does not measurably change"
     return (
         f"The same training on {text} {moved} the dense model's perplexity ({ratio(c)}, paired t test, {p_value(c.p)}). "
         f"Of the loss that pruning caused, training wins back, counted naively (and against the dense model trained alike): {shares}."
     )
 
 
-def _against_untrained(results: Results, what: str) -> list[tuple[Configuration, Comparison]]:
+def _against_untrained(results: Results, what: str) -> dict[Configuration, Comparison]:
     """Each trained model against itself untrained, Holm-adjusted over all."""
-    pairs = []
+    pairs = {}
     for (c, w), m in results.items():
         base = _get(results, what, c.pruned)
         if w == what and c.text and not c.after and c.merge == "beside" and asked(c) and base is not None:
-            pairs.append((c, (perplexity if what == PPL else triviaqa).compare(base, m)))
-    adjusted = holm([c.p for _, c in pairs])
-    return [(c, dataclasses.replace(found, p=q)) for (c, found), q in zip(pairs, adjusted, strict=True)]
+            pairs[c] = (perplexity if what == PPL else triviaqa).compare(base, m)
+    return holm_adjusted(pairs)
 
 
 def answers_table(results: Results) -> pd.DataFrame:
     """TriviaQA closed and open book, untrained and after each training; * where the paired test tells it from untrained."""
-    told = {(what, c): found.p < 0.05 for what in (CLOSED, OPEN) for c, found in _against_untrained(results, what)}
+    told = {(what, c): found.told for what in (CLOSED, OPEN) for c, found in _against_untrained(results, what).items()}
     rows = []
     for model in _models(results):
         row = {"model": model}
@@ -118,7 +130,7 @@ def answers_table(results: Results) -> pd.DataFrame:
                 m = _get(results, what, model, text)
                 star = "*" if text and told.get((what, Configuration(model, text))) else ""
                 name = f"{what}{f', +{LETTERS[text]}' if text else ''}"
-                row[name] = "not asked" if m is None else f"{m.value:.1%}{star} [{m.low:.1%}, {m.high:.1%}]"
+                row[name] = "not asked" if m is None else share(m).replace("%", f"%{star}", 1)
         rows.append(row)
     return pd.DataFrame(rows).set_index("model")
 
@@ -127,10 +139,8 @@ def _texts_compared(results: Results, what: str) -> tuple[list, dict[str, list[s
     """[(model, trained on questions, trained on WikiText)], and the models for which WikiText is told better or worse."""
     pairs = [(m, _get(results, what, m, "trivia"), _get(results, what, m, "wikitext")) for m in _models(results)]
     pairs = [(name, t, w) for name, t, w in pairs if t is not None and w is not None]
-    tests = [triviaqa.compare(t, w) for _, t, w in pairs]
-    adjusted = holm([c.p for c in tests])
-    told = [(name, c.difference) for (name, *_), c, q in zip(pairs, tests, adjusted, strict=True) if q < 0.05]
-    return pairs, {"better": [name for name, d in told if d > 0], "worse": [name for name, d in told if d < 0]}
+    tests = holm_adjusted({name: triviaqa.compare(t, w) for name, t, w in pairs})
+    return pairs, {word: [name for name, c in tests.items() if c.verdict(higher_is_better=True) == word] for word in ("better", "worse")}
 
 
 def texts_sentence(results: Results, what: str = CLOSED) -> str:
@@ -140,17 +150,15 @@ def texts_sentence(results: Results, what: str = CLOSED) -> str:
     sums = ", ".join(f"{name} {w.value:.1%} against {t.value:.1%}" for name, t, w in pairs)
     return (
         f"{what.capitalize()}, trained on WikiText against trained on questions: {sums}. By exact McNemar tests, Holm-adjusted, WikiText is better for "
-        f"{', '.join(better) or 'none'}, worse for {', '.join(worse) or 'none'}, and within noise for the other {len(pairs) - len(better) - len(worse)}."
+        f"{listed(better)}, worse for {listed(worse)}, and within noise for the other {len(pairs) - len(better) - len(worse)}."
     )
 
 
 def other_measure_sentence(results: Results, text: str = "trivia") -> str:
     """What training on questions does to perplexity, against the untrained models."""
-    found = [(c, t) for c, t in _against_untrained(results, PPL) if c.text == text]
-    listed = ", ".join(f"{c.pruned} {ratio(t)}{'' if t.p < 0.05 else ' (within noise)'}" for c, t in found)
-    return (
-        f"Perplexity on Wikipedia text after training on {text}, against untrained: {listed or 'not run'} (paired t tests, Holm-adjusted over all trainings)."
-    )
+    found = [(c, t) for c, t in _against_untrained(results, PPL).items() if c.text == text]
+    told = ", ".join(f"{c.pruned} {ratio(t)}{'' if t.told else ' (within noise)'}" for c, t in found)
+    return f"Perplexity on Wikipedia text after training on {text}, against untrained: {told or 'not run'} (paired t tests, Holm-adjusted over all trainings)."
 
 
 def order_sentence(results: Results) -> str:
@@ -160,8 +168,9 @@ def order_sentence(results: Results) -> str:
         early = _get(results, PPL, f"{c.pruned}+{c.after}", c.text) if what == PPL and c.after else None
         if early is not None:
             test = perplexity.compare(early, late)
-            word = "within noise of" if test.p >= 0.05 else "worse than" if test.difference > 0 else "better than"
-            said.append(f"{c.label} ({late.value:.4g}) is {word} {c.pruned}+{c.after}+{LETTERS[c.text]} ({early.value:.4g}; {ratio(test)}, {p_value(test.p)})")
+            said.append(
+                f"{c.label} ({late.value:.4g}) is {versus(test)} {c.pruned}+{c.after}+{LETTERS[c.text]} ({early.value:.4g}; {ratio(test)}, {p_value(test.p)})"
+            )
     return "Paired t tests over documents: " + "; ".join(said) + "."
 
 
@@ -324,7 +333,7 @@ def headline(results: Results) -> str:
     before, after, dense, control = (_get(results, PPL, *c) for c in (("D2",), ("D2", "wikitext"), (DENSE,), (DENSE, "wikitext")))
     theirs = f"{thesis_row('D2').perplexity:.1f} to {thesis_row('D2', 'W').perplexity:.1f}, dense {thesis_row('dense').perplexity:.1f}"
     tokens, test = training_report(after)["tokens"], perplexity.compare(dense, after)
-    word = "within noise of" if test.p >= 0.05 else "above" if test.difference > 0 else "below"
+    word = {"worse": "above", "better": "below"}.get(test.verdict(), "within noise of")
     shares, (pairs, told) = recovered(results), _texts_compared(results, CLOSED)
     numbers = {name: f"{name} ({w.value:.1%} against {t.value:.1%}, untrained {_get(results, CLOSED, name).value:.1%})" for name, t, w in pairs}
     answers = "; ".join(f"{how} for {', '.join(numbers[n] for n in names)}" for how, names in told.items() if names) or "told from it for none"
@@ -335,3 +344,6 @@ def headline(results: Results) -> str:
         f"{len(shares)} pruned models {shares.fair.min():.0%} to {shares.fair.max():.0%}. On closed-book questions, training on WikiText against training "
         f"on questions is {answers}, of {len(pairs)} models. {order_sentence(results)}"
     )
+
+
+CHAPTER = Chapter("04_lora_recovery", "LoRA recovery", LoraChapter, recorded_parts, key, read_recorded, headline, RECORDED, claims=for_claims)

@@ -1,24 +1,21 @@
 """Chapter 4, LoRA recovery: which models are trained, on what, and what of them is measured."""
 
-import argparse
 import dataclasses
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+from thesislib.chapters.chapter import CLOSED, OPEN, WIKITEXT, Keep, Key, Part
+from thesislib.chapters.labels import of
 from thesislib.compress.lora.sequences import TEXTS
 from thesislib.compress.lora.stage import MERGES, Lora
 from thesislib.config import positive
 from thesislib.errors import BadInput, shown, unknown
 from thesislib.evaluate.generate import complete
-from thesislib.evaluate.task import Protocol
+from thesislib.evaluate.setup import Setup
 from thesislib.experiment import DENSE, Prepared, made, prepare, recipe_of
-from thesislib.files import cache_dir
 from thesislib.formats.artifact import predicted_disk_bytes, sizes
 from thesislib.formats.held import check_dtype
 from thesislib.model.layers import merge_all
@@ -26,7 +23,7 @@ from thesislib.pipeline.recipe import Shape, parse_label
 from thesislib.records.measurement import Measurement
 from thesislib.records.store import Store
 
-PPL, CLOSED, OPEN = "perplexity", "closed book", "open book"
+PPL = "perplexity"
 
 
 @dataclass(frozen=True)
@@ -90,12 +87,12 @@ class LoraChapter:
         shared = ("rank", "learning_rate", "steps", "batch", "length", "every", "validation")
         return Lora(text=text, accumulate=1, checkpoint_every=self.every, **{name: getattr(self, name) for name in shared}, **settings)
 
-    def protocols(self) -> dict[str, Protocol]:
+    def protocols(self) -> dict[str, Setup]:
         """What is measured, by name."""
         return {
-            PPL: Protocol("wikitext", length=self.length, limit=self.windows),
-            CLOSED: Protocol("trivia", limit=self.questions),
-            OPEN: Protocol("trivia_open", limit=self.passages),
+            PPL: Setup("wikitext", length=self.length, limit=self.windows),
+            CLOSED: Setup("trivia", limit=self.questions),
+            OPEN: Setup("trivia_open", limit=self.passages),
         }
 
 
@@ -151,7 +148,7 @@ Results = Mapping[tuple[Configuration, str], Measurement]
 
 
 def measure(configs: Iterable[Configuration], p: LoraChapter, done: Results | None = None, found: Callable | None = None) -> dict:
-    """{(configuration, what): measurement}: perplexity of all, answers of those that `asked` names, merges of trained sparse models.
+    """{(configuration, what): measurement}: perplexity of all, answers of those that `asked_of` names, merges of trained sparse models.
 
     Args:
         configs: in order.
@@ -167,7 +164,7 @@ def measure(configs: Iterable[Configuration], p: LoraChapter, done: Results | No
             found(m)
 
     for c in tqdm([*configs], desc="LoRA", unit="model", disable=None, leave=False):
-        todo = [what for what in p.protocols() if (what == PPL or (asked(c) and c.pruned in (DENSE, *p.pruned[: p.answering]))) and (c, what) not in results]
+        todo = [what for what in asked_of(c, p) if (c, what) not in results]
         ways = [w for w in merges(c) if (w, PPL) not in results]
         if not todo and not ways:
             continue
@@ -180,6 +177,11 @@ def measure(configs: Iterable[Configuration], p: LoraChapter, done: Results | No
     return results
 
 
+def asked_of(c: Configuration, p: LoraChapter) -> list[str]:
+    """What is measured of a configuration: perplexity, and of some models answers."""
+    return [what for what in p.protocols() if what == PPL or (asked(c) and c.pruned in (DENSE, *p.pruned[: p.answering]))]
+
+
 def asked(c: Configuration) -> bool:
     """Whether this is one of the chapter's main models: no further seed, rate, or order."""
     return c.seed == 0 and c.learning_rate is None and not c.after
@@ -187,7 +189,7 @@ def asked(c: Configuration) -> bool:
 
 def merges(c: Configuration) -> list[Configuration]:
     """The same training merged in each way, where the model is sparse, so that it matters."""
-    sparse = any(part.startswith("W") and ":" in part for part in c.pruned.split("+"))
+    sparse = bool(of(c.pruned).width)
     return [dataclasses.replace(c, merge=way) for way in ("masked", "dense")] if c.text and sparse and not c.after and asked(c) else []
 
 
@@ -221,8 +223,8 @@ def from_measurements(found: Iterable[Measurement]) -> dict[tuple[Configuration,
 
 
 def read_recorded(path: Path) -> Results:
-    """A recorded run, read only: in a notebook a plain dict would be taken for a parameter."""
-    return MappingProxyType(from_measurements(Store(path).rows().values()))
+    """A recorded run."""
+    return from_measurements(Store(path).rows().values())
 
 
 RECORDED = {
@@ -236,28 +238,28 @@ def recorded_parameters(**settings) -> LoraChapter:
     return LoraChapter(**{**RECORDED, **settings})
 
 
-def main() -> None:
-    """Make a recorded run: `python -m thesislib.chapters.ch04_runs --data DIR --out FILE.jsonl`.
-
-    Started again it goes on where it was; started twice at a time, each takes what the other has not begun.
-    """
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    for name in ("subject", "data", "dtype", "device"):
-        parser.add_argument(f"--{name}", default=getattr(LoraChapter, name))
-    arguments = vars(parser.parse_args())
-    store = Store(arguments.pop("out"))
-    p = recorded_parameters(**arguments)
+def recorded_parts(p: LoraChapter, file: Path) -> Iterator[Part]:
+    """Each training by itself, with all that is measured of it and of its merges."""
+    items = {PPL: p.windows, CLOSED: p.questions, OPEN: p.passages}
     for c in [*configurations(p), *order_experiment(p), *rates(p)]:
-        name = f"{c.label}-{c.seed}-{c.learning_rate}".replace(":", "-")
-        try:
-            with FileLock(cache_dir() / f"chapter-4-{name}.lock", timeout=0):
-                done = from_measurements(store.rows(items=False).values()) if store.path.exists() else {}
-                measure([c], p, done, store.append)
-                print(c.label, c.seed, "done", file=sys.stderr, flush=True)
-        except Timeout:
-            continue
+        mine = [(c, what) for what in asked_of(c, p)] + [(way, PPL) for way in merges(c)]
+        rows: dict[Key, int | None] = {(recipe_of(one.stages(p)).label or DENSE, one, what): items[what] for one, what in mine}
+
+        def make(missing: Collection[Key], keep: Keep, c: Configuration = c, rows: Mapping = rows) -> None:
+            measure([c], p, {key[1:]: None for key in rows if key not in missing}, keep)
+
+        yield Part(f"{c.label} {c.seed} {c.learning_rate}", rows, make)
 
 
-if __name__ == "__main__":
-    main()
+def key(m: Measurement) -> Key:
+    """Of a row: label, configuration, what was measured."""
+    ((config, what),) = from_measurements([m])
+    return m.provenance["made"]["label"], config, what
+
+
+def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurement]]:
+    """The first seed at the chapter's learning rate."""
+    for m in rows:
+        label, config, what = key(m)
+        if config.seed == 0 and config.learning_rate is None:
+            yield label, WIKITEXT if what == PPL else what, m

@@ -1,7 +1,6 @@
 """Chapter 5, quantisation and compensation: why the textbook recipe loses to rounding on a small model, and what repairs it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from thesislib.chapters.ch05_runs import (
     MORE,
     OPEN,
     PPL,
+    RECORDED,
     Configuration,
     QuantChapter,
     Results,
@@ -20,6 +20,8 @@ from thesislib.chapters.ch05_runs import (
     alone,
     calibrations,
     compensations,
+    for_claims,
+    key,
     kinds,
     layers_file,
     more,
@@ -27,16 +29,18 @@ from thesislib.chapters.ch05_runs import (
     ranks,
     read_recorded,
     recorded_parameters,
+    recorded_parts,
     shapes,
     starts,
     table,
     without,
 )
-from thesislib.chapters.phrases import number, p_value, ratio, share
+from thesislib.chapters.chapter import Chapter
+from thesislib.chapters.phrases import listed, number, p_value, ratio, share, versus
 from thesislib.chapters.thesis import thesis_row
 from thesislib.errors import BadInput
 from thesislib.evaluate import perplexity, triviaqa
-from thesislib.evaluate.stats import Comparison, holm
+from thesislib.evaluate.stats import VERDICTS, Comparison, holm_adjusted
 from thesislib.experiment import DENSE
 from thesislib.files import read_json
 from thesislib.model.grid import Grid, round_to_nearest
@@ -45,20 +49,12 @@ from thesislib.model.subject import Subject
 from thesislib.records import measurement as records
 from thesislib.records.measurement import Measurement, in_markdown
 
-__all__ = ["TITLE", "headline", "read_recorded"]
-TITLE = "quantisation and compensation"
-PARAMETERS = QuantChapter
 # what the chapter set itself before it was run: perplexity on the whole of WikiText-2 test, windows of 512, groups of 64
 BARS = {"GPTQ 4-bit asymmetric": 35.0, "GPTQ 4-bit asymmetric + EoRA": 32.8, "GPTQ 3-bit asymmetric": 48.0, "GPTQ 3-bit asymmetric + EoRA": 40.5}
 
 
-def _word(c: Comparison, up: bool = False) -> str:
-    """What a paired test says of b against a; `up` where more is better."""
-    return "within noise of" if c.p >= 0.05 else "better than" if (c.difference > 0) == up else "worse than"
-
-
 def _short(c: Comparison, up: bool = False) -> str:
-    return _word(c, up).removesuffix(" of").removesuffix(" than")
+    return versus(c, up).removesuffix(" of").removesuffix(" than")
 
 
 def stage_report(m: Measurement, kind: str) -> dict:
@@ -118,14 +114,13 @@ def thesis_table(labels: Sequence[str] = ("W1:8", "D2+W1:8", "D2", "D4")) -> pd.
     return pd.DataFrame(rows).set_index("model")
 
 
-def _pairs(results: Results, pairs: Sequence[tuple[str, Configuration, Configuration]], what: str) -> list[tuple[str, Comparison]]:
+def _pairs(results: Results, pairs: Sequence[tuple[str, Configuration, Configuration]], what: str) -> dict[str, Comparison]:
     """Named comparisons of those measured, Holm-adjusted."""
-    here = [(name, results[a.key, what], results[b.key, what]) for name, a, b in pairs if (a.key, what) in results and (b.key, what) in results]
-    tests = [(perplexity if what in (PPL, HELD_OUT) else triviaqa).compare(a, b) for _, a, b in here]
-    return [(name, replace(c, p=q)) for (name, *_), c, q in zip(here, tests, holm([c.p for c in tests]), strict=True)]
+    here = {name: (results[a.key, what], results[b.key, what]) for name, a, b in pairs if (a.key, what) in results and (b.key, what) in results}
+    return holm_adjusted({name: (perplexity if what in (PPL, HELD_OUT) else triviaqa).compare(a, b) for name, (a, b) in here.items()})
 
 
-def method_comparisons(results: Results, configs: Sequence[Configuration], what: str = PPL) -> list[tuple[str, Comparison]]:
+def method_comparisons(results: Results, configs: Sequence[Configuration], what: str = PPL) -> dict[str, Comparison]:
     """GPTQ against rounding, and each with EoRA against without, on the same grid."""
     named = {c.name: c for c in configs}
     pairs = []
@@ -143,7 +138,7 @@ def method_comparisons(results: Results, configs: Sequence[Configuration], what:
 def method_sentence(results: Results, configs: Sequence[Configuration], what: str = PPL) -> str:
     """The same in words."""
     said = []
-    for name, c in method_comparisons(results, configs, what):
+    for name, c in method_comparisons(results, configs, what).items():
         said.append(f"{name}: {_short(c)} ({ratio(c)}, {p_value(c.p)})")
     return "Paired t tests over documents, Holm-adjusted: " + "; ".join(said) + "."
 
@@ -151,7 +146,7 @@ def method_sentence(results: Results, configs: Sequence[Configuration], what: st
 def ingredient_table(results: Results, configs: Sequence[Configuration], base: int = 1) -> pd.DataFrame:
     """Each configuration's held-out perplexity, and its ratio to the one at place `base`, paired and Holm-adjusted."""
     start = configs[base]
-    tests = dict(_pairs(results, [(c.name, start, c) for c in configs if c != start], HELD_OUT))
+    tests = _pairs(results, [(c.name, start, c) for c in configs if c != start], HELD_OUT)
     rows = []
     for c in configs:
         if (c.key, HELD_OUT) in results:
@@ -165,18 +160,18 @@ def textbook_sentence(results: Results, p: QuantChapter, bits: int = 4, brief: b
     """Does GPTQ by the plain recipe beat rounding here, and which single change helps most? Unless brief, which others move it."""
     rounding, plain, *others, asymmetric = alone(p, bits)
     own = next(c for c in others if c.name.startswith("integer zero-point"))
-    compared = dict(_pairs(results, [("plain", rounding, plain), ("own", asymmetric, own)], HELD_OUT))
+    compared = _pairs(results, [("plain", rounding, plain), ("own", asymmetric, own)], HELD_OUT)
     tests = _pairs(results, [(c.name, plain, c) for c in others], HELD_OUT)
-    name, best = min(tests, key=lambda pair: pair[1].difference)
-    gain = [f"{n} ({ratio(c)})" for n, c in tests if c.p < 0.05 and c.difference < 0 and n != name]
-    harm = [f"{n} ({ratio(c)})" for n, c in tests if c.p < 0.05 and c.difference > 0]
+    name, best = min(tests.items(), key=lambda pair: pair[1].difference)
+    gain = [f"{n} ({ratio(c)})" for n, c in tests.items() if c.verdict() == "better" and n != name]
+    harm = [f"{n} ({ratio(c)})" for n, c in tests.items() if c.verdict() == "worse"]
     first, second = compared["plain"], compared.get("own")
-    most = f"the most is gained by {name} ({ratio(best)})" if best.p < 0.05 and best.difference < 0 else "none is told from it"
-    also = f", with an integer zero-point {_word(second)} it ({ratio(second)}, {p_value(second.p)})" if second else ""
-    others_too = "" if brief else f"; also gaining: {', '.join(gain) or 'none'}; harming: {', '.join(harm) or 'none'}"
+    most = f"the most is gained by {name} ({ratio(best)})" if best.verdict() == "better" else "none is told from it"
+    also = f", with an integer zero-point {versus(second)} it ({ratio(second)}, {p_value(second.p)})" if second else ""
+    others_too = "" if brief else f"; also gaining: {listed(gain)}; harming: {listed(harm)}"
     return (
-        f"At {bits} bits, on held-out text, GPTQ by the plain recipe (symmetric, no act-order, no clipping, all tokens equal) is {_word(first)} plain rounding "
-        f"({ratio(first)}, {p_value(first.p)}){also}. Of the single changes {most}{others_too}."
+        f"At {bits} bits, on held-out text, GPTQ by the plain recipe (symmetric, no act-order, no clipping, all tokens equal) is {versus(first)} "
+        f"plain rounding ({ratio(first)}, {p_value(first.p)}){also}. Of the single changes {most}{others_too}."
     )
 
 
@@ -184,14 +179,14 @@ def worth_sentence(results: Results, p: QuantChapter) -> str:
     """What each ingredient gains alone, and what it is still worth among the others."""
     best, *less = without(p)
     plain, single = alone(p)[1], {c.name.split(":")[0]: c for c in reversed(alone(p)[2:-1])}
-    there = dict(_pairs(results, [(c.name.removeprefix("without "), best, c) for c in less if c.name.startswith("without")], HELD_OUT))
-    first = dict(_pairs(results, [(title, plain, single[title]) for title in there], HELD_OUT))
+    there = _pairs(results, [(c.name.removeprefix("without "), best, c) for c in less if c.name.startswith("without")], HELD_OUT)
+    first = _pairs(results, [(title, plain, single[title]) for title in there], HELD_OUT)
     said = [f"{t} x {np.exp(first[t].difference):.3f} alone, and taken away x {np.exp(c.difference):.3f} ({_told(c)})" for t, c in there.items() if t in first]
     return f"{'; '.join(said)} (paired t tests, Holm-adjusted)."
 
 
 def _told(c: Comparison) -> str:
-    return "within noise" if c.p >= 0.05 else p_value(c.p)
+    return p_value(c.p) if c.told else "within noise"
 
 
 def kinds_table(results: Results, p: QuantChapter) -> pd.DataFrame:
@@ -199,10 +194,10 @@ def kinds_table(results: Results, p: QuantChapter) -> pd.DataFrame:
     found = {c.name: c for c in kinds(p)}
     pairs = [(kind, found[f"{kind}, rounding"], found[f"{kind}, GPTQ"]) for kind in LINEARS]
     rows = []
-    for kind, c in _pairs(results, pairs, HELD_OUT):
+    for kind, c in _pairs(results, pairs, HELD_OUT).items():
         rounding, gptq = (results[found[f"{kind}, {how}"].key, HELD_OUT] for how in ("rounding", "GPTQ"))
         rows.append(
-            {"quantised alone": kind, "rounding": f"{rounding.value:.2f}", "GPTQ, plain": f"{gptq.value:.2f}", "GPTQ / rounding": ratio(c), "": _word(c)}
+            {"quantised alone": kind, "rounding": f"{rounding.value:.2f}", "GPTQ, plain": f"{gptq.value:.2f}", "GPTQ / rounding": ratio(c), "": versus(c)}
         )
     return _framed(rows, "quantised alone", "rounding", "GPTQ, plain", "GPTQ / rounding", "")
 
@@ -212,22 +207,22 @@ def kinds_sentence(results: Results, p: QuantChapter) -> str:
     told: dict[str, list[str]] = {"worse than": [], "better than": [], "within noise of": []}
     for kind, row in kinds_table(results, p).iterrows():
         told[row[""]].append(kind)
-    listed = "; ".join(f"{word} rounding for {', '.join(names)}" for word, names in told.items() if names)
-    return f"One kind of projection at a time, GPTQ by the plain recipe is {listed or 'not run'} (paired t tests, Holm-adjusted)."
+    said = "; ".join(f"{word} rounding for {', '.join(names)}" for word, names in told.items() if names)
+    return f"One kind of projection at a time, GPTQ by the plain recipe is {said or 'not run'} (paired t tests, Holm-adjusted)."
 
 
 def shapes_table(results: Results, p: QuantChapter) -> pd.DataFrame:
     """Bits by group: rounding, GPTQ, and the ratio of the two, paired and Holm-adjusted."""
     found = {c.name: c for c in shapes(p)}
     names = list(dict.fromkeys(name.split(", ", 1)[1] for name in found))
-    tests = dict(_pairs(results, [(n, found[f"rounding, {n}"], found[f"GPTQ, {n}"]) for n in names], HELD_OUT))
+    tests = _pairs(results, [(n, found[f"rounding, {n}"], found[f"GPTQ, {n}"]) for n in names], HELD_OUT)
     rows = []
     for name in names:
         ms = {how: results.get((found[f"{how}, {name}"].key, HELD_OUT)) for how in ("rounding", "GPTQ")}
         if any(ms.values()):
             bits, group = name.split(", ")
             size = next(m for m in ms.values() if m).provenance["made"]["bytes"]["bytes_on_disk"]
-            said = f"{ratio(tests[name])}, {_word(tests[name])}" if name in tests else "not run"
+            said = f"{ratio(tests[name])}, {versus(tests[name])}" if name in tests else "not run"
             numbers = {how: number(m) or "not run" for how, m in ms.items()}
             rows.append({"bits": bits.split()[0], "group": group.split()[1], **numbers, "GPTQ / rounding": said, "MB on disk": f"{size / 1e6:.1f}"})
     return pd.DataFrame(rows).set_index(["bits", "group"])
@@ -248,7 +243,7 @@ def compensation_table(results: Results, p: QuantChapter) -> pd.DataFrame:
     """EoRA's choices, each against the same weights without it, with the bytes of its factors."""
     configs = compensations(p)
     plain = {name: c for name in ("GPTQ", "rounding") for c in configs if c.name == name}
-    tests = dict(_pairs(results, [(c.name, plain[c.name.split(" +")[0]], c) for c in configs if c.name not in plain], HELD_OUT))
+    tests = _pairs(results, [(c.name, plain[c.name.split(" +")[0]], c) for c in configs if c.name not in plain], HELD_OUT)
     rows = []
     for c in configs:
         m = results.get((c.key, HELD_OUT))
@@ -267,7 +262,7 @@ def bytes_sentence(results: Results, p: QuantChapter) -> str:
     c = perplexity.compare(b, a)
     sizes = [m.provenance["made"]["bytes"]["bytes_on_disk"] / 1e6 for m in (a, b)]
     return (
-        f"3 bits with EoRA of rank {p.rank} take {sizes[0]:.1f} MB, 4 bits without {sizes[1]:.1f} MB; in perplexity the first are {_word(c)} the second "
+        f"3 bits with EoRA of rank {p.rank} take {sizes[0]:.1f} MB, 4 bits without {sizes[1]:.1f} MB; in perplexity the first are {versus(c)} the second "
         f"({a.value:.1f} and {b.value:.1f}, {ratio(c)}, {p_value(c.p)})."
     )
 
@@ -308,9 +303,7 @@ def more_sentence(results: Results, p: QuantChapter) -> str:
     for bits in p.bits:
         for first, second in zip([c for c in table(p) if c.name.startswith(f"GPTQ {bits}")], more(p, bits), strict=True):
             tests = [(what, _pairs(results, [("", first, second)], what)) for what in (HELD_OUT, PPL)]
-            shown = [
-                f"{ratio(found[0][1])} on {'held-out text' if what == HELD_OUT else 'the test'} ({p_value(found[0][1].p)})" for what, found in tests if found
-            ]
+            shown = [f"{ratio(found[''])} on {'held-out text' if what == HELD_OUT else 'the test'} ({p_value(found[''].p)})" for what, found in tests if found]
             said += [f"{first.name.replace(' asymmetric', '')} {' and '.join(shown)}"] if shown else []
     return f"Calibrated on {MORE['windows']} windows of Wikipedia instead of {p.calibration} of web text: {'; '.join(said) or 'not run'}."
 
@@ -372,7 +365,7 @@ def rank_table(results: Results, p: QuantChapter) -> pd.DataFrame:
     """EoRA's rank, the bytes of its factors, and what it buys."""
     configs = ranks(p)
     rows = []
-    tests = dict(_pairs(results, [(c.name, configs[0], c) for c in configs[1:]], HELD_OUT))
+    tests = _pairs(results, [(c.name, configs[0], c) for c in configs[1:]], HELD_OUT)
     for c in configs:
         m = results.get((c.key, HELD_OUT))
         if m is not None:
@@ -408,14 +401,14 @@ def starts_sentence(results: Results, p: QuantChapter) -> str:
         return "Starts of LoRA were not run."
     usual, eora = ([value[kind, best[kind], s] for s in seeds] for kind in ("usual", "EoRA"))
     tests = _pairs(results, [(s, found["usual", best["usual"], s], found["EoRA", best["EoRA"], s]) for s in seeds], HELD_OUT)
-    told = {word: sum(_word(c).startswith(word) for _, c in tests) for word in ("better", "worse", "within")}
+    told = {word: [c.verdict() for c in tests.values()].count(word) for word in VERDICTS}
     before = {c.name: results[c.key, HELD_OUT].value for c in ranks(p) if c.name in ("0", str(p.rank)) and (c.key, HELD_OUT) in results}
     begun = f", from {before['0']:.2f} before training" if "0" in before else "", f", from {before[str(p.rank)]:.2f}" if str(p.rank) in before else ""
     return (
         f"At 3 bits, {best['EoRA'].replace('rate', 'learning rate')}, LoRA started from EoRA's correction ends at {', '.join(f'{x:.2f}' for x in eora)} (mean "
         f"{np.mean(eora):.2f}{begun[1]}); started as usual, {best['usual'].replace('rate', 'learning rate')}, at {', '.join(f'{x:.2f}' for x in usual)} (mean "
         f"{np.mean(usual):.2f}{begun[0]}). By paired t tests, Holm-adjusted, EoRA's start is better for {told['better']} of {len(seeds)} seeds, worse for "
-        f"{told['worse']}, within noise for {told['within']}."
+        f"{told['worse']}, within noise for {told['not told apart']}."
     )
 
 
@@ -430,11 +423,11 @@ def headline(results: Results) -> str:
     found = {name: m for name, m in best.items() if m}
     listed = ", ".join(f"{name.replace(' asymmetric', '')} {m.value:.1f}" for name, m in found.items())
     plain = alone(q)[1]
-    ((_, change),) = _pairs(results, [("best", plain, without(q)[0])], HELD_OUT)
-    with_eora = dict(method_comparisons(results, table(p), HELD_OUT))["GPTQ 4-bit asymmetric + EoRA against rounding 4-bit asymmetric + EoRA"]
+    change = _pairs(results, [("best", plain, without(q)[0])], HELD_OUT)["best"]
+    with_eora = method_comparisons(results, table(p), HELD_OUT)["GPTQ 4-bit asymmetric + EoRA against rounding 4-bit asymmetric + EoRA"]
     return in_markdown(
         f"{textbook_sentence(results, q, brief=True)} {kinds_sentence(results, q)} All of the chapter's changes together multiply the "
-        f"plain recipe's perplexity by {np.exp(change.difference):.2f}. With EoRA on top, GPTQ is {_word(with_eora)} rounding ({ratio(with_eora)}). "
+        f"plain recipe's perplexity by {np.exp(change.difference):.2f}. With EoRA on top, GPTQ is {versus(with_eora)} rounding ({ratio(with_eora)}). "
         f"On WikiText-2 test (dense, in {results[None, PPL].provenance['dtype']}, {results[None, PPL].value:.1f}), groups of "
         f"{p.group}: {listed}. {bytes_sentence(results, p)} {starts_sentence(results, q)}"
     )
@@ -452,7 +445,7 @@ def pruned_sentence(results: Results, p: QuantChapter) -> str:
     for name in (n for n in by_name if "," not in n):
         r, g, e = (by_name[f"{name}, {how}"] for how in ("rounding", "GPTQ", "GPTQ + EoRA"))
         pairs += [(f"{name}: GPTQ against rounding", r, g), (f"{name}: EoRA against none", g, e)]
-    said = [f"{name}, {_short(c)} ({ratio(c)}, {p_value(c.p)})" for name, c in _pairs(results, pairs, HELD_OUT)]
+    said = [f"{name}, {_short(c)} ({ratio(c)}, {p_value(c.p)})" for name, c in _pairs(results, pairs, HELD_OUT).items()]
     return f"Paired t tests, Holm-adjusted: {'; '.join(said)}." if said else "Pruned models were not run."
 
 
@@ -477,6 +470,10 @@ def answers_sentence(results: Results, p: QuantChapter) -> str:
         pairs = [(f"{name} against dense", by_name[DENSE], c) for name, c in by_name.items() if name != DENSE]
         pairs += [(f"{name} against without", by_name[name.removesuffix(" + EoRA")], c) for name, c in by_name.items() if name.endswith("EoRA")]
         tests = _pairs(results, pairs, what)
-        listed = [f"{n} {results[by_name[n.split(' against')[0]].key, what].value:.1%} ({_short(c, up=True)}, {p_value(c.p)})" for n, c in tests]
+        listed = [f"{n} {results[by_name[n.split(' against')[0]].key, what].value:.1%} ({_short(c, up=True)}, {p_value(c.p)})" for n, c in tests.items()]
         said.append(f"{what}, dense {results[None, what].value:.1%}: {'; '.join(listed) or 'not run'}")
     return ". ".join(x[0].upper() + x[1:] for x in said) + ". Exact McNemar tests, Holm-adjusted."
+
+
+CHAPTER = Chapter("05_quantisation", "quantisation and compensation", QuantChapter, recorded_parts, key, read_recorded, headline, RECORDED,
+                  reads=("00_measures", "04_lora_recovery"), claims=for_claims)  # fmt: skip

@@ -1,18 +1,15 @@
 """Chapter 5, quantisation and compensation: which settings are tried, in which cell of the chapter, and what is measured of each."""
 
-import argparse
 import dataclasses
 import json
-import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
-from filelock import FileLock, Timeout
 from torch import nn
 from tqdm import tqdm
 
+from thesislib.chapters.chapter import CLOSED, OPEN, Keep, Key, Part
 from thesislib.compress.calibration import ALL_AT_ONCE, Statistics, Visitor, stream
 from thesislib.compress.eora import Eora
 from thesislib.compress.gptq import Gptq, Rtn
@@ -21,9 +18,9 @@ from thesislib.compress.lora.stage import Lora
 from thesislib.config import positive
 from thesislib.errors import BadInput
 from thesislib.evaluate.generate import complete
-from thesislib.evaluate.task import Protocol
+from thesislib.evaluate.setup import Setup
 from thesislib.experiment import DENSE, prepare, recipe_hash, recipe_of
-from thesislib.files import cache_dir, write_whole
+from thesislib.files import write_whole
 from thesislib.formats.held import check_dtype
 from thesislib.model.layers import LINEARS
 from thesislib.model.subject import Subject
@@ -32,7 +29,7 @@ from thesislib.records.measurement import Measurement
 from thesislib.records.store import Store
 from thesislib.sources import corpus
 
-PPL, HELD_OUT, CLOSED, OPEN = "perplexity", "held-out perplexity", "closed book", "open book"
+PPL, HELD_OUT = "perplexity", "held-out perplexity"
 # GPTQ as it is usually set up. Its paper's code has an integer zero-point by default, whole rows, and 128 windows of 2,048 tokens
 PLAIN = {"grid": "symmetric", "clip": "none", "act_order": "none", "damping": 0.01, "sequential": False, "weighting": "equal", "text": "c4"}
 BEST = {"grid": "asymmetric", "clip": "squared", "act_order": "static", "damping": 0.01, "sequential": True, "weighting": "unit_norm", "text": "c4"}
@@ -109,13 +106,13 @@ class QuantChapter:
         """EoRA."""
         return Eora(**{**({} if "bytes" in settings else {"rank": self.rank}), "windows": self.calibration, "length": self.length, **settings})
 
-    def protocols(self) -> dict[str, tuple[Protocol, str]]:
+    def protocols(self) -> dict[str, tuple[Setup, str]]:
         """{what: (protocol, data)}."""
         return {
-            PPL: (Protocol("wikitext", length=self.length, limit=self.windows), self.data),
-            HELD_OUT: (Protocol("wikitext", length=self.length, limit=self.held_out), "embedded"),
-            CLOSED: (Protocol("trivia", limit=self.questions), self.data),
-            OPEN: (Protocol("trivia_open", limit=self.passages), self.data),
+            PPL: (Setup("wikitext", length=self.length, limit=self.windows), self.data),
+            HELD_OUT: (Setup("wikitext", length=self.length, limit=self.held_out), "embedded"),
+            CLOSED: (Setup("trivia", limit=self.questions), self.data),
+            OPEN: (Setup("trivia_open", limit=self.passages), self.data),
         }
 
 
@@ -331,14 +328,14 @@ def from_measurements(found: Iterable[Measurement]) -> dict[tuple[str | None, st
 
 
 def read_recorded(path: Path) -> Results:
-    """A recorded run, read only; the dense model on the test text and its answers are chapter 0's and chapter 4's, on the same items."""
+    """A recorded run; the dense model on the test text and its answers are chapter 0's and chapter 4's, on the same items."""
     found = from_measurements(Store(path).rows().values())
     measures, lora = (list(Store(path.with_name(f"{name}.jsonl")).rows().values()) for name in ("00_measures", "04_lora_recovery"))
     dense = {PPL: [m for m in measures if m.metric == "perplexity" and m.provenance["settings"]["length"] == 512]}
     of_dense = [m for m in lora if m.provenance["made"]["label"] == DENSE]
     dense |= {what: [m for m in of_dense if m.provenance["chapter"]["what"] == what] for what in (CLOSED, OPEN)}
     noted = {what: dataclasses.replace(ms[0], provenance={"chapter": {"what": what}, **ms[0].provenance}) for what, ms in dense.items() if ms}
-    return MappingProxyType({(None, what): m for what, m in noted.items()} | found)
+    return {(None, what): m for what, m in noted.items()} | found
 
 
 RECORDED = {"bits": [4, 3], "calibration": 32, "windows": None, "held_out": 24, "questions": 200, "passages": 64, "tokens": 40}
@@ -368,7 +365,7 @@ def recorded_configurations(p: QuantChapter) -> list[Configuration]:
     q = dataclasses.replace(p, calibration=ABLATION)
     symmetric = [c for c in table(q, ("symmetric",), (HELD_OUT,)) if "EoRA" not in c.name]
     chosen = [*alone(q), *without(q), *recorded_table(p), *search(p), *more(p)]
-    return [*chosen, *compensations(q), *kinds(q), *starts(q), *ranks(q), *pruned(q), *calibrations(q), *symmetric, *shapes(q), *more(p, 4)]
+    return [*chosen, *compensations(q), *kinds(q), *starts(q), *ranks(q), *pruned(q), *calibrations(q), *symmetric, *shapes(q)]
 
 
 def layers_file(path: Path) -> Path:
@@ -376,32 +373,41 @@ def layers_file(path: Path) -> Path:
     return path.with_name(f"{path.stem}_layers.json")
 
 
-def main() -> None:
-    """Make a recorded run: `python -m thesislib.chapters.ch05_runs --data DIR --out FILE.jsonl`; resumable, and twice at a time, as chapter 4's."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    for name in ("subject", "data", "dtype", "device"):
-        parser.add_argument(f"--{name}", default=getattr(QuantChapter, name))
-    arguments = vars(parser.parse_args())
-    store = Store(arguments.pop("out"))
-    p = recorded_parameters(**arguments)
+def recorded_parts(p: QuantChapter, file: Path) -> Iterator[Part]:
+    """Each configuration by itself; then the errors of single layers, in a file beside the record."""
+    items = {PPL: p.windows, HELD_OUT: p.held_out, CLOSED: p.questions, OPEN: p.passages}
     for c in recorded_configurations(p):
-        try:
-            with FileLock(cache_dir() / f"chapter-5-{c.key}.lock", timeout=0):
-                done = from_measurements(store.rows(items=False).values()) if store.path.exists() else {}
-                measure([c], p, done, store.append)
-                print(c.cell, c.name, "done", file=sys.stderr, flush=True)
-        except Timeout:
-            continue
+
+        def make(missing: Collection[Key], keep: Keep, c: Configuration = c) -> None:
+            measure([c], p, {(c.key, what): None for what in c.measured if (_label(c), c.key, what) not in missing}, keep)
+
+        yield Part(f"{c.key} {' '.join(c.measured)}", {(_label(c), c.key, what): items[what] for what in c.measured}, make)
+    yield Part("layers", {}, lambda *_: _write_layers(p, file), layers_file(file))
+
+
+def _label(c: Configuration) -> str:
+    return recipe_of(c.stages).label or DENSE
+
+
+def _write_layers(p: QuantChapter, file: Path) -> None:
     q = dataclasses.replace(p, calibration=ABLATION)
     rounding, *_, gptq, both = (c for c in table(q) if "4-bit" in c.name)
     named = {"rounding": rounding, "GPTQ, tokens equal": Configuration("layers", "", (q.gptq(4, weighting="equal"),)), "GPTQ": gptq, "GPTQ + EoRA": both}
-    with FileLock(cache_dir() / "chapter-5-layers.lock"):
-        if not layers_file(store.path).exists():
-            found = layers(p, [dataclasses.replace(c, name=name) for name, c in named.items()])
-            made = {"stages": {name: recipe_of(c.stages).plain() for name, c in named.items()}, "text": "embedded", "windows": 8, "length": p.length}
-            write_whole(layers_file(store.path), json.dumps({"errors": found, **made}, indent=1) + "\n")
+    found = layers(p, [dataclasses.replace(c, name=name) for name, c in named.items()])
+    made = {"stages": {name: recipe_of(c.stages).plain() for name, c in named.items()}, "text": "embedded", "windows": 8, "length": p.length}
+    write_whole(layers_file(file), json.dumps({"errors": found, **made}, indent=1) + "\n")
 
 
-if __name__ == "__main__":
-    main()
+def key(m: Measurement) -> Key:
+    """Of a row: label, hash of the stages, what was measured."""
+    ((recipe, what),) = from_measurements([m])
+    return m.provenance["made"]["label"], recipe, what
+
+
+def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurement]]:
+    """The answers of the chapter's table, under its names."""
+    names = {c.key: c.name for c in table(recorded_parameters())}
+    for m in rows:
+        _, recipe, what = key(m)
+        if recipe in names and what not in (PPL, HELD_OUT):
+            yield names[recipe], what, m

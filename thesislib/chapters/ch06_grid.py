@@ -1,32 +1,36 @@
 """Chapter 6, the whole grid: every configuration measured alike, tables of them, and what each stage costs or gives."""
 
-from collections.abc import Iterable, Sequence
+import functools
+import time
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
 
-from thesislib.chapters.labels import FAMILIES, family, stages_of, step_family, thesis_of
-from thesislib.chapters.pareto import OPEN, PPL, Results, bytes_finding, size_of
-from thesislib.chapters.phrases import number, ratio, share
+from thesislib.chapters.chapter import WIKITEXT, Chapter, Keep, Key, Part, book, large
+from thesislib.chapters.labels import FAMILIES, family, of, step_family, thesis_of
+from thesislib.chapters.pareto import MEASURES, OPEN, PPL, Results, bytes_finding, size_of
+from thesislib.chapters.phrases import difference, interval, number, ratio, share
 from thesislib.chapters.thesis import thesis_row
 from thesislib.config import positive
 from thesislib.evaluate.compare import compare
+from thesislib.evaluate.setup import setup_of, task_of
 from thesislib.evaluate.speed import SECONDS_PER_TOKEN
-from thesislib.evaluate.stats import Comparison, holm, paired_means
-from thesislib.experiment import DENSE
+from thesislib.evaluate.stats import Comparison, holm_adjusted, paired_means
+from thesislib.evaluate.task import SHARE
+from thesislib.experiment import DENSE, prepare
 from thesislib.files import cache_dir, data_file
 from thesislib.formats.held import check_dtype
 from thesislib.records.measurement import Measurement, in_markdown
 from thesislib.records.store import Store
-from thesislib.sweep.grid import Grid, read_grid
-from thesislib.sweep.run import FAILED, Place, Setting, identity_of, possible, sweep, wanted
+from thesislib.sweep.grid import Configuration, Grid, read_grid
+from thesislib.sweep.run import FAILED, Place, Setting, identity_of, known, possible, sweep, wanted
 from thesislib.sweep.workers import Workers
 
-TITLE = "the whole grid"
 RECORDED, PRECISION, FULL = "sample", "precision", "full"
+READS = ("00_measures", "01_franken_llama", "02_depth_pruning", "03_width_pruning", "04_lora_recovery", "05_quantisation")
 
 
 @dataclass(frozen=True)
@@ -56,9 +60,7 @@ class EvaluationChapter:
         return Place(self.subject, self.data, self.dtype, self.device)
 
 
-PARAMETERS = EvaluationChapter
-
-
+@functools.cache
 def grid(size: str) -> Grid:
     """The study's grid at one of its sizes."""
     return read_grid(data_file("grid.yaml"), size)
@@ -89,25 +91,26 @@ def collect(g: Grid, rows: Iterable[Measurement], at: Setting) -> Results:
         for measure, name in wanted(g, c, at).items():
             if name in by_identity:
                 found[c.label, measure] = by_identity[name]
-    return MappingProxyType(found)
+    return found
 
 
 def read_recorded(path: Path, size: str = RECORDED, dtype: str = "bfloat16") -> Results:
     """The recorded run of a size of the grid: its own rows, and those of the chapters before it that are the same measurements."""
     own = list(Store(path).rows().values())
-    before = [m for file in sorted(path.parent.glob("*.jsonl")) if file != path for m in Store(file).rows().values()]
+    before = [m for store in _before(path) for m in store.rows().values()]
     return collect(grid(size), [*before, *own], Setting.recorded(own, dtype))
+
+
+def _before(path: Path) -> list[Store]:
+    """The records, beside this chapter's, of the chapters before it."""
+    return [Store(file) for name in READS if (file := path.with_name(f"{name}.jsonl")).exists()]
 
 
 # ---------------------------------------------------------------- tables
 
 
 def _number(m: Measurement | None, percent: bool) -> str:
-    if m is None:
-        return "not run"
-    if percent:
-        return share(m)
-    return f"{m.value:,.0f} [{m.low:,.0f}, {m.high:,.0f}]" if m.value > 1000 else number(m)
+    return "not run" if m is None else share(m) if percent else number(m, ",.0f" if m.value > 1000 else ".4g")
 
 
 def grid_table(results: Results, groups: Sequence[str] | None = None, size: str = RECORDED, run: bool = False) -> pd.DataFrame:
@@ -127,11 +130,11 @@ def grid_table(results: Results, groups: Sequence[str] | None = None, size: str 
         row: dict[str, object] = {"model": c.label}
         for measure in c.measures:
             m = results.get((c.label, measure))
-            row[measure] = _number(m, m is not None and m.metric != "perplexity")
+            row[measure] = _number(m, m is not None and task_of(m).unit == SHARE)
             if measure == PPL:
                 row["x dense"] = f"{m.value / dense.value:,.3g}" if m and dense else ""
         if m := results.get((c.label, SECONDS_PER_TOKEN)):
-            row["ms per token"] = f"{1e3 * m.value:.1f} [{1e3 * m.low:.1f}, {1e3 * m.high:.1f}]"
+            row["ms per token"] = interval(1e3 * m.value, 1e3 * m.low, 1e3 * m.high, ".1f")
         columns = {"M parameters": "parameters", "M not zero": "nonzero_parameters", "MB on disk": "bytes_on_disk", "MB in memory": "bytes_in_memory"}
         for name, key in columns.items():
             value = size_of(results, c.label, key)
@@ -148,9 +151,7 @@ def tier_table(results: Results) -> pd.DataFrame:
     rows = []
     for (label, what), m in results.items():
         if what == OPEN:
-            rows.append(
-                {"model": label, "any": f"{m.value:.1%}"} | {tier: f"{x['value']:.1%} [{x['low']:.1%}, {x['high']:.1%}]" for tier, x in m.extra.items()}
-            )
+            rows.append({"model": label, "any": f"{m.value:.1%}"} | {tier: interval(x["value"], x["low"], x["high"], ".1%") for tier, x in m.extra.items()})
     return pd.DataFrame(rows).set_index("model")
 
 
@@ -175,7 +176,7 @@ def cost_table(results: Results) -> pd.DataFrame:
         made = {label: note["seconds_to_make"] for (label, _), m in here.items() if (note := m.provenance.get("sweep"))}
         if here:
             row = {"last stage": name, "models": len({label for label, _ in here}), "to make it": f"{np.median(list(made.values())):.0f}" if made else ""}
-            for measure in (PPL, OPEN):
+            for measure in MEASURES:
                 seconds = [m.provenance["seconds"] for (_, what), m in here.items() if what == measure]
                 row[measure] = f"{np.median(seconds):.0f}" if seconds else ""
             rows.append(row)
@@ -207,11 +208,9 @@ def against_dense(results: Results, size: str = FULL) -> pd.DataFrame:
     """
     measures = dict.fromkeys(m for c in grid(size).configurations for m in c.measures)
     pairs = [(label, m) for label, m in results if label != DENSE and m in measures and (DENSE, m) in results]
-    tests = [compare(results[DENSE, m], results[label, m]) for label, m in pairs]
     cells: dict[str, dict[str, str]] = {}
-    for (label, m), c, p in zip(pairs, tests, holm([c.p for c in tests]), strict=True):
-        said = ratio(c) if results[label, m].metric == "perplexity" else f"{100 * c.difference:+.1f} [{100 * c.low:+.1f}, {100 * c.high:+.1f}]"
-        cells.setdefault(label, {})[m] = said + " *" * (p < 0.05)
+    for (label, m), c in holm_adjusted({(label, m): compare(results[DENSE, m], results[label, m]) for label, m in pairs}).items():
+        cells.setdefault(label, {})[m] = difference(c, task_of(results[label, m])) + " *" * c.told
     rows = [{"model": label} | {m: cells[label].get(m, "not run") for m in measures} for label in cells]
     return pd.DataFrame(rows, columns=["model", *measures]).set_index("model")
 
@@ -234,22 +233,16 @@ def full_sentence(results: Results) -> str:
     )
 
 
-def _points(c: Comparison) -> str:
-    return f"{100 * c.difference:+.1f} points [{100 * c.low:+.1f}, {100 * c.high:+.1f}]"
-
-
 def steps(results: Results, measure: str = PPL) -> list[tuple[str, str, str, Comparison]]:
     """(family, from, to, comparison) of every model against the one before its last stage, Holm-adjusted over all."""
-    found = []
+    found = {}
     for label, what in results:
-        parts = stages_of(label)
-        if what != measure or not parts:
+        if what != measure or not of(label).parts:
             continue
-        before = "+".join(parts[:-1]) or DENSE
+        before, last = str(of(label).before()), of(label).parts[-1]
         if (before, measure) in results:
-            found.append((step_family(parts[-1]), before, label, compare(results[before, measure], results[label, measure])))
-    adjusted = holm([c.p for *_, c in found])
-    return [(f, a, b, replace(c, p=q)) for (f, a, b, c), q in zip(found, adjusted, strict=True)]
+            found[step_family(last), before, label] = compare(results[before, measure], results[label, measure])
+    return [(*names, c) for names, c in holm_adjusted(found).items()]
 
 
 def shown_steps(results: Results) -> list[tuple[str, str, str, Comparison]]:
@@ -260,17 +253,17 @@ def shown_steps(results: Results) -> list[tuple[str, str, str, Comparison]]:
 def stage_table(results: Results) -> pd.DataFrame:
     """What each stage does to the model before it: how many pairs, the lowest, median and highest effect, how many are told apart."""
     rows = []
-    for measure, words in ((PPL, ("worse", "better")), (OPEN, ("better", "worse"))):
+    for measure, task in MEASURES.items():
         found = steps(results, measure)
         for name in FAMILIES:
             here = [c for f, *_, c in found if f == name]
             if here:
                 effects = sorted(c.difference for c in here)
-                shown = [f"x {np.exp(x):.3g}" if measure == PPL else f"{100 * x:+.1f}" for x in (effects[0], float(np.median(effects)), effects[-1])]
-                told = {words[up]: sum(c.p < 0.05 and (c.difference < 0) == bool(up) for c in here) for up in (0, 1)}
+                shown = [f"x {np.exp(x):.3g}" if task.ratio else f"{100 * x:+.1f}" for x in (effects[0], float(np.median(effects)), effects[-1])]
+                told = [c.verdict(task.higher_is_better) for c in here]
                 rows.append(
                     {"stage": name, "measure": measure, "pairs": len(here), "lowest": shown[0], "median": shown[1], "highest": shown[2],
-                     "told worse": told["worse"], "told better": told["better"]}
+                     "told worse": told.count("worse"), "told better": told.count("better")}
                 )  # fmt: skip
     return pd.DataFrame(rows).set_index("stage")
 
@@ -290,10 +283,10 @@ def interaction(results: Results, depth: str, width: str) -> Comparison | None:
 def interactions(results: Results) -> list[tuple[str, Comparison]]:
     """Every pair of depth and width that was run together, Holm-adjusted."""
     labels = [label for label, what in results if what == PPL]
-    depths = [x for x in labels if x.startswith("D") and "+" not in x]
-    widths = [x for x in labels if x.startswith("W") and ":" in x and "+" not in x]
+    single = {x: said.kinds[0].word for x in labels if len((said := of(x)).parts) == 1}
+    depths, widths = ([x for x, word in single.items() if word == wanted] for wanted in ("depth", "width"))
     found = [(f"{d}+{w}", c) for d in depths for w in widths if (c := interaction(results, d, w))]
-    return [(name, replace(c, p=q)) for (name, c), q in zip(found, holm([c.p for _, c in found]), strict=True)]
+    return list(holm_adjusted(dict(found)).items())
 
 
 def interaction_sentence(results: Results) -> str:
@@ -301,7 +294,7 @@ def interaction_sentence(results: Results) -> str:
     found = interactions(results)
     if not found:
         return "No model was pruned both ways."
-    more, less = ([name for name, c in found if c.p < 0.05 and (c.difference > 0) == up] for up in (True, False))
+    more, less = ([name for name, c in found if c.verdict() == word] for word in ("worse", "better"))
     rest = len(found) - len(more) - len(less)
     name, most = max(found, key=lambda pair: abs(pair[1].difference))
     sides = [f"more than that for {len(more)}{_listed(more)}", f"less for {len(less)}{_listed(less)}", f"and are not told apart from it for {rest}"]
@@ -323,12 +316,10 @@ def by_depth_and_width(results: Results) -> pd.DataFrame:
     """(removed, width, perplexity, low, high) of every model that was pruned and nothing else."""
     rows = []
     for (label, what), m in results.items():
-        parts = stages_of(label)
-        if what != PPL or family(label) != FAMILIES[0] or not all(x[0] == "D" or ":" in x for x in parts):
+        said = of(label)
+        if what != PPL or said.family != "pruned" or said.depth == 0 != len(said.of("depth")):  # parts of blocks are no depth
             continue
-        depth = sum(int(x[1:]) for x in parts if x[0] == "D")
-        width = next((x[1:] for x in parts if x[0] == "W"), "none")
-        rows.append({"removed": depth, "width": width, "perplexity": m.value, "low": m.low, "high": m.high})
+        rows.append({"removed": said.depth, "width": next(iter(said.width), "none"), "perplexity": m.value, "low": m.low, "high": m.high})
     table = pd.DataFrame(rows)
     several = table.groupby("width")["removed"].transform("nunique") > 1  # a single point has no line
     return table[several]
@@ -339,8 +330,8 @@ def precision_sentence(exact: Results, rounded: Results) -> str:
     labels = [label for label, what in exact if what == PPL and (label, PPL) in rounded]
     words, shifts = {}, []
     for kind, results in (("float32", exact), ("bfloat16", rounded)):
-        tests = [compare(results[a, PPL], results[b, PPL]) for i, a in enumerate(labels) for b in labels[i + 1 :]]
-        words[kind] = [0 if q >= 0.05 else np.sign(c.difference) for c, q in zip(tests, holm([c.p for c in tests]), strict=True)]
+        tests = {(a, b): compare(results[a, PPL], results[b, PPL]) for i, a in enumerate(labels) for b in labels[i + 1 :]}
+        words[kind] = [c.verdict() for c in holm_adjusted(tests).values()]
     shifts = [rounded[x, PPL].value / exact[x, PPL].value - 1 for x in labels]
     differ = sum(int(a != b) for a, b in zip(words["float32"], words["bfloat16"], strict=True))
     return (
@@ -366,12 +357,12 @@ def _below(results: Results, base: str, labels: Sequence[str]) -> int | None:
     """How many of some models' perplexities are told below another's, Holm-adjusted; None without that other."""
     if (base, PPL) not in results:
         return None
-    tests = [compare(results[base, PPL], results[x, PPL]) for x in labels]
-    return sum(p < 0.05 and c.difference < 0 for c, p in zip(tests, holm([c.p for c in tests]), strict=True))
+    tests = holm_adjusted({x: compare(results[base, PPL], results[x, PPL]) for x in labels})
+    return [c.verdict() for c in tests.values()].count("better")
 
 
 def _control_finding(results: Results) -> str:
-    trained = [label for label, what in results if what == PPL and stages_of(label)[-1:] == ["W"] and label != "W"]
+    trained = [label for label, what in results if what == PPL and of(label).parts[-1:] == ("W",) and label != "W"]
     dense, control = (_below(results, base, trained) for base in (DENSE, "W"))
     fair = "the dense model trained alike was not run" if control is None else f"{control} below that of the dense model trained alike"
     return (
@@ -390,3 +381,69 @@ def _width_finding(results: Results) -> str:
         f"**Which zeros.** With half of the linears' weights gone, perplexity by the width of the group: {_times(results, ('W1:2', 'W2:4', 'W4:8', 'W8:16'))}; "
         f"with one of eight or of sixteen gone: {_times(results, ('W1:8', 'W1:16'))}."
     )
+
+
+# ---------------------------------------------------------------- the recorded run
+
+TRAINED = ("D2+W", "W", "D2+T", "T", "W2:4+W", "D2+W1:8+W", "D2+W1:8+T", "W2:4+T")
+CHOICES = ("dense", "D2", "D4", "W1:8", "W2:4", "W", "Q", "Q+E")
+PART_OF_FULL = {  # what of size full was measured, by measure: nobody has run all of it
+    "perplexity": ("dense", "D4", "W1:8", "W2:4"),
+    "closed book": ("dense", "D4", "W1:8", "W2:4", "Q", "Q+E", *TRAINED),
+    "open book": ("W2:4+T", "W2:4+W"),
+    "HellaSwag": CHOICES,
+    "ARC-Easy": CHOICES,
+    "PIQA": CHOICES,
+}
+RUNS = ((RECORDED, "bfloat16"), (PRECISION, "float32"), (FULL, "bfloat16"))  # in bfloat16 size precision is a part of size sample
+
+
+def recorded_parts(p: EvaluationChapter, file: Path) -> Iterator[Part]:
+    """Each configuration by itself: of the recorded sizes, or of `p.size` alone where that is another. What the chapters before have is not made again."""
+    for size, dtype in RUNS if p.size == RECORDED else [(p.size, p.dtype)]:
+        place = replace(p.place, dtype=dtype)
+        g = grid(size)
+
+        @functools.cache
+        def elsewhere(g: Grid = g, place: Place = place) -> tuple[Setting, set[str]]:
+            return Setting.of(g, place), known(_before(file))
+
+        for c in g.configurations:
+            everything = p.size != RECORDED or size != FULL
+            ways = {what: way for what, way in c.measures.items() if everything or c.label in PART_OF_FULL.get(what, ())}
+
+            def make(missing: Collection[Key], keep: Keep, g: Grid = g, c: Configuration = c, place: Place = place, elsewhere=elsewhere) -> None:
+                at, have = elsewhere()
+                names = wanted(g, c, at)
+                todo = [what for what in c.measures if names.get(what) not in have and (c.label, g.size, place.dtype, what) in missing]
+                if not todo:
+                    return
+                started = time.perf_counter()
+                ready = prepare(place.subject, c.recipe.stages, data=place.data, dtype=place.dtype, device=place.device)
+                note = {"grid": g.name, "size": g.size, "group": c.group, "label": c.label, "seconds_to_make": round(time.perf_counter() - started, 1)}
+                for what in todo:
+                    keep(ready.measure(c.measures[what], place.data, sweep=note))
+
+            if ways:
+                yield Part(f"{size} {dtype} {c.label}", {(c.label, size, dtype, what): way.limit for what, way in ways.items()}, make)
+
+
+def key(m: Measurement) -> Key:
+    """Of a row: label, size, dtype, measure; a row of a failed sweep has no measure."""
+    note, way = m.provenance["sweep"], None if m.metric == FAILED else replace(setup_of(m), batch=None)
+    measures = next((c.measures for c in grid(note["size"]).configurations if c.label == note["label"]), {})
+    what = next((name for name, other in measures.items() if replace(other, batch=None) == way), None)
+    return note["label"], note["size"], m.provenance["dtype"], what
+
+
+def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurement]]:
+    """Perplexities and answers in bfloat16, those at size full under a name of their own."""
+    for m in rows:
+        run = m.provenance
+        size, fits = run["sweep"]["size"], m.metric in ("perplexity", "accuracy")
+        if fits and run["dtype"] == "bfloat16" and size in (RECORDED, FULL) and run["protocol"]["length"] == 512:
+            what = WIKITEXT if m.metric == "perplexity" else book(m)
+            yield run["sweep"]["label"], large(what) if size == FULL else what, m
+
+
+CHAPTER = Chapter("06_evaluation", "the whole grid", EvaluationChapter, recorded_parts, key, read_recorded, headline, {"size": RECORDED}, READS, for_claims)

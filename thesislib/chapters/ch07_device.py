@@ -1,23 +1,20 @@
 """Chapter 7, on a device: what compressed models would do on eight devices, what they do on this one, and how wrong the projection is."""
 
-import argparse
 import dataclasses
 import re
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import matplotlib.pyplot as plt
 import pandas as pd
 
 from thesislib.chapters import figures
+from thesislib.chapters.chapter import Chapter, Keep, Key, Part, shape
 from thesislib.chapters.pareto import PPL, points
 from thesislib.compress.gptq import Rtn
-from thesislib.compress.width import Width
 from thesislib.config import positive
 from thesislib.device.cost import costs, stored
 from thesislib.device.hardware import Device, device, devices
@@ -47,11 +44,11 @@ from thesislib.formats.load import load_subject
 from thesislib.model.blocks import apply_plan
 from thesislib.model.prompts import adds_bos, default_prompt, prompt_for
 from thesislib.model.subject import Subject
+from thesislib.pipeline.recipe import parse_label
 from thesislib.records.measurement import Measurement, in_markdown, provenance
 from thesislib.records.store import Store
 from thesislib.sources.corpus import questions
 
-TITLE = "on a device"
 DEPTHS, FITTED = (30, 20, 10, 4), (0, 2)  # of predicted against measured, and the places of those that the line is fitted on; held against the others
 SAME, PROMPTS = "prompts with the same text", 10
 TOKENS, REPEATS = 32, 7  # what a recorded timing decodes after the first token, and how often
@@ -69,17 +66,16 @@ def stand_in(subject: Subject, label: str) -> Subject:
         BadInput: a part of the label that is none of these.
     """
     result = subject
-    for part in [] if label == DENSE else label.split("+"):
-        if part[0] == "D" and part[1:].isdigit() and 0 < int(part[1:]) < result.depth:
-            kept = result.depth - int(part[1:])
+    for stage in [] if label == DENSE else parse_label(label).stages:
+        if stage.word == "depth" and stage.part == "block" and 0 < stage.count < result.depth:
+            kept = result.depth - stage.count
             result = apply_plan(result, [*range(kept - 1), result.depth - 1])
-        elif part[0] == "W" and ":" in part:
-            remove, of = part[1:].split(":")
-            result, _ = Width(remove=int(remove), of=int(of), metric="magnitude").apply(result, data="embedded")
-        elif part == "Q":
-            result, _ = Rtn(bits=4, group=64).apply(result)
-        elif part != "W":
-            raise BadInput(f"'{part}' of '{label}' has no stand-in: expected parts such as D4, W2:4, W and Q")
+        elif stage.word == "width":
+            result, _ = dataclasses.replace(stage, metric="magnitude").apply(result, data="embedded")
+        elif stage.family == "quantised":
+            result, _ = Rtn(bits=stage.bits, group=64).apply(result)
+        elif stage.family != "trained":
+            raise BadInput(f"'{stage.label}' of '{label}' has no stand-in: expected parts such as D4, W2:4, W and Q")
     return result
 
 
@@ -141,7 +137,6 @@ def measure(p: "DeviceChapter", store: Callable[[Measurement], object], done: It
             timing = time_transformers(model, ids, TOKENS, REPEATS)
         m = as_measurement(model, timing, started)
         store(_noted(m, case.label, case.engine, exact.depth))
-        print(case.label, case.engine, f"{1e3 * m.value:.2f} ms,", timing.verdict, file=sys.stderr, flush=True)
     if (DENSE, SAME) not in done:
         store(_noted(same_text(exact), DENSE, SAME, exact.depth))
 
@@ -157,7 +152,10 @@ def same_text(subject: Subject, tokens: int = TOKENS) -> Measurement:
     low, high = proportion(same, len(found))
     items = [{"id": q.id, **dataclasses.asdict(a)} for q, a in zip(asked, found, strict=True)]
     made = provenance(subject, started, tokens=tokens, file="F16", cache="F32")
-    return Measurement("greedy text, llama.cpp F16 against transformers float32", SAME, same / len(found), low, high, len(found), "prompt", items, {}, made)
+    return Measurement(
+        task="greedy text, llama.cpp F16 against transformers float32", metric=SAME, value=same / len(found), low=low, high=high, n=len(found),
+        unit="prompt", items=items, provenance=made,
+    )  # fmt: skip
 
 
 def _noted(m: Measurement, label: str, engine: str, blocks: int) -> Measurement:
@@ -184,9 +182,6 @@ class DeviceChapter:
             device(name)
         if not self.devices:
             raise BadInput(f"no device was chosen: expected some of {', '.join(devices())}")
-
-
-PARAMETERS = DeviceChapter
 
 
 # ---------------------------------------------------------------- projections
@@ -493,7 +488,7 @@ def from_measurements(found: Iterable[Measurement]) -> Results:
         BadInput: not this chapter's.
     """
     try:
-        return MappingProxyType({(m.provenance["chapter"]["model"], m.provenance["chapter"]["engine"]): m for m in found})
+        return {(m.provenance["chapter"]["model"], m.provenance["chapter"]["engine"]): m for m in found}
     except (KeyError, TypeError) as error:
         raise BadInput(f"these are not the results of chapter 7 ({error})") from error
 
@@ -503,15 +498,21 @@ def read_recorded(path: Path) -> Results:
     return from_measurements(Store(path).rows().values())
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Make a recorded run: `python -m thesislib.chapters.ch07_device --out FILE.jsonl`. Started again it goes on where it was."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--subject", default=DeviceChapter.subject)
-    given = parser.parse_args(arguments)
-    store = Store(given.out)
-    measure(DeviceChapter(subject=given.subject), store.append, read_recorded(given.out) if given.out.exists() else ())
+def recorded_parts(p: DeviceChapter, file: Path) -> Iterator[Part]:
+    """One part, so that no two processes take each other's time. A quiet machine and the extra `engine` are needed."""
+    rows: dict[Key, int | None] = {(c.label, c.engine): TOKENS * REPEATS for c in cases(shape(p.subject).depth)}
+    rows[DENSE, SAME] = PROMPTS
+
+    def make(missing: Collection[Key], keep: Keep) -> None:
+        measure(p, keep, set(rows) - set(missing))
+
+    yield Part("timings", rows, make)
 
 
-if __name__ == "__main__":
-    main()
+def key(m: Measurement) -> Key:
+    """Of a row: model and engine."""
+    ((model, engine),) = from_measurements([m])
+    return model, engine
+
+
+CHAPTER = Chapter("07_on_device", "on a device", DeviceChapter, recorded_parts, key, read_recorded, headline, reads=("06_evaluation",))

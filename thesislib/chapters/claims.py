@@ -8,100 +8,43 @@ points") holds if the whole 95 % interval lies in the claimed range, and does no
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 
-from thesislib.chapters import record_file
-from thesislib.chapters.ch01_franken import single_block_plans
-from thesislib.chapters.ch02_depth import NOTHING
-from thesislib.chapters.ch05_runs import HELD_OUT, PPL
-from thesislib.chapters.ch05_runs import recorded_parameters as quantised
-from thesislib.chapters.ch05_runs import table as quantised_table
+from thesislib.chapters import chapters
+from thesislib.chapters.chapter import CLOSED, LARGE, OPEN, WHOLE, WIKITEXT, large
+from thesislib.chapters.labels import of
+from thesislib.chapters.phrases import p_number
 from thesislib.chapters.thesis import thesis_row
-from thesislib.errors import BadInput
 from thesislib.evaluate.compare import compare
-from thesislib.evaluate.stats import Comparison, holm
+from thesislib.evaluate.setup import task_of
+from thesislib.evaluate.stats import Comparison, holm_adjusted
 from thesislib.records.measurement import Measurement, in_markdown
-from thesislib.records.store import Store
+from thesislib.records.store import Store, study
 
 HOLDS, FAILS, UNDECIDED, MISSING = "holds", "does not hold", "undecided", "not measured"
-WIKITEXT, CLOSED, OPEN, WHOLE = "WikiText-2, 24 windows", "closed book", "open book", "WikiText-2, 32 windows"
-LARGE = "size full"  # of the grid: the whole text, 1,200 questions
 WHOLE_PAGE = "../notebooks/06_evaluation.html#the-whole-text-and-other-measures"
 MOST = 8  # comparisons of a claim that its page shows
 Records = Mapping[tuple[str, str], Measurement]  # by label and what was measured
 
 
-def pool(chapters: Mapping[str, Iterable[Measurement]]) -> dict[tuple[str, str], Measurement]:
-    """Every chapter's records by label and measure; of several with one label, the first made with the chapter's main settings.
+def pool(records: Mapping[str, Iterable[Measurement]]) -> dict[tuple[str, str], Measurement]:
+    """Every chapter's rows by label and measure; of several with one label, the first chapter's first.
 
     Args:
-        chapters: {"02_depth_pruning": its records, ...}; those that are missing leave claims unmeasured.
+        records: {"02_depth_pruning": its rows, ...}; those that are missing leave claims unmeasured.
     """
     found: dict[tuple[str, str], Measurement] = {}
-
-    def add(label: str, what: str, m: Measurement) -> None:
-        found.setdefault((label, what), m)
-
-    franken = [m for m in chapters.get("01_franken_llama", ()) if m.metric == "perplexity"]
-    depth = max((max(m.provenance["plan"] or [0]) for m in franken), default=0) + 1
-    for m in franken:
-        add(plan_name(m.provenance["plan"], depth), WHOLE, m)
-    for m in chapters.get("02_depth_pruning", ()):
-        note = m.provenance["chapter"]
-        if note["method"] in ("perplexity", NOTHING):
-            add(f"D{note['removed']}" if note["removed"] else "dense", {"perplexity": WIKITEXT}.get(m.metric, _book(m)), m)
-    for m in chapters.get("03_width_pruning", ()):
-        config = m.provenance["chapter"]["config"]
-        if config is None:
-            add("dense", WIKITEXT, m)
-        elif (config["metric"], config["text"], config["windows"], config["seed"], config["weighting"]) == ("wanda", "c4", 32, 0, "equal"):
-            add(f"W{config['remove']}:{config['of']}" if config["of"] else f"W{config['ratio']:g}", WIKITEXT, m)
-    for m in chapters.get("04_lora_recovery", ()):
-        c = m.provenance["chapter"]["configuration"]
-        if c["seed"] == 0 and c["learning_rate"] is None:
-            add(m.provenance["made"]["label"], {"perplexity": WIKITEXT}.get(m.metric, _book(m)), m)
-    for m in chapters.get("06_evaluation", ()):
-        run = m.provenance
-        size, wanted = run["sweep"]["size"], m.metric in ("perplexity", "accuracy")
-        if wanted and run["dtype"] == "bfloat16" and size in ("sample", "full") and run["protocol"]["length"] == 512:
-            what = WIKITEXT if m.metric == "perplexity" else _book(m)
-            add(run["sweep"]["label"], large(what) if size == "full" else what, m)
-    p = quantised()
-    names = {c.key: c.name for c in quantised_table(p)}
-    for m in chapters.get("05_quantisation", ()):
-        name, what = names.get(m.provenance["made"]["recipe"]), m.provenance["chapter"]["what"]
-        if name and what not in (PPL, HELD_OUT):
-            add(name, what, m)
+    for name, chapter in chapters().items():
+        for label, what, m in chapter.claims(records.get(name, ())):
+            found.setdefault((label, what), m)
     return found
 
 
-def large(what: str) -> str:
-    """The same measured at the grid's size full."""
-    return f"{what.partition(',')[0]}, {LARGE}"
-
-
-def _book(m: Measurement) -> str:
-    return OPEN if m.provenance["settings"].get("open_book") else CLOSED
-
-
-def plan_name(plan: list[int] | None, depth: int) -> str:
-    """What a plan of a model with `depth` blocks is called here: dense, a block that runs twice, or its numbers."""
-    if plan is None or list(plan) == list(range(depth)):
-        return "dense"
-    _, repeated = single_block_plans(depth, range(depth))
-    return next((f"block {b} twice" for b, p in repeated.items() if list(p) == list(plan)), f"plan {plan}")
-
-
-def recorded_pool() -> dict[tuple[str, str], Measurement]:
-    """The study's own records."""
-    names = ("01_franken_llama", "02_depth_pruning", "03_width_pruning", "04_lora_recovery", "05_quantisation", "06_evaluation")
-    found = {}
-    for name in names:
-        try:
-            found[name] = Store(record_file(name)).rows().values()
-        except BadInput:  # a chapter without a record: its claims stay unmeasured
-            continue
-    return pool(found)
+def recorded_pool(folder: Path | None = None) -> dict[tuple[str, str], Measurement]:
+    """The records in a folder, by default the study's own; claims of a chapter without one stay unmeasured."""
+    files = {name: (folder or study()) / f"{name}.jsonl" for name in chapters()}
+    return pool({name: Store(file).rows().values() for name, file in files.items() if file.exists()})
 
 
 # ---------------------------------------------------------------- claims
@@ -145,25 +88,25 @@ class Verdict:
 
 def judge(claim: Claim, records: Records) -> Verdict:
     """The verdict on a claim; comparisons whose records are missing are named, and with any missing a claim cannot hold."""
-    done: list[tuple[str, Comparison, bool]] = []
+    ratios: dict[str, bool] = {}
+    tests: dict[str, Comparison] = {}
     missing = []
     for name, first, second in claim.pairs(records):
         a, b = records.get(first), records.get(second)
         if a is None or b is None:
             missing.append(name)
             continue
-        ratio = "perplexity" in a.metric
-        done.append((name, compare(a, b), ratio))
-    if not done:
+        ratios[name] = task_of(a).ratio
+        tests[name] = compare(a, b)
+    if not tests:
         return Verdict(claim, MISSING, [], missing)
-    adjusted = holm([c.p for _, c, _ in done])
-    done = [(name, replace(c, p=q), ratio) for (name, c, ratio), q in zip(done, adjusted, strict=True)]
+    done = [(name, c, ratios[name]) for name, c in holm_adjusted(tests).items()]
     if claim.within is not None:
         sizes = [tuple(math.exp(x) if ratio else x for x in (c.low, c.high)) for _, c, ratio in done]
         low, high = claim.within
         word = HOLDS if all(low <= a and b <= high for a, b in sizes) else FAILS if any(b < low or a > high for a, b in sizes) else UNDECIDED
     else:
-        told = [(c.difference > 0) == claim.up for _, c, _ in done if c.p < 0.05]
+        told = [(c.difference > 0) == claim.up for _, c, _ in done if c.told]
         if claim.often:
             word = HOLDS if sum(told) > len(done) / 2 else FAILS if len(told) - sum(told) > len(done) / 2 else UNDECIDED
         else:
@@ -175,8 +118,8 @@ def _trained(base: str | None) -> Callable[[Records], list]:
     """Chapter 4's pruned models and all others that were trained on WikiText, each against what it was before, or against `base`."""
 
     def pairs(records: Records) -> list:
-        trained = [label.removesuffix("+W") for label, what in records if what == WIKITEXT and label.endswith("+W")]
-        others = [x for x in trained if x != "dense" and not {"W", "T", "Q", "E"} & set(x.split("+"))]
+        trained = [of(label).before() for label, what in records if what == WIKITEXT and of(label).parts[-1:] == ("W",)]
+        others = [str(x) for x in trained if x.parts and x == x.pruned]
         return _on(WIKITEXT, *((base or x, f"{x}+W") for x in dict.fromkeys([*_RECOVERED, *others])))(records)
 
     return pairs
@@ -322,4 +265,4 @@ def _shown(comparisons: list) -> list:
 
 def _row(name: str, c: Comparison, ratio: bool) -> str:
     effect, low, high = (f"x\u00a0{math.exp(x):.3f}" if ratio else f"{100 * x:+.1f}" for x in (c.difference, c.low, c.high))
-    return f"| {in_markdown(name)} | {effect} | {low} to {high} | {c.n} | {c.test} | {'< 0.001' if c.p < 0.001 else f'{c.p:.3f}'} |"
+    return f"| {in_markdown(name)} | {effect} | {low} to {high} | {c.n} | {c.test} | {p_number(c.p)} |"

@@ -397,7 +397,7 @@ def steps_chart(steps: Sequence[tuple[str, str, str, Comparison]]) -> plt.Figure
         marker, colour = FAMILY_LOOKS[name]
         for y, (_, _, c) in enumerate(rows):
             middle, low, high = np.exp([c.difference, c.low, c.high])
-            fill = colour if c.p < 0.05 else "none"
+            fill = colour if c.told else "none"
             axis.errorbar(middle, y, xerr=[[middle - low], [high - middle]], fmt=marker, color=colour, mfc=fill, markersize=5, capsize=2, linewidth=0.8)
         axis.axvline(1, color=GREY, linestyle="--", linewidth=1)
         axis.set_xscale("log")

@@ -9,12 +9,15 @@ import pandas as pd
 
 from thesislib.chapters.labels import FAMILIES, family, training
 from thesislib.evaluate.compare import compare
-from thesislib.evaluate.stats import holm
+from thesislib.evaluate.setup import TASKS
+from thesislib.evaluate.stats import holm_adjusted
+from thesislib.evaluate.task import SHARE
 from thesislib.experiment import DENSE
 from thesislib.records.measurement import Measurement
 from thesislib.sources.wheels import manifest
 
 PPL, OPEN = "perplexity", "open book"
+MEASURES = {PPL: TASKS["wikitext"], OPEN: TASKS["trivia_open"]}
 USABLE = 1.25  # times the dense model's perplexity: what a summary still calls small
 Results = Mapping[tuple[str, str], Measurement]  # by label and measure
 
@@ -37,7 +40,7 @@ def points(results: Results) -> pd.DataFrame:
     for label in dict.fromkeys(label for label, _ in results):
         disk, nonzero = size_of(results, label, "bytes_on_disk"), size_of(results, label, "nonzero_parameters")
         row = {"label": label, "family": family(label), "MB": None if disk is None else disk / 1e6, "M": None if nonzero is None else nonzero / 1e6}
-        for measure in (PPL, OPEN):
+        for measure in MEASURES:
             if m := results.get((label, measure)):
                 row |= {measure: m.value, f"{measure} low": m.low, f"{measure} high": m.high}
         rows.append(row)
@@ -46,7 +49,7 @@ def points(results: Results) -> pd.DataFrame:
 
 def front(table: pd.DataFrame, size: str, measure: str) -> list[str]:
     """Labels of the models that no other is at once smaller than and better than or as good as: the Pareto front, smallest first."""
-    up = measure != PPL
+    up = MEASURES[measure].higher_is_better
     rows = table.dropna(subset=[size, measure]).sort_values([size, measure], ascending=[True, not up])
     best, kept = None, []
     for _, row in rows.iterrows():
@@ -61,15 +64,15 @@ def front_sentence(results: Results, measure: str = PPL) -> str:
     table = points(results)
     labels = front(table, "MB", measure)
     rows = table.set_index("label")
-    shown = {x: f"{rows.loc[x, measure]:.3g}" if measure == PPL else f"{rows.loc[x, measure]:.0%}" for x in labels}
-    said = [f"{x} ({rows.loc[x, 'MB']:.0f} MB, {shown[x]})" for x in labels]
+    form = ".0%" if MEASURES[measure].unit == SHARE else ".3g"
+    said = [f"{x} ({rows.loc[x, 'MB']:.0f} MB, {rows.loc[x, measure]:{form}})" for x in labels]
     families = [f"{name} {sum(family(x) == name for x in labels)} of {int((table['family'] == name).sum())}" for name in FAMILIES]
     return f"On the front of {measure} against bytes on disk: {', '.join(said)}. By last stage: {', '.join(families)}."
 
 
 def fronts(table: pd.DataFrame) -> dict[tuple[str, str], list[str]]:
     """{(size, measure): front}, of all that `points` has."""
-    return {(size, measure): front(table, size, measure) for size in ("MB", "M") for measure in (PPL, OPEN) if measure in table}
+    return {(size, measure): front(table, size, measure) for size in ("MB", "M") for measure in MEASURES if measure in table}
 
 
 def equal_bytes_sentence(results: Results) -> str:
@@ -80,8 +83,8 @@ def equal_bytes_sentence(results: Results) -> str:
         return "Models with and without quantisation are not both there to compare."
     rivals = {x: [q for q in packed if training(q) == training(x) and rows.loc[q, "MB"] <= rows.loc[x, "MB"]] for x in plain}
     pairs = [(x, min(smaller, key=lambda q: rows.loc[q, PPL])) for x, smaller in rivals.items() if smaller]
-    tests = [compare(results[x, PPL], results[q, PPL]) for x, q in pairs]
-    beaten = [x for (x, _), c, p in zip(pairs, tests, holm([c.p for c in tests]), strict=True) if p < 0.05 and c.difference < 0]
+    tests = holm_adjusted({x: compare(results[x, PPL], results[q, PPL]) for x, q in pairs})
+    beaten = [x for x, c in tests.items() if c.verdict() == "better"]
     said = [
         f"of {len(here)} {name} ones {sum(x in beaten for x in here)}"
         for name, trained in (("untrained", False), ("trained", True))

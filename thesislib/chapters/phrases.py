@@ -1,30 +1,76 @@
 """How chapters write numbers, intervals and tests, so that the same thing reads the same on every page."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from thesislib.evaluate.stats import Comparison
+from thesislib.evaluate.task import SHARE, Task
 from thesislib.records.measurement import Measurement
 
 
-def number(m: Measurement | None) -> str:
+def interval(value: float, low: float, high: float, form: str) -> str:
+    """A value with its interval, each in a format of Python's."""
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def number(m: Measurement | None, form: str = ".4g") -> str:
     """A value with its interval, four digits; nothing for no measurement."""
-    return "" if m is None else f"{m.value:.4g} [{m.low:.4g}, {m.high:.4g}]"
+    return "" if m is None else interval(m.value, m.low, m.high, form)
+
+
+def with_thousands(m: Measurement) -> str:
+    """The same, from 1,000 on without decimals."""
+    value, low, high = (f"{x:,.0f}" if x >= 1000 else f"{x:.4g}" for x in (m.value, m.low, m.high))
+    return f"{value} [{low}, {high}]"
 
 
 def share(m: Measurement | None) -> str:
     """The same in percent."""
-    return "" if m is None else f"{m.value:.1%} [{m.low:.1%}, {m.high:.1%}]"
+    return number(m, ".1%")
 
 
 def ratio(c: Comparison, form: str = ".3f") -> str:
-    """The ratio of two perplexities, whose logarithms are compared, with its interval."""
-    low, middle, high = (f"{np.exp(x):{form}}" for x in (c.low, c.difference, c.high))
-    return f"x {middle} [{low}, {high}]"
+    """The ratio of two perplexities, whose logarithms are compared, with its interval; its end may be beyond what a float holds."""
+    return f"x {interval(*(np.exp(min(x, 50)) for x in (c.difference, c.low, c.high)), form)}"
+
+
+def times(x: float) -> str:
+    """A ratio by itself: two decimals, from 100 on none."""
+    return f"x {x:,.2f}" if x < 100 else f"x {x:,.0f}"
+
+
+def points(c: Comparison) -> str:
+    """A difference of shares in percentage points, with its interval."""
+    return f"{100 * c.difference:+.1f} points [{100 * c.low:+.1f}, {100 * c.high:+.1f}]"
+
+
+def p_number(p: float) -> str:
+    """0.012, or < 0.001."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def difference(c: Comparison, task: Task) -> str:
+    """A comparison with its interval as its task has it: a ratio, points of percent, or a difference in the task's unit."""
+    if task.ratio:
+        return ratio(c)
+    factor, form = (100, "+.1f") if task.unit == SHARE else (1, "+.4g")
+    return interval(*(factor * x for x in (c.difference, c.low, c.high)), form)
 
 
 def p_value(p: float) -> str:
     """p = 0.012, or p < 0.001."""
-    return "p < 0.001" if p < 0.001 else f"p = {p:.3f}"
+    return f"p {'' if p < 0.001 else '= '}{p_number(p)}"
+
+
+def versus(c: Comparison, up: bool = False, else_: str = "within noise of") -> str:
+    """What a paired test says of b against a: better than, worse than, or `else_`; `up` where more is better."""
+    return {"better": "better than", "worse": "worse than"}.get(c.verdict(up), else_)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names, or none."""
+    return ", ".join(names) or "none"
 
 
 def expect(holds: bool, said: str) -> None:

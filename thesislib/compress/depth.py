@@ -1,9 +1,12 @@
 """Depth pruning: how much each block matters, and a subject without the blocks, attentions or MLPs that matter least."""
 
+import dataclasses
 import math
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -11,26 +14,36 @@ from torch import nn
 from tqdm import tqdm
 
 from thesislib.compress.calibration import Visitor, stream
+from thesislib.compress.outline import Outline, SizeUnknown
+from thesislib.compress.selection import whole_number
+from thesislib.compress.stage import Calibrated, Shape, Stage, stage
 from thesislib.errors import BadInput, unknown
 from thesislib.model.blocks import SLOTS, remove, removed_parts
 from thesislib.model.forward import final_states, token_losses
 from thesislib.model.layers import projections
 from thesislib.model.subject import Subject
 from thesislib.model.tokenizers import check_windows
-from thesislib.sources.corpus import calibration_windows
 
 METRICS = ("perplexity", "taylor", "magnitude", "influence", "angular")
 PARTS = ("block", "attention", "mlp")
+LETTERS = {"block": "", "attention": "A", "mlp": "M"}  # in labels
 
 
+@stage("depth")
 @dataclass(frozen=True)
-class Depth:
-    """Remove `remove` blocks, those that matter least by `metric`, or exactly `blocks`.
+class Depth(Calibrated):
+    """Remove whole blocks, or only their attention or MLP: those that matter least, or those that are named.
 
-    metric: perplexity (leave it out and measure), taylor (sum of abs(w * gradient)), magnitude (sum of abs(w)), influence
-    (1 - mean cosine of input and output) or angular (the run of `remove` neighbours whose input and output point most
-    alike). greedy: score again after each removal. protect_first, protect_last: blocks that always stay (the thesis's
-    four and two). part: remove whole blocks, or only their attention or MLP. text, windows, length, seed: calibration.
+    Attributes:
+        remove: how many go; either this or `blocks`.
+        blocks: exactly which go, as indices into the subject's.
+        metric: how a block's importance is measured. perplexity: leave it out and measure. taylor: sum of abs(weight * gradient).
+            magnitude: sum of abs(weight). influence: 1 - mean cosine of its input and output. angular: the run of `remove`
+            neighbours whose input and output point most alike.
+        greedy: measure again after each removal.
+        protect_first: blocks at the beginning that always stay; the thesis's four.
+        protect_last: blocks at the end that always stay; the thesis's two.
+        part: block, attention or mlp: what is removed of a block.
     """
 
     remove: int | None = None
@@ -40,16 +53,18 @@ class Depth:
     protect_first: int = 4
     protect_last: int = 2
     part: str = "block"
-    text: str = "wikipedia"
-    windows: int = 8
-    length: int = 512
-    seed: int = 0
+    text: str = field(default="wikipedia", kw_only=True)
+    windows: int = field(default=8, kw_only=True)
+
+    family: ClassVar[str] = "pruned"
+    pattern: ClassVar[str] = r"D([AM]?)(\d+)"
 
     def __post_init__(self):
+        super().__post_init__()
         if (self.remove is None) == (self.blocks is None):
             raise BadInput("depth needs either 'remove', a number of blocks, or 'blocks', a list of them")
         if self.blocks is not None:
-            object.__setattr__(self, "blocks", tuple(self.blocks))
+            self._normalise(blocks=tuple(self.blocks))
             if not self.blocks or len(set(self.blocks)) < len(self.blocks) or not all(isinstance(b, int) and b >= 0 for b in self.blocks):
                 raise BadInput(f"blocks {list(self.blocks)}: expected different indices from 0 on, at least one")
         if self.remove is not None and self.remove < 1:
@@ -60,8 +75,8 @@ class Depth:
             raise unknown("part", self.part, PARTS)
         if self.metric == "angular" and (self.greedy or self.part != "block"):
             raise BadInput("metric 'angular' removes a run of neighbouring blocks at once: it knows neither greedy nor parts")
-        if min(self.protect_first, self.protect_last) < 0 or min(self.windows, self.length) < 1:
-            raise BadInput("protect_first and protect_last must be at least 0, windows and length at least 1")
+        if min(self.protect_first, self.protect_last) < 0:
+            raise BadInput("protect_first and protect_last must be at least 0")
 
     @property
     def count(self) -> int:
@@ -71,7 +86,34 @@ class Depth:
     @property
     def label(self) -> str:
         """As the thesis writes it: D2; DA2 and DM2 where only attentions or MLPs go."""
-        return "D" + {"block": "", "attention": "A", "mlp": "M"}[self.part] + str(self.count)
+        return "D" + LETTERS[self.part] + str(self.count)
+
+    @classmethod
+    def from_label(cls, part: str) -> "Depth | None":
+        """See `Stage`."""
+        match = re.fullmatch(cls.pattern, part, re.ASCII)
+        return match and cls(remove=whole_number(match[2]), part=next(name for name, letter in LETTERS.items() if letter == match[1]))
+
+    def after(self, previous: Sequence[Stage], shape: Shape | None = None) -> Shape | None:
+        """See `Stage`: it leaves fewer blocks, or as many where it removes parts of them."""
+        if shape is None:
+            return None
+        self.check(shape.depth)
+        return dataclasses.replace(shape, depth=shape.depth - self.count) if self.part == "block" else shape
+
+    def outline(self, outline: Outline) -> None:
+        """See `Stage`."""
+        parts = set(SLOTS) if self.part == "block" else {self.part}
+        if outline.budgeted or outline.lost & parts:
+            raise SizeUnknown
+        chosen = self.blocks
+        if chosen is None:
+            free = range(self.protect_first, outline.subject.depth - self.protect_last)
+            if len({outline.facts(i, parts) for i in free}) > 1:
+                raise SizeUnknown
+            chosen = free[: self.count]
+            outline.lost |= parts if self.part != "block" else set()
+        outline.subject, outline.changed = remove(outline.subject, chosen, self.part), set()
 
     def check(self, depth: int) -> None:
         """Raises BadInput if a model of `depth` blocks cannot lose what this removes."""
@@ -106,7 +148,7 @@ class Depth:
             return remove(subject, self.blocks, self.part), {"removed": sorted(self.blocks), "part": self.part}
         ids = torch.empty(0)
         if self.metric != "magnitude":
-            ids = calibration_windows(subject.tokenizer, self.text, data, self.windows, self.length, self.seed)
+            ids = self.ids(subject.tokenizer, data)
             check_windows(subject.model, subject.tokenizer, ids)
         rounds: list[tuple[int, dict[int, float]]] = []
         gone: list[int] = []

@@ -3,35 +3,37 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
 
-from thesislib.compress.calibration import ALL_AT_ONCE, INPUTS, Statistics, Visitor, check_weighting, stream
-from thesislib.compress.gptq import Rtn
-from thesislib.compress.layerwise import Place, effective_weight, relative_error, same_places
+from thesislib.compress.calibration import ALL_AT_ONCE, INPUTS, Statistics, Visitor, stream
+from thesislib.compress.layerwise import Place, check_same_shapes, effective_weight, relative_error
+from thesislib.compress.outline import Outline, SizeUnknown, corrected
 from thesislib.compress.selection import check_all_fit, fits, patterns
-from thesislib.compress.width import Width
+from thesislib.compress.stage import Shape, Stage, Weighted, stage
 from thesislib.errors import BadInput, unknown
-from thesislib.model.layers import adapt, replace
+from thesislib.model.layers import Adapted, adapt, replace
 from thesislib.model.subject import Subject
-from thesislib.sources.corpus import calibration_windows
 
 INPUTS_OF = ("original", "compressed")
 ENTRY = 2  # bytes of an entry of a saved factor: float16 or bfloat16
 GREED = 4  # with a byte budget no projection gets more than this times the rank that an even split would give
 
 
+@stage("eora")
 @dataclass(frozen=True)
-class Eora:
+class Eora(Weighted):
     """Correct W - W_compressed by a low-rank B A that is best for the layer's inputs (Liu et al. 2024, EoRA).
 
-    rank: of every correction (default 32, at most the projection's smaller side); ranks: {pattern: rank} for some, the
-    last that fits counts. bytes: instead of ranks, a budget for all corrections at 2 bytes an entry, spent on the
-    directions that lessen the projections' relative errors most per byte. inputs: in whose activations the error is
-    measured, the original's or the compressed model's (the default: these are what the corrected layer will see).
-    linears: names or patterns of projections; all seven by default. weighting: how tokens count, see
-    `thesislib.compress.calibration.token_weights`. text, windows, length, seed: calibration.
+    Attributes:
+        rank: of every correction, at most the projection's smaller side; 32 if no budget is given.
+        ranks: {pattern: rank} for some projections; of several that fit, the last counts.
+        bytes: instead of ranks a budget for all corrections at 2 bytes an entry, spent on the directions that lessen the
+            projections' relative errors most for a byte.
+        inputs: in whose activations the error is measured: original, or compressed, which the corrected layer will see.
+        linears: names or patterns of projections; all seven by default.
     """
 
     rank: int | None = None
@@ -39,20 +41,18 @@ class Eora:
     bytes: int | None = None
     inputs: str = "compressed"
     linears: str | list | tuple = "*"
-    weighting: str = "equal"
-    text: str = "c4"
-    windows: int = 32
-    length: int = 512
-    seed: int = 0
 
     label = "E"
-    needs_original = True
+    family: ClassVar[str] = "compensated"
+    pattern: ClassVar[str] = "E"
+    needs_original: ClassVar[bool] = True
 
     def __post_init__(self):
+        super().__post_init__()
         if self.bytes is not None and (self.rank, self.ranks) != (None, None):
             raise BadInput("eora takes either rank and ranks, or bytes: a budget from which ranks follow")
         if self.rank is None and self.bytes is None:
-            object.__setattr__(self, "rank", 32)
+            self._normalise(rank=32)
         for rank in (self.rank, *(self.ranks or {}).values()):
             if rank is not None and not (isinstance(rank, int) and rank >= 1):
                 raise BadInput(f"rank {rank}: expected a whole number of at least 1, e.g. 32")
@@ -60,11 +60,8 @@ class Eora:
             raise BadInput(f"bytes is {self.bytes}: expected a budget of at least 1 byte, e.g. 10000000")
         if self.inputs not in INPUTS_OF:
             raise unknown("inputs", self.inputs, INPUTS_OF)
-        object.__setattr__(self, "linears", patterns(self.linears))
+        self._normalise(linears=patterns(self.linears))
         patterns(self.ranks or ())
-        check_weighting(self.weighting, self.length)
-        if min(self.windows, self.length - 1) < 1:
-            raise BadInput("eora needs at least 1 calibration window of at least 2 tokens")
 
     def takes(self, block: int, name: str) -> bool:
         """Whether a projection may be corrected."""
@@ -78,11 +75,36 @@ class Eora:
                 found = rank
         return found
 
-    def check_after(self, previous: Sequence, shape=None) -> None:
-        """Raises BadInput if the stage before this one changes no weights that could be corrected."""
-        if not previous or not isinstance(previous[-1], (Rtn, Width)):
+    @classmethod
+    def from_label(cls, part: str) -> "Eora | None":
+        """See `Stage`."""
+        return cls() if part == cls.label else None
+
+    def after(self, previous: Sequence[Stage], shape: Shape | None = None) -> Shape | None:
+        """See `Stage`: the stage right before must have changed weights that can be corrected."""
+        if not previous or not previous[-1].correctable:
             before = f"after {previous[-1].label}" if previous else "at the beginning"
             raise BadInput(f"eora {before} has nothing to correct: expected width, rtn or gptq right before it")
+        return super().after(previous, shape)
+
+    def outline(self, outline: Outline) -> None:
+        """See `Stage`."""
+        if self.bytes is None:
+            outline.change(lambda module, rank: corrected(module, rank, outline.dtype), lambda i, n: self.rank_of(i, n) * self.takes(i, n), outline.changed)
+            return
+        outline.check_alike(self.takes)
+        taken = {(i, n): m for i in range(outline.subject.depth) for n, m in outline.subject.linears(i).items() if self.takes(i, n)}
+        costs = {place: ENTRY * (m.in_features + m.out_features) for place, m in taken.items()}
+        most = GREED * max(1, self.bytes // sum(costs.values()))
+        costs = {place: cost for place, cost in costs.items() if place in outline.changed}
+        # what the run gives to each is its own to tell: here each gets a direction before any gets a second
+        gains = {p: [cost / k for k in range(1, min(most, taken[p].in_features, taken[p].out_features) + 1)] for p, cost in costs.items()}
+        ranks = {p: rank for p, rank in share_out(gains, costs, self.bytes).items() if rank} if gains else {}
+        if any(isinstance(taken[p], Adapted) and taken[p].lora_A.dtype != outline.dtype for p in costs):
+            raise SizeUnknown  # how many bytes an entry takes depends on where it falls
+        for (i, name), rank in ranks.items():
+            replace(outline.subject.blocks[i], name, corrected(taken[i, name], rank, outline.dtype))
+        outline.budgeted, outline.changed = outline.budgeted | set(costs), set()
 
     def apply(self, subject: Subject, *, data: str = "embedded", work: Path | None = None, original: Subject | None = None) -> tuple[Subject, dict]:
         """A copy of the subject with corrected projections (`thesislib.model.layers.Adapted`), and a report.
@@ -99,9 +121,9 @@ class Eora:
         """
         if original is None:
             raise BadInput("eora corrects the difference to the original weights and needs them at hand: apply(..., original=SUBJECT), or a recipe")
-        same_places(original, subject)
+        check_same_shapes(original, subject)
         check_all_fit(self.linears, subject.depth)
-        ids = calibration_windows(subject.tokenizer, self.text, data, self.windows, self.length, self.seed)
+        ids = self.ids(subject.tokenizer, data)
         visitor = Correct(self, original, subject)
         stream(original if self.inputs == "original" else subject, ids, visitor, weighting=self.weighting, feed="original", title=self.label)
         factors = visitor.factors()
@@ -131,7 +153,7 @@ def start(
     is zero and the rest of A random, as in LoRA's own start. See `Eora` for the arguments; ids are (N, T) windows.
     """
     config = Eora(rank=rank, linears=linears, inputs=inputs, weighting=weighting)
-    same_places(original, subject)
+    check_same_shapes(original, subject)
     visitor = Correct(config, original, subject)
     stream(original if inputs == "original" else subject, ids, visitor, weighting=weighting, feed="original", title="eora")
     found, generator = visitor.factors(), torch.Generator().manual_seed(0)

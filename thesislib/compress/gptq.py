@@ -4,7 +4,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,29 +12,35 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from thesislib.compress.calibration import ALL_AT_ONCE, INPUTS, TRUE_SEQUENTIAL, Blocks, Statistics, Visitor, check_weighting, stream
+from thesislib.compress.calibration import ALL_AT_ONCE, INPUTS, TRUE_SEQUENTIAL, Blocks, Statistics, Visitor, stream
 from thesislib.compress.layerwise import Place, relative_error
+from thesislib.compress.outline import Outline, empty
 from thesislib.compress.selection import check_all_fit, fits, patterns
+from thesislib.compress.stage import Shape, Stage, Weighted, stage
 from thesislib.errors import BadInput, unknown
 from thesislib.model.grid import CLIPS, ROW, Grid, Quantised, round_to_nearest
 from thesislib.model.layers import Adapted, replace
+from thesislib.model.layers import base as base_of
 from thesislib.model.packing import PRUNED
-from thesislib.model.quantised import TABLES, QuantisedLinear, is_quantised, put_table
+from thesislib.model.quantised import EVERYWHERE, TABLES, QuantisedLinear, held_shapes, is_quantised, put_table
 from thesislib.model.subject import Subject
-from thesislib.sources.corpus import calibration_windows
 
 ORDERS = ("none", "static", "index")
 BLOCK = 128  # columns between two updates of all that follow
 
 
+@stage("rtn")
 @dataclass(frozen=True)
-class Rtn:
+class Rtn(Stage):
     """Round every weight to the nearest level of its grid.
 
-    bits: 2, 3, 4 or 8. group: weights of a row that share a scale, or 'row'. grid: symmetric, asymmetric or minimum, see
-    `thesislib.model.grid.Grid`. clip: none, or squared: the range with the least squared error of the weights.
-    linears: names or patterns of projections, e.g. 'q_proj', 'blocks.3.*'; all seven by default. embedding_bits: 8 rounds
-    the embedding and the head to 8 bits too, in groups of the same size; by default they stay as they are.
+    Attributes:
+        bits: 2, 3, 4 or 8.
+        group: weights of a row that share a scale, or 'row'.
+        grid: symmetric, asymmetric or minimum, see `thesislib.model.grid.Grid`.
+        clip: none: levels span the whole range. squared: the part of the range with the least squared error of the weights.
+        linears: names or patterns of projections, e.g. 'q_proj', 'blocks.3.*'; all seven by default.
+        embedding_bits: 8 rounds the embedding and the head too, in groups of the same size; by default they stay as they are.
     """
 
     bits: int = 4
@@ -44,7 +50,10 @@ class Rtn:
     linears: str | list | tuple = "*"
     embedding_bits: int | None = None
 
+    family: ClassVar[str] = "quantised"
     letter: ClassVar[str] = "R"
+    pattern: ClassVar[str] = r"R([238]?)"
+    correctable: ClassVar[bool] = True
     clips: ClassVar[tuple[str, ...]] = ("none", "squared")
 
     def __post_init__(self):
@@ -53,7 +62,7 @@ class Rtn:
             raise unknown("clip", self.clip, self.clips)
         if self.embedding_bits not in (None, 8):
             raise BadInput(f"embedding_bits is {self.embedding_bits}: expected 8, or nothing to leave embedding and head as they are")
-        object.__setattr__(self, "linears", patterns(self.linears))
+        self._normalise(linears=patterns(self.linears))
 
     @property
     def levels(self) -> Grid:
@@ -68,24 +77,41 @@ class Rtn:
     @classmethod
     def from_label(cls, part: str) -> "Rtn | None":
         """The config whose label `part` is, everything else at its default; None if it is another stage's."""
-        match = re.fullmatch(f"{cls.letter}([238]?)", part, re.ASCII)
+        match = re.fullmatch(cls.pattern, part, re.ASCII)
         return match and cls(bits=int(match[1] or 4))
 
     def takes(self, block: int, name: str) -> bool:
         """Whether a projection is to be quantised."""
         return any(fits(pattern, block, name) for pattern in self.linears)
 
-    def check(self, inputs: Mapping[str, int]) -> None:
-        """Raises BadInput if the group does not divide the rows of a projection ({name: inputs}) that takes part."""
-        self.levels.check({name: n for name, n in inputs.items() if any(self.takes(i, name) for i in range(200))})
-
-    def check_after(self, previous: Sequence, shape=None) -> None:
-        """Raises BadInput if a stage before this one quantised already, or the group does not fit the subject's rows."""
-        for stage in previous:
-            if isinstance(stage, Rtn):
-                raise BadInput(f"{self.label} after {stage.label} would quantise a quantised subject: keep one of the two")
+    def after(self, previous: Sequence[Stage], shape: Shape | None = None) -> Shape | None:
+        """See `Stage`: no stage before it may have quantised, and groups must divide the rows of all projections that take part."""
+        for earlier in previous:
+            if earlier.family == "quantised":
+                raise BadInput(f"{self.label} after {earlier.label} would quantise a quantised subject: keep one of the two")
         if shape is not None:
-            self.check(shape.inputs)
+            self.levels.check({name: n for name, n in shape.inputs.items() if any(self.takes(i, name) for i in range(shape.depth))})
+        return super().after(previous, shape)
+
+    def outline(self, outline: Outline) -> None:
+        """See `Stage`."""
+
+        def rounded(module: nn.Module, _: bool) -> nn.Module:
+            base = base_of(module)
+            if not self.levels.holds_zero and base.gone > PRUNED * base.in_features * base.out_features:
+                raise BadInput(f"grid '{self.grid}' has no exact zero, and weights have been pruned: use symmetric or asymmetric")
+            return outline.outlined(module, base.zeros, self.levels, self.indexed)
+
+        outline.change(rounded, self.takes)
+        if self.embedding_bits:
+            model = outline.subject.model
+            shape = tuple(model.get_input_embeddings().weight.shape)
+            group = self.group if shape[1] % self.levels.size(shape[1]) == 0 else ROW
+            encoding = f"int{self.embedding_bits}/{self.grid}/{group}/{EVERYWHERE}"
+            for path in TABLES[:1] if model.config.tie_word_embeddings else TABLES:
+                put_table(model, path, QuantisedLinear(encoding, shape, None, outline.dtype, **empty(held_shapes(encoding, shape))))
+
+    indexed: ClassVar[bool] = False  # whether each input's group is kept
 
     def apply(self, subject: Subject, *, data: str = "embedded", work: Path | None = None) -> tuple[Subject, dict]:
         """A copy of the subject whose projections are `QuantisedLinear`, and a report of bytes and what else was found.
@@ -121,52 +147,58 @@ class Rtn:
         if self.embedding_bits and is_quantised(embedding):
             raise BadInput("the embedding is quantised already: start from the subject before that")
 
+    def rounded(self, weight: torch.Tensor) -> Quantised:
+        """A (rows, columns) float32 weight on the grid."""
+        return round_to_nearest(weight, self.levels, self.clip)
+
     def _quantise(self, subject: Subject, data: str) -> tuple[dict[Place, QuantisedLinear], dict]:
         places = [(i, name, module) for i in range(subject.depth) for name, module in subject.linears(i).items() if self.takes(i, name)]
         made: dict[int, QuantisedLinear] = {}  # by projection: blocks that a plan repeats go on sharing theirs
         for _, _, module in tqdm(places, desc=self.label, unit="linear", disable=None, leave=False):
             if id(module) not in made:
-                made[id(module)] = _linear(module, round_to_nearest(module.weight.detach().float(), self.levels, self.clip))
+                made[id(module)] = _linear(module, self.rounded(module.weight.detach().float()))
         return {(i, name): made[id(module)] for i, name, module in places}, {}
 
 
+@stage("gptq")
 @dataclass(frozen=True)
-class Gptq(Rtn):
+class Gptq(Weighted, Rtn):
     """GPTQ (Frantar et al. 2023), by default with the settings that suit this study's subject.
 
-    Beyond `Rtn`'s: clip: also weighted: errors weighed by the inputs' mean squares. act_order: in which order columns are
-    rounded: none (as they stand), static (large inputs first, on grids fitted to neighbours beforehand), index (large
-    inputs first, neighbours in that order share a grid, and each column's group is kept). damping: this times the mean
-    of the diagonal is added to it; raised, with a warning, if Cholesky fails. sequential: k, v, q, then o, then up, gate,
-    then down, each on inputs from quantised predecessors; otherwise all seven at once. weighting: how tokens count, see
-    `thesislib.compress.calibration.token_weights`. text, windows, length, seed: calibration.
-
-    The grid is symmetric by default, which every loader of GPTQ checkpoints reads; an integer zero-point (grid asymmetric)
+    The grid is symmetric by default, which every loader of GPTQ checkpoints reads. An integer zero-point (grid asymmetric)
     gives this study's subject 4 % less perplexity. With clip none, act_order none and weighting equal, as in the paper's
     code, a symmetric grid at 4 bits is worse there than rounding: chapter 5.
+
+    Attributes:
+        clip: also weighted: squared errors weighed by the inputs' mean squares.
+        act_order: the order in which columns are rounded. none: as they stand. static: large inputs first, on grids fitted to
+            neighbours beforehand. index: large inputs first; neighbours in that order share a grid, and each column's group is kept.
+        damping: this times the mean of the Hessian's diagonal is added to it; raised, with a warning, if Cholesky fails.
+        sequential: k, v, q, then o, then up, gate, then down, each on inputs from quantised predecessors; otherwise all at once.
+        weighting: how tokens count, see `thesislib.compress.calibration.token_weights`.
     """
 
     act_order: str = "static"
     damping: float = 0.01
     sequential: bool = True
-    weighting: str = "unit_norm"
-    text: str = "c4"
-    windows: int = 32
-    length: int = 512
-    seed: int = 0
+    weighting: str = field(default="unit_norm", kw_only=True)
 
     letter: ClassVar[str] = "Q"
+    pattern: ClassVar[str] = r"Q([238]?)"
     clips: ClassVar[tuple[str, ...]] = CLIPS
 
+    @property
+    def indexed(self) -> bool:
+        """Whether each input's group is kept."""
+        return self.act_order == "index"
+
     def __post_init__(self):
-        super().__post_init__()
+        Rtn.__post_init__(self)
+        Weighted.__post_init__(self)
         if self.act_order not in ORDERS:
             raise unknown("act_order", self.act_order, ORDERS)
         if not 0 <= self.damping < math.inf:
             raise BadInput(f"damping is {self.damping}: expected a finite share of the mean diagonal, at least 0, e.g. 0.01")
-        check_weighting(self.weighting, self.length)
-        if min(self.windows, self.length - 1) < 1:
-            raise BadInput("gptq needs at least 1 calibration window of at least 2 tokens")
 
     def stream_weights(self, blocks: Blocks, windows: torch.Tensor) -> dict:
         """The same on blocks that are in memory one at a time, whose weights become dense ones on the grid; the report."""
@@ -175,7 +207,7 @@ class Gptq(Rtn):
         return visitor.report()
 
     def _quantise(self, subject: Subject, data: str) -> tuple[dict[Place, QuantisedLinear], dict]:
-        ids = calibration_windows(subject.tokenizer, self.text, data, self.windows, self.length, self.seed)
+        ids = self.ids(subject.tokenizer, data)
         visitor = Quantise(self)
         stream(subject, ids, visitor, weighting=self.weighting, title=self.label)
         return visitor.made, visitor.report()

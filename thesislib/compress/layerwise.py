@@ -25,7 +25,7 @@ def relative_error(difference: torch.Tensor, weight: torch.Tensor, moment: torch
     return (max(wrong, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
 
 
-def same_places(original: Subject, compressed: Subject) -> None:
+def check_same_shapes(original: Subject, compressed: Subject) -> None:
     """Raises BadInput unless both subjects have the same blocks with projections of the same shapes."""
     if original.depth != compressed.depth:
         raise BadInput(f"the original has {original.depth} blocks and the compressed subject {compressed.depth}: compare what differs by weights only")
@@ -51,7 +51,7 @@ def layer_errors(original: Subject, compressed: Mapping[str, Subject], windows: 
         BadInput: subjects of different shapes.
     """
     for subject in compressed.values():
-        same_places(original, subject)
+        check_same_shapes(original, subject)
     visitor = _Compare(compressed)
     stream(original, windows, visitor, weighting=weighting, feed="original", title="layer errors")
     return visitor.errors

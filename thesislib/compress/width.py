@@ -1,32 +1,40 @@
 """Width pruning: single weights set to zero, by magnitude or by WANDA, unstructured or n of each m neighbours."""
 
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
 
-from thesislib.compress.calibration import ALL_AT_ONCE, Blocks, Statistics, Visitor, check_weighting, stream
-from thesislib.compress.selection import check_all_fit, fits, patterns
+from thesislib.compress.calibration import ALL_AT_ONCE, Blocks, Statistics, Visitor, stream
+from thesislib.compress.outline import Outline
+from thesislib.compress.selection import check_all_fit, fits, patterns, whole_number
+from thesislib.compress.stage import Shape, Stage, Weighted, stage
 from thesislib.errors import BadInput, unknown
 from thesislib.model.layers import LINEARS
+from thesislib.model.layers import base as base_of
 from thesislib.model.subject import Subject
-from thesislib.sources.corpus import calibration_windows
 
 METRICS = ("wanda", "magnitude")
 THESIS_PATTERNS = ((1, 2), (2, 4), (3, 4), (1, 8), (4, 8), (6, 8), (1, 16), (8, 16), (12, 16))
 
 
+@stage("width")
 @dataclass(frozen=True)
-class Width:
-    """Set to zero `remove` of each `of` consecutive inputs of a row, or the share `ratio` of each row.
+class Width(Weighted):
+    """Set single weights to zero: `remove` of each `of` consecutive inputs of a row, or a share of each row.
 
-    metric: wanda (abs(w) times the root mean square of its input; Sun et al. 2023, eq. 1) or magnitude (abs(w)). linears:
-    names or patterns of projections, e.g. 'q_proj', '*_proj', 'blocks.3.*'; all seven by default. ratios: {pattern:
-    ratio} for some of them, the last that fits counts. text, windows, length, seed: calibration. weighting: how tokens
-    count, see `thesislib.compress.calibration.token_weights`; WANDA counts them equally, and so does the default.
+    Attributes:
+        remove: how many of each `of` go.
+        of: consecutive inputs that lose `remove`.
+        ratio: the share of each row that goes, instead of `remove` and `of`.
+        ratios: {pattern: ratio} for some projections; of several that fit, the last counts.
+        metric: wanda: abs(weight) times the root mean square of its input (Sun et al. 2023, eq. 1). magnitude: abs(weight).
+        linears: names or patterns of projections, e.g. 'q_proj', '*_proj', 'blocks.3.*'; all seven by default.
     """
 
     remove: int | None = None
@@ -35,13 +43,13 @@ class Width:
     ratios: dict | None = None
     metric: str = "wanda"
     linears: str | list | tuple = "*"
-    text: str = "c4"
-    windows: int = 32
-    length: int = 512
-    weighting: str = "equal"
-    seed: int = 0
+
+    family: ClassVar[str] = "pruned"
+    pattern: ClassVar[str] = r"W(?:(\d+):(\d+)|(\d+(?:\.\d+)?(?:e-\d+)?)%|~)"
+    correctable: ClassVar[bool] = True
 
     def __post_init__(self):
+        super().__post_init__()
         if (self.remove is None) != (self.of is None) or (self.remove is None) == (self.ratio is None and self.ratios is None):
             raise BadInput("width needs either 'remove' and 'of' (n of each m inputs), or 'ratio' or 'ratios'")
         if self.of is not None and not 0 < self.remove < self.of:
@@ -51,16 +59,44 @@ class Width:
                 raise BadInput(f"ratio {ratio}: expected a share of the weights in [0, 1)")
         if self.metric not in METRICS:
             raise unknown("width metric", self.metric, METRICS)
-        object.__setattr__(self, "linears", patterns(self.linears))
+        self._normalise(linears=patterns(self.linears))
         patterns(self.ratios or ())
-        check_weighting(self.weighting, self.length)
-        if min(self.windows, self.length - 1) < 1:
-            raise BadInput("width needs at least 1 calibration window of at least 2 tokens")
 
     @property
     def label(self) -> str:
         """As the thesis writes it: W1:8; W50% where unstructured, W~ where the ratio differs by layer."""
         return f"W{self.remove}:{self.of}" if self.of else "W~" if self.ratios else f"W{100 * self.ratio:g}%"
+
+    @classmethod
+    def from_label(cls, part: str) -> "Width | None":
+        """See `Stage`; W~ does not say which ratios."""
+        match = re.fullmatch(cls.pattern, part, re.ASCII)
+        if not match or part == "W~":
+            return None
+        return cls(ratio=float(match[3]) / 100) if match[3] else cls(whole_number(match[1]), whole_number(match[2]))
+
+    @property
+    def streams(self) -> bool:
+        """See `Stage`."""
+        return self.metric == "wanda"
+
+    def after(self, previous: Sequence[Stage], shape: Shape | None = None) -> Shape | None:
+        """See `Stage`."""
+        if shape is not None:
+            self.check(shape.inputs, shape.depth)
+        return super().after(previous, shape)
+
+    def outline(self, outline: Outline) -> None:
+        """See `Stage`."""
+
+        def pruned(module: nn.Module, share: float) -> nn.Module:
+            base, columns = base_of(module), module.in_features
+            remove, of = (self.remove, self.of) if self.of else (int(columns * share), columns)
+            # quantised weights become plain ones, among whose zeros are those that rounding made
+            zeros = base.zeros.pruned(remove, of, columns) if base.zeros and not base.grid else None
+            return module if zeros and zeros is base.zeros else outline.outlined(module, zeros)
+
+        outline.change(pruned, self.share)
 
     def share(self, block: int, name: str) -> float | None:
         """The share of this projection's weights that goes, None if it takes no part."""
@@ -72,10 +108,10 @@ class Width:
                 found = ratio
         return found or None
 
-    def check(self, inputs: Mapping[str, int]) -> None:
-        """Raises BadInput if some projection's row length ({name: inputs}) is no multiple of `of`, with those that fit."""
+    def check(self, inputs: Mapping[str, int], depth: int) -> None:
+        """Raises BadInput if some projection's row length ({name: inputs}) in `depth` blocks is no multiple of `of`, with those that fit."""
         for name, length in inputs.items():
-            if self.of and length % self.of and any(self.share(i, name) for i in range(200)):
+            if self.of and length % self.of and any(self.share(i, name) for i in range(depth)):
                 fit = [m for m in range(2, 33) if all(n % m == 0 for n in inputs.values())]
                 raise BadInput(
                     f"pattern {self.remove}:{self.of} does not fit {name}: its rows have {length} inputs, which {self.of} does not divide; "
@@ -89,14 +125,14 @@ class Width:
             BadInput: rows that the pattern does not divide, text too short, inputs that are not finite.
         """
         check_all_fit(self.linears, subject.depth)
-        self.check({name: m.weight.shape[1] for b in range(subject.depth) for name, m in subject.linears(b).items()})
+        self.check({name: m.weight.shape[1] for b in range(subject.depth) for name, m in subject.linears(b).items()}, subject.depth)
         pruned = subject.copy()
         visitor = Prune(self)
         if self.metric == "magnitude":
             for b in range(pruned.depth):
                 visitor.change(b, {n: m for n, m in pruned.linears(b).items() if visitor.wants(b, n)}, {})
         else:
-            ids = calibration_windows(subject.tokenizer, self.text, data, self.windows, self.length, self.seed)
+            ids = self.ids(subject.tokenizer, data)
             stream(pruned, ids, visitor, weighting=self.weighting, title=self.label)
         return pruned, visitor.report()
 

@@ -227,4 +227,7 @@ def as_measurement(subject: Subject, timing: Timing, started: float, **settings:
     made = provenance(subject, started, engine=timing.engine, prompt=timing.prompt, tokens=len(timing.later[0]), repeats=len(timing.later),
                       threads=1, interval="quartiles", **settings)  # fmt: skip
     made["versions"] = {**made["versions"], **timing.versions}
-    return Measurement(f"{timing.engine}, after {timing.prompt} tokens", METRIC, middle, low, high, len(seconds), "token", items, extra, made)
+    return Measurement(
+        task=f"{timing.engine}, after {timing.prompt} tokens", metric=METRIC, value=middle, low=low, high=high, n=len(seconds), unit="token",
+        items=items, extra=extra, provenance=made,
+    )  # fmt: skip

@@ -9,22 +9,28 @@ must be cut, by as much as an ending needs, each ending is one.
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from thesislib.errors import BadInput
+from thesislib.evaluate.harness import CUT, Stock, lm_eval_task
 from thesislib.evaluate.perplexity import AS_IT_IS
-from thesislib.evaluate.stats import Comparison, paired_outcomes, proportion
+from thesislib.evaluate.stats import proportion
+from thesislib.evaluate.task import Answers, Options, compare_answers
 from thesislib.model.forward import Plan, batch_for, final_states, token_losses
 from thesislib.model.prompts import adds_bos
 from thesislib.model.subject import Subject
 from thesislib.model.tokenizers import check_tokens, longest_context
 from thesislib.records.measurement import Measurement, provenance
-from thesislib.sources.corpus import Choice
+from thesislib.sources import corpus
+from thesislib.sources.corpus import Choice, Row, Source, take
 
-CUT = "contexts cut"
+# the score beside the one that leads, and what an item's outcome calls it
+OTHER = {"acc_norm": ("acc", "correct_unnormalised"), "acc": ("acc_norm", "correct_normalised")}
 
 
 class _Packed:
@@ -75,21 +81,23 @@ def _packed(subject: Subject, item: Choice) -> tuple[list[_Packed], bool]:
     return alone, any(len(context) + len(tokens) > most + 1 for tokens in endings.values())
 
 
-def multiple_choice(subject: Subject, items: list[Choice], *, task: str, batch: int | None = None) -> Measurement:
-    """Share of items whose right ending has the highest log-probability per character (`acc_norm`).
+def multiple_choice(subject: Subject, items: list[Choice], *, task: str, metric: str = "acc_norm", batch: int | None = None) -> Measurement:
+    """Share of items whose right ending has the highest log-probability per character (`acc_norm`), or the highest at all (`acc`).
 
-    `extra["acc"]` is the share without the division by the ending's length in characters; `extra["contexts cut"]` counts
-    the items whose context was cut from the left, because the model has no positions for all of it. `batch`: sequences at a
-    time, by default 8 on a CPU and what fills a card; rounding apart, it changes nothing.
+    `extra` has the other of the two; `extra["contexts cut"]` counts the items whose context was cut from the left, because
+    the model has no positions for all of it. `batch`: sequences at a time, by default 8 on a CPU and what fills a card;
+    rounding apart, it changes nothing.
 
     Raises:
         BadInput: no items; a context or an ending that has no tokens, or one that the model has no row for; an ending
             longer than the model's context.
     """
-    return multiple_choices(subject, items, {AS_IT_IS: None}, task=task, batch=batch)[AS_IT_IS]
+    return multiple_choices(subject, items, {AS_IT_IS: None}, task=task, metric=metric, batch=batch)[AS_IT_IS]
 
 
-def multiple_choices(subject: Subject, items: list[Choice], plans: Mapping[str, Plan | None], *, task: str, batch: int | None = None) -> dict[str, Measurement]:
+def multiple_choices(
+    subject: Subject, items: list[Choice], plans: Mapping[str, Plan | None], *, task: str, metric: str = "acc_norm", batch: int | None = None
+) -> dict[str, Measurement]:
     """`multiple_choice` of the subject under every plan, blocks that plans share run once."""
     if not items:
         raise BadInput("no multiple-choice items: expected at least one")
@@ -120,7 +128,8 @@ def multiple_choices(subject: Subject, items: list[Choice], plans: Mapping[str, 
     made = provenance(subject, started, task=task, n=len(items), protocol="0-shot, packed endings")
     cut = sum(cut for _, cut in found)
     return {
-        name: _measurement(task, items, scores[k], cut, made if plans[name] is None else {**made, "plan": list(plans[name])}) for k, name in enumerate(names)
+        name: _measurement(task, metric, items, scores[k], cut, made if plans[name] is None else {**made, "plan": list(plans[name])})
+        for k, name in enumerate(names)
     }
 
 
@@ -139,25 +148,88 @@ def _pad(members: list[_Packed], pad: int, device: torch.device) -> tuple[torch.
     return ids.to(device), positions.to(device), allowed[:, None].to(device)
 
 
-def _measurement(task: str, items: list[Choice], scores: list[np.ndarray], cut: int, made: dict) -> Measurement:
+def _measurement(task: str, metric: str, items: list[Choice], scores: list[np.ndarray], cut: int, made: dict) -> Measurement:
+    beside, key = OTHER[metric]
     outcomes = []
     for item, logprobs in zip(items, scores, strict=True):
-        per_character = logprobs / np.array([len(e) for e in item.endings])
-        outcomes.append(
-            {
-                "id": item.id,
-                "logprobs": [round(float(x), 4) for x in logprobs],
-                "correct": bool(per_character.argmax() == item.label),
-                "correct_unnormalised": bool(logprobs.argmax() == item.label),
-            }
-        )
+        best = {"acc": logprobs.argmax(), "acc_norm": (logprobs / np.array([len(e) for e in item.endings])).argmax()}
+        right = {name: bool(ending == item.label) for name, ending in best.items()}
+        outcomes.append({"id": item.id, "logprobs": [round(float(x), 4) for x in logprobs], "correct": right[metric], key: right[beside]})
     n, right = len(items), sum(o["correct"] for o in outcomes)
-    raw = sum(o["correct_unnormalised"] for o in outcomes)
     low, high = proportion(right, n)
-    extra = {"acc": dict(zip(("value", "low", "high"), (raw / n, *proportion(raw, n)), strict=True)), CUT: cut}
-    return Measurement(task, "acc_norm", right / n, low, high, n, "item", outcomes, extra, made)
+    others = sum(o[key] for o in outcomes)
+    extra = {beside: dict(zip(("value", "low", "high"), (others / n, *proportion(others, n)), strict=True)), CUT: cut}
+    return Measurement(task=task, metric=metric, value=right / n, low=low, high=high, n=n, unit="item", items=outcomes, extra=extra, provenance=made)
 
 
-def compare(a: Measurement, b: Measurement) -> Comparison:
-    """Exact McNemar test of b's correct items against a's."""
-    return paired_outcomes(*a.paired_with(b, "correct"))
+compare = compare_answers
+
+
+class MultipleChoice(Answers):
+    """A multiple-choice task that lm-evaluation-harness has: measured by it, or with the same scores by `multiple_choice` (fast).
+
+    Attributes:
+        source: where its rows lie.
+        stock: the harness's own file for it, below lm_eval/tasks.
+        metric: what the harness calls the score to lead with: acc_norm, by log-probability per character of an ending, or acc, without.
+    """
+
+    source: ClassVar[Source]
+    stock: ClassVar[str]
+    metric = "acc_norm"
+
+    def item(self, i: int, row: Row) -> Choice:
+        """Row i as the harness words it, 0-shot.
+
+        Raises:
+            ValueError: a label that names no ending.
+        """
+        raise NotImplementedError
+
+    def stock_row(self, row: Row) -> Row:
+        """A row as the harness's data set has it."""
+        return {column: row[column] for column in self.source.columns}
+
+    def items(self, data: str, options: Options) -> list[Choice] | list[Row]:
+        """Worded items for the fast way, and rows for the harness, which words them itself; all are checked."""
+        found = corpus.rows(self.source, data)
+        # numbered before the shuffle: an item keeps its name whatever the limit
+        worded = [self._checked(i, row) for i, row in enumerate(found)]
+        return take(worded if options.fast else found, options.limit, options.seed)
+
+    def _checked(self, i: int, row: Row) -> Choice:
+        try:
+            item = self.item(i, row)
+            right = 0 <= item.label < len(item.endings)
+        except ValueError:
+            right = False
+        if not right:
+            label = row.get("label", row.get("answerKey"))
+            raise BadInput(f"row {i + 1} of task '{self.name}' has the label '{label}': expected one that names an ending")
+        if empty := [ending for ending in item.endings if not ending.strip()]:
+            raise BadInput(f"row {i + 1} of task '{self.name}' has {len(empty)} of {len(item.endings)} endings without words: expected some in each")
+        return item
+
+    def sha256(self, items: list, options: Options) -> str | None:
+        """See `Task.sha256`."""
+        return super().sha256(items, options) if options.fast else None
+
+    def measure(self, subject: Subject, items: list, options: Options) -> Measurement:
+        """See `multiple_choice` and `thesislib.evaluate.harness.lm_eval_task`; `extra["chance"]` is what guessing gets."""
+        if options.fast:
+            m = multiple_choice(subject, items, task=self.name, metric=self.metric, batch=options.batch)
+        else:
+            stock = Stock(self.name, self.stock, self.metric)
+            m = lm_eval_task(subject, stock, [self.stock_row(row) for row in items], limit=options.limit, seed=options.seed, batch=options.batch or 8)
+            items = [self.item(i, row) for i, row in enumerate(items)]
+        return replace(m, extra={**m.extra, "chance": self.chance(items)})
+
+    def chance(self, items: list[Choice]) -> float:
+        """What picking an ending at random gets, on average."""
+        return sum(1 / len(item.endings) for item in items) / len(items)
+
+    def options_of(self, m: Measurement) -> dict[str, Any] | None:
+        """See `Task.options_of`."""
+        name = m.task.lower().partition(" ")[0].replace("-", "_")
+        packed = "packed" in m.provenance.get("settings", {}).get("protocol", "")
+        return {"limit": m.n, "fast": True} if packed and name == self.name else None

@@ -1,14 +1,17 @@
 """The paired test that a measure calls for."""
 
-from thesislib.evaluate import choice, perplexity, triviaqa
+from thesislib.errors import BadInput
+from thesislib.evaluate.setup import task_of
 from thesislib.evaluate.stats import Comparison
 from thesislib.records.measurement import Measurement
 
 
 def compare(a: Measurement, b: Measurement) -> Comparison:
-    """Of b against a, on the same items: documents' losses by a t test for perplexity, answers by McNemar's, exactly.
+    """Of b against a, on the same items, by the paired test of their task.
 
     Raises:
-        BadInput: they are not of the same items.
+        BadInput: they are of different measures, of no task, or not of the same items.
     """
-    return {"perplexity": perplexity, "accuracy": triviaqa}.get(a.metric, choice).compare(a, b)
+    if (a.metric, a.unit) != (b.metric, b.unit):
+        raise BadInput(f"'{a.metric}' ({a.unit}) and '{b.metric}' ({b.unit}) do not compare: expected two measurements of one measure")
+    return task_of(a).compare(a, b)

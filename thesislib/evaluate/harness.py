@@ -12,52 +12,69 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import yaml
 
-from thesislib.errors import BadInput, unknown
-from thesislib.evaluate.choice import CUT
+from thesislib.errors import BadInput
 from thesislib.evaluate.perplexity import ONE_DOCUMENT
-from thesislib.evaluate.stats import bootstrap_mean, proportion
+from thesislib.evaluate.stats import Comparison, bootstrap_mean, paired_means, proportion
+from thesislib.evaluate.task import Options, Task
 from thesislib.formats.checkpoint import quiet_transformers
 from thesislib.model.subject import Subject
 from thesislib.model.tokenizers import check_tokens
 from thesislib.records.measurement import Measurement, provenance
-from thesislib.sources.corpus import CHOICE_TASKS, TASKS, Row, article_starts, choices, kind_of, rows, take, wikitext_lines
+from thesislib.sources.corpus import Row, article_starts, kind_of, rows, take, wikitext_lines
 
-# task: its stock file in lm_eval/tasks, the metric to lead with
-STOCK = {
-    "hellaswag": ("hellaswag/hellaswag.yaml", "acc_norm"),
-    "piqa": ("piqa/piqa.yaml", "acc_norm"),
-    "arc_easy": ("arc/arc_easy.yaml", "acc_norm"),
-    "arc_challenge": ("arc/arc_challenge.yaml", "acc_norm"),
-    "winogrande": ("winogrande/default.yaml", "acc"),
-    "openbookqa": ("openbookqa/openbookqa.yaml", "acc_norm"),
-    "wikitext": ("wikitext/wikitext.yaml", "word_perplexity"),
-}
+CUT = "contexts cut"
 
 
-def lm_eval_task(subject: Subject, task: str, data: str | Path = "embedded", *, limit: int | None = None, seed: int = 0, batch: int = 8) -> Measurement:
-    """One stock task of lm-evaluation-harness, 0-shot, on rows from `data`.
+class Stock(NamedTuple):
+    """A task as the harness has it.
 
-    'wikitext' is the harness's word perplexity of detokenised WikiText-2 articles, another number than
-    `thesislib.evaluate.perplexity`; it needs a folder or the Hub. A context that the model has no positions for is cut from
-    the left; `extra["contexts cut"]` counts the items to which that happened.
+    Attributes:
+        name: what it is called here.
+        file: below lm_eval/tasks.
+        metric: the one to lead with.
+        split: where its rows lie.
+    """
+
+    name: str
+    file: str
+    metric: str
+    split: str = "validation"
+
+
+def lm_eval_task(subject: Subject, stock: Stock, chosen: list[Row], *, limit: int | None = None, seed: int = 0, batch: int = 8) -> Measurement:
+    """One stock task of lm-evaluation-harness, 0-shot, on local rows.
+
+    A context that the model has no positions for is cut from the left; `extra["contexts cut"]` counts the items to which
+    that happened.
 
     Args:
         subject: the model and tokenizer.
-        task: one of `STOCK`.
-        data: a data spec.
-        limit: a seeded choice of that many rows.
+        stock: the task.
+        chosen: its rows, as its data set has them.
+        limit: how they were chosen, for the record.
         seed: of that choice.
         batch: requests at a time.
 
     Raises:
-        BadInput: unknown task or data; 'wikitext' on embedded text, which is not WikiText; harness not installed; a context
-            or an ending without tokens or with one that the model has no row for, an ending longer than the model's context.
+        BadInput: harness not installed; a context or an ending without tokens or with one that the model has no row for, an
+            ending longer than the model's context.
     """
-    if task not in STOCK:
-        raise unknown("lm-eval task", task, STOCK)
+    samples, cut, made = _run(subject, stock, chosen, limit, seed, batch)
+    items = [{"id": str(s["doc_id"]), "correct": bool(s[stock.metric]), **{m: float(s[m]) for m in ("acc", "acc_norm") if m in s}} for s in samples]
+    n, right = len(items), sum(i["correct"] for i in items)
+    extra = {m: sum(i[m] for i in items) / n for m in ("acc", "acc_norm") if m in items[0]}
+    extra[CUT] = sum(any(tuple(pair) in cut for pair in s["arguments"]) for s in samples)
+    low, high = proportion(right, n)
+    return Measurement(task=stock.name, metric=stock.metric, value=right / n, low=low, high=high, n=n, unit="item", items=items, extra=extra, provenance=made)
+
+
+def _run(subject: Subject, stock: Stock, chosen: list[Row], limit: int | None, seed: int, batch: int) -> tuple[list[dict], set[tuple], dict]:
+    """The harness's samples of a task in order, the (context, ending) pairs whose context was cut, and the provenance; see `lm_eval_task`."""
     try:
         import lm_eval
         from lm_eval import evaluator
@@ -65,8 +82,6 @@ def lm_eval_task(subject: Subject, task: str, data: str | Path = "embedded", *, 
     except ImportError as error:
         raise BadInput("lm-evaluation-harness is not installed: in the checkout, pip install -e '.[harness]' -c constraints.txt") from error
     started = time.perf_counter()
-    chosen = take(_pages(data) if task == "wikitext" else _plain(task, data), limit, seed)
-    stock, metric = STOCK[task]
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as quiet:
         quiet.enter_context(quiet_transformers())
         quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
@@ -77,10 +92,9 @@ def lm_eval_task(subject: Subject, task: str, data: str | Path = "embedded", *, 
             quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
         file = Path(folder) / "rows.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in chosen), "utf8")
-        split = "test" if task == "wikitext" else "validation"
-        name = f"local_{task}"
+        name, split = f"local_{stock.name}", stock.split
         (Path(folder) / "task.yaml").write_text(yaml.safe_dump({
-            "include": str(Path(lm_eval.__file__).parent / "tasks" / stock), "task": name, "tag": None,
+            "include": str(Path(lm_eval.__file__).parent / "tasks" / stock.file), "task": name, "tag": None,
             "dataset_path": "json", "dataset_name": None,
             "dataset_kwargs": {"data_files": {split: str(file)}, "cache_dir": str(Path(folder) / "cache")},
             "training_split": None, "validation_split": split if split == "validation" else None,
@@ -93,28 +107,23 @@ def lm_eval_task(subject: Subject, task: str, data: str | Path = "embedded", *, 
             num_fewshot=0, log_samples=True, bootstrap_iters=0, verbosity="ERROR",
         )  # fmt: skip
     samples = sorted(results["samples"][name], key=lambda s: s["doc_id"])
-    settings = {"task": task, "limit": limit, "seed": seed, "protocol": "lm-eval 0-shot", "lm_eval": lm_eval.__version__}
-    made = provenance(subject, started, **settings)
-    if task == "wikitext":
-        return _word_perplexity(samples, made)
-    items = [{"id": str(s["doc_id"]), "correct": bool(s[metric]), **{m: float(s[m]) for m in ("acc", "acc_norm") if m in s}} for s in samples]
-    n, right = len(items), sum(i["correct"] for i in items)
-    extra = {m: sum(i[m] for i in items) / n for m in ("acc", "acc_norm") if m in items[0]}
-    extra[CUT] = sum(any(tuple(pair) in model.cut for pair in s["arguments"]) for s in samples)
-    return Measurement(task, metric, right / n, *proportion(right, n), n, "item", items, extra, made)
+    settings = {"task": stock.name, "limit": limit, "seed": seed, "protocol": "lm-eval 0-shot", "lm_eval": lm_eval.__version__}
+    return samples, model.cut, provenance(subject, started, **settings)
 
 
 def _word_perplexity(samples: list[dict], made: dict) -> Measurement:
     """The harness gives no interval for perplexities: this is its own sum, resampled by article."""
-    import numpy as np
-
     loglikelihood, words = zip(*(s["word_perplexity"] for s in samples), strict=True)
     low, high = bootstrap_mean([-x for x in loglikelihood], words, range(len(samples)))
     value = -sum(loglikelihood) / sum(words)
     items = [{"id": str(s["doc_id"]), "nats": -s["word_perplexity"][0], "words": s["word_perplexity"][1]} for s in samples]
     extra = {"documents": len(items)} | ({"why no interval": ONE_DOCUMENT} if len(items) < 2 else {})
     extra |= {"bits_per_byte": -sum(loglikelihood) / sum(s["bits_per_byte"][1] for s in samples) / float(np.log(2))}
-    return Measurement("wikitext (lm-eval)", "word_perplexity", *np.exp([value, low, high]).tolist(), len(items), "article", items, extra, made)
+    value, low, high = np.exp([value, low, high]).tolist()
+    return Measurement(
+        task="wikitext (lm-eval)", metric="word_perplexity", value=value, low=low, high=high, n=len(items), unit="article", items=items,
+        extra=extra, provenance=made,
+    )  # fmt: skip
 
 
 def _watched(subject: Subject, batch: int):
@@ -142,19 +151,38 @@ def _watched(subject: Subject, batch: int):
     return model
 
 
-def _plain(task: str, data: str | Path) -> list[Row]:
-    """The rows of a task, checked, with the columns that the harness needs and each label as its stock task has it."""
-    if task in CHOICE_TASKS:
-        choices(task, data)  # for its errors, which name the row
-    found = [{column: row[column] for column in TASKS[task].columns} for row in rows(task, data)]
-    spelt = {"label": int if task == "piqa" else str, "answerKey": str.strip}
-    return [{column: spelt.get(column, lambda value: value)(value) for column, value in row.items()} for row in found]
+class LmEvalWikitext(Task):
+    """The harness's word perplexity of detokenised WikiText-2 articles, another number than `thesislib.evaluate.perplexity`.
 
+    It needs a folder or the Hub: embedded text is not WikiText.
+    """
 
-def _pages(data: str | Path) -> list[Row]:
-    """WikiText-2 articles as the harness wants them, one `page` each, in the official line layout."""
-    if kind_of(data) == "embedded":
-        raise BadInput("the harness's wikitext task needs WikiText-2 itself: give a folder with wikitext2/test.jsonl or 'hub' as data")
-    text = "".join(line if line.endswith("\n") else f"{line or ' '}\n" for line in wikitext_lines(rows("wikitext", data)))
-    starts = [0, *(at for at in article_starts(text) if text[:at].strip())]
-    return [{"page": text[a:b]} for a, b in itertools.pairwise((*starts, len(text)))]
+    name = "lm_eval_wikitext"
+    metric = "word_perplexity"
+    unit = "perplexity"
+    higher_is_better = False
+    ratio = True
+    tolerance = ("relative", (0.001, 0.01, 0.03))
+
+    def items(self, data: str, options: Options) -> list[Row]:
+        """Articles as the harness wants them, one `page` each, in the official line layout."""
+        if kind_of(data) == "embedded":
+            raise BadInput("the harness's wikitext task needs WikiText-2 itself: give a folder with wikitext2/test.jsonl or 'hub' as data")
+        text = "".join(line if line.endswith("\n") else f"{line or ' '}\n" for line in wikitext_lines(rows("wikitext", data)))
+        starts = [0, *(at for at in article_starts(text) if text[:at].strip())]
+        return take([{"page": text[a:b]} for a, b in itertools.pairwise((*starts, len(text)))], options.limit, options.seed)
+
+    def sha256(self, items: list[Row], options: Options) -> None:
+        """None: the ids in its items name them."""
+
+    def measure(self, subject: Subject, items: list[Row], options: Options) -> Measurement:
+        """See the class."""
+        stock = Stock("wikitext", "wikitext/wikitext.yaml", self.metric, "test")
+        samples, _, made = _run(subject, stock, items, options.limit, options.seed, options.batch or 8)
+        return _word_perplexity(samples, made)
+
+    def compare(self, a: Measurement, b: Measurement) -> Comparison:
+        """Paired t test of b's loss against a's in nats a word, over articles; exp(difference) is a ratio of word perplexities."""
+        nats_a, nats_b = (np.asarray(x) for x in a.paired_with(b, "nats"))
+        words = np.asarray(a.column("words"))
+        return paired_means(nats_a / words, nats_b / words)

@@ -3,16 +3,19 @@
 import math
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from thesislib.evaluate.stats import Comparison, bootstrap_mean, paired_means
+from thesislib.evaluate.task import Options, Task
 from thesislib.model.forward import Plan, batch_for, final_states, token_losses
 from thesislib.model.subject import Subject
 from thesislib.model.tokenizers import check_windows
 from thesislib.records.measurement import Measurement, provenance
+from thesislib.sources import corpus
 from thesislib.sources.corpus import Text, Windows, windows
 
 AS_IT_IS = "as it is"
@@ -88,7 +91,10 @@ def _measurement(task: str, cut: Windows, nats: np.ndarray, made: dict) -> Measu
     if extra["documents"] < 2:
         extra["why no interval"] = ONE_DOCUMENT
     items = [{"id": i, "document": int(d), "nats": float(v), "tokens": length - 1} for i, (d, v) in enumerate(zip(cut.document, nats, strict=True))]
-    return Measurement(task, "perplexity", _exp(mean), _exp(low), _exp(high), n, f"window of {length} tokens", items, extra, made)
+    return Measurement(
+        task=task, metric="perplexity", value=_exp(mean), low=_exp(low), high=_exp(high), n=n, unit=f"window of {length} tokens", items=items,
+        extra=extra, provenance=made,
+    )  # fmt: skip
 
 
 def _per(x: float, n: int) -> float:
@@ -111,3 +117,37 @@ def compare(a: Measurement, b: Measurement) -> Comparison:
     nats_a, nats_b = (np.asarray(x) for x in a.paired_with(b, "nats"))
     tokens = np.asarray(a.column("tokens"))
     return paired_means(nats_a / tokens, nats_b / tokens, a.column("document"))
+
+
+class Wikitext(Task):
+    """Perplexity on the evaluation text."""
+
+    name = "wikitext"
+    metric = "perplexity"
+    unit = "perplexity"
+    higher_is_better = False
+    ratio = True
+    tolerance = ("relative", (0.001, 0.01, 0.03))
+
+    def items(self, data: str, options: Options) -> Text:
+        """See `Task.items`."""
+        return corpus.evaluation_text(data)
+
+    def sha256(self, items: Text, options: Options) -> str:
+        """See `Task.sha256`."""
+        return items.sha256
+
+    def measure(self, subject: Subject, items: Text, options: Options) -> Measurement:
+        """See `perplexity`."""
+        return perplexity(subject, items, length=options.length, limit=options.limit, batch=options.batch)
+
+    def compare(self, a: Measurement, b: Measurement) -> Comparison:
+        """See `compare`."""
+        return compare(a, b)
+
+    def options_of(self, m: Measurement) -> dict[str, Any] | None:
+        """See `Task.options_of`."""
+        settings = m.provenance.get("settings", {})
+        if m.metric != self.metric or "length" not in settings:
+            return None
+        return {"length": settings["length"], "limit": settings.get("limit")}

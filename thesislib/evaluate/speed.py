@@ -53,4 +53,7 @@ def token_seconds(subject: Subject, repeats: int = 32) -> Measurement:
     low, middle, high = statistics.quantiles(seen, n=4) if repeats > 1 else seen * 3
     items = [{"id": str(i), "seconds": s} for i, s in enumerate(seen)]
     settings = {"repeats": repeats, "interval": "quartiles"}
-    return Measurement("one token, no cache", SECONDS_PER_TOKEN, middle, low, high, repeats, "repetition", items, {}, provenance(subject, started, **settings))
+    return Measurement(
+        task="one token, no cache", metric=SECONDS_PER_TOKEN, value=middle, low=low, high=high, n=repeats, unit="repetition", items=items,
+        provenance=provenance(subject, started, **settings),
+    )  # fmt: skip

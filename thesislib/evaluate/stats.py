@@ -5,7 +5,8 @@ are always compared on the same items, item by item: the items' own difficulty t
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from scipy.stats import binomtest, friedmanchisquare, norm, rankdata, t, ttest_1samp, wilcoxon
@@ -13,6 +14,8 @@ from scipy.stats import binomtest, friedmanchisquare, norm, rankdata, t, ttest_1
 from thesislib.errors import BadInput
 
 LEVEL = 0.95
+K = TypeVar("K")
+VERDICTS = ("better", "worse", "not told apart")
 
 
 def bootstrap_mean(totals: Sequence[float], weights: Sequence[float], groups: Sequence, *, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
@@ -58,6 +61,17 @@ class Comparison:
     p: float
     n: int
     test: str
+
+    @property
+    def told(self) -> bool:
+        """Whether the two are told apart at the 5 % level."""
+        return self.p < 0.05
+
+    def verdict(self, higher_is_better: bool = False) -> str:
+        """What b is against a: "better", "worse", or "not told apart"."""
+        if not self.told:
+            return VERDICTS[2]
+        return VERDICTS[(self.difference > 0) != higher_is_better]
 
 
 def _aligned(samples: Mapping[str, Sequence[float]], groups: Sequence | None) -> tuple[list[np.ndarray], np.ndarray]:
@@ -176,6 +190,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
     adjusted = np.empty(len(p))
     adjusted[order] = np.minimum(1, np.maximum.accumulate((len(p) - np.arange(len(p))) * p[order]))
     return adjusted.tolist()
+
+
+def holm_adjusted(pairs: Mapping[K, Comparison]) -> dict[K, Comparison]:
+    """The same comparisons with their p values adjusted for all of them together, see `holm`."""
+    adjusted = holm([c.p for c in pairs.values()])
+    return {name: replace(c, p=p) for (name, c), p in zip(pairs.items(), adjusted, strict=True)}
 
 
 @dataclass(frozen=True)

@@ -2,16 +2,25 @@
 
 import time
 from collections import Counter
+from typing import Any, NamedTuple
 
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate.generate import greedy
-from thesislib.evaluate.stats import Comparison, paired_outcomes, proportion
+from thesislib.evaluate.stats import proportion
+from thesislib.evaluate.task import Answers, Options, compare_answers, sha256_of_items
 from thesislib.model.prompts import PROMPTS, asked, default_prompt, normalise, prompt_for
 from thesislib.model.subject import Subject
 from thesislib.records.measurement import Measurement, provenance
-from thesislib.sources.corpus import Question
+from thesislib.sources.corpus import Question, question_source, questions
 
 TIERS = ("exact", "substring", "overlap")
+
+
+class Asked(NamedTuple):
+    """Questions, and what they are, as it should stand in a table."""
+
+    questions: list[Question]
+    source: str
 
 
 def tier(answer: str, aliases: tuple[str, ...]) -> str:
@@ -69,9 +78,45 @@ def triviaqa(subject: Subject, items: list[Question], *, source: str, prompt: st
         extra[name] = {"value": counts[name] / n, "low": a, "high": b}
     settings = {"prompt": prompt, "source": source, "max_new_tokens": max_new_tokens, "batch": batch,
                 "open_book": items[0].context is not None, **asked(subject, prompts, prompt)}  # fmt: skip
-    return Measurement(source, "accuracy", correct / n, low, high, n, "question", outcomes, extra, provenance(subject, started, **settings))
+    return Measurement(
+        task=source, metric="accuracy", value=correct / n, low=low, high=high, n=n, unit="question", items=outcomes, extra=extra,
+        provenance=provenance(subject, started, **settings),
+    )  # fmt: skip
 
 
-def compare(a: Measurement, b: Measurement) -> Comparison:
-    """Exact McNemar test of b's correct answers against a's."""
-    return paired_outcomes(*a.paired_with(b, "correct"))
+compare = compare_answers
+
+
+class Trivia(Answers):
+    """TriviaQA, closed book."""
+
+    name = "trivia"
+    metric = "accuracy"
+    open_book = False
+
+    def items(self, data: str, options: Options) -> Asked:
+        """See `Task.items`."""
+        found = questions(data, open_book=self.open_book, limit=options.limit, seed=options.seed)
+        return Asked(found, question_source(data, self.open_book))
+
+    def sha256(self, items: Asked, options: Options) -> str:
+        """See `Task.sha256`."""
+        return sha256_of_items(items.questions)
+
+    def measure(self, subject: Subject, items: Asked, options: Options) -> Measurement:
+        """See `triviaqa`."""
+        return triviaqa(subject, items.questions, source=items.source, prompt=options.prompt, batch=options.batch or 32)
+
+    def options_of(self, m: Measurement) -> dict[str, Any] | None:
+        """See `Task.options_of`."""
+        settings = m.provenance.get("settings", {})
+        if m.metric != self.metric or settings.get("open_book") is not self.open_book:
+            return None
+        return {"limit": m.n, "prompt": settings.get("prompt"), "batch": settings.get("batch")}
+
+
+class OpenTrivia(Trivia):
+    """TriviaQA, each question with a passage that holds its answer."""
+
+    name = "trivia_open"
+    open_book = True

@@ -13,7 +13,6 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoTokenizer
 
-from thesislib.compress.width import Width
 from thesislib.errors import BadInput, unknown
 from thesislib.files import whole_folder, write_whole
 from thesislib.formats.artifact_json import RECORD, write_record
@@ -38,7 +37,7 @@ from thesislib.model.subject import DTYPES, fingerprint
 from thesislib.model.tokenizers import check_windows
 from thesislib.pipeline.recipe import read_recipe
 from thesislib.pipeline.run import place_for
-from thesislib.sources.corpus import calibration_windows, default_data
+from thesislib.sources.corpus import default_data
 
 
 class FromFolder:
@@ -172,7 +171,7 @@ def compress_streamed(spec: str, recipe: str | Path, out: Path, *, data: str | N
         BadInput: other stages, or whatever the stage or the checkpoint refuses.
     """
     plan = read_recipe(recipe)
-    if len(plan.stages) != 1 or not isinstance(plan.stages[0], Width) or plan.stages[0].metric != "wanda":
+    if len(plan.stages) != 1 or not plan.stages[0].streams or plan.stages[0].family != "pruned":
         raise BadInput(
             f"--stream-weights takes a recipe of one WANDA stage, e.g. W2:4, and this one is {plan.label}: carry out the others first with --plain, "
             "then stream over the checkpoint they leave"
@@ -186,13 +185,11 @@ def compress_streamed(spec: str, recipe: str | Path, out: Path, *, data: str | N
     out = place_for(out, source)
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    windows = calibration_windows(
-        tokenizer, config.text, next(given for given in (data, plan.data, default_data()) if given is not None), config.windows, config.length, config.seed
-    )
+    windows = config.ids(tokenizer, next(given for given in (data, plan.data, default_data()) if given is not None))
     with whole_folder(out) as folder:
         blocks = FromFolder(source, folder, dtype, device)
         check_windows(blocks.model, tokenizer, windows)
-        config.check(blocks.inputs)
+        config.check(blocks.inputs, blocks.depth)
         report = config.stream_weights(blocks, windows)
         blocks.finish()
         before, after = FromFolder(source, folder, dtype), FromFolder(folder, folder, dtype)

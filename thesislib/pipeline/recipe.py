@@ -11,65 +11,28 @@ A recipe is a YAML file, or a label such as D2+W1:8 where the label says it all:
 """
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import yaml
 
-from thesislib.compress.depth import Depth
-from thesislib.compress.selection import check_all_fit
-from thesislib.compress.stage import STAGES
-from thesislib.compress.width import Width
-from thesislib.config import build
+from thesislib.compress.stage import STAGES, Shape, Stage, plain
+from thesislib.config import build, fields_of
 from thesislib.errors import BadInput, unknown
 from thesislib.files import expanded, is_folder
-from thesislib.model.subject import Subject
-from thesislib.sources.corpus import kind_of
+from thesislib.pipeline.label import kind_of
+from thesislib.sources import corpus
 from thesislib.yaml_lines import DEEPEST, at, compose, entries, is_file, place, value
 
 KEYS = ("label", "name", "include", "data", "stages")
-# labels that fix a whole stage: the settings that the label's numbers are, and those that its letters are
-LABELS = {
-    r"D(\d+)": ("depth", ("remove",), {}),
-    r"DA(\d+)": ("depth", ("remove",), {"part": "attention"}),
-    r"DM(\d+)": ("depth", ("remove",), {"part": "mlp"}),
-    r"W(\d+):(\d+)": ("width", ("remove", "of"), {}),
-    r"E": ("eora", (), {}),
-}
-
-
-class Stage(Protocol):
-    """What a recipe needs of a stage's config: a frozen dataclass that checks its own values.
-
-    A class may also have `check_after(previous, shape)`, which raises BadInput if the stage cannot follow the configs
-    `previous` or does not fit the `Shape` that they leave (None: no subject is known), and a class method
-    `from_label(part)`, the config that this part of a label fixes, or None. `keeps_sizes = True` says that a stage changes
-    neither shapes nor which weights are zero, `needs_original = True` that its `apply` also takes `original`, the subject
-    that the stage right before it was given.
-    """
-
-    label: str
-
-    def apply(self, subject: Subject, *, data: str, work: Path) -> tuple[Subject, dict]:
-        """A new subject and a report that JSON can hold."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What a subject's config.json says about sizes: its blocks, and the inputs of each projection's rows by its name."""
-
-    depth: int
-    inputs: Mapping[str, int]
 
 
 @dataclass(frozen=True)
 class Recipe:
     """Stages in order, where each was written ("FILE:LINE", or the label), and the data spec, None if not given."""
 
-    stages: tuple[Any, ...]
+    stages: tuple[Stage, ...]
     places: tuple[str, ...]
     data: str | None = None
     name: str | None = None
@@ -85,25 +48,15 @@ class Recipe:
 
     def plain(self) -> list[dict[str, dict]]:
         """The stages as a YAML file would give them, every default filled in."""
-        kinds = {kind: name for name, kind in STAGES.items()}
-        return [{kinds[type(stage)]: dataclasses.asdict(stage)} for stage in self.stages]
+        return [plain(stage) for stage in self.stages]
 
     def check(self, shape: Shape | None = None) -> None:
         """Raises BadInput if a stage cannot follow those before it or, given a shape, does not fit such a subject."""
         for i, (stage, where) in enumerate(zip(self.stages, self.places, strict=True)):
             try:
-                if shape is not None and isinstance(stage, Depth):
-                    stage.check(shape.depth)
-                elif shape is not None and isinstance(stage, Width):
-                    stage.check(shape.inputs)
-                if shape is not None:
-                    check_all_fit(getattr(stage, "linears", None) or (), shape.depth)
-                if hasattr(stage, "check_after"):
-                    stage.check_after(list(self.stages[:i]), shape)
+                shape = stage.after(self.stages[:i], shape)
             except BadInput as error:
                 raise BadInput(f"{where}: {error}") from error
-            if shape is not None and isinstance(stage, Depth) and stage.part == "block":
-                shape = dataclasses.replace(shape, depth=shape.depth - stage.count)
 
 
 # ---------------------------------------------------------------- reading
@@ -166,17 +119,11 @@ def parse_label(label: str) -> Recipe:
 
 def _of_label(part: str) -> Stage:
     """The stage whose label `part` is."""
-    for kind in STAGES.values():
-        stage = kind.from_label(part) if hasattr(kind, "from_label") else None
-        if stage is not None:
-            return stage
-    for pattern, (name, numbers, letters) in LABELS.items():
-        match = re.fullmatch(pattern, part, re.ASCII)
-        if match:
-            if name not in STAGES:
-                raise unknown("stage", name, STAGES)
-            return build(STAGES[name], {**dict(zip(numbers, map(_number, match.groups()), strict=True)), **letters})
-    raise BadInput(f"part '{part}' is not understood: expected a recipe's .yaml file, or parts like D2 or W1:8 joined by '+'")
+    kind = kind_of(part)
+    found = kind.from_label(part)
+    if found is None:
+        raise BadInput(f"'{part}' does not say all settings of the stage '{kind.word}': expected a recipe's .yaml file with them")
+    return found
 
 
 def _load(path: Path, above: tuple[Path, ...]) -> Recipe:
@@ -205,7 +152,7 @@ def _load(path: Path, above: tuple[Path, ...]) -> Recipe:
     if "data" in given:
         data = texts["data"] if texts["data"] in ("embedded", "hub") else str(_inside(path, given["data"]))
         try:
-            kind_of(data)
+            corpus.kind_of(data)
         except BadInput as error:
             raise at(path, given["data"], error) from error
     listed = given.get("stages")
@@ -232,7 +179,7 @@ def _stage(entry: yaml.Node, path: Path) -> Stage:
         ((name, settings),) = entries(entry, path, "stage", STAGES).items()
     else:
         raise at(path, entry, "expected one stage an entry, such as '- depth: {remove: 2}'")
-    fields = {f.name: f for f in dataclasses.fields(STAGES[name])}
+    fields = fields_of(STAGES[name])
     given = {}
     if isinstance(settings, yaml.MappingNode):
         given = entries(settings, path, f"setting of stage '{name}'", fields)
@@ -256,12 +203,6 @@ def _blamed(message: str, given: Mapping[str, yaml.Node]) -> yaml.Node | None:
         lambda key, node: node.value and f"'{node.value}'" in message,
     )
     return next((node for sign in signs for key, node in given.items() if sign(key, node)), None)
-
-
-def _number(text: str) -> int:
-    if len(text) > 18:
-        raise BadInput(f"{text[:18]}... is too large a number")
-    return int(text)
 
 
 def _inside(path: Path, node: yaml.ScalarNode) -> Path:

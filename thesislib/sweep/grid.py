@@ -16,7 +16,6 @@ group before it stands for its labels::
         measures: {perplexity: {on: wikitext, limit: 8}}
 """
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,10 +25,10 @@ from pathlib import Path
 import yaml
 
 from thesislib.compress.stage import STAGES
-from thesislib.config import build
+from thesislib.config import build, fields_of
 from thesislib.errors import BadInput, unknown
+from thesislib.evaluate.setup import Setup
 from thesislib.evaluate.speed import SECONDS_PER_TOKEN
-from thesislib.evaluate.task import Protocol
 from thesislib.experiment import DENSE, recipe_of
 from thesislib.files import expanded, write_whole
 from thesislib.pipeline.recipe import Recipe, parse_label
@@ -49,7 +48,7 @@ class Configuration:
     label: str
     group: str
     recipe: Recipe
-    measures: Mapping[str, Protocol]
+    measures: Mapping[str, Setup]
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ def file_name(label: str) -> str:
 def _given(kind: type, values: Mapping) -> dict:
     """A stage's settings that differ from their defaults, as YAML holds them; a single pattern is kept as a list of one."""
     shown = {name: list(given) if isinstance(given, tuple) else given for name, given in values.items()}
-    return {f.name: shown[f.name] for f in dataclasses.fields(kind) if shown[f.name] not in (f.default, [f.default])}
+    return {name: shown[name] for name, f in fields_of(kind).items() if shown[name] not in (f.default, [f.default])}
 
 
 def _texts(plain: object, where: str) -> list[str]:
@@ -227,11 +226,11 @@ def _groups(plain: Mapping[str, object], where: str) -> dict[str, list[str]]:
     return found
 
 
-def _measures(plain: object, path: Path) -> dict[str, Protocol]:
+def _measures(plain: object, path: Path) -> dict[str, Setup]:
     if not isinstance(plain, dict) or not plain:
         raise BadInput(f"{path}: no 'measures': expected e.g. {{perplexity: {{on: wikitext, limit: 8}}}}")
     try:
-        return {name: build(Protocol, settings) for name, settings in plain.items()}
+        return {name: build(Setup, settings) for name, settings in plain.items()}
     except (BadInput, TypeError, AttributeError) as error:
         raise BadInput(f"{path}, measures: {error}") from error
 
@@ -240,10 +239,10 @@ def _recipe(label: str, stages: Mapping[str, object]) -> Recipe:
     """The recipe of a label, its letters as the grid defines them."""
     if label == DENSE:
         return recipe_of(())
-    made = []
-    for part in label.split("+"):
+    parts, made = label.split("+"), []
+    for part in parts:
         made += [stages[part]] if part in stages else parse_label(part).stages
-    recipe = Recipe(tuple(made), tuple(f"{label}, {part}" for part in label.split("+")))
+    recipe = Recipe(tuple(made), tuple(f"{label}, {part}" for part in parts))
     if recipe.label != label:
         raise BadInput(f"label '{label}' is not that of its stages, which is '{recipe.label}'")
     return recipe

@@ -24,7 +24,7 @@ def combinations(axes: Mapping[str, Sequence]) -> list[dict[str, Any]]:
 
 
 def sweep_notebook(
-    name: str, notebook: Path, axes: Mapping[str, Sequence], out: Path, workers: Workers, kind: type | None = None
+    name: str, notebook: Path, axes: Mapping[str, Sequence], out: Path, workers: Workers, kind: type | None = None, reads: Mapping[str, str] | None = None
 ) -> tuple[Path, dict[str, str]]:
     """Execute a notebook with every combination of parameters that is not in `out` yet; the table's path, and {cell: why} of those that failed.
 
@@ -41,7 +41,7 @@ def sweep_notebook(
         in_full = ready(notebook, parameters, kind)
         written = " ".join(f"{key}={json.dumps(value)}" for key, value in parameters.items()) or "defaults"
         safe = "".join(x if x.isalnum() or x in "=.-" else "_" for x in written)[:60].strip("_")
-        digest = hashlib.sha256(cache_key(notebook, in_full).encode()).hexdigest()[:8]
+        digest = hashlib.sha256(cache_key(notebook, in_full, reads=reads).encode()).hexdigest()[:8]
         files[written] = (out / f"{name}-{safe}-{digest}.ipynb", parameters, in_full)
     orders = []
     for written, (file, _, in_full) in files.items():

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from thesislib.errors import BadInput
+from thesislib.evaluate.setup import Setup, setup_of
 from thesislib.evaluate.speed import SECONDS_PER_TOKEN
-from thesislib.evaluate.task import Protocol, protocol_of
 from thesislib.experiment import recipe_of
 from thesislib.pipeline.forecast import shape_of, stand_in
 from thesislib.pipeline.run import Job
@@ -39,23 +39,23 @@ class Place:
         return Job.prepare(self.subject, recipe_of(()), self.data, self.dtype, self.device)
 
 
-def identity(fingerprint: str, dtype: str, data: str, stages: list[dict], protocol: Protocol | str, text: str | None) -> str:
+def identity(fingerprint: str, dtype: str, data: str, stages: list[dict], setup: Setup | str, text: str | None) -> str:
     """16 digits for one measurement: of what, made how, measured how on which text. Records with the same are the same measurement.
 
     Args:
         fingerprint: of what the stages began with; dtype: how it ran.
         data: the kind of data they were calibrated on or trained with; a model without stages knows none.
         stages: with all settings.
-        protocol: its batch, which changes rounding only, does not count; or a metric that has none.
+        setup: its batch, which changes rounding only, does not count; or a metric that has none.
         text: sha256 of the text or items that were measured on.
     """
-    how = protocol if isinstance(protocol, str) else {**dataclasses.asdict(protocol), "batch": None}
+    how = setup if isinstance(setup, str) else {**setup.plain(), "batch": None}
     facts = json.dumps([fingerprint, dtype, data if stages else None, stages, how, text], sort_keys=True)
     return hashlib.sha256(facts.encode()).hexdigest()[:16]
 
 
 def _timing(repeats: int, device: str) -> str:
-    """What stands for a protocol where time is measured: a record of it from another kind of device, or of fewer repetitions, is another."""
+    """What stands for a setup where time is measured: a record of it from another kind of device, or of fewer repetitions, is another."""
     return f"{SECONDS_PER_TOKEN}, {repeats} on {device.partition(':')[0]}"
 
 
@@ -63,9 +63,9 @@ def identity_of(m: Measurement) -> str | None:
     """The same of a record; None for one that does not say enough."""
     made = m.provenance.get("made") or {}
     try:
-        protocol = _timing(m.provenance["settings"]["repeats"], m.provenance["hardware"]["device"]) if m.metric == SECONDS_PER_TOKEN else protocol_of(m)
+        setup = _timing(m.provenance["settings"]["repeats"], m.provenance["hardware"]["device"]) if m.metric == SECONDS_PER_TOKEN else setup_of(m)
         text = m.provenance.get("corpus_sha256") or m.provenance.get("settings", {}).get("text_sha256")
-        return identity(made["base"]["fingerprint"], m.provenance["dtype"], made["data"], made["stages"], protocol, text)
+        return identity(made["base"]["fingerprint"], m.provenance["dtype"], made["data"], made["stages"], setup, text)
     except (BadInput, KeyError, TypeError):
         return None
 
@@ -74,21 +74,21 @@ def identity_of(m: Measurement) -> str | None:
 class Setting:
     """What identities of planned measurements depend on besides the grid.
 
-    fingerprint: of the subject. dtype: how it runs. data: kind of data for calibration and training. texts: {protocol, its batch None:
+    fingerprint: of the subject. dtype: how it runs. data: kind of data for calibration and training. texts: {setup, its batch None:
     sha256 of the text that it measures on}. device: that time is measured on.
     """
 
     fingerprint: str
     dtype: str
     data: str
-    texts: dict[Protocol, str | None] = dataclasses.field(hash=False)
+    texts: dict[Setup, str | None] = dataclasses.field(hash=False)
     device: str = "cpu"
 
     @classmethod
     def of(cls, grid: Grid, place: Place) -> "Setting":
         """A grid's, carried out at a place: its texts are read."""
-        protocols = {_plainly(way) for c in grid.configurations for way in c.measures.values()}
-        texts = {way: way.corpus_sha256(place.data) for way in protocols}
+        ways = {_plainly(way) for c in grid.configurations for way in c.measures.values()}
+        texts = {way: way.corpus_sha256(place.data) for way in ways}
         return cls(place.job().base["fingerprint"], place.dtype, corpus.kind_of(place.data), texts, place.device)
 
     @classmethod
@@ -104,11 +104,11 @@ class Setting:
             raise BadInput(f"no recorded row was made in {dtype}: expected one of {', '.join(sorted({m.provenance['dtype'] for m in every})) or 'none at all'}")
         made = [m.provenance["made"] for m in rows]
         kind = next((note["data"] for note in made if note["stages"]), made[0]["data"])
-        return cls(made[0]["base"]["fingerprint"], dtype, kind, {_plainly(protocol_of(m)): m.provenance.get("corpus_sha256") for m in rows})
+        return cls(made[0]["base"]["fingerprint"], dtype, kind, {_plainly(setup_of(m)): m.provenance.get("corpus_sha256") for m in rows})
 
 
-def _plainly(protocol: Protocol) -> Protocol:
-    return dataclasses.replace(protocol, batch=None)
+def _plainly(setup: Setup) -> Setup:
+    return dataclasses.replace(setup, batch=None)
 
 
 def wanted(grid: Grid, c: Configuration, at: Setting) -> dict[str, str]:
@@ -181,7 +181,7 @@ def sweep(grid: Grid, place: Place, store: Store, workers: Workers, others: Iter
         note = {"grid": grid.name, "size": grid.size, "group": c.group, "label": c.label}
         text = {
             "do": "configuration", **dataclasses.asdict(place), "stages": _plain(c), "note": note,
-            "protocols": [dataclasses.asdict(c.measures[name]) for name in lacking[c.label] if name in c.measures],
+            "setups": [c.measures[name].plain() for name in lacking[c.label] if name in c.measures],
             "timed": grid.timed if SECONDS_PER_TOKEN in lacking[c.label] else None,
         }  # fmt: skip
         names = {ids[name] for name in lacking[c.label]}
@@ -212,4 +212,4 @@ def _failure(c: Configuration, grid: Grid, place: Place, base: dict, why: str) -
     made = {"label": c.label, "stages": _plain(c), "base": base, "data": corpus.kind_of(place.data)}
     note = {"grid": grid.name, "size": grid.size, "group": c.group, "label": c.label}
     facts = {"subject": base["name"], "dtype": place.dtype, "made": made, "sweep": note, "why": why}
-    return Measurement("sweep", FAILED, None, None, None, 0, "configuration", [], {}, facts)
+    return Measurement(task="sweep", metric=FAILED, value=None, low=None, high=None, n=0, unit="configuration", items=[], provenance=facts)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import thesislib
 from thesislib.errors import BadInput
+from thesislib.evaluate.setup import Setup
 from thesislib.evaluate.speed import token_seconds
-from thesislib.evaluate.task import Protocol
 from thesislib.experiment import prepare, stage_of
 from thesislib.runner import execute, intact, results
 
@@ -59,7 +59,7 @@ def _configuration(order: dict) -> dict:
     device = _card(order["device"], order.get("per_card", 1))
     ready = prepare(order["subject"], stages, data=order["data"], dtype=order["dtype"], device=device)
     note = {**order["note"], "seconds_to_make": round(time.perf_counter() - started, 1)}  # less what the cache held
-    rows = [ready.measure(Protocol(**protocol), order["data"], sweep=note) for protocol in order["protocols"]]
+    rows = [ready.measure(Setup(**setup), order["data"], sweep=note) for setup in order["setups"]]
     if order["timed"]:
         rows.append(ready.noted(token_seconds(ready.model, order["timed"]), sweep=note))
     return {"rows": [asdict(m) for m in rows]}

@@ -19,10 +19,13 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from thesislib.compress.eora import Eora
 from thesislib.compress.lora import train as fit
 from thesislib.compress.lora.sequences import sequences
 from thesislib.compress.lora.stage import MERGES, Lora
 from thesislib.compress.lora.train import HeadLoss, Training, bfloat16_is_fast, indices, rate, read_checkpoint
+from thesislib.compress.stage import Shape
+from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.formats.load import load_subject, save_checkpoint
 from thesislib.model.blocks import apply_plan, remove
@@ -45,7 +48,7 @@ def folder(tmp_path_factory):
         "trivia": [{"question": "Who?", "answer": {"value": "me"}}],
     }
     for task, rows in tables.items():
-        path = root / f"{corpus.TASKS[task].folder}.jsonl"
+        path = root / f"{corpus.SOURCES[task].folder}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(root)
@@ -615,19 +618,15 @@ def test_labels_there_and_back():
 
 
 def test_what_may_come_before():
-    @dataclasses.dataclass
-    class Stage:
-        label: str
-
-    shape = type("Shape", (), {"depth": 2, "inputs": {"q_proj": 32, "up_proj": 32}})
-    Lora().check_after([], shape)
-    Lora(init="eora").check_after([Stage("W1:8"), Stage("E")], shape)
-    Lora(init="eora").check_after([Lora()], None)
-    for before in ([], [Stage("W1:8")], [Lora(merge="dense")]):
+    shape = Shape(2, {"q_proj": 32, "up_proj": 32})
+    Lora().after([], shape)
+    Lora(init="eora").after([Width(1, 8), Eora()], shape)
+    Lora(init="eora").after([Lora()], None)
+    for before in ([], [Width(1, 8)], [Lora(merge="dense")]):
         with pytest.raises(BadInput, match="init 'eora' trains the corrections that an EoRA stage made"):
-            Lora(init="eora").check_after(before, shape)
+            Lora(init="eora").after(before, shape)
     with pytest.raises(BadInput, match="rank 33 is larger than q_proj, which has 32 inputs"):
-        Lora(rank=33).check_after([], shape)
+        Lora(rank=33).after([], shape)
 
 
 @pytest.mark.embedded

@@ -20,7 +20,7 @@ WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
 
 
 def write(folder, task, rows):
-    path = folder / f"{corpus.TASKS[task].folder}.jsonl"
+    path = folder / f"{corpus.SOURCES[task].folder}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 

@@ -4,17 +4,22 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from thesislib.compress.lora.sequences import TEXTS, sequences
 from thesislib.compress.lora.train import Factors, Place, Training, bfloat16_is_fast
+from thesislib.compress.outline import Outline, Outlined, SizeUnknown, Zeros, corrected
 from thesislib.compress.selection import fits, patterns
+from thesislib.compress.stage import Shape, Stage, stage
 from thesislib.errors import BadInput, unknown
 from thesislib.model.layers import LINEARS, Adapted, adapt, merged, replace
+from thesislib.model.layers import base as base_of
 from thesislib.model.subject import Subject
 
 INITS = ("default", "gaussian", "orthogonal", "eora")
@@ -26,21 +31,34 @@ MERGES = {
 THESIS_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
+@stage("lora")
 @dataclass(frozen=True)
-class Lora:
-    """Train low-rank corrections y + (alpha / rank) x Aᵀ Bᵀ of `linears`, the model's own weights held fixed.
+class Lora(Stage):
+    """Train low-rank corrections y + (alpha / rank) x Aᵀ Bᵀ of `linears`; the model's own weights stay fixed.
 
-    text: wikitext (next-token loss on running text) or trivia (loss on the answers of questions), see
-    `thesislib.compress.lora.sequences`. linears: names or patterns, e.g. 'q_proj', '*_proj', 'blocks.3.*'; rank, alpha, dropout: as in
-    the thesis by default. init: default (A uniform, B zero), gaussian, orthogonal, or eora: train the corrections that
-    the subject has, which an EoRA stage of the same rank put there, instead of adding new ones. learning_rate: of
-    AdamW, with warm-up over the share `warmup` of the steps and then down a cosine; the default lies between the 2e-4
-    usual for models of 7 billion parameters and the 4e-3 that chapter 4 found for 135 million (held-out loss, 48 steps). steps: of
-    the optimiser, each on `accumulate` batches of `batch` sequences of `length` tokens; clip: the largest norm of the
-    gradient. every: steps between validations on `validation` held-out sequences; the best adapter is kept, the
-    untrained one included. checkpoint_every: steps between checkpoints. merge: beside, masked or dense, see `MERGES`.
-    autocast: compute in bfloat16; None for where the processor has instructions for it. seed: of
-    everything random.
+    Attributes:
+        text: wikitext: next-token loss on running text. trivia: loss on the answers of questions. See `thesislib.compress.lora.sequences`.
+        linears: names or patterns of projections, e.g. 'q_proj', '*_proj', 'blocks.3.*'; the thesis's four by default.
+        rank: of the corrections; the thesis's by default.
+        alpha: their scale is alpha / rank.
+        dropout: of the corrections' inputs while training.
+        init: default: A uniform, B zero. gaussian, orthogonal: as PEFT has them. eora: train the corrections that the subject has,
+            which an EoRA stage of the same rank put there, instead of adding new ones.
+        learning_rate: of AdamW; the default lies between the 2e-4 usual for models of 7 billion parameters and the 4e-3 that
+            chapter 4 found for 135 million (held-out loss, 48 steps).
+        steps: of the optimiser.
+        batch: sequences at a time.
+        accumulate: batches a step.
+        length: tokens of a sequence.
+        warmup: the share of the steps over which the learning rate rises; it then falls along a cosine.
+        clip: the largest norm of the gradient.
+        weight_decay: of AdamW.
+        every: steps between validations; the best adapter is kept, the untrained one included.
+        validation: held-out sequences.
+        checkpoint_every: steps between checkpoints.
+        merge: beside, masked or dense, see `MERGES`.
+        autocast: compute in bfloat16; None for where the processor has instructions for it.
+        seed: of everything random.
     """
 
     text: str = "wikitext"
@@ -64,11 +82,14 @@ class Lora:
     autocast: bool | None = None
     seed: int = 0
 
+    family: ClassVar[str] = "trained"
+    pattern: ClassVar[str] = r"[WT](-masked|-dense)?"
+
     def __post_init__(self):
         for what, value, options in (("text", self.text, TEXTS), ("init", self.init, INITS), ("merge", self.merge, MERGES)):
             if value not in options:
                 raise unknown(f"{what} of LoRA", value, options)
-        object.__setattr__(self, "linears", patterns(self.linears))
+        self._normalise(linears=patterns(self.linears))
         for name in ("rank", "steps", "batch", "accumulate", "every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} {getattr(self, name)} is too small: expected at least 1")
@@ -93,15 +114,41 @@ class Lora:
         """The config, with defaults, whose label `part` is."""
         return next((c for text in TEXTS for way in MERGES if (c := cls(text=text, merge=way)).label == part), None)
 
-    def check_after(self, previous: list, shape) -> None:
-        """Raises BadInput where `init: eora` has no correction to train, or a rank exceeds the inputs of a projection."""
-        beside = (stage.merge == "beside" if isinstance(stage, Lora) else stage.label.startswith("E") for stage in previous)
+    def after(self, previous: Sequence[Stage], shape: Shape | None = None) -> Shape | None:
+        """See `Stage`: `init: eora` needs a correction to train, and a rank is at most a projection's inputs."""
+        beside = (stage.merge == "beside" if isinstance(stage, Lora) else stage.family == "compensated" for stage in previous)
         if self.init == "eora" and not any(beside):
             raise BadInput("init 'eora' trains the corrections that an EoRA stage made: put one before it, or use init 'default'")
         if shape is not None:
             for name, inputs in shape.inputs.items():
                 if self.rank > inputs and any(fits(p, b, name) for p in self.linears for b in range(shape.depth)):
                     raise BadInput(f"rank {self.rank} is larger than {name}, which has {inputs} inputs")
+        return super().after(previous, shape)
+
+    def outline(self, outline: Outline) -> None:
+        """See `Stage`."""
+
+        def takes(block: int, name: str) -> bool:
+            return any(fits(pattern, block, name) for pattern in self.linears)
+
+        outline.check_alike(takes)
+        taken = {place for places in self.places(outline.subject) for place in places}
+        replaced = self.merge != "beside" or self.init == "eora"
+        if outline.budgeted - taken and (replaced or outline.dtype != torch.float32):
+            raise SizeUnknown
+
+        def trained(module: nn.Module, _: bool) -> nn.Module:
+            base = base_of(module)
+            if self.merge == "masked":
+                return Outlined(base, outline.dtype, None if base.grid else base.zeros)
+            if self.merge == "dense":
+                return Outlined(base, outline.dtype, Zeros())
+            return corrected(base if self.init == "eora" else module, self.rank, torch.float32)
+
+        outline.change(trained, takes)
+        outline.changed = set()
+        if replaced:
+            outline.budgeted = set()
 
     def places(self, subject: Subject) -> list[list[Place]]:
         """The (block, name) of the projections to adapt; all places of one in one list, where a plan repeats its block.

@@ -222,7 +222,7 @@ class Training:
         begun = self._resume(file) if file else 0
         self.subject.model.train()
         if not begun:
-            self._judge(split.held_out)
+            self._validate_and_keep_best(split.held_out)
         with tqdm(total=c.steps, initial=begun, desc=f"LoRA {c.label}", unit="step", disable=None) as bar:
             for number in range(begun + 1, c.steps + 1):
                 start = time.perf_counter()
@@ -233,7 +233,7 @@ class Training:
                     state["step"] = number
                     state["curve"].append({"step": number, "loss": loss, "learning_rate": rate(number, c)})
                     if number % c.every == 0 or number == c.steps:
-                        self._judge(split.held_out)
+                        self._validate_and_keep_best(split.held_out)
                 except BadInput as error:
                     raise BadInput(f"{error}; {_kept(file)}") from error
                 if file and (number % c.checkpoint_every == 0 or number == c.steps):
@@ -245,7 +245,7 @@ class Training:
                    "tokens_per_second": round(state["tokens"] / state["seconds"], 1), "resumed_at": begun}  # fmt: skip
         return self._best_factors(), report
 
-    def _judge(self, held_out: Sequences | None) -> None:
+    def _validate_and_keep_best(self, held_out: Sequences | None) -> None:
         """Validate, and keep the adapter if it is the best so far; without held-out sequences, the newest is."""
         state = self.state
         loss = None

@@ -1,0 +1,57 @@
+"""Labels: one writer, one reader."""
+
+import itertools
+import re
+
+import pytest
+
+from thesislib.compress.depth import Depth
+from thesislib.compress.eora import Eora
+from thesislib.compress.gptq import Gptq, Rtn
+from thesislib.compress.lora.sequences import TEXTS
+from thesislib.compress.lora.stage import MERGES, Lora
+from thesislib.compress.stage import FAMILIES, STAGES
+from thesislib.compress.width import Width
+from thesislib.errors import BadInput
+from thesislib.pipeline.label import DENSE, Label, kind_of
+from thesislib.pipeline.recipe import parse_label
+
+WRITTEN = [
+    *(Depth(remove=n, part=part) for n in (1, 24) for part in ("block", "attention", "mlp")), Depth(blocks=[3, 4]),
+    *(Width(n, m) for n, m in ((1, 8), (12, 16))), *(Width(ratio=r) for r in (0.5, 0.25, 0.125, 1 / 3, 1e-6)), Width(ratios={"q_proj": 0.5}),
+    *(Lora(text=text, merge=merge) for text in TEXTS for merge in MERGES), *(kind(bits=b) for kind in (Rtn, Gptq) for b in (2, 3, 4, 8)), Eora(), Eora(rank=7),
+]  # fmt: skip
+WRITTEN += [kind() for kind in STAGES.values() if kind not in {type(stage) for stage in WRITTEN}]
+
+
+@pytest.mark.parametrize("stage", WRITTEN, ids=lambda s: s.label)
+def test_every_label_that_a_stage_writes_is_read_as_that_stage(stage):
+    assert kind_of(stage.label) is type(stage) and [k for k in STAGES.values() if re.fullmatch(k.pattern, stage.label)] == [type(stage)]
+    if stage.label != "W~":  # which does not say the ratios
+        assert parse_label(stage.label).label == stage.label
+
+
+@pytest.mark.parametrize("stages", itertools.permutations([WRITTEN[0], Width(1, 8), Lora(), Gptq(), Eora()], 3))
+def test_a_label_reads_what_it_writes(stages):
+    text = "+".join(s.label for s in stages)
+    label = Label.parse(text)
+    assert str(label) == text and [k.word for k in label.kinds] == [s.word for s in stages]
+    assert label.family == max((s.family for s in stages), key=FAMILIES.index)
+    assert label.depth == sum(isinstance(s, Depth) for s in stages) and bool(label.width) == any(isinstance(s, Width) for s in stages)
+    assert label.training == ("W",) * any(isinstance(s, Lora) for s in stages) and label.corrected == any(isinstance(s, Eora) for s in stages)
+    assert label.bits == (4 if any(isinstance(s, Gptq) for s in stages) else None) and str(label.before()) == "+".join(s.label for s in stages[:2])
+
+
+def test_width_and_training_on_wikitext_are_told_apart():
+    label = Label.parse("D2+W1:8+W-masked+R3")
+    assert (label.depth, label.width, label.training, label.bits, label.family) == (2, ("1:8",), ("W",), 3, "quantised")
+    assert str(label.pruned) == "D2+W1:8" and Label.parse("D2+W-masked").family == "trained" and Label.parse("DA2+W25%").depth == 0
+
+
+def test_the_dense_model():
+    dense = Label.parse(DENSE)
+    assert dense.parts == () and str(dense) == DENSE and dense.family == "pruned" and dense.bits is None
+    with pytest.raises(BadInput, match="'dense' is the model as it was"):
+        dense.before()
+    with pytest.raises(BadInput, match="part 'X' is not understood"):
+        Label.parse("D2+X")

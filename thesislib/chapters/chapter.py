@@ -1,0 +1,83 @@
+"""What a chapter is: its notebook, its recorded run, and what others may ask of it. `thesislib.chapters.record` carries the run out."""
+
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from thesislib.experiment import recipe_of
+from thesislib.pipeline.forecast import shape_of, stand_in
+from thesislib.pipeline.recipe import Shape
+from thesislib.pipeline.run import Job
+from thesislib.records.measurement import Measurement
+
+# what a row is of, for the claims that compare rows of different chapters
+WIKITEXT, CLOSED, OPEN, WHOLE = "WikiText-2, 24 windows", "closed book", "open book", "WikiText-2, 32 windows"
+
+Key = tuple[Hashable, ...]  # what tells a row from the others of its chapter; the first is its label
+Keep = Callable[[Measurement], object]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of a recorded run that are made at one go, by one process.
+
+    Attributes:
+        name: tells it from the run's other parts.
+        rows: {key: n}, all its rows, each with the number of items that it is measured on, or None for all there are.
+        make: called with the keys to make and with what keeps a row as soon as it is made. It may keep fewer: those that this subject cannot have, or
+            that another chapter's record has.
+        file: a file beside the record, which `make` writes too.
+    """
+
+    name: str
+    rows: Mapping[Key, int | None]
+    make: Callable[[Collection[Key], Keep], object]
+    file: Path | None = None
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """A notebook and its recorded run. Of each number one module `chNN_name.py` of `thesislib.chapters` has it as CHAPTER.
+
+    Attributes:
+        notebook: its name, e.g. 03_width_pruning; its record is data/results/03_width_pruning.jsonl.
+        title: as lists have it.
+        parameters: the class of those that its notebook takes.
+        recorded: those of the recorded run that are not the class's defaults. They stand nowhere else.
+        parts: the recorded run with these parameters, into this file.
+        key: of a row of the record, as `parts` has it.
+        read: the record in this file, as the chapter's functions take it.
+        headline: what was found, in sentences, from what `read` gives.
+        reads: the notebooks' names of the other chapters whose records this one reads, in its notebook or in `read`.
+        claims: (label, what was measured, row) of those rows that the thesis's claims may be held against.
+    """
+
+    notebook: str
+    title: str
+    parameters: type
+    parts: Callable[[Any, Path], Iterable[Part]]
+    key: Callable[[Measurement], Key]
+    read: Callable[[Path], Any]
+    headline: Callable[[Any], str]
+    recorded: Mapping[str, Any] = field(default_factory=dict)
+    reads: tuple[str, ...] = ()
+    claims: Callable[[Iterable[Measurement]], Iterable[tuple[str, str, Measurement]]] = lambda rows: ()
+
+
+def book(m: Measurement) -> str:
+    """Whether answers were given with the book open or closed."""
+    return OPEN if m.provenance["settings"].get("open_book") else CLOSED
+
+
+LARGE = "size full"  # of the grid: the whole text, 1,200 questions
+
+
+def large(what: str) -> str:
+    """The same measured at the grid's size full."""
+    return f"{what.partition(',')[0]}, {LARGE}"
+
+
+def shape(subject: str) -> Shape:
+    """The shape of a spec's subject; no weight is read."""
+    return shape_of(stand_in(Job.prepare(subject, recipe_of(())).source))

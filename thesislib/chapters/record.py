@@ -1,0 +1,124 @@
+"""A chapter's recorded run carried out: row by row, gone on with after a kill, by one process or several."""
+
+import dataclasses
+import hashlib
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import Timeout
+from tqdm import tqdm
+
+from thesislib.chapters.chapter import Chapter, Key, Part, shape
+from thesislib.config import build
+from thesislib.errors import BadInput, shown
+from thesislib.experiment import DENSE, recipe_of
+from thesislib.files import cache_dir, lock, real
+from thesislib.pipeline.run import Job
+from thesislib.records.measurement import Measurement
+from thesislib.records.store import Store
+from thesislib.sources.corpus import default_data, kind_of
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What `record` did. added, missing: rows. busy: parts that another process is at."""
+
+    added: int
+    missing: int
+    busy: list[str]
+
+
+def parameters(chapter: Chapter, given: Mapping[str, Any], data: str | None = None) -> Any:
+    """Those of a chapter's recorded run, with those that are given instead.
+
+    Args:
+        chapter: which.
+        given: by name.
+        data: a data spec, by default `thesislib.sources.corpus.default_data()`.
+
+    Raises:
+        BadInput: one that the chapter does not take; a subject of which what it measures cannot be made.
+    """
+    takes = {f.name for f in dataclasses.fields(chapter.parameters)}
+    if data is not None and ("data" not in takes or "data" in given):
+        raise BadInput(f"{'-p data=... is given too' if 'data' in takes else f'chapter {chapter.notebook} reads no data'}: expected no --data")
+    where = {"data": default_data() if data is None else data} if "data" in takes else {}
+    try:
+        p = build(chapter.parameters, {**chapter.recorded, **where, **given})
+    except (TypeError, ValueError, AttributeError) as error:  # BadInput is a ValueError; the others: of a list's items
+        raise error if isinstance(error, BadInput) else BadInput(f"{chapter.notebook} cannot take {shown(given)} ({error})") from error
+    if where:
+        kind_of(p.data)
+    if hasattr(p, "check_shape"):
+        p.check_shape(shape(p.subject))
+    return p
+
+
+def record(chapter: Chapter, p: Any, folder: Path, limit: int | None = None) -> Recorded:
+    """Carry out a chapter's recorded run: make the rows and files that a folder lacks, in order. A run that was killed goes on where it was.
+
+    Of several processes each takes the parts that no other is at.
+
+    Args:
+        chapter: which.
+        p: an object of its parameters' class.
+        folder: of the record.
+        limit: make at most so many rows.
+
+    Raises:
+        BadInput: rows there are of another subject, or were made with other data; whatever the chapter refuses.
+    """
+    store = Store(folder / f"{chapter.notebook}.jsonl")
+    _check_alike(store, p)
+    parts, added, busy = list(chapter.parts(p, store.path)), 0, []
+    wanted = dict.fromkeys(key for part in parts for key in part.rows)
+
+    def missing(keys: Iterable[Key]) -> list[Key]:
+        rows = store.rows(items=False).values() if store.path.exists() else ()
+        have = {chapter.key(m) for m in rows}
+        return [key for key in keys if key not in have]
+
+    with tqdm(total=len(wanted), initial=len(wanted) - len(missing(wanted)), desc=chapter.notebook, unit="row", disable=None) as bar:
+
+        def keep(m: Measurement) -> None:
+            nonlocal added
+            store.append(m)
+            added += 1
+            bar.update()
+            bar.write(f"{m.provenance['made']['label']}: {m}", file=sys.stderr)
+
+        for part in parts:
+            left = None if limit is None else limit - added
+            if left == 0 or not _lacks(part, missing):
+                continue
+            name = hashlib.sha256(f"{real(store.path)} {part.name}".encode()).hexdigest()[:16]
+            try:
+                with lock(cache_dir() / "records" / name).acquire(timeout=0):
+                    if _lacks(part, missing):  # another process may have made it meanwhile
+                        part.make(missing(part.rows)[:left], keep)
+            except Timeout:
+                busy.append(part.name)
+    return Recorded(added, len(missing(wanted)), busy)
+
+
+def _lacks(part: Part, missing: Callable[[Iterable[Key]], list[Key]]) -> bool:
+    return bool(missing(part.rows)) or (part.file is not None and not part.file.exists())
+
+
+def _check_alike(store: Store, p: Any) -> None:
+    """Raises BadInput if a store has rows of another subject than these parameters', or rows that were made with another kind of data."""
+    rows = list(store.rows(items=False).values()) if store.path.exists() else []
+    kinds = {kind for m in rows if (kind := m.provenance["made"].get("data"))}
+    if kinds and (kind := kind_of(p.data)) not in kinds:
+        raise BadInput(f"{store.path} was made with data of kind {', '.join(sorted(kinds))}, this is {kind}: expected --data as then, or another --out FOLDER")
+    for dtype in dict.fromkeys(m.provenance["dtype"] for m in rows if hasattr(p, "subject")):
+        base = Job.prepare(p.subject, recipe_of(()), "embedded", dtype).base
+        for m in (m for m in rows if m.provenance["dtype"] == dtype):
+            made = m.provenance["made"]
+            then = made["base"]["fingerprint"] if "base" in made else m.provenance["fingerprint"] if made["label"] == DENSE else base["fingerprint"]
+            if then != base["fingerprint"]:
+                raise BadInput(f"{store.path} holds rows of {m.provenance['subject']}, fingerprint {then[:12]}..., and this subject is {base['name']}, "
+                               f"{base['fingerprint'][:12]}...: expected another --out FOLDER")  # fmt: skip

@@ -1,0 +1,29 @@
+"""BoolQ: a yes-or-no question that people asked, with a passage that answers it (Clark et al. 2019)."""
+
+from thesislib.evaluate.choice import MultipleChoice
+from thesislib.sources.corpus import ARROW, WORDS, Choice, Row, Source
+
+
+class BoolQ(MultipleChoice):
+    """See the module."""
+
+    name = "boolq"
+    stock = "super_glue/boolq/default.yaml"
+    metric = "acc"
+    source = Source(
+        name, {"question": WORDS, "passage": WORDS, "answer": (lambda value: isinstance(value, bool), "true or false")},
+        "boolq/validation", ARROW.format("boolq/none"), ("google/boolq", None, "validation"),
+    )  # fmt: skip
+
+    def item(self, i: int, row: Row) -> Choice:
+        """See `MultipleChoice.item`."""
+        return Choice(str(i), f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", ("no", "yes"), int(row["answer"]))
+
+    def stock_row(self, row: Row) -> Row:
+        """As SuperGLUE has it."""
+        return {"question": row["question"], "passage": row["passage"], "label": int(row["answer"])}
+
+    def chance(self, items: list[Choice]) -> float:
+        """What the more frequent answer gets on these items: more than a coin, and a model that always says the same is no better."""
+        yes = sum(item.label for item in items) / len(items)
+        return max(yes, 1 - yes)

@@ -1,0 +1,31 @@
+"""HellaSwag: which of four endings a description of an everyday scene goes on with (Zellers et al. 2019)."""
+
+import re
+
+from thesislib.evaluate.choice import MultipleChoice
+from thesislib.sources.corpus import ARROW, SEVERAL_WORDS, TEXT, WHOLE_NUMBER, Choice, Row, Source, name_of
+
+
+class HellaSwag(MultipleChoice):
+    """See the module."""
+
+    name = "hellaswag"
+    stock = "hellaswag/hellaswag.yaml"
+    source = Source(
+        name, {"activity_label": TEXT, "ctx_a": TEXT, "ctx_b": TEXT, "endings": SEVERAL_WORDS, "label": WHOLE_NUMBER},
+        "hellaswag/validation", ARROW.format("hellaswag/none"), ("Rowan/hellaswag", None, "validation"),
+    )  # fmt: skip
+
+    def item(self, i: int, row: Row) -> Choice:
+        """See `MultipleChoice.item`."""
+        context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
+        return Choice(f"{name_of(row, 'ind') or i}/{i}", _wikihow(context), tuple(_wikihow(e) for e in row["endings"]), int(row["label"]))
+
+    def stock_row(self, row: Row) -> Row:
+        """See `MultipleChoice.stock_row`."""
+        return super().stock_row(row) | {"label": str(row["label"])}
+
+
+def _wikihow(text: str) -> str:
+    """HellaSwag's WikiHow half has '[title]' and '[step]' marks."""
+    return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")

@@ -1,0 +1,23 @@
+"""PIQA: which of two ways reaches a goal in the physical world (Bisk et al. 2020)."""
+
+from thesislib.evaluate.choice import MultipleChoice
+from thesislib.sources.corpus import ARROW, WHOLE_NUMBER, WORDS, Choice, Row, Source
+
+
+class Piqa(MultipleChoice):
+    """See the module."""
+
+    name = "piqa"
+    stock = "piqa/piqa.yaml"
+    source = Source(
+        name, {"goal": WORDS, "sol1": WORDS, "sol2": WORDS, "label": WHOLE_NUMBER},
+        "piqa/validation", ARROW.format("piqa/plain_text"), ("baber/piqa", None, "validation"),
+    )  # fmt: skip
+
+    def item(self, i: int, row: Row) -> Choice:
+        """See `MultipleChoice.item`."""
+        return Choice(str(i), f"Question: {row['goal']}\nAnswer:", (row["sol1"], row["sol2"]), int(row["label"]))
+
+    def stock_row(self, row: Row) -> Row:
+        """See `MultipleChoice.stock_row`."""
+        return super().stock_row(row) | {"label": int(row["label"])}

@@ -1,0 +1,35 @@
+"""WinoGrande: which of two names fills a gap (Sakaguchi et al. 2020), by lm-evaluation-harness alone.
+
+It scores one ending, what follows the gap, after two contexts: the fast way, many endings after one context, has no place for that.
+"""
+
+from thesislib.errors import BadInput
+from thesislib.evaluate.choice import MultipleChoice
+from thesislib.evaluate.task import Options
+from thesislib.sources.corpus import ARROW, TEXT, WORDS, Choice, Row, Source
+
+
+class WinoGrande(MultipleChoice):
+    """See the module."""
+
+    name = "winogrande"
+    stock = "winogrande/default.yaml"
+    metric = "acc"
+    source = Source(
+        name,
+        {
+            "sentence": (lambda value: TEXT[0](value) and "_" in value, "a text with a gap, _"), "option1": WORDS, "option2": WORDS,
+            "answer": (lambda value: value in ("1", "2"), '"1" or "2"'),
+        },
+        "winogrande/validation", ARROW.format("winogrande/winogrande_xl"), ("allenai/winogrande", "winogrande_xl", "validation"),
+    )  # fmt: skip
+
+    def check(self, options: Options) -> None:
+        """See `Task.check`."""
+        super().check(options)
+        if options.fast:
+            raise BadInput("task 'winogrande' has no fast way, which wants one context before all endings: leave out --fast (in a grid, fast: true)")
+
+    def item(self, i: int, row: Row) -> Choice:
+        """The two names as what may be chosen; it is never scored, and says what chance is."""
+        return Choice(str(i), row["sentence"], (row["option1"], row["option2"]), int(row["answer"]) - 1)
