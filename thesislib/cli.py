@@ -89,7 +89,7 @@ class NamesTasks(TyperCommand):
 
         for parameter in self.params:
             if parameter.name == "on":
-                parameter.help = ", ".join(TASKS)
+                setattr(parameter, "help", ", ".join(TASKS))  # noqa: B010, which options have and arguments not
         super().format_help(ctx, formatter)
 
 

@@ -45,7 +45,7 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
 
 def fields_of(kind: type) -> dict[str, dataclasses.Field]:
     """The fields of a dataclass by name, those that it shares with others (keyword-only) last."""
-    return {f.name: f for f in sorted(dataclasses.fields(kind), key=lambda f: f.kw_only)}
+    return {f.name: f for f in sorted(dataclasses.fields(kind), key=lambda f: bool(f.kw_only))}
 
 
 def _fits(value: Any, hint: Any) -> bool:
