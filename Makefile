@@ -35,7 +35,7 @@ lint: setup
 	$(PY) -m mypy
 
 unit: fetch
-	$(PY) -m pytest tests thesislib -m "not browser" --durations=10
+	$(PY) -m pytest tests thesislib -m "not browser" -n 2 --dist worksteal --durations=10
 
 # every notebook runs once, against its stored outputs; its default data is the embedded text
 nbval: fetch

@@ -4,9 +4,9 @@ import json
 import struct
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
+from tests.fakes import accuracy, perplexity
 from thesislib.chapters import FIGURE, block, figures, labels, record_file, recorded, three_findings
 from thesislib.chapters import ch06_grid as evaluation
 from thesislib.chapters import pareto as trade_offs
@@ -15,7 +15,6 @@ from thesislib.chapters.labels import family
 from thesislib.chapters.pareto import OPEN, PPL, front, points
 from thesislib.errors import BadInput
 from thesislib.files import ROOT
-from thesislib.records.measurement import Measurement
 
 
 def provenance(megabytes, millions=100):
@@ -24,19 +23,11 @@ def provenance(megabytes, millions=100):
 
 
 def ppl(per_token, megabytes, seed=0):
-    noise = np.random.default_rng(1).normal(0, 0.3, 24) + np.random.default_rng(seed).normal(0, 0.01, 24)
-    items = [{"id": i, "document": i, "nats": 100 * (per_token + noise[i]), "tokens": 100} for i in range(24)]
-    value = float(np.exp(per_token))
-    return Measurement(
-        task="text", metric="perplexity", value=value, low=0.9 * value, high=1.1 * value, n=24, unit="window", items=items, provenance=provenance(megabytes)
-    )
+    return perplexity(per_token, seed, texts=1, provenance=provenance(megabytes))
 
 
 def answers(share, megabytes, n=100):
-    items = [{"id": i, "correct": i < share * n, "tier": "exact" if i < share * n else None} for i in range(n)]
-    return Measurement(
-        task="questions", metric="accuracy", value=share, low=share - 0.1, high=share + 0.1, n=n, unit="question", items=items, provenance=provenance(megabytes)
-    )
+    return accuracy(share, n, provenance=provenance(megabytes))
 
 
 @pytest.fixture
