@@ -32,9 +32,10 @@ fetch: setup
 lint: setup
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 unit: fetch
-	$(PY) -m pytest tests thesislib -m "not browser" --durations=10
+	$(PY) -m pytest tests thesislib -m "not browser" -n 2 --dist worksteal --durations=10
 
 # every notebook runs once, against its stored outputs; its default data is the embedded text
 nbval: fetch

@@ -36,8 +36,9 @@ def _usage_escaped() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(getattr(error, "message", None), str) and hasattr(error, "exit_code"):  # Typer's own, whose class it keeps to itself
-            error.message = printable(error.message)
+        text = getattr(error, "message", None)
+        if isinstance(text, str) and hasattr(error, "exit_code"):  # Typer's own, whose class it keeps to itself
+            setattr(error, "message", printable(text))  # noqa: B010, which no class that is known here has
         raise
 
 
@@ -50,7 +51,11 @@ def _print_all() -> None:
 
     A measurement of hours is not lost because a terminal knows ASCII only.
     """
-    codecs.register_error("json", lambda error: (json.dumps(error.object[error.start : error.end])[1:-1], error.end))
+
+    def escaped(error):
+        return json.dumps(error.object[error.start : error.end])[1:-1], error.end
+
+    codecs.register_error("json", escaped)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="json")
@@ -84,7 +89,7 @@ class NamesTasks(TyperCommand):
 
         for parameter in self.params:
             if parameter.name == "on":
-                parameter.help = ", ".join(TASKS)
+                setattr(parameter, "help", ", ".join(TASKS))  # noqa: B010, which options have and arguments not
         super().format_help(ctx, formatter)
 
 

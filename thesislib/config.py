@@ -22,7 +22,7 @@ def settings(kind: type[T], namespace: Mapping[str, Any]) -> T:
     Raises:
         BadInput: a value of the wrong type, or one that its own check refuses.
     """
-    return build(kind, {f.name: namespace[f.name] for f in dataclasses.fields(kind) if f.name in namespace})
+    return build(kind, {f.name: namespace[f.name] for f in dataclasses.fields(typing.cast(Any, kind)) if f.name in namespace})
 
 
 def build(kind: type[T], values: Mapping[str, Any]) -> T:
@@ -45,7 +45,7 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
 
 def fields_of(kind: type) -> dict[str, dataclasses.Field]:
     """The fields of a dataclass by name, those that it shares with others (keyword-only) last."""
-    return {f.name: f for f in sorted(dataclasses.fields(kind), key=lambda f: f.kw_only)}
+    return {f.name: f for f in sorted(dataclasses.fields(kind), key=lambda f: bool(f.kw_only))}
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -23,7 +23,7 @@ def imported(code: str) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.Call) and getattr(node.func, "id", None) == members.__name__ and node.args and isinstance(node.args[0], ast.Constant):
-            found.add(f"{node.args[0].value}.*")
+            found.add(f"{node.args[0].value!s}.*")
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:

@@ -83,7 +83,7 @@ def value(node: yaml.Node, path: Path) -> Any:
     if isinstance(node, yaml.MappingNode):
         return {key: value(child, path) for key, child in entries(node, path, "key").items()}
     text = node.value
-    if node.style is not None:  # quoted
+    if isinstance(node, yaml.ScalarNode) and node.style is not None:  # quoted
         return text
     if text in ("true", "false"):
         return text == "true"

@@ -1,8 +1,8 @@
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
+from tests.fakes import perplexity
 from thesislib.chapters import ch00_measures as measures
 from thesislib.chapters import ch01_franken as franken
 from thesislib.chapters import chapters, findings, record_file, recorded
@@ -17,12 +17,7 @@ DEPTH, WINDOWS, ITEMS = 30, 24, 200
 
 
 def loss(plan, per_token, seed=0):
-    noise = np.random.default_rng(seed).normal(0, 0.01, WINDOWS)
-    items = [{"id": i, "document": i, "nats": 100 * (per_token + noise[i]), "tokens": 100} for i in range(WINDOWS)]
-    value = float(np.exp(per_token))
-    return Measurement(
-        task="text", metric="perplexity", value=value, low=value * 0.9, high=value * 1.1, n=WINDOWS, unit="window", items=items, provenance={"plan": list(plan)}
-    )
+    return perplexity(per_token, seed, n=WINDOWS, provenance={"plan": list(plan)})
 
 
 def hella(plan, right):

@@ -6,12 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tests.fakes import perplexity
 from thesislib.chapters import ch02_depth as depth
 from thesislib.chapters import ch03_width as width
 from thesislib.chapters.thesis import thesis_row, thesis_rows
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
-from thesislib.records.measurement import Measurement
 from thesislib.records.store import Store
 from thesislib.sources.corpus import Question, join
 
@@ -32,12 +32,7 @@ def text():
 
 
 def loss(per_token, seed=0, **provenance):
-    noise = np.random.default_rng(seed).normal(0, 0.01, WINDOWS)
-    items = [{"id": i, "document": i, "nats": 100 * (per_token + noise[i]), "tokens": 100} for i in range(WINDOWS)]
-    value = math.exp(per_token)
-    return Measurement(
-        task="text", metric="perplexity", value=value, low=value * 0.9, high=value * 1.1, n=WINDOWS, unit="window", items=items, provenance=provenance
-    )
+    return perplexity(per_token, seed, n=WINDOWS, provenance=provenance)
 
 
 # ---------------------------------------------------------------- chapter 2
@@ -75,7 +70,7 @@ def test_tables_and_sentences_of_depth(measured):
     assert np.allclose(np.diag(correlations), 1) and np.allclose(correlations, correlations.T)
     table = depth.thesis_table(measured)
     assert list(table.index) == ["dense", "D2"] and table.loc["D2", "x dense "] == "2.08"
-    assert "D2" in depth.headline(measured) and "Record" not in depth.headline(measured)
+    assert "D2" in depth.headline(measured)
     assert len(depth.curves(measured)) == len(measured.perplexity)
 
 

@@ -1,8 +1,8 @@
 """Chapter 4: what it measures on a tiny model, that a run killed goes on, and that its sentences turn with the numbers."""
 
-import numpy as np
 import pytest
 
+from tests.fakes import accuracy, perplexity
 from thesislib.chapters import ch04_recovery as recovery
 from thesislib.chapters import ch04_runs as lora
 from thesislib.chapters import figures
@@ -92,30 +92,12 @@ def test_what_the_chapter_refuses():
 
 def loss(per_token, seed=0, **settings):
     """A made-up perplexity over 24 documents."""
-    noise = np.random.default_rng(0).normal(0, 0.3, 24) + np.random.default_rng(seed).normal(0, 0.01, 24)
-    items = [{"id": i, "document": i, "nats": 100 * (per_token + noise[i]), "tokens": 100} for i in range(24)]
     report = {
         "curve": [{"step": 1, "loss": 3.0}], "validation": [{"step": 0, "loss": 3.5}, {"step": 4, "loss": 3.0}], "best_loss": 3.0, "best_step": 4,
         "tokens": 1000, "parameters": 10**6, "tokens_per_second": 100.0,
     }  # fmt: skip
     made = {"reports": [report], "bytes": {"parameters": 10, "nonzero_parameters": 8, "bytes_on_disk": 10**6}, "stages": [{"lora": {"learning_rate": 0.002}}]}
-    value = float(np.exp(per_token))
-    return Measurement(
-        task="text",
-        metric="perplexity",
-        value=value,
-        low=value * 0.9,
-        high=value * 1.1,
-        n=24,
-        unit="window",
-        items=items,
-        provenance={"made": made, "chapter": {"text": "x"}, **settings},
-    )
-
-
-def answers(share, n=200):
-    items = [{"id": i, "correct": i < share * n} for i in range(n)]
-    return Measurement(task="q", metric="accuracy", value=share, low=share - 0.05, high=share + 0.05, n=n, unit="question", items=items)
+    return perplexity(per_token, seed, texts=0, provenance={"made": made, "chapter": {"text": "x"}, **settings})
 
 
 @pytest.fixture
@@ -132,8 +114,8 @@ def story():
     results = {(c, PPL): loss(x, seed) for seed, (c, x) in enumerate(found.items())}
     for c, share in ((C("dense"), 0.3), (C("D2"), 0.1), (C("D2", "wikitext"), 0.25), (C("D2", "trivia"), 0.15), (C("dense", "wikitext"), 0.3),
                      (C("dense", "trivia"), 0.31)):  # fmt: skip
-        results[c, CLOSED] = answers(share)
-        results[c, OPEN] = answers(share + 0.3)
+        results[c, CLOSED] = accuracy(share)
+        results[c, OPEN] = accuracy(share + 0.3)
     return results
 
 
@@ -149,7 +131,7 @@ def test_recovery_is_counted_against_the_control(story):
 
 def test_sentences_turn_with_the_numbers(story):
     assert "WikiText is better for D2, worse for none, and within noise for the other 1" in recovery.texts_sentence(story)
-    story[Configuration("D2", "wikitext"), CLOSED] = answers(0.02)
+    story[Configuration("D2", "wikitext"), CLOSED] = accuracy(0.02)
     assert "better for none, worse for D2" in recovery.texts_sentence(story)
     assert "D2+W+W1:8 (40.45) is worse than D2+W1:8+W" in recovery.order_sentence(story)
     story[Configuration("D2", "wikitext", after="W1:8"), PPL] = loss(3.3)

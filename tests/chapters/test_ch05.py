@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from tests.fakes import perplexity
 from thesislib.chapters import ch05_quantisation as quantisation
 from thesislib.chapters import ch05_runs as gptq
 from thesislib.chapters import figures
@@ -14,7 +15,6 @@ from thesislib.experiment import again
 from thesislib.formats.load import save_checkpoint
 from thesislib.model.grid import Grid, round_to_nearest
 from thesislib.model.layers import LINEARS
-from thesislib.records.measurement import Measurement
 from thesislib.records.store import Store
 from thesislib.sources import corpus
 
@@ -87,20 +87,7 @@ def test_ingredients_change_one_thing_each():
 
 
 def loss(per_token, seed=0):
-    noise = np.random.default_rng(0).normal(0, 0.3, 24) + np.random.default_rng(seed).normal(0, 0.01, 24)
-    items = [{"id": i, "document": i, "nats": 100 * (per_token + noise[i]), "tokens": 100} for i in range(24)]
-    value = float(np.exp(per_token))
-    return Measurement(
-        task="text",
-        metric="perplexity",
-        value=value,
-        low=value * 0.9,
-        high=value * 1.1,
-        n=24,
-        unit="window",
-        items=items,
-        provenance={"made": {"bytes": {"bytes_on_disk": 10**6}}},
-    )
+    return perplexity(per_token, seed, texts=0, provenance={"made": {"bytes": {"bytes_on_disk": 10**6}}})
 
 
 def test_sentences_turn_with_the_numbers():

@@ -4,9 +4,9 @@ import json
 import struct
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
+from tests.fakes import accuracy, perplexity
 from thesislib.chapters import FIGURE, block, figures, labels, record_file, recorded, three_findings
 from thesislib.chapters import ch06_grid as evaluation
 from thesislib.chapters import pareto as trade_offs
@@ -15,7 +15,6 @@ from thesislib.chapters.labels import family
 from thesislib.chapters.pareto import OPEN, PPL, front, points
 from thesislib.errors import BadInput
 from thesislib.files import ROOT
-from thesislib.records.measurement import Measurement
 
 
 def provenance(megabytes, millions=100):
@@ -24,19 +23,11 @@ def provenance(megabytes, millions=100):
 
 
 def ppl(per_token, megabytes, seed=0):
-    noise = np.random.default_rng(1).normal(0, 0.3, 24) + np.random.default_rng(seed).normal(0, 0.01, 24)
-    items = [{"id": i, "document": i, "nats": 100 * (per_token + noise[i]), "tokens": 100} for i in range(24)]
-    value = float(np.exp(per_token))
-    return Measurement(
-        task="text", metric="perplexity", value=value, low=0.9 * value, high=1.1 * value, n=24, unit="window", items=items, provenance=provenance(megabytes)
-    )
+    return perplexity(per_token, seed, texts=1, provenance=provenance(megabytes))
 
 
 def answers(share, megabytes, n=100):
-    items = [{"id": i, "correct": i < share * n, "tier": "exact" if i < share * n else None} for i in range(n)]
-    return Measurement(
-        task="questions", metric="accuracy", value=share, low=share - 0.1, high=share + 0.1, n=n, unit="question", items=items, provenance=provenance(megabytes)
-    )
+    return accuracy(share, n, provenance=provenance(megabytes))
 
 
 @pytest.fixture
@@ -103,9 +94,7 @@ def test_findings_turn_with_the_records(story):
     assert "of 4 untrained ones 0 and of 3 trained ones 1 are beaten" in trade_offs.equal_bytes_sentence(story)
     plain = {**story, ("Q", PPL): ppl(3.05, 100, 20)}
     assert "of 4 untrained ones 3 and of 3 trained ones 1 are beaten" in trade_offs.equal_bytes_sentence(plain)
-    assert "alike: untrained dense (270 MB, perplexity 20.1 against 20.1), trained D2+W+Q (110 MB, perplexity 23.3 against 18.2)" not in "".join(
-        evaluation.top_findings(story)
-    )  # 23.3 is more than 1.25 times 18.2
+    assert "perplexity 23.3" not in "".join(evaluation.top_findings(story))  # D2+W+Q's, which is more than 1.25 times 18.2
     assert "alike: untrained Q (100 MB, perplexity 21.1 against 20.1), trained D2+W (251 MB, perplexity 22.2 against 18.2)" in evaluation.top_findings(plain)[0]
     came = {key: replace(m, provenance={**m.provenance, "subject": "SmolLM2-135M-Instruct"}) for key, m in story.items()}
     assert "It came as a file of 98 MB in Q4_1" in evaluation.top_findings(came)[0] and "It came" not in evaluation.top_findings(story)[0]

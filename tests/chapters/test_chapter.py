@@ -230,7 +230,8 @@ class Counting:
 def parts(p, file):
     def make(missing, keep):
         for (label,) in missing:
-            keep(Measurement("counting", "count", float(p.n), 0.0, 9.0, 1, "item", [{"id": 0}], {}, {"made": {"label": label}, "dtype": "float32"}))
+            keep(Measurement(task="counting", metric="count", value=float(p.n), low=0.0, high=9.0, n=1, unit="item", items=[{"id": 0}],
+                             provenance={"made": {"label": label}, "dtype": "float32"}))
     return [Part(label, {(label,): 1}, make) for label in ("one", "two")]
 
 def headline(rows):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from docutils.nodes import make_id
 
+from tests.fakes import perplexity
 from thesislib.chapters.ch01_franken import plan_name
 from thesislib.chapters.claims import CLAIMS, CLOSED, FAILS, HOLDS, MISSING, UNDECIDED, WHOLE_PAGE, WIKITEXT, judge, large, page, recorded_pool
 from thesislib.compress.franken import parse_plan
@@ -18,9 +19,7 @@ COMPARING = [c for c in CLAIMS if c.within is None]
 
 
 def ppl(per_token, seed):
-    noise = np.random.default_rng(0).normal(0, 0.3, 24) + np.random.default_rng(seed).normal(0, 0.02, 24)
-    items = [{"id": i, "document": i, "nats": 100 * (per_token + noise[i]), "tokens": 100} for i in range(24)]
-    return Measurement(task="text", metric="perplexity", value=float(np.exp(per_token)), low=0, high=0, n=24, unit="window", items=items)
+    return perplexity(per_token, seed, texts=0, spread=0.02)
 
 
 def answers(share, seed, n=400):

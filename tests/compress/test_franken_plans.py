@@ -42,7 +42,7 @@ def test_franken_plans_at_32_are_the_originals(name):
 
 @pytest.mark.parametrize("depth", [11, 12, 16, 22, 24, 28, 30, 32, 40, 80])
 def test_carried_plans_keep_order_and_kind(depth):
-    plans = franken_plans(depth)
+    plans, original = franken_plans(depth), franken_plans(32)
     assert len(plans) == 25
     assert plans["baseline"] == tuple(range(depth))
     assert plans["only_even_layers"] == tuple(range(0, depth, 2))
@@ -50,8 +50,8 @@ def test_carried_plans_keep_order_and_kind(depth):
         assert list(plan) == sorted(plan), name
         assert plan[-1] < depth
         repeats = max(plan.count(b) for b in set(plan))
-        assert repeats == max(franken_plans(32)[name].count(b) for b in franken_plans(32)[name]), name
-    assert len(set(plans.values())) == 25 or depth < 16
+        assert repeats == max(original[name].count(b) for b in original[name]), name
+    assert len(set(plans.values())) == (24 if depth == 11 else 25)  # in so few blocks two plans fall together
     assert set(range(depth)) - set(plans["15_single_skip"]) != set()  # a single skipped block never vanishes
     assert plans["0_7_15_23_31"][0] == 0 and plans["0_7_15_23_31"][-1] == depth - 1
 

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from thesislib.cli import app
 from thesislib.device import emulate as emulation
-from thesislib.device.emulate import CLASSES, OWN, ROUNDED_TOLERANCE, TOOLS, Distance, build, counted, distance, emulate, missing_tools, multiplied
+from thesislib.device.emulate import CLASSES, ROUNDED_TOLERANCE, TOOLS, Distance, build, counted, distance, emulate, missing_tools, multiplied
 from thesislib.errors import BadInput
-from thesislib.files import ROOT
+from thesislib.files import ROOT, shipped
 from thesislib.formats.gguf import export_gguf
 
 cross = pytest.mark.skipif(bool(missing_tools()), reason=f"needs {', '.join(sorted(set(TOOLS.values())))}")
@@ -137,7 +137,7 @@ room: .space 64
 def test_every_instruction_is_in_its_class(tmp_path):
     (tmp_path / "program.S").write_text(PROGRAM)
     subprocess.run(["riscv64-linux-gnu-gcc", "-nostdlib", "-static", "program.S", "-o", "program"], cwd=tmp_path, check=True)
-    subprocess.run(["gcc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", OWN / "count.c", "-o", "count.so"], cwd=tmp_path, check=True)
+    subprocess.run(["gcc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", shipped("hw/emulate/count.c"), "-o", "count.so"], cwd=tmp_path, check=True)
     done = subprocess.run(["qemu-riscv64", "-plugin", "./count.so", "./program"], cwd=tmp_path, check=True, capture_output=True, text=True)
     _, (found,) = counted(done.stderr)
     # three rounds; besides, in each: lla (two integers), what counts down and the loop's branch; then the second mark's li, li and call
@@ -176,8 +176,9 @@ def test_missing_tools_are_named_with_their_packages(monkeypatch):
 
 def test_an_installation_without_sources(monkeypatch, tmp_path):
     monkeypatch.setattr("shutil.which", lambda tool: tool)
-    monkeypatch.setattr(emulation, "OWN", tmp_path)
-    with pytest.raises(BadInput, match="expected a checkout of thesislib"):
+    for place in ("PACKAGE", "ROOT"):
+        monkeypatch.setattr(f"thesislib.files.{place}", tmp_path)
+    with pytest.raises(BadInput, match="no 'hw/emulate' in this installation of thesislib"):
         build()
 
 

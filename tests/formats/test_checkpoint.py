@@ -411,6 +411,7 @@ def test_what_reads_back_otherwise_is_not_written(tiny, tmp_path, monkeypatch, w
     from thesislib.formats import artifact as formats
     from thesislib.formats import gguf as gguf_format
     from thesislib.formats import gptq as gptq_format
+    from thesislib.formats import load
 
     subject = tiny(layers=2, hidden_size=64, intermediate_size=96, num_key_value_heads=4, head_dim=16)
     spoil = lambda tensors: {key: (t + 1 if key.endswith("norm.weight") else t) for key, t in tensors.items()}  # noqa: E731
@@ -424,7 +425,8 @@ def test_what_reads_back_otherwise_is_not_written(tiny, tmp_path, monkeypatch, w
         monkeypatch.setattr(gptq_format, "plain_tensors", lambda s, real=formats.plain_tensors: spoil(real(s)))
         write = lambda: export_gptq(Rtn(bits=4, group=32).apply(subject)[0], tmp_path / "out")  # noqa: E731
     else:
-        monkeypatch.setattr(formats, "plain_tensors", lambda s, real=formats.plain_tensors: spoil(real(s)))
+        for module in (formats, load):
+            monkeypatch.setattr(module, "plain_tensors", lambda s, real=formats.plain_tensors: spoil(real(s)))
         monkeypatch.setattr(formats, "packed_tensors", lambda s, real=formats.packed_tensors: (spoil(real(s)[0]), real(s)[1]))
         if way == "packed":
             subject = Width(remove=2, of=4, metric="magnitude").apply(subject)[0]

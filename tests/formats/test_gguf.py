@@ -180,6 +180,7 @@ def test_on_the_command_line(tiny, tmp_path, monkeypatch):
         assert CliRunner().invoke(app, ["export", "small", *options]).exit_code == 2
 
 
+@pytest.mark.slow
 @pytest.mark.embedded
 def test_the_embedded_file_comes_back(embedded_subject, tmp_path, monkeypatch):
     """Rounded to the grid that its weights lie on already, the subject is the file that it came from."""

@@ -2,7 +2,6 @@
 
 import errno
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -16,6 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 import thesislib
+from tests.fakes import processes
 from thesislib.cli import app
 from thesislib.compress.depth import Depth
 from thesislib.compress.eora import Eora
@@ -478,10 +478,8 @@ def child(cache, folder, recipe, out, die=None):
 
 @pytest.fixture(scope="module")
 def start():
-    """Starts `child` in a process that has everything imported already, so that a kill meets work and not imports."""
-    context = multiprocessing.get_context("forkserver")
-    llama = "transformers.models.llama."
-    context.set_forkserver_preload(["pytest", "thesislib.pipeline.run", f"{llama}modeling_llama", f"{llama}configuration_llama"])
+    """Starts `child` in a process of its own."""
+    context = processes()
 
     def start(*args):
         process = context.Process(target=child, args=args)
@@ -512,6 +510,7 @@ MOMENTS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_at_the_worst_moments(folder, place, start, moment):
     recipe, out = of(Toy(2), D2, W18), place / "out"
@@ -529,7 +528,8 @@ def test_killed_at_the_worst_moments(folder, place, start, moment):
     assert leftovers(place / "other") == []
 
 
-def test_killed_at_ten_random_moments(folder, place, start):
+@pytest.mark.slow
+def test_killed_at_random_moments(folder, place, start):
     recipe, out, other = of(Toy(2, seconds=0.2), D2, Toy(3, seconds=0.2), W18), place / "out", place / "other"
     expected = read_artifact(compress(folder, recipe, place / "uninterrupted"))["fingerprint"]
     began = time.perf_counter()
@@ -537,7 +537,7 @@ def test_killed_at_ten_random_moments(folder, place, start):
     whole_s = time.perf_counter() - began
     rng, kills = random.Random(0), 0
     shutil.rmtree(out)
-    while kills < 10:
+    while kills < 5:
         process = start(other, folder, recipe, out)
         process.join(rng.uniform(0.1, 0.6) * whole_s)
         process.kill()
@@ -553,6 +553,7 @@ def test_killed_at_ten_random_moments(folder, place, start):
     assert leftovers(other) == []
 
 
+@pytest.mark.slow
 def test_two_at_once_share_the_work_and_the_folder(folder, place, start):
     recipe, other = of(Toy(2, seconds=0.5), W18), place / "other"
     processes = [start(other, folder, recipe, place / "out") for _ in range(2)]

@@ -3,7 +3,6 @@
 import gzip
 import json
 import math
-import multiprocessing
 import os
 import random
 import re
@@ -14,6 +13,7 @@ from itertools import count
 
 import pytest
 
+from tests.fakes import processes
 from thesislib.errors import BadInput
 from thesislib.records import store as stored
 from thesislib.records.measurement import Measurement
@@ -169,10 +169,7 @@ def die(path, moment):
 
 @pytest.fixture(scope="module")
 def context():
-    """Processes that have everything imported already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "thesislib.records.store"])
-    return context
+    return processes()
 
 
 def test_writers_at_once_lose_nothing(context, store):
@@ -196,6 +193,7 @@ def test_threads_at_once_lose_nothing(store):
     assert sorted(store.read()[0]) == sorted(names) and len(set(names)) == 30
 
 
+@pytest.mark.slow
 def test_killed_at_ten_random_moments(context, store, tmp_path):
     rng, acknowledged, own = random.Random(0), tmp_path / "acknowledged", []
     acknowledged.touch()

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from thesislib.errors import BadInput
 from thesislib.model.layers import LINEARS, Adapted, ComputedLinear, Size, size_of
 from thesislib.model.packing import Pattern
 from thesislib.model.subject import Subject
+from thesislib.model.tokenizers import rows_of
 
 TABLES = ("embedding", "head")
 NORMS = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "norm")
@@ -97,8 +99,7 @@ def sketch(subject: Subject | Sketch) -> Sketch:
     config = subject.model.config
     heads, kv = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    rows = subject.model.get_input_embeddings().weight.shape[0]
-    return Sketch(subject.name, tuple(stored(subject)), heads, kv, width, rows, str(subject.dtype).removeprefix("torch."))
+    return Sketch(subject.name, tuple(stored(subject)), heads, kv, width, rows_of(subject.model), str(subject.dtype).removeprefix("torch."))
 
 
 def resized(subject: Subject | Sketch, blocks: int | None = None, bits: float | None = None, pattern: str | None = None, table: float | None = None) -> Sketch:
@@ -172,11 +173,12 @@ def stored(subject: Subject | Sketch) -> list[Stored]:
     found, seen = [], set()
 
     def add(name: str, *tensors: torch.Tensor, size: Size, beside: tuple[int, int] = (0, 0), held: Iterable[torch.Tensor] | None = None) -> None:
-        places = tuple(t.untyped_storage().data_ptr() + t.storage_offset() * t.element_size() if t.device.type != "meta" else id(t) for t in tensors)
+        places = tuple(int(t.untyped_storage().data_ptr() + t.storage_offset() * t.element_size()) if t.device.type != "meta" else id(t) for t in tensors)
         found.append(Stored(name, size.nbytes, size.numel, places, beside, _precision(tensors if held is None else held), size.macs))
 
     core = subject.model.model
-    table, head = subject.model.get_input_embeddings(), subject.model.get_output_embeddings()
+    table: Any = subject.model.get_input_embeddings()
+    head: Any = subject.model.get_output_embeddings()
     for name, module in (("embedding", table), ("head", head)):
         add(name, *_held(module), size=size_of(getattr(module, "table", module)))
         seen |= set(module.modules())

@@ -37,7 +37,7 @@ from thesislib.sources.wheels import downloaded
 SOURCE = "llama_cpp_python-0.3.36"  # PyPI's source distribution, which has llama.cpp inside
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 PARTS = ("CMakeLists.txt", "cmake", "ggml", "include", "licenses", "src", "vendor")  # of llama.cpp: without models, tools and tests
-OWN = shipped("hw/emulate")
+OWN = "hw/emulate"  # see `thesislib.files.shipped`
 TOOLS = {  # and Debian's packages of them; qemu-user-static's emulator takes no plugins
     "cmake": "cmake", "make": "make", "gcc": "gcc", "g++": "g++",
     "riscv64-linux-gnu-gcc": "gcc-riscv64-linux-gnu", "riscv64-linux-gnu-g++": "g++-riscv64-linux-gnu", "qemu-riscv64": "qemu-user",
@@ -144,18 +144,19 @@ def build(jobs: int = 1) -> Programs:
         jobs: compilers at a time. One takes about 10 minutes.
 
     Raises:
-        BadInput: a program is missing (said with its Debian package); no network; another sha256; a compiler fails.
+        BadInput: a program is missing (said with its Debian package); no hw/emulate; no network; another sha256; a compiler fails.
     """
     if missing := missing_tools():
         raise BadInput(f"emulation needs {', '.join(missing)}, not found here: on Debian, apt-get install {' '.join(sorted(set(missing.values())))}")
+    shipped(OWN)
     root = cache_dir() / "emulate"
     with lock(root / "build"):
         sources = _sources(root / SOURCE)
         probes = {target: _probe(target, sources, root, jobs) for target in FLAGS}
-        plugin = root / f"count-{_digest((OWN / 'count.c').read_text(), _version('gcc'))}.so"
+        plugin = root / f"count-{_digest(shipped(f'{OWN}/count.c').read_text(), _version('gcc'))}.so"
         if not plugin.exists():
             with whole_file(plugin) as temporary:
-                _run(["gcc", "-O2", "-shared", "-fPIC", OWN / "count.c", "-o", temporary], "compiling count.c")
+                _run(["gcc", "-O2", "-shared", "-fPIC", shipped(f"{OWN}/count.c"), "-o", temporary], "compiling count.c")
     return Programs(probes["host"], probes["plain host"], probes["riscv64"], plugin)
 
 
@@ -188,13 +189,13 @@ def _probe(target: str, sources: Path, root: Path, jobs: int) -> Path:
             for library in made.rglob("*.a"):
                 shutil.move(library, temporary / library.name)
             shutil.rmtree(made)
-    probe = folder / f"probe-{_digest((OWN / 'probe.cpp').read_text())}"
+    probe = folder / f"probe-{_digest(shipped(f'{OWN}/probe.cpp').read_text())}"
     if not probe.exists():
         includes = [f"-I{sources / place}" for place in ("include", "ggml/include")]
         libraries = [folder / f"lib{name}.a" for name in ("llama", "ggml", "ggml-cpu", "ggml-base")]  # each before those that it needs
         with whole_file(probe) as temporary:
             _run(
-                [compiler, "-O2", "-std=c++17", "-static", *includes, OWN / "probe.cpp", *libraries, "-lm", "-o", temporary],
+                [compiler, "-O2", "-std=c++17", "-static", *includes, shipped(f"{OWN}/probe.cpp"), *libraries, "-lm", "-o", temporary],
                 f"compiling probe.cpp for {target}",
             )
             temporary.chmod(0o755)
@@ -344,7 +345,7 @@ def record(subject: Subject, runs: Iterable[tuple[str, Sequence[int] | None]], p
         del made[key]
     made["versions"] |= {"llama.cpp": {"sdist": SOURCE, "sha256": SHA256}, **{tool: _version(tool) for tool in TOOLS}}
     made["flags"] = {target: [f.removeprefix("-D") for f in flags] for target, flags in FLAGS.items()}
-    made["own sources"] = {name: sha256_of(OWN / name) for name in ("probe.cpp", "count.c")}
+    made["own sources"] = {name: sha256_of(shipped(f"{OWN}/{name}")) for name in ("probe.cpp", "count.c")}
     return {"what": "llama.cpp emulated: riscv64 without vectors under qemu-user beside the host; instructions are counted, seconds are not",
             "rows": rows, "provenance": made}  # fmt: skip
 

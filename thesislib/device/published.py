@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import pandas as pd
 import torch
@@ -57,7 +58,7 @@ class Figure:
     share: float = 1
 
 
-def _shapes(name: str, kind: str, **config: object) -> Subject:
+def _shapes(name: str, kind: str, **config: Any) -> Subject:
     """A model of an architecture, without its numbers."""
     with torch.device("meta"):
         return Subject(AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**config), dtype=torch.float32), None, name)
@@ -193,10 +194,11 @@ def projected(figure: Figure, on: Device | None = None) -> tuple[float, float, f
     time = project(case, found, figure.tokens, figure.context, places)
     seconds = time.seconds
     if figure.quantity == RATE:
-        return tuple(figure.tokens / s for s in (seconds.high, seconds.low, seconds.ceiling))
+        return figure.tokens / seconds.high, figure.tokens / seconds.low, figure.tokens / seconds.ceiling
     if figure.quantity == CYCLES:
         clock = found.engines[0].clock
-        return (math.nan,) * 3 if clock is None else tuple(s * clock for s in (seconds.low, seconds.high, seconds.ceiling))
+        clock = math.nan if clock is None else clock
+        return seconds.low * clock, seconds.high * clock, seconds.ceiling * clock
     if figure.quantity == JOULES:
         spent = energy(case, found, places, time, figure.tokens, figure.context)
         least = found.power[0] * seconds.ceiling if found.power else sum(spent.parts.values())

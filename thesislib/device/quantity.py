@@ -5,7 +5,7 @@ import re
 
 from thesislib.errors import BadInput, unknown
 
-UNITS = {
+UNITS: dict[str, dict[str, float]] = {
     "B": {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30},
     "B/s": {"MB/s": 1e6, "GB/s": 1e9, "MiB/s": 2**20, "GiB/s": 2**30},
     "Hz": {"Hz": 1, "MHz": 1e6, "GHz": 1e9},

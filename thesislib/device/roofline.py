@@ -61,13 +61,13 @@ def project(subject: Subject | Sketch, device: Device, tokens: int = 1, context:
     tiers = {tier.name: tier for tier in device.tiers}
     unknown, taken = set(), set()
     spans = {o.name: _span(o, device, tiers, found, sizes.get(o.name, 1), unknown, taken) for o in c.operations}
-    total = [sum(getattr(s, key) for s in spans.values()) for key in ("ceiling", "low", "high")]
+    ceiling, low, high = (sum(getattr(s, key) for s in spans.values()) for key in ("ceiling", "low", "high"))
     by_limit: dict[str, float] = {}
     for s in spans.values():
         by_limit[s.binds] = by_limit.get(s.binds, 0) + s.high
-    if total[2] == 0:
+    if high == 0:
         raise BadInput(f"{device.name}'s file says neither how fast it reads nor how fast it multiplies: nothing can be projected")
-    return Projection(spans, Span(*total, max(by_limit, key=lambda limit: by_limit[limit])), tuple(sorted(unknown)), tuple(sorted(taken)))
+    return Projection(spans, Span(ceiling, low, high, max(by_limit, key=lambda limit: by_limit[limit])), tuple(sorted(unknown)), tuple(sorted(taken)))
 
 
 def _span(o: Operation, device: Device, tiers: dict[str, Tier], found: Plan, padding: float, unknown: set[str], taken: set[str]) -> Span:

@@ -27,7 +27,7 @@ from thesislib.formats.artifact_json import RECORD, read_artifact, write_record
 from thesislib.formats.checkpoint import check_memory, empty_model, generation_settings, quiet_transformers, read_config, read_tensors
 from thesislib.model import packing
 from thesislib.model.blocks import SLOTS, without_parts
-from thesislib.model.layers import LINEARS, Adapted, ComputedLinear, base, projections, reader, replace, unpack_all
+from thesislib.model.layers import LINEARS, Adapted, ComputedLinear, Projection, base, projections, reader, replace, unpack_all
 from thesislib.model.quantised import TABLES, QuantisedLinear, put_table, tables
 from thesislib.model.subject import DTYPES, Subject
 from thesislib.model.tokenizers import prepared, rows_of
@@ -292,7 +292,8 @@ def predicted_disk_bytes(subject: Subject, removed: str | float | None = None) -
 
 def file_bytes(shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> int:
     """The size of a safetensors file with tensors of these shapes and types: 8 bytes, a header of JSON, the tensors."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+    end = 0
     for name, (shape, dtype) in sorted(shapes.items(), key=lambda item: (-TYPES.index(item[1][1]), item[0])):
         start, end = end, end + math.prod(shape) * dtype.itemsize
         kind = {torch.bfloat16: "BF16"}.get(dtype, f"{'F' if dtype.is_floating_point else 'I' if dtype.is_signed else 'U'}{8 * dtype.itemsize}")
@@ -383,7 +384,9 @@ def fill(subject: Subject, tensors: Mapping[str, torch.Tensor], encodings: Mappi
     Raises:
         BadInput: a tensor that is missing, of another shape, or that has no place.
     """
-    model, filled, used = subject.model, {}, set()
+    model = subject.model
+    filled: dict[str, Projection] = {}
+    used: set[str] = set()
 
     def source(key: str) -> str:
         """Under which name the tensor of this name is stored."""
@@ -404,19 +407,20 @@ def fill(subject: Subject, tensors: Mapping[str, torch.Tensor], encodings: Mappi
     for path, linear in list(projection_paths(subject)):
         key = source(path)
         if key not in filled:
-            layer, shape = linear, (linear.out_features, linear.in_features)
+            layer, shape = base(linear), (linear.out_features, linear.in_features)
             encoding = encodings.get(key, "dense")
             if encoding != "dense":
                 bias = None if linear.bias is None else take(f"{key}.bias", linear.bias.shape)
-                layer = reader(encoding).load(encoding, shape, bias, model.dtype, _parts(tensors, key), key)
-                used |= {f"{key}.{name}" for name in layer.held}
+                layer = computed = reader(encoding).load(encoding, shape, bias, model.dtype, _parts(tensors, key), key)
+                used |= {f"{key}.{name}" for name in computed.held}
             factors = [f"base_model.model.{key}.{name}.weight" for name in ("lora_A", "lora_B")]
             filled[key] = layer if factors[0] not in tensors else Adapted(layer, *(tensors.get(name) for name in factors))
             used.update(factors)
         replace(subject.blocks[_block(path)], path.rpartition(".")[2], filled[key])
     quantised = [path for path in TABLES if path in encodings]
     for path in quantised:
-        shape = tuple(model.get_submodule(path).weight.shape)
+        plain: Any = model.get_submodule(path)
+        shape = plain.weight.shape[0], plain.weight.shape[1]
         table = QuantisedLinear.load(encodings[path], shape, None, model.dtype, _parts(tensors, path), path)
         used |= {f"{path}.{name}" for name in table.held}
         put_table(model, path, table)
@@ -465,14 +469,14 @@ def repeated_blocks(subject: Subject) -> dict[int, int]:
     return repeats
 
 
-def projection_paths(subject: Subject) -> Iterator[tuple[str, nn.Module]]:
+def projection_paths(subject: Subject) -> Iterator[tuple[str, Projection]]:
     """Every projection by its path in the model; those that repeat too."""
     for i, block in enumerate(subject.blocks):
-        own = set(map(id, projections(block).values()))
-        yield from ((f"{BLOCKS}{i}.{path}", module) for path, module in block.named_modules() if id(module) in own)
+        own = {id(module): module for module in projections(block).values()}
+        yield from ((f"{BLOCKS}{i}.{path}", own[id(module)]) for path, module in block.named_modules() if id(module) in own)
 
 
-def _stored(subject: Subject) -> Iterator[tuple[str, nn.Module]]:
+def _stored(subject: Subject) -> Iterator[tuple[str, Projection]]:
     """The projections that a packed file holds: those of blocks that repeat no earlier one."""
     repeats = repeated_blocks(subject)
     yield from ((path, module) for path, module in projection_paths(subject) if _block(path) not in repeats)

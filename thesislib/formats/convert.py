@@ -5,6 +5,9 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import cast
+
+import torch
 
 from thesislib.errors import BadInput, first_line
 from thesislib.files import cache_dir, damaged, lock, plain_errors, read_json, sha256_of, whole_folder
@@ -73,7 +76,7 @@ def _convert(gguf: Path, folder: Path, cut: str | None) -> None:
     try:
         model = GgufModel(gguf)
         tokenizer = model.tokenizer(cut)  # refuses what it does not know before any weight is decoded
-        empty = empty_model(model.config, model.config.dtype)
+        empty = empty_model(model.config, cast(torch.dtype, model.config.dtype))
     except BadInput:
         raise
     except Exception as error:  # a text where a number is meant, a token that is not there: each reader of it has its own

@@ -216,7 +216,7 @@ def _check_read_back(file: Path, subject: Subject, digests: dict[str, tuple[torc
     for what in one:
         if one[what] != two[what]:
             raise BadInput(f"{what} would read back as {str(two[what])[:60]!r} for {str(one[what])[:60]!r}: GGUF has no place for it, so nothing was written")
-    special = [subject.tokenizer.convert_ids_to_tokens(i) for i in subject.tokenizer.all_special_ids]
+    special = [str(subject.tokenizer.convert_ids_to_tokens(i)) for i in subject.tokenizer.all_special_ids]
     for text in [*PROBES, "".join(special), " and ".join(special)]:
         a, b = (t(text)["input_ids"] for t in (subject.tokenizer, tokenizer))
         if a != b:
@@ -225,7 +225,7 @@ def _check_read_back(file: Path, subject: Subject, digests: dict[str, tuple[torc
 
 def _digest(tensor: torch.Tensor) -> str:
     """Of a tensor's numbers in float32."""
-    return hashlib.sha256(tensor.float().contiguous().numpy()).hexdigest()
+    return hashlib.sha256(tensor.float().contiguous().numpy().data).hexdigest()
 
 
 def _encoded(name: str, weight: np.ndarray, kind: str) -> tuple:

@@ -358,13 +358,14 @@ def check_header(path: Path) -> None:
             else:
                 raise struct.error(f"a value of kind {kind}")
         total = end = 0
+        sizes = {int(kind): size for kind, size in gguf.GGML_QUANT_SIZES.items()}
         for _ in range(tensors):
             over(number("Q"))
             dimensions = number("I")
             if dimensions > 4:  # llama.cpp's most
                 raise struct.error(f"a tensor of {dimensions} dimensions")
             n, kind, offset = math.prod(number("Q") for _ in range(dimensions)), number("I"), number("Q")
-            block, width = gguf.GGML_QUANT_SIZES.get(kind, (1, 0))
+            block, width = sizes.get(kind, (1, 0))
             total, end = total + n, max(end, offset + n // block * width)
     except struct.error as error:
         raise BadInput(f"{path} cannot be read as GGUF (its header leads out of it, or beyond any model's: {error}): truncated? fetch it again") from error

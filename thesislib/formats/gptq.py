@@ -44,7 +44,7 @@ def export_gptq(subject: Subject, folder: str | Path) -> Path:
             layout cannot hold; a folder that holds something.
     """
     folder = free_folder(folder)
-    linears = {path: base(module) for path, module in projection_paths(subject)}
+    linears: dict[str, Any] = {path: base(module) for path, module in projection_paths(subject)}
     settings = _settings(subject, linears)
     quantised = {path: linear.quantised for path, linear in linears.items()}
     less = int(settings["checkpoint_format"] == "gptq")

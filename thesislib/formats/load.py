@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,7 +43,7 @@ def load_subject(spec: str | Path = "embedded", dtype: str = "float32", device: 
         return load_artifact(folder, dtype, device, packed)
     config = read_config(folder)
     tokenizer = read_tokenizer(folder)
-    model = (load_gptq if is_gptq(config) else load_plain)(folder, config, DTYPES[dtype])
+    model: Any = (load_gptq if is_gptq(config) else load_plain)(folder, config, DTYPES[dtype])
     try:
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:

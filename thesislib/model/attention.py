@@ -31,7 +31,7 @@ def attention_maps(subject: Subject, text: str) -> tuple[np.ndarray, list[str]]:
             maps = subject.model(ids.to(subject.device), output_attentions=True, use_cache=False).attentions
     finally:
         subject.model.set_attn_implementation(before)
-    tokens = [subject.tokenizer.decode(i) for i in ids[0].tolist()]
+    tokens = [str(subject.tokenizer.decode(i)) for i in ids[0].tolist()]
     return torch.stack([m[0].float() for m in maps]).cpu().numpy(), tokens
 
 

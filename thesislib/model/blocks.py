@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,7 +42,7 @@ def apply_plan(subject: Subject, plan: Sequence[int]) -> Subject:
         BadInput: see `check_plan`.
     """
     plan = check_plan(plan, subject.depth)
-    model = _shell(subject.model)
+    model: Any = _shell(subject.model)
     model.model = _shell(subject.model.model)
     config = copy.deepcopy(subject.model.config)
     for name in ("layer_types", "no_rope_layers"):  # what a configuration says block by block
@@ -53,7 +54,7 @@ def apply_plan(subject: Subject, plan: Sequence[int]) -> Subject:
         model.model.has_sliding_layers = "sliding_attention" in config.layer_types
     blocks = []
     for place, block in enumerate(plan):
-        own = _shell(subject.blocks[block])
+        own: Any = _shell(subject.blocks[block])
         own.self_attn = _shell(own.self_attn)
         own.self_attn.layer_idx, own.self_attn.config = place, config
         blocks.append(own)

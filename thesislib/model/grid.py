@@ -56,7 +56,7 @@ class Grid:
 
     def size(self, columns: int) -> int:
         """The weights in a group of a row of `columns`."""
-        return columns if self.group == ROW else self.group
+        return columns if self.group == ROW else int(self.group)
 
     def check(self, inputs: dict[str, int]) -> None:
         """Raises BadInput if the group does not divide the rows of some projection ({name: inputs}), with those that do."""
@@ -93,7 +93,7 @@ class Grid:
             found = (miss * importance if clip == "weighted" else miss).sum(-1)
             better = found < error
             error = torch.where(better, found, error)
-            best = tuple(torch.where(better, new, old) for new, old in zip((scale, offset), best, strict=True))
+            best = torch.where(better, scale, best[0]), torch.where(better, offset, best[1])
         return best
 
     def codes(self, w: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:

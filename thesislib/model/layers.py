@@ -6,7 +6,7 @@ a plain `weight` into the state dict, so that fingerprints and plain checkpoints
 
 import re
 from collections.abc import Callable, Mapping
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from thesislib.errors import BadInput, unknown
 from thesislib.model import packing
 
+M = TypeVar("M", bound=nn.Module)
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
-def projections(block: nn.Module) -> dict[str, nn.Module]:
+def projections(block: nn.Module) -> dict[str, "Projection"]:
     """The seven projections of a decoder block by name, fewer where its attention or MLP was removed."""
     parts = [part for part in (getattr(block, "self_attn", None), getattr(block, "mlp", None)) if part is not None]
     return {name: module for part in parts for name, module in part.named_children() if name in LINEARS}
@@ -176,7 +177,7 @@ class PackedLinear(ComputedLinear):
             packing.Pattern.parse(encoding)
 
     @classmethod
-    def of(cls, linear: nn.Module, encoding: str | None = None) -> "PackedLinear":
+    def of(cls, linear: "Projection", encoding: str | None = None) -> "PackedLinear":
         """A linear packed in an encoding, by default the smallest.
 
         Raises:
@@ -221,7 +222,7 @@ class Adapted(nn.Module):
         BadInput: shapes that do not fit; a base that is adapted already (see `adapt`).
     """
 
-    def __init__(self, base: nn.Module, A: torch.Tensor, B: torch.Tensor):
+    def __init__(self, base: "nn.Linear | ComputedLinear", A: torch.Tensor, B: torch.Tensor):
         super().__init__()
         if isinstance(base, Adapted):
             raise BadInput("this projection is adapted already: use adapt(), which joins both corrections")
@@ -246,7 +247,7 @@ class Adapted(nn.Module):
         y = self.base(x)
         return y + F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B).to(y.dtype)
 
-    def state_dict(self, *args, **kwargs) -> dict[str, torch.Tensor]:
+    def state_dict(self, *args, **kwargs):
         """As the base's, and the correction."""
         state, prefix = super().state_dict(*args, **kwargs), kwargs.get("prefix", "")
         for key in [key for key in state if key.startswith(f"{prefix}base.")]:
@@ -260,19 +261,22 @@ class Adapted(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def adapt(module: nn.Module, A: torch.Tensor, B: torch.Tensor) -> Adapted:
+Projection = nn.Linear | ComputedLinear | Adapted
+
+
+def adapt(module: Projection, A: torch.Tensor, B: torch.Tensor) -> Adapted:
     """A projection with one more correction: y = module(x) + (x Aᵀ) Bᵀ. Two corrections are one of both ranks together."""
     if not isinstance(module, Adapted):
         return Adapted(module, A, B)
     return Adapted(module.base, torch.cat([module.lora_A.detach(), A]), torch.cat([module.lora_B.detach(), B], 1))
 
 
-def base(module: nn.Module) -> nn.Module:
+def base(module: Projection) -> nn.Linear | ComputedLinear:
     """What stands under a projection's correction; the projection itself if it has none."""
     return module.base if isinstance(module, Adapted) else module
 
 
-def size_of(module: nn.Module) -> Size:
+def size_of(module: Projection | nn.Embedding) -> Size:
     """Of a linear or an embedding, plain, computed or corrected."""
     if isinstance(module, Adapted):
         A, B, under = module.lora_A, module.lora_B, size_of(module.base)
@@ -295,12 +299,12 @@ def merge_masked(adapted: Adapted) -> nn.Linear:
     return _linear(torch.where(kept, _sum(adapted), 0), adapted.bias)
 
 
-def merged(adapted: Adapted, how: str) -> nn.Module:
+def merged(adapted: Adapted, how: str) -> Projection:
     """A corrected projection merged "dense", see `merge`, or "masked", see `merge_masked`; "beside" leaves it as it is."""
     return {"beside": lambda module: module, "masked": merge_masked, "dense": merge}[how](adapted)
 
 
-def merge_all(model: nn.Module, how: str) -> nn.Module:
+def merge_all(model: M, how: str) -> M:
     """Merge every correction of a model in place, see `merged`; those that stood in several places are one again in all of them."""
     return _change_all(model, lambda module: merged(module, how) if isinstance(module, Adapted) else module)
 
@@ -320,19 +324,19 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     return linear
 
 
-def unpack(module: nn.Module) -> nn.Module:
+def unpack(module: Projection) -> nn.Linear | Adapted:
     """The projection as an nn.Linear; an adapted one stays adapted, around an nn.Linear; what is dense is returned as it is."""
     if isinstance(module, Adapted):
-        return module if (dense := unpack(module.base)) is module.base else Adapted(dense, module.lora_A, module.lora_B)
+        return Adapted(_linear(module.weight, module.bias), module.lora_A, module.lora_B) if isinstance(module.base, ComputedLinear) else module
     return _linear(module.weight, module.bias) if isinstance(module, ComputedLinear) else module
 
 
-def unpack_all(model: nn.Module, kind: type[ComputedLinear] = ComputedLinear) -> nn.Module:
+def unpack_all(model: M, kind: type[ComputedLinear] = ComputedLinear) -> M:
     """Unpack every linear of one kind in a model in place; those that stood in several places are one again in all of them."""
     return _change_all(model, lambda module: unpack(module) if isinstance(base(module), kind) else module)
 
 
-def _change_all(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> nn.Module:
+def _change_all(model: M, change: Callable[[ComputedLinear | Adapted], Projection]) -> M:
     """Put what `change` makes of it where each linear of a model stands that is computed or corrected; each is changed once."""
     changed: dict[int, nn.Module] = {}
     for parent in list(model.modules()):  # which holds them all, so that no two have the same id
@@ -346,7 +350,7 @@ def _change_all(model: nn.Module, change: Callable[[nn.Module], nn.Module]) -> n
     return model
 
 
-def replace(block: nn.Module, name: str, module: nn.Module) -> None:
+def replace(block: nn.Module, name: str, module: Projection) -> None:
     """Put `module` where the projection `name` (e.g. "q_proj") of a block stands.
 
     Raises:

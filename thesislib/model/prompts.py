@@ -6,6 +6,7 @@ import string
 from collections.abc import Sequence
 from datetime import datetime
 from functools import cache
+from typing import Any
 
 from thesislib.errors import BadInput
 from thesislib.model.subject import Subject
@@ -45,9 +46,8 @@ def _in_chat(subject: Subject, text: str) -> str:
     instead = "ask with --prompt thesis, which needs no template"
     template = chat_template(subject)
     try:
-        turn = subject.tokenizer.apply_chat_template(
-            [{"role": "user", "content": text}], chat_template=_dated(template), tokenize=False, add_generation_prompt=True, **QUIET
-        )
+        settings: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, **QUIET}
+        turn = str(subject.tokenizer.apply_chat_template([{"role": "user", "content": text}], chat_template=_dated(template), **settings))
     except Exception as error:  # a template is a program of its own: whatever it raises is its message
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadInput(f"the chat template of {subject.name} cannot put a question ({said}): {instead}") from error

@@ -7,12 +7,13 @@ from math import prod
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from thesislib.errors import BadInput
 from thesislib.model import packing
 from thesislib.model.bits import pack_bits, packed_length, unpack_bits
 from thesislib.model.grid import ROW, Grid, Quantised
-from thesislib.model.layers import ComputedLinear, base
+from thesislib.model.layers import Adapted, ComputedLinear
 
 EVERYWHERE = "all"
 TABLES = ("model.embed_tokens", "lm_head")
@@ -47,6 +48,11 @@ class QuantisedLinear(ComputedLinear):
     """
 
     words = ("int",)
+    like: torch.Tensor
+    codes: torch.Tensor
+    scales: torch.Tensor
+    pairs: torch.Tensor  # see `_tiled`, as the next one
+    rest: torch.Tensor
 
     def __init__(self, encoding: str, shape: tuple[int, int], bias: torch.Tensor | None, dtype: torch.dtype = torch.float32, **tensors: torch.Tensor):
         super().__init__(shape, bias, **tensors)
@@ -69,7 +75,7 @@ class QuantisedLinear(ComputedLinear):
         Raises:
             BadInput: a pruned weight that is not zero on the grid.
         """
-        q, shape = quantised, tuple(quantised.codes.shape)
+        q, shape = quantised, (quantised.codes.shape[0], quantised.codes.shape[1])
         if pruned is not None and pruned.any() and q.weight[pruned].any():
             raise BadInput("a pruned weight is not zero on its grid: quantise with the mask, and on a grid that holds an exact zero")
         tensors = {"scales": _to_bits(q.scale)}
@@ -166,7 +172,7 @@ class QuantisedLinear(ComputedLinear):
         grid = self.grid
         fits = grid.bits == 4 and grid.holds_zero and grid.group in (32, 64, 128, 256) and self.out_features % TILE == 0
         plain = self.mask == EVERYWHERE and "index" not in self._buffers
-        return fits and plain and self.scales.min() >= 0 and self.scales.max() < INFINITE and _tiles_are_known()
+        return fits and plain and bool(self.scales.min() >= 0) and bool(self.scales.max() < INFINITE) and _tiles_are_known()
 
     def _transposed(self) -> torch.Tensor:
         """(inputs, outputs) from tiles: the same numbers as `weight`."""
@@ -213,7 +219,8 @@ def held_shapes(encoding: str, shape: tuple[int, int], nonzero: int | None = Non
     grid, mask = parse_encoding(encoding)
     rows, columns = shape
     groups = rows, columns // grid.size(columns)
-    kept, shapes = rows * columns, {}
+    kept = rows * columns
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
     if mask == "bitmap":
         kept, shapes["bitmap"] = nonzero, ((-(-rows * columns // 8),), torch.uint8)
     elif mask != EVERYWHERE:
@@ -259,7 +266,7 @@ class QuantisedEmbedding(nn.Module):
         values = self.table.grid.values(codes, _from_bits(held["scales"][ids])[..., None], offset[..., None])
         return values.flatten(-2).to(self.table.like.dtype)
 
-    def state_dict(self, *args, **kwargs) -> dict[str, torch.Tensor]:
+    def state_dict(self, *args, **kwargs):
         """As nn.Embedding's."""
         state, prefix = super().state_dict(*args, **kwargs), kwargs.get("prefix", "")
         state[prefix + "weight"] = state.pop(prefix + "table.weight")
@@ -281,14 +288,14 @@ def parse_encoding(encoding: str) -> tuple[Grid, str]:
     return Grid(int(bits.removeprefix("int")), group if group == ROW else int(group), kind), mask
 
 
-def tables(model: nn.Module) -> list[tuple[str, QuantisedLinear]]:
+def tables(model: PreTrainedModel) -> list[tuple[str, QuantisedLinear]]:
     """The quantised embedding and head of a model with their paths; a tied head stands under the embedding's alone."""
     table = getattr(model.get_input_embeddings(), "table", None)
     both = zip(TABLES, (table, model.get_output_embeddings()), strict=True)
     return [(path, t) for path, t in both if isinstance(t, QuantisedLinear) and (path == TABLES[0] or t is not table)]
 
 
-def put_table(model: nn.Module, path: str, table: QuantisedLinear) -> None:
+def put_table(model: PreTrainedModel, path: str, table: QuantisedLinear) -> None:
     """Let a quantised table be a model's embedding, and its head too where they are tied; or its head.
 
     Raises:
@@ -335,14 +342,15 @@ def _tiles_are_known() -> bool:
     codes = torch.randint(16, (2 * TILE, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     held = {"codes": pack_bits(codes, 4), "scales": torch.zeros(2 * TILE, 1, dtype=torch.int16)}
     try:
-        return torch.equal(_untiled(_tiled(held, tuple(codes.shape)), False)["codes"], held["codes"])
+        return torch.equal(_untiled(_tiled(held, (codes.shape[0], codes.shape[1])), False)["codes"], held["codes"])
     except (AttributeError, NotImplementedError, RuntimeError):  # no such kernel, or not for this processor
         return False
 
 
 def is_quantised(module: nn.Module) -> bool:
     """Whether a module, or what it is a correction of, holds a quantised weight."""
-    return isinstance(base(getattr(module, "table", module)), QuantisedLinear)
+    held = module.table if isinstance(module, QuantisedEmbedding) else module
+    return isinstance(held.base if isinstance(held, Adapted) else held, QuantisedLinear)
 
 
 def _to_bits(numbers: torch.Tensor) -> torch.Tensor:

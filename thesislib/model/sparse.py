@@ -4,13 +4,12 @@ import copy
 from dataclasses import replace as with_other
 
 import torch
-from torch import nn
 from torch.nn import functional as F
 from torch.sparse import to_sparse_semi_structured
 
 from thesislib.errors import BadInput
 from thesislib.model import packing
-from thesislib.model.layers import Adapted, ComputedLinear, PackedLinear, base, projections, replace
+from thesislib.model.layers import Adapted, ComputedLinear, PackedLinear, Projection, base, projections, replace
 from thesislib.model.subject import Subject
 
 
@@ -19,14 +18,14 @@ def pack_all(subject: Subject) -> Subject:
 
     Those that packing would not make smaller stay as they are.
     """
-    packed: dict[int, nn.Module] = {}
+    packed: dict[int, Projection] = {}
 
-    def smaller(linear: nn.Module) -> nn.Module:
-        if isinstance(linear, Adapted):
-            return Adapted(smaller(linear.base), linear.lora_A, linear.lora_B)
-        if isinstance(linear, ComputedLinear) or packing.smallest(linear.weight) == "dense":
+    def smaller(linear: Projection) -> Projection:
+        under = base(linear)
+        if isinstance(under, ComputedLinear) or packing.smallest(under.weight) == "dense":
             return linear
-        return PackedLinear.of(linear)
+        made = PackedLinear.of(under)
+        return Adapted(made, linear.lora_A, linear.lora_B) if isinstance(linear, Adapted) else made
 
     model = copy.deepcopy(subject.model, {id(p): p for p in subject.model.parameters()})
     for before, after in zip(subject.model.model.layers, model.model.layers, strict=True):
@@ -39,7 +38,7 @@ class SemiStructuredLinear(ComputedLinear):
     """2:4 in the form that NVIDIA's sparse tensor cores take; stays on the device where it was made."""
 
     def __init__(self, sparse: torch.Tensor, bias: torch.Tensor | None):
-        super().__init__(tuple(sparse.shape), bias)
+        super().__init__((sparse.shape[0], sparse.shape[1]), bias)
         self.sparse = sparse
 
     @property

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from thesislib.model.layers import ComputedLinear, projections, unpack_all
+from thesislib.model.layers import ComputedLinear, Projection, projections, unpack_all
 from thesislib.model.tokenizers import pad_token, rows_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -60,7 +60,7 @@ class Subject:
         """The token that pads, one that the model has a row for."""
         return pad_token(self.tokenizer, rows_of(self.model))
 
-    def linears(self, block: int) -> dict[str, nn.Linear]:
+    def linears(self, block: int) -> dict[str, Projection]:
         """The projections of a block by name; weights have shape (outputs, inputs)."""
         return projections(self.blocks[block])
 
@@ -97,5 +97,5 @@ def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

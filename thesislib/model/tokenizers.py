@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from tokenizers import Tokenizer
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from thesislib.errors import BadInput, shown
@@ -70,7 +72,7 @@ def pad_token(tokenizer: PreTrainedTokenizerBase, rows: int) -> int:
 
 def rows_of(model: PreTrainedModel) -> int:
     """How many tokens the model's embedding has rows for."""
-    return model.get_input_embeddings().weight.shape[0]
+    return cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
 
 
 def longest_context(model: PreTrainedModel) -> int | None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -79,7 +80,7 @@ def forecast(recipe: Recipe, empty: Subject | None, cached: Callable[[int], Mapp
 def sizes(outline: Outline) -> tuple[int, int | None, int | None]:
     """Parameters, those that are not zero, and bytes of weights on disk; None for what only the run can tell."""
     subject = outline.subject
-    bases = [base_of(module) for i in range(subject.depth) for module in subject.linears(i).values()]
+    bases: list[Any] = [base_of(module) for i in range(subject.depth) for module in subject.linears(i).values()]  # all are `Outlined`
     sure, parameters = all(base.zeros is not None for base in bases), subject.parameters
     rounded = bool(tables(subject.model)) or any(base.grid for base in bases)
     nonzero = parameters - sum(base.gone for base in bases) if sure and not rounded else None

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -176,7 +177,7 @@ def compress_streamed(spec: str, recipe: str | Path, out: Path, *, data: str | N
             f"--stream-weights takes a recipe of one WANDA stage, e.g. W2:4, and this one is {plan.label}: carry out the others first with --plain, "
             "then stream over the checkpoint they leave"
         )
-    (config,) = plan.stages
+    config: Any = plan.stages[0]  # of a class that can stream
     check_dtype(dtype)
     source, name = checkpoint_folder(spec)
     dtype = dtype or own_dtype(spec)

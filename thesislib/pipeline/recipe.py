@@ -205,7 +205,7 @@ def _blamed(message: str, given: Mapping[str, yaml.Node]) -> yaml.Node | None:
     return next((node for sign in signs for key, node in given.items() if sign(key, node)), None)
 
 
-def _inside(path: Path, node: yaml.ScalarNode) -> Path:
+def _inside(path: Path, node: yaml.Node) -> Path:
     """The path that a recipe's file names, if it is in the file's folder or below."""
     target, root = path.parent / node.value, path.parent.resolve()
     try:

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -55,7 +55,7 @@ class Measurement:
     @property
     def made(self) -> Made:
         """How the measured model came about; {} if the record does not say."""
-        return self.provenance.get("made") or {}
+        return cast(Made, self.provenance.get("made") or {})
 
     @property
     def label(self) -> str | None:

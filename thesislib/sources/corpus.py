@@ -147,12 +147,14 @@ def rows(source: Source | str, data: str | Path = "embedded") -> list[Row]:
             raise unknown("task", source, SOURCES)
         source = SOURCES[source]
     kind = kind_of(data)
-    where = f"the data set {source.hub[0]}"
     if kind == "embedded":  # what the manifest's checksums vouch for needs no look
         return _read(_member(source.member))
+    where: Path | str = f"the data set {source.hub[0]}"
     if kind == "folder":
         where = _file_in(expanded(data), source.folder)
-    found = _hub_rows(source.name, source.hub) if kind == "hub" else _read(where)
+        found = _read(where)
+    else:
+        found = _hub_rows(source.name, source.hub)
     if not found:
         raise BadInput(f"task '{source.name}' has no rows in {where}")
     for number, row in enumerate(found, 1):

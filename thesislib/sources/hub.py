@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from thesislib.errors import BadInput, shown
 
@@ -76,7 +77,7 @@ def cached_only(offline: bool) -> Iterator[None]:
     if not offline:
         yield
         return
-    switches = (constants, datasets.config)  # both are read at call time
+    switches: tuple[Any, ...] = (constants, datasets.config)  # both are read at call time
     before = [switch.HF_HUB_OFFLINE for switch in switches]
     proxies = {name: os.environ.pop(name) for name in list(os.environ) if name.upper() in PROXIES}
     try:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import yaml
 
-from thesislib.compress.stage import STAGES
+from thesislib.compress.stage import STAGES, Stage
 from thesislib.config import build, fields_of
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate.setup import Setup
@@ -190,7 +190,7 @@ def _mapping(plain: object, keys: set[str], where: str) -> dict:
     return plain
 
 
-def _stages(plain: Mapping[str, Mapping], path: Path) -> dict[str, object]:
+def _stages(plain: Mapping[str, Mapping], path: Path) -> dict[str, Stage]:
     made = {}
     for letter, entry in plain.items():
         if not isinstance(entry, dict) or len(entry) != 1:

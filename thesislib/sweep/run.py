@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from thesislib.errors import BadInput
 from thesislib.evaluate.setup import Setup, setup_of
@@ -113,7 +114,7 @@ def _plainly(setup: Setup) -> Setup:
 def wanted(grid: Grid, c: Configuration, at: Setting) -> dict[str, str]:
     """{measure: identity} of a configuration's measurements; those on a text that is not known are left out."""
     plain = _plain(c)
-    ways = {name: (way, at.texts[_plainly(way)]) for name, way in c.measures.items() if _plainly(way) in at.texts}
+    ways: dict[str, tuple[Any, str | None]] = {name: (way, at.texts[_plainly(way)]) for name, way in c.measures.items() if _plainly(way) in at.texts}
     if grid.timed:
         ways[SECONDS_PER_TOKEN] = (_timing(grid.timed, at.device), None)
     return {name: identity(at.fingerprint, at.dtype, at.data, plain, way, text) for name, (way, text) in ways.items()}

@@ -219,7 +219,7 @@ def _client(workers: Workers) -> Iterator:
             client = stack.enter_context(Client(stack.enter_context(_cluster(LocalCluster, workers)), timeout=60))
         else:
             security = Security(require_encryption=True) if workers.scheduler.startswith("tls://") else None
-            if security is not None and not security.tls_client_cert:
+            if security is not None and not getattr(security, "tls_client_cert", None):
                 raise BadInput(f"{workers.scheduler} is encrypted, and this driver has no certificate: expected DASK_DISTRIBUTED__COMM__TLS__CA_FILE, "
                                "..._CLIENT__CERT and ..._CLIENT__KEY to name files")  # fmt: skip
             try:

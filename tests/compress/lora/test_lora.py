@@ -8,17 +8,16 @@ import os
 import random
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from tests.fakes import processes
 from thesislib.compress.eora import Eora
 from thesislib.compress.lora import train as fit
 from thesislib.compress.lora.sequences import sequences
@@ -458,40 +457,39 @@ def test_a_checkpoint_of_other_work_is_not_taken_up(tiny, folder, tmp_path):
     assert dataclasses.replace(config, merge="dense").apply(subject, data=folder, work=tmp_path)[1]["resumed_at"] == 8
 
 
-CHILD = """
-import sys, torch
-from safetensors.torch import save_file
-from thesislib.compress.lora.stage import Lora
-from thesislib.model.layers import Adapted
-from thesislib.formats.load import load_subject
-source, data, work, out, threads, settings = sys.argv[1:]
-torch.set_num_threads(int(threads))
-made, report = Lora(**eval(settings)).apply(load_subject(source), data=data, work=work)
-adapted = {f"{b}.{n}": m for b in range(made.depth) for n, m in made.linears(b).items() if isinstance(m, Adapted)}
-found = {f"{place}.{ab}": getattr(m, f"lora_{ab}").detach() for place, m in adapted.items() for ab in "AB"}
-save_file(found | {"resumed_at": torch.tensor(report["resumed_at"])}, out)
-"""
+def train(source, folder, work, out, threads, settings):
+    """In a process of its own: trains, and writes the factors and the step at which it went on."""
+    torch.set_num_threads(threads)
+    made, report = Lora(**settings).apply(load_subject(source), data=folder, work=work)
+    found = {f"{b}.{n}.{ab}": getattr(m, f"lora_{ab}").detach() for (b, n), m in adapters(made).items() for ab in "AB"}
+    save_file(found | {"resumed_at": torch.tensor(report["resumed_at"])}, out)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_ends_with_the_same_bits(subject, folder, tmp_path):
     settings = SMALL | {"steps": 250, "checkpoint_every": 1, "every": 50}
     source, work, out = save_checkpoint(subject, tmp_path / "subject"), tmp_path / "work", tmp_path / "out.safetensors"
-    command = [sys.executable, "-c", CHILD, str(source), folder, str(work), str(out), str(torch.get_num_threads()), repr(settings)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
-    r = random.Random(time.time_ns())
+    context, r = processes(), random.Random(time.time_ns())
+
+    def start():
+        child = context.Process(target=train, args=(source, folder, work, out, torch.get_num_threads(), settings))
+        child.start()
+        return child
 
     def newest():
         return max((f.stat().st_mtime_ns for f in work.glob("lora-*")), default=0)
 
     for _ in range(2):
-        seen = newest()
-        child = subprocess.Popen(command, env=environment)
-        while newest() == seen and child.poll() is None:
+        seen, child = newest(), start()
+        while newest() == seen and child.is_alive():
             time.sleep(0.005)
         time.sleep(r.uniform(0, 0.3))
-        child.send_signal(signal.SIGKILL)
-        assert child.wait() == -signal.SIGKILL, "it had ended before it was killed"
-    subprocess.run(command, env=environment, check=True)
+        child.kill()
+        child.join()
+        assert child.exitcode == -signal.SIGKILL, "it had ended before it was killed"
+    last = start()
+    last.join()
+    assert last.exitcode == 0
     found = load_file(out)
     assert 0 < found.pop("resumed_at") < 250
     assert [f.name for f in work.iterdir() if f.name.startswith(".")] == []  # nothing half written is left

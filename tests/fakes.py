@@ -1,0 +1,55 @@
+"""What several tests need: measurements that nobody made, and processes that begin with everything imported."""
+
+import multiprocessing
+
+import numpy as np
+
+from thesislib.records.measurement import Measurement
+
+
+def measurement(**changes):
+    """A measurement of which only what a test is about needs saying."""
+    plain = {"task": "t", "metric": "m", "value": 1.0, "low": 1.0, "high": 1.0, "n": 1, "unit": "u", "items": []}
+    return Measurement(**plain | changes)
+
+
+def perplexity(per_token, seed=0, *, texts=None, spread=0.01, n=24, **changes):
+    """A perplexity over n documents of 100 tokens.
+
+    Args:
+        per_token: nats.
+        seed, spread: of the noise that is this model's own, in nats.
+        texts: the seed of what the documents differ by (0.3 nats) in all models alike; None: nothing.
+        changes: fields of the measurement.
+    """
+    noise = np.random.default_rng(seed).normal(0, spread, n)
+    if texts is not None:
+        noise = np.random.default_rng(texts).normal(0, 0.3, n) + noise
+    items = [{"id": i, "document": i, "nats": 100 * (per_token + noise[i]), "tokens": 100} for i in range(n)]
+    value = float(np.exp(per_token))
+    plain = {"task": "text", "metric": "perplexity", "value": value, "low": 0.9 * value, "high": 1.1 * value, "n": n, "unit": "window", "items": items}
+    return Measurement(**plain | changes)
+
+
+def accuracy(share, n=200, **changes):
+    """Answers to n questions, the first of them right."""
+    items = [{"id": i, "correct": i < share * n, "tier": "exact" if i < share * n else None} for i in range(n)]
+    plain = {"task": "questions", "metric": "accuracy", "value": share, "low": share - 0.1, "high": share + 0.1, "n": n, "unit": "question", "items": items}
+    return Measurement(**plain | changes)
+
+
+def processes():
+    """A context whose processes have everything imported already, so that a kill meets work and not imports, and none costs seconds."""
+    context = multiprocessing.get_context("forkserver")
+    llama = "transformers.models.llama."
+    context.set_forkserver_preload(
+        [
+            "pytest",
+            "thesislib.pipeline.run",
+            "thesislib.records.store",
+            "thesislib.compress.lora.stage",
+            f"{llama}modeling_llama",
+            f"{llama}configuration_llama",
+        ]
+    )
+    return context
