@@ -94,24 +94,28 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def tiny_run(tiny, tiny_data, tmp_path_factory):
-    """(subject's folder, data folder), with a cache of their own."""
+    """Folders of a subject of 2 blocks, of one of 12, and of data, with a cache of their own."""
     patch, cache = pytest.MonkeyPatch(), tmp_path_factory.mktemp("cache")
     (cache / "wheels").mkdir()
     for folder in (cache_dir() / "wheels").glob("*-*"):  # what was fetched is not fetched again
         (cache / "wheels" / folder.name).symlink_to(folder)
     patch.setenv("THESISLIB_CACHE", str(cache))
-    folder = save_checkpoint(tiny(layers=12, hidden_size=64, intermediate_size=64, num_attention_heads=8), tmp_path_factory.mktemp("subject") / "tiny")
+    shallow, deep = (
+        save_checkpoint(tiny(layers=n, hidden_size=64, intermediate_size=64, num_attention_heads=8), tmp_path_factory.mktemp("subject") / "tiny")
+        for n in (2, 12)
+    )
     data = tmp_path_factory.mktemp("data") / "d"
     shutil.copytree(tiny_data, data)
     (data / "hellaswag").mkdir()
     rows = [{"ind": i, "activity_label": "Run", "ctx_a": "He.", "ctx_b": "he", "endings": ["stops.", "flies.", "is.", "a"], "label": "0"} for i in range(4)]
     (data / "hellaswag" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    yield str(folder), str(data)
+    yield str(shallow), str(deep), str(data)
     patch.undo()
 
 
 def settings(name, tiny_run):
-    chapter, (subject, data) = chapter_of(name), tiny_run
+    chapter, (shallow, deep, data) = chapter_of(name), tiny_run
+    subject = shallow if name in ("00_measures", "03_width_pruning", "05_quantisation") else deep
     return chapter, parameters(chapter, {"subject": subject, "data": data, **TINY[name]})
 
 
@@ -230,7 +234,8 @@ class Counting:
 def parts(p, file):
     def make(missing, keep):
         for (label,) in missing:
-            keep(Measurement("counting", "count", float(p.n), 0.0, 9.0, 1, "item", [{"id": 0}], {}, {"made": {"label": label}, "dtype": "float32"}))
+            keep(Measurement(task="counting", metric="count", value=float(p.n), low=0.0, high=9.0, n=1, unit="item", items=[{"id": 0}],
+                             provenance={"made": {"label": label}, "dtype": "float32"}))
     return [Part(label, {(label,): 1}, make) for label in ("one", "two")]
 
 def headline(rows):
@@ -247,9 +252,10 @@ CHAPTER = Chapter("42_counting", "counting", Counting, parts, lambda m: (m.prove
 
 @pytest.fixture
 def new_chapter(tmp_path, monkeypatch):
-    """A notebook and a module in places of their own; nothing else."""
+    """A notebook, its line in _toc.yml, and a module, in places of their own; nothing else."""
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "modules").mkdir()
+    (tmp_path / "_toc.yml").write_text("chapters:\n- file: notebooks/42_counting\n")
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("n = 2", metadata={"tags": ["parameters"]})])
     nbformat.write(nb, tmp_path / "notebooks" / "42_counting.ipynb")
     (tmp_path / "modules" / "ch42_counting.py").write_text(MODULE)
