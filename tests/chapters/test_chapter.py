@@ -146,7 +146,7 @@ def test_a_recorded_run_is_carried_out_and_gone_on_with(name, tiny_run, tmp_path
             assert part.file.exists()
 
 
-def test_rows_of_another_subject_or_other_data_are_not_added_to(tiny, tiny_run, tmp_path):
+def test_rows_of_another_subject_other_data_or_other_parameters_are_not_added_to(tiny, tiny_run, tmp_path):
     chapter, p = settings("03_width_pruning", tiny_run)
     record(chapter, p, tmp_path, limit=1)
     other = save_checkpoint(tiny(layers=2, seed=5), tmp_path / "other")
@@ -155,6 +155,12 @@ def test_rows_of_another_subject_or_other_data_are_not_added_to(tiny, tiny_run, 
     with pytest.raises(BadInput, match=r"made with data of kind folder, this is embedded: expected --data"):
         record(chapter, dataclasses.replace(p, data="embedded"), tmp_path)
     assert record(chapter, dataclasses.replace(p, subject=str(other)), tmp_path / "elsewhere", limit=1).added == 1
+    with pytest.raises(BadInput, match=r"has a row, .* \(dense, perplexity, n = 3\), that this run does not make: expected the chapter and the parameters"):
+        record(chapter, dataclasses.replace(p, windows=2), tmp_path)
+    for suffix in ("jsonl", "items.gz"):
+        shutil.copy(tmp_path / f"03_width_pruning.{suffix}", tmp_path / f"01_franken_llama.{suffix}")
+    with pytest.raises(BadInput, match="that this run does not make"):
+        record(chapter_of("01_franken_llama"), settings("01_franken_llama", tiny_run)[1], tmp_path)
 
 
 def test_of_two_processes_each_takes_what_the_other_is_not_at(tiny_run, tmp_path):
