@@ -8,7 +8,7 @@ import pytest
 from tests.fakes import perplexity
 from thesislib.chapters import ch05_quantisation as quantisation
 from thesislib.chapters import ch05_runs as gptq
-from thesislib.chapters import figures
+from thesislib.chapters import figures, recorded
 from thesislib.chapters.ch05_runs import BEST, CLOSED, HELD_OUT, INGREDIENTS, OPEN, PLAIN, PPL, QuantChapter
 from thesislib.errors import BadInput
 from thesislib.experiment import again
@@ -219,3 +219,38 @@ def test_what_the_chapter_refuses(settings, message):
     with pytest.raises(BadInput, match=message):
         QuantChapter(**settings)
     assert OPEN in QuantChapter().protocols()
+
+
+# ---------------------------------------------------------------- fields and names
+
+
+def test_fields_say_what_names_say():
+    p = gptq.recorded_parameters()
+    for c in gptq.table(p):
+        assert c.name == ("dense" if not c.method else f"{c.method} {c.bits}-bit {c.grid}{' + EoRA' if c.corrected else ''}")
+    assert [c.name for c in gptq.starts(p)] == [f"{'EoRA' if c.corrected else 'usual'}, rate {c.rate:g}, seed {c.seed}" for c in gptq.starts(p)]
+    assert [c.name for c in gptq.ranks(p)] == [str(c.rank) for c in gptq.ranks(p)]
+    assert [c.name for c in gptq.shapes(p)] == [f"{c.method}, {c.bits} bits, group {c.group}" for c in gptq.shapes(p)]
+    assert all(c.name.startswith(c.varied) and (c.rate, c.seed) == (None, None) for c in (*gptq.kinds(p), *gptq.pruned(p), *gptq.alone(p)))
+    with pytest.raises(StopIteration):
+        gptq.pick(gptq.table(p), bits=5)
+
+
+def test_names_are_for_readers_only(monkeypatch):
+    """Whatever models are called, the same numbers are compared."""
+    record, p, q = recorded("05_quantisation"), gptq.recorded_parameters(), gptq.ablation_parameters()
+    said = [
+        lambda: quantisation.kinds_sentence(record, q), lambda: quantisation.worth_sentence(record, q), lambda: quantisation.bytes_sentence(record, p),
+        lambda: quantisation.more_sentence(record, p), lambda: quantisation.starts_sentence(record, q), lambda: quantisation.pruned_sentence(record, q),
+        lambda: quantisation.shapes_table(record, q).to_csv(), lambda: quantisation.starts_table(record, q).to_csv(),
+        lambda: quantisation.sizes_and_losses(record).to_csv(), lambda: quantisation.bars_table(record, p).to_csv(index=False),
+        lambda: quantisation.compensation_table(record, q).to_csv(index=False), lambda: quantisation.headline(record),
+        lambda: sorted(c.p for c in quantisation.method_comparisons(record, quantisation.table(p), HELD_OUT).values()),
+    ]  # fmt: skip
+    before = [say() for say in said]
+    for name in ("compensations", "kinds", "more", "pruned", "ranks", "shapes", "starts", "table", "without"):
+        make = getattr(gptq, name)
+        monkeypatch.setattr(
+            quantisation, name, lambda *given, make=make, **more: [dataclasses.replace(c, name=f"model {i}") for i, c in enumerate(make(*given, **more))]
+        )
+    assert [say() for say in said] == before

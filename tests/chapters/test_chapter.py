@@ -94,24 +94,28 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def tiny_run(tiny, tiny_data, tmp_path_factory):
-    """(subject's folder, data folder), with a cache of their own."""
+    """Folders of a subject of 2 blocks, of one of 12, and of data, with a cache of their own."""
     patch, cache = pytest.MonkeyPatch(), tmp_path_factory.mktemp("cache")
     (cache / "wheels").mkdir()
     for folder in (cache_dir() / "wheels").glob("*-*"):  # what was fetched is not fetched again
         (cache / "wheels" / folder.name).symlink_to(folder)
     patch.setenv("THESISLIB_CACHE", str(cache))
-    folder = save_checkpoint(tiny(layers=12, hidden_size=64, intermediate_size=64, num_attention_heads=8), tmp_path_factory.mktemp("subject") / "tiny")
+    shallow, deep = (
+        save_checkpoint(tiny(layers=n, hidden_size=64, intermediate_size=64, num_attention_heads=8), tmp_path_factory.mktemp("subject") / "tiny")
+        for n in (2, 12)
+    )
     data = tmp_path_factory.mktemp("data") / "d"
     shutil.copytree(tiny_data, data)
     (data / "hellaswag").mkdir()
     rows = [{"ind": i, "activity_label": "Run", "ctx_a": "He.", "ctx_b": "he", "endings": ["stops.", "flies.", "is.", "a"], "label": "0"} for i in range(4)]
     (data / "hellaswag" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    yield str(folder), str(data)
+    yield str(shallow), str(deep), str(data)
     patch.undo()
 
 
 def settings(name, tiny_run):
-    chapter, (subject, data) = chapter_of(name), tiny_run
+    chapter, (shallow, deep, data) = chapter_of(name), tiny_run
+    subject = shallow if name in ("00_measures", "03_width_pruning", "05_quantisation") else deep
     return chapter, parameters(chapter, {"subject": subject, "data": data, **TINY[name]})
 
 
@@ -142,7 +146,7 @@ def test_a_recorded_run_is_carried_out_and_gone_on_with(name, tiny_run, tmp_path
             assert part.file.exists()
 
 
-def test_rows_of_another_subject_or_other_data_are_not_added_to(tiny, tiny_run, tmp_path):
+def test_rows_of_another_subject_other_data_or_other_parameters_are_not_added_to(tiny, tiny_run, tmp_path):
     chapter, p = settings("03_width_pruning", tiny_run)
     record(chapter, p, tmp_path, limit=1)
     other = save_checkpoint(tiny(layers=2, seed=5), tmp_path / "other")
@@ -151,6 +155,12 @@ def test_rows_of_another_subject_or_other_data_are_not_added_to(tiny, tiny_run, 
     with pytest.raises(BadInput, match=r"made with data of kind folder, this is embedded: expected --data"):
         record(chapter, dataclasses.replace(p, data="embedded"), tmp_path)
     assert record(chapter, dataclasses.replace(p, subject=str(other)), tmp_path / "elsewhere", limit=1).added == 1
+    with pytest.raises(BadInput, match=r"has a row, .* \(dense, perplexity, n = 3\), that this run does not make: expected the chapter and the parameters"):
+        record(chapter, dataclasses.replace(p, windows=2), tmp_path)
+    for suffix in ("jsonl", "items.gz"):
+        shutil.copy(tmp_path / f"03_width_pruning.{suffix}", tmp_path / f"01_franken_llama.{suffix}")
+    with pytest.raises(BadInput, match="that this run does not make"):
+        record(chapter_of("01_franken_llama"), settings("01_franken_llama", tiny_run)[1], tmp_path)
 
 
 def test_of_two_processes_each_takes_what_the_other_is_not_at(tiny_run, tmp_path):
@@ -248,10 +258,11 @@ CHAPTER = Chapter("42_counting", "counting", Counting, parts, lambda m: (m.prove
 
 @pytest.fixture
 def new_chapter(tmp_path, monkeypatch):
-    """A notebook and a module in places of their own; nothing else."""
+    """A notebook, its line in _toc.yml, and a module, in places of their own; nothing else."""
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "_toc.yml").write_text("root: x")
     (tmp_path / "modules").mkdir()
+    (tmp_path / "_toc.yml").write_text("chapters:\n- file: notebooks/42_counting\n")
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("n = 2", metadata={"tags": ["parameters"]})])
     nbformat.write(nb, tmp_path / "notebooks" / "42_counting.ipynb")
     (tmp_path / "modules" / "ch42_counting.py").write_text(MODULE)

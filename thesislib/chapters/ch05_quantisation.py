@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,7 @@ from thesislib.chapters.ch05_runs import (
     kinds,
     layers_file,
     more,
+    pick,
     pruned,
     ranks,
     read_recorded,
@@ -50,11 +52,11 @@ from thesislib.records import measurement as records
 from thesislib.records.measurement import Measurement, in_markdown
 
 # what the chapter set itself before it was run: perplexity on the whole of WikiText-2 test, windows of 512, groups of 64
-BARS = {"GPTQ 4-bit asymmetric": 35.0, "GPTQ 4-bit asymmetric + EoRA": 32.8, "GPTQ 3-bit asymmetric": 48.0, "GPTQ 3-bit asymmetric + EoRA": 40.5}
+BARS = {(4, False): 35.0, (4, True): 32.8, (3, False): 48.0, (3, True): 40.5}  # by bits, and whether EoRA follows; GPTQ
 
 
 def _short(c: Comparison, up: bool = False) -> str:
-    return versus(c, up).removesuffix(" of").removesuffix(" than")
+    return word if (word := c.verdict(up)) in ("better", "worse") else "within noise"
 
 
 def stage_report(m: Measurement, kind: str) -> dict:
@@ -114,24 +116,31 @@ def thesis_table(labels: Sequence[str] = ("W1:8", "D2+W1:8", "D2", "D4")) -> pd.
     return pd.DataFrame(rows).set_index("model")
 
 
-def _pairs(results: Results, pairs: Sequence[tuple[str, Configuration, Configuration]], what: str) -> dict[str, Comparison]:
+def _pairs(results: Results, pairs: Sequence[tuple[Any, Configuration, Configuration]], what: str) -> dict[Any, Comparison]:
     """Named comparisons of those measured, Holm-adjusted."""
     here = {name: (results[a.key, what], results[b.key, what]) for name, a, b in pairs if (a.key, what) in results and (b.key, what) in results}
     return holm_adjusted({name: (perplexity if what in (PPL, HELD_OUT) else triviaqa).compare(a, b) for name, (a, b) in here.items()})
 
 
+def against(c: Configuration, other: Configuration) -> str:
+    """The name of a comparison."""
+    return f"{c.name} against {other.name}"
+
+
 def method_comparisons(results: Results, configs: Sequence[Configuration], what: str = PPL) -> dict[str, Comparison]:
     """GPTQ against rounding, and each with EoRA against without, on the same grid."""
-    named = {c.name: c for c in configs}
     pairs = []
-    for name, c in named.items():
-        if name.startswith("GPTQ"):
-            pairs.append((f"{name} against {name.replace('GPTQ', 'rounding')}", named[name.replace("GPTQ", "rounding")], c))
-        if name.endswith("EoRA"):
-            pairs.append((f"{name} against without", named[name.removesuffix(" + EoRA")], c))
-        if name.startswith("rounding") and name.endswith("EoRA"):
-            gptq = name.replace("rounding", "GPTQ").removesuffix(" + EoRA")
-            pairs.append((f"{name} against {gptq}", named[gptq], c))
+    for c in (c for c in configs if c.method):
+
+        def other(c: Configuration = c, **changed: object) -> Configuration:
+            return pick(configs, **{"method": c.method, "bits": c.bits, "grid": c.grid, "corrected": c.corrected, **changed})
+
+        if c.method == "GPTQ":
+            pairs.append((against(c, rounding := other(method="rounding")), rounding, c))
+        if c.corrected:
+            pairs.append((f"{c.name} against without", other(corrected=False), c))
+        if c.method == "rounding" and c.corrected:
+            pairs.append((against(c, gptq := other(method="GPTQ", corrected=False)), gptq, c))
     return _pairs(results, pairs, what)
 
 
@@ -159,7 +168,7 @@ def ingredient_table(results: Results, configs: Sequence[Configuration], base: i
 def textbook_sentence(results: Results, p: QuantChapter, bits: int = 4, brief: bool = False) -> str:
     """Does GPTQ by the plain recipe beat rounding here, and which single change helps most? Unless brief, which others move it."""
     rounding, plain, *others, asymmetric = alone(p, bits)
-    own = next(c for c in others if c.name.startswith("integer zero-point"))
+    own = pick(others, varied="integer zero-point")
     compared = _pairs(results, [("plain", rounding, plain), ("own", asymmetric, own)], HELD_OUT)
     tests = _pairs(results, [(c.name, plain, c) for c in others], HELD_OUT)
     name, best = min(tests.items(), key=lambda pair: pair[1].difference)
@@ -178,8 +187,8 @@ def textbook_sentence(results: Results, p: QuantChapter, bits: int = 4, brief: b
 def worth_sentence(results: Results, p: QuantChapter) -> str:
     """What each ingredient gains alone, and what it is still worth among the others."""
     best, *less = without(p)
-    plain, single = alone(p)[1], {c.name.split(":")[0]: c for c in reversed(alone(p)[2:-1])}
-    there = _pairs(results, [(c.name.removeprefix("without "), best, c) for c in less if c.name.startswith("without")], HELD_OUT)
+    plain, single = alone(p)[1], {c.varied: c for c in reversed(alone(p)[2:-1])}
+    there = _pairs(results, [(c.varied, best, c) for c in less if c.varied], HELD_OUT)
     first = _pairs(results, [(title, plain, single[title]) for title in there], HELD_OUT)
     said = [f"{t} x {np.exp(first[t].difference):.3f} alone, and taken away x {np.exp(c.difference):.3f} ({_told(c)})" for t, c in there.items() if t in first]
     return f"{'; '.join(said)} (paired t tests, Holm-adjusted)."
@@ -189,13 +198,16 @@ def _told(c: Comparison) -> str:
     return p_value(c.p) if c.told else "within noise"
 
 
+def _by_kind(results: Results, p: QuantChapter) -> dict[str, Comparison]:
+    found = {(c.varied, c.method): c for c in kinds(p)}
+    return _pairs(results, [(kind, found[kind, "rounding"], found[kind, "GPTQ"]) for kind in LINEARS], HELD_OUT)
+
+
 def kinds_table(results: Results, p: QuantChapter) -> pd.DataFrame:
     """One kind of projection quantised at a time: GPTQ by the plain recipe against rounding, paired and Holm-adjusted."""
-    found = {c.name: c for c in kinds(p)}
-    pairs = [(kind, found[f"{kind}, rounding"], found[f"{kind}, GPTQ"]) for kind in LINEARS]
     rows = []
-    for kind, c in _pairs(results, pairs, HELD_OUT).items():
-        rounding, gptq = (results[found[f"{kind}, {how}"].key, HELD_OUT] for how in ("rounding", "GPTQ"))
+    for kind, c in _by_kind(results, p).items():
+        rounding, gptq = (results[pick(kinds(p), varied=kind, method=how).key, HELD_OUT] for how in ("rounding", "GPTQ"))
         rows.append(
             {"quantised alone": kind, "rounding": f"{rounding.value:.2f}", "GPTQ, plain": f"{gptq.value:.2f}", "GPTQ / rounding": ratio(c), "": versus(c)}
         )
@@ -205,36 +217,35 @@ def kinds_table(results: Results, p: QuantChapter) -> pd.DataFrame:
 def kinds_sentence(results: Results, p: QuantChapter) -> str:
     """Where the plain recipe loses."""
     told: dict[str, list[str]] = {"worse than": [], "better than": [], "within noise of": []}
-    for kind, row in kinds_table(results, p).iterrows():
-        told[row[""]].append(kind)
+    for kind, c in _by_kind(results, p).items():
+        told[versus(c)].append(kind)
     said = "; ".join(f"{word} rounding for {', '.join(names)}" for word, names in told.items() if names)
     return f"One kind of projection at a time, GPTQ by the plain recipe is {said or 'not run'} (paired t tests, Holm-adjusted)."
 
 
 def shapes_table(results: Results, p: QuantChapter) -> pd.DataFrame:
     """Bits by group: rounding, GPTQ, and the ratio of the two, paired and Holm-adjusted."""
-    found = {c.name: c for c in shapes(p)}
-    names = list(dict.fromkeys(name.split(", ", 1)[1] for name in found))
-    tests = _pairs(results, [(n, found[f"rounding, {n}"], found[f"GPTQ, {n}"]) for n in names], HELD_OUT)
+    found = {(c.method, c.bits, c.group): c for c in shapes(p)}
+    shaped = list(dict.fromkeys((c.bits, c.group) for c in found.values()))
+    tests = _pairs(results, [(one, found["rounding", *one], found["GPTQ", *one]) for one in shaped], HELD_OUT)
     rows = []
-    for name in names:
-        ms = {how: results.get((found[f"{how}, {name}"].key, HELD_OUT)) for how in ("rounding", "GPTQ")}
+    for bits, group in shaped:
+        ms = {how: results.get((found[how, bits, group].key, HELD_OUT)) for how in ("rounding", "GPTQ")}
         if any(ms.values()):
-            bits, group = name.split(", ")
             size = next(m for m in ms.values() if m).provenance["made"]["bytes"]["bytes_on_disk"]
-            said = f"{ratio(tests[name])}, {versus(tests[name])}" if name in tests else "not run"
+            said = f"{ratio(c)}, {versus(c)}" if (c := tests.get((bits, group))) else "not run"
             numbers = {how: number(m) or "not run" for how, m in ms.items()}
-            rows.append({"bits": bits.split()[0], "group": group.split()[1], **numbers, "GPTQ / rounding": said, "MB on disk": f"{size / 1e6:.1f}"})
+            rows.append({"bits": str(bits), "group": str(group), **numbers, "GPTQ / rounding": said, "MB on disk": f"{size / 1e6:.1f}"})
     return pd.DataFrame(rows).set_index(["bits", "group"])
 
 
 def calibration_sentence(results: Results, p: QuantChapter) -> str:
     """How far other windows of the same text, and fewer or more of them, move the best settings' result."""
-    found = {c.name: results[c.key, HELD_OUT].value for c in calibrations(p) if (c.key, HELD_OUT) in results}
-    seeds = [v for name, v in found.items() if "seed" in name]
+    found = [(c, results[c.key, HELD_OUT].value) for c in calibrations(p) if (c.key, HELD_OUT) in results]
+    seeds = [v for c, v in found if c.varied == "seed"]
     if len(seeds) < 2:
         return "Other windows of calibration text were not run."
-    amounts = [f"{v:.2f} with {name}" for name, v in found.items() if "seed" not in name]
+    amounts = [f"{v:.2f} with {c.name}" for c, v in found if c.varied != "seed"]
     spread = f"{len(seeds)} choices of {p.calibration} windows give {', '.join(f'{v:.2f}' for v in seeds)}: {max(seeds) / min(seeds) - 1:.1%} apart"
     return f"Held-out perplexity, 4 bits: {spread}; {', '.join(amounts)}. Differences of that size between settings are the calibration's noise."
 
@@ -242,8 +253,7 @@ def calibration_sentence(results: Results, p: QuantChapter) -> str:
 def compensation_table(results: Results, p: QuantChapter) -> pd.DataFrame:
     """EoRA's choices, each against the same weights without it, with the bytes of its factors."""
     configs = compensations(p)
-    plain = {name: c for name in ("GPTQ", "rounding") for c in configs if c.name == name}
-    tests = _pairs(results, [(c.name, plain[c.name.split(" +")[0]], c) for c in configs if c.name not in plain], HELD_OUT)
+    tests = _pairs(results, [(c.name, pick(configs, method=c.method, corrected=False), c) for c in configs if c.corrected], HELD_OUT)
     rows = []
     for c in configs:
         m = results.get((c.key, HELD_OUT))
@@ -255,7 +265,7 @@ def compensation_table(results: Results, p: QuantChapter) -> pd.DataFrame:
 
 def bytes_sentence(results: Results, p: QuantChapter) -> str:
     """Is a correction worth its bytes: the fewer bits with EoRA against more bits without?"""
-    few, many = (next(c for c in table(p) if c.name == name) for name in ("GPTQ 3-bit asymmetric + EoRA", "GPTQ 4-bit asymmetric"))
+    few, many = (pick(table(p), method="GPTQ", bits=bits, corrected=corrected) for bits, corrected in ((3, True), (4, False)))
     a, b = results.get((few.key, PPL)), results.get((many.key, PPL))
     if a is None or b is None:
         return "3 bits with EoRA against 4 bits without were not run."
@@ -276,20 +286,21 @@ def sizes_and_losses(results: Results) -> pd.DataFrame:
         if m is None or c.key in seen or not c.stages:
             continue
         seen.add(c.key)
-        first = c.stages[0]
-        method = ("GPTQ" if first.letter == "Q" else "rounding") + (" + EoRA" if len(c.stages) > 1 else "")
         size = m.provenance["made"]["bytes"]["bytes_on_disk"] / 1e6
-        rows.append({"method": method, "bits": first.bits, "MB": size, "perplexity": m.value, "low": m.low, "high": m.high})
+        rows.append({"method": c.method + " + EoRA" * c.corrected, "bits": c.bits, "MB": size, "perplexity": m.value, "low": m.low, "high": m.high})
     return pd.DataFrame(rows)
+
+
+def _tried(p: QuantChapter, bits: int, corrected: bool) -> list[Configuration]:
+    """GPTQ by the table's calibration and by `MORE`."""
+    return [c for c in (*table(p), *more(p, bits)) if (c.method, c.bits, c.corrected) == ("GPTQ", bits, corrected)]
 
 
 def bars_table(results: Results, p: QuantChapter) -> pd.DataFrame:
     """What chapter 5 set itself before it was run, on the whole of WikiText-2 test, and what came out, by the table's calibration and by `MORE`."""
     rows = []
-    for name, bar in BARS.items():
-        bits = int(name.split("-")[0][-1])
-        tried = [*table(p), *more(p, bits)]
-        for c in (c for c in tried if c.name.endswith("EoRA") == name.endswith("EoRA") and c.name.startswith(name.removesuffix(" + EoRA"))):
+    for (bits, corrected), bar in BARS.items():
+        for c in _tried(p, bits, corrected):
             m = results.get((c.key, PPL))
             met = "not run" if m is None else "met" if m.value <= bar else "not met"
             margin = "" if m is None else f"{m.value / bar - 1:+.1%}"
@@ -301,10 +312,10 @@ def more_sentence(results: Results, p: QuantChapter) -> str:
     """What more and nearer calibration text changes, on held-out text and on the test."""
     said = []
     for bits in p.bits:
-        for first, second in zip([c for c in table(p) if c.name.startswith(f"GPTQ {bits}")], more(p, bits), strict=True):
+        for first, second in zip([c for c in table(p) if (c.method, c.bits) == ("GPTQ", bits)], more(p, bits), strict=True):
             tests = [(what, _pairs(results, [("", first, second)], what)) for what in (HELD_OUT, PPL)]
             shown = [f"{ratio(found[''])} on {'held-out text' if what == HELD_OUT else 'the test'} ({p_value(found[''].p)})" for what, found in tests if found]
-            said += [f"{first.name.replace(' asymmetric', '')} {' and '.join(shown)}"] if shown else []
+            said += [f"{first.short} {' and '.join(shown)}"] if shown else []
     return f"Calibrated on {MORE['windows']} windows of Wikipedia instead of {p.calibration} of web text: {'; '.join(said) or 'not run'}."
 
 
@@ -369,7 +380,7 @@ def rank_table(results: Results, p: QuantChapter) -> pd.DataFrame:
     for c in configs:
         m = results.get((c.key, HELD_OUT))
         if m is not None:
-            size = 0 if c.name == "0" else stage_report(m, "eora")["bytes"]
+            size = stage_report(m, "eora")["bytes"] if c.corrected else 0
             gain = ratio(tests[c.name]) if c.name in tests else ""
             rows.append({"rank": c.name, "MB of factors": f"{size / 1e6:.2f}", "held-out perplexity": number(m), "against rank 0": gain})
     return _framed(rows, "rank", "held-out perplexity")
@@ -377,36 +388,35 @@ def rank_table(results: Results, p: QuantChapter) -> pd.DataFrame:
 
 def starts_table(results: Results, p: QuantChapter) -> pd.DataFrame:
     """Held-out perplexity after LoRA from either start at each learning rate, a column a seed, and what it was before training."""
-    before = {c.name: results.get((c.key, HELD_OUT)) for c in ranks(p)}
+    before = {c.rank: results.get((c.key, HELD_OUT)) for c in ranks(p)}
     rows: dict[tuple[str, float], dict] = {}
     for c in starts(p):
         m = results.get((c.key, HELD_OUT))
-        kind, rate, seed = c.name.split(", ")
-        first = before["0" if kind == "usual" else str(p.rank)]
-        row = rows.setdefault((kind, float(rate.split()[1])), {"before": "not run" if first is None else f"{first.value:.2f}"})
-        row[seed] = "not run" if m is None else f"{m.value:.2f}"
+        first = before[c.rank]
+        row = rows.setdefault(("EoRA" if c.corrected else "usual", c.rate), {"before": "not run" if first is None else f"{first.value:.2f}"})
+        row[f"seed {c.seed}"] = "not run" if m is None else f"{m.value:.2f}"
     return pd.DataFrame(rows).T.rename_axis(["start", "learning rate"])
 
 
 def starts_sentence(results: Results, p: QuantChapter) -> str:
     """LoRA begun at EoRA's correction against LoRA begun at zero, each at the rate that is better for its first seed: equal rank, steps and seeds."""
-    found = {tuple(c.name.split(", ")): c for c in starts(p) if (c.key, HELD_OUT) in results}
-    value = {name: results[c.key, HELD_OUT].value for name, c in found.items()}
+    found = {(c.corrected, c.rate, c.seed): c for c in starts(p) if (c.key, HELD_OUT) in results}
+    value = {one: results[c.key, HELD_OUT].value for one, c in found.items()}
     best = {}
-    for kind in ("usual", "EoRA"):
-        rates = [rate for k, rate, seed in found if k == kind and seed == "seed 0"]
-        best[kind] = min(rates, key=lambda rate, kind=kind: value[kind, rate, "seed 0"], default=None)
-    seeds = [s for k, rate, s in found if k == "usual" and rate == best["usual"] and ("EoRA", best["EoRA"], s) in found]
+    for eora in (False, True):
+        tried = [rate for corrected, rate, seed in found if corrected == eora and seed == 0]
+        best[eora] = min(tried, key=lambda rate, eora=eora: value[eora, rate, 0], default=None)
+    seeds = [s for corrected, rate, s in found if not corrected and rate == best[False] and (True, best[True], s) in found]
     if not seeds:
         return "Starts of LoRA were not run."
-    usual, eora = ([value[kind, best[kind], s] for s in seeds] for kind in ("usual", "EoRA"))
-    tests = _pairs(results, [(s, found["usual", best["usual"], s], found["EoRA", best["EoRA"], s]) for s in seeds], HELD_OUT)
+    usual, eora = ([value[corrected, best[corrected], s] for s in seeds] for corrected in (False, True))
+    tests = _pairs(results, [(s, found[False, best[False], s], found[True, best[True], s]) for s in seeds], HELD_OUT)
     told = {word: [c.verdict() for c in tests.values()].count(word) for word in VERDICTS}
-    before = {c.name: results[c.key, HELD_OUT].value for c in ranks(p) if c.name in ("0", str(p.rank)) and (c.key, HELD_OUT) in results}
-    begun = f", from {before['0']:.2f} before training" if "0" in before else "", f", from {before[str(p.rank)]:.2f}" if str(p.rank) in before else ""
+    before = {c.rank: f", from {results[c.key, HELD_OUT].value:.2f}" for c in ranks(p) if (c.key, HELD_OUT) in results}
+    begun = f"{before[0]} before training" if 0 in before else "", before.get(p.rank, "")
     return (
-        f"At 3 bits, {best['EoRA'].replace('rate', 'learning rate')}, LoRA started from EoRA's correction ends at {', '.join(f'{x:.2f}' for x in eora)} (mean "
-        f"{np.mean(eora):.2f}{begun[1]}); started as usual, {best['usual'].replace('rate', 'learning rate')}, at {', '.join(f'{x:.2f}' for x in usual)} (mean "
+        f"At 3 bits, learning rate {best[True]:g}, LoRA started from EoRA's correction ends at {', '.join(f'{x:.2f}' for x in eora)} (mean "
+        f"{np.mean(eora):.2f}{begun[1]}); started as usual, learning rate {best[False]:g}, at {', '.join(f'{x:.2f}' for x in usual)} (mean "
         f"{np.mean(usual):.2f}{begun[0]}). By paired t tests, Holm-adjusted, EoRA's start is better for {told['better']} of {len(seeds)} seeds, worse for "
         f"{told['worse']}, within noise for {told['not told apart']}."
     )
@@ -416,20 +426,19 @@ def headline(results: Results) -> str:
     """What chapter 5 found, in sentences, for the book's first page and the README."""
     p, q = recorded_parameters(), ablation_parameters()
     best = {}
-    for name in BARS:  # by the better of two calibrations
-        bits = int(name.split("-")[0][-1])
-        here = [c for c in (*table(p), *more(p, bits)) if c.name.endswith("EoRA") == name.endswith("EoRA") and f"GPTQ {bits}-bit" in c.name]
-        best[name] = min((m for c in here if (m := results.get((c.key, PPL)))), key=lambda m: m.value, default=None)
-    found = {name: m for name, m in best.items() if m}
-    listed = ", ".join(f"{name.replace(' asymmetric', '')} {m.value:.1f}" for name, m in found.items())
+    for bits, corrected in BARS:  # by the better of two calibrations
+        tried = _tried(p, bits, corrected)
+        best[tried[0].short] = min((m for c in tried if (m := results.get((c.key, PPL)))), key=lambda m: m.value, default=None)
+    reached = ", ".join(f"{name} {m.value:.1f}" for name, m in best.items() if m)
     plain = alone(q)[1]
     change = _pairs(results, [("best", plain, without(q)[0])], HELD_OUT)["best"]
-    with_eora = method_comparisons(results, table(p), HELD_OUT)["GPTQ 4-bit asymmetric + EoRA against rounding 4-bit asymmetric + EoRA"]
+    gptq, rounding = (pick(table(p), method=method, bits=4, corrected=True) for method in ("GPTQ", "rounding"))
+    with_eora = method_comparisons(results, table(p), HELD_OUT)[against(gptq, rounding)]
     return in_markdown(
         f"{textbook_sentence(results, q, brief=True)} {kinds_sentence(results, q)} All of the chapter's changes together multiply the "
         f"plain recipe's perplexity by {np.exp(change.difference):.2f}. With EoRA on top, GPTQ is {versus(with_eora)} rounding ({ratio(with_eora)}). "
         f"On WikiText-2 test (dense, in {results[None, PPL].provenance['dtype']}, {results[None, PPL].value:.1f}), groups of "
-        f"{p.group}: {listed}. {bytes_sentence(results, p)} {starts_sentence(results, q)}"
+        f"{p.group}: {reached}. {bytes_sentence(results, p)} {starts_sentence(results, q)}"
     )
 
 
@@ -440,11 +449,11 @@ def pruned_table(results: Results, p: QuantChapter) -> pd.DataFrame:
 
 def pruned_sentence(results: Results, p: QuantChapter) -> str:
     """GPTQ against rounding, and EoRA against none, on pruned models."""
-    by_name = {c.name: c for c in pruned(p)}
+    configs = pruned(p)
     pairs = []
-    for name in (n for n in by_name if "," not in n):
-        r, g, e = (by_name[f"{name}, {how}"] for how in ("rounding", "GPTQ", "GPTQ + EoRA"))
-        pairs += [(f"{name}: GPTQ against rounding", r, g), (f"{name}: EoRA against none", g, e)]
+    for label in dict.fromkeys(c.varied for c in configs):
+        r, g, e = (pick(configs, varied=label, method=how, corrected=eora) for how, eora in (("rounding", False), ("GPTQ", False), ("GPTQ", True)))
+        pairs += [(f"{label}: GPTQ against rounding", r, g), (f"{label}: EoRA against none", g, e)]
     said = [f"{name}, {_short(c)} ({ratio(c)}, {p_value(c.p)})" for name, c in _pairs(results, pairs, HELD_OUT).items()]
     return f"Paired t tests, Holm-adjusted: {'; '.join(said)}." if said else "Pruned models were not run."
 
@@ -465,13 +474,14 @@ def samples(results: Results) -> pd.DataFrame:
 
 def answers_sentence(results: Results, p: QuantChapter) -> str:
     """Questions answered by the quantised models against the dense one, and with EoRA against without, exact McNemar tests."""
-    said, by_name = [], {c.name: c for c in table(p)}
+    said, (dense, *configs) = [], table(p)
+    pairs = [(f"{c.name} against dense", dense, c) for c in configs]
+    pairs += [(f"{c.name} against without", pick(configs, method=c.method, bits=c.bits, corrected=False), c) for c in configs if c.corrected]
+    of = {name: c for name, _, c in pairs}
     for what in (CLOSED, OPEN):
-        pairs = [(f"{name} against dense", by_name[DENSE], c) for name, c in by_name.items() if name != DENSE]
-        pairs += [(f"{name} against without", by_name[name.removesuffix(" + EoRA")], c) for name, c in by_name.items() if name.endswith("EoRA")]
         tests = _pairs(results, pairs, what)
-        listed = [f"{n} {results[by_name[n.split(' against')[0]].key, what].value:.1%} ({_short(c, up=True)}, {p_value(c.p)})" for n, c in tests.items()]
-        said.append(f"{what}, dense {results[None, what].value:.1%}: {'; '.join(listed) or 'not run'}")
+        shown = [f"{n} {results[of[n].key, what].value:.1%} ({_short(c, up=True)}, {p_value(c.p)})" for n, c in tests.items()]
+        said.append(f"{what}, dense {results[None, what].value:.1%}: {'; '.join(shown) or 'not run'}")
     return ". ".join(x[0].upper() + x[1:] for x in said) + ". Exact McNemar tests, Holm-adjusted."
 
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from tqdm import tqdm
@@ -118,20 +119,80 @@ class QuantChapter:
 
 @dataclass(frozen=True)
 class Configuration:
-    """One model of the chapter.
+    """One model of the chapter. What its stages say is asked of them; its name is for readers only.
 
-    cell: the question it answers. name: what it is called there. stages: how it is made. measured: what is measured of it.
+    Attributes:
+        cell: the question it answers.
+        name: what it is called there.
+        stages: how it is made.
+        measured: what is measured of it.
+        varied: what the cell varies where the stages do not say: an ingredient, a kind of projection, a pruned model, the seed of calibration.
     """
 
     cell: str
     name: str
     stages: tuple = ()
     measured: tuple = (HELD_OUT,)
+    varied: str = ""
 
     @property
     def key(self) -> str | None:
         """What tells its results from others': the same stages in two cells are one model."""
         return recipe_hash(recipe_of(self.stages))
+
+    def _first(self, word: str, setting: str) -> Any:
+        return next((getattr(stage, setting) for stage in self.stages if word in (stage.word, stage.family)), None)
+
+    @property
+    def method(self) -> str:
+        """GPTQ or rounding; nothing if it is not quantised."""
+        word = self._first("quantised", "word") or ""
+        return {"gptq": "GPTQ", "rtn": "rounding"}.get(word, word)
+
+    @property
+    def bits(self) -> int | None:
+        """Of its quantised weights."""
+        return self._first("quantised", "bits")
+
+    @property
+    def group(self) -> int | str | None:
+        """How many weights share a scale, or "row"."""
+        return self._first("quantised", "group")
+
+    @property
+    def grid(self) -> str | None:
+        """Symmetric, asymmetric, ..."""
+        return self._first("quantised", "grid")
+
+    @property
+    def corrected(self) -> bool:
+        """Whether EoRA follows."""
+        return self._first("eora", "word") is not None
+
+    @property
+    def rank(self) -> int:
+        """EoRA's; 0 without it."""
+        return self._first("eora", "rank") or 0
+
+    @property
+    def rate(self) -> float | None:
+        """The learning rate of its training."""
+        return self._first("lora", "learning_rate")
+
+    @property
+    def seed(self) -> int | None:
+        """Of its training."""
+        return self._first("lora", "seed")
+
+    @property
+    def short(self) -> str:
+        """GPTQ 4-bit + EoRA."""
+        return f"{self.method} {self.bits}-bit{' + EoRA' * self.corrected}"
+
+
+def pick(configs: Iterable["Configuration"], **wanted: object) -> "Configuration":
+    """The first that is as wanted: pick(table(p), method="GPTQ", bits=4, corrected=False)."""
+    return next(c for c in configs if all(getattr(c, name) == value for name, value in wanted.items()))
 
 
 # ---------------------------------------------------------------- the chapter's questions, each a list of configurations
@@ -166,7 +227,7 @@ def alone(p: QuantChapter, bits: int = 4) -> list[Configuration]:
         Configuration("alone", "the plain recipe", (p.gptq(bits, **PLAIN),)),
     ]
     for title, (key, values) in INGREDIENTS.items():
-        found += [Configuration("alone", f"{title}: {value}", (p.gptq(bits, **{**PLAIN, key: value}),)) for value in values]
+        found += [Configuration("alone", f"{title}: {value}", (p.gptq(bits, **{**PLAIN, key: value}),), varied=title) for value in values]
     return [*found, Configuration("alone", "rounding, integer zero-point, no clipping", (p.rtn(bits, clip="none"),))]
 
 
@@ -175,7 +236,7 @@ def without(p: QuantChapter, bits: int = 4) -> list[Configuration]:
     found = [Configuration("without", "all of them", (p.gptq(bits),))]
     for title, (key, (value, *_)) in INGREDIENTS.items():
         if key in PLAIN and PLAIN[key] != BEST[key]:
-            found.append(Configuration("without", f"without {title}", (p.gptq(bits, **{key: PLAIN[key]}),)))
+            found.append(Configuration("without", f"without {title}", (p.gptq(bits, **{key: PLAIN[key]}),), varied=title))
         elif key != "group":
             found.append(Configuration("without", f"with {title} {value}", (p.gptq(bits, **{key: value}),)))
     return found
@@ -186,14 +247,15 @@ def kinds(p: QuantChapter, bits: int = 4) -> list[Configuration]:
     found = []
     for kind in LINEARS:
         rounding = p.rtn(bits, grid="symmetric", clip="none", linears=(kind,))
-        found += [Configuration("kinds", f"{kind}, rounding", (rounding,)), Configuration("kinds", f"{kind}, GPTQ", (p.gptq(bits, **PLAIN, linears=(kind,)),))]
+        for name, stage in (("rounding", rounding), ("GPTQ", p.gptq(bits, **PLAIN, linears=(kind,)))):
+            found.append(Configuration("kinds", f"{kind}, {name}", (stage,), varied=kind))
     return found
 
 
 def calibrations(p: QuantChapter, bits: int = 4, amounts: Iterable[int] = (4, 32), seeds: Iterable[int] = (0, 1, 2)) -> list[Configuration]:
     """The best settings on more and less text, and on other windows of it."""
     found = [Configuration("calibrations", f"{n} windows", (p.gptq(bits, windows=n),)) for n in amounts]
-    return found + [Configuration("calibrations", f"{p.calibration} windows, seed {s}", (p.gptq(bits, seed=s),)) for s in seeds]
+    return found + [Configuration("calibrations", f"{p.calibration} windows, seed {s}", (p.gptq(bits, seed=s),), varied="seed") for s in seeds]
 
 
 def search(p: QuantChapter, bits: int = 3) -> list[Configuration]:
@@ -236,10 +298,11 @@ def pruned(p: QuantChapter, labels: Iterable[str] = ("W2:4", "D4"), bits: int = 
     """Pruned models, quantised and compensated."""
     found = []
     for label in labels:
-        before, grid = parse_label(label).stages, "symmetric" if label.startswith("W") else "asymmetric"
+        before = parse_label(label).stages
+        grid = "symmetric" if any(stage.word == "width" for stage in before) else "asymmetric"  # which keeps zeros
         for name, stages in ((label, ()), (f"{label}, rounding", (p.rtn(bits, grid=grid),)), (f"{label}, GPTQ", (p.gptq(bits, grid=grid),)),
                              (f"{label}, GPTQ + EoRA", (p.gptq(bits, grid=grid), p.eora()))):  # fmt: skip
-            found.append(Configuration("pruned", name, (*before, *stages)))
+            found.append(Configuration("pruned", name, (*before, *stages), varied=label))
     return found
 
 
@@ -354,16 +417,17 @@ def ablation_parameters(**settings) -> QuantChapter:
 
 def recorded_table(p: QuantChapter) -> list[Configuration]:
     """The recorded run's table: on the test text what its bars need, answers of two, the rest on held-out text."""
-    on_test = {name for c in table(p) if (name := c.name).startswith("GPTQ")}
-    answering = {"GPTQ 4-bit asymmetric", "GPTQ 4-bit asymmetric + EoRA"}
-    measured = {c.name: (*([PPL] if c.name in on_test else []), HELD_OUT, *((CLOSED, OPEN) if c.name in answering else ())) for c in table(p)}
-    return [dataclasses.replace(c, measured=measured[c.name]) for c in table(p)]
+    found = []
+    for c in table(p):
+        tested, answers = c.method == "GPTQ", c.method == "GPTQ" and c.bits == 4
+        found.append(dataclasses.replace(c, measured=(*((PPL,) if tested else ()), HELD_OUT, *((CLOSED, OPEN) if answers else ()))))
+    return found
 
 
 def recorded_configurations(p: QuantChapter) -> list[Configuration]:
     """All that the recorded run measures: what settings are chosen by first."""
     q = dataclasses.replace(p, calibration=ABLATION)
-    symmetric = [c for c in table(q, ("symmetric",), (HELD_OUT,)) if "EoRA" not in c.name]
+    symmetric = [c for c in table(q, ("symmetric",), (HELD_OUT,)) if not c.corrected]
     chosen = [*alone(q), *without(q), *recorded_table(p), *search(p), *more(p)]
     return [*chosen, *compensations(q), *kinds(q), *starts(q), *ranks(q), *pruned(q), *calibrations(q), *symmetric, *shapes(q)]
 
@@ -391,7 +455,7 @@ def _label(c: Configuration) -> str:
 
 def _write_layers(p: QuantChapter, file: Path) -> None:
     q = dataclasses.replace(p, calibration=ABLATION)
-    rounding, *_, gptq, both = (c for c in table(q) if "4-bit" in c.name)
+    rounding, *_, gptq, both = (c for c in table(q) if c.bits == 4)
     named = {"rounding": rounding, "GPTQ, tokens equal": Configuration("layers", "", (q.gptq(4, weighting="equal"),)), "GPTQ": gptq, "GPTQ + EoRA": both}
     found = layers(p, [dataclasses.replace(c, name=name) for name, c in named.items()])
     made = {"stages": {name: recipe_of(c.stages).plain() for name, c in named.items()}, "text": "embedded", "windows": 8, "length": p.length}

@@ -69,12 +69,13 @@ def record(chapter: Chapter, p: Any, folder: Path, limit: int | None = None) -> 
         limit: make at most so many rows.
 
     Raises:
-        BadInput: rows there are of another subject, or were made with other data; whatever the chapter refuses.
+        BadInput: rows there are of another subject, other data, or other parameters; whatever the chapter refuses.
     """
     store = Store(folder / f"{chapter.notebook}.jsonl")
     _check_alike(store, p)
     parts, added, busy = list(chapter.parts(p, store.path)), 0, []
-    wanted = dict.fromkeys(key for part in parts for key in part.rows)
+    wanted = {key: n for part in parts for key, n in part.rows.items()}
+    _check_parameters(store, chapter, wanted)
 
     def missing(keys: Iterable[Key]) -> list[Key]:
         rows = store.rows(items=False).values() if store.path.exists() else ()
@@ -88,7 +89,7 @@ def record(chapter: Chapter, p: Any, folder: Path, limit: int | None = None) -> 
             store.append(m)
             added += 1
             bar.update()
-            bar.write(f"{m.provenance['made']['label']}: {m}", file=sys.stderr)
+            bar.write(f"{m.label}: {str(m).splitlines()[0]}", file=sys.stderr)
 
         for part in parts:
             left = None if limit is None else limit - added
@@ -106,6 +107,20 @@ def record(chapter: Chapter, p: Any, folder: Path, limit: int | None = None) -> 
 
 def _lacks(part: Part, missing: Callable[[Iterable[Key]], list[Key]]) -> bool:
     return bool(missing(part.rows)) or (part.file is not None and not part.file.exists())
+
+
+def _check_parameters(store: Store, chapter: Chapter, wanted: Mapping[Key, int | None]) -> None:
+    """Raises BadInput if a store has rows that the recorded run, {key: n}, does not have, or has on more items or by another limit."""
+    for name, m in (store.rows(items=False) if store.path.exists() else {}).items():
+        try:
+            key = chapter.key(m)
+        except (KeyError, TypeError, ValueError):  # BadInput is a ValueError
+            key = ()
+        limits = m.provenance.get("protocol") or m.settings
+        n = wanted.get(key)
+        if key not in wanted or (n is not None and (m.n > n or limits.get("limit", n) != n)):
+            raise BadInput(f"{store.path} has a row, {name} ({m.label}, {m.metric}, n = {m.n}), that this run does not make: "
+                           "expected the chapter and the parameters that it was made with, or another --out FOLDER")  # fmt: skip
 
 
 def _check_alike(store: Store, p: Any) -> None:
