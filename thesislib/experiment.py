@@ -125,7 +125,7 @@ def tolerance(m: Measurement) -> dict[str, float]:
     thread and two). What a record states counts where it is more. Answers differ where two tokens were about equally likely.
     """
     made, stated = m.provenance, m.provenance.get("tolerance") or {}
-    amplified = any(kind.amplifies for stage in m.stages for word in stage if (kind := STAGES.get(word)))
+    amplified = any(STAGES[word].amplifies for stage in m.stages for word in stage if word in STAGES)
     rank = 2 if amplified else 1 if made["dtype"] in ("bfloat16", "float16") else 0
     kind, allowed = task_of(m).tolerance
     # rows made before GPTQ was known to need more state too little
