@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from thesislib.errors import BadInput
 from thesislib.evaluate.harness import CUT, Stock, lm_eval_task
-from thesislib.evaluate.perplexity import AS_IT_IS
+from thesislib.evaluate.perplexity import AS_IT_IS, K
 from thesislib.evaluate.stats import proportion
 from thesislib.evaluate.task import Answers, Options, compare_answers
 from thesislib.model.forward import Plan, batch_for, final_states, token_losses
@@ -96,8 +96,8 @@ def multiple_choice(subject: Subject, items: list[Choice], *, task: str, metric:
 
 
 def multiple_choices(
-    subject: Subject, items: list[Choice], plans: Mapping[str, Plan | None], *, task: str, metric: str = "acc_norm", batch: int | None = None
-) -> dict[str, Measurement]:
+    subject: Subject, items: list[Choice], plans: Mapping[K, Plan | None], *, task: str, metric: str = "acc_norm", batch: int | None = None
+) -> dict[K, Measurement]:
     """`multiple_choice` of the subject under every plan, blocks that plans share run once."""
     if not items:
         raise BadInput("no multiple-choice items: expected at least one")
@@ -120,9 +120,9 @@ def multiple_choices(
             target = torch.tensor([t for p in members for t in p.target], device=subject.device)
             for which, states in final_states(subject.model, ids, orders, positions, mask):
                 waiting.append((which, packed[at : at + batch], token_losses(subject.model, states[rows, source], target)))
-    for which, members, losses in waiting:  # a card is waited for only here
+    for which, some, losses in waiting:  # a card is waited for only here
         values, done = losses.double().cpu().numpy(), 0
-        for i, p in members:
+        for i, p in some:
             np.subtract.at(scores[which][i], p.owner, values[done : done + len(p.owner)])
             done += len(p.owner)
     made = provenance(subject, started, task=task, n=len(items), protocol="0-shot, packed endings")
@@ -150,11 +150,11 @@ def _pad(members: list[_Packed], pad: int, device: torch.device) -> tuple[torch.
 
 def _measurement(task: str, metric: str, items: list[Choice], scores: list[np.ndarray], cut: int, made: dict) -> Measurement:
     beside, key = OTHER[metric]
-    outcomes = []
+    outcomes: list[dict[str, Any]] = []
     for item, logprobs in zip(items, scores, strict=True):
         best = {"acc": logprobs.argmax(), "acc_norm": (logprobs / np.array([len(e) for e in item.endings])).argmax()}
-        right = {name: bool(ending == item.label) for name, ending in best.items()}
-        outcomes.append({"id": item.id, "logprobs": [round(float(x), 4) for x in logprobs], "correct": right[metric], key: right[beside]})
+        hit = {name: bool(ending == item.label) for name, ending in best.items()}
+        outcomes.append({"id": item.id, "logprobs": [round(float(x), 4) for x in logprobs], "correct": hit[metric], key: hit[beside]})
     n, right = len(items), sum(o["correct"] for o in outcomes)
     low, high = proportion(right, n)
     others = sum(o[key] for o in outcomes)

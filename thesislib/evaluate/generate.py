@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any, cast
 
 import torch
 from torch.nn import functional as F
@@ -95,7 +96,7 @@ def continuations(subject: Subject, ids: torch.Tensor, mask: torch.Tensor, max_n
     model, device = subject.model, subject.device
     ahead = (0 if device.type == "cpu" else AHEAD) if ahead is None else ahead
     whole = StaticCache(config=model.config, max_cache_len=ids.shape[1] + max_new_tokens)  # nothing is allocated yet
-    if ahead and not any(layer.is_sliding for layer in whole.layers):
+    if ahead and not any(layer.is_sliding for layer in cast("list[Any]", whole.layers)):
         return _run_ahead(subject, ids.to(device), mask.to(device), max_new_tokens, ahead, whole)
     ends = torch.tensor(end_tokens(subject), dtype=torch.long, device=device)
     found: list[list[int]] = [[] for _ in ids]
@@ -226,7 +227,7 @@ def complete(subject: Subject, prompt: str, max_new_tokens: int = 50) -> Timed:
     )  # fmt: skip
     clock = _Clock()
     with torch.inference_mode():
-        out = subject.model.generate(encoded, attention_mask=torch.ones_like(encoded), generation_config=config, streamer=clock)
+        out = cast("Any", subject.model).generate(encoded, attention_mask=torch.ones_like(encoded), generation_config=config, streamer=clock)
     text = tokenizer.decode(_answer(out[0, len(ids) :].tolist(), control_tokens(subject)), skip_special_tokens=True)
     ticks = clock.ticks[1:]  # the first call hands over the prompt
-    return Timed(text, tuple(b - a for a, b in itertools.pairwise(ticks)))
+    return Timed(cast("str", text), tuple(b - a for a, b in itertools.pairwise(ticks)))

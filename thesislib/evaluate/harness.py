@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -65,9 +65,11 @@ def lm_eval_task(subject: Subject, stock: Stock, chosen: list[Row], *, limit: in
             ending longer than the model's context.
     """
     samples, cut, made = _run(subject, stock, chosen, limit, seed, batch)
-    items = [{"id": str(s["doc_id"]), "correct": bool(s[stock.metric]), **{m: float(s[m]) for m in ("acc", "acc_norm") if m in s}} for s in samples]
+    items: list[dict[str, Any]] = [
+        {"id": str(s["doc_id"]), "correct": bool(s[stock.metric]), **{m: float(s[m]) for m in ("acc", "acc_norm") if m in s}} for s in samples
+    ]
     n, right = len(items), sum(i["correct"] for i in items)
-    extra = {m: sum(i[m] for i in items) / n for m in ("acc", "acc_norm") if m in items[0]}
+    extra: dict[str, float] = {m: sum(i[m] for i in items) / n for m in ("acc", "acc_norm") if m in items[0]}
     extra[CUT] = sum(any(tuple(pair) in cut for pair in s["arguments"]) for s in samples)
     low, high = proportion(right, n)
     return Measurement(task=stock.name, metric=stock.metric, value=right / n, low=low, high=high, n=n, unit="item", items=items, extra=extra, provenance=made)

@@ -5,6 +5,7 @@ sees all words, and is 0 only for a model that predicts as the reference does.
 """
 
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ def divergence(subject: Subject, reference: Subject, text: Text, *, length: int 
     n, tokens = len(nats), np.full(len(nats), length - 1)
     low, high = bootstrap_mean(nats, tokens, cut.document)
     documents = cut.document.tolist()
-    extra = {"reference": reference.name, "predicted_tokens": int(tokens.sum()), "documents": len(set(documents))}
+    extra: dict[str, Any] = {"reference": reference.name, "predicted_tokens": int(tokens.sum()), "documents": len(set(documents))}
     if extra["documents"] < 2:
         extra["why no interval"] = ONE_DOCUMENT
     settings = {"length": length, "limit": limit, "text": text.name, "text_sha256": text.sha256, "bootstrap_seed": 0,

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from thesislib.records.measurement import Measurement, provenance
 from thesislib.sources import corpus
 from thesislib.sources.corpus import Text, Windows, windows
 
+K = TypeVar("K")  # what a plan is called by
 AS_IT_IS = "as it is"
 ONE_DOCUMENT = "one document, and an interval shows how documents differ (WikiText's articles begin with ' = Title = ')"
 
@@ -44,8 +45,8 @@ def perplexity(subject: Subject, text: Text, *, length: int = 512, limit: int | 
 
 
 def perplexities(
-    subject: Subject, text: Text, plans: Mapping[str, Plan | None], *, length: int = 512, limit: int | None = None, batch: int | None = None
-) -> dict[str, Measurement]:
+    subject: Subject, text: Text, plans: Mapping[K, Plan | None], *, length: int = 512, limit: int | None = None, batch: int | None = None
+) -> dict[K, Measurement]:
     """`perplexity` of the subject under every plan (an order of its blocks), blocks that plans share run once.
 
     The plan None is the model as it is and must stand alone; see `thesislib.model.forward.final_states`.
@@ -80,7 +81,7 @@ def _measurement(task: str, cut: Windows, nats: np.ndarray, made: dict) -> Measu
     tokens = np.full(n, length - 1)
     mean = float(nats.sum() / tokens.sum())
     low, high = bootstrap_mean(nats, tokens, cut.document)
-    extra = {
+    extra: dict[str, Any] = {
         "tokens": int(n * length),
         "predicted_tokens": int(tokens.sum()),
         "documents": len(set(cut.document.tolist())),

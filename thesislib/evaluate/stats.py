@@ -15,10 +15,12 @@ from thesislib.errors import BadInput
 
 LEVEL = 0.95
 K = TypeVar("K")
+Floats = Sequence[float] | np.ndarray
+Groups = Sequence | np.ndarray
 VERDICTS = ("better", "worse", "not told apart")
 
 
-def bootstrap_mean(totals: Sequence[float], weights: Sequence[float], groups: Sequence, *, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
+def bootstrap_mean(totals: Floats, weights: Floats, groups: Groups, *, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
     """95 % percentile bootstrap interval of sum(totals) / sum(weights), whole groups resampled (Efron 1979).
 
     With a single group there is nothing to resample, so no interval: (nan, nan).
@@ -74,7 +76,7 @@ class Comparison:
         return VERDICTS[(self.difference > 0) != higher_is_better]
 
 
-def _aligned(samples: Mapping[str, Sequence[float]], groups: Sequence | None) -> tuple[list[np.ndarray], np.ndarray]:
+def _aligned(samples: Mapping[str, Floats], groups: Groups | None) -> tuple[list[np.ndarray], np.ndarray]:
     """The samples as arrays and each item's group (itself if there are none), refused unless fit for a paired test."""
     rows = [np.asarray(x, float) for x in samples.values()]
     if len({x.shape for x in rows}) > 1:
@@ -98,14 +100,14 @@ def _averaged(values: np.ndarray, index: np.ndarray) -> np.ndarray:
     return np.bincount(index, weights=values) / np.bincount(index)
 
 
-def paired_means(a: Sequence[float], b: Sequence[float], groups: Sequence | None = None) -> Comparison:
+def paired_means(a: Floats, b: Floats, groups: Groups | None = None) -> Comparison:
     """Paired t test of b - a, each group's pairs first averaged.
 
     Raises:
         BadInput: different lengths, NaN or infinite values, or fewer than two groups.
     """
-    (a, b), index = _aligned({"a": a, "b": b}, groups)
-    d = _averaged(b - a, index)
+    (x, y), index = _aligned({"a": a, "b": b}, groups)
+    d = _averaged(y - x, index)
     spread = d.std(ddof=1) / np.sqrt(len(d))
     half = t.ppf((1 + LEVEL) / 2, len(d) - 1) * spread
     p = float(ttest_1samp(d, 0).pvalue) if spread > 0 else float(d.mean() == 0)
@@ -113,7 +115,7 @@ def paired_means(a: Sequence[float], b: Sequence[float], groups: Sequence | None
 
 
 def paired_bootstrap(
-    a: Sequence[float], b: Sequence[float], groups: Sequence | None = None, weights: Sequence[float] | None = None, *, resamples: int = 10_000, seed: int = 0
+    a: Floats, b: Floats, groups: Groups | None = None, weights: Floats | None = None, *, resamples: int = 10_000, seed: int = 0
 ) -> Comparison:
     """Bootstrap of mean(b) - mean(a) over the same items, whole groups resampled (Efron 1979; for two systems Koehn 2004).
 
@@ -126,19 +128,19 @@ def paired_bootstrap(
     Raises:
         BadInput: different lengths, NaN or infinite values, fewer than two groups, or a weight that is not above 0.
     """
-    (a, b), index = _aligned({"a": a, "b": b}, groups)
-    weights = np.ones(len(a)) if weights is None else np.asarray(weights, float)
-    good = np.isfinite(weights) & (weights > 0)
-    if weights.shape != a.shape or not good.all():
-        raise BadInput(f"expected {len(a)} finite weights above 0, one for each item: got {good.sum()} such of {len(good)}")
-    d = weights * (b - a)
-    means = _resampled(d, weights, index, resamples, seed)
+    (x, y), index = _aligned({"a": a, "b": b}, groups)
+    w = np.ones(len(x)) if weights is None else np.asarray(weights, float)
+    good = np.isfinite(w) & (w > 0)
+    if w.shape != x.shape or not good.all():
+        raise BadInput(f"expected {len(x)} finite weights above 0, one for each item: got {good.sum()} such of {len(good)}")
+    d = w * (y - x)
+    means = _resampled(d, w, index, resamples, seed)
     beyond = min((means <= 0).sum(), (means >= 0).sum())
     p = min(1.0, 2 * (beyond + 1) / (resamples + 1))
-    return Comparison(float(d.sum() / weights.sum()), *_middle(means), float(p), int(index.max()) + 1, "paired bootstrap")
+    return Comparison(float(d.sum() / w.sum()), *_middle(means), float(p), int(index.max()) + 1, "paired bootstrap")
 
 
-def signed_rank(a: Sequence[float], b: Sequence[float], groups: Sequence | None = None) -> Comparison:
+def signed_rank(a: Floats, b: Floats, groups: Groups | None = None) -> Comparison:
     """Wilcoxon's signed-rank test of b - a, each group's pairs first averaged (Wilcoxon 1945).
 
     It asks whether the differences lie symmetrically about zero, so a few enormous ones weigh no more than their ranks.
@@ -151,9 +153,9 @@ def signed_rank(a: Sequence[float], b: Sequence[float], groups: Sequence | None 
     Raises:
         BadInput: different lengths, NaN or infinite values, or fewer than two groups.
     """
-    (a, b), index = _aligned({"a": a, "b": b}, groups)
-    d = _averaged(b - a, index)
-    means = np.sort(np.concatenate([(d[i:] + x) / 2 for i, x in enumerate(d)]))
+    (x, y), index = _aligned({"a": a, "b": b}, groups)
+    d = _averaged(y - x, index)
+    means = np.sort(np.concatenate([(d[i:] + value) / 2 for i, value in enumerate(d)]))
     k = _largest_rejected(len(d))
     low, high = (means[k], means[-1 - k]) if k >= 0 else (-np.inf, np.inf)
     p = wilcoxon(d).pvalue if d.any() else 1.0
@@ -171,16 +173,16 @@ def _largest_rejected(n: int) -> int:
     return int(np.searchsorted(null.cumsum(), (1 - LEVEL) / 2, side="right")) - 1
 
 
-def paired_outcomes(a: Sequence[bool], b: Sequence[bool]) -> Comparison:
+def paired_outcomes(a: Sequence[bool] | np.ndarray, b: Sequence[bool] | np.ndarray) -> Comparison:
     """Exact McNemar test of two sets of right and wrong answers to the same items (McNemar 1947).
 
     The interval of the difference of proportions is the paired t interval; the p value is exact.
     """
-    a, b = np.asarray(a, bool), np.asarray(b, bool)
-    means = paired_means(a, b)
-    gained, lost = int((~a & b).sum()), int((a & ~b).sum())
+    x, y = np.asarray(a, bool), np.asarray(b, bool)
+    means = paired_means(x, y)
+    gained, lost = int((~x & y).sum()), int((x & ~y).sum())
     p = binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
-    return Comparison(means.difference, means.low, means.high, float(p), len(a), "exact McNemar")
+    return Comparison(means.difference, means.low, means.high, float(p), len(x), "exact McNemar")
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -210,7 +212,7 @@ class Ranking:
     w: float
 
 
-def friedman(table: Mapping[str, Sequence[float]], groups: Sequence | None = None) -> Ranking:
+def friedman(table: Mapping[str, Floats], groups: Groups | None = None) -> Ranking:
     """Friedman's test that at least three configurations rank alike over the same items (Friedman 1937).
 
     Each group's items are first averaged. p is from the chi-squared approximation, rough below ten items; if everything is

@@ -65,7 +65,7 @@ def triviaqa(subject: Subject, items: list[Question], *, source: str, prompt: st
     started = time.perf_counter()
     prompts = [prompt_for(subject, q, prompt) for q in items]
     answers = greedy(subject, prompts, max_new_tokens, batch, [q.id for q in items])
-    outcomes = [{"id": q.id, "answer": answer.strip(), "tier": tier(answer, q.aliases)} for q, answer in zip(items, answers, strict=True)]
+    outcomes: list[dict[str, Any]] = [{"id": q.id, "answer": answer.strip(), "tier": tier(answer, q.aliases)} for q, answer in zip(items, answers, strict=True)]
     for outcome in outcomes:
         outcome["correct"] = bool(outcome["tier"])
     counts = Counter(o["tier"] for o in outcomes)
