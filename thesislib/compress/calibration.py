@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from thesislib.errors import BadInput
 from thesislib.model.forward import attention_windows, looking_back
-from thesislib.model.layers import LINEARS, projections
+from thesislib.model.layers import LINEARS, Projection, projections
 from thesislib.model.subject import Subject
 from thesislib.model.tokenizers import check_windows
 
@@ -64,7 +64,7 @@ class Visitor:
         """Whether this projection takes part; what takes no part costs nothing."""
         return True
 
-    def change(self, block: int, linears: Mapping[str, nn.Module], statistics: Mapping[str, Statistics]) -> None:
+    def change(self, block: int, linears: Mapping[str, Projection], statistics: Mapping[str, Statistics]) -> None:
         """Change the weights of one group of `linears` in place, given the statistics of their inputs."""
 
     def seen(self, block: int, first: int, x: torch.Tensor, y: torch.Tensor) -> None:
@@ -92,7 +92,7 @@ class Resident:
 
     def __init__(self, subject: Subject):
         self.model, self.depth, self.windows = subject.model, subject.depth, attention_windows(subject.model.config)
-        weights = [block.input_layernorm.weight.data_ptr() for block in subject.blocks]
+        weights = [cast("Any", block).input_layernorm.weight.data_ptr() for block in subject.blocks]
         if len(set(weights)) < len(weights):
             raise BadInput("a plan that runs a block twice cannot be calibrated block by block: the second visit would change the first again")
 

@@ -92,7 +92,7 @@ class Depth(Calibrated):
     def from_label(cls, part: str) -> "Depth | None":
         """See `Stage`."""
         match = re.fullmatch(cls.pattern, part, re.ASCII)
-        return match and cls(remove=whole_number(match[2]), part=next(name for name, letter in LETTERS.items() if letter == match[1]))
+        return cls(remove=whole_number(match[2]), part=next(name for name, letter in LETTERS.items() if letter == match[1])) if match else None
 
     def after(self, previous: Sequence[Stage], shape: Shape | None = None) -> Shape | None:
         """See `Stage`: it leaves fewer blocks, or as many where it removes parts of them."""
@@ -106,7 +106,7 @@ class Depth(Calibrated):
         parts = set(SLOTS) if self.part == "block" else {self.part}
         if outline.budgeted or outline.lost & parts:
             raise SizeUnknown
-        chosen = self.blocks
+        chosen: Sequence[int] = self.blocks
         if chosen is None:
             free = range(self.protect_first, outline.subject.depth - self.protect_last)
             if len({outline.facts(i, parts) for i in free}) > 1:

@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from thesislib.compress.calibration import ALL_AT_ONCE, INPUTS, Statistics, Visitor, stream
 from thesislib.compress.layerwise import Place, check_same_shapes, effective_weight, relative_error
@@ -14,7 +13,7 @@ from thesislib.compress.outline import Outline, SizeUnknown, corrected
 from thesislib.compress.selection import check_all_fit, fits, patterns
 from thesislib.compress.stage import Shape, Stage, Weighted, stage
 from thesislib.errors import BadInput, unknown
-from thesislib.model.layers import Adapted, adapt, replace
+from thesislib.model.layers import Adapted, Projection, adapt, replace
 from thesislib.model.subject import Subject
 
 INPUTS_OF = ("original", "compressed")
@@ -132,7 +131,7 @@ class Eora(Weighted):
         result = subject.copy(unpack=False)
         for (block, name), (A, B) in factors.items():
             module = result.linears(block)[name]
-            kind = {"dtype": module.weight.dtype, "device": module.weight.device}
+            kind: dict[str, Any] = {"dtype": module.weight.dtype, "device": module.weight.device}
             replace(result.blocks[block], name, adapt(module, A.to(**kind), B.to(**kind)))
         return result, visitor.report(factors)
 
@@ -142,7 +141,7 @@ def start(
     original: Subject,
     ids: torch.Tensor,
     rank: int,
-    linears: str | Sequence[str] = "*",
+    linears: str | list | tuple = "*",
     *,
     inputs: str = "compressed",
     weighting: str = "equal",
@@ -187,7 +186,7 @@ class Correct(Visitor):
         """See `Visitor`."""
         return self.config.takes(block, name)
 
-    def change(self, block: int, linears: Mapping[str, nn.Module], statistics: Mapping[str, Statistics]) -> None:
+    def change(self, block: int, linears: Mapping[str, Projection], statistics: Mapping[str, Statistics]) -> None:
         """See `Visitor`."""
         roots: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for name in linears:

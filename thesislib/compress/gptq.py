@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import nn
@@ -14,12 +14,12 @@ from tqdm import tqdm
 
 from thesislib.compress.calibration import ALL_AT_ONCE, INPUTS, TRUE_SEQUENTIAL, Blocks, Statistics, Visitor, stream
 from thesislib.compress.layerwise import Place, relative_error
-from thesislib.compress.outline import Outline, empty
+from thesislib.compress.outline import Outline, Outlined, empty
 from thesislib.compress.selection import check_all_fit, fits, patterns
 from thesislib.compress.stage import Shape, Stage, Weighted, stage
 from thesislib.errors import BadInput, unknown
 from thesislib.model.grid import CLIPS, ROW, Grid, Quantised, round_to_nearest
-from thesislib.model.layers import Adapted, replace
+from thesislib.model.layers import Adapted, Projection, replace
 from thesislib.model.layers import base as base_of
 from thesislib.model.packing import PRUNED
 from thesislib.model.quantised import EVERYWHERE, TABLES, QuantisedLinear, held_shapes, is_quantised, put_table
@@ -78,7 +78,7 @@ class Rtn(Stage):
     def from_label(cls, part: str) -> "Rtn | None":
         """The config whose label `part` is, everything else at its default; None if it is another stage's."""
         match = re.fullmatch(cls.pattern, part, re.ASCII)
-        return match and cls(bits=int(match[1] or 4))
+        return cls(bits=int(match[1] or 4)) if match else None
 
     def takes(self, block: int, name: str) -> bool:
         """Whether a projection is to be quantised."""
@@ -96,8 +96,8 @@ class Rtn(Stage):
     def outline(self, outline: Outline) -> None:
         """See `Stage`."""
 
-        def rounded(module: nn.Module, _: bool) -> nn.Module:
-            base = base_of(module)
+        def rounded(module: Projection, _: bool) -> Projection:
+            base = cast("Outlined", base_of(module))
             if not self.levels.holds_zero and base.gone > PRUNED * base.in_features * base.out_features:
                 raise BadInput(f"grid '{self.grid}' has no exact zero, and weights have been pruned: use symmetric or asymmetric")
             return outline.outlined(module, base.zeros, self.levels, self.indexed)
@@ -105,13 +105,17 @@ class Rtn(Stage):
         outline.change(rounded, self.takes)
         if self.embedding_bits:
             model = outline.subject.model
-            shape = tuple(model.get_input_embeddings().weight.shape)
+            table = cast("nn.Embedding", model.get_input_embeddings())
+            shape = cast("tuple[int, int]", tuple(table.weight.shape))
             group = self.group if shape[1] % self.levels.size(shape[1]) == 0 else ROW
             encoding = f"int{self.embedding_bits}/{self.grid}/{group}/{EVERYWHERE}"
             for path in TABLES[:1] if model.config.tie_word_embeddings else TABLES:
                 put_table(model, path, QuantisedLinear(encoding, shape, None, outline.dtype, **empty(held_shapes(encoding, shape))))
 
-    indexed: ClassVar[bool] = False  # whether each input's group is kept
+    @property
+    def indexed(self) -> bool:
+        """Whether each input's group is kept."""
+        return False
 
     def apply(self, subject: Subject, *, data: str = "embedded", work: Path | None = None) -> tuple[Subject, dict]:
         """A copy of the subject whose projections are `QuantisedLinear`, and a report of bytes and what else was found.
@@ -190,7 +194,7 @@ class Gptq(Weighted, Rtn):
 
     @property
     def indexed(self) -> bool:
-        """Whether each input's group is kept."""
+        """See `Rtn`."""
         return self.act_order == "index"
 
     def __post_init__(self):
@@ -230,7 +234,7 @@ class Quantise(Visitor):
         """See `Visitor`."""
         return self.config.takes(block, name)
 
-    def change(self, block: int, linears: Mapping[str, nn.Module], statistics: Mapping[str, Statistics]) -> None:
+    def change(self, block: int, linears: Mapping[str, Projection], statistics: Mapping[str, Statistics]) -> None:
         """See `Visitor`. Projections that read the same inputs are rounded together: their rows do not know of each other."""
         c = self.config
         for key in dict.fromkeys(INPUTS[name] for name in linears):
@@ -361,7 +365,7 @@ def inverse_factor(moment: torch.Tensor, damping: float, where: str = "the weigh
         damping = max(10 * damping, 1e-4)
 
 
-def _linear(module: nn.Module, quantised: Quantised) -> QuantisedLinear:
+def _linear(module: Projection, quantised: Quantised) -> QuantisedLinear:
     """What is to stand in a projection's place."""
     weight = module.weight.detach()
     pruned = weight == 0

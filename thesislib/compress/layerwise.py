@@ -3,17 +3,16 @@
 from collections.abc import Mapping
 
 import torch
-from torch import nn
 
 from thesislib.compress.calibration import ALL_AT_ONCE, Statistics, Visitor, stream
 from thesislib.errors import BadInput
-from thesislib.model.layers import Adapted
+from thesislib.model.layers import Adapted, Projection
 from thesislib.model.subject import Subject
 
 Place = tuple[int, str]  # block, projection
 
 
-def effective_weight(module: nn.Module) -> torch.Tensor:
+def effective_weight(module: Projection) -> torch.Tensor:
     """(outputs, inputs) float32: the weight of a projection, with its correction if it has one."""
     weight = module.weight.detach().float()
     return weight + module.lora_B.detach().float() @ module.lora_A.detach().float() if isinstance(module, Adapted) else weight
@@ -65,7 +64,7 @@ class _Compare(Visitor):
         self.compressed = compressed
         self.errors: dict[str, dict[Place, float]] = {name: {} for name in compressed}
 
-    def change(self, block: int, linears: Mapping[str, nn.Module], statistics: Mapping[str, Statistics]) -> None:
+    def change(self, block: int, linears: Mapping[str, Projection], statistics: Mapping[str, Statistics]) -> None:
         """See `Visitor`; it changes nothing."""
         for kind, subject in self.compressed.items():
             for name, module in subject.linears(block).items():

@@ -7,13 +7,12 @@ from math import lcm, prod
 from typing import Any
 
 import torch
-from torch import nn
 
 from thesislib.compress.layerwise import Place
 from thesislib.model import packing
 from thesislib.model.blocks import SLOTS
 from thesislib.model.grid import Grid
-from thesislib.model.layers import LINEARS, Adapted, ComputedLinear, replace
+from thesislib.model.layers import LINEARS, Adapted, ComputedLinear, Projection, replace
 from thesislib.model.layers import base as base_of
 from thesislib.model.packing import PRUNED
 from thesislib.model.quantised import EVERYWHERE, held_shapes
@@ -75,7 +74,7 @@ class Outlined(ComputedLinear):
         indexed: whether each input's group is kept.
     """
 
-    def __init__(self, like: nn.Module, dtype: torch.dtype, zeros: Zeros | None, grid: Grid | None = None, indexed: bool = False):
+    def __init__(self, like: Projection, dtype: torch.dtype, zeros: Zeros | None, grid: Grid | None = None, indexed: bool = False):
         shape = like.out_features, like.in_features
         count, known = prod(shape), zeros or Zeros()
         gone = count // known.of * known.remove
@@ -104,7 +103,7 @@ def empty(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, t
     return {name: torch.empty(1, dtype=dtype).expand(shape) for name, (shape, dtype) in shapes.items()}
 
 
-def corrected(module: nn.Module, rank: int, dtype: torch.dtype) -> Adapted:
+def corrected(module: Projection, rank: int, dtype: torch.dtype) -> Adapted:
     """A projection with one more correction, as `thesislib.model.layers.adapt` joins them."""
     rank = min(rank, module.in_features, module.out_features)
     if isinstance(module, Adapted):
@@ -136,7 +135,7 @@ class Outline:
         self.budgeted: set[Place] = set()
         self.change(lambda module, _: Outlined(module, self.dtype, Zeros()), lambda *_: True)
 
-    def change(self, make: Callable[[nn.Module, Any], nn.Module], setting: Callable[[int, str], Any], among: set[Place] | None = None) -> None:
+    def change(self, make: Callable[[Projection, Any], Projection], setting: Callable[[int, str], Any], among: set[Place] | None = None) -> None:
         """Replace the projections for which there is a setting, `among` these places."""
         self.check_alike(setting)
         subject, self.changed = self.subject, set()
@@ -154,7 +153,7 @@ class Outline:
         if self.lost and any(len({setting(i, name) for i in range(self.subject.depth)}) > 1 for name in LINEARS):
             raise SizeUnknown
 
-    def outlined(self, module: nn.Module, zeros: Zeros | None, grid: Grid | None = None, indexed: bool = False) -> nn.Module:
+    def outlined(self, module: Projection, zeros: Zeros | None, grid: Grid | None = None, indexed: bool = False) -> Projection:
         """A projection with another weight, inside its correction if it has one."""
         made = Outlined(base_of(module), self.dtype, zeros, grid, indexed)
         return Adapted(made, module.lora_A, module.lora_B) if isinstance(module, Adapted) else made

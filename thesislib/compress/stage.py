@@ -50,7 +50,6 @@ class Stage:
         correctable: whether it changes weights and keeps their shapes, so that EoRA may follow.
         needs_original: whether `apply` also takes `original`, the subject that the stage right before it was given.
         amplifies: whether it follows its own rounding for many steps, so that sums in another order end at other weights.
-        streams: whether `stream_weights` does the same on blocks that are in memory one at a time.
     """
 
     word: ClassVar[str] = ""
@@ -59,7 +58,11 @@ class Stage:
     correctable: ClassVar[bool] = False
     needs_original: ClassVar[bool] = False
     amplifies: ClassVar[bool] = False
-    streams: ClassVar[bool] = False
+
+    @property
+    def streams(self) -> bool:
+        """Whether `stream_weights` does the same on blocks that are in memory one at a time."""
+        return False
 
     @property
     def label(self) -> str:

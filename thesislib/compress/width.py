@@ -5,17 +5,16 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
-from torch import nn
 
 from thesislib.compress.calibration import ALL_AT_ONCE, Blocks, Statistics, Visitor, stream
-from thesislib.compress.outline import Outline
+from thesislib.compress.outline import Outline, Outlined
 from thesislib.compress.selection import check_all_fit, fits, patterns, whole_number
 from thesislib.compress.stage import Shape, Stage, Weighted, stage
 from thesislib.errors import BadInput, unknown
-from thesislib.model.layers import LINEARS
+from thesislib.model.layers import LINEARS, Projection
 from thesislib.model.layers import base as base_of
 from thesislib.model.subject import Subject
 
@@ -89,8 +88,8 @@ class Width(Weighted):
     def outline(self, outline: Outline) -> None:
         """See `Stage`."""
 
-        def pruned(module: nn.Module, share: float) -> nn.Module:
-            base, columns = base_of(module), module.in_features
+        def pruned(module: Projection, share: float) -> Projection:
+            base, columns = cast("Outlined", base_of(module)), module.in_features
             remove, of = (self.remove, self.of) if self.of else (int(columns * share), columns)
             # quantised weights become plain ones, among whose zeros are those that rounding made
             zeros = base.zeros.pruned(remove, of, columns) if base.zeros and not base.grid else None
@@ -157,7 +156,7 @@ class Prune(Visitor):
         """See `Visitor`."""
         return self.config.share(block, name) is not None
 
-    def change(self, block: int, linears: Mapping[str, nn.Module], statistics: Mapping[str, Statistics]) -> None:
+    def change(self, block: int, linears: Mapping[str, Projection], statistics: Mapping[str, Statistics]) -> None:
         """See `Visitor`."""
         for name, linear in linears.items():
             score = linear.weight.detach().float().abs()

@@ -350,7 +350,7 @@ def _change_all(model: M, change: Callable[[ComputedLinear | Adapted], Projectio
     return model
 
 
-def replace(block: nn.Module, name: str, module: Projection) -> None:
+def replace(block: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where the projection `name` (e.g. "q_proj") of a block stands.
 
     Raises:

@@ -7,18 +7,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch import nn
 
 from thesislib.compress.lora.sequences import TEXTS, sequences
-from thesislib.compress.lora.train import Factors, Place, Training, bfloat16_is_fast
+from thesislib.compress.lora.train import Factors, Place, Settings, Training, bfloat16_is_fast
 from thesislib.compress.outline import Outline, Outlined, SizeUnknown, Zeros, corrected
 from thesislib.compress.selection import fits, patterns
 from thesislib.compress.stage import Shape, Stage, stage
 from thesislib.errors import BadInput, unknown
-from thesislib.model.layers import LINEARS, Adapted, adapt, merged, replace
+from thesislib.model.layers import LINEARS, Adapted, Projection, adapt, merged, replace
 from thesislib.model.layers import base as base_of
 from thesislib.model.subject import Subject
 
@@ -138,8 +138,8 @@ class Lora(Stage):
         if outline.budgeted - taken and (replaced or outline.dtype != torch.float32):
             raise SizeUnknown
 
-        def trained(module: nn.Module, _: bool) -> nn.Module:
-            base = base_of(module)
+        def trained(module: Projection, _: bool) -> Projection:
+            base = cast("Outlined", base_of(module))
             if self.merge == "masked":
                 return Outlined(base, outline.dtype, None if base.grid else base.zeros)
             if self.merge == "dense":
@@ -209,7 +209,8 @@ class Lora(Stage):
             initial = self._begin(result, places, initial)
         with torch.random.fork_rng(devices=[subject.device] if subject.device.type == "cuda" else []):
             torch.manual_seed(self.seed)
-            factors, trained = Training(self, result, places, autocast, initial).run(split, file)
+            settings = cast("Settings", self)  # a protocol's fields may be set and a frozen stage's may not: training only reads
+            factors, trained = Training(settings, result, places, autocast, initial).run(split, file)
         before, after = [], []
         for first, *rest in places:
             old = result.linears(first[0])[first[1]]
@@ -238,16 +239,16 @@ class Lora(Stage):
                 raise BadInput(f"init 'eora' begins with corrections of rank {self.rank}: {first[1]} of block {first[0]} has {has}")
             if given is None:
                 for block, name in (first, *rest):
-                    replace(subject.blocks[block], name, module.base)
+                    replace(subject.blocks[block], name, cast("Adapted", module).base)
             found[first] = A, B
         return found
 
 
-def _zeros(linear: nn.Module) -> float:
+def _zeros(linear: Projection) -> float:
     return float((linear.weight == 0).float().mean())
 
 
-def _plain(factors: Factors | None) -> list | None:
+def _plain(factors: Factors | None) -> list | Factors | None:
     """Something that JSON can hold and that differs where factors do."""
     return factors and [[*place, *(_hash(t.detach().float().cpu().numpy().tobytes()) for t in pair)] for place, pair in sorted(factors.items())]
 

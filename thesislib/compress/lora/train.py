@@ -7,11 +7,11 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import safetensors.torch
 import torch
@@ -142,7 +142,7 @@ class Training:
                         base.bias.data = base.bias.data.bfloat16()
         self.parameters = {f"{b}.{name}.{ab}": m.weight for (b, name), layer in self.layers.items() for ab, m in _factors(layer)}
         self.optimiser = torch.optim.AdamW(self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.state = {"step": 0, "curve": [], "validation": [], "best_step": None, "best_loss": None, "seconds": 0.0, "tokens": 0}
+        self.state: dict[str, Any] = {"step": 0, "curve": [], "validation": [], "best_step": None, "best_loss": None, "seconds": 0.0, "tokens": 0}
         self.best: dict[str, torch.Tensor] = {}
 
     def _inject(self, places: list[list[Place]], initial: Factors) -> dict[Place, LoraLayer]:
@@ -153,12 +153,13 @@ class Training:
         for (block, name), *_ in places:
             module = self.subject.linears(block)[name]
             inner[block, name] = names[module.base if isinstance(module, Adapted) else module]
-        how = config.init if config.init in ("gaussian", "orthogonal") else True
-        lora = LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, init_lora_weights=how, target_modules=list(inner.values()))
+        how: Any = config.init if config.init in ("gaussian", "orthogonal") else True
+        alpha: Any = config.alpha  # PEFT takes any number and says int
+        lora = LoraConfig(r=config.rank, lora_alpha=alpha, lora_dropout=config.dropout, init_lora_weights=how, target_modules=list(inner.values()))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is about to change
             get_peft_model(model, lora)  # changes the model in place: the wrapper that it returns is not needed
-        layers = {place: model.get_submodule(path) for place, path in inner.items()}
+        layers: dict[Place, Any] = {place: model.get_submodule(path) for place, path in inner.items()}
         for first, *rest in places:
             for block, name in rest:
                 if not isinstance(self.subject.linears(block)[name], Adapted):  # PEFT finds a shared module in its first place only
@@ -288,7 +289,7 @@ class Training:
                 key: (held[f"adapter.{key}"], held[f"best.{key}"].to(p.device), *(held[f"{moment}.{key}"].to(p.device) for moment in MOMENTS))
                 for key, p in self.parameters.items()
             }
-            random = [(torch.set_rng_state, (held["random"],))]
+            random: list[tuple[Callable[..., None], tuple]] = [(torch.set_rng_state, (held["random"],))]
             if self.subject.device.type == "cuda":
                 random.append((torch.cuda.set_rng_state, (held["random_cuda"], self.subject.device)))
         except (BadInput, KeyError) as error:
@@ -336,14 +337,14 @@ def _random_state(device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _factors(layer: LoraLayer) -> Iterator[tuple[str, nn.Linear]]:
-    yield "A", layer.lora_A[ADAPTER]
-    yield "B", layer.lora_B[ADAPTER]
+    yield "A", cast("nn.Linear", layer.lora_A[ADAPTER])
+    yield "B", cast("nn.Linear", layer.lora_B[ADAPTER])
 
 
 def _plain(linear: nn.Module) -> nn.Linear:
     """The frozen nn.Linear inside what stands in a projection's place."""
     while not isinstance(linear, nn.Linear):
-        linear = linear.base if isinstance(linear, Adapted) else linear.base_layer
+        linear = linear.base if isinstance(linear, Adapted) else cast("nn.Module", linear.base_layer)
     return linear
 
 
