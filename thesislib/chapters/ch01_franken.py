@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -105,7 +106,7 @@ def measure(subject: Subject, p: Franken) -> Results:
     All of them are one tree of plans: blocks that they share run once.
     """
     plans, skipped, repeated = all_plans(subject.depth, p)
-    tree = {**plans, **{("skip", b): q for b, q in skipped.items()}, **{("repeat", b): q for b, q in repeated.items()}}
+    tree: dict[Any, Plan] = {**plans, **{("skip", b): q for b, q in skipped.items()}, **{("repeat", b): q for b, q in repeated.items()}}
     ppl = perplexity.perplexities(subject, evaluation_text(p.data), tree, length=p.length, limit=p.windows)
     items = Setup("hellaswag", limit=p.items, fast=True).items(p.data)
     return Results(
@@ -344,7 +345,7 @@ def recorded_parts(p: Franken, file: Path) -> Iterator[Part]:
 
     def make(missing: Collection[Key], keep: Keep) -> None:
         subject = load(p.subject, p.dtype, p.device)
-        tree = {key: by_name[key[0]] for key in missing}
+        tree: dict[Key, Plan] = {key: by_name[key[0]] for key in missing}
         if next(iter(tree))[1] == "perplexity":
             found = perplexity.perplexities(subject, evaluation_text(p.data), tree, length=p.length, limit=p.windows)
         else:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import statistics
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -87,7 +88,7 @@ def recovered(results: Results, text: str = "wikitext") -> pd.DataFrame:
                 (("dense", dense), ("control", control), ("before", before), ("after", after))}  # fmt: skip
         documents = before.column("document")
         gap = nats["before"] - nats["dense"]
-        row = {"model": model, "gap before, nats": f"{gap.mean():.3f}"}
+        row: dict[str, Any] = {"model": model, "gap before, nats": f"{gap.mean():.3f}"}
         for name, gained in (("naive", nats["before"] - nats["after"]), ("fair", gap - (nats["after"] - nats["control"]))):
             low, high = bootstrap_mean(gained, gap, documents)
             row[f"recovered, {name}"] = interval(gained.sum() / gap.sum(), low, high, ".0%")

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -114,7 +115,7 @@ class Configuration:
 
     def stages(self, p: LoraChapter) -> list:
         """Their configs."""
-        settings = {} if self.learning_rate is None else {"learning_rate": self.learning_rate}
+        settings: dict[str, Any] = {} if self.learning_rate is None else {"learning_rate": self.learning_rate}
         trained = [dataclasses.replace(p.training(self.text, merge=self.merge, seed=self.seed), **settings)] if self.text else []
         parts = [() if label in ("", DENSE) else parse_label(label).stages for label in (self.pruned, self.after)]
         return [*parts[0], *trained, *parts[1]]

@@ -79,7 +79,7 @@ def main_table(results: Results, configs: Sequence[Configuration]) -> pd.DataFra
         found = {what: results.get((c.key, what)) for what in (PPL, HELD_OUT, CLOSED, OPEN)}
         if not any(found.values()):
             continue
-        size = next((size for m in found.values() if m and (size := m.provenance["made"]["bytes"])), {})
+        size: dict[str, Any] = next((made for m in found.values() if m and (made := m.provenance["made"]["bytes"])), {})
         times = f"{found[PPL].value / dense.value:.2f}" if found[PPL] and dense else ""
         rows.append(
             {
@@ -403,9 +403,9 @@ def starts_sentence(results: Results, p: QuantChapter) -> str:
     found = {(c.corrected, c.rate, c.seed): c for c in starts(p) if (c.key, HELD_OUT) in results}
     value = {one: results[c.key, HELD_OUT].value for one, c in found.items()}
     best = {}
-    for eora in (False, True):
-        tried = [rate for corrected, rate, seed in found if corrected == eora and seed == 0]
-        best[eora] = min(tried, key=lambda rate, eora=eora: value[eora, rate, 0], default=None)
+    for corrected in (False, True):
+        ends = {rate: value[corrected, rate, 0] for start, rate, seed in found if start == corrected and seed == 0}
+        best[corrected] = min(ends, key=ends.get, default=None)
     seeds = [s for corrected, rate, s in found if not corrected and rate == best[False] and (True, best[True], s) in found]
     if not seeds:
         return "Starts of LoRA were not run."

@@ -32,8 +32,8 @@ from thesislib.sources import corpus
 
 PPL, HELD_OUT = "perplexity", "held-out perplexity"
 # GPTQ as it is usually set up. Its paper's code has an integer zero-point by default, whole rows, and 128 windows of 2,048 tokens
-PLAIN = {"grid": "symmetric", "clip": "none", "act_order": "none", "damping": 0.01, "sequential": False, "weighting": "equal", "text": "c4"}
-BEST = {"grid": "asymmetric", "clip": "squared", "act_order": "static", "damping": 0.01, "sequential": True, "weighting": "unit_norm", "text": "c4"}
+PLAIN: dict = {"grid": "symmetric", "clip": "none", "act_order": "none", "damping": 0.01, "sequential": False, "weighting": "equal", "text": "c4"}
+BEST: dict = {"grid": "asymmetric", "clip": "squared", "act_order": "static", "damping": 0.01, "sequential": True, "weighting": "unit_norm", "text": "c4"}
 # every ingredient, and what it can be instead of the plain recipe's; the first is what the chapter's best settings have
 INGREDIENTS = {
     "token weighting": ("weighting", ("unit_norm", "first_16", "skip_1")),
@@ -46,7 +46,7 @@ INGREDIENTS = {
     "window length": ("length", (2048,)),
     "group": ("group", (32,)),
 }
-MORE = {"text": "wikipedia", "windows": 128}  # calibration on the kind of text that is measured on, and four times as much of it
+MORE: dict = {"text": "wikipedia", "windows": 128}  # calibration on the kind of text that is measured on, and four times as much of it
 BUDGET = 19_537_920  # bytes of EoRA's corrections at rank 32 of the embedded subject, for a budget to be compared with
 RATES = (2e-3, 2e-4)  # of training from either start: the first suits a start at zero, and may be too fast for one that is not
 SHAPES = {8: (64,), 4: (32, 64, "row"), 3: (32, 64), 2: (64,)}  # groups tried at each number of bits

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -66,7 +67,8 @@ def stand_in(subject: Subject, label: str) -> Subject:
         BadInput: a part of the label that is none of these.
     """
     result = subject
-    for stage in [] if label == DENSE else parse_label(label).stages:
+    stages: Iterable[Any] = [] if label == DENSE else parse_label(label).stages
+    for stage in stages:
         if stage.word == "depth" and stage.part == "block" and 0 < stage.count < result.depth:
             kept = result.depth - stage.count
             result = apply_plan(result, [*range(kept - 1), result.depth - 1])
@@ -303,7 +305,7 @@ def published_table() -> pd.DataFrame:
 def hosted_table(rows: pd.DataFrame | None = None) -> pd.DataFrame:
     """Joules of hosted models and what they do; beside them the projections of `rows` for the first model, see `projections`."""
     known = pd.DataFrame() if rows is None else rows.dropna(subset=["joules low"])
-    ours = {} if known.empty else known[known["model"] == known["model"].iloc[0]].set_index("device")
+    ours: Any = {} if known.empty else known[known["model"] == known["model"].iloc[0]].set_index("device")
     found = hosted({f"{row['model']} on {name}": (row["joules low"], row["joules high"]) for name, row in ours.iterrows()} if len(ours) else None)
     each = [f"{low:.3g}" if low == high else f"{low:.2g} to {high:.2g}" for low, high in zip(found["joules low"], found["joules high"], strict=True)]
     return found.assign(**{"joules a written token": each}).set_index("model")[["work", "joules a written token", "kind", "difference"]]
@@ -326,7 +328,7 @@ def emulated_table(path: Path | None = None) -> pd.DataFrame:
 def roofline(found: Mapping[str, Subject], name: str, p: DeviceChapter) -> plt.Figure:
     """A device's roofline with the dense model's linears on it, decoding and reading a prompt."""
     on = device(name)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for kind, c in (("decoding", costs(found[DENSE], 1, p.context)), ("prompt", costs(found[DENSE], p.prompt, 0))):
         rows += [{"name": o.name, "kind": kind, "intensity": o.macs / o.weights, "precision": o.precision} for o in c.operations if o.macs and o.weights]
     rate, bandwidth = on.rate("gemm", rows[0]["precision"]), on.tiers[-1].read

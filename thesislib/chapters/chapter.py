@@ -1,6 +1,6 @@
 """What a chapter is: its notebook, its recorded run, and what others may ask of it. `thesislib.chapters.record` carries the run out."""
 
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from thesislib.records.measurement import Measurement
 # what a row is of, for the claims that compare rows of different chapters
 WIKITEXT, CLOSED, OPEN, WHOLE = "WikiText-2, 24 windows", "closed book", "open book", "WikiText-2, 32 windows"
 
-Key = tuple[Hashable, ...]  # what tells a row from the others of its chapter; the first is its label
+Key = tuple[Any, ...]  # hashable: what tells a row from the others of its chapter; the first is its label
 Keep = Callable[[Measurement], object]
 
 

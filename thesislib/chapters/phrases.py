@@ -32,7 +32,8 @@ def share(m: Measurement | None) -> str:
 
 def ratio(c: Comparison, form: str = ".3f") -> str:
     """The ratio of two perplexities, whose logarithms are compared, with its interval; its end may be beyond what a float holds."""
-    return f"x {interval(*(np.exp(min(x, 50)) for x in (c.difference, c.low, c.high)), form)}"
+    value, low, high = (np.exp(min(x, 50)) for x in (c.difference, c.low, c.high))
+    return f"x {interval(value, low, high, form)}"
 
 
 def times(x: float) -> str:
@@ -55,7 +56,8 @@ def difference(c: Comparison, task: Task) -> str:
     if task.ratio:
         return ratio(c)
     factor, form = (100, "+.1f") if task.unit == SHARE else (1, "+.4g")
-    return interval(*(factor * x for x in (c.difference, c.low, c.high)), form)
+    value, low, high = (factor * x for x in (c.difference, c.low, c.high))
+    return interval(value, low, high, form)
 
 
 def p_value(p: float) -> str:
