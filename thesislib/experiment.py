@@ -71,11 +71,11 @@ class Prepared:
     def measure(self, setup: Setup, data: str, **more: object) -> Measurement:
         """The measurement by a setup on a data spec, with all that would make it again; `more` is noted beside it."""
         m = self.noted(setup.measure(self.unpacked, data), **more)
-        return dataclasses.replace(m, provenance={**m.provenance, "tolerance": tolerance(m)})
+        return m.with_provenance(tolerance=tolerance(m))
 
     def noted(self, m: Measurement, **more: object) -> Measurement:
         """A measurement of this model that says how the model was made, and `more`."""
-        return dataclasses.replace(m, provenance={**m.provenance, "made": self.made, **more})
+        return m.with_provenance(made=self.made, **more)
 
 
 def prepare(subject: str, stages: Sequence, *, data: str, dtype: str = "bfloat16", device: str = "cpu") -> Prepared:
@@ -109,8 +109,8 @@ def described(m: Measurement, base: Subject | dict, data: str, stages: Sequence 
     """
     facts = {"name": base.name, "fingerprint": base.fingerprint} if isinstance(base, Subject) else base
     note = made(recipe_of(stages), facts, data, {}, [])
-    m = dataclasses.replace(m, provenance={**m.provenance, "made": {**note, "label": label or note["label"]}})
-    return dataclasses.replace(m, provenance={**m.provenance, "tolerance": tolerance(m)})
+    m = m.with_provenance(made={**note, "label": label or note["label"]})
+    return m.with_provenance(tolerance=tolerance(m))
 
 
 # ---------------------------------------------------------------- once more
@@ -209,15 +209,15 @@ def again(m: Measurement, subject: str = "embedded", data: str | None = None, de
     result = setup.measure(Prepared(model, {}).unpacked, data)  # as the record was: few rows of packed weights are multiplied by other kernels
     if [i["id"] for i in result.items] != [i["id"] for i in m.items]:
         raise BadInput(f"data '{data}' gives {result.n} other items ({result.task}) than the record's {m.n} ({m.task}): name the data that it was made with")
-    for key, now in (("text_sha256", result.provenance["settings"].get("text_sha256")), ("corpus_sha256", result.provenance.get("corpus_sha256"))):
+    for key, now in (("text_sha256", result.settings.get("text_sha256")), ("corpus_sha256", result.provenance.get("corpus_sha256"))):
         then = made["settings"].get(key, made.get(key))
         if then is not None and now is not None and then != now:
             raise BadInput(f"data '{data}' has another text for {m.task} (sha256 {now[:12]}..., recorded {then[:12]}...): name the data that it was made with")
-    now, then = (x.provenance["settings"].get("reference_fingerprint") for x in (result, m))
+    now, then = (x.settings.get("reference_fingerprint") for x in (result, m))
     if now != then:
         raise BadInput(f"the record was held against a reference with fingerprint {str(then)[:12]}...; {shown(setup.reference)} has {str(now)[:12]}...: "
                        "name the record's by --reference")  # fmt: skip
-    now, then = (x.provenance["settings"].get("prompts_sha256") for x in (result, m))
+    now, then = (x.settings.get("prompts_sha256") for x in (result, m))
     if then is not None and now != then:  # records made before prompts were hashed have none
         raise BadInput(f"the questions are put in other words than the record's (sha256 of all prompts {str(now)[:12]}..., recorded {str(then)[:12]}...): "
                        f"expected {made['subject']} with the tokenizer and chat template that it was measured with")  # fmt: skip

@@ -158,9 +158,9 @@ def test_rows_of_another_subject_other_data_or_other_parameters_are_not_added_to
     with pytest.raises(BadInput, match=r"has a row, .* \(dense, perplexity, n = 3\), that this run does not make: expected the chapter and the parameters"):
         record(chapter, dataclasses.replace(p, windows=2), tmp_path)
     for suffix in ("jsonl", "items.gz"):
-        shutil.copy(tmp_path / f"03_width_pruning.{suffix}", tmp_path / f"01_franken_llama.{suffix}")
+        shutil.copy(tmp_path / f"03_width_pruning.{suffix}", tmp_path / f"05_quantisation.{suffix}")
     with pytest.raises(BadInput, match="that this run does not make"):
-        record(chapter_of("01_franken_llama"), settings("01_franken_llama", tiny_run)[1], tmp_path)
+        record(*settings("05_quantisation", tiny_run), tmp_path)
 
 
 def test_of_two_processes_each_takes_what_the_other_is_not_at(tiny_run, tmp_path):

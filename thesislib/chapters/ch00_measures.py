@@ -94,7 +94,7 @@ def table(found: Sequence[Measurement]) -> pd.DataFrame:
     """One row a number, with what it was measured on, its interval and n; the tiers of trivia are rows of their own."""
     rows = []
     for m in found:
-        settings, percent = m.provenance["settings"], task_of(m).unit == SHARE
+        settings, percent = m.settings, task_of(m).unit == SHARE
         first = len(rows)
         how = {"perplexity": f"windows of {settings.get('length')}", "accuracy": f"{settings.get('prompt')} prompt"}.get(m.metric, "0-shot")
         rows.append({"task": m.task, "how": how, "metric": m.metric, "value": m.value, "low": m.low, "high": m.high, "n": m.n})
@@ -118,8 +118,8 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
 
 def headline(found: Sequence[Measurement]) -> str:
     """What chapter 0 found, in sentences, for the book's first page and the README."""
-    ppl = {m.provenance["settings"]["length"]: m for m in found if m.metric == "perplexity"}
-    trivia = {(m.provenance["settings"]["open_book"], m.provenance["settings"]["prompt"]): m for m in found if m.metric == "accuracy"}
+    ppl = {m.settings["length"]: m for m in found if m.metric == "perplexity"}
+    trivia = {(m.open_book, m.settings["prompt"]): m for m in found if m.metric == "accuracy"}
     (hella,) = (m for m in found if m.metric == "acc_norm")
     first, last = min(ppl), max(ppl)
 
@@ -164,9 +164,9 @@ def recorded_parts(p: Measures, file: Path) -> Iterator[Part]:
 
 def key(m: Measurement) -> Key:
     """Of a row: label, metric, and the window's length, or whether the book was open and the prompt."""
-    settings = m.provenance["settings"]
+    settings = m.settings
     how = {"perplexity": ("length",), "accuracy": ("open_book", "prompt")}.get(m.metric, ())
-    return (m.provenance["made"]["label"], m.metric, *(settings[name] for name in how))
+    return (m.label, m.metric, *(settings[name] for name in how))
 
 
 def read_recorded(path: Path) -> tuple[Measurement, ...]:

@@ -359,7 +359,7 @@ def recorded_parts(p: Franken, file: Path) -> Iterator[Part]:
 
 def key(m: Measurement) -> Key:
     """Of a row: label, metric."""
-    return m.provenance["made"]["label"], m.metric
+    return m.label, m.metric
 
 
 def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurement]]:

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -305,7 +305,7 @@ def as_measurements(results: Results) -> list[Measurement]:
 
 
 def _named(m: Measurement, **names) -> Measurement:
-    return replace(m, provenance={**m.provenance, "chapter": names})
+    return m.with_provenance(chapter=names)
 
 
 def stages_of(m: Measurement, depth: int) -> list[Depth]:
@@ -316,12 +316,12 @@ def stages_of(m: Measurement, depth: int) -> list[Depth]:
 
 def from_measurements(found: Sequence[Measurement], scores: Scores) -> Results:
     """The results that `as_measurements` gave."""
-    ppl = {(m.provenance["chapter"]["method"], m.provenance["chapter"]["removed"]): m for m in found if m.metric == "perplexity"}
+    ppl = {(m.chapter["method"], m.chapter["removed"]): m for m in found if m.metric == "perplexity"}
     answers = [m for m in found if m.metric == "accuracy"]
-    trivia = {(m.provenance["chapter"]["removed"], m.provenance["settings"]["open_book"]): m for m in answers}
+    trivia = {(m.chapter["removed"], m.open_book): m for m in answers}
     if (NOTHING, 0) not in ppl or not trivia:
         raise BadInput("these are not the results of chapter 2: the whole model's perplexity or the answers are missing")
-    return Results(scores, ppl, trivia, {m.provenance["chapter"]["removed"]: m.provenance["chapter"]["text"] for m in answers})
+    return Results(scores, ppl, trivia, {m.chapter["removed"]: m.chapter["text"] for m in answers})
 
 
 def read_recorded(path: Path) -> Results:
@@ -371,13 +371,13 @@ def label_of(removed: int) -> str:
 def key(m: Measurement) -> Key:
     """Of a row: label, what was measured, by whose choice of blocks."""
     what = m.metric if m.metric == "perplexity" else book(m)
-    return m.provenance["made"]["label"], what, m.provenance["chapter"]["method"]
+    return m.label, what, m.chapter["method"]
 
 
 def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurement]]:
     """What was removed by perplexity, and nothing."""
     for m in rows:
-        if (note := m.provenance["chapter"])["method"] in ("perplexity", NOTHING):
+        if (note := m.chapter)["method"] in ("perplexity", NOTHING):
             yield label_of(note["removed"]), WIKITEXT if m.metric == "perplexity" else book(m), m
 
 

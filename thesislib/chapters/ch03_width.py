@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +116,7 @@ def measure(subject: Subject, configs: Iterable[Width], p: WidthChapter, done: R
         model, report = (subject, {}) if config is None else config.apply(subject, data=p.data)
         m = perplexity.perplexity(model, text, length=p.length, limit=p.windows)
         named = {"config": config and dataclasses.asdict(config), "report": report, "sizes": sizes(model)}
-        results[config] = replace(m, provenance={**m.provenance, "chapter": named})
+        results[config] = m.with_provenance(chapter=named)
         if found:
             found(results[config])
     return results
@@ -165,7 +165,7 @@ def pattern_table(results: Results, p: WidthChapter) -> pd.DataFrame:
     dense, wanda, magnitude = results[None], main_results(results, p), main_results(results, p, "magnitude")
     rows = [{"pattern": DENSE, "zeros": "0 %", "WANDA": with_thousands(dense), "x dense": "1.00", "magnitude": "", "linears' bytes": "100 %"}]
     for pattern, m in wanda.items():
-        size = m.provenance["chapter"]["sizes"]
+        size = m.chapter["sizes"]
         share = shares(wanda)[pattern]
         rows.append(
             {
@@ -186,7 +186,7 @@ def shares(found: Mapping[str, Measurement]) -> dict[str, float]:
 
 
 def _plain(m: Measurement) -> dict:
-    return m.provenance["chapter"]["config"]
+    return m.chapter["config"]
 
 
 def calibration_table(results: Results, p: WidthChapter) -> pd.DataFrame:
@@ -255,7 +255,7 @@ def headline(results: Results) -> str:
     p = recorded_parameters()
     dense, found = results[None], main_results(results, p)
     mild = perplexity.compare(dense, found["1:8"])
-    shares = {x: found[x].provenance["chapter"]["sizes"] for x in ("1:8", "2:4")}
+    shares = {x: found[x].chapter["sizes"] for x in ("1:8", "2:4")}
     theirs = ", ".join(f"{x} x {thesis_row(f'W{x}').perplexity / thesis_row('dense').perplexity:.3g}" for x in ("1:8", "2:4"))
     return in_markdown(
         f"Removing 1 of 8 weights by WANDA multiplies perplexity on {dense.task} ({dense.value:.3g}) by {ratio(mild).removeprefix('x ')}, "
@@ -280,7 +280,7 @@ def packed_speed(subject: Subject, pattern: str = "2:4") -> pd.DataFrame:
 
 def stages_of(m: Measurement) -> list[Width]:
     """What makes a record's subject."""
-    return [Width(**config)] if (config := m.provenance["chapter"]["config"]) else []
+    return [Width(**config)] if (config := m.chapter["config"]) else []
 
 
 def from_measurements(found: Sequence[Measurement]) -> dict[Width | None, Measurement]:
@@ -290,7 +290,7 @@ def from_measurements(found: Sequence[Measurement]) -> dict[Width | None, Measur
         BadInput: not this chapter's.
     """
     try:
-        results = {None if (c := m.provenance["chapter"]["config"]) is None else Width(**c): m for m in found}
+        results = {None if (c := m.chapter["config"]) is None else Width(**c): m for m in found}
         return {None: results[None], **results}
     except (KeyError, TypeError) as error:
         raise BadInput(f"these are not the results of chapter 3 ({error})") from error
@@ -333,7 +333,7 @@ def _key(config: Width | None) -> Key:
 
 def key(m: Measurement) -> Key:
     """Of a row: label, and the hash of all settings."""
-    return m.provenance["made"]["label"], m.provenance["made"]["recipe"]
+    return m.label, m.made["recipe"]
 
 
 def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurement]]:

@@ -182,7 +182,7 @@ def merge_table(results: Results) -> pd.DataFrame:
         if what == PPL and c.merge == "beside" and merges(c):
             for one in (c, *merges(c)):
                 found = m if one == c else _get(results, PPL, **dataclasses.asdict(one))
-                size = found.provenance["made"]["bytes"]
+                size = found.made["bytes"]
                 test = "" if one == c else ratio(perplexity.compare(m, found))
                 rows.append(
                     {
@@ -199,7 +199,7 @@ def merge_sentence(results: Results) -> str:
     for c in dict.fromkeys(c for c, what in results if what == PPL and c.merge == "beside" and merges(c)):
         beside, under, dense = (_get(results, PPL, **dataclasses.asdict(one)) for one in (c, *merges(c)))
         masked.append(f"{c.label} {ratio(perplexity.compare(beside, under))}")
-        size, larger = (m.provenance["made"]["bytes"]["bytes_on_disk"] for m in (beside, dense))
+        size, larger = (m.disk_bytes for m in (beside, dense))
         grown.append(larger / size - 1)
         moved.append(dense.value / beside.value)
     return (
@@ -255,7 +255,7 @@ def tests_table(results: Results) -> pd.DataFrame:
 
 def training_report(m: Measurement) -> dict:
     """What the LoRA stage said of itself: curve, validation, tokens, seconds."""
-    return next(r for r in reversed(m.provenance["made"]["reports"]) if "curve" in r)
+    return next(r for r in reversed(m.made["reports"]) if "curve" in r)
 
 
 def training_table(results: Results) -> pd.DataFrame:
@@ -264,7 +264,7 @@ def training_table(results: Results) -> pd.DataFrame:
     for (c, what), m in results.items():
         if what == PPL and c.text and not c.after and c.merge == "beside":
             r = training_report(m)
-            rate = m.provenance["made"]["stages"][-1]["lora"]["learning_rate"]
+            rate = m.stages[-1]["lora"]["learning_rate"]
             first = r["validation"][0]["loss"] if r["validation"] else math.nan
             rows.append(
                 {
@@ -279,9 +279,9 @@ def cost_sentence(results: Results) -> str:
     """How long all trainings took and on what; `thesislib.records.measurement.cost` says the same of measuring."""
     trained = {}
     for m in results.values():
-        for stage, r in zip(m.provenance["made"]["stages"], m.provenance["made"]["reports"], strict=True):
+        for stage, r in zip(m.stages, m.made["reports"], strict=True):
             if "lora" in stage:  # one training may stand behind many rows
-                trained[json.dumps([m.provenance["made"]["base"], {**stage["lora"], "merge": ""}, r["curve"][:1]], sort_keys=True)] = r
+                trained[json.dumps([m.made["base"], {**stage["lora"], "merge": ""}, r["curve"][:1]], sort_keys=True)] = r
     hours = sum(r["seconds"] for r in trained.values()) / 3600
     each = statistics.median(r["tokens"] for r in trained.values())
     return f"{len(trained)} trainings of {each:,.0f} tokens took {hours:.1f} hours. {records.cost(results.values())}"
@@ -325,7 +325,7 @@ def samples(results: Results, p: LoraChapter) -> pd.DataFrame:
     rows = []
     for (c, what), m in results.items():
         if what == PPL and not c.after and c.merge == "beside" and asked(c):
-            rows.append({"model": c.label, f"{p.prompt} ...": m.provenance["chapter"]["text"].replace("\n", " ")})
+            rows.append({"model": c.label, f"{p.prompt} ...": m.chapter["text"].replace("\n", " ")})
     return pd.DataFrame(rows).set_index("model")
 
 

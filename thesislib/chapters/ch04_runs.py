@@ -218,7 +218,7 @@ def from_measurements(found: Iterable[Measurement]) -> dict[tuple[Configuration,
         BadInput: not this chapter's.
     """
     try:
-        return {(Configuration(**m.provenance["chapter"]["configuration"]), m.provenance["chapter"]["what"]): m for m in found}
+        return {(Configuration(**m.chapter["configuration"]), m.chapter["what"]): m for m in found}
     except (KeyError, TypeError) as error:
         raise BadInput(f"these are not the results of chapter 4 ({error})") from error
 
@@ -255,7 +255,7 @@ def recorded_parts(p: LoraChapter, file: Path) -> Iterator[Part]:
 def key(m: Measurement) -> Key:
     """Of a row: label, configuration, what was measured."""
     ((config, what),) = from_measurements([m])
-    return m.provenance["made"]["label"], config, what
+    return m.label, config, what
 
 
 def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurement]]:

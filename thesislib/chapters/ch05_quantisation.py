@@ -65,10 +65,10 @@ def stage_report(m: Measurement, kind: str) -> dict:
     Raises:
         BadInput: no such stage made this subject.
     """
-    for stage, report in zip(m.provenance["made"]["stages"], m.provenance["made"]["reports"], strict=True):
+    for stage, report in zip(m.stages, m.made["reports"], strict=True):
         if kind in stage:
             return report
-    raise BadInput(f"no stage '{kind}' made {m.provenance['made']['label']}")
+    raise BadInput(f"no stage '{kind}' made {m.label}")
 
 
 def main_table(results: Results, configs: Sequence[Configuration]) -> pd.DataFrame:
@@ -79,7 +79,7 @@ def main_table(results: Results, configs: Sequence[Configuration]) -> pd.DataFra
         found = {what: results.get((c.key, what)) for what in (PPL, HELD_OUT, CLOSED, OPEN)}
         if not any(found.values()):
             continue
-        size: dict[str, Any] = next((made for m in found.values() if m and (made := m.provenance["made"]["bytes"])), {})
+        size: dict[str, Any] = next((made for m in found.values() if m and (made := m.made["bytes"])), {})
         times = f"{found[PPL].value / dense.value:.2f}" if found[PPL] and dense else ""
         rows.append(
             {
@@ -232,7 +232,7 @@ def shapes_table(results: Results, p: QuantChapter) -> pd.DataFrame:
     for bits, group in shaped:
         ms = {how: results.get((found[how, bits, group].key, HELD_OUT)) for how in ("rounding", "GPTQ")}
         if any(ms.values()):
-            size = next(m for m in ms.values() if m).provenance["made"]["bytes"]["bytes_on_disk"]
+            size = next(m for m in ms.values() if m).disk_bytes
             said = f"{ratio(c)}, {versus(c)}" if (c := tests.get((bits, group))) else "not run"
             numbers = {how: number(m) or "not run" for how, m in ms.items()}
             rows.append({"bits": str(bits), "group": str(group), **numbers, "GPTQ / rounding": said, "MB on disk": f"{size / 1e6:.1f}"})
@@ -270,7 +270,7 @@ def bytes_sentence(results: Results, p: QuantChapter) -> str:
     if a is None or b is None:
         return "3 bits with EoRA against 4 bits without were not run."
     c = perplexity.compare(b, a)
-    sizes = [m.provenance["made"]["bytes"]["bytes_on_disk"] / 1e6 for m in (a, b)]
+    sizes = [m.disk_bytes / 1e6 for m in (a, b)]
     return (
         f"3 bits with EoRA of rank {p.rank} take {sizes[0]:.1f} MB, 4 bits without {sizes[1]:.1f} MB; in perplexity the first are {versus(c)} the second "
         f"({a.value:.1f} and {b.value:.1f}, {ratio(c)}, {p_value(c.p)})."
@@ -286,7 +286,7 @@ def sizes_and_losses(results: Results) -> pd.DataFrame:
         if m is None or c.key in seen or not c.stages:
             continue
         seen.add(c.key)
-        size = m.provenance["made"]["bytes"]["bytes_on_disk"] / 1e6
+        size = m.disk_bytes / 1e6
         rows.append({"method": c.method + " + EoRA" * c.corrected, "bits": c.bits, "MB": size, "perplexity": m.value, "low": m.low, "high": m.high})
     return pd.DataFrame(rows)
 
@@ -364,7 +364,7 @@ def layer_sentence(errors: Mapping[str, Mapping[str, float]], base: str = "round
 
 def cost_sentence(results: Results) -> str:
     """How long this chapter's own measurements took; the dense model's on the test text and its answers are other chapters'."""
-    return records.cost(m for m in results.values() if "cell" in m.provenance["chapter"])
+    return records.cost(m for m in results.values() if "cell" in m.chapter)
 
 
 def read_layers(path: Path) -> dict[str, dict[str, float]]:
@@ -467,7 +467,7 @@ def samples(results: Results) -> pd.DataFrame:
     """Greedy completions of the models that answered questions."""
     rows = {}
     for (_, what), m in results.items():
-        if what == CLOSED and (note := m.provenance["chapter"]).get("text"):
+        if what == CLOSED and (note := m.chapter).get("text"):
             rows[note.get("name", DENSE)] = {"what it writes": note["text"].replace("\n", " ")}
     return pd.DataFrame(rows).T.rename_axis("model")
 

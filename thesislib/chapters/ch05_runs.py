@@ -385,7 +385,7 @@ def from_measurements(found: Iterable[Measurement]) -> dict[tuple[str | None, st
         BadInput: not this chapter's.
     """
     try:
-        return {(m.provenance["made"]["recipe"], m.provenance["chapter"]["what"]): m for m in found}
+        return {(m.made["recipe"], m.chapter["what"]): m for m in found}
     except (KeyError, TypeError) as error:
         raise BadInput(f"these are not the results of chapter 5 ({error})") from error
 
@@ -394,9 +394,9 @@ def read_recorded(path: Path) -> Results:
     """A recorded run; the dense model on the test text and its answers are chapter 0's and chapter 4's, on the same items."""
     found = from_measurements(Store(path).rows().values())
     measures, lora = (list(Store(path.with_name(f"{name}.jsonl")).rows().values()) for name in ("00_measures", "04_lora_recovery"))
-    dense = {PPL: [m for m in measures if m.metric == "perplexity" and m.provenance["settings"]["length"] == 512]}
-    of_dense = [m for m in lora if m.provenance["made"]["label"] == DENSE]
-    dense |= {what: [m for m in of_dense if m.provenance["chapter"]["what"] == what] for what in (CLOSED, OPEN)}
+    dense = {PPL: [m for m in measures if m.metric == "perplexity" and m.settings["length"] == 512]}
+    of_dense = [m for m in lora if m.label == DENSE]
+    dense |= {what: [m for m in of_dense if m.chapter["what"] == what] for what in (CLOSED, OPEN)}
     noted = {what: dataclasses.replace(ms[0], provenance={"chapter": {"what": what}, **ms[0].provenance}) for what, ms in dense.items() if ms}
     return {(None, what): m for what, m in noted.items()} | found
 
@@ -465,7 +465,7 @@ def _write_layers(p: QuantChapter, file: Path) -> None:
 def key(m: Measurement) -> Key:
     """Of a row: label, hash of the stages, what was measured."""
     ((recipe, what),) = from_measurements([m])
-    return m.provenance["made"]["label"], recipe, what
+    return m.label, recipe, what
 
 
 def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurement]]:

@@ -162,7 +162,7 @@ def same_text(subject: Subject, tokens: int = TOKENS) -> Measurement:
 
 def _noted(m: Measurement, label: str, engine: str, blocks: int) -> Measurement:
     note = {"made": {"label": label, "bytes": {}}, "chapter": {"model": label, "engine": engine, "blocks": blocks}}
-    return dataclasses.replace(m, provenance={**m.provenance, **note})
+    return m.with_provenance(**note)
 
 
 @dataclass(frozen=True)
@@ -373,7 +373,7 @@ def utilisation_table(subject: Subject, record: Results, on: Device) -> pd.DataF
     for (label, engine), m in sorted(record.items(), key=lambda entry: entry[0][1]):
         if label != DENSE or engine == SAME:
             continue
-        given, kind = m.provenance["settings"], engine.split()[1]
+        given, kind = m.settings, engine.split()[1]
         cache = costs(subject, 1, given["prompt"] + given["tokens"] // 2, 32 if kind == "float32" else 16).cache_bytes
         rate, precision = on.rate("gemm", computed_in(kind))
         macs = costs(subject, given["prompt"], 0).macs / m.extra["seconds to first token"]
@@ -414,7 +414,7 @@ SKIPPED = 0.25  # a gain by zeros below this is within what timings of equal fil
 
 def blocks_of(record: Results) -> int:
     """How many blocks the dense model of a record has; the first rows, of this book's own subject, do not say."""
-    return next((m.provenance["chapter"]["blocks"] for m in record.values() if "blocks" in m.provenance.get("chapter", {})), DEPTHS[0])
+    return next((m.chapter["blocks"] for m in record.values() if "blocks" in m.chapter), DEPTHS[0])
 
 
 def predictions(record: Results) -> dict[str, pd.DataFrame]:
@@ -490,7 +490,7 @@ def from_measurements(found: Iterable[Measurement]) -> Results:
         BadInput: not this chapter's.
     """
     try:
-        return {(m.provenance["chapter"]["model"], m.provenance["chapter"]["engine"]): m for m in found}
+        return {(m.chapter["model"], m.chapter["engine"]): m for m in found}
     except (KeyError, TypeError) as error:
         raise BadInput(f"these are not the results of chapter 7 ({error})") from error
 

@@ -67,7 +67,7 @@ class Chapter:
 
 def book(m: Measurement) -> str:
     """Whether answers were given with the book open or closed."""
-    return OPEN if m.provenance["settings"].get("open_book") else CLOSED
+    return OPEN if m.open_book else CLOSED
 
 
 LARGE = "size full"  # of the grid: the whole text, 1,200 questions

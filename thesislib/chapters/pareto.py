@@ -23,7 +23,7 @@ Results = Mapping[tuple[str, str], Measurement]  # by label and measure
 
 
 def _bytes(m: Measurement) -> dict:
-    return m.provenance["made"]["bytes"] or {}
+    return m.made["bytes"] or {}
 
 
 def size_of(results: Results, label: str, key: str) -> float | None:

@@ -126,13 +126,13 @@ def _check_parameters(store: Store, chapter: Chapter, wanted: Mapping[Key, int |
 def _check_alike(store: Store, p: Any) -> None:
     """Raises BadInput if a store has rows of another subject than these parameters', or rows that were made with another kind of data."""
     rows = list(store.rows(items=False).values()) if store.path.exists() else []
-    kinds = {kind for m in rows if (kind := m.provenance["made"].get("data"))}
+    kinds = {kind for m in rows if (kind := m.made.get("data"))}
     if kinds and (kind := kind_of(p.data)) not in kinds:
         raise BadInput(f"{store.path} was made with data of kind {', '.join(sorted(kinds))}, this is {kind}: expected --data as then, or another --out FOLDER")
     for dtype in dict.fromkeys(m.provenance["dtype"] for m in rows if hasattr(p, "subject")):
         base = Job.prepare(p.subject, recipe_of(()), "embedded", dtype).base
         for m in (m for m in rows if m.provenance["dtype"] == dtype):
-            made = m.provenance["made"]
+            made = m.made
             then = made["base"]["fingerprint"] if "base" in made else m.provenance["fingerprint"] if made["label"] == DENSE else base["fingerprint"]
             if then != base["fingerprint"]:
                 raise BadInput(f"{store.path} holds rows of {m.provenance['subject']}, fingerprint {then[:12]}..., and this subject is {base['name']}, "

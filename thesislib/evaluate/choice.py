@@ -231,5 +231,5 @@ class MultipleChoice(Answers):
     def options_of(self, m: Measurement) -> dict[str, Any] | None:
         """See `Task.options_of`."""
         name = m.task.lower().partition(" ")[0].replace("-", "_")
-        packed = "packed" in m.provenance.get("settings", {}).get("protocol", "")
+        packed = "packed" in m.settings.get("protocol", "")
         return {"limit": m.n, "fast": True} if packed and name == self.name else None

@@ -125,7 +125,7 @@ class Kl(Task):
         Raises:
             BadInput: other windows, or another reference.
         """
-        one, other = (m.provenance["settings"] for m in (a, b))
+        one, other = (m.settings for m in (a, b))
         if one["reference_fingerprint"] != other["reference_fingerprint"]:
             raise BadInput(f"one is held against {one['reference']} and the other against {other['reference']}, of another fingerprint: expected one reference")
         return perplexity.compare(a, b)

@@ -148,7 +148,7 @@ class Wikitext(Task):
 
     def options_of(self, m: Measurement) -> dict[str, Any] | None:
         """See `Task.options_of`."""
-        settings = m.provenance.get("settings", {})
+        settings = m.settings
         if m.metric != self.metric or "length" not in settings:
             return None
         return {"length": settings["length"], "limit": settings.get("limit")}

@@ -52,7 +52,7 @@ class Setup(Options):
         """
         items = self.items(data)
         m = self.task.measure(subject, items, self)
-        return dataclasses.replace(m, provenance={**m.provenance, "protocol": self.plain(), "corpus_sha256": self.task.sha256(items, self)})
+        return m.with_provenance(protocol=self.plain(), corpus_sha256=self.task.sha256(items, self))
 
     def corpus_sha256(self, data: str) -> str | None:
         """Of the text or the items that a measurement on these data uses; None for lm-eval's rows, which the ids in its items name."""

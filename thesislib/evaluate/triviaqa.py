@@ -109,7 +109,7 @@ class Trivia(Answers):
 
     def options_of(self, m: Measurement) -> dict[str, Any] | None:
         """See `Task.options_of`."""
-        settings = m.provenance.get("settings", {})
+        settings = m.settings
         if m.metric != self.metric or settings.get("open_book") is not self.open_book:
             return None
         return {"limit": m.n, "prompt": settings.get("prompt"), "batch": settings.get("batch")}

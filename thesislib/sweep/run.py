@@ -63,8 +63,8 @@ def identity_of(m: Measurement) -> str | None:
     """The same of a record; None for one that does not say enough."""
     made = m.provenance.get("made") or {}
     try:
-        setup = _timing(m.provenance["settings"]["repeats"], m.provenance["hardware"]["device"]) if m.metric == SECONDS_PER_TOKEN else setup_of(m)
-        text = m.provenance.get("corpus_sha256") or m.provenance.get("settings", {}).get("text_sha256")
+        setup = _timing(m.settings["repeats"], m.provenance["hardware"]["device"]) if m.metric == SECONDS_PER_TOKEN else setup_of(m)
+        text = m.provenance.get("corpus_sha256") or m.settings.get("text_sha256")
         return identity(made["base"]["fingerprint"], m.provenance["dtype"], made["data"], made["stages"], setup, text)
     except (BadInput, KeyError, TypeError):
         return None
@@ -102,7 +102,7 @@ class Setting:
         rows = [m for m in every if m.provenance["dtype"] == dtype]
         if not rows:
             raise BadInput(f"no recorded row was made in {dtype}: expected one of {', '.join(sorted({m.provenance['dtype'] for m in every})) or 'none at all'}")
-        made = [m.provenance["made"] for m in rows]
+        made = [m.made for m in rows]
         kind = next((note["data"] for note in made if note["stages"]), made[0]["data"])
         return cls(made[0]["base"]["fingerprint"], dtype, kind, {_plainly(setup_of(m)): m.provenance.get("corpus_sha256") for m in rows})
 
