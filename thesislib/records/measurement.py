@@ -21,7 +21,7 @@ import torch
 import thesislib
 from thesislib.errors import BadInput
 from thesislib.model.subject import Subject
-from thesislib.records.schema import Made, Settings
+from thesislib.records.schema import Made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +73,8 @@ class Measurement:
         return self.made.get("bytes", {}).get("bytes_on_disk")
 
     @property
-    def settings(self) -> Settings:
-        """How the measure was set; {} if the record does not say."""
+    def settings(self) -> dict[str, Any]:
+        """How the measure was set, see `thesislib.records.schema.Settings`; {} if the record does not say."""
         return self.provenance.get("settings", {})
 
     @property

@@ -42,7 +42,7 @@ class Settings(TypedDict, total=False):
     text: str  # of perplexity
     text_sha256: str
     bootstrap_seed: int
-    prompt: str  # of questions, by its name
+    prompt: str | int  # of questions, by its name; of timings, how many tokens
     source: str
     max_new_tokens: int
     batch: int
@@ -52,7 +52,8 @@ class Settings(TypedDict, total=False):
     task: str  # of multiple choice
     n: int
     protocol: str  # of multiple choice: how it is scored, in a sentence
-    reference_fingerprint: str  # of a task of two models
+    reference: str  # of a task of two models: its name
+    reference_fingerprint: str
     engine: str  # of timings, as the rest
     tokens: int
     repeats: int
