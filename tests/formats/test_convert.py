@@ -87,7 +87,7 @@ def test_altered_embedded_gguf_is_refused(tmp_path, cache, gguf, monkeypatch):
     altered = bytearray(gguf.read_bytes())
     altered[-1] ^= 1
     (folder / MEMBER).write_bytes(altered)
-    monkeypatch.setattr("thesislib.model.subject.wheel_folder", lambda name: folder)
+    monkeypatch.setattr("thesislib.formats.load.wheel_folder", lambda name: folder)
     with pytest.raises(BadInput, match="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"):
         load_subject("embedded")
     assert cached(cache) == []
