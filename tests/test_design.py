@@ -22,3 +22,12 @@ def test_make_lab_lets_the_hub_be_asked():
     """And nothing else that make starts."""
     said = subprocess.run(["make", "--dry-run", "lab", "unit"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert [line.startswith("env -u HF_HUB_OFFLINE ") for line in said.splitlines() if "jupyter lab" in line or "pytest" in line] == [True, False]
+
+
+def test_named_tuples_describe_their_fields_as_arguments():
+    """Sphinx documents the fields itself, and takes a second list of attributes for an error."""
+    import re
+
+    for file in (ROOT / "thesislib").rglob("*.py"):
+        for found in re.finditer(r"class (\w+)\(NamedTuple\):\n    \"\"\"(.*?)\"\"\"", file.read_text("utf8"), re.DOTALL):
+            assert "Attributes:" not in found[2], f"{file.name}: {found[1]}"

@@ -33,7 +33,7 @@ CUT = "contexts cut"
 class Stock(NamedTuple):
     """A task as the harness has it.
 
-    Attributes:
+    Args:
         name: what it is called here.
         file: below lm_eval/tasks.
         metric: the one to lead with.

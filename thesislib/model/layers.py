@@ -28,7 +28,7 @@ def projections(block: nn.Module) -> dict[str, "Projection"]:
 class Size(NamedTuple):
     """What a linear is counted as.
 
-    Attributes:
+    Args:
         numel: its parameters, zeros that are packed away too; a bias apart.
         macs: multiply-accumulates for one token. Masked zeros are multiplied like any weight.
         nbytes: what a file keeps of it, a bias too.

@@ -82,7 +82,7 @@ PAGES: Check = (lambda v: isinstance(v, dict) and _list_of(_text, v.get("wiki_co
 class Source(NamedTuple):
     """Where the rows of one task lie in each kind of source, and the columns that it needs.
 
-    Attributes:
+    Args:
         name: the task, or whatever else reads them, for messages.
         columns: what must stand in each.
         folder: the file in a data folder, without .jsonl or .jsonl.gz.
