@@ -76,6 +76,15 @@ def tiny_data(tmp_path_factory):
     return str(root)
 
 
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory):
+    """A module's tests work in a cache of their own, on the embedded text."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("THESISLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.delenv("THESISLIB_DATA", raising=False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def embedded_subject():
     """The real model, float32. Shared by all tests: do not change it."""

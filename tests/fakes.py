@@ -7,12 +7,6 @@ import numpy as np
 from thesislib.records.measurement import Measurement
 
 
-def measurement(**changes):
-    """A measurement of which only what a test is about needs saying."""
-    plain = {"task": "t", "metric": "m", "value": 1.0, "low": 1.0, "high": 1.0, "n": 1, "unit": "u", "items": []}
-    return Measurement(**plain | changes)
-
-
 def perplexity(per_token, seed=0, *, texts=None, spread=0.01, n=24, **changes):
     """A perplexity over n documents of 100 tokens.
 

@@ -30,12 +30,7 @@ CHOICE = Setup("hellaswag", limit=4, fast=True)
 TRIVIA = Setup("trivia", batch=4)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("THESISLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.delenv("THESISLIB_DATA", raising=False)
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.model import packing
 from thesislib.model.blocks import apply_plan
-from thesislib.model.layers import Adapted, PackedLinear, adapt, base, merge, merge_all, merge_masked, merged, replace, unpack, unpack_all
+from thesislib.model.layers import Adapted, PackedLinear, adapt, base_of, merge, merge_all, merge_masked, merged, replace, unpack, unpack_all
 from thesislib.model.sparse import pack_all, semi_structured
 
 
@@ -267,7 +267,7 @@ def test_merging_all(tiny, how):
         new = adapt(old, factors[i][1], factors[i][0])
         for block in {0: [0], 1: [1, 2]}[i]:
             replace(subject.blocks[block], "q_proj", new)
-    weights = {i: base(subject.linears(i)["q_proj"]).weight for i in (0, 1)}
+    weights = {i: base_of(subject.linears(i)["q_proj"]).weight for i in (0, 1)}
     merge_all(subject.model, how)
     for i, (B, A) in factors.items():
         wanted = weights[i] + B @ A
@@ -278,4 +278,4 @@ def test_merging_all(tiny, how):
 
 def test_an_adapter_that_stays_beside_is_the_same_object():
     adapted = Adapted(linear(), *correction())
-    assert merged(adapted, "beside") is adapted and base(adapted) is adapted.base is base(adapted.base)
+    assert merged(adapted, "beside") is adapted and base_of(adapted) is adapted.base is base_of(adapted.base)

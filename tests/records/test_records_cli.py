@@ -23,12 +23,7 @@ run = CliRunner().invoke
 STAGES = (Depth(blocks=[1]), Width(remove=1, of=8, metric="magnitude"))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("THESISLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.delenv("THESISLIB_DATA", raising=False)
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,7 @@ import io
 
 import matplotlib
 
-from thesislib.chapters import FIGURE, block, figures, findings, recorded, three_findings
-from thesislib.chapters import pareto as trade_offs
+from thesislib.chapters import FIGURE, block, figures, findings, pareto, recorded, three_findings
 from thesislib.chapters.claims import page, recorded_pool
 from thesislib.files import ROOT, write_whole
 
@@ -19,8 +18,8 @@ write_whole(readme, text)
 write_whole(ROOT / "book" / "claims.md", page(recorded_pool()))
 record = recorded("06_evaluation")
 figures.style()
-table = trade_offs.points(record)
-drawn = figures.pareto_chart(table, trade_offs.fronts(table), {name: task.ratio for name, task in trade_offs.MEASURES.items()})
+table = pareto.points(record)
+drawn = figures.pareto_chart(table, pareto.fronts(table), {name: task.ratio for name, task in pareto.MEASURES.items()})
 image = io.BytesIO()
-drawn.savefig(image, dpi=80, metadata={"Description": trade_offs.digest(record), "Software": None})
+drawn.savefig(image, dpi=80, metadata={"Description": pareto.digest(record), "Software": None})
 write_whole(ROOT / FIGURE, image.getvalue())

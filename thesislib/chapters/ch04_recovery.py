@@ -33,7 +33,7 @@ from thesislib.errors import BadInput
 from thesislib.evaluate import perplexity, triviaqa
 from thesislib.evaluate.stats import Comparison, bootstrap_mean, friedman, holm_adjusted, paired_bootstrap, paired_means, signed_rank
 from thesislib.experiment import DENSE
-from thesislib.records import measurement as records
+from thesislib.records import measurement
 from thesislib.records.measurement import Measurement, in_markdown
 
 LETTERS = {"wikitext": "W", "trivia": "T"}
@@ -284,7 +284,7 @@ def cost_sentence(results: Results) -> str:
                 trained[json.dumps([m.made["base"], {**stage["lora"], "merge": ""}, r["curve"][:1]], sort_keys=True)] = r
     hours = sum(r["seconds"] for r in trained.values()) / 3600
     each = statistics.median(r["tokens"] for r in trained.values())
-    return f"{len(trained)} trainings of {each:,.0f} tokens took {hours:.1f} hours. {records.cost(results.values())}"
+    return f"{len(trained)} trainings of {each:,.0f} tokens took {hours:.1f} hours. {measurement.cost(results.values())}"
 
 
 def rates_sentence(results: Results, p: LoraChapter) -> str:

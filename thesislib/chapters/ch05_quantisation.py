@@ -48,7 +48,7 @@ from thesislib.files import read_json
 from thesislib.model.grid import Grid, round_to_nearest
 from thesislib.model.layers import LINEARS
 from thesislib.model.subject import Subject
-from thesislib.records import measurement as records
+from thesislib.records import measurement
 from thesislib.records.measurement import Measurement, in_markdown
 
 # what the chapter set itself before it was run: perplexity on the whole of WikiText-2 test, windows of 512, groups of 64
@@ -364,7 +364,7 @@ def layer_sentence(errors: Mapping[str, Mapping[str, float]], base: str = "round
 
 def cost_sentence(results: Results) -> str:
     """How long this chapter's own measurements took; the dense model's on the test text and its answers are other chapters'."""
-    return records.cost(m for m in results.values() if "cell" in m.chapter)
+    return measurement.cost(m for m in results.values() if "cell" in m.chapter)
 
 
 def read_layers(path: Path) -> dict[str, dict[str, float]]:

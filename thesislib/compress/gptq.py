@@ -19,8 +19,7 @@ from thesislib.compress.selection import check_all_fit, fits, patterns
 from thesislib.compress.stage import Shape, Stage, Weighted, stage
 from thesislib.errors import BadInput, unknown
 from thesislib.model.grid import CLIPS, ROW, Grid, Quantised, round_to_nearest
-from thesislib.model.layers import Adapted, Projection, replace
-from thesislib.model.layers import base as base_of
+from thesislib.model.layers import Adapted, Projection, base_of, replace
 from thesislib.model.packing import PRUNED
 from thesislib.model.quantised import EVERYWHERE, TABLES, QuantisedLinear, held_shapes, is_quantised, put_table
 from thesislib.model.subject import Subject

@@ -12,8 +12,7 @@ from thesislib.compress.layerwise import Place
 from thesislib.model import packing
 from thesislib.model.blocks import SLOTS
 from thesislib.model.grid import Grid
-from thesislib.model.layers import LINEARS, Adapted, ComputedLinear, Projection, replace
-from thesislib.model.layers import base as base_of
+from thesislib.model.layers import LINEARS, Adapted, ComputedLinear, Projection, base_of, replace
 from thesislib.model.packing import PRUNED
 from thesislib.model.quantised import EVERYWHERE, held_shapes
 from thesislib.model.subject import Subject

@@ -14,8 +14,7 @@ from thesislib.compress.outline import Outline, Outlined
 from thesislib.compress.selection import check_all_fit, fits, patterns, whole_number
 from thesislib.compress.stage import Shape, Stage, Weighted, stage
 from thesislib.errors import BadInput, unknown
-from thesislib.model.layers import LINEARS, Projection
-from thesislib.model.layers import base as base_of
+from thesislib.model.layers import LINEARS, Projection, base_of
 from thesislib.model.subject import Subject
 
 METRICS = ("wanda", "magnitude")

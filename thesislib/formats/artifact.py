@@ -27,7 +27,7 @@ from thesislib.formats.artifact_json import RECORD, read_artifact, write_record
 from thesislib.formats.checkpoint import check_memory, empty_model, generation_settings, quiet_transformers, read_config, read_tensors
 from thesislib.model import packing
 from thesislib.model.blocks import SLOTS, without_parts
-from thesislib.model.layers import LINEARS, Adapted, ComputedLinear, Projection, base, projections, reader, replace, unpack_all
+from thesislib.model.layers import LINEARS, Adapted, ComputedLinear, Projection, base_of, projections, reader, replace, unpack_all
 from thesislib.model.quantised import TABLES, QuantisedLinear, put_table, tables
 from thesislib.model.subject import DTYPES, Subject
 from thesislib.model.tokenizers import prepared, rows_of
@@ -110,7 +110,7 @@ def packed_tensors(subject: Subject) -> tuple[dict[str, torch.Tensor], dict[str,
     """
     tensors, encodings = _others(subject), {}
     for path, module in _stored(subject):
-        module = base(module)
+        module = base_of(module)
         if isinstance(module, ComputedLinear) and module.encoding:
             encodings[path], own = module.encoding, module.held
         else:
@@ -262,7 +262,7 @@ def predicted_disk_bytes(subject: Subject, removed: str | float | None = None) -
     """
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {name: (tuple(t.shape), t.dtype) for name, t in _others(subject).items()}
     for path, module in _stored(subject):
-        module = base(module)
+        module = base_of(module)
         shape, dtype = (module.out_features, module.in_features), subject.dtype
         if removed is None and isinstance(module, ComputedLinear) and module.encoding:
             shapes |= {f"{path}.{name}": (tuple(t.shape), t.dtype) for name, t in module.held.items()}
@@ -407,7 +407,7 @@ def fill(subject: Subject, tensors: Mapping[str, torch.Tensor], encodings: Mappi
     for path, linear in list(projection_paths(subject)):
         key = source(path)
         if key not in filled:
-            layer, shape = base(linear), (linear.out_features, linear.in_features)
+            layer, shape = base_of(linear), (linear.out_features, linear.in_features)
             encoding = encodings.get(key, "dense")
             if encoding != "dense":
                 bias = None if linear.bias is None else take(f"{key}.bias", linear.bias.shape)

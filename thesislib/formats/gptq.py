@@ -16,7 +16,7 @@ from thesislib.files import free_folder, whole_folder
 from thesislib.formats.artifact import check_same, fill, plain_tensors, projection_paths, read_adapter, write_adapter, write_tensors
 from thesislib.formats.checkpoint import empty_model, generation_settings, headers, quiet_transformers, read_config, read_tokenizer
 from thesislib.model.grid import ROW, Grid, Quantised
-from thesislib.model.layers import base
+from thesislib.model.layers import base_of
 from thesislib.model.quantised import QuantisedLinear
 from thesislib.model.subject import Subject
 from thesislib.model.tokenizers import prepared, rows_of
@@ -44,7 +44,7 @@ def export_gptq(subject: Subject, folder: str | Path) -> Path:
             layout cannot hold; a folder that holds something.
     """
     folder = free_folder(folder)
-    linears: dict[str, Any] = {path: base(module) for path, module in projection_paths(subject)}
+    linears: dict[str, Any] = {path: base_of(module) for path, module in projection_paths(subject)}
     settings = _settings(subject, linears)
     quantised = {path: linear.quantised for path, linear in linears.items()}
     less = int(settings["checkpoint_format"] == "gptq")

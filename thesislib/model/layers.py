@@ -271,7 +271,7 @@ def adapt(module: Projection, A: torch.Tensor, B: torch.Tensor) -> Adapted:
     return Adapted(module.base, torch.cat([module.lora_A.detach(), A]), torch.cat([module.lora_B.detach(), B], 1))
 
 
-def base(module: Projection) -> nn.Linear | ComputedLinear:
+def base_of(module: Projection) -> nn.Linear | ComputedLinear:
     """What stands under a projection's correction; the projection itself if it has none."""
     return module.base if isinstance(module, Adapted) else module
 
@@ -333,7 +333,7 @@ def unpack(module: Projection) -> nn.Linear | Adapted:
 
 def unpack_all(model: M, kind: type[ComputedLinear] = ComputedLinear) -> M:
     """Unpack every linear of one kind in a model in place; those that stood in several places are one again in all of them."""
-    return _change_all(model, lambda module: unpack(module) if isinstance(base(module), kind) else module)
+    return _change_all(model, lambda module: unpack(module) if isinstance(base_of(module), kind) else module)
 
 
 def _change_all(model: M, change: Callable[[ComputedLinear | Adapted], Projection]) -> M:

@@ -9,7 +9,7 @@ from torch.sparse import to_sparse_semi_structured
 
 from thesislib.errors import BadInput
 from thesislib.model import packing
-from thesislib.model.layers import Adapted, ComputedLinear, PackedLinear, Projection, base, projections, replace
+from thesislib.model.layers import Adapted, ComputedLinear, PackedLinear, Projection, base_of, projections, replace
 from thesislib.model.subject import Subject
 
 
@@ -21,7 +21,7 @@ def pack_all(subject: Subject) -> Subject:
     packed: dict[int, Projection] = {}
 
     def smaller(linear: Projection) -> Projection:
-        under = base(linear)
+        under = base_of(linear)
         if isinstance(under, ComputedLinear) or packing.smallest(under.weight) == "dense":
             return linear
         made = PackedLinear.of(under)
@@ -78,7 +78,7 @@ def semi_structured(subject: Subject) -> Subject:
     result, made = subject.copy(unpack=False), {}
     for i, block in enumerate(result.blocks):
         for name, module in result.linears(i).items():
-            under = base(module)
+            under = base_of(module)
             if id(under) not in made:
                 weight = under.weight.detach()
                 fits = weight.shape[0] % 32 == 0 and weight.shape[1] % 64 == 0 and packing.most_kept(weight, 4) <= 2

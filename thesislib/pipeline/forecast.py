@@ -14,7 +14,7 @@ from thesislib.compress.stage import Shape
 from thesislib.errors import BadInput
 from thesislib.formats.artifact import predicted_disk_bytes
 from thesislib.formats.checkpoint import quiet_transformers
-from thesislib.model.layers import base as base_of
+from thesislib.model.layers import base_of
 from thesislib.model.quantised import tables
 from thesislib.model.subject import DTYPES, Subject
 from thesislib.pipeline.recipe import Recipe

@@ -18,8 +18,7 @@ from thesislib.compress.outline import Outline, Outlined, SizeUnknown, Zeros, co
 from thesislib.compress.selection import fits, patterns
 from thesislib.compress.stage import Shape, Stage, stage
 from thesislib.errors import BadInput, unknown
-from thesislib.model.layers import LINEARS, Adapted, Projection, adapt, merged, replace
-from thesislib.model.layers import base as base_of
+from thesislib.model.layers import LINEARS, Adapted, Projection, adapt, base_of, merged, replace
 from thesislib.model.subject import Subject
 
 INITS = ("default", "gaussian", "orthogonal", "eora")
