@@ -13,7 +13,7 @@ from thesislib.cli import app
 from thesislib.files import ROOT
 from thesislib.formats import load
 from thesislib.formats.load import save_checkpoint
-from thesislib.sources import corpus
+from thesislib.sources import rows as rows_
 
 run = CliRunner().invoke
 
@@ -79,11 +79,11 @@ def test_a_stream_that_knows_ascii_only_takes_every_text(monkeypatch):
 
 def test_thesislib_data_is_the_default(tiny_folder, data_folder, monkeypatch):
     monkeypatch.setenv("THESISLIB_DATA", data_folder)
-    assert corpus.default_data() == data_folder
+    assert rows_.default_data() == data_folder
     result = run(app, ["evaluate", tiny_folder, "--on", "wikitext", "--length", "16"])
     assert result.exit_code == 0 and "WikiText-2 test" in result.stdout
     monkeypatch.delenv("THESISLIB_DATA")
-    assert corpus.default_data() == "embedded"
+    assert rows_.default_data() == "embedded"
 
 
 @pytest.mark.parametrize(

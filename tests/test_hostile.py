@@ -21,7 +21,7 @@ from thesislib.formats.gguf_reader import check_header
 from thesislib.formats.load import load_subject, save_checkpoint
 from thesislib.records.measurement import Measurement
 from thesislib.records.store import Store
-from thesislib.sources import corpus
+from thesislib.sources import rows as rows_
 from thesislib.sweep import workers as drive
 
 TERABYTE = 1 << 40
@@ -80,15 +80,15 @@ def test_texts_that_unpack_to_all_memory(tmp_path, monkeypatch):
         for _ in range(40):
             file.write(bytes(1 << 20))
     with pytest.raises(BadInput, match="is too large at line 1"):
-        corpus.rows("wikitext", tmp_path)
+        rows_.rows("wikitext", tmp_path)
     path.write_bytes(gzip.compress(b'{"text": "x"}\n' * 100))
-    monkeypatch.setattr(corpus, "MOST", 50)
+    monkeypatch.setattr(rows_, "MOST", 50)
     with pytest.raises(BadInput, match="is too large at line 51"):
-        corpus.rows("wikitext", tmp_path)
+        rows_.rows("wikitext", tmp_path)
     path.unlink()
     sparse(path.with_suffix(""))
     with pytest.raises(BadInput, match="is too large at line 1"):
-        corpus.rows("wikitext", tmp_path)
+        rows_.rows("wikitext", tmp_path)
 
 
 def test_a_pipe_has_no_checksum(tmp_path):

@@ -117,13 +117,13 @@ def evaluate(
     from thesislib.evaluate.setup import Setup
     from thesislib.formats.held import check_device, check_dtype, own_dtype
     from thesislib.formats.load import load_subject
-    from thesislib.sources import corpus
+    from thesislib.sources.rows import default_data, kind_of
 
     check_dtype(dtype)
     check_device(device)
     setup = Setup(on, length=length, limit=limit, prompt=prompt, seed=seed, fast=fast, batch=batch, reference=reference)
-    data = corpus.default_data() if data is None else data
-    corpus.kind_of(data)  # before a model is loaded
+    data = default_data() if data is None else data
+    kind_of(data)  # before a model is loaded
     dtype = dtype or (own_dtype(subject) if _is_artifact(subject) else "float32")
     loaded = load_subject(subject, dtype, device, packed=not unpack)
     if plan is not None:
@@ -306,7 +306,7 @@ def sweep(
     from thesislib.formats.held import check_device, check_dtype
     from thesislib.notebooks import listed
     from thesislib.records.store import Store, stores
-    from thesislib.sources import corpus
+    from thesislib.sources.rows import default_data
     from thesislib.sweep.grid import read_grid
     from thesislib.sweep.notebooks import sweep_notebook
     from thesislib.sweep.run import Place, missing
@@ -332,7 +332,7 @@ def sweep(
     else:
         if parameter:
             raise BadInput("-p goes with --chapter: a grid's settings stand in its file")
-        place = Place(subject, corpus.default_data() if data is None else data, dtype, device)
+        place = Place(subject, default_data() if data is None else data, dtype, device)
         found = read_grid(grid, size, False, only or (), measure or ())  # what no subject can take is named with what this one cannot
         store, others = Store(free_file(out or base / f"{found.name}-{size}.jsonl")), stores(also) if also else []
         if dry_run:

@@ -22,7 +22,7 @@ from thesislib.pipeline.label import DENSE
 from thesislib.pipeline.recipe import Recipe
 from thesislib.pipeline.run import Job
 from thesislib.records.measurement import Measurement
-from thesislib.sources import corpus
+from thesislib.sources.rows import default_data, kind_of
 
 
 def recipe_of(stages: Sequence) -> Recipe:
@@ -49,7 +49,7 @@ def made(recipe: Recipe, base: dict, data: str, size: dict, reports: Sequence[di
         "stage": next(iter(plain[-1])) if plain else None,
         "stages": plain,
         "base": base,
-        "data": corpus.kind_of(data),
+        "data": kind_of(data),
         "bytes": size,
         "reports": list(reports),
     }
@@ -178,14 +178,14 @@ def again(m: Measurement, subject: str = "embedded", data: str | None = None, de
     Args:
         m: the record.
         subject: a spec of what it began with.
-        data: a data spec that has its text; by default `thesislib.sources.corpus.default_data()`.
+        data: a data spec that has its text; by default `thesislib.sources.rows.default_data()`.
         device: a torch device.
         reference: a spec of the model that it was held against; by default the record's own.
 
     Raises:
         BadInput: the subject, the reference or the text is another than the record's; stages or settings this version does not know.
     """
-    made, data = m.provenance, data or corpus.default_data()
+    made, data = m.provenance, data or default_data()
     setup = setup_of(m)
     if reference is not None:
         setup = dataclasses.replace(setup, reference=reference)

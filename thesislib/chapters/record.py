@@ -19,7 +19,7 @@ from thesislib.files import cache_dir, lock, real
 from thesislib.pipeline.run import Job
 from thesislib.records.measurement import Measurement
 from thesislib.records.store import Store
-from thesislib.sources.corpus import default_data, kind_of
+from thesislib.sources.rows import default_data, kind_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def parameters(chapter: Chapter, given: Mapping[str, Any], data: str | None = No
     Args:
         chapter: which.
         given: by name.
-        data: a data spec, by default `thesislib.sources.corpus.default_data()`.
+        data: a data spec, by default `thesislib.sources.rows.default_data()`.
 
     Raises:
         BadInput: one that the chapter does not take; a subject of which what it measures cannot be made.

@@ -1,7 +1,8 @@
 """ARC: questions of school science with several answers, easy ones and a challenge set (Clark et al. 2018); OpenBookQA is laid out alike."""
 
 from thesislib.evaluate.choice import MultipleChoice
-from thesislib.sources.corpus import ARROW, KEYED_CHOICES, WORDS, Choice, Row, Source, name_of
+from thesislib.sources.corpus import Choice, name_of
+from thesislib.sources.rows import ARROW, KEYED_CHOICES, WORDS, Row, Source
 
 COLUMNS = {"question": WORDS, "choices": KEYED_CHOICES, "answerKey": WORDS}
 

@@ -1,7 +1,8 @@
 """BoolQ: a yes-or-no question that people asked, with a passage that answers it (Clark et al. 2019)."""
 
 from thesislib.evaluate.choice import MultipleChoice
-from thesislib.sources.corpus import ARROW, WORDS, Choice, Row, Source
+from thesislib.sources.corpus import Choice
+from thesislib.sources.rows import ARROW, WORDS, Row, Source
 
 
 class BoolQ(MultipleChoice):

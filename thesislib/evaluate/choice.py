@@ -26,8 +26,8 @@ from thesislib.model.prompts import adds_bos
 from thesislib.model.subject import Subject
 from thesislib.model.tokenizers import check_tokens, longest_context
 from thesislib.records.measurement import Measurement, provenance
-from thesislib.sources import corpus
-from thesislib.sources.corpus import Choice, Row, Source, take
+from thesislib.sources.corpus import Choice
+from thesislib.sources.rows import Row, Source, rows, take
 
 # the score beside the one that leads, and what an item's outcome calls it
 OTHER = {"acc_norm": ("acc", "correct_unnormalised"), "acc": ("acc_norm", "correct_normalised")}
@@ -192,7 +192,7 @@ class MultipleChoice(Answers):
 
     def items(self, data: str, options: Options) -> list[Choice] | list[Row]:
         """Worded items for the fast way, and rows for the harness, which words them itself; all are checked."""
-        found = corpus.rows(self.source, data)
+        found = rows(self.source, data)
         # numbered before the shuffle: an item keeps its name whatever the limit
         worded = [self._checked(i, row) for i, row in enumerate(found)]
         return take(worded if options.fast else found, options.limit, options.seed)

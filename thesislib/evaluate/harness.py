@@ -25,7 +25,8 @@ from thesislib.formats.checkpoint import quiet_transformers
 from thesislib.model.subject import Subject
 from thesislib.model.tokenizers import check_tokens
 from thesislib.records.measurement import Measurement, provenance
-from thesislib.sources.corpus import Row, article_starts, kind_of, rows, take, wikitext_lines
+from thesislib.sources.corpus import article_starts, wikitext_lines
+from thesislib.sources.rows import Row, kind_of, rows, take
 
 CUT = "contexts cut"
 

@@ -3,7 +3,8 @@
 import re
 
 from thesislib.evaluate.choice import MultipleChoice
-from thesislib.sources.corpus import ARROW, SEVERAL_WORDS, TEXT, WHOLE_NUMBER, Choice, Row, Source, name_of
+from thesislib.sources.corpus import Choice, name_of
+from thesislib.sources.rows import ARROW, SEVERAL_WORDS, TEXT, WHOLE_NUMBER, Row, Source
 
 
 class HellaSwag(MultipleChoice):

@@ -1,7 +1,8 @@
 """PIQA: which of two ways reaches a goal in the physical world (Bisk et al. 2020)."""
 
 from thesislib.evaluate.choice import MultipleChoice
-from thesislib.sources.corpus import ARROW, WHOLE_NUMBER, WORDS, Choice, Row, Source
+from thesislib.sources.corpus import Choice
+from thesislib.sources.rows import ARROW, WHOLE_NUMBER, WORDS, Row, Source
 
 
 class Piqa(MultipleChoice):

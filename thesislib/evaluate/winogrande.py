@@ -6,7 +6,8 @@ It scores one ending, what follows the gap, after two contexts: the fast way, ma
 from thesislib.errors import BadInput
 from thesislib.evaluate.choice import MultipleChoice
 from thesislib.evaluate.task import Options
-from thesislib.sources.corpus import ARROW, TEXT, WORDS, Choice, Row, Source
+from thesislib.sources.corpus import Choice
+from thesislib.sources.rows import ARROW, TEXT, WORDS, Row, Source
 
 
 class WinoGrande(MultipleChoice):

@@ -38,7 +38,7 @@ from thesislib.model.subject import DTYPES, fingerprint
 from thesislib.model.tokenizers import check_windows
 from thesislib.pipeline.recipe import read_recipe
 from thesislib.pipeline.run import place_for
-from thesislib.sources.corpus import default_data
+from thesislib.sources.rows import default_data
 
 
 class FromFolder:

@@ -22,7 +22,7 @@ from thesislib.config import build, fields_of
 from thesislib.errors import BadInput, unknown
 from thesislib.files import expanded, is_folder
 from thesislib.pipeline.label import kind_of
-from thesislib.sources import corpus
+from thesislib.sources import rows
 from thesislib.yaml_lines import DEEPEST, at, compose, entries, is_file, place, value
 
 KEYS = ("label", "name", "include", "data", "stages")
@@ -152,7 +152,7 @@ def _load(path: Path, above: tuple[Path, ...]) -> Recipe:
     if "data" in given:
         data = texts["data"] if texts["data"] in ("embedded", "hub") else str(_inside(path, given["data"]))
         try:
-            corpus.kind_of(data)
+            rows.kind_of(data)
         except BadInput as error:
             raise at(path, given["data"], error) from error
     listed = given.get("stages")

@@ -45,7 +45,7 @@ from thesislib.model.layers import PackedLinear, unpack_all
 from thesislib.model.subject import Subject
 from thesislib.pipeline.forecast import Forecast, forecast, shape_of, stand_in
 from thesislib.pipeline.recipe import Recipe, read_recipe
-from thesislib.sources.corpus import default_data, kind_of
+from thesislib.sources.rows import default_data, kind_of
 from thesislib.sources.wheels import manifest
 
 T = TypeVar("T")
@@ -69,7 +69,7 @@ def compress(
         subject: a subject spec, see `thesislib.formats.load.load_subject`.
         recipe: a recipe's file, a label such as D2+W1:8, or a `Recipe`.
         out: a new folder, or an artifact that this one replaces.
-        data: a data spec for calibration; by default the recipe's own, else `thesislib.sources.corpus.default_data()`.
+        data: a data spec for calibration; by default the recipe's own, else `thesislib.sources.rows.default_data()`.
         dtype: as the subject is loaded; by default its own, see `thesislib.formats.held.own_dtype`. device: a torch device.
         packed: see `thesislib.formats.artifact.save_artifact`.
 

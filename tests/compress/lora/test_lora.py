@@ -29,7 +29,7 @@ from thesislib.errors import BadInput
 from thesislib.formats.load import load_subject, save_checkpoint
 from thesislib.model.blocks import apply_plan, remove
 from thesislib.model.layers import LINEARS, Adapted, PackedLinear, adapt, replace
-from thesislib.sources import corpus
+from thesislib.sources import rows as rows_
 
 SMALL = {"length": 64, "batch": 2, "accumulate": 2, "steps": 8, "every": 4, "validation": 4, "checkpoint_every": 2, "learning_rate": 1e-2, "autocast": False}
 WORDS = ["alpha", "beta", "gamma", "delta", "of", "the", "and"]
@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
         "trivia": [{"question": "Who?", "answer": {"value": "me"}}],
     }
     for task, rows in tables.items():
-        path = root / f"{corpus.SOURCES[task].folder}.jsonl"
+        path = root / f"{rows_.SOURCES[task].folder}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(root)

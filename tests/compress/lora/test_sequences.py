@@ -15,12 +15,13 @@ from thesislib.evaluate import generate
 from thesislib.model.forward import final_states
 from thesislib.model.prompts import default_prompt, normalise, prompt_for
 from thesislib.sources import corpus
+from thesislib.sources import rows as rows_
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
 def write(folder, task, rows):
-    path = folder / f"{corpus.SOURCES[task].folder}.jsonl"
+    path = folder / f"{rows_.SOURCES[task].folder}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -123,7 +124,7 @@ def test_the_hub_gives_its_train_splits(monkeypatch, tiny):
             return article("Train" if hub[2] == "train" else "Test", 300)
         return [asked(f"{hub[2]} {i}", "yes") | {"entity_pages": {"wiki_context": ["yes"]}} for i in range(200)]
 
-    monkeypatch.setattr(corpus, "_hub_rows", rows_of_the_hub)
+    monkeypatch.setattr(rows_, "_hub_rows", rows_of_the_hub)
     sequences("wikitext", tiny(layers=1), "hub", length=64, validation=0)
     assert set(seen) == {("Salesforce/wikitext", "wikitext-2-raw-v1", split) for split in ("train", "test")}
     sequences("trivia", tiny(layers=1), "hub", length=256, validation=1)

@@ -13,6 +13,7 @@ from thesislib.model.subject import Subject
 from thesislib.model.tokenizers import check_windows
 from thesislib.sources import corpus
 from thesislib.sources.corpus import Question, Text
+from thesislib.sources.rows import kind_of, rows
 
 TEXTS = ("wikitext", "trivia")
 NOTHING = -100  # the target of a token after which nothing is to be learned
@@ -122,10 +123,7 @@ def training_text(data: str) -> tuple[Text, int]:
     Raises:
         BadInput: nothing is left.
     """
-    if corpus.kind_of(data) == "embedded":
-        whole = corpus.calibration_text("wikipedia", data)
-    else:
-        whole = corpus._wikitext("WikiText-2 train", corpus.rows("wikitext_train", data))
+    whole = corpus.calibration_text("wikipedia", data) if kind_of(data) == "embedded" else corpus._wikitext("WikiText-2 train", rows("wikitext_train", data))
     evaluated = set().union(*map(_marks, documents(corpus.evaluation_text(data))))
     every = documents(whole)
     kept = [d for d in every if not evaluated & _marks(d)]
@@ -199,7 +197,7 @@ def training_questions(data: str) -> tuple[list[Question], int]:
             if not open_book:  # a folder need not have passages
                 raise
     once: dict[str, Question] = {}
-    for row in corpus.rows("trivia_train", data):
+    for row in rows("trivia_train", data):
         once.setdefault(normalise(row["question"]), corpus._question(row))
     kept = [question for key, question in once.items() if key not in evaluated]
     if not kept:
@@ -209,7 +207,7 @@ def training_questions(data: str) -> tuple[list[Question], int]:
 
 def question_name(data: str) -> str:
     """What `training_questions` reads, as it should stand in a table."""
-    return "NQ-open validation (embedded)" if corpus.kind_of(data) == "embedded" else "TriviaQA train, closed book"
+    return "NQ-open validation (embedded)" if kind_of(data) == "embedded" else "TriviaQA train, closed book"
 
 
 def example(subject: Subject, question: Question) -> tuple[list[int], list[int]]:
