@@ -34,8 +34,9 @@ lint: setup
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+# two processes of one thread each: of two threads each they would wait for each other
 unit: fetch
-	$(PY) -m pytest tests thesislib -m "not browser" -n 2 --dist worksteal --durations=10
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests thesislib -m "not browser" -n 2 --dist worksteal --durations=10
 
 # every notebook runs once, against its stored outputs; its default data is the embedded text
 nbval: fetch
