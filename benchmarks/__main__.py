@@ -51,7 +51,12 @@ def perplexity_against_bare_forward(dtype: str, repeats: int = 3) -> dict:
     perplexity(subject, text, limit=4)
     ours, theirs = alternating(lambda: perplexity(subject, text, limit=32), bare, repeats)
     tokens = 32 * 512
-    return {"tokens_per_s": round(tokens / ours), "bare_tokens_per_s": round(tokens / theirs), "ratio": round(theirs / ours, 3), "bar": ">= 0.9"}
+    return {
+        "tokens_per_s": round(tokens / ours),
+        "bare_tokens_per_s": round(tokens / theirs),
+        "ratio": round(theirs / ours, 3),
+        "bar": ">= 0.9",
+    }
 
 
 def plans_together_and_apart(repeats: int = 1) -> dict:
@@ -71,15 +76,26 @@ def trivia_batched(repeats: int = 3) -> dict:
     """Closed-book questions per second at batch 32 and at batch 1."""
     subject, asked = load_subject(dtype="bfloat16"), questions(limit=64)
     triviaqa(subject, asked[:2], source="warm-up")
-    many, one = alternating(lambda: triviaqa(subject, asked, source="bench", batch=32), lambda: triviaqa(subject, asked[:8], source="bench", batch=1), repeats)
-    return {"batch_32_per_s": round(64 / many, 2), "batch_1_per_s": round(8 / one, 2), "ratio": round((64 / many) / (8 / one), 2), "bar": ">= 4"}
+    many, one = alternating(
+        lambda: triviaqa(subject, asked, source="bench", batch=32),
+        lambda: triviaqa(subject, asked[:8], source="bench", batch=1),
+        repeats,
+    )
+    return {
+        "batch_32_per_s": round(64 / many, 2),
+        "batch_1_per_s": round(8 / one, 2),
+        "ratio": round((64 / many) / (8 / one), 2),
+        "bar": ">= 4",
+    }
 
 
 def choice_against_harness(repeats: int = 1) -> dict:
     """24 HellaSwag items: endings packed behind one context, and lm-evaluation-harness's pairs."""
     subject = load_subject(dtype="bfloat16")
     packed, pairs = (Setup("hellaswag", limit=24, fast=fast) for fast in (True, False))
-    ours, theirs = alternating(lambda: packed.measure(subject, "embedded"), lambda: pairs.measure(subject, "embedded"), repeats)
+    ours, theirs = alternating(
+        lambda: packed.measure(subject, "embedded"), lambda: pairs.measure(subject, "embedded"), repeats
+    )
     return {"packed_s": round(ours, 1), "harness_s": round(theirs, 1), "ratio": round(ours / theirs, 3)}
 
 
@@ -90,7 +106,9 @@ def load_seconds() -> dict:
 
 def in_own_process(module: str, *arguments: str) -> dict:
     """What a module of this folder prints when it is run: for peaks of memory."""
-    done = subprocess.run([sys.executable, "-m", f"benchmarks.{module}", *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", *arguments], capture_output=True, text=True, check=True
+    )
     return json.loads(done.stdout)
 
 
@@ -134,7 +152,12 @@ def main() -> None:
     if arguments.write:
         path = Path(__file__).parent / "results.json"
         kept = json.loads(path.read_text())["results"] if path.exists() else {}
-        made = {"hardware": hardware(), "torch": torch.__version__, "python": sys.version.split()[0], "date": time.strftime("%Y-%m-%d", time.gmtime())}
+        made = {
+            "hardware": hardware(),
+            "torch": torch.__version__,
+            "python": sys.version.split()[0],
+            "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        }
         path.write_text(json.dumps({**made, "results": {**kept, **results}}, indent=1) + "\n")
 
 

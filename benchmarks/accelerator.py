@@ -30,7 +30,9 @@ from thesislib.model.sparse import pack_all, semi_structured
 from thesislib.model.subject import Subject
 
 LENGTH = 512
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # on a CPU nothing is worth its figures, but it runs: a rehearsal
+DEVICE = (
+    "cuda" if torch.cuda.is_available() else "cpu"
+)  # on a CPU nothing is worth its figures, but it runs: a rehearsal
 
 
 def clock() -> float:
@@ -52,7 +54,9 @@ def in_turns(functions: dict[str, Callable[[], object]], repeats: int) -> dict[s
 
 
 def made_up(subject: Subject, rows: int, length: int = LENGTH, seed: int = 0) -> torch.Tensor:
-    return torch.randint(100, subject.model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        100, subject.model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed)
+    )
 
 
 # ---------------------------------------------------------------- as it was before, to compare with
@@ -94,7 +98,14 @@ def losses(subject: Subject, batches: list[int], windows: int, repeats: int) -> 
             for part in ids.split(batch):
                 part = part.to(DEVICE)
                 states = subject.model.model(input_ids=part, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-                nats += losses_as_before(subject.model, states, part[:, 1:].flatten()).view(len(part), -1).double().sum(1).cpu().tolist()
+                nats += (
+                    losses_as_before(subject.model, states, part[:, 1:].flatten())
+                    .view(len(part), -1)
+                    .double()
+                    .sum(1)
+                    .cpu()
+                    .tolist()
+                )
             return nats
 
     def now(batch: int) -> list:
@@ -107,8 +118,17 @@ def losses(subject: Subject, batches: list[int], windows: int, repeats: int) -> 
         rates = {name: round(windows * LENGTH / s) for name, s in times.items()}
         shares = {name: round(times["bare"] / s, 3) for name, s in times.items() if name != "bare"}
         apart = max(abs(a - b) / b for a, b in zip(now(batch), before(batch), strict=True))
-        found[f"batch {batch}"] = {"tokens_per_s": rates, "share_of_bare": shares, "largest_relative_difference": f"{apart:.1e}"}
-    return {**found, "tile": tile(DEVICE, subject.model.config.vocab_size), "default_batch": batch_for(subject.model, LENGTH, 4), "bar": ">= 0.9 at batch 32"}
+        found[f"batch {batch}"] = {
+            "tokens_per_s": rates,
+            "share_of_bare": shares,
+            "largest_relative_difference": f"{apart:.1e}",
+        }
+    return {
+        **found,
+        "tile": tile(DEVICE, subject.model.config.vocab_size),
+        "default_batch": batch_for(subject.model, LENGTH, 4),
+        "bar": ">= 0.9 at batch 32",
+    }
 
 
 def loss_alone(subject: Subject, repeats: int) -> dict:
@@ -116,7 +136,10 @@ def loss_alone(subject: Subject, repeats: int) -> dict:
     states = torch.randn(32 * (LENGTH - 1), subject.model.config.hidden_size, device=DEVICE).to(subject.dtype)
     targets = made_up(subject, 32, LENGTH - 1).flatten().to(DEVICE)
     head = subject.model.get_output_embeddings().weight
-    ways = {f"{rows} rows": (lambda rows=rows: token_losses(subject.model, states, targets, rows)) for rows in (256, 1024, 1820, 4096, 8192)}
+    ways = {
+        f"{rows} rows": (lambda rows=rows: token_losses(subject.model, states, targets, rows))
+        for rows in (256, 1024, 1820, 4096, 8192)
+    }
     ways["product alone"] = lambda: [part @ head.T for part in states.split(4096)]
     ways["before"] = lambda: losses_as_before(subject.model, states, targets)
     with torch.inference_mode():
@@ -132,7 +155,11 @@ def answers(subject: Subject, questions: int, batch: int, prompt: int, new: int)
     unrecorded = mock.patch("thesislib.evaluate.generate._recordable", lambda model: False)
 
     def ask(ahead: int) -> list:
-        return [row for a, b in zip(ids.split(batch), mask.split(batch), strict=True) for row in continuations(subject, a, b, new, ahead)]
+        return [
+            row
+            for a, b in zip(ids.split(batch), mask.split(batch), strict=True)
+            for row in continuations(subject, a, b, new, ahead)
+        ]
 
     said, rates = {}, {}
     with never:
@@ -142,8 +169,17 @@ def answers(subject: Subject, questions: int, batch: int, prompt: int, new: int)
                 start = clock()
                 said[name] = ask(ahead)
                 rates[name] = round(questions / (clock() - start), 2)
-    same = {name: sum(a == b for a, b in zip(said[name], said["before"], strict=True)) for name in ("ahead", "recorded")}
-    return {"questions_per_s": rates, "batch": batch, "prompt_tokens": prompt, "new_tokens": new, "same_answers_as_before": same, "of": questions}
+    same = {
+        name: sum(a == b for a, b in zip(said[name], said["before"], strict=True)) for name in ("ahead", "recorded")
+    }
+    return {
+        "questions_per_s": rates,
+        "batch": batch,
+        "prompt_tokens": prompt,
+        "new_tokens": new,
+        "same_answers_as_before": same,
+        "of": questions,
+    }
 
 
 def agreement(subject: Subject, spec: str) -> dict:
@@ -206,7 +242,9 @@ def sharing(spec: str, counts: list[int], windows: int) -> dict:
     rates = {}
     for count in counts:
         command = [sys.executable, "-c", CHILD, str(count), str(windows), spec]
-        crew = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(count)]
+        crew = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(count)
+        ]
         try:
             if any(process.stdout.readline() != "ready\n" for process in crew):
                 raise RuntimeError(f"one of {count} workers did not start")
@@ -226,7 +264,19 @@ def sharing(spec: str, counts: list[int], windows: int) -> dict:
 
 def tests() -> dict:
     """The tests marked cuda."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers", "tests/test_cuda.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "cuda",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "addopts=--strict-markers",
+        "tests/test_cuda.py",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     result = {"summary": done.stdout.strip().splitlines()[-1:]}
     if done.returncode:
@@ -255,8 +305,14 @@ def main() -> None:
         "answers": lambda: answers(subject, size.questions, 32, 64, 50 if DEVICE == "cuda" else 4),
         "answers from a text": lambda: answers(subject, size.questions, 32, 512, 50 if DEVICE == "cuda" else 4),
         "packed": lambda: packed(subject, size.repeats),
-        "sharing": lambda: sharing(spec, [1, 2, 4] if quick else [1, 2, 4, 8], 64 if DEVICE == "cuda" else 1) if DEVICE == "cuda" else {},
-        "perplexity, float32": lambda: losses(load_subject(spec, "float32", DEVICE), batches, size.windows // 2 or 1, size.repeats),
+        "sharing": lambda: (
+            sharing(spec, [1, 2, 4] if quick else [1, 2, 4, 8], 64 if DEVICE == "cuda" else 1)
+            if DEVICE == "cuda"
+            else {}
+        ),
+        "perplexity, float32": lambda: losses(
+            load_subject(spec, "float32", DEVICE), batches, size.windows // 2 or 1, size.repeats
+        ),
     }
     name = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     print(json.dumps({"device": name, "torch": torch.__version__, "subject": subject.name, "quick": quick}), flush=True)

@@ -16,19 +16,35 @@ def leaving_against_generate(repeats: int = 3, batch: int = 16, new: int = 50) -
     subject = load_subject(dtype="bfloat16")
     tokenizer, ends = subject.tokenizer, end_tokens(subject)
     config = GenerationConfig(
-        max_new_tokens=new, min_new_tokens=1, do_sample=False, repetition_penalty=1.0, eos_token_id=ends, pad_token_id=tokenizer.pad_token_id
+        max_new_tokens=new,
+        min_new_tokens=1,
+        do_sample=False,
+        repetition_penalty=1.0,
+        eos_token_id=ends,
+        pad_token_id=tokenizer.pad_token_id,
     )
     found = {}
     for kind in ("closed book", "open book"):
-        prompts = [prompt_for(subject, q, default_prompt(subject)) for q in questions(limit=batch, open_book=kind == "open book")]
-        encoded = tokenizer(prompts, padding=True, padding_side="left", add_special_tokens=adds_bos(subject, prompts[0]), return_tensors="pt")
+        prompts = [
+            prompt_for(subject, q, default_prompt(subject))
+            for q in questions(limit=batch, open_book=kind == "open book")
+        ]
+        encoded = tokenizer(
+            prompts,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=adds_bos(subject, prompts[0]),
+            return_tensors="pt",
+        )
         ids, mask = encoded["input_ids"], encoded["attention_mask"]
         samples = []
         for _ in range(repeats + 1):  # the first is the warm-up
             start = time.perf_counter()
             ours = continuations(subject, ids, mask, new)
             between = time.perf_counter()
-            theirs = subject.model.generate(ids, attention_mask=mask, generation_config=config)[:, ids.shape[1] :].tolist()
+            theirs = subject.model.generate(ids, attention_mask=mask, generation_config=config)[
+                :, ids.shape[1] :
+            ].tolist()
             samples.append((between - start, time.perf_counter() - between))
         ours_s, theirs_s = (statistics.median(column) for column in zip(*samples[1:], strict=True))
         same = sum(row == other[: len(row)] for row, other in zip(ours, theirs, strict=True))

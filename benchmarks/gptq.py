@@ -43,7 +43,12 @@ def loops(rows: int, columns: int, repeats: int = 3) -> dict:
         ours.append(middle - start)
         theirs.append(time.perf_counter() - middle)
     agree = float((blocked == plain).float().mean())
-    return {"blocks_s": round(min(ours), 4), "plain_s": round(min(theirs), 4), "ratio": round(min(theirs) / min(ours), 1), "agree": round(agree, 4)}
+    return {
+        "blocks_s": round(min(ours), 4),
+        "plain_s": round(min(theirs), 4),
+        "ratio": round(min(theirs) / min(ours), 1),
+        "agree": round(agree, 4),
+    }
 
 
 def whole_model() -> dict:
@@ -52,13 +57,26 @@ def whole_model() -> dict:
     start = time.perf_counter()
     _, report = Gptq(windows=16).apply(subject)
     seconds = round(time.perf_counter() - start, 1)
-    return {"linears": report["linears"], "seconds": seconds, "peak_MB": round(peak()), "threads": torch.get_num_threads(), "bar": "< 240 s, < 3,000 MB"}
+    return {
+        "linears": report["linears"],
+        "seconds": seconds,
+        "peak_MB": round(peak()),
+        "threads": torch.get_num_threads(),
+        "bar": "< 240 s, < 3,000 MB",
+    }
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--loop", action="store_true")
     if parser.parse_args().loop:
-        print(json.dumps({f"{rows} x {columns}": loops(rows, columns) for rows, columns in ((576, 576), (3072, 576), (576, 1536))}))
+        print(
+            json.dumps(
+                {
+                    f"{rows} x {columns}": loops(rows, columns)
+                    for rows, columns in ((576, 576), (3072, 576), (576, 1536))
+                }
+            )
+        )
     else:
         print(json.dumps(whole_model()))

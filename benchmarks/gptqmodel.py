@@ -39,11 +39,17 @@ def dense(subject: Subject, folder: Path, bits: int = 4) -> Subject:
     result, less = subject.copy(), int(config.get("checkpoint_format", "gptq") == "gptq")
     for i in range(subject.depth):
         for name, linear in result.linears(i).items():
-            path = next(p.removesuffix(".qweight") for p in tensors if p.startswith(f"model.layers.{i}.") and p.endswith(f".{name}.qweight"))
+            path = next(
+                p.removesuffix(".qweight")
+                for p in tensors
+                if p.startswith(f"model.layers.{i}.") and p.endswith(f".{name}.qweight")
+            )
             codes = unpacked(np.ascontiguousarray(tensors[f"{path}.qweight"].T.numpy()), bits)
             zeros = unpacked(np.ascontiguousarray(tensors[f"{path}.qzeros"].numpy()), bits).T + less
             groups, scales = tensors[f"{path}.g_idx"].long().numpy(), tensors[f"{path}.scales"].float().T.numpy()
-            linear.weight.data = torch.from_numpy(scales[:, groups] * (codes - zeros[:, groups])).to(linear.weight.dtype)
+            linear.weight.data = torch.from_numpy(scales[:, groups] * (codes - zeros[:, groups])).to(
+                linear.weight.dtype
+            )
     return result
 
 
@@ -59,18 +65,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         subject.model.save_pretrained(f"{place}/dense")
         subject.tokenizer.save_pretrained(f"{place}/dense")
-        model = GPTQModel.load(f"{place}/dense", QuantizeConfig(bits=4, group_size=64, sym=True, desc_act=False), device="cpu")
+        model = GPTQModel.load(
+            f"{place}/dense", QuantizeConfig(bits=4, group_size=64, sym=True, desc_act=False), device="cpu"
+        )
         start = time.perf_counter()
-        model.quantize([{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in ids], batch_size=4)
+        model.quantize(
+            [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in ids], batch_size=4
+        )
         seconds = time.perf_counter() - start
         save_checkpoint(model, f"{place}/theirs")
         theirs = dense(subject, Path(f"{place}/theirs"))
-    found["GPTQModel"] = {"seconds": round(seconds, 1), "perplexity": round(perplexity(theirs, text, limit=HELD_OUT).value, 2)}
+    found["GPTQModel"] = {
+        "seconds": round(seconds, 1),
+        "perplexity": round(perplexity(theirs, text, limit=HELD_OUT).value, 2),
+    }
     for name, settings in (("thesislib, the same settings", THEIRS), ("thesislib, its defaults", {})):
         start = time.perf_counter()
         ours, _ = Gptq(bits=4, group=64, windows=WINDOWS, length=LENGTH, **settings).apply(subject)
         seconds = time.perf_counter() - start
-        found[name] = {"seconds": round(seconds, 1), "perplexity": round(perplexity(ours, text, limit=HELD_OUT).value, 2)}
+        found[name] = {
+            "seconds": round(seconds, 1),
+            "perplexity": round(perplexity(ours, text, limit=HELD_OUT).value, 2),
+        }
     print(json.dumps({**found, "threads": torch.get_num_threads()}))
 
 

@@ -45,7 +45,13 @@ def lora_against_bare_loop(autocast: bool | None = None, batch: int = 4, steps: 
             taken.append(time.perf_counter() - start)
     tokens = steps * config.batch * config.length
     a, b = (tokens / statistics.median(taken) for taken in seconds.values())
-    return {"autocast": autocast, "tokens_per_s": round(a), "bare_tokens_per_s": round(b), "ratio": round(a / b, 3), "bar": ">= 0.8"}
+    return {
+        "autocast": autocast,
+        "tokens_per_s": round(a),
+        "bare_tokens_per_s": round(b),
+        "ratio": round(a / b, 3),
+        "bar": ">= 0.8",
+    }
 
 
 if __name__ == "__main__":

@@ -19,4 +19,13 @@ if __name__ == "__main__":
     subject = load_subject()
     model, loaded = sum(p.numel() * p.element_size() for p in subject.model.parameters()) / MB, peak()
     perplexity(subject, evaluation_text(), length=2048, limit=3, batch=1)
-    print(json.dumps({"model_MB": round(model), "loaded_MB": round(loaded), "peak_MB": round(peak()), "above_model_MB": round(peak() - model)}))
+    print(
+        json.dumps(
+            {
+                "model_MB": round(model),
+                "loaded_MB": round(loaded),
+                "peak_MB": round(peak()),
+                "above_model_MB": round(peak() - model),
+            }
+        )
+    )

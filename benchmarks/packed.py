@@ -67,13 +67,26 @@ def packed_against_dense(dtype: str = "bfloat16", device: str = "cpu", repeats: 
             speeds[kind].append(tokens_per_second(subject))
     result = {}
     for kind, subject in kinds.items():
-        speed = {f"{part}_tokens_per_s": round(statistics.median(s[part] for s in speeds[kind]), 1) for part in ("prefill", "decode")}
+        speed = {
+            f"{part}_tokens_per_s": round(statistics.median(s[part] for s in speeds[kind]), 1)
+            for part in ("prefill", "decode")
+        }
         linears = sum(t.nbytes for i in range(subject.depth) for m in subject.linears(i).values() for t in held(m))
-        result[kind] = {**speed, "MB_in_memory": round(sizes(subject)["bytes_in_memory"] / 1e6, 1), "MB_of_linears": round(linears / 1e6, 1)}
+        result[kind] = {
+            **speed,
+            "MB_in_memory": round(sizes(subject)["bytes_in_memory"] / 1e6, 1),
+            "MB_of_linears": round(linears / 1e6, 1),
+        }
         if kind in on_disk:
             result[kind]["MB_on_disk"] = round(on_disk[kind] / 1e6, 1)
     share = result["packed"]["MB_of_linears"] / result["dense"]["MB_of_linears"]
-    return {**result, "share_of_linears": round(share, 3), "bar": "<= 0.60 of the linears' bytes", "kernel_note": kernel, "threads": torch.get_num_threads()}
+    return {
+        **result,
+        "share_of_linears": round(share, 3),
+        "bar": "<= 0.60 of the linears' bytes",
+        "kernel_note": kernel,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def unpack_milliseconds(repeats: int = 20) -> dict:

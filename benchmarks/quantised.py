@@ -19,8 +19,12 @@ def quantised_against_dense(dtype: str = "bfloat16", grid: str = "asymmetric", r
             speeds[kind].append(tokens_per_second(subject))
     found = {}
     for kind, subject in kinds.items():
-        found[kind] = {part: round(statistics.median(s[part] for s in speeds[kind]), 1) for part in ("prefill", "decode")}
-        found[kind]["MB_of_linears"] = round(sum(t.nbytes for i in range(subject.depth) for m in subject.linears(i).values() for t in held(m)) / 1e6, 1)
+        found[kind] = {
+            part: round(statistics.median(s[part] for s in speeds[kind]), 1) for part in ("prefill", "decode")
+        }
+        found[kind]["MB_of_linears"] = round(
+            sum(t.nbytes for i in range(subject.depth) for m in subject.linears(i).values() for t in held(m)) / 1e6, 1
+        )
     pairs = list(zip(speeds["quantised"], speeds["dense"], strict=True))
     ratios = {part: round(statistics.median(q[part] / d[part] for q, d in pairs), 3) for part in ("prefill", "decode")}
     return {**found, "ratios": ratios, "bar": "decode >= 1, prefill >= 0.9"}

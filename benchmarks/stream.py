@@ -50,7 +50,12 @@ def wanda_against_bare_forward(repeats: int = 3) -> dict:
     bare()
     pairs = [(seconds(lambda copy=copy: stream(copy, ids, Prune(Width(2, 4)))), seconds(bare)) for copy in copies]
     ours, theirs = (statistics.median(x) for x in zip(*pairs, strict=True))
-    return {"pass_s": round(ours, 2), "bare_forward_s": round(theirs, 2), "ratio": round(ours / theirs, 2), "bar": "<= 2.5"}
+    return {
+        "pass_s": round(ours, 2),
+        "bare_forward_s": round(theirs, 2),
+        "ratio": round(ours / theirs, 2),
+        "bar": "<= 2.5",
+    }
 
 
 def ablation_against_naive(repeats: int = 1) -> dict:
@@ -69,7 +74,9 @@ def ablation_against_naive(repeats: int = 1) -> dict:
             leave_one_out(subject, ids, [b])
 
     leave_one_out(subject, ids, [0])
-    runs = [(seconds(lambda: leave_one_out(subject, ids, blocks)), seconds(naive), seconds(alone)) for _ in range(repeats)]
+    runs = [
+        (seconds(lambda: leave_one_out(subject, ids, blocks)), seconds(naive), seconds(alone)) for _ in range(repeats)
+    ]
     shared, theirs, ours_apart = (statistics.median(x) for x in zip(*runs, strict=True))
     return {
         "shared_s": round(shared, 1), "naive_s": round(theirs, 1), "ratio": round(shared / theirs, 2), "bar": "<= 0.6",

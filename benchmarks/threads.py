@@ -9,7 +9,11 @@ import statistics
 import subprocess
 import sys
 
-WAYS = {"OpenMP's default": {}, "asleep at once": {"OMP_WAIT_POLICY": "PASSIVE"}, "as thesislib sets it": {"GOMP_SPINCOUNT": "1000"}}
+WAYS = {
+    "OpenMP's default": {},
+    "asleep at once": {"OMP_WAIT_POLICY": "PASSIVE"},
+    "as thesislib sets it": {"GOMP_SPINCOUNT": "1000"},
+}
 SETTINGS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")
 CHILD = """
 import json, sys, torch
@@ -42,7 +46,10 @@ def waiting(repeats: int = 3, threads: int = 2) -> dict:
                 if loop:
                     loop.kill()
                     loop.wait()
-    result = {way: {part: round(statistics.median(s[part] for s in samples), 1) for part in samples[0]} for way, samples in found.items()}
+    result = {
+        way: {part: round(statistics.median(s[part] for s in samples), 1) for part in samples[0]}
+        for way, samples in found.items()
+    }
     return {**result, "threads": threads}
 
 

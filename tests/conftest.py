@@ -46,7 +46,9 @@ def tiny(byte_tokenizer):
         }  # fmt: skip
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[model_type](**(settings | config)), dtype=torch.float32).eval()
+            model = AutoModelForCausalLM.from_config(
+                CONFIG_MAPPING[model_type](**(settings | config)), dtype=torch.float32
+            ).eval()
         return Subject(model.requires_grad_(False), byte_tokenizer, f"tiny {model_type}")
 
     return make
@@ -56,7 +58,10 @@ def tiny(byte_tokenizer):
 def tiny_data(tmp_path_factory):
     """A data folder with some training, calibration and evaluation data; its path."""
     root, r = tmp_path_factory.mktemp("text"), random.Random(0)
-    prose = {half: [row for i in range(20) for row in (f" = {half} {i} = \n", " ".join(r.choices(WORDS, k=60)) + "\n")] for half in ("Train", "Test")}
+    prose = {
+        half: [row for i in range(20) for row in (f" = {half} {i} = \n", " ".join(r.choices(WORDS, k=60)) + "\n")]
+        for half in ("Train", "Test")
+    }
     answer = {"value": "number", "aliases": ["number"]}
     tables = {
         "wikitext_train": [{"text": t} for t in prose["Train"]],
@@ -66,7 +71,13 @@ def tiny_data(tmp_path_factory):
         "trivia_train": [{"question": f"What is {i}?", "answer": {"value": f"number {i % 7}"}} for i in range(200)],
         "trivia": [{"question_id": str(i), "question": f"Who is {i}?", "answer": answer} for i in range(4)],
         "trivia_open": [
-            {"question_id": str(i), "question": f"Who is {i}?", "answer": answer, "ctxs": [{"text": "Of a number.", "has_answer": True}]} for i in range(4)
+            {
+                "question_id": str(i),
+                "question": f"Who is {i}?",
+                "answer": answer,
+                "ctxs": [{"text": "Of a number.", "has_answer": True}],
+            }
+            for i in range(4)
         ],
     }
     for task, rows in tables.items():

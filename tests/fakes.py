@@ -21,14 +21,32 @@ def perplexity(per_token, seed=0, *, texts=None, spread=0.01, n=24, **changes):
         noise = np.random.default_rng(texts).normal(0, 0.3, n) + noise
     items = [{"id": i, "document": i, "nats": 100 * (per_token + noise[i]), "tokens": 100} for i in range(n)]
     value = float(np.exp(per_token))
-    plain = {"task": "text", "metric": "perplexity", "value": value, "low": 0.9 * value, "high": 1.1 * value, "n": n, "unit": "window", "items": items}
+    plain = {
+        "task": "text",
+        "metric": "perplexity",
+        "value": value,
+        "low": 0.9 * value,
+        "high": 1.1 * value,
+        "n": n,
+        "unit": "window",
+        "items": items,
+    }
     return Measurement(**plain | changes)
 
 
 def accuracy(share, n=200, **changes):
     """Answers to n questions, the first of them right."""
     items = [{"id": i, "correct": i < share * n, "tier": "exact" if i < share * n else None} for i in range(n)]
-    plain = {"task": "questions", "metric": "accuracy", "value": share, "low": share - 0.1, "high": share + 0.1, "n": n, "unit": "question", "items": items}
+    plain = {
+        "task": "questions",
+        "metric": "accuracy",
+        "value": share,
+        "low": share - 0.1,
+        "high": share + 0.1,
+        "n": n,
+        "unit": "question",
+        "items": items,
+    }
     return Measurement(**plain | changes)
 
 

@@ -12,7 +12,10 @@ from thesislib.formats.load import save_checkpoint
 
 run = CliRunner().invoke
 HUGE = "9" * 30
-GRID = {"groups": {"all": [["none", "D1"], ["none", "W1:8"]]}, "sizes": {"quick": {"measures": {"ppl": {"on": "wikitext"}}}}}
+GRID = {
+    "groups": {"all": [["none", "D1"], ["none", "W1:8"]]},
+    "sizes": {"quick": {"measures": {"ppl": {"on": "wikitext"}}}},
+}
 SIZES = {
     "num_hidden_layers": [0, -1, 10**9, "8", 1.5, True, [8], {"a": 1}],
     "hidden_size": [0, -1, "64", 10**9, 63, {}],
@@ -24,7 +27,26 @@ SIZES = {
     "max_position_embeddings": [0, 10**12, "2048"],
     "layer_types": ["full_attention", {"0": 1}],
 }
-PLANS = ["", ",", "0-999999999", "0x999999999", "0-99", "-1", "1-", "3-1", "a", "0x0", "0-7:0", "0-7x2000", HUGE, "0" * 300, "0,,8", "²", "0 1", "0-7;1"]
+PLANS = [
+    "",
+    ",",
+    "0-999999999",
+    "0x999999999",
+    "0-99",
+    "-1",
+    "1-",
+    "3-1",
+    "a",
+    "0x0",
+    "0-7:0",
+    "0-7x2000",
+    HUGE,
+    "0" * 300,
+    "0,,8",
+    "²",
+    "0 1",
+    "0-7;1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +75,14 @@ def here(tiny, tiny_data, tmp_path_factory):
             if name == "hidden_size" and value == 63:
                 del plain["head_dim"]
             (folder / "config.json").write_text(json.dumps({**plain, name: value}))
-    for name, text in {"nested": "[" * 100_000, "list": "[]", "number": "1", "empty": "", "bytes": "\x00", "long": '{"a": "' + "x" * (5 << 20) + '"}'}.items():
+    for name, text in {
+        "nested": "[" * 100_000,
+        "list": "[]",
+        "number": "1",
+        "empty": "",
+        "bytes": "\x00",
+        "long": '{"a": "' + "x" * (5 << 20) + '"}',
+    }.items():
         folder = root / "config" / name
         folder.mkdir()
         (folder / "config.json").write_text(text)
@@ -171,12 +200,18 @@ CALLS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("args", CALLS, ids=lambda args: " ".join(args)[:60].encode("ascii", "backslashreplace").decode())
+@pytest.mark.parametrize(
+    "args", CALLS, ids=lambda args: " ".join(args)[:60].encode("ascii", "backslashreplace").decode()
+)
 def test_bad_calls(here, tiny_data, monkeypatch, args):
     monkeypatch.chdir(here)
     before = sorted(here.rglob("*"))
     result = run(app, [tiny_data if a == "DATA" else a for a in args])
-    assert isinstance(result.exception, SystemExit) and result.exit_code == 2, (result.exit_code, repr(result.exception), result.output[-500:])
+    assert isinstance(result.exception, SystemExit) and result.exit_code == 2, (
+        result.exit_code,
+        repr(result.exception),
+        result.output[-500:],
+    )
     assert result.stdout == "" and "Traceback" not in result.stderr and "rror" in result.stderr
     assert max(map(len, result.stderr.splitlines())) < 3000
     assert sorted(here.rglob("*")) == before

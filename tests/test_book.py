@@ -25,7 +25,10 @@ from thesislib.runner import cache_key, chapters, execute, executed, results
 def notebook(*cells, parameters="seconds = 0"):
     nb = nbformat.v4.new_notebook()
     nb.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    nb.cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}), *map(nbformat.v4.new_code_cell, cells)]
+    nb.cells = [
+        nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+        *map(nbformat.v4.new_code_cell, cells),
+    ]
     return nb
 
 
@@ -42,7 +45,10 @@ def checkout(tmp_path):
         (tmp_path / "data" / "results" / f"{name}.jsonl").write_text("{}")
     (tmp_path / "data" / "manifest.json").write_text("{}")
     (tmp_path / "constraints.txt").write_text("torch==2.13.0")
-    nbformat.write(notebook("if False:\n    from thesislib.a import x  # noqa\nprint(1 + seconds)"), tmp_path / "notebooks" / "01_one.ipynb")
+    nbformat.write(
+        notebook("if False:\n    from thesislib.a import x  # noqa\nprint(1 + seconds)"),
+        tmp_path / "notebooks" / "01_one.ipynb",
+    )
     return tmp_path
 
 
@@ -51,7 +57,13 @@ def test_key_depends_on_what_the_notebook_depends_on(checkout):
     key = cache_key(path, {}, checkout)
     assert cache_key(path, {}, checkout) == key
     assert cache_key(path, {"seconds": 1}, checkout) != key
-    for file in ("thesislib/a.py", "thesislib/b.py", "data/manifest.json", "data/results/01_one.jsonl", "constraints.txt"):
+    for file in (
+        "thesislib/a.py",
+        "thesislib/b.py",
+        "data/manifest.json",
+        "data/results/01_one.jsonl",
+        "constraints.txt",
+    ):
         before = (checkout / file).read_text()
         (checkout / file).write_text(before + " ")
         assert cache_key(path, {}, checkout) != key, file
@@ -102,7 +114,11 @@ def test_executed_runs_once_and_again_when_something_changes(checkout, monkeypat
     assert executed("01_one", path, cache) == first and first.stat().st_mtime_ns == stamp
     assert "unchanged" in capsys.readouterr().err
     first.write_text(first.read_text("utf8").replace("cell", "sell", 1), "utf8")  # a damaged byte
-    assert executed("01_one", path, cache) == first and "damaged" in capsys.readouterr().err and "sell" not in first.read_text("utf8")
+    assert (
+        executed("01_one", path, cache) == first
+        and "damaged" in capsys.readouterr().err
+        and "sell" not in first.read_text("utf8")
+    )
     (checkout / "thesislib" / "a.py").write_text("x = 2")
     second = executed("01_one", path, cache)
     assert second != first and not first.exists()
@@ -126,10 +142,17 @@ def test_execute_with_parameters_and_failure(tmp_path):
 def test_the_kernel_dies_with_its_run(tmp_path):
     """kill -9 on the run: its kernel, in the middle of a long cell, is gone too and nothing has the final name."""
     source, pid_file = tmp_path / "long.ipynb", tmp_path / "kernel.pid"
-    cells = [f"import os, pathlib\npathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\nx = 0\nwhile True: x += 1"]
+    cells = [
+        f"import os, pathlib\npathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\nx = 0\nwhile True: x += 1"
+    ]
     nbformat.write(notebook(*cells), source)
     code = f"from pathlib import Path; from thesislib.runner import execute; execute(Path({str(source)!r}), Path({str(tmp_path / 'out.ipynb')!r}), {{}})"
-    run = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    run = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     kernel = int(_wait_for(lambda: pid_file.exists() and pid_file.read_text()))
     os.kill(run.pid, signal.SIGKILL)
     run.wait()
@@ -156,7 +179,10 @@ def _wait_for(condition, seconds=90):
 def test_clean_takes_out_what_differs_and_refuses_paths():
     nb = notebook("1")
     nb.cells[0].metadata["papermill"] = {"duration": 1}
-    nb.cells[1].outputs = [nbformat.v4.new_output("stream", name="stderr", text="bar"), nbformat.v4.new_output("stream", text="kept")]
+    nb.cells[1].outputs = [
+        nbformat.v4.new_output("stream", name="stderr", text="bar"),
+        nbformat.v4.new_output("stream", text="kept"),
+    ]
     nb.metadata["papermill"] = {"input_path": "x"}
     text = clean(nbformat.writes(nb))
     assert "papermill" not in text and "bar" not in text and "kept" in text
@@ -173,7 +199,9 @@ def test_stored_notebooks_are_clean_thin_and_tagged():
         code = [c for c in nb.cells if c.cell_type == "code"]
         assert sum("parameters" in c.metadata.get("tags", []) for c in code) == 1
         assert not any(o.output_type == "error" for c in code for o in c.outputs)
-        assert not any(line.startswith(("def ", "class ")) for c in code for line in c.source.splitlines()), f"{name} defines a helper"
+        assert not any(line.startswith(("def ", "class ")) for c in code for line in c.source.splitlines()), (
+            f"{name} defines a helper"
+        )
         assert sum(bool(c.outputs) for c in code) >= 5, f"{name} has no stored outputs"
         compared = [c for c in code if c.outputs and "nbval-ignore-output" not in c.metadata.get("tags", [])]
         assert len(compared) >= 3, f"{name}: nbval compares nothing"
@@ -205,7 +233,11 @@ def test_every_notebook_has_one_table_that_a_sweep_reads(name):
 
 def test_every_module_is_in_the_api():
     package = ROOT / "thesislib"
-    modules = {".".join(f.relative_to(package).with_suffix("").parts) for f in package.rglob("*.py") if not f.stem.startswith("__")} - {"cli"}
+    modules = {
+        ".".join(f.relative_to(package).with_suffix("").parts)
+        for f in package.rglob("*.py")
+        if not f.stem.startswith("__")
+    } - {"cli"}
     listed = re.findall(r"automodule:: thesislib\.(\S+)", api())
     assert sorted(listed) == sorted(modules)
 
@@ -216,7 +248,9 @@ def canonical(name):
 
 def locked():
     lines = (ROOT / "constraints.txt").read_text().splitlines()
-    return {canonical(n): v for n, v in (line.split("==") for line in lines if "==" in line and not line.startswith("#"))}
+    return {
+        canonical(n): v for n, v in (line.split("==") for line in lines if "==" in line and not line.startswith("#"))
+    }
 
 
 def test_conda_and_pip_install_the_same_versions():
@@ -227,10 +261,23 @@ def test_conda_and_pip_install_the_same_versions():
     assert {n: pins.get(n) for n in listed} == listed
     assert "python=3.11" in conda["dependencies"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = {name: extra for name, extra in project["optional-dependencies"].items() if name not in ("gptqmodel", "engine")}  # own environment; own build
+    extras = {
+        name: extra for name, extra in project["optional-dependencies"].items() if name not in ("gptqmodel", "engine")
+    }  # own environment; own build
     wanted = [*project["dependencies"], *(d for extra in extras.values() for d in extra)]
     assert {canonical(re.match(r"[\w.-]+", d)[0]) for d in wanted} == set(listed)
-    for name in ("torch", "jupyterlab", "jupyter-book", "papermill", "nbval", "transformers", "peft", "matplotlib", "seaborn", "lm-eval"):
+    for name in (
+        "torch",
+        "jupyterlab",
+        "jupyter-book",
+        "papermill",
+        "nbval",
+        "transformers",
+        "peft",
+        "matplotlib",
+        "seaborn",
+        "lm-eval",
+    ):
         assert name in listed, name
 
 

@@ -19,7 +19,15 @@ pytestmark = [
     pytest.mark.skipif(not (HTML / "index.html").exists(), reason="the book is not built: make stored-book"),
 ]
 CHAPTERS = [f"notebooks/{name}.html" for name in chapters()]
-PAGES = ["index.html", "book/background.html", "book/rerun.html", "book/claims.html", "book/sources.html", "book/api.html", *CHAPTERS]
+PAGES = [
+    "index.html",
+    "book/background.html",
+    "book/rerun.html",
+    "book/claims.html",
+    "book/sources.html",
+    "book/api.html",
+    *CHAPTERS,
+]
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -55,7 +63,14 @@ def page(browser):
     found.on("pageerror", lambda e: found.wrong.append(str(e)))
     found.on("requestfailed", lambda r: found.wrong.append(f"failed: {r.url}"))
     found.on("response", lambda r: found.wrong.append(f"{r.status}: {r.url}") if r.status >= 400 else None)
-    found.on("request", lambda r: found.wrong.append(f"leaves the site: {r.url}") if not r.url.startswith(("http://127.0.0.1", "data:", "blob:")) else None)
+    found.on(
+        "request",
+        lambda r: (
+            found.wrong.append(f"leaves the site: {r.url}")
+            if not r.url.startswith(("http://127.0.0.1", "data:", "blob:"))
+            else None
+        ),
+    )
     yield found
     found.close()
 
@@ -118,7 +133,9 @@ def test_a_table_sorts_by_its_headings(site, page):
     heading = table.locator("thead th").filter(has_text="x dense").first
 
     def column():
-        return table.locator("tbody tr").evaluate_all("(rows, i) => rows.map((row) => row.cells[i].textContent.replace(/,/g, ''))", 2)
+        return table.locator("tbody tr").evaluate_all(
+            "(rows, i) => rows.map((row) => row.cells[i].textContent.replace(/,/g, ''))", 2
+        )
 
     def known(texts):
         return [float(text) for text in texts if text]
@@ -137,7 +154,9 @@ def test_the_explorer_finds_what_fits_a_budget(site, page):
     box = page.locator(".explorer")
     names = box.locator("tbody th")
     size, measure = box.locator("select").nth(0), box.locator("select").nth(1)
-    rows = page.evaluate("() => document.querySelector('.explorer').nextElementSibling.textContent.match(/const rows = (.*);/)[1]")
+    rows = page.evaluate(
+        "() => document.querySelector('.explorer').nextElementSibling.textContent.match(/const rows = (.*);/)[1]"
+    )
     rows = [row for row in json.loads(rows) if row["MB"] is not None and row.get("perplexity") is not None]
     assert names.first.text_content() == min(rows, key=lambda row: row["perplexity"])["label"]
     budget = sorted(row["MB"] for row in rows)[len(rows) // 2] + 0.01
@@ -148,5 +167,8 @@ def test_the_explorer_finds_what_fits_a_budget(site, page):
     measure.select_option("open book")
     size.select_option("M")
     answered = [row for row in rows if row.get("open book") is not None and row["M"] is not None]
-    assert box.locator("tbody tr").first.locator("td").first.text_content() == f"{100 * max(row['open book'] for row in answered):.1f} %"
+    assert (
+        box.locator("tbody tr").first.locator("td").first.text_content()
+        == f"{100 * max(row['open book'] for row in answered):.1f} %"
+    )
     assert box.locator("svg title").count() == len(answered) and page.wrong == []

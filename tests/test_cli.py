@@ -26,10 +26,23 @@ def tiny_folder(tiny, tmp_path):
 @pytest.fixture
 def data_folder(tmp_path):
     rows = {
-        "wikitext2/test": [{"text": f" = Article {i} = \n"} if i % 4 == 0 else {"text": f"Line {i} of the article says something. \n"} for i in range(40)],
-        "trivia_qa/validation_closed_book": [{"question_id": str(i), "question": "Who?", "answer": {"value": "a", "aliases": ["a"]}} for i in range(4)],
+        "wikitext2/test": [
+            {"text": f" = Article {i} = \n"} if i % 4 == 0 else {"text": f"Line {i} of the article says something. \n"}
+            for i in range(40)
+        ],
+        "trivia_qa/validation_closed_book": [
+            {"question_id": str(i), "question": "Who?", "answer": {"value": "a", "aliases": ["a"]}} for i in range(4)
+        ],
         "hellaswag/validation": [
-            {"ind": i, "activity_label": "Run", "ctx_a": "He runs.", "ctx_b": "he", "endings": ["stops.", "flies.", "is.", "a"], "label": "0"} for i in range(4)
+            {
+                "ind": i,
+                "activity_label": "Run",
+                "ctx_a": "He runs.",
+                "ctx_b": "he",
+                "endings": ["stops.", "flies.", "is.", "a"],
+                "label": "0",
+            }
+            for i in range(4)
         ],
     }
     for name, found in rows.items():
@@ -40,7 +53,22 @@ def data_folder(tmp_path):
 
 
 def test_evaluate_json_has_value_interval_n_unit_and_provenance(tiny_folder, data_folder):
-    result = run(app, ["evaluate", tiny_folder, "--on", "wikitext", "--data", data_folder, "--length", "16", "--limit", "8", "--json"])
+    result = run(
+        app,
+        [
+            "evaluate",
+            tiny_folder,
+            "--on",
+            "wikitext",
+            "--data",
+            data_folder,
+            "--length",
+            "16",
+            "--limit",
+            "8",
+            "--json",
+        ],
+    )
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["low"] < found["value"] < found["high"] and found["n"] == 8 and found["unit"] == "window of 16 tokens"
@@ -51,16 +79,36 @@ def test_evaluate_json_has_value_interval_n_unit_and_provenance(tiny_folder, dat
 
 @pytest.mark.parametrize(
     ("task", "extra", "metric"),
-    [("wikitext", [], "perplexity"), ("trivia", ["--prompt", "thesis"], "accuracy"), ("hellaswag", ["--fast"], "acc_norm"), ("hellaswag", [], "acc_norm")],
+    [
+        ("wikitext", [], "perplexity"),
+        ("trivia", ["--prompt", "thesis"], "accuracy"),
+        ("hellaswag", ["--fast"], "acc_norm"),
+        ("hellaswag", [], "acc_norm"),
+    ],
 )
 def test_evaluate_in_words(tiny_folder, data_folder, task, extra, metric):
-    result = run(app, ["evaluate", tiny_folder, "--on", task, "--data", data_folder, "--length", "16", "--limit", "3", *extra])
+    result = run(
+        app, ["evaluate", tiny_folder, "--on", task, "--data", data_folder, "--length", "16", "--limit", "3", *extra]
+    )
     assert result.exit_code == 0, result.output
     assert metric in result.stdout and "95 % interval [" in result.stdout and "n = 3" in result.stdout
 
 
 def test_evaluate_a_plan_and_every_item(tiny_folder, data_folder):
-    args = ["evaluate", tiny_folder, "--on", "wikitext", "--data", data_folder, "--length", "16", "--json", "--items", "--plan", "0-3x2,11"]
+    args = [
+        "evaluate",
+        tiny_folder,
+        "--on",
+        "wikitext",
+        "--data",
+        data_folder,
+        "--length",
+        "16",
+        "--json",
+        "--items",
+        "--plan",
+        "0-3x2,11",
+    ]
     found = json.loads(run(app, args).stdout)
     assert found["provenance"]["plan"] == [0, 0, 1, 1, 2, 2, 3, 3, 11]
     assert len(found["items"]) == found["n"]
@@ -74,7 +122,10 @@ def test_a_stream_that_knows_ascii_only_takes_every_text(monkeypatch):
     stream.write(text)
     stream.flush()
     said = stream.buffer.getvalue().decode("ascii")
-    assert said.endswith(r" \udcff") and json.loads(said[: -len(r" \udcff")]) == {"task": "Grüße 🚁 日本", "half": "\udcff"}
+    assert said.endswith(r" \udcff") and json.loads(said[: -len(r" \udcff")]) == {
+        "task": "Grüße 🚁 日本",
+        "half": "\udcff",
+    }
 
 
 def test_thesislib_data_is_the_default(tiny_folder, data_folder, monkeypatch):
@@ -92,8 +143,14 @@ def test_thesislib_data_is_the_default(tiny_folder, data_folder, monkeypatch):
         (["evaluate", "nowhere", "--on", "wikitext"], "subject 'nowhere' is not known"),
         (["evaluate", "embedded", "--on", "wikitex"], "did you mean 'wikitext'"),
         (["evaluate", "embedded", "--on", "wikitext", "--data", "nowhere"], "unknown data 'nowhere'"),
-        (["evaluate", "TINY", "--on", "wikitext", "--data", "DATA", "--length", "100000"], "window length 100000 is longer"),
-        (["evaluate", "TINY", "--on", "wikitext", "--data", "DATA", "--plan", "0-99"], "block 12 is out of range: this model has blocks 0 to 11"),
+        (
+            ["evaluate", "TINY", "--on", "wikitext", "--data", "DATA", "--length", "100000"],
+            "window length 100000 is longer",
+        ),
+        (
+            ["evaluate", "TINY", "--on", "wikitext", "--data", "DATA", "--plan", "0-99"],
+            "block 12 is out of range: this model has blocks 0 to 11",
+        ),
         (["evaluate", "TINY", "--on", "wikitext", "--data", "DATA", "--plan", ","], "the plan is empty"),
         (["evaluate", "TINY", "--on", "piqa", "--data", "DATA"], "holds neither piqa/validation.jsonl"),
         (["evaluate", "TINY", "--on", "trivia", "--data", "DATA", "--limit", "0"], "'limit' is 0: expected at least 1"),
@@ -118,7 +175,12 @@ def test_an_unknown_task_or_data_costs_no_model(monkeypatch):
 
 
 def test_a_notebook_that_fails_is_exit_code_1(tmp_path, monkeypatch):
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("k = 1", metadata={"tags": ["parameters"]}), nbformat.v4.new_code_cell("1 / (k - 2)")])
+    notebook = nbformat.v4.new_notebook(
+        cells=[
+            nbformat.v4.new_code_cell("k = 1", metadata={"tags": ["parameters"]}),
+            nbformat.v4.new_code_cell("1 / (k - 2)"),
+        ]
+    )
     notebook.metadata["kernelspec"] = {"name": "python3", "language": "python", "display_name": "Python 3"}
     nbformat.write(notebook, tmp_path / "09_one.ipynb")
     monkeypatch.setattr(runner, "chapters", lambda: {"09_one": tmp_path / "09_one.ipynb"})
@@ -132,6 +194,11 @@ def test_a_notebook_that_fails_is_exit_code_1(tmp_path, monkeypatch):
 @pytest.mark.parametrize("args", [["--help"], ["evaluate", "--help"], ["fetch"]])
 def test_as_installed(args):
     """In a process of its own, as a user calls it."""
-    done = subprocess.run([sys.executable, "-m", "thesislib.cli", *args], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, "-m", "thesislib.cli", *args],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout

@@ -20,7 +20,17 @@ class Some:
 
 
 def test_reads_the_names_of_its_fields_and_leaves_others_alone():
-    namespace = {"count": 5, "rate": 1, "math": math, "settings": settings, "_": 7, "In": [], "results": {"a": 1}, "cuont": 6, "nothing": None}
+    namespace = {
+        "count": 5,
+        "rate": 1,
+        "math": math,
+        "settings": settings,
+        "_": 7,
+        "In": [],
+        "results": {"a": 1},
+        "cuont": 6,
+        "nothing": None,
+    }
     assert settings(Some, namespace) == Some(count=5, rate=1)
 
 

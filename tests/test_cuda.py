@@ -28,7 +28,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor"),
 ]
 
-TEXT = Text("a text", "".join(f"Sentence {i} of a text that says {i * i} things, and no more than that. " for i in range(60)), (0,))
+TEXT = Text(
+    "a text",
+    "".join(f"Sentence {i} of a text that says {i * i} things, and no more than that. " for i in range(60)),
+    (0,),
+)
 TOLERANCE = 1e-4  # relative, of float32 sums in another order
 
 
@@ -66,8 +70,18 @@ def test_losses_of_a_real_vocabulary(tiny, dtype):
     rows = forward.tile("cuda", 50000)[0] + 7
     states, targets = torch.randn(rows, 32, device="cuda").to(dtype), torch.randint(50000, (rows,), device="cuda")
     logits = states.double() @ subject.model.get_output_embeddings().weight.double().T
-    right = torch.cat([-part.double().log_softmax(1).gather(1, t[:, None])[:, 0] for part, t in zip(logits.split(256), targets.split(256), strict=True)])
-    torch.testing.assert_close(forward.token_losses(subject.model, states, targets).double(), right, rtol=0, atol=1e-4 if dtype == torch.float32 else 0.01)
+    right = torch.cat(
+        [
+            -part.double().log_softmax(1).gather(1, t[:, None])[:, 0]
+            for part, t in zip(logits.split(256), targets.split(256), strict=True)
+        ]
+    )
+    torch.testing.assert_close(
+        forward.token_losses(subject.model, states, targets).double(),
+        right,
+        rtol=0,
+        atol=1e-4 if dtype == torch.float32 else 0.01,
+    )
 
 
 def test_no_wait_within_a_batch(tiny):
@@ -89,7 +103,12 @@ def test_no_wait_within_a_batch(tiny):
 def test_answers_are_those_of_the_cpu(tiny, model_type, recwarn):
     """float32, left-padded, rows that end at different steps; recorded steps and, for windows that slide, the other way."""
     subject = tiny(model_type, layers=4, **({"sliding_window": 6} if model_type == "mistral" else {}))
-    batch = subject.tokenizer(["a", "What is the longest of these, by far?", "née", "x" * 40], padding=True, padding_side="left", return_tensors="pt")
+    batch = subject.tokenizer(
+        ["a", "What is the longest of these, by far?", "née", "x" * 40],
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+    )
     ids, mask = batch["input_ids"], batch["attention_mask"]
     expected = continuations(subject, ids, mask, 24)
     card = there(subject)
@@ -99,7 +118,10 @@ def test_answers_are_those_of_the_cpu(tiny, model_type, recwarn):
 
 
 def test_scores_of_choices(tiny):
-    items = [Choice(str(i), f"Question {i}: which of the", (f"first {i}", "second, and longer", "third"), i % 3) for i in range(30)]
+    items = [
+        Choice(str(i), f"Question {i}: which of the", (f"first {i}", "second, and longer", "third"), i % 3)
+        for i in range(30)
+    ]
     subject = tiny()
     here, card = (multiple_choice(s, items, task="none").column("logprobs") for s in (subject, there(subject)))
     for a, b in zip(here, card, strict=True):
@@ -108,7 +130,11 @@ def test_scores_of_choices(tiny):
 
 @pytest.mark.parametrize(
     "stage",
-    [Width(2, 4, metric="magnitude"), Width(1, 8, metric="magnitude"), Depth(remove=2, metric="magnitude", protect_first=1, protect_last=1)],
+    [
+        Width(2, 4, metric="magnitude"),
+        Width(1, 8, metric="magnitude"),
+        Depth(remove=2, metric="magnitude", protect_first=1, protect_last=1),
+    ],
     ids=["W2:4", "W1:8", "D2"],
 )
 def test_stages_prune_there_what_they_prune_here(tiny, tiny_data, stage):
@@ -132,7 +158,11 @@ def test_a_step_of_training_moves_a_correction_as_here(tiny):
     moved = []
     for device in ("cpu", "cuda"):
         subject = replace(s := tiny(), model=s.copy().model.to(device))
-        put(subject.blocks[0], "q_proj", adapt(subject.linears(0)["q_proj"], a.to(device, copy=True), b.to(device, copy=True)))
+        put(
+            subject.blocks[0],
+            "q_proj",
+            adapt(subject.linears(0)["q_proj"], a.to(device, copy=True), b.to(device, copy=True)),
+        )
         adapted = subject.linears(0)["q_proj"]
         assert isinstance(adapted, Adapted)
         adapted.lora_A.requires_grad_(), adapted.lora_B.requires_grad_()
@@ -165,7 +195,11 @@ def test_files_come_back(tiny, tmp_path):
     card = there(tiny())
     pruned, _ = Width(2, 4, metric="magnitude").apply(card)
     save_artifact(pruned, tmp_path / "artifact", packed=True)
-    assert load_artifact(tmp_path / "artifact", device="cuda").fingerprint == load_artifact(tmp_path / "artifact").fingerprint == pruned.fingerprint
+    assert (
+        load_artifact(tmp_path / "artifact", device="cuda").fingerprint
+        == load_artifact(tmp_path / "artifact").fingerprint
+        == pruned.fingerprint
+    )
     save_checkpoint(pruned, tmp_path / "plain")
     assert load_subject(tmp_path / "plain").fingerprint == pruned.fingerprint
 
@@ -185,7 +219,10 @@ sys.stdin.readline()
 
 
 def test_two_workers_share_a_card():
-    both = [subprocess.Popen([sys.executable, "-c", SHARING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen([sys.executable, "-c", SHARING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
     said = [process.stdout.readline() for process in both]  # both hold their memory now
     for process in both:
         process.communicate("\n", timeout=60)

@@ -50,7 +50,15 @@ def data(tiny_data, tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "data"
     shutil.copytree(tiny_data, root)
     rows = [
-        {"ind": i, "activity_label": "Run", "ctx_a": f"He runs {i}.", "ctx_b": "he", "endings": ["stops.", "flies.", "is."], "label": "1"} for i in range(6)
+        {
+            "ind": i,
+            "activity_label": "Run",
+            "ctx_a": f"He runs {i}.",
+            "ctx_b": "he",
+            "endings": ["stops.", "flies.", "is."],
+            "label": "1",
+        }
+        for i in range(6)
     ]
     (root / "hellaswag").mkdir()
     (root / "hellaswag" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -83,7 +91,9 @@ def other_data(data, tmp_path, file, change):
     root = tmp_path / "other data"
     shutil.copytree(data, root)
     path = root / f"{file}.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in change([json.loads(line) for line in path.read_text().splitlines()])))
+    path.write_text(
+        "".join(json.dumps(row) + "\n" for row in change([json.loads(line) for line in path.read_text().splitlines()]))
+    )
     return str(root)
 
 
@@ -92,7 +102,14 @@ def other_data(data, tmp_path, file, change):
 
 @pytest.mark.parametrize(
     ("stages", "protocol"),
-    [((), PPL), ((), CHOICE), ((), Setup("trivia_open", limit=1)), (STAGES, PPL), (STAGES, CHOICE), (STAGES, Setup("trivia", limit=1))],
+    [
+        ((), PPL),
+        ((), CHOICE),
+        ((), Setup("trivia_open", limit=1)),
+        (STAGES, PPL),
+        (STAGES, CHOICE),
+        (STAGES, Setup("trivia", limit=1)),
+    ],
     ids=lambda x: getattr(x, "on", recipe_of(x).label if isinstance(x, tuple) else ""),
 )
 def test_a_record_is_made_again_to_the_last_bit(folder, data, tmp_path, stages, protocol):
@@ -100,14 +117,18 @@ def test_a_record_is_made_again_to_the_last_bit(folder, data, tmp_path, stages, 
     verdict = again(m, folder, data)
     assert verdict.agrees and verdict.same_bits and verdict.same_subject
     assert verdict.again.items == m.items and verdict.again.value == m.value
-    assert str(verdict) == f"{m.metric} on {m.task}: recorded {m.value:.6g}, again {m.value:.6g}: the same to the last bit"
+    assert (
+        str(verdict) == f"{m.metric} on {m.task}: recorded {m.value:.6g}, again {m.value:.6g}: the same to the last bit"
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_plan_is_made_again(folder, data, tmp_path, dtype):
     subject = load_subject(folder, dtype)
     alone = apply_plan(subject, (0, 2, 2, 3))
-    together = perplexities(subject, corpus.evaluation_text(data), {"a": (0, 1, 3), "b": (0, 2, 2, 3)}, length=32, limit=5)
+    together = perplexities(
+        subject, corpus.evaluation_text(data), {"a": (0, 1, 3), "b": (0, 2, 2, 3)}, length=32, limit=5
+    )
     found = {
         "alone": described(PPL.measure(alone, data), subject, data, label="plan 0,2x2,3"),
         "in one pass": described(together["b"], subject, data, label="plan 0,2x2,3"),
@@ -117,32 +138,61 @@ def test_a_plan_is_made_again(folder, data, tmp_path, dtype):
     for name, m in found.items():
         verdict = again(stored(m, tmp_path), folder, data)
         assert verdict.agrees and verdict.same_bits and verdict.same_subject, (name, str(verdict))
-    assert again(stored(found["alone"], tmp_path), folder, data).again.value != again(stored(together["a"], tmp_path), folder, data).again.value
+    assert (
+        again(stored(found["alone"], tmp_path), folder, data).again.value
+        != again(stored(together["a"], tmp_path), folder, data).again.value
+    )
 
 
 def test_what_a_record_says(recorded, folder, data):
     made, base = recorded.provenance["made"], load_subject(folder)
-    assert (made["label"], made["stage"], made["data"], made["base"]) == ("D2+W1:8+R", "rtn", "folder", {"name": "tiny", "fingerprint": base.fingerprint})
-    assert made["stages"] == json.loads(json.dumps([{name: dataclasses.asdict(s)} for name, s in zip(("depth", "width", "rtn"), STAGES, strict=True)]))
+    assert (made["label"], made["stage"], made["data"], made["base"]) == (
+        "D2+W1:8+R",
+        "rtn",
+        "folder",
+        {"name": "tiny", "fingerprint": base.fingerprint},
+    )
+    assert made["stages"] == json.loads(
+        json.dumps([{name: dataclasses.asdict(s)} for name, s in zip(("depth", "width", "rtn"), STAGES, strict=True)])
+    )
     assert made["recipe"] == recipe_hash(recipe_of(STAGES)) and len(made["recipe"]) == 12
     assert made["bytes"]["nonzero_parameters"] < made["bytes"]["parameters"] < base.parameters
     assert made["reports"][0]["removed"] == [0, 2] and len(made["reports"]) == 3
-    assert recorded.provenance["tolerance"] == {"relative": 0.001} and recorded.provenance["fingerprint"] != base.fingerprint
+    assert (
+        recorded.provenance["tolerance"] == {"relative": 0.001}
+        and recorded.provenance["fingerprint"] != base.fingerprint
+    )
     assert data not in json.dumps(recorded.provenance) and folder not in json.dumps(recorded.provenance)
     dense = prepare(folder, (), data=data, dtype="float32").measure(PPL, data, chapter={"note": 1}).provenance
-    assert (dense["made"]["label"], dense["made"]["recipe"], dense["made"]["stage"], dense["chapter"]) == ("dense", None, None, {"note": 1})
+    assert (dense["made"]["label"], dense["made"]["recipe"], dense["made"]["stage"], dense["chapter"]) == (
+        "dense",
+        None,
+        None,
+        {"note": 1},
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("stages", [(Rtn(bits=4, group=32),), (Width(remove=2, of=4, windows=4, length=64), Rtn(bits=3, group=32), Eora(rank=4, windows=2))])
+@pytest.mark.parametrize(
+    "stages",
+    [
+        (Rtn(bits=4, group=32),),
+        (Width(remove=2, of=4, windows=4, length=64), Rtn(bits=3, group=32), Eora(rank=4, windows=2)),
+    ],
+)
 def test_unpacked_once_is_measured_as_unpacked_at_every_use(folder, data, stages, dtype):
     ready = prepare(folder, stages, data=data, dtype=dtype)
     assert any(isinstance(m, ComputedLinear) for m in ready.model.model.modules())
-    assert not any(isinstance(m, ComputedLinear) for m in ready.unpacked.model.modules()) and ready.unpacked is ready.unpacked
+    assert (
+        not any(isinstance(m, ComputedLinear) for m in ready.unpacked.model.modules())
+        and ready.unpacked is ready.unpacked
+    )
     assert ready.unpacked.fingerprint == ready.model.fingerprint
     for protocol in (PPL, CHOICE, TRIVIA):
         once, each = ready.measure(protocol, data), protocol.measure(ready.model, data)
-        if dtype == "bfloat16" and protocol is PPL:  # few rows of 4-bit weights are multiplied by a kernel that rounds otherwise
+        if (
+            dtype == "bfloat16" and protocol is PPL
+        ):  # few rows of 4-bit weights are multiplied by a kernel that rounds otherwise
             assert once.value == pytest.approx(each.value, rel=0.01)
         elif dtype == "float32":
             assert once.value == each.value and once.items == each.items
@@ -152,9 +202,19 @@ def test_unpacked_once_is_measured_as_unpacked_at_every_use(folder, data, stages
 
 
 def test_a_recipe_hash_stands_for_every_setting():
-    recipes = [STAGES, STAGES[:2], STAGES[::-1], (*STAGES[:2], Rtn(bits=3, group=32)), (Depth(blocks=[2, 0]), *STAGES[1:]), (*STAGES, STAGES[2])]
+    recipes = [
+        STAGES,
+        STAGES[:2],
+        STAGES[::-1],
+        (*STAGES[:2], Rtn(bits=3, group=32)),
+        (Depth(blocks=[2, 0]), *STAGES[1:]),
+        (*STAGES, STAGES[2]),
+    ]
     assert len({recipe_hash(recipe_of(stages)) for stages in recipes}) == len(recipes)
-    assert recipe_hash(recipe_of(STAGES)) == recipe_hash(recipe_of([dataclasses.replace(s) for s in STAGES])) and recipe_hash(recipe_of(())) is None
+    assert (
+        recipe_hash(recipe_of(STAGES)) == recipe_hash(recipe_of([dataclasses.replace(s) for s in STAGES]))
+        and recipe_hash(recipe_of(())) is None
+    )
 
 
 # ---------------------------------------------------------------- verdicts
@@ -175,10 +235,15 @@ def test_a_recipe_hash_stands_for_every_setting():
     ],
 )
 def test_verdicts(then, now, allowed, agrees, said):
-    a, b = (Measurement(task="t", metric="m", value=value, low=0.0, high=0.0, n=1, unit="u", items=[]) for value in (then, now))
+    a, b = (
+        Measurement(task="t", metric="m", value=value, low=0.0, high=0.0, n=1, unit="u", items=[])
+        for value in (then, now)
+    )
     verdict = Verdict(a, b, allowed, True)
     assert verdict.agrees == agrees and verdict.same_bits == ("the same" in said) and said in str(verdict)
-    assert "the weights are not the recorded ones to the last bit" in str(Verdict(a, b, allowed, False)) and "weights" not in str(verdict)
+    assert "the weights are not the recorded ones to the last bit" in str(
+        Verdict(a, b, allowed, False)
+    ) and "weights" not in str(verdict)
 
 
 @pytest.mark.parametrize(
@@ -195,18 +260,35 @@ def test_verdicts(then, now, allowed, agrees, said):
     ],
 )
 def test_tolerances(metric, dtype, stages, expected):
-    m = Measurement(task="t", metric=metric, value=1.0, low=1.0, high=1.0, n=1, unit="u", items=[], provenance={"dtype": dtype, "made": {"stages": stages}})
+    m = Measurement(
+        task="t",
+        metric=metric,
+        value=1.0,
+        low=1.0,
+        high=1.0,
+        n=1,
+        unit="u",
+        items=[],
+        provenance={"dtype": dtype, "made": {"stages": stages}},
+    )
     assert tolerance(m) == expected and tolerance(altered(m, tolerance={"absolute": 7})) == {"absolute": 7}
 
 
 def test_a_tampered_value_does_not_agree(recorded, folder, data):
     verdict = again(dataclasses.replace(recorded, value=recorded.value * 1.0011), folder, data)
-    assert not verdict.agrees and not verdict.same_bits and verdict.same_subject and "NOT within the tolerance of 0.1% relative" in str(verdict)
+    assert (
+        not verdict.agrees
+        and not verdict.same_bits
+        and verdict.same_subject
+        and "NOT within the tolerance of 0.1% relative" in str(verdict)
+    )
     assert again(dataclasses.replace(recorded, value=recorded.value * 1.0009), folder, data).agrees
 
 
 def test_other_calibration_shows_in_the_weights(recorded, folder, data, tmp_path):
-    changed = other_data(data, tmp_path, "c4/train_sample", lambda rows: [{"text": f"zeta {row['text'][::-1]}"} for row in rows])
+    changed = other_data(
+        data, tmp_path, "c4/train_sample", lambda rows: [{"text": f"zeta {row['text'][::-1]}"} for row in rows]
+    )
     verdict = again(recorded, folder, changed)
     assert not verdict.same_subject and "or another calibration text" in str(verdict)
 
@@ -216,7 +298,10 @@ def test_other_calibration_shows_in_the_weights(recorded, folder, data, tmp_path
 
 def test_another_subject_is_refused(recorded, folder, other, data):
     ours, theirs = (load_subject(spec).fingerprint[:12] for spec in (folder, other))
-    with pytest.raises(BadInput, match=rf"began with tiny, fingerprint {ours}\.\.\.; '{other}' in float32 has {theirs}\.\.\.: name the record's subject"):
+    with pytest.raises(
+        BadInput,
+        match=rf"began with tiny, fingerprint {ours}\.\.\.; '{other}' in float32 has {theirs}\.\.\.: name the record's subject",
+    ):
         again(recorded, other, data)
     with pytest.raises(BadInput, match=rf"fingerprint {ours}\.\.\.; .* in bfloat16 has (?!{ours})"):
         again(altered(recorded, dtype="bfloat16"), folder, data)
@@ -224,7 +309,10 @@ def test_another_subject_is_refused(recorded, folder, other, data):
     for subject in (load_subject(folder), apply_plan(load_subject(folder), (0, 2, 3))):
         m = PPL.measure(subject, data)
         assert "made" not in m.provenance and again(m, folder, data).same_bits
-        with pytest.raises(BadInput, match=rf"the record is of tiny, fingerprint {subject.fingerprint[:12]}\.\.\.; '{other}' in float32 has "):
+        with pytest.raises(
+            BadInput,
+            match=rf"the record is of tiny, fingerprint {subject.fingerprint[:12]}\.\.\.; '{other}' in float32 has ",
+        ):
             again(m, other, data)
 
 
@@ -238,10 +326,25 @@ def test_another_subject_is_refused(recorded, folder, other, data):
             "has another text for WikiText-2 test .sha256 ",
         ),
         (Setup("wikitext", length=32, limit=16), "wikitext2/test", lambda rows: rows[:2], r"gives \d+ other items"),
-        (TRIVIA, "trivia_qa/validation_closed_book", lambda rows: rows[:3], r"gives 3 other items .* than the record's 4"),
+        (
+            TRIVIA,
+            "trivia_qa/validation_closed_book",
+            lambda rows: rows[:3],
+            r"gives 3 other items .* than the record's 4",
+        ),
         (TRIVIA, "trivia_qa/validation_closed_book", lambda rows: rows[::-1], "gives 4 other items"),
-        (TRIVIA, "trivia_qa/validation_closed_book", lambda rows: [{**row, "question": "Why?"} for row in rows], "has another text for TriviaQA"),
-        (CHOICE, "hellaswag/validation", lambda rows: [{**row, "label": "0"} for row in rows], "has another text for hellaswag"),
+        (
+            TRIVIA,
+            "trivia_qa/validation_closed_book",
+            lambda rows: [{**row, "question": "Why?"} for row in rows],
+            "has another text for TriviaQA",
+        ),
+        (
+            CHOICE,
+            "hellaswag/validation",
+            lambda rows: [{**row, "label": "0"} for row in rows],
+            "has another text for hellaswag",
+        ),
     ],
     ids=["another text", "a shorter text", "fewer questions", "another order", "other questions", "other labels"],
 )
@@ -304,4 +407,6 @@ def test_questions_put_in_other_words_are_refused(folder, data, tmp_path):
     with pytest.raises(BadInput, match="the questions are put in other words than the record's"):
         again(m, str(changed), str(data))
     settings = {key: value for key, value in m.provenance["settings"].items() if key != "prompts_sha256"}
-    assert again(altered(m, settings=settings), str(folder), str(data)).same_bits, "a record made before prompts were hashed"
+    assert again(altered(m, settings=settings), str(folder), str(data)).same_bits, (
+        "a record made before prompts were hashed"
+    )

@@ -84,7 +84,10 @@ def test_a_file_appears_only_when_whole(tmp_path):
         with pytest.raises(expected), whole_file(final.with_name("other.bin")) as temporary:
             temporary.write_bytes(b"half")
             raise error
-    with pytest.raises(BadInput, match="cannot be a folder or a file: a file stands above it"), whole_file(final / "below.bin"):
+    with (
+        pytest.raises(BadInput, match="cannot be a folder or a file: a file stands above it"),
+        whole_file(final / "below.bin"),
+    ):
         pass
     assert [p.name for p in final.parent.iterdir()] == ["final.bin"]
 
@@ -242,7 +245,9 @@ with (whole_folder if kind == "folder" else whole_file)(final) as temporary:
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
-@pytest.mark.parametrize("name", ["final", "x" * 255, "é" * 127, "a-[b]*", "-x"], ids=["plain", "long", "long and no ASCII", "odd", "dash"])
+@pytest.mark.parametrize(
+    "name", ["final", "x" * 255, "é" * 127, "a-[b]*", "-x"], ids=["plain", "long", "long and no ASCII", "odd", "dash"]
+)
 def test_what_a_killed_process_left_is_cleared_by_the_next_and_nothing_else(tmp_path, kind, name):
     final = tmp_path / "sub" / name
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
@@ -258,7 +263,9 @@ def test_what_a_killed_process_left_is_cleared_by_the_next_and_nothing_else(tmp_
         if len(os.fsencode(name)) < 200:
             with whole_folder(final.with_name(f"{name}-2")):  # another name's does not count as this one's
                 assert temporary.exists() or temporary.parent.exists()
-    assert sorted(p.name for p in final.parent.iterdir()) == sorted([*others, name, *([f"{name}-2"] if len(os.fsencode(name)) < 200 else [])])
+    assert sorted(p.name for p in final.parent.iterdir()) == sorted(
+        [*others, name, *([f"{name}-2"] if len(os.fsencode(name)) < 200 else [])]
+    )
 
 
 def test_what_the_living_write_stays_and_inside_a_lock_nothing_does(tmp_path):
@@ -284,10 +291,16 @@ def test_what_the_living_write_stays_and_inside_a_lock_nothing_does(tmp_path):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (OSError("75776 requested and 12288 written"), "the disk is full at PLACE"),  # numpy's tofile, which has no number
+        (
+            OSError("75776 requested and 12288 written"),
+            "the disk is full at PLACE",
+        ),  # numpy's tofile, which has no number
         (OSError(errno.EFBIG, os.strerror(errno.EFBIG)), "the disk is full at PLACE"),
         (Exception("No space left on device (os error 28)"), "the disk is full at PLACE"),  # tokenizers' own
-        (PermissionError(errno.EACCES, "Permission denied", "PLACE/x"), r"PLACE/x cannot be used \(Permission denied\)"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "PLACE/x"),
+            r"PLACE/x cannot be used \(Permission denied\)",
+        ),
         (Exception("Permission denied (os error 13)"), r"PLACE cannot be used \(Permission denied\)"),
         (OSError(errno.EROFS, "Read-only file system", "PLACE/x"), r"PLACE/x cannot be used \(Read-only file system\)"),
         (FileNotFoundError(errno.ENOENT, "No such file", "PLACE/x"), r"PLACE/x is not there \(any more\)"),
@@ -303,7 +316,11 @@ def test_numpy_on_a_full_disk_is_one_line(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
-        with pytest.raises(BadInput, match="disk is full"), whole_file(tmp_path / "x") as temporary, temporary.open("wb") as file:
+        with (
+            pytest.raises(BadInput, match="disk is full"),
+            whole_file(tmp_path / "x") as temporary,
+            temporary.open("wb") as file,
+        ):
             np.zeros(100_000).tofile(file)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -332,7 +349,14 @@ def test_what_an_ordinary_user_may_not_is_one_line(tiny, tmp_path):
     subject = save_checkpoint(tiny(layers=2), tmp_path / "subject")
     weights = Path(shutil.copytree(subject, tmp_path / "weights")) / "model.safetensors"
     config = Path(shutil.copytree(subject, tmp_path / "config")) / "config.json"
-    for file in (weights, config, tmp_path / "x.gguf", tmp_path / "r.jsonl", tmp_path / "recipe.yaml", tmp_path / "closed"):
+    for file in (
+        weights,
+        config,
+        tmp_path / "x.gguf",
+        tmp_path / "r.jsonl",
+        tmp_path / "recipe.yaml",
+        tmp_path / "closed",
+    ):
         file.touch() if file.suffix else file.mkdir()
         file.chmod(0)
     (tmp_path / "cache").mkdir()
@@ -340,7 +364,10 @@ def test_what_an_ordinary_user_may_not_is_one_line(tiny, tmp_path):
     at = str(tmp_path)
     commands = [
         *(["evaluate", f"{at}/{name}", "--on", "wikitext"] for name in ("weights", "config", "x.gguf", "closed/below")),
-        *(["compress", "D1", "--subject", f"{at}/{name}", "--out", f"{at}/cache/out"] for name in ("config", "closed/below")),
+        *(
+            ["compress", "D1", "--subject", f"{at}/{name}", "--out", f"{at}/cache/out"]
+            for name in ("config", "closed/below")
+        ),
         ["compress", f"{at}/recipe.yaml", "--subject", str(subject), "--out", f"{at}/cache/out"],
         ["compress", "D1", "--subject", str(subject), "--out", f"{at}/fixed/out"],
         ["compress", "D1", "--subject", str(subject), "--out", f"{at}/closed/out"],
@@ -349,14 +376,28 @@ def test_what_an_ordinary_user_may_not_is_one_line(tiny, tmp_path):
         ["records", "--csv", f"{at}/fixed/r.csv"],
         ["sweep", f"{at}/recipe.yaml"],
     ]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "THESISLIB_CACHE": f"{at}/cache", "HOME": f"{at}/cache"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "THESISLIB_CACHE": f"{at}/cache",
+        "HOME": f"{at}/cache",
+    }
     done = subprocess.run(
-        [sys.executable, "-c", ORDINARY, repr(commands)], env=environment, capture_output=True, text=True, cwd=tmp_path, preexec_fn=rights_dropped
+        [sys.executable, "-c", ORDINARY, repr(commands)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        preexec_fn=rights_dropped,
     )
     (tmp_path / "closed").chmod(0o755)
     lines = done.stdout.splitlines()
     assert len(lines) == len(commands), done.stderr
-    bad = [(command, line) for command, line in zip(commands, lines, strict=True) if not re.match("2 (1 .error: |. .Usage: )", line)]  # typer has its own words
+    bad = [
+        (command, line)
+        for command, line in zip(commands, lines, strict=True)
+        if not re.match("2 (1 .error: |. .Usage: )", line)
+    ]  # typer has its own words
     assert bad == []
 
 
@@ -388,7 +429,9 @@ def test_where_nothing_can_be_written_is_said(tmp_path, monkeypatch):
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "mount").mkdir()
     mounted = os.path.ismount
-    monkeypatch.setattr("thesislib.files.os.path.ismount", lambda path: Path(path) == tmp_path / "mount" or mounted(path))
+    monkeypatch.setattr(
+        "thesislib.files.os.path.ismount", lambda path: Path(path) == tmp_path / "mount" or mounted(path)
+    )
     monkeypatch.chdir(tmp_path / "here" / "below")
     for path, message in {
         ".": "is the current folder or above it", "..": "is the current folder or above it", "": "is the current folder or above it",
@@ -408,7 +451,12 @@ def test_where_nothing_can_be_written_is_said(tmp_path, monkeypatch):
     assert open_folder(".") == tmp_path / "here" / "below" and open_folder(tmp_path / "mount") == tmp_path / "mount"
     with pytest.raises(BadInput, match="a file stands there"):
         open_folder(tmp_path / "full" / "notes")
-    assert free_folder("x" * 255).name == "x" * 255 and sorted(p.name for p in tmp_path.iterdir()) == ["full", "here", "loop", "mount"]
+    assert free_folder("x" * 255).name == "x" * 255 and sorted(p.name for p in tmp_path.iterdir()) == [
+        "full",
+        "here",
+        "loop",
+        "mount",
+    ]
 
 
 # ---------------------------------------------------------------- known to be whole

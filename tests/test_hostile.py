@@ -35,7 +35,15 @@ def sparse(path, size=TERABYTE):
 
 
 @pytest.mark.parametrize(
-    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja", "model.safetensors"]
+    "name",
+    [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "model.safetensors",
+    ],
 )
 def test_a_checkpoint_with_a_file_of_a_terabyte(tiny, tmp_path, name):
     folder = save_checkpoint(tiny(layers=1), tmp_path / "x")
@@ -58,7 +66,9 @@ def test_an_artifact_with_a_file_of_a_terabyte(tiny, tmp_path, name):
 def test_a_model_that_fits_no_memory(tiny, tmp_path, monkeypatch):
     folder = save_checkpoint(tiny(layers=1), tmp_path / "x")
     taken = sum(p.numel() for p in tiny(layers=1).model.parameters())
-    monkeypatch.setattr(checkpoint.os, "sysconf", lambda name: {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": 2 * taken}.get(name))
+    monkeypatch.setattr(
+        checkpoint.os, "sysconf", lambda name: {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": 2 * taken}.get(name)
+    )
     assert load_subject(folder, "bfloat16")
     with pytest.raises(BadInput, match="of memory, and this machine has"):
         load_subject(folder, "float32")
@@ -131,7 +141,15 @@ def test_a_gguf_that_counts_to_2_to_the_60(tmp_path, what, size):
 def test_a_gguf_that_is_whole_passes(tiny, tmp_path):
     path = tmp_path / "x.gguf"
     writer = gguf.GGUFWriter(path, "llama")
-    for kind, value in (("uint32", 1), ("string", "x"), ("bool", True), ("float64", 1.5), ("array", ["a", "bc"]), ("array", [1, 2, 3]), ("array", [0.5])):
+    for kind, value in (
+        ("uint32", 1),
+        ("string", "x"),
+        ("bool", True),
+        ("float64", 1.5),
+        ("array", ["a", "bc"]),
+        ("array", [1, 2, 3]),
+        ("array", [0.5]),
+    ):
         getattr(writer, f"add_{kind}")(f"own.{kind}.{len(str(value))}", value)
     writer.add_tensor("x", np.zeros((3, 32), dtype="float32"))
     writer.add_tensor("y", np.zeros((4, 34), dtype="uint8"), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
@@ -148,7 +166,13 @@ def test_a_gguf_whose_settings_are_odd(tmp_path, monkeypatch, change):
     monkeypatch.setenv("THESISLIB_CACHE", str(tmp_path / "cache"))
     tokens = ["a", "b", "ab"]
     writer = gguf.GGUFWriter(tmp_path / "x.gguf", "llama")
-    for name, value in (("block_count", 1), ("embedding_length", 8), ("attention.head_count", 2), ("feed_forward_length", 8), ("context_length", 64)):
+    for name, value in (
+        ("block_count", 1),
+        ("embedding_length", 8),
+        ("attention.head_count", 2),
+        ("feed_forward_length", 8),
+        ("context_length", 64),
+    ):
         writer.add_uint32(f"llama.{name}", value)
     if change != "epsilon":
         writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
@@ -199,10 +223,23 @@ def test_control_characters_stay_on_their_line():
 )
 def test_an_error_of_what_was_typed_is_one_line(args):
     result = CliRunner().invoke(app, args)
-    assert result.exit_code == 2 and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and "\x1b" not in result.stderr
+    assert (
+        result.exit_code == 2
+        and result.stderr.startswith("error: ")
+        and result.stderr.count("\n") == 1
+        and "\x1b" not in result.stderr
+    )
 
 
-@pytest.mark.parametrize("args", [["\x1b[31mnope"], ["evaluate", "--\x1b[31mnope"], ["records", "verify", "x", "--\x1b[31m"], ["recipe", "\x1b[31m"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["\x1b[31mnope"],
+        ["evaluate", "--\x1b[31mnope"],
+        ["records", "verify", "x", "--\x1b[31m"],
+        ["recipe", "\x1b[31m"],
+    ],
+)
 def test_errors_of_usage_leave_a_terminal_alone(args):
     result = CliRunner().invoke(app, args)
     assert result.exit_code == 2 and "\x1b[31m" not in result.output and r"\x1b" in result.output

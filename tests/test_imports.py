@@ -8,7 +8,10 @@ import pytest
 from thesislib.book import rooms
 from thesislib.imports import PACKAGE, sources
 
-MODULES = {".".join(f.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): f for f in PACKAGE.rglob("*.py")}
+MODULES = {
+    ".".join(f.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): f
+    for f in PACKAGE.rglob("*.py")
+}
 
 
 def layers():
@@ -19,13 +22,20 @@ def layers():
 def imports(file):
     """(line, module, whether inside a function) of what a file imports from thesislib."""
     tree = ast.parse(file.read_text("utf8"))
-    inside = {id(n) for f in ast.walk(tree) if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) for n in ast.walk(f)}
+    inside = {
+        id(n)
+        for f in ast.walk(tree)
+        if isinstance(f, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+        for n in ast.walk(f)
+    }
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{file}: relative import"
-            names = [full if (full := f"{node.module}.{alias.name}") in MODULES else node.module for alias in node.names]
+            names = [
+                full if (full := f"{node.module}.{alias.name}") in MODULES else node.module for alias in node.names
+            ]
         else:
             continue
         for name in names:
@@ -45,7 +55,9 @@ def test_the_table_names_every_room():
 def test_imports_lead_to_the_left(module):
     row = layers()
     for line, other, hidden in imports(MODULES[module]):
-        assert row[room(other)] < row[room(module)] or room(other) == room(module), f"{module}:{line} imports {other}, which stands after it"
+        assert row[room(other)] < row[room(module)] or room(other) == room(module), (
+            f"{module}:{line} imports {other}, which stands after it"
+        )
         assert not hidden or module == "thesislib.cli", f"{module}:{line} imports {other} inside a function"
 
 

@@ -57,29 +57,49 @@ def test_text_in_markdown_is_text(parser, text):
 
 
 def test_numbers_and_labels_need_no_escape():
-    for text in ("D2+W1:8 x 1.04 [1.03, 1.06], p < 0.001 (n = 24); 15_single_skip, -3 to +5 %", "2 cores of AMD EPYC, bfloat16."):
+    for text in (
+        "D2+W1:8 x 1.04 [1.03, 1.06], p < 0.001 (n = 24); 15_single_skip, -3 to +5 %",
+        "2 cores of AMD EPYC, bfloat16.",
+    ):
         assert in_markdown(text) == text
 
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_record_s_words_are_text_in_sentences(parser, text):
-    found = [dataclasses.replace(m, task=text, provenance={**m.provenance, "subject": text}) for m in recorded("00_measures")]
+    found = [
+        dataclasses.replace(m, task=text, provenance={**m.provenance, "subject": text}) for m in recorded("00_measures")
+    ]
     assert shown(parser, measures.headline(found)).startswith(" ".join(text.split()))
     machine = {**found[0].provenance["hardware"], "cpu": text, "accelerator": None}
     found = [dataclasses.replace(m, provenance={**m.provenance, "hardware": machine, "dtype": text}) for m in found]
     assert shown(parser, records.cost(found)).count(" ".join(text.split())) == 2
-    assert " ".join(text.split()) in shown(parser, evaluation.cost_sentence({("dense", str(i)): m for i, m in enumerate(found)}))
+    assert " ".join(text.split()) in shown(
+        parser, evaluation.cost_sentence({("dense", str(i)): m for i, m in enumerate(found)})
+    )
 
 
 def test_labels_are_text_in_the_page_of_claims(parser, monkeypatch):
     label = "<img src=x onerror=alert(1)>|*a*"
     known = claims.recorded_pool()
-    rows = {(f"{label}+W", claims.WIKITEXT): known["D2+W", claims.WIKITEXT], (label, claims.WIKITEXT): known["D2", claims.WIKITEXT]}
-    hostile = claims.Claim("c", lambda records: [(label, (label, claims.WIKITEXT), (f"{label}+W", claims.WIKITEXT))], "02_depth_pruning", "x")
+    rows = {
+        (f"{label}+W", claims.WIKITEXT): known["D2+W", claims.WIKITEXT],
+        (label, claims.WIKITEXT): known["D2", claims.WIKITEXT],
+    }
+    hostile = claims.Claim(
+        "c",
+        lambda records: [(label, (label, claims.WIKITEXT), (f"{label}+W", claims.WIKITEXT))],
+        "02_depth_pruning",
+        "x",
+    )
     monkeypatch.setattr(claims, "CLAIMS", [hostile])
     page = claims.page(known | rows)
     assert "\\<img" in page and "<img" not in page.replace("\\<img", "")
-    assert not [t for t in parser.parse(page) for child in t.children or () if child.type == "html_inline" and "img" in child.content]
+    assert not [
+        t
+        for t in parser.parse(page)
+        for child in t.children or ()
+        if child.type == "html_inline" and "img" in child.content
+    ]
 
 
 def test_the_explorer_holds_nothing_that_a_page_s_parser_takes(monkeypatch):
@@ -93,7 +113,15 @@ def test_a_dollar_in_a_figure_is_one():
     matplotlib.use("agg")
     figures.style()
     names = ["$\\frac{", "$x^2$", "a_b"]
-    table = pd.DataFrame({"label": names, "family": "pruned", "MB": [1.0, 9.0, 30.0], "M": [1.0, 9.0, 30.0], "perplexity": [90.0, 30.0, 9.0]})
+    table = pd.DataFrame(
+        {
+            "label": names,
+            "family": "pruned",
+            "MB": [1.0, 9.0, 30.0],
+            "M": [1.0, 9.0, 30.0],
+            "perplexity": [90.0, 30.0, 9.0],
+        }
+    )
     table = table.assign(**{"perplexity low": table["perplexity"], "perplexity high": table["perplexity"]})
     figure = figures.pareto_chart(table, {(size, "perplexity"): names for size in ("MB", "M")}, {"perplexity": True})
     figure.canvas.draw()
@@ -106,6 +134,12 @@ def test_records_are_listed_a_line_each(tmp_path):
     (m, *_) = recorded("00_measures")
     labels = ["a\nb", "a\x1b[2Jb", "\u202eevil", "ü <b>"]
     for label in labels:
-        Store(tmp_path / "r.jsonl").append(dataclasses.replace(m, task=label, provenance={**m.provenance, "made": {"label": label}}))
+        Store(tmp_path / "r.jsonl").append(
+            dataclasses.replace(m, task=label, provenance={**m.provenance, "made": {"label": label}})
+        )
     lines = CliRunner().invoke(app, ["records", "--store", str(tmp_path / "r.jsonl")]).stdout.splitlines()
-    assert [line.split("  ")[1] for line in lines] == ["a\\nb", "a\\x1b[2Jb", "\\u202eevil", "ü <b>"] == [*map(printable, labels)]
+    assert (
+        [line.split("  ")[1] for line in lines]
+        == ["a\\nb", "a\\x1b[2Jb", "\\u202eevil", "ü <b>"]
+        == [*map(printable, labels)]
+    )

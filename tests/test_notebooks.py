@@ -56,7 +56,10 @@ def test_what_is_no_text_is_read_as_before():
 
 
 def test_lists_of_texts():
-    assert listed(FRANKEN, [("prompt", "a: b, c # d,[e"), ("windows", "1,2")]) == {"prompt": ["a: b", "c # d", "[e"], "windows": [1, 2]}
+    assert listed(FRANKEN, [("prompt", "a: b, c # d,[e"), ("windows", "1,2")]) == {
+        "prompt": ["a: b", "c # d", "[e"],
+        "windows": [1, 2],
+    }
     assert texts('"a, b",it\'s, "c" d') == ["a, b", "it's", '"c" d']
 
 
@@ -68,9 +71,17 @@ def test_paths_are_the_users(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for text in ("a b", "./a b/", "~/a b", "data/../a b"):
         found = ready(FRANKEN, {"subject": text, "data": "data"})
-        assert os.path.isabs(found["subject"]) and os.path.samefile(found["subject"], "a b") and found["data"] == str(tmp_path / "data")
+        assert (
+            os.path.isabs(found["subject"])
+            and os.path.samefile(found["subject"], "a b")
+            and found["data"] == str(tmp_path / "data")
+        )
     (tmp_path / "embedded").mkdir()
-    assert ready(FRANKEN, {"subject": "embedded", "data": "hub", "prompt": "data"}) == {"subject": "embedded", "data": "hub", "prompt": "data"}
+    assert ready(FRANKEN, {"subject": "embedded", "data": "hub", "prompt": "data"}) == {
+        "subject": "embedded",
+        "data": "hub",
+        "prompt": "data",
+    }
     assert ready(FRANKEN, {"subject": "hub:org/name"}) == {"subject": "hub:org/name"}
 
 
@@ -84,7 +95,9 @@ def test_no_notebook_asserts_a_finding():
     whole = ('["zeros"] > 0',)  # that what was made is complete
     for notebook in chapters().values():
         for cell in json.loads(notebook.read_text("utf8"))["cells"]:
-            lines = [line for line in cell["source"] if cell["cell_type"] == "code" and line.lstrip().startswith("assert ")]
+            lines = [
+                line for line in cell["source"] if cell["cell_type"] == "code" and line.lstrip().startswith("assert ")
+            ]
             assert all(any(word in line for word in whole) for line in lines), notebook
 
 
@@ -92,7 +105,11 @@ def test_a_models_own_type(tiny, tmp_path):
     assert own_dtype("embedded") == "bfloat16"
     folder = save_checkpoint(tiny(layers=2), tmp_path / "m")
     assert own_dtype(folder) == "float32"
-    for said, dtype in (({"dtype": "float16"}, "float16"), ({"dtype": None, "torch_dtype": "bfloat16"}, "bfloat16"), ({"torch_dtype": None}, "float32")):
+    for said, dtype in (
+        ({"dtype": "float16"}, "float16"),
+        ({"dtype": None, "torch_dtype": "bfloat16"}, "bfloat16"),
+        ({"torch_dtype": None}, "float32"),
+    ):
         plain = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**plain, **said}))
         assert own_dtype(folder) == dtype
@@ -104,11 +121,22 @@ def test_a_models_own_type(tiny, tmp_path):
 def test_names_of_exports(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path / "model")
-    names = {".": "model", "./": "model", "..": tmp_path.name, "../model/": "model", "x/y.gguf": "y", "hub:org/name@v1": "name", "embedded": "embedded"}
+    names = {
+        ".": "model",
+        "./": "model",
+        "..": tmp_path.name,
+        "../model/": "model",
+        "x/y.gguf": "y",
+        "hub:org/name@v1": "name",
+        "embedded": "embedded",
+    }
     assert {spec: _name(spec) for spec in names} == names
 
 
-@pytest.mark.parametrize(("name", "value", "word"), [("ALL_PROXY", "socks5://127.0.0.1:9", "socksio"), ("https_proxy", "http://127.0.0.1:port", "HOST:PORT")])
+@pytest.mark.parametrize(
+    ("name", "value", "word"),
+    [("ALL_PROXY", "socks5://127.0.0.1:9", "socksio"), ("https_proxy", "http://127.0.0.1:port", "HOST:PORT")],
+)
 def test_a_proxy_that_cannot_be_used_is_named(monkeypatch, name, value, word):
     for other in ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY"):
         monkeypatch.delenv(other, raising=False)
@@ -127,10 +155,24 @@ def test_devices():
 
 def test_sizes_that_are_usual_pass():
     check_sizes(
-        {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": 30, "vocab_size": 49152, "intermediate_size": 1536}
+        {
+            "hidden_size": 576,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "num_hidden_layers": 30,
+            "vocab_size": 49152,
+            "intermediate_size": 1536,
+        }
     )
     check_sizes(
-        {"hidden_size": 8192, "num_attention_heads": 64, "num_key_value_heads": 8, "num_hidden_layers": 80, "vocab_size": 128256, "intermediate_size": 28672}
+        {
+            "hidden_size": 8192,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "num_hidden_layers": 80,
+            "vocab_size": 128256,
+            "intermediate_size": 28672,
+        }
     )
 
 
@@ -149,5 +191,10 @@ def test_a_subject_that_a_chapter_cannot_take_is_refused_before_it_runs(tiny, tm
     for name, shape, said in cases:
         with pytest.raises(BadInput, match=said):
             ready(notebooks[name], {"subject": str(folders[shape])}, parameters_of(name))
-    for name, shape in (("01_franken_llama", (11, 32)), ("02_depth_pruning", (8, 32)), ("03_width_pruning", (2, 32)), ("04_lora_recovery", (8, 32))):
+    for name, shape in (
+        ("01_franken_llama", (11, 32)),
+        ("02_depth_pruning", (8, 32)),
+        ("03_width_pruning", (2, 32)),
+        ("04_lora_recovery", (8, 32)),
+    ):
         assert ready(notebooks[name], {"subject": str(folders[shape])}, parameters_of(name))

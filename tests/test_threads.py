@@ -31,6 +31,8 @@ def test_every_notebook_imports_thesislib_before_what_loads_torch():
 
     for notebook in sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb")):
         cells = [c.source for c in nbformat.read(notebook, 4).cells if c.cell_type == "code"]
-        found = [n for source in cells for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.Import, ast.ImportFrom))]
+        found = [
+            n for source in cells for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.Import, ast.ImportFrom))
+        ]
         modules = [(n.module if isinstance(n, ast.ImportFrom) else n.names[0].name).partition(".")[0] for n in found]
         assert set(modules[: modules.index("thesislib")]) <= {"IPython"}, notebook.name

@@ -26,7 +26,9 @@ def installed(tmp_path_factory):
     (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(built / "site")
-    path = os.pathsep.join([str(built / "site"), *(p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != str(ROOT))])
+    path = os.pathsep.join(
+        [str(built / "site"), *(p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p and p != str(ROOT))]
+    )
 
     def call(*commands):
         """(exit code, stdout, stderr) of each command, all in one process: importing torch takes seconds. "data:" begins a file of the wheel's."""
@@ -44,7 +46,9 @@ def installed(tmp_path_factory):
                         said.append([end.code, out.getvalue(), err.getvalue()])
             print(json.dumps([book.__file__, said]))"""
         environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=elsewhere, env=environment)
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=elsewhere, env=environment
+        )
         assert done.returncode == 0, done.stderr
         file, said = json.loads(done.stdout)
         assert file.startswith(str(built))
@@ -68,8 +72,14 @@ def test_what_works_without_a_checkout(installed, tiny, tiny_data):
     assert [code for code, *_ in said] == [0] * 6, said
     profile, rows, checked, expanded, _, perplexity = (out for _, out, _ in said)
     assert json.loads(profile)["device"] == "k1"
-    recorded = [line for file in (ROOT / "data" / "results").glob("*.jsonl") for line in file.read_text("utf8").splitlines()]
-    assert len(rows.splitlines()) == sum(json.loads(line)["provenance"].get("made", {}).get("label") == "D2+W1:8" for line in recorded) > 0
+    recorded = [
+        line for file in (ROOT / "data" / "results").glob("*.jsonl") for line in file.read_text("utf8").splitlines()
+    ]
+    assert (
+        len(rows.splitlines())
+        == sum(json.loads(line)["provenance"].get("made", {}).get("label") == "D2+W1:8" for line in recorded)
+        > 0
+    )
     assert "D2+W1:8" in checked and len(list((folder / "grid").glob("*.yaml"))) == int(expanded.split()[-2])
     assert json.loads(perplexity)["n"] == 1 and json.loads(perplexity)["provenance"].get("commit") is None
 

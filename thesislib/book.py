@@ -35,7 +35,9 @@ def build(out: Path, stored: bool = False, root: Path = ROOT) -> Path:
         wanted.add(_place(page, source / page.relative_to(root)))
     for name, text in (("_findings.md", chapter_findings()), ("_api.md", api(root))):  # pages include them
         wanted.add(_write(text.encode(), source / "book" / name))
-    for left_over in {p for p in source.rglob("*") if p.is_file() and "_build" not in p.relative_to(source).parts} - wanted:
+    for left_over in {
+        p for p in source.rglob("*") if p.is_file() and "_build" not in p.relative_to(source).parts
+    } - wanted:
         left_over.unlink()
     command = [
         sys.executable,
@@ -50,16 +52,26 @@ def build(out: Path, stored: bool = False, root: Path = ROOT) -> Path:
         "--keep-going",
         "--quiet",
     ]
-    run = subprocess.run(command, stdout=sys.stderr, env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "book" / "_ext")])})
+    run = subprocess.run(
+        command,
+        stdout=sys.stderr,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(root), str(root / "book" / "_ext")])},
+    )
     index = out / "_build" / "html" / "index.html"
     if run.returncode or not index.exists():
-        raise RuntimeError(f"the book did not build (jupyter-book exited with {run.returncode}): see the warnings above")
+        raise RuntimeError(
+            f"the book did not build (jupyter-book exited with {run.returncode}): see the warnings above"
+        )
     return index
 
 
 def rooms(root: Path = ROOT) -> list[tuple[list[str], str]]:
     """The README's table of the package: the names in each row, in the order of imports, and what they are for."""
-    rows = [line.split("|") for line in (root / "README.md").read_text("utf8").split("<!-- imports -->")[1].splitlines() if line.startswith("| `")]
+    rows = [
+        line.split("|")
+        for line in (root / "README.md").read_text("utf8").split("<!-- imports -->")[1].splitlines()
+        if line.startswith("| `")
+    ]
     return [(re.findall(r"`(\w+)", cells[1]), cells[2].strip()) for cells in rows if "/" not in cells[1]]
 
 
@@ -94,7 +106,10 @@ def clean(notebook: str) -> str:
 
     nb = nbformat.reads(notebook, 4)
     nb.cells = [c for c in nb.cells if "injected-parameters" not in c.metadata.get("tags", [])]
-    nb.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
+    nb.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
     for i, cell in enumerate(nb.cells):
         cell["id"] = f"cell-{i:02d}"
         for key in ("papermill", "execution", "ExecuteTime", "collapsed"):

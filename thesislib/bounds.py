@@ -56,12 +56,18 @@ def check_sizes(plain: Mapping[str, Any], where: str = "config.json") -> None:
         sizes[name] = size
     heads, groups, width = (sizes.get(name) for name in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
     if heads and groups and heads % groups:
-        raise BadInput(f"{where}: 'num_key_value_heads' is {groups}: expected a divisor of the {heads} heads in 'num_attention_heads'")
+        raise BadInput(
+            f"{where}: 'num_key_value_heads' is {groups}: expected a divisor of the {heads} heads in 'num_attention_heads'"
+        )
     if heads and width and "head_dim" not in sizes and width % heads:
-        raise BadInput(f"{where}: 'num_attention_heads' is {heads}: expected a divisor of 'hidden_size', {width}, or a 'head_dim'")
+        raise BadInput(
+            f"{where}: 'num_attention_heads' is {heads}: expected a divisor of 'hidden_size', {width}, or a 'head_dim'"
+        )
     wide = sizes.get("head_dim") or (width and heads and width // heads)
     if wide and wide % 2:
-        raise BadInput(f"{where}: a head has {wide} dimensions: expected an even number, since rotary positions turn pairs")
+        raise BadInput(
+            f"{where}: a head has {wide} dimensions: expected an even number, since rotary positions turn pairs"
+        )
     if all(name in sizes for name in NEEDED):
         depth, inner = sizes["num_hidden_layers"], sizes["intermediate_size"]
         count = 2 * width * sizes["vocab_size"] + depth * width * (3 * inner + 2 * wide * (heads + (groups or heads)))

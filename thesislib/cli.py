@@ -96,19 +96,31 @@ class NamesTasks(TyperCommand):
 @app.command(cls=NamesTasks)
 @one_line_errors
 def evaluate(
-    subject: Annotated[str, typer.Argument(help="embedded, a checkpoint or artifact folder, a .gguf file, or hub:NAME[@REVISION]")],
+    subject: Annotated[
+        str, typer.Argument(help="embedded, a checkpoint or artifact folder, a .gguf file, or hub:NAME[@REVISION]")
+    ],
     on: Annotated[str, typer.Option(help="a task")],
-    data: Annotated[str | None, typer.Option(help="embedded, a folder, or hub; default THESISLIB_DATA, else embedded")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="embedded, a folder, or hub; default THESISLIB_DATA, else embedded")
+    ] = None,
     length: Annotated[int, typer.Option(help="tokens in a window of perplexity")] = 512,
     limit: Annotated[int | None, typer.Option(help="windows, questions or items; all by default")] = None,
     prompt: Annotated[str | None, typer.Option(help="trivia: chat or thesis; default the subject's own")] = None,
     plan: Annotated[str | None, typer.Option(help="run these blocks in this order, e.g. 0-13,15-29")] = None,
-    fast: Annotated[bool, typer.Option("--fast", help="multiple choice with shared contexts instead of lm-eval; same scores")] = False,
+    fast: Annotated[
+        bool, typer.Option("--fast", help="multiple choice with shared contexts instead of lm-eval; same scores")
+    ] = False,
     batch: Annotated[int | None, typer.Option(help="at a time; default 4 windows, 32 questions, 8 items")] = None,
-    reference: Annotated[str | None, typer.Option(help="tasks of two models: what the subject is held against, a spec like it")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default an artifact's own, else float32")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="tasks of two models: what the subject is held against, a spec like it")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default an artifact's own, else float32")
+    ] = None,
     device: Annotated[str, typer.Option(help="a torch device")] = "cpu",
-    unpack: Annotated[bool, typer.Option("--unpack", help="unpack an artifact's weights once: faster, more memory")] = False,
+    unpack: Annotated[
+        bool, typer.Option("--unpack", help="unpack an artifact's weights once: faster, more memory")
+    ] = False,
     seed: Annotated[int, typer.Option(help="of the choice of questions or items under --limit")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="one line of JSON with provenance")] = False,
     items: Annotated[bool, typer.Option("--items", help="with --json: every item's outcome too")] = False,
@@ -139,7 +151,9 @@ def evaluate(
 @one_line_errors
 def run(
     chapter: Annotated[str, typer.Argument(help="a notebook's name, e.g. 01_franken_llama, or its number")],
-    parameter: Annotated[list[str] | None, typer.Option("-p", "--parameter", help="key=value, as often as needed")] = None,
+    parameter: Annotated[
+        list[str] | None, typer.Option("-p", "--parameter", help="key=value, as often as needed")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="the executed notebook; default _build/runs/CHAPTER.ipynb")] = None,
 ) -> None:
     """Execute one notebook with other parameters and leave it, with its outputs, at --out."""
@@ -159,10 +173,14 @@ def run(
 @one_line_errors
 def record(
     chapter: Annotated[str, typer.Argument(help="a notebook's name, e.g. 03_width_pruning, or its number")],
-    data: Annotated[str | None, typer.Option(help="a folder, hub or embedded; default THESISLIB_DATA, else embedded")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="a folder, hub or embedded; default THESISLIB_DATA, else embedded")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="make at most so many rows now")] = None,
     out: Annotated[Path | None, typer.Option(help="the record's folder; default the study's own, data/results")] = None,
-    parameter: Annotated[list[str] | None, typer.Option("-p", "--parameter", help="with --out: key=value, as often as needed")] = None,
+    parameter: Annotated[
+        list[str] | None, typer.Option("-p", "--parameter", help="with --out: key=value, as often as needed")
+    ] = None,
 ) -> None:
     """Carry out a chapter's recorded run: what its record lacks is made. Run again it goes on; several processes share the work."""
     from thesislib.chapters import chapter_of
@@ -203,14 +221,29 @@ def fetch() -> None:
 @one_line_errors
 def compress(
     recipe: Annotated[str, typer.Argument(help="a recipe's .yaml file, or a label such as D2+W1:8")],
-    subject: Annotated[str, typer.Option(help="embedded, a checkpoint folder, a .gguf file, hub:NAME[@REVISION], or an artifact")] = "embedded",
+    subject: Annotated[
+        str, typer.Option(help="embedded, a checkpoint folder, a .gguf file, hub:NAME[@REVISION], or an artifact")
+    ] = "embedded",
     out: Annotated[Path | None, typer.Option(help="the artifact's folder; not needed with --dry-run")] = None,
-    data: Annotated[str | None, typer.Option(help="calibration: embedded, a folder, or hub; default the recipe's own, THESISLIB_DATA, embedded")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default the subject's own, bfloat16 for embedded")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="calibration: embedded, a folder, or hub; default the recipe's own, THESISLIB_DATA, embedded"
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16; default the subject's own, bfloat16 for embedded")
+    ] = None,
     device: Annotated[str, typer.Option(help="a torch device")] = "cpu",
-    plain: Annotated[bool, typer.Option("--plain", help="write a plain Hugging Face checkpoint instead of packed weights")] = False,
-    stream_weights: Annotated[bool, typer.Option("--stream-weights", help="one WANDA stage with one block in memory at a time, written plain")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what each stage will make, and what the cache already holds")] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="write a plain Hugging Face checkpoint instead of packed weights")
+    ] = False,
+    stream_weights: Annotated[
+        bool, typer.Option("--stream-weights", help="one WANDA stage with one block in memory at a time, written plain")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="only say what each stage will make, and what the cache already holds")
+    ] = False,
 ) -> None:
     """Carry out a recipe on a subject, and write an artifact folder. Run again, it goes on where it was."""
     from thesislib.files import read_json
@@ -225,7 +258,10 @@ def compress(
         row = "{:<6} {:<24} {:<7} {:>14} {:>14} {:>15}".format
         typer.echo(row("stage", "label so far", "cached", "M parameters", "M not zero", f"MB in {job.dtype}"))
         for n, stage in enumerate(job.forecast(), 1):
-            sizes = ("?" if size is None else f"{size / 1e6:.1f}" for size in (stage.parameters, stage.nonzero, stage.disk_bytes))
+            sizes = (
+                "?" if size is None else f"{size / 1e6:.1f}"
+                for size in (stage.parameters, stage.nonzero, stage.disk_bytes)
+            )
             typer.echo(row(f"{n}", stage.label, "yes" if stage.cached else "no", *sizes))
         return
     if out is None:
@@ -246,13 +282,22 @@ def compress(
 @one_line_errors
 def export(
     subject: Annotated[str, typer.Argument(help="an artifact folder, or another subject spec")],
-    gptq: Annotated[bool, typer.Option("--gptq", help="as a GPTQ checkpoint, which transformers and GPTQModel load")] = False,
+    gptq: Annotated[
+        bool, typer.Option("--gptq", help="as a GPTQ checkpoint, which transformers and GPTQModel load")
+    ] = False,
     gguf: Annotated[str | None, typer.Option(help="as a GGUF file for llama.cpp: F16, Q8_0, Q4_0 or Q4_1")] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="with --gguf: add low-rank corrections to the weights, which fills zeros")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="with --gguf: add low-rank corrections to the weights, which fills zeros")
+    ] = False,
     dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16, what is not quantised; default the subject's own (embedded: bfloat16)")
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16, what is not quantised; default the subject's own (embedded: bfloat16)"
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="the new folder or file; default NAME-gptq or NAME-TYPE.gguf")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="the new folder or file; default NAME-gptq or NAME-TYPE.gguf")
+    ] = None,
 ) -> None:
     """Write a compressed model as others load it."""
     if gptq == (gguf is not None):
@@ -260,7 +305,9 @@ def export(
     if gptq and merge:
         raise BadInput("--merge would do nothing with --gptq, which keeps corrections beside the weights: leave it out")
     name = _name(subject)
-    place = free_folder(out or Path(f"{name}-gptq")) if gptq else free_file(out or Path(f"{name}-{gguf}.gguf"), new=True)
+    place = (
+        free_folder(out or Path(f"{name}-gptq")) if gptq else free_file(out or Path(f"{name}-{gguf}.gguf"), new=True)
+    )
     loaded = _held(subject, dtype)
     held = str(loaded.dtype).removeprefix("torch.")
     if gptq:
@@ -268,7 +315,9 @@ def export(
 
         folder = export_gptq(loaded, place)
         beside = ", corrections as a PEFT adapter in adapter/" if (folder / "adapter").is_dir() else ""
-        typer.echo(f"{folder}: a GPTQ checkpoint of {loaded.name}, {_megabytes(folder):.1f} MB, what is not quantised in {held}{beside}")
+        typer.echo(
+            f"{folder}: a GPTQ checkpoint of {loaded.name}, {_megabytes(folder):.1f} MB, what is not quantised in {held}{beside}"
+        )
         return
     from thesislib.formats.gguf import export_gguf
 
@@ -283,22 +332,41 @@ def sweep(
     context: typer.Context,
     grid: Annotated[Path | None, typer.Argument(help="a grid's .yaml file, such as data/grid.yaml")] = None,
     size: Annotated[str, typer.Option(help="which of the grid's sizes")] = "quick",
-    only: Annotated[list[str] | None, typer.Option(help="a label of the grid, as often as needed: what is not named is left out")] = None,
-    measure: Annotated[list[str] | None, typer.Option(help="a measure of the size, as often as needed: what is not named is left out")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="a label of the grid, as often as needed: what is not named is left out")
+    ] = None,
+    measure: Annotated[
+        list[str] | None, typer.Option(help="a measure of the size, as often as needed: what is not named is left out")
+    ] = None,
     chapter: Annotated[str | None, typer.Option(help="instead of a grid: a notebook's name or number")] = None,
-    parameter: Annotated[list[str] | None, typer.Option("-p", "--parameter", help="with --chapter: key=value,value,..., as often as needed")] = None,
-    out: Annotated[Path | None, typer.Option(help="records' .jsonl file, or with --chapter a folder; default below _build/sweeps")] = None,
-    also: Annotated[list[Path] | None, typer.Option("--with", help="records that are not made again: files or folders")] = None,
+    parameter: Annotated[
+        list[str] | None,
+        typer.Option("-p", "--parameter", help="with --chapter: key=value,value,..., as often as needed"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="records' .jsonl file, or with --chapter a folder; default below _build/sweeps")
+    ] = None,
+    also: Annotated[
+        list[Path] | None, typer.Option("--with", help="records that are not made again: files or folders")
+    ] = None,
     workers: Annotated[int, typer.Option(help="processes on this machine")] = 1,
     per_card: Annotated[int, typer.Option(help="workers that share a card, each its part of the memory")] = 1,
     threads: Annotated[int | None, typer.Option(help="threads of each; default the cores, shared out")] = None,
-    scheduler: Annotated[str | None, typer.Option(help="a running Dask scheduler instead, tcp://... or tls://...")] = None,
+    scheduler: Annotated[
+        str | None, typer.Option(help="a running Dask scheduler instead, tcp://... or tls://...")
+    ] = None,
     host: Annotated[str, typer.Option(help="address that this machine's workers listen at")] = "127.0.0.1",
     retries: Annotated[int, typer.Option(help="after an error or the death of a worker")] = 2,
-    subject: Annotated[str, typer.Option(help="embedded, a checkpoint or artifact folder, a .gguf file, or hub:NAME[@REVISION]")] = "embedded",
-    data: Annotated[str | None, typer.Option(help="embedded, a folder, or hub; default THESISLIB_DATA, else embedded")] = None,
+    subject: Annotated[
+        str, typer.Option(help="embedded, a checkpoint or artifact folder, a .gguf file, or hub:NAME[@REVISION]")
+    ] = "embedded",
+    data: Annotated[
+        str | None, typer.Option(help="embedded, a folder, or hub; default THESISLIB_DATA, else embedded")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "bfloat16",
-    device: Annotated[str, typer.Option(help="a torch device; on cuda a worker takes one configuration at a time")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="a torch device; on cuda a worker takes one configuration at a time")
+    ] = "cpu",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only list what is missing")] = False,
 ) -> None:
     """Measure a grid of configurations, or execute a notebook with many parameters. Run again, it does what is missing."""
@@ -321,25 +389,34 @@ def sweep(
     crew = Workers(workers, scheduler, host, retries, device.startswith("cuda"), threads, per_card)
     if chapter is not None:
         mine = ("size", "only", "measure", "also", "subject", "data", "dtype", "device", "dry_run")
-        idle = [n for n in mine if (source := context.get_parameter_source(n)) is not None and source.name == "COMMANDLINE"]
+        idle = [
+            n for n in mine if (source := context.get_parameter_source(n)) is not None and source.name == "COMMANDLINE"
+        ]
         if idle:
             raise BadInput(f"with --chapter {', '.join('--' + ('with' if n == 'also' else n.replace('_', '-')) for n in idle)} would do nothing: "
                            "a notebook takes its parameters by -p, such as -p subject=embedded")  # fmt: skip
         name, notebook = _notebook(chapter)
         axes = listed(notebook, map(_pair, parameter or []))
-        table, failed = sweep_notebook(name, notebook, axes, open_folder(out or base / name), crew, parameters_of(name), reads(name))
+        table, failed = sweep_notebook(
+            name, notebook, axes, open_folder(out or base / name), crew, parameters_of(name), reads(name)
+        )
         typer.echo(table)
     else:
         if parameter:
             raise BadInput("-p goes with --chapter: a grid's settings stand in its file")
         place = Place(subject, default_data() if data is None else data, dtype, device)
-        found = read_grid(grid, size, False, only or (), measure or ())  # what no subject can take is named with what this one cannot
+        found = read_grid(
+            grid, size, False, only or (), measure or ()
+        )  # what no subject can take is named with what this one cannot
         store, others = Store(free_file(out or base / f"{found.name}-{size}.jsonl")), stores(also) if also else []
         if dry_run:
             lacking = missing(found, place, [store, *others])
             for label, measures in lacking.items():
                 typer.echo(f"{label}: {', '.join(measures)}")
-            typer.echo(f"{len(lacking)} of {len(found.configurations)} configurations are not complete in {store.path}", err=True)
+            typer.echo(
+                f"{len(lacking)} of {len(found.configurations)} configurations are not complete in {store.path}",
+                err=True,
+            )
             return
         failed = carry_out(found, place, store, crew, others)
         typer.echo(store.path)
@@ -404,8 +481,15 @@ def profile(
     device: Annotated[str, typer.Option(help="a name in hw/devices, or a .yaml file")],
     prompt: Annotated[int, typer.Option(help="tokens that are read at once")] = 128,
     context: Annotated[int, typer.Option(help="tokens in the cache when one is generated")] = 128,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16, for what is not quantised; default an artifact's own, else bfloat16")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one line of JSON, with the evidence of every number of the device")] = False,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="float32, bfloat16 or float16, for what is not quantised; default an artifact's own, else bfloat16"
+        ),
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="one line of JSON, with the evidence of every number of the device")
+    ] = False,
 ) -> None:
     """Project a model onto a device: does it fit, how fast would it be, what would a token cost. Nothing is measured."""
     from thesislib.config import positive
@@ -422,13 +506,19 @@ def profile(
 @app.command()
 @one_line_errors
 def measure(
-    subject: Annotated[str, typer.Argument(help="an artifact folder, another subject spec, or a .gguf file, which is run as it is")],
-    kind: Annotated[str, typer.Option("--type", help="of the GGUF file that is made of it: F16, Q8_0, Q4_0 or Q4_1")] = "Q8_0",
+    subject: Annotated[
+        str, typer.Argument(help="an artifact folder, another subject spec, or a .gguf file, which is run as it is")
+    ],
+    kind: Annotated[
+        str, typer.Option("--type", help="of the GGUF file that is made of it: F16, Q8_0, Q4_0 or Q4_1")
+    ] = "Q8_0",
     prompt: Annotated[int, typer.Option(help="tokens that are read at once; decoding goes on after them")] = 128,
     tokens: Annotated[int, typer.Option(help="tokens that are decoded and timed after the first")] = 32,
     repeats: Annotated[int, typer.Option(help="runs that count; one before them does not")] = 5,
     core: Annotated[int, typer.Option(help="to which the thread is pinned")] = 0,
-    beside: Annotated[bool, typer.Option("--beside/--alone", help="time transformers' own generation of the same too")] = True,
+    beside: Annotated[
+        bool, typer.Option("--beside/--alone", help="time transformers' own generation of the same too")
+    ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="one line of JSON with every sample and provenance")] = False,
 ) -> None:
     """Run a model in llama.cpp on this machine, one thread: time to first token, time per token, bytes. Measured, unlike `profile`."""
@@ -448,9 +538,14 @@ def measure(
 @one_line_errors
 def emulate(
     subject: Annotated[str, typer.Argument(help="an artifact folder, or another subject spec")],
-    kind: Annotated[list[str] | None, typer.Option("--type", help="of the GGUF file: F16, Q8_0, Q4_0, Q4_1; as often as needed; default Q8_0")] = None,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option("--type", help="of the GGUF file: F16, Q8_0, Q4_0, Q4_1; as often as needed; default Q8_0"),
+    ] = None,
     prompt: Annotated[int, typer.Option(help="tokens that are read at once")] = 8,
-    tokens: Annotated[int, typer.Option(help="new tokens, the first from the prompt's own pass; minutes each for a large model")] = 8,
+    tokens: Annotated[
+        int, typer.Option(help="new tokens, the first from the prompt's own pass; minutes each for a large model")
+    ] = 8,
     jobs: Annotated[int, typer.Option(help="compilers at a time, the first time")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="one line of JSON with every count and provenance")] = False,
 ) -> None:
@@ -473,7 +568,9 @@ app.add_typer(devices, name="device")
 
 @devices.command()
 @one_line_errors
-def calibrate(out: Annotated[Path, typer.Option(help="the new file; its name is the device's")] = Path("host.yaml")) -> None:
+def calibrate(
+    out: Annotated[Path, typer.Option(help="the new file; its name is the device's")] = Path("host.yaml"),
+) -> None:
     """Measure this machine, one thread of it, and write it as a device file for `thesislib profile --device FILE`."""
     from thesislib.device.hardware import read_device
     from thesislib.device.host import host_file
@@ -485,7 +582,9 @@ def calibrate(out: Annotated[Path, typer.Option(help="the new file; its name is 
         temporary.write_text(host_file(out.stem), "utf8")
         found = read_device(temporary)
     bandwidth = found.tiers[0].read or 0.0
-    typer.echo(f"{out}: {found.title}, reads {bandwidth / 1e9:.1f} GB/s; `thesislib profile embedded --device {out}` projects onto it")
+    typer.echo(
+        f"{out}: {found.title}, reads {bandwidth / 1e9:.1f} GB/s; `thesislib profile embedded --device {out}` projects onto it"
+    )
 
 
 @devices.command("list")
@@ -507,7 +606,9 @@ app.add_typer(recipes, name="recipe")
 @one_line_errors
 def check(
     files: Annotated[list[str], typer.Argument(help="recipes' .yaml files, or folders of them")],
-    subject: Annotated[str | None, typer.Option(help="also check that they fit this subject, by its config.json")] = None,
+    subject: Annotated[
+        str | None, typer.Option(help="also check that they fit this subject, by its config.json")
+    ] = None,
 ) -> None:
     """Say what is wrong with recipes, before anything loads; or their labels, if nothing is."""
     from thesislib.pipeline.recipe import read_all
@@ -557,13 +658,19 @@ def records(
     label: Annotated[str | None, typer.Option(help="only configurations with this label, e.g. D2+W1:8+W")] = None,
     task: Annotated[str | None, typer.Option(help="only tasks that have this in their name, e.g. TriviaQA")] = None,
     metric: Annotated[str | None, typer.Option(help="only this metric, e.g. perplexity")] = None,
-    csv: Annotated[Path | None, typer.Option(help="write them there, one row a measurement, instead of listing")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one line of JSON each, with provenance, without items")] = False,
+    csv: Annotated[
+        Path | None, typer.Option(help="write them there, one row a measurement, instead of listing")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="one line of JSON each, with provenance, without items")
+    ] = False,
 ) -> None:
     """Recorded measurements: list, filter and export them."""
     if context.invoked_subcommand is not None:
         if store or label or task or metric or csv or as_json:
-            raise BadInput(f"options of the listing before '{context.invoked_subcommand}' would do nothing: expected its own behind it, see --help")
+            raise BadInput(
+                f"options of the listing before '{context.invoked_subcommand}' would do nothing: expected its own behind it, see --help"
+            )
         return
     from thesislib.records import store as stored
 
@@ -588,9 +695,13 @@ def verify(
     name: Annotated[str, typer.Argument(metavar="ID", help="the record's id, or how it begins")],
     store: Annotated[list[Path] | None, STORES] = None,
     subject: Annotated[str, typer.Option(help="what the record began with")] = "embedded",
-    data: Annotated[str | None, typer.Option(help="the data it was made with; default THESISLIB_DATA, else embedded")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="the data it was made with; default THESISLIB_DATA, else embedded")
+    ] = None,
     device: Annotated[str, typer.Option(help="a torch device")] = "cpu",
-    reference: Annotated[str | None, typer.Option(help="the model that it was held against; default the record's own")] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="the model that it was held against; default the record's own")
+    ] = None,
 ) -> None:
     """Make a measurement again from its own record: does it agree within its stated tolerance? If not, the exit code is 1."""
     from thesislib.experiment import again
@@ -608,7 +719,9 @@ def main() -> None:
     """The entry point."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a name that the terminal's encoding lacks is no reason to fail
+            stream.reconfigure(
+                errors="backslashreplace"
+            )  # a name that the terminal's encoding lacks is no reason to fail
     sys.exit(app())
 
 

@@ -11,7 +11,15 @@ from thesislib.errors import BadInput, shown, unknown
 T = TypeVar("T")
 # what nobody means is refused before it asks for all memory: counts above these
 MOST = 1_000_000
-LARGEST = {"batch": 65_536, "workers": 512, "threads": 512, "jobs": 512, "repeats": 10_000, "retries": 100, "rank": 65_536}
+LARGEST = {
+    "batch": 65_536,
+    "workers": 512,
+    "threads": 512,
+    "jobs": 512,
+    "repeats": 10_000,
+    "retries": 100,
+    "rank": 65_536,
+}
 
 
 def settings(kind: type[T], namespace: Mapping[str, Any]) -> T:
@@ -22,7 +30,9 @@ def settings(kind: type[T], namespace: Mapping[str, Any]) -> T:
     Raises:
         BadInput: a value of the wrong type, or one that its own check refuses.
     """
-    return build(kind, {f.name: namespace[f.name] for f in dataclasses.fields(typing.cast(Any, kind)) if f.name in namespace})
+    return build(
+        kind, {f.name: namespace[f.name] for f in dataclasses.fields(typing.cast(Any, kind)) if f.name in namespace}
+    )
 
 
 def build(kind: type[T], values: Mapping[str, Any]) -> T:
@@ -34,7 +44,9 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
     every = typing.get_type_hints(kind)
     hints = {name: every[name] for name in fields_of(kind)}
     if not isinstance(values, Mapping):
-        raise BadInput(f"the settings of {kind.__name__} are {shown(values)}: expected a mapping, such as {{{next(iter(hints))}: value}}")
+        raise BadInput(
+            f"the settings of {kind.__name__} are {shown(values)}: expected a mapping, such as {{{next(iter(hints))}: value}}"
+        )
     for name, value in values.items():
         if name not in hints:
             raise unknown(f"parameter of {kind.__name__}", name, hints)

@@ -32,7 +32,9 @@ def recipe_of(stages: Sequence) -> Recipe:
 
 def recipe_hash(recipe: Recipe) -> str | None:
     """12 digits that stand for the stages with every setting; None for no stages."""
-    return hashlib.sha256(json.dumps(recipe.plain(), sort_keys=True).encode()).hexdigest()[:12] if recipe.stages else None
+    return (
+        hashlib.sha256(json.dumps(recipe.plain(), sort_keys=True).encode()).hexdigest()[:12] if recipe.stages else None
+    )
 
 
 def made(recipe: Recipe, base: dict, data: str, size: dict, reports: Sequence[dict]) -> dict:
@@ -66,7 +68,9 @@ class Prepared:
     @cached_property
     def unpacked(self) -> Subject:
         """The model with its packed weights unpacked once, the same numbers as at every use: one of 4 bits answers questions three times as fast."""
-        return self.model.copy() if any(isinstance(m, ComputedLinear) for m in self.model.model.modules()) else self.model
+        return (
+            self.model.copy() if any(isinstance(m, ComputedLinear) for m in self.model.model.modules()) else self.model
+        )
 
     def measure(self, setup: Setup, data: str, **more: object) -> Measurement:
         """The measurement by a setup on a data spec, with all that would make it again; `more` is noted beside it."""
@@ -93,11 +97,17 @@ def prepare(subject: str, stages: Sequence, *, data: str, dtype: str = "bfloat16
     recipe = recipe_of(stages)
     job = Job.prepare(subject, recipe, data, dtype, device)
     model, reports = job.after(len(stages))
-    size = read_json(job.folder(len(stages)) / RECORD)["sizes"] if stages else {**sizes(model), "bytes_on_disk": predicted_disk_bytes(model)}
+    size = (
+        read_json(job.folder(len(stages)) / RECORD)["sizes"]
+        if stages
+        else {**sizes(model), "bytes_on_disk": predicted_disk_bytes(model)}
+    )
     return Prepared(model, made(recipe, job.base, data, size, reports))
 
 
-def described(m: Measurement, base: Subject | dict, data: str, stages: Sequence = (), label: str | None = None) -> Measurement:
+def described(
+    m: Measurement, base: Subject | dict, data: str, stages: Sequence = (), label: str | None = None
+) -> Measurement:
     """A measurement of a subject that a chapter made by itself, noting what would make it again; its bytes were not counted.
 
     Args:
@@ -162,7 +172,11 @@ class Verdict:
         (kind, allowed), r = next(iter(self.tolerance.items())), self.recorded
         word = "the same to the last bit" if self.same_bits else "within" if self.agrees else "NOT within"
         rest = "" if self.same_bits else f" the tolerance of {allowed:.1%} {kind}"
-        weights = "" if self.same_subject else "; the weights are not the recorded ones to the last bit: other rounding, or another calibration text"
+        weights = (
+            ""
+            if self.same_subject
+            else "; the weights are not the recorded ones to the last bit: other rounding, or another calibration text"
+        )
         then, now = ("not finite" if _finite(x) is None else f"{x:.6g}" for x in (r.value, self.again.value))
         return f"{r.metric} on {r.task}: recorded {then}, again {now}: {word}{rest}{weights}"
 
@@ -172,7 +186,13 @@ def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
 
 
-def again(m: Measurement, subject: str = "embedded", data: str | None = None, device: str = "cpu", reference: str | None = None) -> Verdict:
+def again(
+    m: Measurement,
+    subject: str = "embedded",
+    data: str | None = None,
+    device: str = "cpu",
+    reference: str | None = None,
+) -> Verdict:
     """Make a recorded measurement once more from what its record says.
 
     Args:
@@ -202,17 +222,29 @@ def again(m: Measurement, subject: str = "embedded", data: str | None = None, de
     model, _ = job.after(len(stages))
     if made.get("plan") is not None and not stages:
         model = apply_plan(model, made["plan"])
-    same = made["fingerprint"] in (model.fingerprint, job.base["fingerprint"])  # many plans are measured in one pass, under that of the whole
+    same = made["fingerprint"] in (
+        model.fingerprint,
+        job.base["fingerprint"],
+    )  # many plans are measured in one pass, under that of the whole
     if base is None and not same:  # measured directly, without `Prepared` or `described`
         raise BadInput(f"the record is of {made['subject']}, fingerprint {made['fingerprint'][:12]}...; '{subject}' in {made['dtype']} has "
                        f"{model.fingerprint[:12]}...: name the record's subject")  # fmt: skip
-    result = setup.measure(Prepared(model, {}).unpacked, data)  # as the record was: few rows of packed weights are multiplied by other kernels
+    result = setup.measure(
+        Prepared(model, {}).unpacked, data
+    )  # as the record was: few rows of packed weights are multiplied by other kernels
     if [i["id"] for i in result.items] != [i["id"] for i in m.items]:
-        raise BadInput(f"data '{data}' gives {result.n} other items ({result.task}) than the record's {m.n} ({m.task}): name the data that it was made with")
-    for key, now in (("text_sha256", result.settings.get("text_sha256")), ("corpus_sha256", result.provenance.get("corpus_sha256"))):
+        raise BadInput(
+            f"data '{data}' gives {result.n} other items ({result.task}) than the record's {m.n} ({m.task}): name the data that it was made with"
+        )
+    for key, now in (
+        ("text_sha256", result.settings.get("text_sha256")),
+        ("corpus_sha256", result.provenance.get("corpus_sha256")),
+    ):
         then = made["settings"].get(key, made.get(key))
         if then is not None and now is not None and then != now:
-            raise BadInput(f"data '{data}' has another text for {m.task} (sha256 {now[:12]}..., recorded {then[:12]}...): name the data that it was made with")
+            raise BadInput(
+                f"data '{data}' has another text for {m.task} (sha256 {now[:12]}..., recorded {then[:12]}...): name the data that it was made with"
+            )
     now, then = (x.settings.get("reference_fingerprint") for x in (result, m))
     if now != then:
         raise BadInput(f"the record was held against a reference with fingerprint {str(then)[:12]}...; {shown(setup.reference)} has {str(now)[:12]}...: "

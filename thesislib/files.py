@@ -22,7 +22,12 @@ from thesislib.errors import BadInput
 LARGEST = 1 << 26  # bytes of a text that is read as a whole: twice the largest tokenizer's
 LONGEST = 100  # bytes of a name that a temporary name repeats: systems allow 255
 _SUMS: dict[tuple[int, ...], str] = {}  # sha256 of files as they were when this process read them
-HARMLESS = ("readme", "license", "licence", "notice")  # how files' names begin that say something about a model and are no part of it
+HARMLESS = (
+    "readme",
+    "license",
+    "licence",
+    "notice",
+)  # how files' names begin that say something about a model and are no part of it
 
 
 def expanded(path: str | Path) -> Path:
@@ -34,7 +39,9 @@ def expanded(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
-        raise BadInput(f"'{path}': there is no such home folder: write the path out, or set HOME (the cache's place is THESISLIB_CACHE)") from error
+        raise BadInput(
+            f"'{path}': there is no such home folder: write the path out, or set HOME (the cache's place is THESISLIB_CACHE)"
+        ) from error
 
 
 def cache_dir() -> Path:
@@ -43,14 +50,18 @@ def cache_dir() -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise BadInput(f"the cache folder {path} cannot be made ({error.strerror}): set THESISLIB_CACHE to one that can") from error
+        raise BadInput(
+            f"the cache folder {path} cannot be made ({error.strerror}): set THESISLIB_CACHE to one that can"
+        ) from error
     if not os.access(path, os.W_OK | os.X_OK):
         raise BadInput(f"the cache folder {path} cannot be written: set THESISLIB_CACHE to one that can")
     return path
 
 
 PACKAGE = Path(__file__).parent
-ROOT = PACKAGE.parent  # of a checkout; of an installed wheel the folder of all packages, which holds nothing of this project
+ROOT = (
+    PACKAGE.parent
+)  # of a checkout; of an installed wheel the folder of all packages, which holds nothing of this project
 
 
 def shipped(name: str) -> Path:
@@ -73,7 +84,9 @@ def data_file(name: str) -> Path:
 def check_checkout(what: str, root: Path = ROOT) -> None:
     """Raises BadInput, which names `what`, unless `root` is a checkout of the project: an installed wheel has no notebooks and no book."""
     if not (root / "notebooks").is_dir() or not (root / "_toc.yml").is_file():
-        raise BadInput(f"{what} needs a checkout of thesislib, with its notebooks/ and book/, and {root} is none: run it there")
+        raise BadInput(
+            f"{what} needs a checkout of thesislib, with its notebooks/ and book/, and {root} is none: run it there"
+        )
 
 
 def check_ordinary(path: Path, most: int = LARGEST) -> None:
@@ -108,15 +121,33 @@ def is_folder(path: Path) -> bool:
 def said(error: Exception, place: Path | str | None = None) -> Exception:
     """A disk's or a permission's error as one line, with the file or else `place`; any other error as it is."""
     code, text = getattr(error, "errno", None), str(error)
-    if code is None and (number := re.search(r"\(os error (\d+)\)", text)):  # writers in Rust (safetensors, tokenizers) have their own classes
+    if code is None and (
+        number := re.search(r"\(os error (\d+)\)", text)
+    ):  # writers in Rust (safetensors, tokenizers) have their own classes
         code = int(number[1])
-    if code is None and (re.fullmatch(r"\d+ requested and \d+ written", text) or "No space left on device" in text):  # numpy's; others'
+    if code is None and (
+        re.fullmatch(r"\d+ requested and \d+ written", text) or "No space left on device" in text
+    ):  # numpy's; others'
         code = errno.ENOSPC
     where = getattr(error, "filename", None) or place or cache_dir()
     if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return BadInput(f"the disk is full at {place or where}: free some space there or write elsewhere (the cache's place is THESISLIB_CACHE)")
-    if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR):
-        return BadInput(f"{str(where)[:200]} cannot be used ({os.strerror(code)}): expected a place that you may read and write")
+        return BadInput(
+            f"the disk is full at {place or where}: free some space there or write elsewhere (the cache's place is THESISLIB_CACHE)"
+        )
+    if code in (
+        errno.EACCES,
+        errno.EPERM,
+        errno.EROFS,
+        errno.EBUSY,
+        errno.EIO,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENOTDIR,
+        errno.EISDIR,
+    ):
+        return BadInput(
+            f"{str(where)[:200]} cannot be used ({os.strerror(code)}): expected a place that you may read and write"
+        )
     if code in (errno.ENOENT, errno.ESTALE):
         return BadInput(f"{where} is not there (any more): was it removed meanwhile? Run again")
     return error
@@ -189,9 +220,13 @@ def free_folder(path: str | Path, replaces: str | None = None) -> Path:
     folder = open_folder(path, above=True)
     if is_folder(folder):
         if Path.cwd().is_relative_to(folder):
-            raise BadInput(f"{path} is the current folder or above it, and would be replaced as a whole: expected a new folder's name")
+            raise BadInput(
+                f"{path} is the current folder or above it, and would be replaced as a whole: expected a new folder's name"
+            )
         if os.path.ismount(folder):
-            raise BadInput(f"{path} is a mount point, which cannot be replaced as a whole: expected a folder in it, such as {folder / 'new'}")
+            raise BadInput(
+                f"{path} is a mount point, which cannot be replaced as a whole: expected a folder in it, such as {folder / 'new'}"
+            )
         held = os.listdir(folder)
         if held and (replaces is None or replaces not in held):
             kind = f" that is no {replaces.removesuffix('.json')}" if replaces else ""
@@ -222,7 +257,9 @@ def free_file(path: str | Path, new: bool = False) -> Path:
     if is_folder(file):
         raise BadInput(f"{path} is a folder: expected a file's name, such as {Path(path) / 'new'}")
     if file.exists() and (new or not file.is_file()):
-        raise BadInput(f"{path} cannot be written: {'it is there already' if file.is_file() else 'it is no ordinary file'}; expected a new file's name")
+        raise BadInput(
+            f"{path} cannot be written: {'it is there already' if file.is_file() else 'it is no ordinary file'}; expected a new file's name"
+        )
     if file.exists() and not os.access(file, os.W_OK):
         raise BadInput(f"{path} cannot be written: it is read-only; expected another file's name")
     _check_writable(file.parent, path)
@@ -252,7 +289,9 @@ def inside(folder: Path, name: str) -> Path:
         BadInput: a name that is none, is absolute or goes up, or a link that leads out of the folder.
     """
     if not isinstance(name, str) or not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-        raise BadInput(f"'{str(name)[:80]}', named in {folder}, is no file of that folder: expected a name in it, without '..'")
+        raise BadInput(
+            f"'{str(name)[:80]}', named in {folder}, is no file of that folder: expected a name in it, without '..'"
+        )
     root, target = real(folder), real(folder / name)
     blobs = [above.parent.parent / "blobs" for above in (root, *root.parents) if above.parent.name == "snapshots"]
     if not target.is_relative_to(root) and target.parent not in blobs:
@@ -285,7 +324,9 @@ def whole_folder(final: Path, alone: bool = False) -> Iterator[Path]:
             clear_leftovers(final, alone)
             temporary.mkdir()
             yield temporary
-            if final.exists():  # moved aside, so that a kill leaves the old one or the new one there, or none, but no half of either
+            if (
+                final.exists()
+            ):  # moved aside, so that a kill leaves the old one or the new one there, or none, but no half of either
                 os.replace(final, before)
             try:
                 os.replace(temporary, final)
@@ -338,10 +379,16 @@ def clear_leftovers(final: Path, alone: bool = False) -> None:
     if not is_folder(final.parent):
         return
     with os.scandir(final.parent) as entries:
-        left = [(entry, own.fullmatch(entry.name)) for entry in entries if own.fullmatch(entry.name) or (alone and earlier.fullmatch(entry.name))]
+        left = [
+            (entry, own.fullmatch(entry.name))
+            for entry in entries
+            if own.fullmatch(entry.name) or (alone and earlier.fullmatch(entry.name))
+        ]
     for entry, name in left:
         if alone or (name[1] == _machine() and not alive(int(name[2]))):
-            shutil.rmtree(entry.path, ignore_errors=True) if entry.is_dir(follow_symlinks=False) else Path(entry.path).unlink(missing_ok=True)
+            shutil.rmtree(entry.path, ignore_errors=True) if entry.is_dir(follow_symlinks=False) else Path(
+                entry.path
+            ).unlink(missing_ok=True)
 
 
 def alive(pid: int) -> bool:
@@ -363,7 +410,11 @@ def _temporary(final: Path) -> Path:
 def _short(name: str) -> str:
     """A name, or the beginning of a long one with a hash."""
     raw = os.fsencode(name)
-    return name if len(raw) <= LONGEST else f"{os.fsdecode(raw[: LONGEST - 20]).encode('ascii', 'ignore').decode()}-{hashlib.sha256(raw).hexdigest()[:16]}"
+    return (
+        name
+        if len(raw) <= LONGEST
+        else f"{os.fsdecode(raw[: LONGEST - 20]).encode('ascii', 'ignore').decode()}-{hashlib.sha256(raw).hexdigest()[:16]}"
+    )
 
 
 @functools.cache

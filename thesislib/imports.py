@@ -22,7 +22,12 @@ def imported(code: str) -> set[str]:
     """
     found = set()
     for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", None) == members.__name__ and node.args and isinstance(node.args[0], ast.Constant):
+        if (
+            isinstance(node, ast.Call)
+            and getattr(node.func, "id", None) == members.__name__
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+        ):
             found.add(f"{node.args[0].value!s}.*")
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -53,7 +58,9 @@ def sources(names: Iterable[str], package: Path = PACKAGE) -> list[Path]:
         name = open_.pop()
         path = package.joinpath(*name.removesuffix(".*").split(".")[1:])
         if name.endswith(".*"):
-            open_ += [".".join(("thesislib", *file.relative_to(package).with_suffix("").parts)) for file in path.rglob("*.py")]
+            open_ += [
+                ".".join(("thesislib", *file.relative_to(package).with_suffix("").parts)) for file in path.rglob("*.py")
+            ]
         for file in (path.with_suffix(".py"), path / "__init__.py"):
             if file.is_file() and file not in found:
                 found[file] = None

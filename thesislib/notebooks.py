@@ -34,7 +34,9 @@ def read_notebook(notebook: Path):
         nbformat.validate(found)  # which reading only logs
         return found
     except Exception as error:  # nbformat and jsonschema have many, some with the whole notebook in their text
-        raise BadInput(f"{notebook} is not a notebook of version 4 ({shown(first_line(error))}): bring it back from a copy") from error
+        raise BadInput(
+            f"{notebook} is not a notebook of version 4 ({shown(first_line(error))}): bring it back from a copy"
+        ) from error
 
 
 def defaults(notebook: Path) -> dict[str, Any]:
@@ -49,7 +51,9 @@ def defaults(notebook: Path) -> dict[str, Any]:
             try:
                 lines = ast.parse(cell.source).body
             except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # ValueError: of a NUL
-                raise BadInput(f"the cell tagged '{TAG}' of {notebook} is not Python ({first_line(error)}): bring it back from a copy") from error
+                raise BadInput(
+                    f"the cell tagged '{TAG}' of {notebook} is not Python ({first_line(error)}): bring it back from a copy"
+                ) from error
             for line in lines:
                 if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
                     try:
@@ -100,7 +104,9 @@ def listed(notebook: Path, given: Iterable[tuple[str, str]]) -> dict[str, list]:
     for key, text in given:
         if key in found:
             raise BadInput(f"parameter '{key}' is given twice: expected its values with commas between them")
-        found[key] = texts(text) if isinstance(known[key], str) else value_of_text(f"[{text}]", f"values of parameter {key}")
+        found[key] = (
+            texts(text) if isinstance(known[key], str) else value_of_text(f"[{text}]", f"values of parameter {key}")
+        )
         if not found[key]:
             raise BadInput(f"parameter '{key}' has no value: expected e.g. {key}=2,4,6")
     return found
@@ -144,8 +150,16 @@ def ready(notebook: Path, given: Mapping[str, Any], kind: type | None = None) ->
     if kind is not None:
         try:
             parameters = build(kind, {**known, **found})
-        except (TypeError, ValueError, AttributeError) as error:  # BadInput is a ValueError; the others: of a list's items
-            raise error if isinstance(error, BadInput) else BadInput(f"{notebook.stem} cannot take {shown(given)} ({error})") from error
+        except (
+            TypeError,
+            ValueError,
+            AttributeError,
+        ) as error:  # BadInput is a ValueError; the others: of a list's items
+            raise (
+                error
+                if isinstance(error, BadInput)
+                else BadInput(f"{notebook.stem} cannot take {shown(given)} ({error})")
+            ) from error
     for name, check in CHECKS.items():
         if isinstance(found.get(name), str):
             check(found[name])
@@ -157,7 +171,9 @@ def ready(notebook: Path, given: Mapping[str, Any], kind: type | None = None) ->
 def _in_full(value: Any) -> Any:
     """A path that is there, from the root; a list's items alike; anything else as it is, for its reader to name."""
     if isinstance(value, list):
-        return [_in_full(item) if str(item).endswith((".yaml", ".yml")) else item for item in value]  # without, it is a device's name
+        return [
+            _in_full(item) if str(item).endswith((".yaml", ".yml")) else item for item in value
+        ]  # without, it is a device's name
     if not isinstance(value, str) or not value or value in ("embedded", "hub") or value.startswith("hub:"):
         return value
     path = expanded(value)

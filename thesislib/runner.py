@@ -25,7 +25,9 @@ def chapters(root: Path = ROOT) -> dict[str, Path]:
     return {p.stem: p for p in sorted((root / "notebooks").glob("*.ipynb"))}
 
 
-def cache_key(notebook: Path, parameters: Mapping[str, Any], root: Path = ROOT, *, reads: Mapping[str, str] | None = None) -> str:
+def cache_key(
+    notebook: Path, parameters: Mapping[str, Any], root: Path = ROOT, *, reads: Mapping[str, str] | None = None
+) -> str:
     """sha256 over all that an executed notebook depends on: itself (code, prose and parameters cell, not its outputs), the parameters given, the
     sources of thesislib that its cells import, directly or not, the data that it may read, and the lock file.
 
@@ -37,10 +39,23 @@ def cache_key(notebook: Path, parameters: Mapping[str, Any], root: Path = ROOT, 
     """
     cells = [(c.cell_type, c.source, dict(c.metadata)) for c in read_notebook(notebook).cells]
     code = "\n".join(source for kind, source, _ in cells if kind == "code")
-    own = sources(imported(code) | {module for name, module in (reads or {}).items() if f'"{name}"' in code}, root / "thesislib")
+    own = sources(
+        imported(code) | {module for name, module in (reads or {}).items() if f'"{name}"' in code}, root / "thesislib"
+    )
     numbers = {name.partition("_")[0] for name in (notebook.stem, *(reads or {}))}
-    data = [file for file in sorted((root / "data").rglob("*")) if file.is_file() and _may_read(numbers, file.relative_to(root / "data"))]
-    facts = repr((cells, sorted(parameters.items()), sys.version_info[:2], digest_of([*own, *data, root / "constraints.txt"], root)))
+    data = [
+        file
+        for file in sorted((root / "data").rglob("*"))
+        if file.is_file() and _may_read(numbers, file.relative_to(root / "data"))
+    ]
+    facts = repr(
+        (
+            cells,
+            sorted(parameters.items()),
+            sys.version_info[:2],
+            digest_of([*own, *data, root / "constraints.txt"], root),
+        )
+    )
     return hashlib.sha256(facts.encode()).hexdigest()
 
 
@@ -109,7 +124,10 @@ def executed(name: str, notebook: Path, cache: Path, *, reads: Mapping[str, str]
     if intact(out):
         print(f"{name}: unchanged, not executed again", file=sys.stderr)
     else:
-        print(f"{name}: executing{' again, since what was kept of it is damaged' if out.exists() else ''}", file=sys.stderr)
+        print(
+            f"{name}: executing{' again, since what was kept of it is damaged' if out.exists() else ''}",
+            file=sys.stderr,
+        )
         if out.is_dir() and not out.is_symlink():
             shutil.rmtree(out)
         execute(notebook, out, {})
@@ -127,7 +145,9 @@ def results_cell(notebook: Path):
     """
     cells = [c for c in read_notebook(notebook).cells if TAG in c.metadata.get("tags", [])]
     if len(cells) != 1:
-        raise BadInput(f"{notebook.name} has {len(cells)} cells tagged '{TAG}': expected one, that shows its table of results")
+        raise BadInput(
+            f"{notebook.name} has {len(cells)} cells tagged '{TAG}': expected one, that shows its table of results"
+        )
     return cells[0]
 
 
@@ -142,8 +162,13 @@ def results(notebook: Path) -> list[dict[str, Any]]:
     for output in results_cell(notebook).get("outputs", []):
         if html := output.get("data", {}).get("text/html"):
             table = pd.read_html(io.StringIO("".join(html)))[0]
-            if isinstance(table.columns, pd.MultiIndex):  # headings in levels; an index with a name has a row of its own
-                table.columns = [", ".join(dict.fromkeys(str(x) for x in names if not str(x).startswith("Unnamed"))) for names in table.columns]
+            if isinstance(
+                table.columns, pd.MultiIndex
+            ):  # headings in levels; an index with a name has a row of its own
+                table.columns = [
+                    ", ".join(dict.fromkeys(str(x) for x in names if not str(x).startswith("Unnamed")))
+                    for names in table.columns
+                ]
             table.columns = distinct(table.columns)
             return json.loads(table.to_json(orient="records"))
     raise BadInput(f"the cell tagged '{TAG}' of {notebook.name} shows no table: expected a DataFrame as its last line")

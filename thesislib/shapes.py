@@ -11,7 +11,15 @@ from typing import Any
 
 LARGEST = 2**63  # of integers: what counts bytes and parameters is below
 SHA256 = re.compile("[0-9a-f]{64}")
-NAMES = {str: "a text", int: "a whole number", float: "a finite number", bool: "true or false", list: "a list", dict: "an object", None: "null"}
+NAMES = {
+    str: "a text",
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+    None: "null",
+}
 
 
 def natural(value: Any) -> bool:
@@ -37,7 +45,11 @@ def wrong(value: Any, shape: Any, where: str = "") -> str | None:
             lacking = next((k for k in shape if not k.endswith("?") and k not in value), None)
             if lacking is not None:
                 return f"{f'{where}.{lacking}'.lstrip('.')} is missing"
-            found = (wrong(value[k], inner, f"{where}.{k}") for key, inner in shape.items() if (k := key.removesuffix("?")) in value)
+            found = (
+                wrong(value[k], inner, f"{where}.{k}")
+                for key, inner in shape.items()
+                if (k := key.removesuffix("?")) in value
+            )
         return next(filter(None, found), None)
     if isinstance(shape, list) and isinstance(value, list):
         return next(filter(None, (wrong(v, shape[0], f"{where}.{i}") for i, v in enumerate(value))), None)
@@ -45,12 +57,25 @@ def wrong(value: Any, shape: Any, where: str = "") -> str | None:
         reasons = [wrong(value, inner, where) for inner in shape]
         if None in reasons:
             return None
-        deep = next((r for r, inner in zip(reasons, shape, strict=True) if isinstance(inner, (dict, list)) and isinstance(value, type(inner))), None)
+        deep = next(
+            (
+                r
+                for r, inner in zip(reasons, shape, strict=True)
+                if isinstance(inner, (dict, list)) and isinstance(value, type(inner))
+            ),
+            None,
+        )
         if deep:
             return deep
     elif _is(value, shape):
         return None
-    shown = f"a list of {len(value)}" if isinstance(value, list) else "an object" if isinstance(value, dict) else _short(value)
+    shown = (
+        f"a list of {len(value)}"
+        if isinstance(value, list)
+        else "an object"
+        if isinstance(value, dict)
+        else _short(value)
+    )
     return f"{where.lstrip('.') or 'it'} is {shown}: expected {_words(shape)}"
 
 

@@ -11,7 +11,12 @@ import yaml
 from thesislib.errors import BadInput, shown, unknown
 
 LARGEST, DEEPEST = 1 << 20, 20  # bytes, levels: whatever is larger was not written by hand
-OPENING = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken, yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken)
+OPENING = (
+    yaml.FlowSequenceStartToken,
+    yaml.FlowMappingStartToken,
+    yaml.BlockSequenceStartToken,
+    yaml.BlockMappingStartToken,
+)
 CLOSING = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
 
 
@@ -46,7 +51,9 @@ def _node(text: str, where: str | Path) -> yaml.Node | None:
         if depth > DEEPEST:
             raise BadInput(f"{where}:{token.start_mark.line + 1}: nested more than {DEEPEST} deep")
         if isinstance(token, yaml.AliasToken):
-            raise BadInput(f"{where}:{token.start_mark.line + 1}: aliases such as '*{token.value}' are not understood: write the value out")
+            raise BadInput(
+                f"{where}:{token.start_mark.line + 1}: aliases such as '*{token.value}' are not understood: write the value out"
+            )
     return yaml.compose(text, yaml.BaseLoader)
 
 
@@ -60,7 +67,9 @@ def place(path: Path, node: yaml.Node) -> str:
     return f"{path}:{node.start_mark.line + 1}"
 
 
-def entries(node: yaml.MappingNode, path: Path, what: str, options: Iterable[str] | None = None) -> dict[str, yaml.Node]:
+def entries(
+    node: yaml.MappingNode, path: Path, what: str, options: Iterable[str] | None = None
+) -> dict[str, yaml.Node]:
     """A mapping's nodes by key, each key there once and among `options`, if any are given."""
     found: dict[str, yaml.Node] = {}
     for key, child in node.value:

@@ -23,7 +23,15 @@ def loss(plan, per_token, seed=0):
 def hella(plan, right):
     items = [{"id": str(i), "correct": i < right, "correct_unnormalised": i < right} for i in range(ITEMS)]
     return Measurement(
-        task="HellaSwag", metric="acc_norm", value=right / ITEMS, low=0, high=1, n=ITEMS, unit="item", items=items, provenance={"plan": list(plan)}
+        task="HellaSwag",
+        metric="acc_norm",
+        value=right / ITEMS,
+        low=0,
+        high=1,
+        n=ITEMS,
+        unit="item",
+        items=items,
+        provenance={"plan": list(plan)},
     )
 
 
@@ -32,7 +40,13 @@ def results():
     """A made-up study: every plan ruins the model, except three, and every single change hurts, least in the middle."""
     plans = franken_plans(DEPTH)
     ppl = {n: loss(p, 9.0, seed=k) for k, (n, p) in enumerate(plans.items())}
-    for name, per_token in (("baseline", 3.0), ("15_single_skip", 3.05), ("0-23_27-31", 3.08), ("skip_near_end_keep_last_two", 3.08), ("2_3rd_of_llama", 9.5)):
+    for name, per_token in (
+        ("baseline", 3.0),
+        ("15_single_skip", 3.05),
+        ("0-23_27-31", 3.08),
+        ("skip_near_end_keep_last_two", 3.08),
+        ("2_3rd_of_llama", 9.5),
+    ):
         ppl[name] = loss(plans[name], per_token)
     skipped, repeated = franken.single_block_plans(DEPTH, range(DEPTH))
     assert skipped[14] == plans["15_single_skip"]  # one plan by two names has one measurement
@@ -57,7 +71,10 @@ def test_each_verdict_turns_on_contrary_records(results):
     results.hellaswag["skip_near_end_keep_last_two"] = hella(base, 40)
     results.perplexity["0-23_27-31"] = loss(base, 3.6)
     better = replace(results, repeated={b: loss(m.provenance["plan"], 2.8, b) for b, m in results.repeated.items()})
-    outward = replace(better, skipped={b: loss(m.provenance["plan"], 3.4 - abs(b - 14.5) / 100, b) for b, m in results.skipped.items()})
+    outward = replace(
+        better,
+        skipped={b: loss(m.provenance["plan"], 3.4 - abs(b - 14.5) / 100, b) for b, m in results.skipped.items()},
+    )
     for name in outward.plans:
         if name not in ("baseline", "0-23_27-31", "2_3rd_of_llama"):
             outward.perplexity[name] = loss(base, 3.05)
@@ -66,13 +83,21 @@ def test_each_verdict_turns_on_contrary_records(results):
 
 
 def test_skip_or_repeat_counts_both_ways(results):
-    assert franken.skip_or_repeat(results).startswith("Of 30 blocks, leaving out costs more than running twice for 10, less for ")
+    assert franken.skip_or_repeat(results).startswith(
+        "Of 30 blocks, leaving out costs more than running twice for 10, less for "
+    )
 
 
 def test_noise_leaves_claims_undecided(results):
     """The same numbers everywhere settle nothing about an order."""
     same = loss(results.plans["baseline"], 3.0)
-    flat = franken.Results(results.plans, dict.fromkeys(results.plans, same), results.hellaswag, dict.fromkeys(range(5), same), dict.fromkeys(range(5), same))
+    flat = franken.Results(
+        results.plans,
+        dict.fromkeys(results.plans, same),
+        results.hellaswag,
+        dict.fromkeys(range(5), same),
+        dict.fromkeys(range(5), same),
+    )
     found = dict(zip(range(6), verdicts(flat), strict=True))
     assert [found[k] for k in (0, 2, 3, 5)] == ["undecided"] * 4
 
@@ -84,7 +109,9 @@ def test_results_survive_being_recorded(results, tmp_path):
     again = franken.read_recorded(store.path)
     assert again == results
     with pytest.raises(BadInput, match="perplexity of plan 0-7 is missing"):
-        franken.from_measurements([m for m in franken.as_measurements(results) if m.provenance["plan"] != list(range(8))])
+        franken.from_measurements(
+            [m for m in franken.as_measurements(results) if m.provenance["plan"] != list(range(8))]
+        )
 
 
 def test_headline_counts_and_names(results):
@@ -95,8 +122,14 @@ def test_headline_counts_and_names(results):
 def test_measure_on_a_tiny_model(tiny, monkeypatch):
     from thesislib.sources.corpus import Choice, join
 
-    monkeypatch.setattr(franken, "evaluation_text", lambda _: join("text", [f"{i} is a number of things that may be counted. " * 3 for i in range(9)]))
-    monkeypatch.setattr(TASKS["hellaswag"], "items", lambda *_: [Choice(str(i), "It", ("is.", "was not"), i % 2) for i in range(4)])
+    monkeypatch.setattr(
+        franken,
+        "evaluation_text",
+        lambda _: join("text", [f"{i} is a number of things that may be counted. " * 3 for i in range(9)]),
+    )
+    monkeypatch.setattr(
+        TASKS["hellaswag"], "items", lambda *_: [Choice(str(i), "It", ("is.", "was not"), i % 2) for i in range(4)]
+    )
     subject = tiny(layers=12)
     p = franken.Franken(length=32, windows=6, items=4, singles=3, tokens=4)
     found = franken.measure(subject, p)
@@ -127,8 +160,14 @@ def test_recorded_reference_values():
     assert short.value == pytest.approx(30.21, abs=0.01) and long.value == pytest.approx(21.61, abs=0.01)
     hellaswag = found["acc_norm", None]
     assert hellaswag.n == 10_042
-    assert hellaswag.value == pytest.approx(0.407, abs=0.001) and hellaswag.extra["acc"]["value"] == pytest.approx(0.337, abs=0.001)
-    trivia = {m.provenance["settings"]["prompt"]: m for m in recorded("00_measures") if m.metric == "accuracy" and not m.provenance["settings"]["open_book"]}
+    assert hellaswag.value == pytest.approx(0.407, abs=0.001) and hellaswag.extra["acc"]["value"] == pytest.approx(
+        0.337, abs=0.001
+    )
+    trivia = {
+        m.provenance["settings"]["prompt"]: m
+        for m in recorded("00_measures")
+        if m.metric == "accuracy" and not m.provenance["settings"]["open_book"]
+    }
     assert trivia["chat"].n == 1200 and trivia["chat"].low < 0.14 < trivia["chat"].high
     assert trivia["thesis"].low < 0.046 < trivia["thesis"].high
 
@@ -141,16 +180,37 @@ def test_readme_says_what_the_records_say():
 def test_measures_table_and_flattering_answers(tiny, monkeypatch):
     from thesislib.sources.corpus import Choice, Question, join
 
-    monkeypatch.setattr(measures, "evaluation_text", lambda _: join("text", [f"{i} is a number of things that may be counted. " * 3 for i in range(9)]))
-    monkeypatch.setattr(TASKS["hellaswag"], "items", lambda *_: [Choice(str(i), "It", ("is.", "was not"), i % 2) for i in range(4)])
+    monkeypatch.setattr(
+        measures,
+        "evaluation_text",
+        lambda _: join("text", [f"{i} is a number of things that may be counted. " * 3 for i in range(9)]),
+    )
+    monkeypatch.setattr(
+        TASKS["hellaswag"], "items", lambda *_: [Choice(str(i), "It", ("is.", "was not"), i % 2) for i in range(4)]
+    )
     asked = [Question("1", "Who?", ("a",), None), Question("2", "What?", ("zzz",), None)]
-    monkeypatch.setattr(measures, "questions", lambda _, open_book, limit: [replace(q, context="C") for q in asked] if open_book else asked)
+    monkeypatch.setattr(
+        measures,
+        "questions",
+        lambda _, open_book, limit: [replace(q, context="C") for q in asked] if open_book else asked,
+    )
     p = measures.Measures(lengths=[16, 64], windows=8)
     found = measures.measure(tiny(), p)
-    assert [m.metric for m in found] == ["perplexity", "perplexity", "accuracy", "accuracy", "accuracy", "accuracy", "acc_norm"]
+    assert [m.metric for m in found] == [
+        "perplexity",
+        "perplexity",
+        "accuracy",
+        "accuracy",
+        "accuracy",
+        "accuracy",
+        "acc_norm",
+    ]
     assert (found[0].n, found[1].n) == (8, 2)  # as many tokens at either length
     table = measures.table(found)
     assert len(table) == 3 + 3 + 4 * 4 + 2 and len(measures.readable(table)) == len(table)
     assert "perplexity" in measures.headline(found)
-    loose = replace(found[2], items=[{"id": "1", "answer": "long answer", "tier": "substring"}, {"id": "2", "answer": "x", "tier": "exact"}])
+    loose = replace(
+        found[2],
+        items=[{"id": "1", "answer": "long answer", "tier": "substring"}, {"id": "2", "answer": "x", "tier": "exact"}],
+    )
     assert measures.flattering(loose)["answer"].tolist() == ["long answer"]

@@ -21,12 +21,16 @@ WINDOWS = 24
 @pytest.fixture(scope="module", autouse=True)
 def text():
     monkeypatch = pytest.MonkeyPatch()
-    made = join("text", [f"{i} is a number of things that may be counted, and {i * i} is its square. " * 3 for i in range(12)])
+    made = join(
+        "text", [f"{i} is a number of things that may be counted, and {i * i} is its square. " * 3 for i in range(12)]
+    )
     for module in (depth, width):
         monkeypatch.setattr(module, "evaluation_text", lambda _: made)
     monkeypatch.setattr("thesislib.sources.corpus.calibration_text", lambda *_: made)
     asked = [Question("1", "Who?", ("a",), None), Question("2", "What?", ("zzz",), None)]
-    monkeypatch.setattr(depth, "questions", lambda _, open_book, limit: [replace(q, context="C") for q in asked] if open_book else asked)
+    monkeypatch.setattr(
+        depth, "questions", lambda _, open_book, limit: [replace(q, context="C") for q in asked] if open_book else asked
+    )
     yield
     monkeypatch.undo()
 
@@ -53,7 +57,16 @@ def measured(measured_once):
 
 def test_every_method_removes_as_many_unprotected_blocks_as_it_should(measured):
     removed = measured.scores.removed
-    assert set(removed) == {"perplexity", "taylor", "magnitude", "influence", "angular", depth.GREEDY, "random 0", "random 1"}
+    assert set(removed) == {
+        "perplexity",
+        "taylor",
+        "magnitude",
+        "influence",
+        "angular",
+        depth.GREEDY,
+        "random 0",
+        "random 1",
+    }
     for sets in removed.values():
         for k, gone in sets.items():
             assert len(set(gone)) == k and set(gone) <= {4, 5, 6}
@@ -84,7 +97,14 @@ def test_verdict_turns_with_the_numbers(measured):
     random = [key for key in measured.perplexity if key[0].startswith("random")]
     for key in random:
         measured.perplexity[key] = loss(6.0, 2)
-    for method, per_token in ((("perplexity"), 3.0), (depth.GREEDY, 2.5), ("taylor", 3.5), ("magnitude", 3.0), ("influence", 3.0), ("angular", 3.0)):
+    for method, per_token in (
+        (("perplexity"), 3.0),
+        (depth.GREEDY, 2.5),
+        ("taylor", 3.5),
+        ("magnitude", 3.0),
+        ("influence", 3.0),
+        ("angular", 3.0),
+    ):
         measured.perplexity[method, k] = loss(per_token, seed=0 if per_token == 3.0 else 1)
     said = depth.verdict(measured, k)
     assert "better: perplexity, greedy (x 0.61)" in said and "worse: taylor (x 1.65)" in said
@@ -124,14 +144,18 @@ def test_bad_parameters_of_depth(settings, said):
 def test_what_a_subject_cannot_lose_is_left_out_or_refused(tiny, capsys):
     scores = depth.score(tiny(layers=7), SMALL)
     assert "not possible for this subject: to remove 2 of its 7 blocks" in capsys.readouterr().out
-    assert {k for sets in scores.removed.values() for k in sets} == {1} and {b for sets in scores.removed.values() for b in sets[1]} == {4}
+    assert {k for sets in scores.removed.values() for k in sets} == {1} and {
+        b for sets in scores.removed.values() for b in sets[1]
+    } == {4}
     with pytest.raises(BadInput, match="of this subject's 6 blocks 0 can go"):
         depth.score(tiny(layers=6), SMALL)
 
 
 # ---------------------------------------------------------------- chapter 3
 
-NARROW = width.WidthChapter(length=32, calibration=3, windows=4, ratios=[0.5], by_magnitude=["2:4"], weightings=["unit_norm"])
+NARROW = width.WidthChapter(
+    length=32, calibration=3, windows=4, ratios=[0.5], by_magnitude=["2:4"], weightings=["unit_norm"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +180,9 @@ def test_done_configurations_are_not_measured_again(tiny, pruned):
     fresh = []
     done = {c: m for c, m in pruned.items() if c is None or c.of == 16}
     again = width.measure(tiny(layers=2), width.configurations(NARROW), NARROW, done, fresh.append)
-    assert len(fresh) == len(pruned) - len(done) and {c: m.value for c, m in again.items()} == {c: m.value for c, m in pruned.items()}
+    assert len(fresh) == len(pruned) - len(done) and {c: m.value for c, m in again.items()} == {
+        c: m.value for c, m in pruned.items()
+    }
 
 
 def test_width_results_survive_being_recorded(pruned, tmp_path):
@@ -170,7 +196,10 @@ def test_width_results_survive_being_recorded(pruned, tmp_path):
 
 def test_conventions():
     table = width.conventions()
-    assert table.loc["1:8", "NVIDIA's reading (kept:of)"] == "7:8" and table.loc["2:4", "NVIDIA's reading (kept:of)"] == "2:4"
+    assert (
+        table.loc["1:8", "NVIDIA's reading (kept:of)"] == "7:8"
+        and table.loc["2:4", "NVIDIA's reading (kept:of)"] == "2:4"
+    )
     assert table.loc["8:16", "ways to place"] == "12,870" and table.loc["8:16", "bits a group"] == 14
     assert table.loc["2:4", "bytes packed, bfloat16"] == "54.7%"
 
@@ -178,12 +207,21 @@ def test_conventions():
 def test_sentences_of_width_turn_with_the_numbers():
     p = width.WidthChapter(by_magnitude=["1:8", "2:4"], weightings=["unit_norm"])
     order = {"1:2": 5.0, "2:4": 4.5, "4:8": 4.0, "8:16": 4.0}
-    results = {None: loss(3.0)} | {p.width(x): loss(v, seed=0 if x != "8:16" else 1) for x, v in order.items()} | {p.width("1:8"): loss(3.05)}
+    results = (
+        {None: loss(3.0)}
+        | {p.width(x): loss(v, seed=0 if x != "8:16" else 1) for x, v in order.items()}
+        | {p.width("1:8"): loss(3.05)}
+    )
     results |= {p.width("1:8", metric="magnitude"): loss(3.05), p.width("2:4", metric="magnitude"): loss(6.0, 1)}
     results |= {p.width("2:4", weighting="unit_norm"): loss(4.6)}
     said = width.halves_sentence(results, p)
-    assert "2:4 is better than 1:2 (x 0.61, p < 0.001), 4:8 is better than 2:4 (x 0.61, p < 0.001), 8:16 is not told apart from 4:8" in said
-    assert "below magnitude's for 1 of 2 patterns, above it for 0, not told apart for 1" in width.magnitude_sentence(results, p)
+    assert (
+        "2:4 is better than 1:2 (x 0.61, p < 0.001), 4:8 is better than 2:4 (x 0.61, p < 0.001), 8:16 is not told apart from 4:8"
+        in said
+    )
+    assert "below magnitude's for 1 of 2 patterns, above it for 0, not told apart for 1" in width.magnitude_sentence(
+        results, p
+    )
     assert "unit_norm: x 1.105" in width.weighting_sentence(results, p)
     results[p.width("2:4")] = loss(5.5)
     assert "2:4 is worse than 1:2" in width.halves_sentence(results, p)
@@ -195,12 +233,19 @@ def test_calibration_table_and_sentence():
     table = width.calibration_table(results, p)
     assert table.shape == (6, 3) and table.loc[("c4", 8), 0] > table.loc[("c4", 128), 0]
     said = width.calibration_sentence(results, p)
-    assert said.startswith("From 8 to 128 calibration windows the mean over 3 seeds goes, by text: c4 40.9 to 27.4") and "Seeds differ by 1.0% to 1.0%" in said
+    assert (
+        said.startswith("From 8 to 128 calibration windows the mean over 3 seeds goes, by text: c4 40.9 to 27.4")
+        and "Seeds differ by 1.0% to 1.0%" in said
+    )
 
 
 @pytest.mark.parametrize(
     ("settings", "said"),
-    [({"patterns": ["4:4"]}, "removes 4 of 4"), ({"by_magnitude": ["half"]}, "'half' is not understood"), ({"windows": 0}, "'windows' is 0")],
+    [
+        ({"patterns": ["4:4"]}, "removes 4 of 4"),
+        ({"by_magnitude": ["half"]}, "'half' is not understood"),
+        ({"windows": 0}, "'windows' is 0"),
+    ],
 )
 def test_bad_parameters_of_width(settings, said):
     with pytest.raises(BadInput, match=said):

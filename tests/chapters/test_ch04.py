@@ -30,7 +30,9 @@ def small(tiny, tiny_data, tmp_path_factory):
 @pytest.fixture(scope="module")
 def measured(small):
     found = []
-    results = lora.measure([*lora.configurations(small), *lora.order_experiment(small, "D1", "W1:8")], small, found=found.append)
+    results = lora.measure(
+        [*lora.configurations(small), *lora.order_experiment(small, "D1", "W1:8")], small, found=found.append
+    )
     return results, found
 
 
@@ -45,10 +47,18 @@ def test_everything_is_measured_once(small, measured):
     }  # fmt: skip
     assert {what for c, what in results if c == Configuration("D1", "wikitext")} == {PPL, CLOSED, OPEN}
     assert {what for c, what in results if c.seed == 1} == {PPL}
-    assert results[Configuration("D1", "wikitext"), PPL].value != results[Configuration("D1", "wikitext", seed=1), PPL].value
-    beside, masked, dense = (results[Configuration("W2:4", "wikitext", merge=way), PPL] for way in ("beside", "masked", "dense"))
+    assert (
+        results[Configuration("D1", "wikitext"), PPL].value
+        != results[Configuration("D1", "wikitext", seed=1), PPL].value
+    )
+    beside, masked, dense = (
+        results[Configuration("W2:4", "wikitext", merge=way), PPL] for way in ("beside", "masked", "dense")
+    )
     assert len({beside.value, masked.value, dense.value}) == 3
-    assert masked.provenance["made"]["bytes"]["nonzero_parameters"] < dense.provenance["made"]["bytes"]["nonzero_parameters"]
+    assert (
+        masked.provenance["made"]["bytes"]["nonzero_parameters"]
+        < dense.provenance["made"]["bytes"]["nonzero_parameters"]
+    )
     assert dense.value == pytest.approx(beside.value, rel=1e-5)  # float32: the same sum, added otherwise
 
 
@@ -67,7 +77,11 @@ def test_records_come_back_and_can_be_made_again(small, measured, tiny_data, tmp
     for m in found:
         store.append(m)
     assert dict(lora.read_recorded(store.path)) == results
-    for key in ((Configuration("W2:4", "wikitext", merge="masked"), PPL), (Configuration("D1", "trivia", after="W1:8"), PPL), (Configuration("dense"), CLOSED)):
+    for key in (
+        (Configuration("W2:4", "wikitext", merge="masked"), PPL),
+        (Configuration("D1", "trivia", after="W1:8"), PPL),
+        (Configuration("dense"), CLOSED),
+    ):
         verdict = again(results[key], small.subject, tiny_data)
         assert verdict.agrees and verdict.same_bits and verdict.same_subject, (key, str(verdict))
 
@@ -84,7 +98,21 @@ def test_what_the_chapter_refuses():
         with pytest.raises(BadInput, match=message):
             LoraChapter(**settings)
     with pytest.raises(BadInput, match="not the results of chapter 4"):
-        lora.from_measurements([Measurement(task="t", metric="perplexity", value=1.0, low=1.0, high=1.0, n=1, unit="u", items=[], provenance={"chapter": {}})])
+        lora.from_measurements(
+            [
+                Measurement(
+                    task="t",
+                    metric="perplexity",
+                    value=1.0,
+                    low=1.0,
+                    high=1.0,
+                    n=1,
+                    unit="u",
+                    items=[],
+                    provenance={"chapter": {}},
+                )
+            ]
+        )
 
 
 # ---------------------------------------------------------------- what it says
@@ -96,7 +124,11 @@ def loss(per_token, seed=0, **settings):
         "curve": [{"step": 1, "loss": 3.0}], "validation": [{"step": 0, "loss": 3.5}, {"step": 4, "loss": 3.0}], "best_loss": 3.0, "best_step": 4,
         "tokens": 1000, "parameters": 10**6, "tokens_per_second": 100.0,
     }  # fmt: skip
-    made = {"reports": [report], "bytes": {"parameters": 10, "nonzero_parameters": 8, "bytes_on_disk": 10**6}, "stages": [{"lora": {"learning_rate": 0.002}}]}
+    made = {
+        "reports": [report],
+        "bytes": {"parameters": 10, "nonzero_parameters": 8, "bytes_on_disk": 10**6},
+        "stages": [{"lora": {"learning_rate": 0.002}}],
+    }
     return perplexity(per_token, seed, texts=0, provenance={"made": made, "chapter": {"text": "x"}, **settings})
 
 
@@ -121,7 +153,9 @@ def story():
 
 def test_recovery_is_counted_against_the_control(story):
     table = recovery.recovered(story)
-    assert table.loc["D2", "naive"] == pytest.approx(0.6 / 0.7, abs=0.02) and table.loc["W2:4", "naive"] == pytest.approx(0.8, abs=0.02)
+    assert table.loc["D2", "naive"] == pytest.approx(0.6 / 0.7, abs=0.02) and table.loc[
+        "W2:4", "naive"
+    ] == pytest.approx(0.8, abs=0.02)
     assert table.loc["D2", "fair"] == pytest.approx((0.7 - 0.3) / 0.7, abs=0.02)
     assert "changes the dense model's" in recovery.control_sentence(story)
     story[Configuration("dense", "wikitext"), PPL] = loss(3.3, seed=99)
@@ -130,7 +164,9 @@ def test_recovery_is_counted_against_the_control(story):
 
 
 def test_sentences_turn_with_the_numbers(story):
-    assert "WikiText is better for D2, worse for none, and within noise for the other 1" in recovery.texts_sentence(story)
+    assert "WikiText is better for D2, worse for none, and within noise for the other 1" in recovery.texts_sentence(
+        story
+    )
     story[Configuration("D2", "wikitext"), CLOSED] = accuracy(0.02)
     assert "better for none, worse for D2" in recovery.texts_sentence(story)
     assert "D2+W+W1:8 (40.45) is worse than D2+W1:8+W" in recovery.order_sentence(story)
@@ -138,7 +174,9 @@ def test_sentences_turn_with_the_numbers(story):
     assert "is better than D2+W1:8+W" in recovery.order_sentence(story)
     story[Configuration("D2", "wikitext", after="W1:8"), PPL] = loss(3.5, seed=77)
     assert "is within noise of D2+W1:8+W" in recovery.order_sentence(story)
-    assert "D2+W with 2 seeds" in recovery.seeds_sentence(story) and "above the dense model's" in recovery.headline(story)
+    assert "D2+W with 2 seeds" in recovery.seeds_sentence(story) and "above the dense model's" in recovery.headline(
+        story
+    )
     assert "tells the seeds apart" not in recovery.seeds_sentence(story)
     story[Configuration("D2", "wikitext", seed=2), PPL] = loss(3.6, seed=50)
     assert "tells the seeds apart (p < 0.001)" in recovery.seeds_sentence(story)
@@ -150,16 +188,27 @@ def test_tables_and_figures_hold_what_was_measured(story):
     p = LoraChapter(pruned=["D2", "W2:4", "D2+W1:8"], texts=["wikitext", "trivia"])
     assert list(recovery.recovery_table(story).index) == ["D2", "W2:4", "D2+W1:8", "dense"]
     assert recovery.recovery_table(story).loc["D2", "thesis +W"] == "21.3"
-    assert "*" in recovery.answers_table(story).loc["D2", "closed book, +W"] and "*" not in recovery.answers_table(story).loc["dense", "closed book, +W"]
+    assert (
+        "*" in recovery.answers_table(story).loc["D2", "closed book, +W"]
+        and "*" not in recovery.answers_table(story).loc["dense", "closed book, +W"]
+    )
     merge = recovery.merge_table(story)
-    assert set(merge.index) == {(m, way) for m in ("W2:4+W", "W2:4+T", "D2+W1:8+W") for way in ("beside", "masked", "dense")}
+    assert set(merge.index) == {
+        (m, way) for m in ("W2:4+W", "W2:4+T", "D2+W1:8+W") for way in ("beside", "masked", "dense")
+    }
     assert merge.loc[("W2:4+W", "masked"), "against beside, paired"].startswith("x 1.1")
-    assert "W2:4+W x 1.1" in recovery.merge_sentence(story) and "stays where it was (x 1.000 to x 1.000)" in recovery.merge_sentence(story)
-    assert len(recovery.training_table(story)) == 8 and "trains with 0.004. Perplexity" in recovery.rates_sentence(story, p)
+    assert "W2:4+W x 1.1" in recovery.merge_sentence(
+        story
+    ) and "stays where it was (x 1.000 to x 1.000)" in recovery.merge_sentence(story)
+    assert len(recovery.training_table(story)) == 8 and "trains with 0.004. Perplexity" in recovery.rates_sentence(
+        story, p
+    )
     assert set(recovery.samples(story, p).index) >= {"dense", "D2+W", "dense+W"}
     tests = recovery.tests_table(story)
     assert list(tests.columns) == ["paired t", "paired bootstrap", "Wilcoxon signed-rank"] and len(tests) == 6
-    assert all(tests.loc["D2 to D2+W"].str.startswith("x 0.5")) and all(tests.loc["D2 to D2+W"].str.endswith("p < 0.001"))
+    assert all(tests.loc["D2 to D2+W"].str.startswith("x 0.5")) and all(
+        tests.loc["D2 to D2+W"].str.endswith("p < 0.001")
+    )
     chart = figures.recovery_chart(recovery.points(story))
     assert [t.get_text() for t in chart.axes[0].get_yticklabels()] == ["D2", "W2:4", "D2+W1:8", "dense"]
     lines = figures.loss_curves(recovery.curves(story))

@@ -26,8 +26,21 @@ def small(tiny, tiny_data, tmp_path_factory):
     patch.setenv("THESISLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
     text = corpus.evaluation_text
     patch.setattr(corpus, "evaluation_text", lambda data: text(tiny_data))
-    folder = save_checkpoint(tiny(layers=3, hidden_size=64, intermediate_size=64, num_attention_heads=8), tmp_path_factory.mktemp("subject") / "tiny")
-    settings = {"length": 64, "calibration": 3, "rank": 4, "windows": 4, "held_out": 3, "questions": 2, "passages": 2, "tokens": 4, "group": 32}
+    folder = save_checkpoint(
+        tiny(layers=3, hidden_size=64, intermediate_size=64, num_attention_heads=8),
+        tmp_path_factory.mktemp("subject") / "tiny",
+    )
+    settings = {
+        "length": 64,
+        "calibration": 3,
+        "rank": 4,
+        "windows": 4,
+        "held_out": 3,
+        "questions": 2,
+        "passages": 2,
+        "tokens": 4,
+        "group": 32,
+    }
     yield QuantChapter(subject=str(folder), data=tiny_data, dtype="float32", bits=[3], **settings)
     patch.undo()
 
@@ -35,25 +48,43 @@ def small(tiny, tiny_data, tmp_path_factory):
 @pytest.fixture(scope="module")
 def measured(small):
     found = []
-    results = gptq.measure([*gptq.table(small), *gptq.pruned(small, ["W2:4"]), *gptq.ranks(small, tried=(2, 8))], small, found=found.append)
+    results = gptq.measure(
+        [*gptq.table(small), *gptq.pruned(small, ["W2:4"]), *gptq.ranks(small, tried=(2, 8))], small, found=found.append
+    )
     return results, found
 
 
 def test_every_model_is_made_and_measured_once(small, measured):
     results, found = measured
-    assert len(found) == len(results) == len({(m.provenance["made"]["recipe"], m.provenance["chapter"]["what"]) for m in found})
+    assert (
+        len(found)
+        == len(results)
+        == len({(m.provenance["made"]["recipe"], m.provenance["chapter"]["what"]) for m in found})
+    )
     table = quantisation.main_table(results, gptq.table(small))
-    assert list(table.index) == ["dense", *(f"{way} 3-bit asymmetric{more}" for way in ("rounding", "GPTQ") for more in ("", " + EoRA"))]
+    assert list(table.index) == [
+        "dense",
+        *(f"{way} 3-bit asymmetric{more}" for way in ("rounding", "GPTQ") for more in ("", " + EoRA")),
+    ]
     assert (table[["WikiText-2", "held-out Wikipedia", "closed book", "open book"]] != "").all().all()
-    without, with_eora = (results[c.key, PPL].provenance["made"]["bytes"]["bytes_on_disk"] for c in gptq.table(small)[-2:])
+    without, with_eora = (
+        results[c.key, PPL].provenance["made"]["bytes"]["bytes_on_disk"] for c in gptq.table(small)[-2:]
+    )
     assert without < with_eora
-    assert list(quantisation.pruned_table(results, small).index) == ["W2:4", "W2:4, rounding", "W2:4, GPTQ", "W2:4, GPTQ + EoRA"]
+    assert list(quantisation.pruned_table(results, small).index) == [
+        "W2:4",
+        "W2:4, rounding",
+        "W2:4, GPTQ",
+        "W2:4, GPTQ + EoRA",
+    ]
     ranks = quantisation.rank_table(results, small)
     assert list(ranks["MB of factors"]) == sorted(ranks["MB of factors"]) and ranks.loc["0", "against rank 0"] == ""
     errors = gptq.layers(small, gptq.table(small)[-2:], windows=3)
     means = quantisation.layer_table(errors)
     assert (means["GPTQ 3-bit asymmetric + EoRA"] < means["GPTQ 3-bit asymmetric"]).all() and len(means) == 7
-    assert quantisation.layer_sentence({"rounding": errors["GPTQ 3-bit asymmetric"], **errors}).startswith("Of 21 projections")
+    assert quantisation.layer_sentence({"rounding": errors["GPTQ 3-bit asymmetric"], **errors}).startswith(
+        "Of 21 projections"
+    )
     assert gptq.measure(gptq.table(small), small, results, pytest.fail) == results  # nothing is done twice
 
 
@@ -75,7 +106,9 @@ def test_ingredients_change_one_thing_each():
         assert changed == {INGREDIENTS[c.name.split(":")[0]][0]}, c.name
     (_, *less), best = gptq.without(p), dataclasses.asdict(gptq.without(p)[0].stages[0])
     assert {k: best[k] for k in BEST} == BEST
-    assert [c.name for c in less if c.name.startswith("without")] == [f"without {t}" for t, (k, _) in INGREDIENTS.items() if k in PLAIN and PLAIN[k] != BEST[k]]
+    assert [c.name for c in less if c.name.startswith("without")] == [
+        f"without {t}" for t, (k, _) in INGREDIENTS.items() if k in PLAIN and PLAIN[k] != BEST[k]
+    ]
     assert len(less) == len(INGREDIENTS) - 1  # groups have a table of their own
     for c in less:
         assert len({k for k, v in dataclasses.asdict(c.stages[0]).items() if v != best[k]} - {"windows"}) == 1, c.name
@@ -105,9 +138,14 @@ def test_sentences_turn_with_the_numbers():
         and "with an integer zero-point within noise of it" in said
     )
     assert "harming" not in quantisation.textbook_sentence(results, p, brief=True)
-    assert all(table(results, p).empty for table in (quantisation.pruned_table, quantisation.rank_table, quantisation.kinds_table))
+    assert all(
+        table(results, p).empty
+        for table in (quantisation.pruned_table, quantisation.rank_table, quantisation.kinds_table)
+    )
     table = quantisation.ingredient_table(results, configs)
-    assert table.loc["token weighting: first_16", ""] == "better" and table.loc["act-order: static", ""] == "within noise"
+    assert (
+        table.loc["token weighting: first_16", ""] == "better" and table.loc["act-order: static", ""] == "within noise"
+    )
     results[configs[0].key, HELD_OUT] = loss(4.5, 90)
     assert "is better than plain rounding" in quantisation.textbook_sentence(results, p)
     results[configs[0].key, HELD_OUT] = loss(4.0, 90)
@@ -116,16 +154,28 @@ def test_sentences_turn_with_the_numbers():
     tables = gptq.table(p)
     results |= {(c.key, PPL): loss(3.4 - 0.05 * i, i) for i, c in enumerate(tables)}
     said = quantisation.method_sentence(results, tables)
-    assert "GPTQ 4-bit asymmetric against rounding 4-bit asymmetric: better" in said and "rounding 3-bit asymmetric + EoRA against without: better" in said
+    assert (
+        "GPTQ 4-bit asymmetric against rounding 4-bit asymmetric: better" in said
+        and "rounding 3-bit asymmetric + EoRA against without: better" in said
+    )
     results[tables[4].key, PPL] = loss(3.9, 5)
     assert "GPTQ 4-bit asymmetric + EoRA against without: worse" in quantisation.method_sentence(results, tables)
-    results |= {(c.key, HELD_OUT): loss(3.5 if c.name.startswith("EoRA") else 3.6, i) for i, c in enumerate(gptq.starts(p))}
+    results |= {
+        (c.key, HELD_OUT): loss(3.5 if c.name.startswith("EoRA") else 3.6, i) for i, c in enumerate(gptq.starts(p))
+    }
     assert "better for 3 of 3 seeds, worse for 0" in quantisation.starts_sentence(results, p)
     slow = [c for c in gptq.starts(p) if "rate 0.0002" in c.name]
     assert len(slow) == 6 and len(quantisation.starts_table(results, p)) == 4
-    faster = {**results, **{(c.key, HELD_OUT): loss(3.3, i) for i, c in enumerate(slow) if c.name.startswith("usual")}}  # its better rate counts
+    faster = {
+        **results,
+        **{(c.key, HELD_OUT): loss(3.3, i) for i, c in enumerate(slow) if c.name.startswith("usual")},
+    }  # its better rate counts
     said = quantisation.starts_sentence(faster, p)
-    assert "started as usual, learning rate 0.0002" in said and "worse for 3" in said and "At 3 bits, learning rate 0.002, LoRA started from EoRA" in said
+    assert (
+        "started as usual, learning rate 0.0002" in said
+        and "worse for 3" in said
+        and "At 3 bits, learning rate 0.002, LoRA started from EoRA" in said
+    )
     results[gptq.starts(p)[2].key, HELD_OUT] = loss(3.0)  # the second seed, which does not choose the rate
     assert "better for 2 of 3 seeds, worse for 1" in quantisation.starts_sentence(results, p)
     assert quantisation.starts_sentence({}, p) == "Starts of LoRA were not run."
@@ -133,26 +183,40 @@ def test_sentences_turn_with_the_numbers():
 
 def told(c, per_token, seed=0):
     """A loss of a configuration's subject, with what its stages would have reported."""
-    made = {"bytes": {"bytes_on_disk": 10**6 * (1 + len(c.stages))}, "stages": [{type(s).__name__.lower(): {}} for s in c.stages]}
+    made = {
+        "bytes": {"bytes_on_disk": 10**6 * (1 + len(c.stages))},
+        "stages": [{type(s).__name__.lower(): {}} for s in c.stages],
+    }
     m = loss(per_token, seed)
-    return dataclasses.replace(m, provenance={"made": {**made, "label": "", "reports": [{"bytes": 2 * 10**6} for _ in c.stages]}})
+    return dataclasses.replace(
+        m, provenance={"made": {**made, "label": "", "reports": [{"bytes": 2 * 10**6} for _ in c.stages]}}
+    )
 
 
 def test_every_cell_says_what_its_numbers_say():
     p, q = gptq.recorded_parameters(), gptq.ablation_parameters()
     cells = [gptq.kinds(q), gptq.shapes(q), gptq.calibrations(q), gptq.compensations(q), gptq.pruned(q), gptq.ranks(q)]
-    results = {(c.key, HELD_OUT): told(c, 4.0 - 0.1 * c.name.startswith("GPTQ"), i) for cell in cells for i, c in enumerate(cell)}
+    results = {
+        (c.key, HELD_OUT): told(c, 4.0 - 0.1 * c.name.startswith("GPTQ"), i)
+        for cell in cells
+        for i, c in enumerate(cell)
+    }
     worse = next(c for c in gptq.kinds(q) if c.name == "v_proj, GPTQ")
     better = next(c for c in gptq.kinds(q) if c.name == "k_proj, GPTQ")
     results |= {(worse.key, HELD_OUT): told(worse, 4.2), (better.key, HELD_OUT): told(better, 3.8)}
     said = quantisation.kinds_sentence(results, q)
-    assert "worse than rounding for v_proj; better than rounding for k_proj; within noise of rounding for q_proj" in said
+    assert (
+        "worse than rounding for v_proj; better than rounding for k_proj; within noise of rounding for q_proj" in said
+    )
     results[worse.key, HELD_OUT] = told(worse, 3.8)
     assert "better than rounding for k_proj, v_proj" in quantisation.kinds_sentence(results, q)
 
     table = quantisation.shapes_table(results, q)
     assert set(table.index) == {(str(b), str(g)) for b, groups in gptq.SHAPES.items() for g in groups}
-    assert table.loc[("8", "64"), "GPTQ / rounding"].endswith("better than") and table.loc[("4", "row"), "MB on disk"] == "2.0"
+    assert (
+        table.loc[("8", "64"), "GPTQ / rounding"].endswith("better than")
+        and table.loc[("4", "row"), "MB on disk"] == "2.0"
+    )
     gone = next(c for c in gptq.shapes(q) if c.name == "GPTQ, 2 bits, group 64")
     missing = {k: m for k, m in results.items() if k != (gone.key, HELD_OUT)}
     assert quantisation.shapes_table(missing, q).loc[("2", "64"), "GPTQ"] == "not run"
@@ -165,7 +229,10 @@ def test_every_cell_says_what_its_numbers_say():
     few, many = gptq.table(p)[-1], gptq.table(p)[3]
     assert (few.name, many.name) == ("GPTQ 3-bit asymmetric + EoRA", "GPTQ 4-bit asymmetric")
     results |= {(few.key, PPL): told(few, np.log(40)), (many.key, PPL): told(many, np.log(36))}
-    assert "take 3.0 MB, 4 bits without 2.0 MB; in perplexity the first are worse than the second" in quantisation.bytes_sentence(results, p)
+    assert (
+        "take 3.0 MB, 4 bits without 2.0 MB; in perplexity the first are worse than the second"
+        in quantisation.bytes_sentence(results, p)
+    )
     bars = quantisation.bars_table(results, p)
     assert len(bars) == 8 and bars["at most"].nunique() == 4
     assert bars.loc["GPTQ 4-bit asymmetric", ""] == "not met" and bars.loc["GPTQ 3-bit asymmetric + EoRA", ""] == "met"
@@ -177,7 +244,9 @@ def test_every_cell_says_what_its_numbers_say():
         (second.key, PPL): told(second, np.log(39)),
     }
     assert quantisation.bars_table(results, p).loc[first.name, "off by"] == "-2.1%"
-    assert "GPTQ 3-bit x 0.9" in quantisation.more_sentence(results, p) and "GPTQ 3-bit + EoRA x 0.9" in quantisation.more_sentence(results, p)
+    assert "GPTQ 3-bit x 0.9" in quantisation.more_sentence(
+        results, p
+    ) and "GPTQ 3-bit + EoRA x 0.9" in quantisation.more_sentence(results, p)
     both = quantisation.sizes_and_losses(results)
     assert set(both["method"]) >= {"GPTQ", "rounding", "GPTQ + EoRA"} and (both["MB"] > 0).all()
     chart = figures.bytes_chart(both, 30.0, most=52)
@@ -185,7 +254,9 @@ def test_every_cell_says_what_its_numbers_say():
     assert {t.get_text() for t in axis.get_legend().get_texts()} == set(
         both.loc[both["perplexity"] <= 52, "method"]
     ) and f"{above} above 52 not drawn" in axis.get_title()
-    errors = {how: {f"blocks.{b}.{kind}": 0.1 * (b + 1) for b in range(3) for kind in LINEARS} for how in ("rounding", "GPTQ")}
+    errors = {
+        how: {f"blocks.{b}.{kind}": 0.1 * (b + 1) for b in range(3) for kind in LINEARS} for how in ("rounding", "GPTQ")
+    }
     lines = figures.layers_chart(errors, LINEARS)
     assert [a.get_title() for a in lines.axes[:7]] == list(LINEARS) and all(len(a.lines) == 2 for a in lines.axes[:7])
     figures.plt.close("all")
@@ -203,17 +274,28 @@ def test_what_is_measured_directly(small, tiny):
     for b in (0, 1):
         for linear in subject.linears(b).values():
             linear.weight.data = round_to_nearest(linear.weight, Grid(4, 32, "minimum")).weight
-    assert "in 14 linears is 0; with an integer zero-point instead, the mean change is 0.2" in quantisation.grid_sentence(subject)
+    assert (
+        "in 14 linears is 0; with an integer zero-point instead, the mean change is 0.2"
+        in quantisation.grid_sentence(subject)
+    )
 
 
 def test_thesis_figures_stand_beside():
     table = quantisation.thesis_table()
-    assert table.loc["W1:8+W", "perplexity, 4-bit + EoRA"] == 16.68 and table.loc["W1:8+W", "perplexity, recovered"] == 15.7
+    assert (
+        table.loc["W1:8+W", "perplexity, 4-bit + EoRA"] == 16.68
+        and table.loc["W1:8+W", "perplexity, recovered"] == 15.7
+    )
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"bits": [5]}, "5 bits"), ({"calibration": 0}, "calibration"), ({"dtype": "int8"}, "'int8'"), ({"group": 1}, "group '1'")],
+    [
+        ({"bits": [5]}, "5 bits"),
+        ({"calibration": 0}, "calibration"),
+        ({"dtype": "int8"}, "'int8'"),
+        ({"group": 1}, "group '1'"),
+    ],
 )
 def test_what_the_chapter_refuses(settings, message):
     with pytest.raises(BadInput, match=message):
@@ -227,11 +309,18 @@ def test_what_the_chapter_refuses(settings, message):
 def test_fields_say_what_names_say():
     p = gptq.recorded_parameters()
     for c in gptq.table(p):
-        assert c.name == ("dense" if not c.method else f"{c.method} {c.bits}-bit {c.grid}{' + EoRA' if c.corrected else ''}")
-    assert [c.name for c in gptq.starts(p)] == [f"{'EoRA' if c.corrected else 'usual'}, rate {c.rate:g}, seed {c.seed}" for c in gptq.starts(p)]
+        assert c.name == (
+            "dense" if not c.method else f"{c.method} {c.bits}-bit {c.grid}{' + EoRA' if c.corrected else ''}"
+        )
+    assert [c.name for c in gptq.starts(p)] == [
+        f"{'EoRA' if c.corrected else 'usual'}, rate {c.rate:g}, seed {c.seed}" for c in gptq.starts(p)
+    ]
     assert [c.name for c in gptq.ranks(p)] == [str(c.rank) for c in gptq.ranks(p)]
     assert [c.name for c in gptq.shapes(p)] == [f"{c.method}, {c.bits} bits, group {c.group}" for c in gptq.shapes(p)]
-    assert all(c.name.startswith(c.varied) and (c.rate, c.seed) == (None, None) for c in (*gptq.kinds(p), *gptq.pruned(p), *gptq.alone(p)))
+    assert all(
+        c.name.startswith(c.varied) and (c.rate, c.seed) == (None, None)
+        for c in (*gptq.kinds(p), *gptq.pruned(p), *gptq.alone(p))
+    )
     with pytest.raises(StopIteration):
         gptq.pick(gptq.table(p), bits=5)
 
@@ -251,6 +340,10 @@ def test_names_are_for_readers_only(monkeypatch):
     for name in ("compensations", "kinds", "more", "pruned", "ranks", "shapes", "starts", "table", "without"):
         make = getattr(gptq, name)
         monkeypatch.setattr(
-            quantisation, name, lambda *given, make=make, **more: [dataclasses.replace(c, name=f"model {i}") for i, c in enumerate(make(*given, **more))]
+            quantisation,
+            name,
+            lambda *given, make=make, **more: [
+                dataclasses.replace(c, name=f"model {i}") for i, c in enumerate(make(*given, **more))
+            ],
         )
     assert [say() for say in said] == before

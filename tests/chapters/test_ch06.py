@@ -19,7 +19,12 @@ from thesislib.files import ROOT
 
 def provenance(megabytes, millions=100):
     size = {"bytes_on_disk": megabytes * 1e6, "parameters": millions * 1e6, "nonzero_parameters": millions * 1e6}
-    return {"made": {"bytes": size}, "seconds": 2.0, "hardware": {"torch_threads": 1, "cpu": "a processor", "cores": 2}, "sweep": {"seconds_to_make": 5.0}}
+    return {
+        "made": {"bytes": size},
+        "seconds": 2.0,
+        "hardware": {"torch_threads": 1, "cpu": "a processor", "cores": 2},
+        "sweep": {"seconds_to_make": 5.0},
+    }
 
 
 def ppl(per_token, megabytes, seed=0):
@@ -40,7 +45,16 @@ def story():
 
 
 def test_families():
-    told = {"dense": "pruned", "D2+W1:8": "pruned", "W1:2": "pruned", "W": "+ LoRA", "D2+W": "+ LoRA", "D2+T+W1:8": "+ LoRA", "Q3": "+ GPTQ", "W+Q": "+ GPTQ"}
+    told = {
+        "dense": "pruned",
+        "D2+W1:8": "pruned",
+        "W1:2": "pruned",
+        "W": "+ LoRA",
+        "D2+W": "+ LoRA",
+        "D2+T+W1:8": "+ LoRA",
+        "Q3": "+ GPTQ",
+        "W+Q": "+ GPTQ",
+    }
     assert {label: family(label) for label in told} == told and family("D2+W+Q+E") == family("Q2+E") == "+ EoRA"
 
 
@@ -49,7 +63,9 @@ def test_the_thesis_stands_beside():
     assert labels.thesis_of("D2+W+Q").perplexity == evaluation.thesis_row("D2", "W", "Q").perplexity
     assert labels.thesis_of("D2+W+Q+E") == evaluation.thesis_row("D2", "W", "E")
     assert labels.thesis_of("Q3") is labels.thesis_of("Q2+E") is None
-    assert labels.thesis_of("D2+W+W1:8") == evaluation.thesis_row("D2+W1:8", "W", "order") != labels.thesis_of("D2+W1:8+W")
+    assert (
+        labels.thesis_of("D2+W+W1:8") == evaluation.thesis_row("D2+W1:8", "W", "order") != labels.thesis_of("D2+W1:8+W")
+    )
     assert labels.thesis_of("Q") is None and labels.thesis_of("dense") == evaluation.thesis_row("dense")
 
 
@@ -59,7 +75,11 @@ def test_a_front_is_what_nothing_beats(story):
     assert labels == ["D2+W+Q", "D2+W+Q+E", "D2+W", "dense", "W"]
     rows = table.set_index("label")
     for x in rows.index:  # by the definition
-        beaten = any(rows.loc[y, "MB"] <= rows.loc[x, "MB"] and rows.loc[y, PPL] <= rows.loc[x, PPL] for y in rows.index if y != x)
+        beaten = any(
+            rows.loc[y, "MB"] <= rows.loc[x, "MB"] and rows.loc[y, PPL] <= rows.loc[x, PPL]
+            for y in rows.index
+            if y != x
+        )
         assert (x in labels) == (not beaten), x
     assert front(table, "MB", OPEN) == ["D2", "dense"]
 
@@ -70,7 +90,9 @@ def test_depth_and_width_together_cost_more_than_their_sum(story):
     said = evaluation.interaction_sentence(story)
     assert "Of 1 pairs, they lose more than that for 1 (D2+W1:8), less for 0" in said and "x 1.2" in said
     (less,) = evaluation.interactions({**story, ("D2+W1:8", PPL): ppl(3.2, 240, 3)})
-    assert less[1].difference < 0 and "less for 1 (D2+W1:8)" in evaluation.interaction_sentence({**story, ("D2+W1:8", PPL): ppl(3.2, 240, 3)})
+    assert less[1].difference < 0 and "less for 1 (D2+W1:8)" in evaluation.interaction_sentence(
+        {**story, ("D2+W1:8", PPL): ppl(3.2, 240, 3)}
+    )
     assert evaluation.interaction_sentence({}) == "No model was pruned both ways."
 
 
@@ -94,14 +116,30 @@ def test_findings_turn_with_the_records(story):
     assert "of 4 untrained ones 0 and of 3 trained ones 1 are beaten" in trade_offs.equal_bytes_sentence(story)
     plain = {**story, ("Q", PPL): ppl(3.05, 100, 20)}
     assert "of 4 untrained ones 3 and of 3 trained ones 1 are beaten" in trade_offs.equal_bytes_sentence(plain)
-    assert "perplexity 23.3" not in "".join(evaluation.top_findings(story))  # D2+W+Q's, which is more than 1.25 times 18.2
-    assert "alike: untrained Q (100 MB, perplexity 21.1 against 20.1), trained D2+W (251 MB, perplexity 22.2 against 18.2)" in evaluation.top_findings(plain)[0]
-    came = {key: replace(m, provenance={**m.provenance, "subject": "SmolLM2-135M-Instruct"}) for key, m in story.items()}
-    assert "It came as a file of 98 MB in Q4_1" in evaluation.top_findings(came)[0] and "It came" not in evaluation.top_findings(story)[0]
+    assert "perplexity 23.3" not in "".join(
+        evaluation.top_findings(story)
+    )  # D2+W+Q's, which is more than 1.25 times 18.2
+    assert (
+        "alike: untrained Q (100 MB, perplexity 21.1 against 20.1), trained D2+W (251 MB, perplexity 22.2 against 18.2)"
+        in evaluation.top_findings(plain)[0]
+    )
+    came = {
+        key: replace(m, provenance={**m.provenance, "subject": "SmolLM2-135M-Instruct"}) for key, m in story.items()
+    }
+    assert (
+        "It came as a file of 98 MB in Q4_1" in evaluation.top_findings(came)[0]
+        and "It came" not in evaluation.top_findings(story)[0]
+    )
     said = evaluation.top_findings(story)[1]
-    assert "Of 2 pruned models trained on WikiText 0 end with a perplexity told apart below the untrained dense model's, 0 below that of" in said
+    assert (
+        "Of 2 pruned models trained on WikiText 0 end with a perplexity told apart below the untrained dense model's, 0 below that of"
+        in said
+    )
     better = {**story, ("D2+W", PPL): ppl(2.7, 251, 9)}
-    assert "WikiText 1 end with a perplexity told apart below the untrained dense model's, 1 below" in evaluation.top_findings(better)[1]
+    assert (
+        "WikiText 1 end with a perplexity told apart below the untrained dense model's, 1 below"
+        in evaluation.top_findings(better)[1]
+    )
     without = {key: m for key, m in story.items() if key[0] != "W"}
     assert "trained alike was not run" in evaluation.top_findings(without)[1]
 
@@ -109,7 +147,9 @@ def test_findings_turn_with_the_records(story):
 def test_bfloat16_is_held_against_float32(story):
     exact = {key: m for key, m in story.items() if key[1] == PPL}
     n = len(exact)
-    assert f"of {n * (n - 1) // 2} comparisons between them 0 come out otherwise" in evaluation.precision_sentence(exact, exact)
+    assert f"of {n * (n - 1) // 2} comparisons between them 0 come out otherwise" in evaluation.precision_sentence(
+        exact, exact
+    )
     moved = {**exact, ("D2", PPL): ppl(2.95, 250, 1)}
     said = evaluation.precision_sentence(exact, moved)
     assert "0 come" not in said and "-29.53%" in said
@@ -118,7 +158,9 @@ def test_bfloat16_is_held_against_float32(story):
 def test_what_was_not_run_is_shown(story):
     table = evaluation.grid_table(story)
     assert len(table) == len(evaluation.grid("sample").configurations)
-    assert table.loc["D8", PPL] == table.loc["D2+W", OPEN] == "not run" and table.loc["D2", "thesis: open book"] == "53.0%"
+    assert (
+        table.loc["D8", PPL] == table.loc["D2+W", OPEN] == "not run" and table.loc["D2", "thesis: open book"] == "53.0%"
+    )
     assert "D4" in evaluation.coverage_sentence(story)
 
 
@@ -126,26 +168,43 @@ def test_the_full_size_is_shown_as_far_as_it_was_run(story):
     right = answers(0.5, 270, 1000)
     choice = {label: replace(m, task="hellaswag", metric="acc_norm", unit="item")
               for label, m in (("dense", right), ("W1:8", answers(0.4, 265, 1000)))}  # fmt: skip
-    full = {(label, PPL): story[label, PPL] for label in ("dense", "D2", "W1:8")} | {(label, "HellaSwag"): m for label, m in choice.items()}
+    full = {(label, PPL): story[label, PPL] for label in ("dense", "D2", "W1:8")} | {
+        (label, "HellaSwag"): m for label, m in choice.items()
+    }
     table = evaluation.grid_table(full, size="full", run=True)
     assert list(table.index) == ["dense", "D2", "W1:8"] and table.loc["dense", "HellaSwag"] == "50.0% [40.0%, 60.0%]"
     assert table.loc["D2", "HellaSwag"] == table.loc["dense", "PIQA"] == "not run"
     beside = evaluation.against_dense(full)
-    assert list(beside.index) == ["D2", "W1:8"] and beside.loc["D2", PPL].startswith("x 1.3") and beside.loc["D2", PPL].endswith("*")
+    assert (
+        list(beside.index) == ["D2", "W1:8"]
+        and beside.loc["D2", PPL].startswith("x 1.3")
+        and beside.loc["D2", PPL].endswith("*")
+    )
     assert beside.loc["W1:8", "HellaSwag"].startswith("-10.0 [") and beside.loc["W1:8", "HellaSwag"].endswith("*")
     assert beside.loc["D2", "HellaSwag"] == "not run"
     alike = evaluation.against_dense({("dense", "HellaSwag"): right, ("D2", "HellaSwag"): right})
     assert alike.loc["D2", "HellaSwag"] == "+0.0 [+0.0, +0.0]"
     said = evaluation.full_sentence(full)
-    assert "perplexity 3 (dense, D2, W1:8); HellaSwag 2 (dense, W1:8)" in said and "Not run for any: perplexity at 2048, closed book, open book, " in said
+    assert (
+        "perplexity 3 (dense, D2, W1:8); HellaSwag 2 (dense, W1:8)" in said
+        and "Not run for any: perplexity at 2048, closed book, open book, " in said
+    )
     assert evaluation.full_sentence({}) == "Nothing of size full was run."
     assert evaluation.against_dense({}).empty
 
 
 def test_costs_are_reported(story):
     table = evaluation.cost_table(story)
-    assert table.loc["pruned", "models"] == 4 and (table["to make it"] == "5").all() and table.loc["+ EoRA", PPL] == "2" and table.loc["+ EoRA", OPEN] == ""
-    assert "on 1 thread of a processor: 11 measurements, 0.0 hours of one process, and 0.0 to make the models" in evaluation.cost_sentence(story)
+    assert (
+        table.loc["pruned", "models"] == 4
+        and (table["to make it"] == "5").all()
+        and table.loc["+ EoRA", PPL] == "2"
+        and table.loc["+ EoRA", OPEN] == ""
+    )
+    assert (
+        "on 1 thread of a processor: 11 measurements, 0.0 hours of one process, and 0.0 to make the models"
+        in evaluation.cost_sentence(story)
+    )
 
 
 def test_the_explorers_text_is_safe_and_whole(story):
@@ -182,7 +241,9 @@ def test_the_record_shares_what_other_chapters_measured():
     assert ("dense", PPL) in record and record["dense", PPL].n == 24
     assert all(m.provenance["dtype"] == "bfloat16" for m in record.values())
     exact = evaluation.read_recorded(record_file("06_evaluation"), evaluation.PRECISION, "float32")
-    assert len(exact) == len(evaluation.grid("precision").configurations) and {m.provenance["dtype"] for m in exact.values()} == {"float32"}
+    assert len(exact) == len(evaluation.grid("precision").configurations) and {
+        m.provenance["dtype"] for m in exact.values()
+    } == {"float32"}
 
 
 def test_the_readme_has_the_three_findings_and_their_figure():

@@ -18,7 +18,11 @@ from thesislib.records.measurement import Measurement
 
 def timed(subject, engine, ms, size, noise=0.0):
     later = tuple(tuple(ms / 1e3 * (1 + sign * noise) for _ in range(4)) for sign in (-1, 0, 1))
-    return as_measurement(subject, Timing(engine, 128, (0.5,) * 3, later, (0.0,) * 3, {"weights": size, "cache": 10, "resident": 500}, {}), 0.0)
+    return as_measurement(
+        subject,
+        Timing(engine, 128, (0.5,) * 3, later, (0.0,) * 3, {"weights": size, "cache": 10, "resident": 500}, {}),
+        0.0,
+    )
 
 
 @pytest.fixture
@@ -26,10 +30,17 @@ def record(tiny):
     """20 ms at 30 blocks, 0.6 ms a block; every byte a block's."""
     subject = tiny()
     found = {
-        (chapter.depth_label(30, d), f"llama.cpp {kind}"): timed(subject, f"llama.cpp {kind}", 2 + 0.6 * d, 10 * d) for kind in TYPES for d in chapter.DEPTHS
+        (chapter.depth_label(30, d), f"llama.cpp {kind}"): timed(subject, f"llama.cpp {kind}", 2 + 0.6 * d, 10 * d)
+        for kind in TYPES
+        for d in chapter.DEPTHS
     }
-    same = [{"id": "a", "same": 32, "of": 32, "margin": None, "gap": 0.01}, {"id": "b", "same": 7, "of": 32, "margin": 0.002, "gap": 0.002}]
-    found["dense", chapter.SAME] = Measurement(task="text", metric=chapter.SAME, value=0.5, low=0.1, high=0.9, n=2, unit="prompt", items=same)
+    same = [
+        {"id": "a", "same": 32, "of": 32, "margin": None, "gap": 0.01},
+        {"id": "b", "same": 7, "of": 32, "margin": 0.002, "gap": 0.002},
+    ]
+    found["dense", chapter.SAME] = Measurement(
+        task="text", metric=chapter.SAME, value=0.5, low=0.1, high=0.9, n=2, unit="prompt", items=same
+    )
     return found
 
 
@@ -39,7 +50,10 @@ def test_stand_ins_have_the_shapes_zeros_and_bits_of_their_labels(tiny):
     assert chapter.stand_in(subject, "D2").plan == (0, 1, 2, 5)
     halved = chapter.stand_in(subject, "W2:4+W").linears(3)["up_proj"].weight
     assert (halved.view(-1, 4) == 0).sum(1).eq(2).all()
-    assert costs(chapter.stand_in(tiny(hidden_size=64, head_dim=16), "W+Q")).kept < costs(tiny(hidden_size=64, head_dim=16)).kept / 2
+    assert (
+        costs(chapter.stand_in(tiny(hidden_size=64, head_dim=16), "W+Q")).kept
+        < costs(tiny(hidden_size=64, head_dim=16)).kept / 2
+    )
     for label in ("D6", "E", "nonsense"):
         with pytest.raises(BadInput, match="has no stand-in|is not understood"):
             chapter.stand_in(subject, label)
@@ -48,14 +62,21 @@ def test_stand_ins_have_the_shapes_zeros_and_bits_of_their_labels(tiny):
 def test_what_is_measured_covers_four_formats_by_four_depths_and_six_compressed_models():
     found = chapter.cases(30)
     assert len(set(found)) == len(found)
-    assert {(c.label, c.kind) for c in found} >= {(label, kind) for label in ("dense", "D10", "D20", "D26") for kind in TYPES}
-    assert len({c.label for c in found if c.kind == "Q8_0"} - {"dense"}) >= 6 and {c.kind for c in found} > {"float32", "bfloat16"}
+    assert {(c.label, c.kind) for c in found} >= {
+        (label, kind) for label in ("dense", "D10", "D20", "D26") for kind in TYPES
+    }
+    assert len({c.label for c in found if c.kind == "Q8_0"} - {"dense"}) >= 6 and {c.kind for c in found} > {
+        "float32",
+        "bfloat16",
+    }
 
 
 def test_predictions_are_those_of_the_line(record):
     tables = chapter.predictions(record)
     assert list(tables) == list(TYPES) and all(mean_error([t], BETWEEN) == pytest.approx(0) for t in tables.values())
-    assert "mean error of 0.0%" in chapter.prediction_sentence(record) and "The machine was quiet" in chapter.prediction_sentence(record)
+    assert "mean error of 0.0%" in chapter.prediction_sentence(
+        record
+    ) and "The machine was quiet" in chapter.prediction_sentence(record)
     assert len(chapter.prediction_table(tables)) == 8
 
 
@@ -66,8 +87,13 @@ def test_a_subject_of_another_depth_is_predicted_too(tiny):
     found = {}
     for d in chapter.depths(16):
         case = chapter.Case(chapter.depth_label(16, d), "F16")
-        found[case.label, case.engine] = chapter._noted(timed(subject, case.engine, 2 + d, 10 * d), case.label, case.engine, 16)
-    assert "through 16 and 5 blocks predicts the time per token of 11 blocks, in 1 formats, with a mean error of 0.0%" in chapter.prediction_sentence(found)
+        found[case.label, case.engine] = chapter._noted(
+            timed(subject, case.engine, 2 + d, 10 * d), case.label, case.engine, 16
+        )
+    assert (
+        "through 16 and 5 blocks predicts the time per token of 11 blocks, in 1 formats, with a mean error of 0.0%"
+        in chapter.prediction_sentence(found)
+    )
     few = {key: chapter._noted(m, *key, 2) for key, m in found.items()}
     assert chapter.prediction_sentence(few) == chapter.NOT_RUN  # two blocks make no four depths
 
@@ -77,13 +103,23 @@ def test_shares_of_bandwidth_and_arithmetic_by_hand(tiny):
     m = timed(subject, "llama.cpp Q8_0", 20, 10**9)
     shown = chapter.utilisation_table(subject, {("dense", "llama.cpp Q8_0"): m, ("D2", "llama.cpp Q8_0"): m}, on)
     (row,) = shown.to_dict("records")
-    cache = 6 * 2 * 2 * 8 * 2 * (128 + m.provenance["settings"]["tokens"] // 2 + 1)  # blocks, keys and values, heads, width, bytes, tokens
-    assert row["GB/s"] == f"{(10**9 + cache) / 0.02 / 1e9:.1f}" == "50.0" and row["MBU"] == f"{50e9 / on.tiers[0].read:.0%}"
-    assert row["of, GMAC/s"].endswith("(int8)") and row["MFU"] == f"{costs(subject, 128, 0).macs / 0.5 / on.rate('gemm', 'int8')[0]:.0%}"
+    cache = (
+        6 * 2 * 2 * 8 * 2 * (128 + m.provenance["settings"]["tokens"] // 2 + 1)
+    )  # blocks, keys and values, heads, width, bytes, tokens
+    assert (
+        row["GB/s"] == f"{(10**9 + cache) / 0.02 / 1e9:.1f}" == "50.0"
+        and row["MBU"] == f"{50e9 / on.tiers[0].read:.0%}"
+    )
+    assert (
+        row["of, GMAC/s"].endswith("(int8)")
+        and row["MFU"] == f"{costs(subject, 128, 0).macs / 0.5 / on.rate('gemm', 'int8')[0]:.0%}"
+    )
 
 
 def test_contrary_timings_are_said(record, tiny):
-    record["D10", "llama.cpp F16"] = timed(tiny(), "llama.cpp F16", 28, 200, noise=0.2)  # twice what the line says, and noisy
+    record["D10", "llama.cpp F16"] = timed(
+        tiny(), "llama.cpp F16", 28, 200, noise=0.2
+    )  # twice what the line says, and noisy
     said = chapter.prediction_sentence(record)
     assert "mean error of 12.5%" in said and "1 of these timings come from a machine that was not quiet" in said
     assert NOISY_HOST in set(chapter.measured_table(record)["machine"])
@@ -93,7 +129,9 @@ def test_contrary_timings_are_said(record, tiny):
 
 
 def test_where_texts_part_is_said(record):
-    assert "On 1 of 2 questions" in chapter.same_sentence(record) and "b parts after 7 tokens, at a margin of 0.0020" in chapter.same_sentence(record)
+    assert "On 1 of 2 questions" in chapter.same_sentence(
+        record
+    ) and "b parts after 7 tokens, at a margin of 0.0020" in chapter.same_sentence(record)
 
 
 def test_zeros_are_set_beside_the_dense_model(record, tiny):
@@ -110,7 +148,9 @@ def test_every_model_meets_every_device(tiny):
     assert len(rows) == 9 and (rows["low"] <= rows["high"]).all()
     table = chapter.projection_table(rows)
     assert list(table.columns) == p.devices and all(" to " in cell for cell in table.to_numpy().ravel())
-    assert "k1 by" in chapter.binding_sentence(rows) and "Not known for siracusa and host" in chapter.energy_sentence(rows)
+    assert "k1 by" in chapter.binding_sentence(rows) and "Not known for siracusa and host" in chapter.energy_sentence(
+        rows
+    )
     assert list(chapter.energy_table(rows).columns) == ["k1"]  # what the sentence says
     small, half = (rows[(rows["device"] == "k1") & (rows["model"] == m)].iloc[0] for m in ("dense", "D2"))
     assert half["low"] > small["low"]
@@ -125,15 +165,30 @@ def test_every_model_meets_every_device(tiny):
 def test_a_token_beyond_memory_is_said_not_to_fit(tiny):
     large = tiny(layers=2, vocab_size=2_000_000)
     rows = chapter.projections({"dense": large}, chapter.DeviceChapter(devices=["siracusa"]))
-    assert chapter.projection_table(rows).iloc[0, 0] == "does not fit" and "None of these models fits siracusa" in chapter.binding_sentence(rows)
+    assert chapter.projection_table(rows).iloc[
+        0, 0
+    ] == "does not fit" and "None of these models fits siracusa" in chapter.binding_sentence(rows)
 
 
 def test_what_was_emulated_and_what_hosted_models_take_are_tables(tmp_path):
     counts = {"per token": {"load": 2_000_000, "store": 0}, "per token, all": 2_000_000, "per weight": 7.5}
-    row = {"type": "F16", "blocks": 30, "instructions": counts, "same": 3, "of": 8, "logits": {"share": 0.002}, chapter.PLAIN: {"share": 0.001}}
+    row = {
+        "type": "F16",
+        "blocks": 30,
+        "instructions": counts,
+        "same": 3,
+        "of": 8,
+        "logits": {"share": 0.002},
+        chapter.PLAIN: {"share": 0.001},
+    }
     (tmp_path / "e.json").write_text(json.dumps({"rows": [row]}))
     (shown,) = chapter.emulated_table(tmp_path / "e.json").to_dict("records")
-    assert shown["load"] == shown["all"] == "2" and shown["a weight"] == "7.50" and shown["same tokens"] == "3 of 8" and shown["logits apart"] == "0.20%"
+    assert (
+        shown["load"] == shown["all"] == "2"
+        and shown["a weight"] == "7.50"
+        and shown["same tokens"] == "3 of 8"
+        and shown["logits apart"] == "0.20%"
+    )
     assert len(chapter.emulated_table()) == 5  # the committed record
     assert chapter.hosted_table()["joules a written token"].tolist()[:2] == ["80.4", "73.8"]
 
@@ -147,4 +202,6 @@ def test_the_committed_record_meets_the_bars():
     assert sum(quiet) >= 0.8 * len(quiet)
     same = record["dense", chapter.SAME]
     assert same.n == 10 and all(i["of"] >= 32 for i in same.items)
-    assert all(i["margin"] is None or 0 < i["margin"] < 0.05 for i in same.items)  # where they part, it was a close call
+    assert all(
+        i["margin"] is None or 0 < i["margin"] < 0.05 for i in same.items
+    )  # where they part, it was a close call

@@ -65,7 +65,9 @@ def test_a_chapter_reads_no_more_than_it_says(name, tmp_path):
         for file in RESULTS.glob(f"{other[:2]}_*"):
             (tmp_path / file.name).symlink_to(file)
     chapter = chapter_of(name)
-    assert chapter.headline(chapter.read(tmp_path / f"{name}.jsonl")) == chapter.headline(chapter.read(record_file(name)))
+    assert chapter.headline(chapter.read(tmp_path / f"{name}.jsonl")) == chapter.headline(
+        chapter.read(record_file(name))
+    )
 
 
 # ---------------------------------------------------------------- a run on a tiny model
@@ -86,7 +88,17 @@ TINY = {
         "weightings": [],
     },
     "04_lora_recovery": COMMON
-    | {"pruned": ["W2:4"], "answering": 1, "steps": 2, "batch": 1, "every": 2, "validation": 1, "rank": 2, "seeds": 1, "texts": ["wikitext"]},
+    | {
+        "pruned": ["W2:4"],
+        "answering": 1,
+        "steps": 2,
+        "batch": 1,
+        "every": 2,
+        "validation": 1,
+        "rank": 2,
+        "seeds": 1,
+        "texts": ["wikitext"],
+    },
     "05_quantisation": COMMON | {"calibration": 2, "rank": 2, "bits": [4], "group": 32, "held_out": 2},
     "06_evaluation": {"dtype": "float32", "size": "precision"},
 }
@@ -101,13 +113,26 @@ def tiny_run(tiny, tiny_data, tmp_path_factory):
         (cache / "wheels" / folder.name).symlink_to(folder)
     patch.setenv("THESISLIB_CACHE", str(cache))
     shallow, deep = (
-        save_checkpoint(tiny(layers=n, hidden_size=64, intermediate_size=64, num_attention_heads=8), tmp_path_factory.mktemp("subject") / "tiny")
+        save_checkpoint(
+            tiny(layers=n, hidden_size=64, intermediate_size=64, num_attention_heads=8),
+            tmp_path_factory.mktemp("subject") / "tiny",
+        )
         for n in (2, 12)
     )
     data = tmp_path_factory.mktemp("data") / "d"
     shutil.copytree(tiny_data, data)
     (data / "hellaswag").mkdir()
-    rows = [{"ind": i, "activity_label": "Run", "ctx_a": "He.", "ctx_b": "he", "endings": ["stops.", "flies.", "is.", "a"], "label": "0"} for i in range(4)]
+    rows = [
+        {
+            "ind": i,
+            "activity_label": "Run",
+            "ctx_a": "He.",
+            "ctx_b": "he",
+            "endings": ["stops.", "flies.", "is.", "a"],
+            "label": "0",
+        }
+        for i in range(4)
+    ]
     (data / "hellaswag" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     yield str(shallow), str(deep), str(data)
     patch.undo()
@@ -130,7 +155,11 @@ def test_a_recorded_run_is_carried_out_and_gone_on_with(name, tiny_run, tmp_path
     store, expected = Store(tmp_path / f"{name}.jsonl"), wanted(chapter, p, tmp_path / f"{name}.jsonl")
     rows = list(store.rows().values())
     keys = [chapter.key(m) for m in rows]
-    assert len(rows) == 2 + second.added == len(set(keys)) and set(keys) <= set(expected) and second.missing == len(expected) - len(rows)
+    assert (
+        len(rows) == 2 + second.added == len(set(keys))
+        and set(keys) <= set(expected)
+        and second.missing == len(expected) - len(rows)
+    )
     there = 12 if name == "06_evaluation" else 4  # windows of 512 tokens; questions
     assert all(m.n == min(expected[key], there) for key, m in zip(keys, rows, strict=True))
     assert all(m.provenance["made"]["label"] == key[0] for key, m in zip(keys, rows, strict=True))
@@ -150,12 +179,17 @@ def test_rows_of_another_subject_other_data_or_other_parameters_are_not_added_to
     chapter, p = settings("03_width_pruning", tiny_run)
     record(chapter, p, tmp_path, limit=1)
     other = save_checkpoint(tiny(layers=2, seed=5), tmp_path / "other")
-    with pytest.raises(BadInput, match=r"holds rows of tiny, fingerprint .* this subject is other, .*expected another --out"):
+    with pytest.raises(
+        BadInput, match=r"holds rows of tiny, fingerprint .* this subject is other, .*expected another --out"
+    ):
         record(chapter, dataclasses.replace(p, subject=str(other)), tmp_path)
     with pytest.raises(BadInput, match=r"made with data of kind folder, this is embedded: expected --data"):
         record(chapter, dataclasses.replace(p, data="embedded"), tmp_path)
     assert record(chapter, dataclasses.replace(p, subject=str(other)), tmp_path / "elsewhere", limit=1).added == 1
-    with pytest.raises(BadInput, match=r"has a row, .* \(dense, perplexity, n = 3\), that this run does not make: expected the chapter and the parameters"):
+    with pytest.raises(
+        BadInput,
+        match=r"has a row, .* \(dense, perplexity, n = 3\), that this run does not make: expected the chapter and the parameters",
+    ):
         record(chapter, dataclasses.replace(p, windows=2), tmp_path)
     for suffix in ("jsonl", "items.gz"):
         shutil.copy(tmp_path / f"03_width_pruning.{suffix}", tmp_path / f"05_quantisation.{suffix}")
@@ -187,8 +221,18 @@ def test_a_killed_run_goes_on(tiny_run, tmp_path):
     chapter, p = settings("03_width_pruning", tiny_run)
     given = {"subject": p.subject, **TINY["03_width_pruning"]}
     command = [sys.executable, "-m", "thesislib.cli", "record", "3", "--data", p.data, "--out", str(tmp_path)]
-    command += [word for key, value in given.items() for word in ("-p", f"{key}={value if isinstance(value, str) else json.dumps(value)}")]
-    run = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command += [
+        word
+        for key, value in given.items()
+        for word in ("-p", f"{key}={value if isinstance(value, str) else json.dumps(value)}")
+    ]
+    run = subprocess.Popen(
+        command,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     store, until = Store(tmp_path / "03_width_pruning.jsonl"), time.monotonic() + 120
     while not store.path.exists() and run.poll() is None and time.monotonic() < until:
         time.sleep(0.05)
@@ -220,7 +264,9 @@ def test_a_killed_run_goes_on(tiny_run, tmp_path):
 )
 def test_bad_calls_are_one_line(args, message, tmp_path):
     (tmp_path / "file").write_text("")
-    result = CliRunner().invoke(app, ["record", *({"OUT": str(tmp_path / "out"), "FILE": str(tmp_path / "file")}.get(a, a) for a in args)])
+    result = CliRunner().invoke(
+        app, ["record", *({"OUT": str(tmp_path / "out"), "FILE": str(tmp_path / "file")}.get(a, a) for a in args)]
+    )
     assert result.exit_code == 2, result.output
     assert message in result.stderr and result.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
 
@@ -281,9 +327,14 @@ def test_a_new_chapter_is_a_notebook_and_a_module(new_chapter):
     assert list(runner.chapters()) == ["42_counting"]  # what the book executes
     result = CliRunner().invoke(app, ["record", "42", "--out", str(new_chapter / "record"), "--limit", "1"])
     assert result.exit_code == 0 and "42_counting.jsonl: 1 rows added, 1 missing" in result.stdout, result.output
-    assert "1 rows added, 0 missing" in CliRunner().invoke(app, ["record", "42", "--out", str(new_chapter / "record")]).stdout
+    assert (
+        "1 rows added, 0 missing"
+        in CliRunner().invoke(app, ["record", "42", "--out", str(new_chapter / "record")]).stdout
+    )
     pool = recorded_pool(new_chapter / "record")
-    assert set(pool) == {("counted one", "count"), ("counted two", "count")} and {m.value for m in pool.values()} == {5.0}
+    assert set(pool) == {("counted one", "count"), ("counted two", "count")} and {m.value for m in pool.values()} == {
+        5.0
+    }
 
 
 def test_a_number_has_one_chapter(new_chapter):
@@ -299,5 +350,13 @@ def test_a_number_has_one_chapter(new_chapter):
 
 
 def test_a_chapter_says_nothing_that_it_was_not_told():
-    bare = Chapter("99_bare", "bare", int, lambda p, file: [Part("a", {}, lambda missing, keep: None)], lambda m: (), lambda path: path, str)
+    bare = Chapter(
+        "99_bare",
+        "bare",
+        int,
+        lambda p, file: [Part("a", {}, lambda missing, keep: None)],
+        lambda m: (),
+        lambda path: path,
+        str,
+    )
     assert not list(bare.claims([])) and not bare.reads and not bare.recorded

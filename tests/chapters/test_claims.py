@@ -9,7 +9,20 @@ from docutils.nodes import make_id
 
 from tests.fakes import perplexity
 from thesislib.chapters.ch01_franken import plan_name
-from thesislib.chapters.claims import CLAIMS, CLOSED, FAILS, HOLDS, MISSING, UNDECIDED, WHOLE_PAGE, WIKITEXT, judge, large, page, recorded_pool
+from thesislib.chapters.claims import (
+    CLAIMS,
+    CLOSED,
+    FAILS,
+    HOLDS,
+    MISSING,
+    UNDECIDED,
+    WHOLE_PAGE,
+    WIKITEXT,
+    judge,
+    large,
+    page,
+    recorded_pool,
+)
 from thesislib.compress.franken import parse_plan
 from thesislib.files import ROOT
 from thesislib.records.measurement import Measurement
@@ -55,12 +68,18 @@ def test_a_verdict_turns_with_the_records(claim):
     for first, second in ((low, high), (high, low)):
         records = story(claim, first, second)
         if chained:
-            records = {(label, WIKITEXT): ppl(3 + (i if second > first else -i) * 0.2, i) for i, label in enumerate(("W1:2", "W2:4", "W4:8", "W8:16"))}
+            records = {
+                (label, WIKITEXT): ppl(3 + (i if second > first else -i) * 0.2, i)
+                for i, label in enumerate(("W1:2", "W2:4", "W4:8", "W8:16"))
+            }
         said[second > first] = judge(claim, records).word
     assert said == {claim.up: HOLDS, not claim.up: FAILS}
     assert judge(claim, {}).word == MISSING
     middle = 0.2 if about_answers else 3.2
-    alike = {key: replace(m, items=next(iter(story(claim, middle, middle).values())).items) for key, m in story(claim, middle, middle).items()}
+    alike = {
+        key: replace(m, items=next(iter(story(claim, middle, middle).values())).items)
+        for key, m in story(claim, middle, middle).items()
+    }
     assert judge(claim, alike).word == UNDECIDED
 
 
@@ -79,7 +98,9 @@ def test_often_is_more_than_half():
     claim = next(c for c in CLAIMS if c.often)
     pairs = claim.pairs({})
     for better, word in ((5, HOLDS), (3, HOLDS), (2, FAILS), (0, FAILS)):
-        records = {("dense", WIKITEXT): ppl(3.5, 99)} | {b: ppl(3.0 if k < better else 4.0, k) for k, (_, _, b) in enumerate(pairs)}
+        records = {("dense", WIKITEXT): ppl(3.5, 99)} | {
+            b: ppl(3.0 if k < better else 4.0, k) for k, (_, _, b) in enumerate(pairs)
+        }
         assert judge(claim, records).word == word
 
 
@@ -99,7 +120,10 @@ def test_sizes_are_held_against_the_whole_interval():
 
 def test_the_larger_measurement_of_a_pair_is_taken_where_both_have_it():
     claim = next(c for c in CLAIMS if "EoRA gives" in c.says)
-    small = {("GPTQ 4-bit asymmetric", CLOSED): answers(0.2, 0), ("GPTQ 4-bit asymmetric + EoRA", CLOSED): answers(0.2, 0)}
+    small = {
+        ("GPTQ 4-bit asymmetric", CLOSED): answers(0.2, 0),
+        ("GPTQ 4-bit asymmetric + EoRA", CLOSED): answers(0.2, 0),
+    }
     ((name, *_),) = claim.pairs({**small, ("Q", large(CLOSED)): answers(0.2, 0)})
     assert name == "GPTQ 4-bit asymmetric to GPTQ 4-bit asymmetric + EoRA, closed book"
     both = {**small, ("Q", large(CLOSED)): answers(0.2, 0, 1200), ("Q+E", large(CLOSED)): answers(0.2, 0, 1200)}
@@ -107,7 +131,12 @@ def test_the_larger_measurement_of_a_pair_is_taken_where_both_have_it():
     assert [(n, c.n) for n, c, _ in verdict.comparisons] == [("Q to Q+E, closed book, size full", 1200)]
     assert large(WIKITEXT) == "WikiText-2, size full"
     free = next(c for c in CLAIMS if "nearly free" in c.says)
-    told = {("dense", WIKITEXT): ppl(3.0, 1), ("W1:8", WIKITEXT): ppl(3.3, 2), ("dense", large(WIKITEXT)): ppl(3.0, 1), ("W1:8", large(WIKITEXT)): ppl(3.05, 2)}
+    told = {
+        ("dense", WIKITEXT): ppl(3.0, 1),
+        ("W1:8", WIKITEXT): ppl(3.3, 2),
+        ("dense", large(WIKITEXT)): ppl(3.0, 1),
+        ("W1:8", large(WIKITEXT)): ppl(3.05, 2),
+    }
     assert judge(free, told).word == HOLDS
 
 
@@ -121,14 +150,24 @@ def test_every_claim_is_shown_where_it_says():
 
 
 def test_the_heading_of_size_full_is_there():
-    headings = [line.lstrip("# ") for cell in nbformat.read(chapters()["06_evaluation"], 4).cells for line in cell.source.splitlines() if line.startswith("#")]
-    assert make_id("The whole text, and other measures") == WHOLE_PAGE.partition("#")[2] and "The whole text, and other measures" in headings
+    headings = [
+        line.lstrip("# ")
+        for cell in nbformat.read(chapters()["06_evaluation"], 4).cells
+        for line in cell.source.splitlines()
+        if line.startswith("#")
+    ]
+    assert (
+        make_id("The whole text, and other measures") == WHOLE_PAGE.partition("#")[2]
+        and "The whole text, and other measures" in headings
+    )
 
 
 def test_plans_by_name():
     assert plan_name(None, 8) == plan_name(list(range(8)), 8) == "dense"
     assert plan_name(list(parse_plan("0-3,3-7", 8)), 8) == "block 3 twice"
-    assert plan_name([0, 2, 1], 3).startswith("plan") and plan_name([0, 1], 3).startswith("plan")  # the last block left out
+    assert plan_name([0, 2, 1], 3).startswith("plan") and plan_name([0, 1], 3).startswith(
+        "plan"
+    )  # the last block left out
 
 
 def test_the_page_says_what_the_records_say():

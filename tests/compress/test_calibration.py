@@ -35,7 +35,9 @@ def inputs_by_hooks(subject, ids):
     found, handles = {}, []
     for b in range(subject.depth):
         for name, linear in subject.linears(b).items():
-            handles.append(linear.register_forward_pre_hook(lambda _m, args, key=(b, name): found.__setitem__(key, args[0])))
+            handles.append(
+                linear.register_forward_pre_hook(lambda _m, args, key=(b, name): found.__setitem__(key, args[0]))
+            )
     with torch.no_grad():
         subject.model(ids, use_cache=False)
     for handle in handles:
@@ -103,7 +105,9 @@ def test_true_sequential_groups_see_their_predecessors_changes(tiny):
     before = inputs_by_hooks(subject, IDS)[0, "o_proj"].flatten(0, 1)
     stream(subject, IDS, visitor)
     assert visitor.calls == [(0, group) for group in TRUE_SEQUENTIAL]
-    torch.testing.assert_close(visitor.found[0, "o_proj"].moment, 4 * before.T @ before, rtol=1e-4, atol=1e-4)  # o reads heads, linear in v
+    torch.testing.assert_close(
+        visitor.found[0, "o_proj"].moment, 4 * before.T @ before, rtol=1e-4, atol=1e-4
+    )  # o reads heads, linear in v
 
 
 def test_only_wanted_projections_are_collected_and_blocks_are_seen_after_their_change(tiny):
@@ -111,7 +115,10 @@ def test_only_wanted_projections_are_collected_and_blocks_are_seen_after_their_c
         def wants(self, block, name):
             return block == 1 and name in ("up_proj", "q_proj")
 
-    subject, visitor = tiny(layers=2), Some(change=lambda _b, linears: [m.weight.data.zero_() for m in linears.values()])
+    subject, visitor = (
+        tiny(layers=2),
+        Some(change=lambda _b, linears: [m.weight.data.zero_() for m in linears.values()]),
+    )
     stream(subject, IDS, visitor, batch=5)
     assert set(visitor.found) == {(1, "up_proj"), (1, "q_proj")}
     with torch.no_grad():
@@ -147,7 +154,9 @@ def test_weighted_moments(tiny, weighting):
 
 @pytest.mark.parametrize("weighting", ["sink", "first_0", "skip_", "Equal", 3])
 def test_unknown_weighting(weighting):
-    with pytest.raises(BadInput, match=f"token weighting '{weighting}' is not known: expected equal, unit_norm, first_N or skip_N"):
+    with pytest.raises(
+        BadInput, match=f"token weighting '{weighting}' is not known: expected equal, unit_norm, first_N or skip_N"
+    ):
         token_weights(weighting, torch.zeros(1, 2, 3))
 
 
@@ -183,8 +192,13 @@ def test_projections_with_one_input_share_one_statistic(tiny):
 
 
 def test_calibration_windows_are_a_seeded_choice_to_which_a_larger_one_adds(byte_tokenizer, monkeypatch):
-    monkeypatch.setattr("thesislib.sources.corpus.calibration_text", lambda *_: join("calibration", ["".join(map(chr, range(97, 122)))] * 8))
-    few, more, other = (calibration_windows(byte_tokenizer, "c4", "embedded", n, 16, seed) for n, seed in ((3, 0), (6, 0), (6, 1)))
+    monkeypatch.setattr(
+        "thesislib.sources.corpus.calibration_text",
+        lambda *_: join("calibration", ["".join(map(chr, range(97, 122)))] * 8),
+    )
+    few, more, other = (
+        calibration_windows(byte_tokenizer, "c4", "embedded", n, 16, seed) for n, seed in ((3, 0), (6, 0), (6, 1))
+    )
     assert few.shape == (3, 16) and torch.equal(few, more[:3]) and not torch.equal(more, other)
     with pytest.raises(BadInput, match="14 calibration windows of 16 tokens asked for: 'calibration' has 13"):
         calibration_windows(byte_tokenizer, "c4", "embedded", 14, 16)

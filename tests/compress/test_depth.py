@@ -35,7 +35,9 @@ def perplexity_of(subject, ids=IDS):
 def states_by_hooks(subject, ids=IDS):
     """Input of every block and output of the last, (depth + 1, N, T, D)."""
     found = []
-    handles = [block.register_forward_hook(lambda _m, args, out: found.extend([args[0], out])) for block in subject.blocks]
+    handles = [
+        block.register_forward_hook(lambda _m, args, out: found.extend([args[0], out])) for block in subject.blocks
+    ]
     with torch.no_grad():
         subject.model(ids, use_cache=False)
     for handle in handles:
@@ -101,7 +103,9 @@ def test_taylor_is_autograd_of_the_mean_loss(tiny):
     model = tiny(layers=3).model.requires_grad_(True)
     model(IDS, labels=IDS).loss.backward()
     for b in range(3):
-        expected = sum((p * p.grad).abs().sum().item() for n, p in model.model.layers[b].named_parameters() if "norm" not in n)
+        expected = sum(
+            (p * p.grad).abs().sum().item() for n, p in model.model.layers[b].named_parameters() if "norm" not in n
+        )
         assert found[b] == pytest.approx(expected, rel=1e-4)
     parts = [taylor(subject, IDS, range(3), part) for part in ("attention", "mlp")]
     assert [parts[0][b] + parts[1][b] for b in range(3)] == pytest.approx([found[b] for b in range(3)])
@@ -110,7 +114,9 @@ def test_taylor_is_autograd_of_the_mean_loss(tiny):
 
 def test_magnitude(tiny):
     subject = tiny(layers=3)
-    expected = [sum(p.abs().sum().item() for n, p in block.named_parameters() if "norm" not in n) for block in subject.blocks]
+    expected = [
+        sum(p.abs().sum().item() for n, p in block.named_parameters() if "norm" not in n) for block in subject.blocks
+    ]
     assert list(importance(subject, IDS, "magnitude").values()) == pytest.approx(expected, rel=1e-5)
 
 
@@ -184,7 +190,11 @@ def test_parts_removed_one_after_the_other_add_up(tiny):
     first, _ = Depth(blocks=[1], part="attention").apply(subject)
     both, _ = Depth(blocks=[2], part="mlp").apply(first)
     assert removed_parts(both) == {"attention": [1], "mlp": [2]} and removed_parts(subject) == {}
-    assert isinstance(both.blocks[1].self_attn, Without) and set(both.linears(1)) == {"gate_proj", "up_proj", "down_proj"}
+    assert isinstance(both.blocks[1].self_attn, Without) and set(both.linears(1)) == {
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
     shorter = remove(both, [0])
     assert removed_parts(shorter) == {"attention": [0], "mlp": [1]}
 
@@ -219,7 +229,9 @@ def test_bad_settings(settings, said):
 
 def test_what_a_model_cannot_lose(tiny):
     subject = tiny(layers=6)
-    with pytest.raises(BadInput, match="cannot remove 1 of 6 blocks: 4 at the beginning and 2 at the end are protected, which leaves 0"):
+    with pytest.raises(
+        BadInput, match="cannot remove 1 of 6 blocks: 4 at the beginning and 2 at the end are protected, which leaves 0"
+    ):
         Depth(1).apply(subject)
     with pytest.raises(BadInput, match="block 6 is out of range: the model has blocks 0 to 5"):
         Depth(blocks=[6]).apply(subject)
@@ -240,7 +252,8 @@ def test_taylor_on_weights_without_gradients(tiny):
     quantised, _ = Rtn(group=16).apply(tiny(layers=2))
     for subject in (pack_all(pruned), quantised):
         with pytest.raises(
-            BadInput, match="metric 'taylor' needs gradients, which packed or quantised weights do not carry: use perplexity, influence or magnitude"
+            BadInput,
+            match="metric 'taylor' needs gradients, which packed or quantised weights do not carry: use perplexity, influence or magnitude",
         ):
             importance(subject, IDS, "taylor")
         assert set(importance(subject, IDS, "magnitude")) == {0, 1}
@@ -249,7 +262,16 @@ def test_taylor_on_weights_without_gradients(tiny):
 @pytest.mark.parametrize("metric", ["perplexity", "taylor", "magnitude"])
 def test_a_part_that_is_gone_is_not_chosen_again(tiny, tiny_data, metric):
     subject = tiny()
-    stage = Depth(remove=1, part="attention", metric=metric, text="wikipedia", windows=2, length=16, protect_first=1, protect_last=1)
+    stage = Depth(
+        remove=1,
+        part="attention",
+        metric=metric,
+        text="wikipedia",
+        windows=2,
+        length=16,
+        protect_first=1,
+        protect_last=1,
+    )
     once, first = stage.apply(subject, data=tiny_data)
     twice, second = stage.apply(once, data=tiny_data)
     assert first["removed"] != second["removed"] and first["removed"][0] not in second["scores"]

@@ -26,7 +26,9 @@ def calibrated(monkeypatch):
 def problem(rows=24, columns=40, tokens=200, seed=0):
     """What compression took, and inputs (T, D) of very different sizes."""
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(tokens, columns, generator=generator) @ (torch.eye(columns) + 0.1 * torch.randn(columns, columns, generator=generator))
+    x = torch.randn(tokens, columns, generator=generator) @ (
+        torch.eye(columns) + 0.1 * torch.randn(columns, columns, generator=generator)
+    )
     return torch.randn(rows, columns, generator=generator), x * torch.exp(torch.randn(columns, generator=generator))
 
 
@@ -45,7 +47,9 @@ def test_inputs_that_are_independent_make_it_the_plain_svd():
     missing, _ = problem()
     u, s, v = torch.linalg.svd(missing, full_matrices=False)
     for rank in (1, 5, 20):
-        assert torch.allclose(product(missing, 13 * torch.eye(40), rank), (u[:, :rank] * s[:rank]) @ v[:rank], atol=1e-4)
+        assert torch.allclose(
+            product(missing, 13 * torch.eye(40), rank), (u[:, :rank] * s[:rank]) @ v[:rank], atol=1e-4
+        )
 
 
 def test_whitening_by_cholesky_gives_the_same_product():
@@ -55,7 +59,9 @@ def test_whitening_by_cholesky_gives_the_same_product():
     u, s, v = torch.linalg.svd(missing.double() @ lower, full_matrices=False)
     for rank in (1, 5, 20):
         by_cholesky = (u[:, :rank] * s[:rank]) @ v[:rank] @ lower.inverse()
-        assert torch.allclose(product(missing, moment.float(), rank).double(), by_cholesky, atol=1e-3 * missing.abs().max())
+        assert torch.allclose(
+            product(missing, moment.float(), rank).double(), by_cholesky, atol=1e-3 * missing.abs().max()
+        )
 
 
 def test_no_other_correction_of_its_rank_does_better():
@@ -93,7 +99,9 @@ def test_directions_without_inputs_are_left_out_and_not_blown_up():
     assert root.shape == (40, 10)
     assert torch.allclose(inverse @ root, torch.eye(10, dtype=torch.float64), atol=1e-6)
     made = product(missing, moment, 24)
-    assert torch.allclose(made @ x.T, missing @ x.T, atol=1e-2 * (missing @ x.T).abs().max())  # right wherever there were inputs
+    assert torch.allclose(
+        made @ x.T, missing @ x.T, atol=1e-2 * (missing @ x.T).abs().max()
+    )  # right wherever there were inputs
     assert made.norm() < missing.norm()  # and nothing where there were none
 
 
@@ -123,7 +131,10 @@ def test_a_budget_is_spent_where_it_helps_most():
     # b's second (8 / 20) ties with a's second (4 / 10), which was given first; then b's
     assert share_out(gains, costs, 40) == {"a": 2, "b": 1, "c": 0}
     assert share_out(gains, costs, 1000) == {"a": 3, "b": 3, "c": 1}
-    assert share_out({"a": [4.0, 3.0], "b": [5.0]}, {"a": 10, "b": 20}, 20) == {"a": 2, "b": 0}  # by the byte, not by itself
+    assert share_out({"a": [4.0, 3.0], "b": [5.0]}, {"a": 10, "b": 20}, 20) == {
+        "a": 2,
+        "b": 0,
+    }  # by the byte, not by itself
     with pytest.raises(BadInput, match="a budget of 4 bytes buys no correction: the cheapest takes 5"):
         share_out(gains, costs, 4)
 
@@ -136,7 +147,13 @@ def test_a_budget_beats_an_even_rank_of_the_same_size(tiny):
     even, even_report = Eora(rank=2).apply(compressed, original=subject)
     spent, report = Eora(bytes=even_report["bytes"]).apply(compressed, original=subject)
     assert 0.9 * even_report["bytes"] < report["bytes"] <= even_report["bytes"]
-    held = sum(2 * t.numel() for i in range(3) for m in spent.linears(i).values() if isinstance(m, Adapted) for t in (m.lora_A, m.lora_B))
+    held = sum(
+        2 * t.numel()
+        for i in range(3)
+        for m in spent.linears(i).values()
+        if isinstance(m, Adapted)
+        for t in (m.lora_A, m.lora_B)
+    )
     assert held == report["bytes"]
     assert max(report["ranks"].values()) <= 8  # four times the even split
     assert all(rank == 0 for place, rank in report["ranks"].items() if not place.startswith("blocks.1."))
@@ -181,7 +198,9 @@ def test_it_mends_any_compression_and_more_with_more_rank(tiny, inputs):
                     for name, module in corrected.linears(i).items():
                         assert isinstance(module, Adapted) and module.rank == min(rank, *module.lora_B.shape[:1], 32)
                         assert isinstance(module.base, torch.nn.Linear if kind == "pruned" else QuantisedLinear)
-                        assert torch.equal(module.weight, compressed.linears(i)[name].weight)  # mask and grid are as they were
+                        assert torch.equal(
+                            module.weight, compressed.linears(i)[name].weight
+                        )  # mask and grid are as they were
             assert distance == sorted(distance, reverse=True), (kind, distance)
             assert distance[-1] < 1e-2 * distance[0], kind  # full rank: the original again
             assert compressed.fingerprint == before
@@ -205,23 +224,32 @@ def test_inputs_are_those_asked_for(tiny):
     """In the second block the two models' inputs differ, so each choice is the best by its own measure."""
     subject = tiny(layers=2)
     compressed, _ = Rtn(bits=2, group=16).apply(subject)
-    made = {kind: Eora(rank=3, inputs=kind).apply(compressed, original=subject)[0] for kind in ("original", "compressed")}
+    made = {
+        kind: Eora(rank=3, inputs=kind).apply(compressed, original=subject)[0] for kind in ("original", "compressed")
+    }
     inputs = {}
     for kind, model in (("original", subject), ("compressed", compressed)):
-        handle = model.linears(1)["down_proj"].register_forward_pre_hook(lambda _m, args, kind=kind: inputs.update({kind: args[0]}))
+        handle = model.linears(1)["down_proj"].register_forward_pre_hook(
+            lambda _m, args, kind=kind: inputs.update({kind: args[0]})
+        )
         with torch.inference_mode():
             model.model(IDS)
         handle.remove()
     for seen in inputs:
         old = subject.linears(1)["down_proj"].weight
-        error = {kind: (inputs[seen] @ (old - effective_weight(s.linears(1)["down_proj"])).T).norm() for kind, s in made.items()}
+        error = {
+            kind: (inputs[seen] @ (old - effective_weight(s.linears(1)["down_proj"])).T).norm()
+            for kind, s in made.items()
+        }
         assert min(error, key=error.get) == seen
     assert Eora().inputs == "compressed"
 
 
 def test_ranks_by_pattern_and_chosen_projections(tiny):
     subject, kinds = compressed_in_every_way(tiny)
-    corrected, _ = Eora(rank=2, ranks={"down_proj": 5, "blocks.1.*": 3}, linears=["down_proj", "q_proj"]).apply(kinds["rounded"], original=subject)
+    corrected, _ = Eora(rank=2, ranks={"down_proj": 5, "blocks.1.*": 3}, linears=["down_proj", "q_proj"]).apply(
+        kinds["rounded"], original=subject
+    )
     found = {(i, n): m.rank for i in range(2) for n, m in corrected.linears(i).items() if isinstance(m, Adapted)}
     assert found == {(0, "q_proj"): 2, (0, "down_proj"): 5, (1, "q_proj"): 3, (1, "down_proj"): 3}
 
@@ -232,7 +260,9 @@ def test_what_was_not_compressed_gets_no_correction(tiny):
     corrected, report = Eora(rank=2).apply(compressed, original=subject)
     assert not any(isinstance(m, Adapted) for m in corrected.linears(0).values())
     assert len(report["ranks"]) == 7
-    with pytest.raises(BadInput, match="the original's weights equal the compressed subject's: eora has nothing to correct"):
+    with pytest.raises(
+        BadInput, match="the original's weights equal the compressed subject's: eora has nothing to correct"
+    ):
         Eora(rank=2).apply(subject, original=subject)
 
 
@@ -319,7 +349,9 @@ def test_its_place_in_a_recipe():
     assert Eora().label == "E" and Eora.needs_original and Eora().rank == 32
     Eora().after([Width(2, 4), Gptq()])
     Eora().after([Width(2, 4)])
-    with pytest.raises(BadInput, match="eora at the beginning has nothing to correct: expected width, rtn or gptq right before it"):
+    with pytest.raises(
+        BadInput, match="eora at the beginning has nothing to correct: expected width, rtn or gptq right before it"
+    ):
         Eora().after([])
     with pytest.raises(BadInput, match="eora after E has nothing to correct"):
         Eora().after([Gptq(), Eora()])

@@ -95,7 +95,9 @@ def test_repeats_share_storage_and_the_subject_is_untouched(tiny):
     before = subject.fingerprint, [b.self_attn.layer_idx for b in subject.blocks]
     changed = apply_plan(subject, (0, 0, 3, 5, 5, 5))
     for place, block in enumerate((0, 0, 3, 5, 5, 5)):
-        for (name, new), old in zip(changed.blocks[place].named_parameters(), subject.blocks[block].parameters(), strict=True):
+        for (name, new), old in zip(
+            changed.blocks[place].named_parameters(), subject.blocks[block].parameters(), strict=True
+        ):
             assert new.data_ptr() == old.data_ptr(), name
     assert [b.self_attn.layer_idx for b in changed.blocks] == list(range(6))
     del subject.__dict__["fingerprint"]  # cached: compute it anew
@@ -147,7 +149,14 @@ def test_generation_with_cache_equals_without(tiny, model_type, name):
     ids = torch.tensor([[5, 17, 3]])
     with torch.inference_mode():
         without = greedy_without_cache(changed.model, ids, 6)
-        cached = changed.model.generate(ids, max_new_tokens=6, min_new_tokens=6, do_sample=False, use_cache=True, attention_mask=torch.ones_like(ids))
+        cached = changed.model.generate(
+            ids,
+            max_new_tokens=6,
+            min_new_tokens=6,
+            do_sample=False,
+            use_cache=True,
+            attention_mask=torch.ones_like(ids),
+        )
     assert torch.equal(without, cached)
 
 
@@ -168,5 +177,7 @@ def test_generation_on_the_embedded_model(embedded_subject):
     ids = changed.tokenizer("Once upon a time", return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         without = greedy_without_cache(changed.model, ids, 8)
-        cached = changed.model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, attention_mask=torch.ones_like(ids))
+        cached = changed.model.generate(
+            ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, attention_mask=torch.ones_like(ids)
+        )
     assert torch.equal(without, cached)

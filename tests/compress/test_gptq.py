@@ -106,7 +106,11 @@ def test_more_settings_than_the_reference_has():
             for act_order in ("none", "static", "index"):
                 grid = Grid(3, 32, kind)
                 found = relative_error(w - gptq(w, h, grid, act_order=act_order, clip=clip)[0].weight, w, h)
-                assert found < 0.9 * relative_error(w - round_to_nearest(w, grid, clip, h.diagonal()).weight, w, h), (kind, clip, act_order)
+                assert found < 0.9 * relative_error(w - round_to_nearest(w, grid, clip, h.diagonal()).weight, w, h), (
+                    kind,
+                    clip,
+                    act_order,
+                )
 
 
 def test_damping_without_end_is_rounding():
@@ -168,14 +172,18 @@ def test_an_input_that_is_always_zero_is_rounded_and_touches_nothing():
 def test_the_factor_is_the_upper_cholesky_factor_of_the_inverse():
     _, h = problem()
     factor, _ = inverse_factor(h, 0.01)
-    expected = torch.linalg.cholesky((h.double() + 0.01 * h.diagonal().mean() * torch.eye(96, dtype=torch.float64)).inverse(), upper=True)
+    expected = torch.linalg.cholesky(
+        (h.double() + 0.01 * h.diagonal().mean() * torch.eye(96, dtype=torch.float64)).inverse(), upper=True
+    )
     assert torch.allclose(factor, expected.float(), rtol=1e-3, atol=1e-6 * expected.abs().max())
 
 
 def test_damping_is_raised_and_said_when_cholesky_fails():
     w, _ = problem()
     x = torch.randn(4, 96, generator=torch.Generator().manual_seed(2))  # rank 4
-    with pytest.warns(UserWarning, match=r"X\^T X of block 3's o_proj has no Cholesky factor at damping 0: raised to 0.0001"):
+    with pytest.warns(
+        UserWarning, match=r"X\^T X of block 3's o_proj has no Cholesky factor at damping 0: raised to 0.0001"
+    ):
         q, damping = gptq(w, x.T @ x - 1e-5 * torch.eye(96), Grid(4, 32), damping=0, where="block 3's o_proj")
     assert damping == 1e-4
     assert torch.isfinite(q.weight).all()
@@ -186,7 +194,10 @@ def test_damping_is_raised_and_said_when_cholesky_fails():
 
 def test_statistics_that_say_nothing():
     w, h = problem()
-    with pytest.raises(BadInput, match="block 1's q_proj saw no tokens: all its inputs are zero on the calibration text; leave it out with 'linears'"):
+    with pytest.raises(
+        BadInput,
+        match="block 1's q_proj saw no tokens: all its inputs are zero on the calibration text; leave it out with 'linears'",
+    ):
         gptq(w, torch.zeros_like(h), Grid(4, 32), where="block 1's q_proj")
     h[3, 5] = torch.nan
     with pytest.raises(BadInput, match="the statistics of block 1's q_proj are not finite"):
@@ -202,7 +213,11 @@ def gptq_by_hooks(subject, groups, bits, group, weigh=lambda x: x):
         for names in groups:
             inputs, handles = {}, []
             for name in names:
-                handles.append(subject.linears(i)[name].register_forward_pre_hook(lambda _m, args, to=inputs, name=name: to.update({name: weigh(args[0])})))
+                handles.append(
+                    subject.linears(i)[name].register_forward_pre_hook(
+                        lambda _m, args, to=inputs, name=name: to.update({name: weigh(args[0])})
+                    )
+                )
             with torch.no_grad():
                 subject.model(IDS, use_cache=False)
             for handle in handles:
@@ -217,7 +232,14 @@ def gptq_by_hooks(subject, groups, bits, group, weigh=lambda x: x):
 def test_the_stage_goes_through_the_model_in_the_papers_order(tiny, kind, sequential):
     subject, reference = tiny(kind, layers=2), tiny(kind, layers=2)
     result, report = Gptq(**SMALL, clip="none", sequential=sequential, weighting="equal").apply(subject)
-    gptq_by_hooks(reference, (("k_proj", "v_proj", "q_proj"), ("o_proj",), ("up_proj", "gate_proj"), ("down_proj",)) if sequential else (LINEARS,), 4, 16)
+    gptq_by_hooks(
+        reference,
+        (("k_proj", "v_proj", "q_proj"), ("o_proj",), ("up_proj", "gate_proj"), ("down_proj",))
+        if sequential
+        else (LINEARS,),
+        4,
+        16,
+    )
     for i in range(2):
         for name, linear in reference.linears(i).items():
             check_same(result.linears(i)[name].weight, linear.weight, 0.98)
@@ -248,12 +270,23 @@ def test_the_stage_hands_its_settings_on(tiny):
         x = subject.blocks[0].input_layernorm(subject.model.model.embed_tokens(IDS)).flatten(0, 1)
     w = subject.linears(0)["q_proj"].weight
     results = []
-    for own in ({}, {"clip": "none"}, {"clip": "weighted"}, {"damping": 1.0}, {"act_order": "index"}, {"grid": "asymmetric"}, {"bits": 3}, {"group": 8}):
+    for own in (
+        {},
+        {"clip": "none"},
+        {"clip": "weighted"},
+        {"damping": 1.0},
+        {"act_order": "index"},
+        {"grid": "asymmetric"},
+        {"bits": 3},
+        {"group": 8},
+    ):
         stage = Gptq(**{**SMALL, **own}, weighting="equal", linears="q_proj")
         expected, _ = gptq(w, x.T @ x, stage.levels, act_order=stage.act_order, damping=stage.damping, clip=stage.clip)
         results.append(stage.apply(subject)[0].linears(0)["q_proj"].weight)
         check_same(results[-1], expected.weight)
-    assert all((a != b).float().mean() > 0.02 for i, a in enumerate(results) for b in results[:i])  # and each makes a difference
+    assert all(
+        (a != b).float().mean() > 0.02 for i, a in enumerate(results) for b in results[:i]
+    )  # and each makes a difference
 
 
 def test_it_beats_rounding_on_every_kind_of_projection(tiny):
@@ -281,11 +314,15 @@ def test_layer_errors_are_those_of_the_outputs(tiny):
     expected = (inputs["x"] @ (old - new).T).norm() / (inputs["x"] @ old.T).norm()
     assert abs(found[1, "down_proj"] - expected) < 1e-4
     assert set(found) == {(i, n) for i in range(2) for n in LINEARS}
-    with pytest.raises(BadInput, match="the original has 3 blocks and the compressed subject 2: compare what differs by weights only"):
+    with pytest.raises(
+        BadInput, match="the original has 3 blocks and the compressed subject 2: compare what differs by weights only"
+    ):
         layer_errors(tiny(layers=3), {"R": result}, IDS)
 
 
-@pytest.mark.parametrize("stage", [Rtn(group=16, embedding_bits=8), Gptq(**SMALL, bits=3, grid="asymmetric", act_order="index")])
+@pytest.mark.parametrize(
+    "stage", [Rtn(group=16, embedding_bits=8), Gptq(**SMALL, bits=3, grid="asymmetric", act_order="index")]
+)
 def test_what_is_computed_with_is_what_is_stored(tiny, stage, tmp_path):
     from thesislib.formats.load import load_subject
 
@@ -294,11 +331,15 @@ def test_what_is_computed_with_is_what_is_stored(tiny, stage, tmp_path):
     assert set(state) == set(tiny(layers=2).model.state_dict())
     with torch.inference_mode():
         logits = result.model(IDS).logits
-        assert torch.allclose(load_subject(save_checkpoint(result, tmp_path / "plain")).model(IDS).logits, logits, atol=1e-5)
+        assert torch.allclose(
+            load_subject(save_checkpoint(result, tmp_path / "plain")).model(IDS).logits, logits, atol=1e-5
+        )
         assert torch.equal(result.copy().model(IDS).logits, logits)
     for i in range(2):
         for name, module in result.linears(i).items():
-            again = QuantisedLinear(module.encoding, (module.out_features, module.in_features), module.bias, **module.held)
+            again = QuantisedLinear(
+                module.encoding, (module.out_features, module.in_features), module.bias, **module.held
+            )
             assert torch.equal(again.weight, module.weight)
             assert isinstance(result.copy().linears(i)[name], torch.nn.Linear)
 
@@ -349,7 +390,10 @@ def test_adapters_stay_around_what_is_quantised(tiny):
 
 def test_only_chosen_projections_change(tiny):
     subject = tiny(layers=2)
-    for stage in (Rtn(group=16, linears=["blocks.1.*", "down_proj"]), Gptq(**SMALL, linears=["blocks.1.*", "down_proj"])):
+    for stage in (
+        Rtn(group=16, linears=["blocks.1.*", "down_proj"]),
+        Gptq(**SMALL, linears=["blocks.1.*", "down_proj"]),
+    ):
         result, report = stage.apply(subject)
         quantised = {(i, n) for i in range(2) for n in LINEARS if is_quantised(result.linears(i)[n])}
         assert quantised == {(1, n) for n in LINEARS} | {(0, "down_proj")}
@@ -373,7 +417,9 @@ def test_embedding_and_head_in_8_bits(tiny, tied, grid, tmp_path):
     ids = result.model.generate(IDS[:1], max_new_tokens=4, do_sample=False)
     assert ids.shape == (1, 28)
     with pytest.raises(BadInput, match="the embedding is quantised already"):
-        Rtn(linears="q_proj", group=16, embedding_bits=8).apply(Rtn(linears="k_proj", group=16, embedding_bits=8).apply(subject)[0])
+        Rtn(linears="q_proj", group=16, embedding_bits=8).apply(
+            Rtn(linears="k_proj", group=16, embedding_bits=8).apply(subject)[0]
+        )
 
 
 def test_a_plan_that_repeats_blocks_goes_on_sharing(tiny):
@@ -417,7 +463,10 @@ def test_raised_damping_is_reported(tiny):
     [
         ({"bits": 1}, "1 bits: 1 bit needs another method, expected 2, 3, 4, 8"),
         ({"clip": "mse"}, "unknown clip 'mse'"),
-        ({"act_order": "statik"}, "unknown act_order 'statik': did you mean 'static'? expected one of none, static, index"),
+        (
+            {"act_order": "statik"},
+            "unknown act_order 'statik': did you mean 'static'? expected one of none, static, index",
+        ),
         ({"damping": -0.1}, "damping is -0.1: expected a finite share of the mean diagonal, at least 0, e.g. 0.01"),
         ({"damping": float("inf")}, "damping is inf"),
         ({"embedding_bits": 4}, "embedding_bits is 4: expected 8, or nothing"),
@@ -434,13 +483,21 @@ def test_bad_settings(settings, message):
 
 def test_bad_subjects(tiny):
     subject = tiny(layers=1)
-    with pytest.raises(BadInput, match=r"group 64 does not divide the rows of q_proj \(32 inputs\): 8, 16, 32 divide all rows here"):
+    with pytest.raises(
+        BadInput, match=r"group 64 does not divide the rows of q_proj \(32 inputs\): 8, 16, 32 divide all rows here"
+    ):
         Gptq(length=24).apply(subject)
     Gptq(length=24, linears="down_proj").apply(subject)  # whose rows it does divide
     pruned, _ = Width(2, 4, length=24).apply(subject)
-    with pytest.raises(BadInput, match="grid 'minimum' has no exact zero, and 50% of block 0's q_proj are zeros: use symmetric or asymmetric"):
+    with pytest.raises(
+        BadInput,
+        match="grid 'minimum' has no exact zero, and 50% of block 0's q_proj are zeros: use symmetric or asymmetric",
+    ):
         Rtn(group=16, grid="minimum").apply(pruned)
-    with pytest.raises(BadInput, match=r"block 0's q_proj is quantised already \(int4/symmetric/16/all\): start from the subject before that"):
+    with pytest.raises(
+        BadInput,
+        match=r"block 0's q_proj is quantised already \(int4/symmetric/16/all\): start from the subject before that",
+    ):
         Gptq(**SMALL).apply(Rtn(group=16).apply(subject)[0])
     subject.linears(0)["v_proj"].weight.data.zero_()
     with pytest.raises(BadInput, match="block 0's o_proj saw no tokens"):
@@ -459,6 +516,9 @@ def test_labels_and_recipes():
         Gptq().after([Rtn(bits=3)])
     shape = Shape(30, {"q_proj": 576, "down_proj": 1536})
     Gptq().after([Width(2, 4)], shape)
-    with pytest.raises(BadInput, match=r"group 128 does not divide the rows of q_proj \(576 inputs\): 8, 12, 16, 24, 32, 48, 64, 96, 192 divide"):
+    with pytest.raises(
+        BadInput,
+        match=r"group 128 does not divide the rows of q_proj \(576 inputs\): 8, 12, 16, 24, 32, 48, 64, 96, 192 divide",
+    ):
         Gptq(group=128).after([], shape)
     Gptq(group=128, linears="down_proj").after([], shape)

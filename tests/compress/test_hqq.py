@@ -67,7 +67,9 @@ def test_it_is_the_papers_loop(bits, seed):
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_it_leaves_less_mean_error_than_rounding_in_every_row(bits):
     w = weights()
-    rounded, found = (c.rounded(w).weight for c in (Rtn(bits=bits, group=16, grid="minimum", clip="none"), Hqq(bits=bits, group=16)))
+    rounded, found = (
+        c.rounded(w).weight for c in (Rtn(bits=bits, group=16, grid="minimum", clip="none"), Hqq(bits=bits, group=16))
+    )
     before, after = ((w - x).abs().mean(1) for x in (rounded, found))
     assert (after <= before).all() and after.mean() < 0.97 * before.mean()
 
@@ -79,7 +81,9 @@ def test_a_row_does_not_depend_on_the_others():
 
 def test_what_lies_on_the_grid_stays():
     w = Rtn(bits=4, group=16, grid="minimum", clip="none").rounded(weights()).weight
-    torch.testing.assert_close(Hqq(group=16).rounded(w).weight, w, atol=2e-3, rtol=0)  # the scale is fitted again, in float16
+    torch.testing.assert_close(
+        Hqq(group=16).rounded(w).weight, w, atol=2e-3, rtol=0
+    )  # the scale is fitted again, in float16
 
 
 def test_shrink_with_p_1_is_the_minimiser():
@@ -125,4 +129,9 @@ def test_settings_that_cannot_be(settings, message):
 
 
 def test_labels():
-    assert parse_label("D2+H3").stages[1] == Hqq(bits=3) and Hqq().label == "H" and Hqq.family == "quantised" and Hqq.correctable
+    assert (
+        parse_label("D2+H3").stages[1] == Hqq(bits=3)
+        and Hqq().label == "H"
+        and Hqq.family == "quantised"
+        and Hqq.correctable
+    )

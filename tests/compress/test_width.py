@@ -119,7 +119,9 @@ def test_pruning_two_halves_of_the_layers_is_pruning_all(tiny):
 
 
 def test_choice_of_linears_and_ratios(tiny):
-    pruned, _ = Width(ratio=0.5, linears="q_proj", ratios={"*.down_proj": 0.25, "blocks.1.down_proj": 0.75}).apply(tiny(layers=2))
+    pruned, _ = Width(ratio=0.5, linears="q_proj", ratios={"*.down_proj": 0.25, "blocks.1.down_proj": 0.75}).apply(
+        tiny(layers=2)
+    )
     shares = zero_shares(pruned)
     assert shares["q_proj"] == [0.5, 0.5] and shares["down_proj"] == [0.25, 0.75] and shares["up_proj"] == [0, 0]
 
@@ -139,7 +141,10 @@ def test_token_weighting_reaches_the_score(tiny, weighting):
 def test_all_zero_inputs_are_named_and_compared_by_magnitude(tiny):
     subject = tiny(layers=2)
     subject.linears(1)["v_proj"].weight.data.zero_()  # so nothing reaches o_proj
-    with pytest.warns(UserWarning, match="all inputs of block 1's o_proj are zero on the calibration text: its weights are compared by magnitude alone"):
+    with pytest.warns(
+        UserWarning,
+        match="all inputs of block 1's o_proj are zero on the calibration text: its weights are compared by magnitude alone",
+    ):
         pruned, report = Width(2, 4).apply(subject)
     assert report["compared by magnitude"] == ["blocks.1.o_proj"]
     expected = lowest_by_loops(subject.linears(1)["o_proj"].weight.abs().numpy(), 2, 4)

@@ -14,7 +14,18 @@ from thesislib.compress.gptq import Rtn
 from thesislib.compress.width import Width
 from thesislib.device.cost import Sketch, Stored, costs, distinct_bytes, resized, sketch, stored
 from thesislib.device.energy import SUM, WHOLE, energy
-from thesislib.device.hardware import KINDS, NEAREST, OPERATIONS, PRECISIONS, Device, Engine, Tier, device, devices, read_device
+from thesislib.device.hardware import (
+    KINDS,
+    NEAREST,
+    OPERATIONS,
+    PRECISIONS,
+    Device,
+    Engine,
+    Tier,
+    device,
+    devices,
+    read_device,
+)
 from thesislib.device.placement import FITS, STREAMS, TOO_LARGE, blocks_that_fit, padded, plan, what_fits
 from thesislib.device.quantity import UNITS, parse
 from thesislib.device.report import profile_report, readable
@@ -29,10 +40,15 @@ LINEARS = 3 * 32 * 64 + 2 * 32 * 32 + 2 * 16 * 32  # weights of a tiny block: th
 
 
 def rates(gemv, gemm, precisions=PRECISIONS):
-    return {kind: {p: rate if p in precisions else None for p in PRECISIONS} for kind, rate in (("gemv", gemv), ("gemm", gemm))}
+    return {
+        kind: {p: rate if p in precisions else None for p in PRECISIONS}
+        for kind, rate in (("gemv", gemv), ("gemm", gemm))
+    }
 
 
-def made(tiers, *, gemv=10.0, gemm=100.0, clock=1e6, bits=None, overhead=0.0, joules=None, idle=None, precisions=PRECISIONS):
+def made(
+    tiers, *, gemv=10.0, gemm=100.0, clock=1e6, bits=None, overhead=0.0, joules=None, idle=None, precisions=PRECISIONS
+):
     """A device of made-up numbers; tiers (size, read, joules per byte, on chip); precisions: those with a rate."""
     memories = tuple(Tier(f"m{i}", *t) for i, t in enumerate(tiers))
     engine = Engine("e", clock, rates(gemv, gemm, precisions), bits, joules)
@@ -45,8 +61,12 @@ def made(tiers, *, gemv=10.0, gemm=100.0, clock=1e6, bits=None, overhead=0.0, jo
 @pytest.mark.parametrize("name", devices())
 def test_every_number_of_every_device_has_evidence(name):
     found = read_device(devices()[name])
-    numbers = [e.clock for e in found.engines] + [x for e in found.engines for kind in OPERATIONS for x in e.macs_per_cycle[kind].values()]
-    numbers += [x for e in found.engines for x in (e.stored_bits, e.joules_per_mac)] + [x for t in found.tiers for x in (t.size, t.read, t.joules_per_byte)]
+    numbers = [e.clock for e in found.engines] + [
+        x for e in found.engines for kind in OPERATIONS for x in e.macs_per_cycle[kind].values()
+    ]
+    numbers += [x for e in found.engines for x in (e.stored_bits, e.joules_per_mac)] + [
+        x for t in found.tiers for x in (t.size, t.read, t.joules_per_byte)
+    ]
     numbers += [found.overhead, found.idle, found.power]
     assert all(tuple(e.macs_per_cycle[kind]) == PRECISIONS for e in found.engines for kind in OPERATIONS)
     assert sum(x is not None for x in numbers) + 2 == len(found.evidence)  # and the two bands
@@ -98,12 +118,24 @@ def edited(tmp_path):
         ("power: null", 'power: {value: [3 W, 4 W], kind: published, source: ""}', "its source is empty"),
         ("on_chip: true", "on_chip: maybe", "expected true or false"),
         ("size: {value: 4 MiB", "size: null  # {value: 4 MiB", "unknown size cannot be planned"),
-        ("int8: {value: 32 MAC/cycle, kind: derived", "int9: {value: 32 MAC/cycle, kind: derived", "unknown key.*gemv 'int9': did you mean 'int8'"),
+        (
+            "int8: {value: 32 MAC/cycle, kind: derived",
+            "int9: {value: 32 MAC/cycle, kind: derived",
+            "unknown key.*gemv 'int9': did you mean 'int8'",
+        ),
         ("        float16: null\n", "", "gemv: 'float16' is missing: expected it, null if it is not known"),
-        ("float32: null", "float32: 16 MAC/cycle", "gemv.float32: expected a mapping with the keys kind, source, value"),
+        (
+            "float32: null",
+            "float32: 16 MAC/cycle",
+            "gemv.float32: expected a mapping with the keys kind, source, value",
+        ),
         ("value: 32 MAC/cycle", "value: -32 MAC/cycle", "gemv.int8 is '-32 MAC/cycle': expected a number above 0"),
         ("value: 32 MAC/cycle", "value: 32 FLOP/cycle", "unknown unit.*gemv.int8 'FLOP/cycle'.*'MAC/cycle'"),
-        (', source: "one 256 bit read of 8 bit weights a cycle, each used once"}', "}", "gemv.int8: 'source' is missing"),
+        (
+            ', source: "one 256 bit read of 8 bit weights a cycle, each used once"}',
+            "}",
+            "gemv.int8: 'source' is missing",
+        ),
         ("name: siracusa", "name: syracuse", "expected 'siracusa', as the file's"),
     ],
 )
@@ -113,7 +145,11 @@ def test_what_is_wrong_with_a_file_is_said(edited, old, new, message):
 
 
 def test_units_are_what_they_say():
-    assert parse("4 MiB", "B", "x") == 4 * 1024**2 and parse("0.5 pJ/B", "J/B", "x") == 5e-13 and parse("0.7", "", "x") == 0.7
+    assert (
+        parse("4 MiB", "B", "x") == 4 * 1024**2
+        and parse("0.5 pJ/B", "J/B", "x") == 5e-13
+        and parse("0.7", "", "x") == 0.7
+    )
     assert all(unit in names or not unit or 1 not in names.values() for unit, names in UNITS.items())
 
 
@@ -146,7 +182,9 @@ def test_macs_are_counted_by_hand(tiny):
     assert one.macs == 3 * (LINEARS + 2 * 8 * 4 * 8) + vocabulary  # attention: 8 positions, q k and p v, 4 heads of 8
     assert many.macs == 3 * (5 * LINEARS + 2 * 15 * 4 * 8) + vocabulary  # 1 + 2 + 3 + 4 + 5 pairs, the head once
     assert one.cache_bytes == 3 * 8 * (2 * 2 * 8) * 2  # float16 keys and values of two heads of 8
-    assert {o.kind for o in one.operations} == {"gemv", "attention", "move"} and "gemm" in {o.kind for o in many.operations}
+    assert {o.kind for o in one.operations} == {"gemv", "attention", "move"} and "gemm" in {
+        o.kind for o in many.operations
+    }
 
 
 def test_a_tied_table_is_kept_once_and_read_at_every_token(tiny):
@@ -175,7 +213,9 @@ def test_what_lost_its_attention_keeps_no_cache(tiny, tmp_path):
 
 def test_a_quantised_table_that_is_not_tied(tiny):
     subject, _ = Rtn(bits=4, group=32, embedding_bits=8).apply(tiny(tie_word_embeddings=False))
-    assert {w.name for w in stored(subject)} >= {"embedding", "head"} and costs(subject).macs == costs(tiny(tie_word_embeddings=False)).macs
+    assert {w.name for w in stored(subject)} >= {"embedding", "head"} and costs(subject).macs == costs(
+        tiny(tie_word_embeddings=False)
+    ).macs
 
 
 def test_corrections_count(tiny):
@@ -205,11 +245,18 @@ def test_a_weight_is_computed_in_what_it_is_held_in(tiny, tmp_path):
     """Floating types as they are, codes of any bits as int8, attention as the norms; packed and corrected weights as the weights themselves."""
     halves = tiny()
     halves.model.bfloat16()
-    assert {w.precision for w in stored(halves)} == {"bfloat16"} == {o.precision for o in costs(halves).operations if o.macs}
+    assert (
+        {w.precision for w in stored(halves)}
+        == {"bfloat16"}
+        == {o.precision for o in costs(halves).operations if o.macs}
+    )
     four, _ = Rtn(bits=4, group=32, embedding_bits=8).apply(halves)
     four.blocks[2].mlp.up_proj = Adapted(four.linears(2)["up_proj"], torch.ones(4, 32), torch.ones(64, 4))
     found = {o.name: o.precision for o in costs(four).operations}
-    assert found["blocks.2.up_proj"] == found["blocks.0.q_proj"] == found["head"] == "int8" and found["blocks.0.attention"] == "bfloat16"
+    assert (
+        found["blocks.2.up_proj"] == found["blocks.0.q_proj"] == found["head"] == "int8"
+        and found["blocks.0.attention"] == "bfloat16"
+    )
     pruned, _ = Width(remove=2, of=4, metric="magnitude").apply(tiny(), data="embedded", work=tmp_path)
     save_artifact(pruned, tmp_path / "w", stages=[], reports=[], base={"name": "x", "fingerprint": "y"}, label="w")
     packed = load_artifact(tmp_path / "w")
@@ -217,7 +264,11 @@ def test_a_weight_is_computed_in_what_it_is_held_in(tiny, tmp_path):
 
 
 def test_a_sketch_costs_what_its_subject_does(tiny):
-    for subject in (tiny(), apply_plan(tiny(layers=4), [0, 1, 1, 2]), Rtn(bits=4, group=32).apply(tiny(tie_word_embeddings=False))[0]):
+    for subject in (
+        tiny(),
+        apply_plan(tiny(layers=4), [0, 1, 1, 2]),
+        Rtn(bits=4, group=32).apply(tiny(tie_word_embeddings=False))[0],
+    ):
         for tokens, context in ((1, 16), (5, 0)):
             assert costs(sketch(subject), tokens, context) == costs(subject, tokens, context)
     plain = sketch(tiny(layers=4))
@@ -230,13 +281,20 @@ def test_another_size_is_that_of_the_model_made_so(tiny, tmp_path):
     assert distinct_bytes(resized(subject, blocks=2).weights) == distinct_bytes(stored(apply_plan(subject, [0, 1])))
     pruned, _ = Width(remove=2, of=4, metric="magnitude").apply(subject, data="embedded", work=tmp_path)
     save_artifact(pruned, tmp_path / "w", stages=[], reports=[], base={"name": "x", "fingerprint": "y"}, label="w")
-    assert distinct_bytes(resized(subject, pattern="2:4").weights) == distinct_bytes(stored(load_artifact(tmp_path / "w")))
+    assert distinct_bytes(resized(subject, pattern="2:4").weights) == distinct_bytes(
+        stored(load_artifact(tmp_path / "w"))
+    )
     four = Rtn(bits=4, group=32, embedding_bits=8).apply(subject)[0]
     sizes = {w.name: (w.bytes, w.precision) for w in stored(four) if "proj" in w.name}
     assert sizes == {w.name: (w.bytes, w.precision) for w in resized(subject, bits=4.5).weights if "proj" in w.name}
     tables = {w.name: w.bytes for w in resized(subject, bits=16, table=8).weights}
-    assert tables["head"] == tables["embedding"] == subject.model.config.vocab_size * 32 and tables["blocks.0.up_proj"] == 2 * 32 * 64
-    assert next(w for w in resized(subject, bits=2, pattern="1:16").weights if "proj" in w.name).bytes == 32 * 32 * 2 / 8  # packed would be 2.125 bits
+    assert (
+        tables["head"] == tables["embedding"] == subject.model.config.vocab_size * 32
+        and tables["blocks.0.up_proj"] == 2 * 32 * 64
+    )
+    assert (
+        next(w for w in resized(subject, bits=2, pattern="1:16").weights if "proj" in w.name).bytes == 32 * 32 * 2 / 8
+    )  # packed would be 2.125 bits
     for wrong, message in (
         ({"blocks": 0}, "0 blocks: expected 1 to 6"), ({"blocks": 7}, "expected 1 to 6"), ({"bits": 0}, "bits 0: expected"),
         ({"table": 64}, "table 64: expected"), ({"pattern": "2:2"}, "removes 2 of 2"),
@@ -265,7 +323,9 @@ def test_weights_live_in_the_nearest_room(tiny):
     small = plan(subject, made([(total - 1, 1e6, None, True)]))
     assert small.verdict == TOO_LARGE and small.missing == total - sum(small.bytes.values())
     assert plan(subject, made([(total, 1e6, None, True)]), cache_bytes=1).verdict == TOO_LARGE
-    assert plan(subject, made([(total + 1, 1e6, None, False)]), cache_bytes=1).verdict == FITS  # the only memory there is
+    assert (
+        plan(subject, made([(total + 1, 1e6, None, False)]), cache_bytes=1).verdict == FITS
+    )  # the only memory there is
 
 
 def test_an_engine_that_pads_gains_nothing_from_fewer_bits(tiny):
@@ -274,7 +334,11 @@ def test_an_engine_that_pads_gains_nothing_from_fewer_bits(tiny):
     pads, does_not = made([(1e9, 1e6, None, True)], bits=8), made([(1e9, 1e6, None, True)])
     linear = next(w for w in stored(four) if w.name == "blocks.0.up_proj")
     assert padded(linear, pads) == 32 * 64 > padded(linear, does_not) == linear.bytes
-    speeds = {(bits, d.engines[0].stored_bits): project(s, d).seconds.ceiling for bits, s in ((4, four), (8, eight)) for d in (pads, does_not)}
+    speeds = {
+        (bits, d.engines[0].stored_bits): project(s, d).seconds.ceiling
+        for bits, s in ((4, four), (8, eight))
+        for d in (pads, does_not)
+    }
     assert speeds[4, None] < speeds[8, None] and speeds[4, 8] == pytest.approx(speeds[8, 8], rel=0.1)
 
 
@@ -288,9 +352,20 @@ def test_corrections_are_padded_by_themselves(tiny):
 
 def test_a_cache_is_never_in_memory_that_is_not_written(tiny):
     subject = tiny()
-    frozen = Device("d", "", made([]).engines, (Tier("flash", 1e9, 1e6, None, True, False), Tier("ram", 5e3, 1e6, None, True)), None, (1, 1), (1, 1), None)
+    frozen = Device(
+        "d",
+        "",
+        made([]).engines,
+        (Tier("flash", 1e9, 1e6, None, True, False), Tier("ram", 5e3, 1e6, None, True)),
+        None,
+        (1, 1),
+        (1, 1),
+        None,
+    )
     found = plan(subject, frozen, cache_bytes=4000)
-    assert (found.cache, found.verdict) == ("ram", FITS) and plan(subject, frozen, cache_bytes=6000).verdict == TOO_LARGE
+    assert (found.cache, found.verdict) == ("ram", FITS) and plan(
+        subject, frozen, cache_bytes=6000
+    ).verdict == TOO_LARGE
     assert profile(subject, frozen, prompt=4, context=4).plan.verdict == FITS
     assert profile(subject, frozen, prompt=400, context=4).plan.verdict == TOO_LARGE  # the prompt's own cache
 
@@ -302,7 +377,10 @@ def test_the_other_way_round_agrees_with_the_plan(tiny):
     rest = distinct_bytes(weights) - 6 * block
     d = made([(rest + 3.5 * block, 1e6, None, True)])
     assert blocks_that_fit(subject, d, 32) == 3
-    assert plan(apply_plan(subject, [0, 1, 2]), d).verdict == FITS and plan(apply_plan(subject, [0, 1, 2, 3]), d).verdict == TOO_LARGE
+    assert (
+        plan(apply_plan(subject, [0, 1, 2]), d).verdict == FITS
+        and plan(apply_plan(subject, [0, 1, 2, 3]), d).verdict == TOO_LARGE
+    )
     assert blocks_that_fit(subject, d, 8) == 6 and blocks_that_fit(subject, made([(10, 1, None, True)]), 8) is None
     assert blocks_that_fit(subject, d, 32, kept=0.5) > 3
     assert blocks_that_fit(subject, made([(rest + 3.5 * block, 1e6, None, True)], bits=32), 4) == 3
@@ -315,7 +393,9 @@ def block_of(n, weights=1000):
     return Stored(f"blocks.{n}.up_proj", 2 * weights, weights, (n,), precision="bfloat16")
 
 
-FOUR = Sketch("four", (Stored("embedding", 600, 300, (9,)), Stored("head", 600, 300, (9,)), *map(block_of, range(4))), 1, 1, 1)
+FOUR = Sketch(
+    "four", (Stored("embedding", 600, 300, (9,)), Stored("head", 600, 300, (9,)), *map(block_of, range(4))), 1, 1, 1
+)
 
 
 def test_what_fits_by_hand():
@@ -339,7 +419,11 @@ def test_what_fits_by_hand():
     assert list(zip(two.blocks, two.on_chip, strict=True)) == [(3, False), (2, True), (1, True)]
     assert not what_fits(FOUR, made([(1e9, 1e6, None, False)]), blocks=(4,)).on_chip.any()
     none = what_fits(FOUR, made([(599, 1e6, None, True)]))
-    assert none.empty and "on_chip" in none and not what_fits(FOUR, made([(599, 1e6, None, True)]), table=4, bits=(2,)).empty
+    assert (
+        none.empty
+        and "on_chip" in none
+        and not what_fits(FOUR, made([(599, 1e6, None, True)]), table=4, bits=(2,)).empty
+    )
     with pytest.raises(BadInput, match="5 blocks: expected 1 to 4"):
         what_fits(FOUR, made([(2600, 1e6, None, True)]), blocks=(5,))
 
@@ -349,7 +433,12 @@ def test_what_fits_agrees_with_blocks_that_fit_and_with_the_plan(tiny):
     d = made([(distinct_bytes(stored(subject)) * 0.6, 1e6, None, True)])
     found = what_fits(subject, d, patterns=(None,), bits=(32, 8), context=1)
     cache = costs(subject, 1, 1).cache_bytes
-    assert found[found.bits == 32].blocks.max() == blocks_that_fit(subject, d, 32, cache_bytes=cache) < found[found.bits == 8].blocks.max() == 6
+    assert (
+        found[found.bits == 32].blocks.max()
+        == blocks_that_fit(subject, d, 32, cache_bytes=cache)
+        < found[found.bits == 8].blocks.max()
+        == 6
+    )
     assert plan(apply_plan(subject, [0, 1]), d).verdict == FITS and 2 in set(found[found.bits == 32].blocks)
 
 
@@ -362,25 +451,42 @@ def test_time_is_the_larger_of_arithmetic_and_traffic(tiny):
     slow_memory = made([(1e9, 1e3, None, True)], gemv=1e9, gemm=1e9)
     found = project(subject, slow_memory, 1, 16)
     cache = sum(o.cache for o in c.operations)
-    assert found.seconds.ceiling == pytest.approx((c.weight_bytes + cache) / 1e3, rel=1e-6) and found.seconds.binds == TRAFFIC
-    assert found.seconds.high == pytest.approx(2 * found.seconds.ceiling) and found.seconds.low == pytest.approx(found.seconds.ceiling)
+    assert (
+        found.seconds.ceiling == pytest.approx((c.weight_bytes + cache) / 1e3, rel=1e-6)
+        and found.seconds.binds == TRAFFIC
+    )
+    assert found.seconds.high == pytest.approx(2 * found.seconds.ceiling) and found.seconds.low == pytest.approx(
+        found.seconds.ceiling
+    )
     slow_engine = project(subject, made([(1e9, 1e12, None, True)]), 1, 16)
-    assert slow_engine.seconds.ceiling == pytest.approx(c.macs / 1e7, rel=1e-6) and slow_engine.seconds.binds == ARITHMETIC
+    assert (
+        slow_engine.seconds.ceiling == pytest.approx(c.macs / 1e7, rel=1e-6) and slow_engine.seconds.binds == ARITHMETIC
+    )
     assert slow_engine.seconds.high == pytest.approx(4 * slow_engine.seconds.ceiling, rel=1e-3)
     started = project(subject, made([(1e9, 1e12, None, True)], gemv=1e9, gemm=1e9, overhead=1.0), 1, 16)
     assert started.seconds.binds == OVERHEAD and started.seconds.low == pytest.approx(len(c.operations), rel=1e-3)
-    assert project(subject, slow_engine_with(None)).unknown and "bandwidth of m0" in project(subject, slow_engine_with(None)).unknown
+    assert (
+        project(subject, slow_engine_with(None)).unknown
+        and "bandwidth of m0" in project(subject, slow_engine_with(None)).unknown
+    )
 
 
 def test_arithmetic_goes_at_the_rate_of_the_precision(tiny):
     """int8 four times as fast as float32: the linears of a quantised model gain it, attention, which stays floating, does not."""
     subject, memory = tiny(), [(1e9, 1e12, None, True)]
-    engines = (Engine("f", 1e6, rates(10, 10, ("float32",)), None, None), Engine("i", 1e6, rates(40, 80, ("int8",)), None, None))
+    engines = (
+        Engine("f", 1e6, rates(10, 10, ("float32",)), None, None),
+        Engine("i", 1e6, rates(40, 80, ("int8",)), None, None),
+    )
     d = Device("d", "", engines, made(memory).tiers, 0.0, (1, 1), (1, 1), None)
     dense, eight = (project(s, d, 1, 16) for s in (subject, Rtn(bits=8, group=32).apply(subject)[0]))
     assert dense.spans["blocks.0.up_proj"].ceiling == pytest.approx(32 * 64 / 10e6) and dense.taken == eight.taken == ()
     assert eight.spans["blocks.0.up_proj"].ceiling == pytest.approx(32 * 64 / 40e6)
-    assert eight.spans["blocks.0.attention"].ceiling == dense.spans["blocks.0.attention"].ceiling == pytest.approx(2 * 17 * 4 * 8 / 10e6)
+    assert (
+        eight.spans["blocks.0.attention"].ceiling
+        == dense.spans["blocks.0.attention"].ceiling
+        == pytest.approx(2 * 17 * 4 * 8 / 10e6)
+    )
     prompt = project(Rtn(bits=8, group=32).apply(subject)[0], d, 5, 0)
     assert prompt.spans["blocks.0.up_proj"].ceiling == pytest.approx(5 * 32 * 64 / 80e6)
 
@@ -391,10 +497,18 @@ def test_a_rate_that_is_not_known_is_taken_from_the_nearest_precision_and_named(
     memory = [(1e9, 1e12, None, True)]
     wider, narrower = (made(memory, precisions=p) for p in (("float32", "int8"), ("int8",)))
     assert wider.rate("gemv", "bfloat16") == (1e7, "float32") and narrower.rate("gemm", "bfloat16") == (1e8, "int8")
-    assert made(memory, precisions=("float32",)).rate("gemv", "int8") == (1e7, "float32") and made(memory, gemv=None).rate("gemv", "int8") is None
+    assert (
+        made(memory, precisions=("float32",)).rate("gemv", "int8") == (1e7, "float32")
+        and made(memory, gemv=None).rate("gemv", "int8") is None
+    )
     assert project(halves, wider).taken == ("rate of gemv in bfloat16: that in float32",)
-    assert project(halves, narrower, 4, 0).taken == ("rate of gemm in bfloat16: that in int8", "rate of gemv in bfloat16: that in int8")
-    assert project(halves, made(memory)).taken == () and project(halves, made(memory, gemv=None), 1).unknown == ("arithmetic",)
+    assert project(halves, narrower, 4, 0).taken == (
+        "rate of gemm in bfloat16: that in int8",
+        "rate of gemv in bfloat16: that in int8",
+    )
+    assert project(halves, made(memory)).taken == () and project(halves, made(memory, gemv=None), 1).unknown == (
+        "arithmetic",
+    )
     plain = profile_report(halves, narrower)
     assert plain["taken"] and "another stands in: rate of gemm in bfloat16: that in int8" in readable(plain)
     assert "another stands in" not in readable(profile_report(halves, made(memory)))
@@ -406,9 +520,13 @@ def test_a_rate_that_is_not_known_is_taken_from_the_nearest_precision_and_named(
 def test_rates_are_half_the_published_operations():
     """FLOPS and OPS count two a MAC: K1 256 GFLOPS FP32 and 2.05 TOPS INT8, GAP9 150.8 GOPS, Pi 4 57.6 and Pi 5 153.6 GFLOPS."""
     k1, gap9, pi4, pi5 = map(device, ("k1", "gap9", "pi4", "pi5"))
-    assert 2 * k1.rate("gemm", "float32")[0] == pytest.approx(256e9) and 2 * k1.rate("gemm", "int8")[0] == pytest.approx(2.05e12, rel=1e-3)
+    assert 2 * k1.rate("gemm", "float32")[0] == pytest.approx(256e9) and 2 * k1.rate("gemm", "int8")[
+        0
+    ] == pytest.approx(2.05e12, rel=1e-3)
     assert 2 * gap9.rate("gemm", "int8")[0] == pytest.approx(150.8e9) and gap9.rate("gemm", "float32")[1] == "int8"
-    assert 2 * pi4.rate("gemv", "float32")[0] == pytest.approx(57.6e9) and 2 * pi5.rate("gemv", "float32")[0] == pytest.approx(153.6e9)
+    assert 2 * pi4.rate("gemv", "float32")[0] == pytest.approx(57.6e9) and 2 * pi5.rate("gemv", "float32")[
+        0
+    ] == pytest.approx(153.6e9)
     assert k1.rate("gemv", "bfloat16")[1] == "float32" and device("siracusa").rate("gemv", "bfloat16")[1] == "int8"
     assert device("laptop").rate("gemv", "int8") is None
 
@@ -420,13 +538,24 @@ def test_what_each_lever_buys_by_hand():
     assert found.ceiling.to_dict() == pytest.approx({
         "": 1e4 / 9200, "2 of 4 blocks": 1e4 / 5200, "1 of 4 blocks": 1e4 / 3200, "2:4 as zeros": 1e4 / 9200, "2:4 packed": 1e4 / 5576, "8 bits": 1e4 / 5200,
     })  # fmt: skip
-    assert (found.high == found.ceiling).all() and found.low.to_numpy() == pytest.approx(found.ceiling / 2)  # mbu 0.5 to 1
-    assert found.bytes["2:4 packed"] == 600 + 4 * 1094 and set(found.verdict) == {FITS} and set(found.binds) == {TRAFFIC}
+    assert (found.high == found.ceiling).all() and found.low.to_numpy() == pytest.approx(
+        found.ceiling / 2
+    )  # mbu 0.5 to 1
+    assert (
+        found.bytes["2:4 packed"] == 600 + 4 * 1094 and set(found.verdict) == {FITS} and set(found.binds) == {TRAFFIC}
+    )
     assert list(found.lever) == ["as it is", "depth", "depth", "width", "width", "bits"]
-    pads = what_each_buys(resized(FOUR, bits=8), made([(1e9, 1e4, None, True)], gemv=1e9, bits=8), patterns=("2:4",), bits=(4,)).set_index("setting")
+    pads = what_each_buys(
+        resized(FOUR, bits=8), made([(1e9, 1e4, None, True)], gemv=1e9, bits=8), patterns=("2:4",), bits=(4,)
+    ).set_index("setting")
     assert pads.high["4 bits"] == pads.high["2:4 packed"] == pads.high[""] < pads.high["2 of 4 blocks"]
     small = what_each_buys(FOUR, made([(5000, 1e4, None, True)]), patterns=(), bits=(8,)).set_index("setting")
-    assert small.verdict[""] == TOO_LARGE and small.high.isna()[""] and small.verdict["8 bits"] == FITS and small.high["8 bits"] > 0
+    assert (
+        small.verdict[""] == TOO_LARGE
+        and small.high.isna()[""]
+        and small.verdict["8 bits"] == FITS
+        and small.high["8 bits"] > 0
+    )
     for wrong in (0, 1.5):
         with pytest.raises(BadInput, match=f"depth {wrong}: expected a share"):
             what_each_buys(FOUR, d, depths=(wrong,))
@@ -450,7 +579,9 @@ def test_energy_is_the_sum_of_its_parts(tiny):
     time, c = project(subject, d, 1, 16), costs(subject, 1, 16)
     found = energy(subject, d, plan(subject, d), time, 1, 16)
     cache = sum(o.cache for o in c.operations)
-    assert found.parts["arithmetic"] == pytest.approx(3e-12 * c.macs) and found.parts["traffic"] == pytest.approx(2e-12 * (c.weight_bytes + cache))
+    assert found.parts["arithmetic"] == pytest.approx(3e-12 * c.macs) and found.parts["traffic"] == pytest.approx(
+        2e-12 * (c.weight_bytes + cache)
+    )
     assert found.high - found.low == pytest.approx(0.5 * (time.seconds.high - time.seconds.low)) and found.unknown == ()
     bare = energy(subject, made([(1e9, 1e6, None, True)]), plan(subject, d), time, 1, 16)
     assert bare.low == bare.high == 0 and len(bare.unknown) == 3 and not bare.known and found.known and found.how == SUM
@@ -461,7 +592,11 @@ def test_energy_is_the_whole_devices_power_where_that_is_known(tiny):
     d = replace(made([(1e9, 1e6, 2e-12, True)], joules=3e-12, idle=0.5), power=(2.0, 7.0))
     time = project(subject, d, 1, 16).seconds
     plain = profile_report(subject, d, context=16)
-    assert plain["joules_per_token"] == {"low": pytest.approx(2 * time.low), "high": pytest.approx(7 * time.high), "how": WHOLE}
+    assert plain["joules_per_token"] == {
+        "low": pytest.approx(2 * time.low),
+        "high": pytest.approx(7 * time.high),
+        "how": WHOLE,
+    }
     assert "idle power" not in plain["left_out"] and "power of the whole device" in readable(plain)
 
 
@@ -475,7 +610,16 @@ def test_the_report_says_all_and_that_it_is_a_projection(tiny):
     assert none["verdict"] == TOO_LARGE and "seconds_per_token" not in none and "without a place" in readable(none)
     with pytest.raises(BadInput, match="does not fit made"):
         project(tiny(), made([(10, 1e6, 1e-12, True)]))
-    silent = Device("silent", "", (Engine("e", None, rates(None, None), None, None),), (Tier("m", 1e9, None, None, True),), None, (1, 1), (1, 1), None)
+    silent = Device(
+        "silent",
+        "",
+        (Engine("e", None, rates(None, None), None, None),),
+        (Tier("m", 1e9, None, None, True),),
+        None,
+        (1, 1),
+        (1, 1),
+        None,
+    )
     with pytest.raises(BadInput, match="neither how fast it reads nor how fast it multiplies"):
         project(tiny(), silent)
 
@@ -485,7 +629,10 @@ def test_the_command(tiny, tmp_path):
     run = CliRunner().invoke(app, ["profile", str(folder), "--device", "siracusa", "--json", "--dtype", "bfloat16"])
     plain = json.loads(run.stdout)
     assert (
-        run.exit_code == 0 and plain["device"] == "siracusa" and plain["verdict"] == FITS and plain["evidence"]["engines.0.stored_bits"]["kind"] == "published"
+        run.exit_code == 0
+        and plain["device"] == "siracusa"
+        and plain["verdict"] == FITS
+        and plain["evidence"]["engines.0.stored_bits"]["kind"] == "published"
     )
     assert "projection" in CliRunner().invoke(app, ["profile", str(folder), "--device", "k1"]).stdout
     wrong = CliRunner().invoke(app, ["profile", str(folder), "--device", "siracuse"])

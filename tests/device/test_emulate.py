@@ -12,13 +12,27 @@ from typer.testing import CliRunner
 
 from thesislib.cli import app
 from thesislib.device import emulate as emulation
-from thesislib.device.emulate import CLASSES, ROUNDED_TOLERANCE, TOOLS, Distance, build, counted, distance, emulate, missing_tools, multiplied
+from thesislib.device.emulate import (
+    CLASSES,
+    ROUNDED_TOLERANCE,
+    TOOLS,
+    Distance,
+    build,
+    counted,
+    distance,
+    emulate,
+    missing_tools,
+    multiplied,
+)
 from thesislib.errors import BadInput
 from thesislib.files import ROOT, shipped
 from thesislib.formats.gguf import export_gguf
 
 cross = pytest.mark.skipif(bool(missing_tools()), reason=f"needs {', '.join(sorted(set(TOOLS.values())))}")
-asked = pytest.mark.skipif(os.environ.get("THESISLIB_EMULATE") != "1", reason="THESISLIB_EMULATE=1 builds llama.cpp three times, about 10 minutes")
+asked = pytest.mark.skipif(
+    os.environ.get("THESISLIB_EMULATE") != "1",
+    reason="THESISLIB_EMULATE=1 builds llama.cpp three times, about 10 minutes",
+)
 RECORD = ROOT / "data" / "results" / "07_emulated.json"
 
 
@@ -136,9 +150,17 @@ room: .space 64
 @cross
 def test_every_instruction_is_in_its_class(tmp_path):
     (tmp_path / "program.S").write_text(PROGRAM)
-    subprocess.run(["riscv64-linux-gnu-gcc", "-nostdlib", "-static", "program.S", "-o", "program"], cwd=tmp_path, check=True)
-    subprocess.run(["gcc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", shipped("hw/emulate/count.c"), "-o", "count.so"], cwd=tmp_path, check=True)
-    done = subprocess.run(["qemu-riscv64", "-plugin", "./count.so", "./program"], cwd=tmp_path, check=True, capture_output=True, text=True)
+    subprocess.run(
+        ["riscv64-linux-gnu-gcc", "-nostdlib", "-static", "program.S", "-o", "program"], cwd=tmp_path, check=True
+    )
+    subprocess.run(
+        ["gcc", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", shipped("hw/emulate/count.c"), "-o", "count.so"],
+        cwd=tmp_path,
+        check=True,
+    )
+    done = subprocess.run(
+        ["qemu-riscv64", "-plugin", "./count.so", "./program"], cwd=tmp_path, check=True, capture_output=True, text=True
+    )
     _, (found,) = counted(done.stderr)
     # three rounds; besides, in each: lla (two integers), what counts down and the loop's branch; then the second mark's li, li and call
     wanted = {"load": 8, "store": 6, "jump": 6, "integer": 15, "multiply": 3, "float": 5, "other": 3}
@@ -151,7 +173,9 @@ def test_every_instruction_is_in_its_class(tmp_path):
 def test_logits_are_compared_as_long_as_both_read_the_same():
     ours = np.array([[0, 2], [2, 0], [0, 2], [0, 2]], np.float32)
     theirs = ours + np.array([[0.5], [0], [-1], [100]], np.float32)
-    assert astuple(distance([1, 0, 1, 1], ours, [1, 0, 0, 1], theirs)) == pytest.approx((1.0, np.sqrt(2 * 1.25 / 6), 1.0))
+    assert astuple(distance([1, 0, 1, 1], ours, [1, 0, 0, 1], theirs)) == pytest.approx(
+        (1.0, np.sqrt(2 * 1.25 / 6), 1.0)
+    )
     assert distance([1, 0, 1, 1], ours, [1, 0, 1, 1], theirs).largest == 100
     assert Distance(1.0, 0.5, 2.0).share == 0.25
 
@@ -161,7 +185,10 @@ def test_logits_are_compared_as_long_as_both_read_the_same():
 def test_weights_that_a_token_multiplies_by(tiny, tmp_path, tied):
     subject = tiny(layers=2, tie_word_embeddings=tied)
     linears = sum(linear.weight.numel() for b in range(2) for linear in subject.linears(b).values())
-    assert multiplied(export_gguf(subject, tmp_path / "m.gguf")) == linears + subject.model.get_output_embeddings().weight.numel()
+    assert (
+        multiplied(export_gguf(subject, tmp_path / "m.gguf"))
+        == linears + subject.model.get_output_embeddings().weight.numel()
+    )
 
 
 # ---------------------------------------------------------------- what cannot work
@@ -169,8 +196,15 @@ def test_weights_that_a_token_multiplies_by(tiny, tmp_path, tied):
 
 def test_missing_tools_are_named_with_their_packages(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda tool: None if "g++" in tool or "qemu" in tool else tool)
-    assert missing_tools() == {"g++": "g++", "riscv64-linux-gnu-g++": "g++-riscv64-linux-gnu", "qemu-riscv64": "qemu-user"}
-    with pytest.raises(BadInput, match="riscv64-linux-gnu-g.., qemu-riscv64, not found here: .* apt-get install g.. g..-riscv64-linux-gnu qemu-user"):
+    assert missing_tools() == {
+        "g++": "g++",
+        "riscv64-linux-gnu-g++": "g++-riscv64-linux-gnu",
+        "qemu-riscv64": "qemu-user",
+    }
+    with pytest.raises(
+        BadInput,
+        match="riscv64-linux-gnu-g.., qemu-riscv64, not found here: .* apt-get install g.. g..-riscv64-linux-gnu qemu-user",
+    ):
         build()
 
 
@@ -185,7 +219,9 @@ def test_an_installation_without_sources(monkeypatch, tmp_path):
 def test_an_archive_that_is_another(monkeypatch, tmp_path):
     def pip(command, **_):
         assert "--no-binary=llama-cpp-python" in command
-        (type(tmp_path)(command[command.index("--dest") + 1]) / f"{emulation.SOURCE}.tar.gz").write_bytes(b"something else")
+        (type(tmp_path)(command[command.index("--dest") + 1]) / f"{emulation.SOURCE}.tar.gz").write_bytes(
+            b"something else"
+        )
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr("thesislib.sources.wheels.subprocess.run", pip)
@@ -199,7 +235,9 @@ def test_what_cannot_be_emulated(tmp_path):
         emulate(tmp_path / "no.gguf", [1])
     (tmp_path / "m.gguf").touch()
     for ids, tokens in (([], 8), ([1], 1)):
-        with pytest.raises(BadInput, match=f"a prompt of {len(ids)} tokens and {tokens} new ones: expected at least one and two"):
+        with pytest.raises(
+            BadInput, match=f"a prompt of {len(ids)} tokens and {tokens} new ones: expected at least one and two"
+        ):
             emulate(tmp_path / "m.gguf", ids, tokens)
 
 
@@ -219,7 +257,10 @@ def test_the_command_says_what_was_counted(monkeypatch):
     assert told.exit_code == 0 and asked == [(("somewhere", None, "float32"), [("F16", None), ("Q4_1", None)], 8, 3, 1)]
     assert "F16, 30 blocks: 1,913.0 M a decoded token, 14.23 a weight; by class, in M: load 542" in told.output
     (parted,) = [row["margin where they part"] for row in plain["rows"] if row["margin where they part"] is not None]
-    assert f"2 of 8 tokens are the host's, where they part the host's lead is {parted:.3g}" in told.output and "no time is taken" in told.output
+    assert (
+        f"2 of 8 tokens are the host's, where they part the host's lead is {parted:.3g}" in told.output
+        and "no time is taken" in told.output
+    )
     assert json.loads(CliRunner().invoke(app, ["emulate", "somewhere", "--json"]).output) == plain
     wrong = CliRunner().invoke(app, ["emulate", "somewhere", "--type", "Q4_K"])
     assert wrong.exit_code != 0 and "did you mean 'Q4_" in wrong.output
@@ -234,7 +275,9 @@ def test_the_command_says_what_was_counted(monkeypatch):
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0", "Q4_1"])
 def test_a_tiny_model(tiny, tmp_path, kind):
     programs = build()
-    whole, half = (emulate(export_gguf(tiny(layers=n), tmp_path / f"{n}.gguf", kind), [5, 6, 7, 8], 4, programs) for n in (8, 4))
+    whole, half = (
+        emulate(export_gguf(tiny(layers=n), tmp_path / f"{n}.gguf", kind), [5, 6, 7, 8], 4, programs) for n in (8, 4)
+    )
     for found in (whole, half):
         assert found.within and found.control.share <= found.tolerance, found
         assert len(found.host) == len(found.emulated) == 4 and len(found.later) == 3
@@ -262,15 +305,27 @@ def test_what_llama_cpp_does_not_load(tmp_path):
 
 def test_the_record_was_made_by_this():
     record = json.loads(RECORD.read_text())
-    assert [(row["type"], row["blocks"]) for row in record["rows"]] == [("F16", 30), ("Q8_0", 30), ("Q4_0", 30), ("Q4_1", 30), ("Q4_0", 10)]
+    assert [(row["type"], row["blocks"]) for row in record["rows"]] == [
+        ("F16", 30),
+        ("Q8_0", 30),
+        ("Q4_0", 30),
+        ("Q4_1", 30),
+        ("Q4_0", 10),
+    ]
     for row in record["rows"]:
         logits, instructions = row["logits"], row["instructions"]
-        assert logits["within"] and logits["share"] <= logits["tolerance"] == emulation.TOLERANCE.get(row["type"], ROUNDED_TOLERANCE)
+        assert logits["within"] and logits["share"] <= logits["tolerance"] == emulation.TOLERANCE.get(
+            row["type"], ROUNDED_TOLERANCE
+        )
         assert set(instructions["per token"]) == set(CLASSES)
         assert instructions["per token, all"] == pytest.approx(np.mean(instructions["each token"]), abs=4)
         assert instructions["per weight"] == pytest.approx(instructions["per token, all"] / row["weights"], abs=1e-3)
         parted = row["margin where they part"]
-        assert (parted is None) == (row["tokens"]["host"] == row["tokens"]["emulated"]) and (parted or 0) <= 2 * logits["largest difference"]
+        assert (parted is None) == (row["tokens"]["host"] == row["tokens"]["emulated"]) and (parted or 0) <= 2 * logits[
+            "largest difference"
+        ]
     text = RECORD.read_text()
     assert "seconds" not in text.replace("seconds are not", "") and str(ROOT) not in text
-    assert record["provenance"]["flags"] == {target: [f.removeprefix("-D") for f in flags] for target, flags in emulation.FLAGS.items()}
+    assert record["provenance"]["flags"] == {
+        target: [f.removeprefix("-D") for f in flags] for target, flags in emulation.FLAGS.items()
+    }

@@ -15,14 +15,27 @@ from thesislib.compress.width import Width
 from thesislib.device import engine, measure
 from thesislib.device.cost import distinct_bytes, stored
 from thesislib.device.engine import Request, run_engine
-from thesislib.device.measure import NOISY_HOST, QUIET, Timing, agreed, agreement, as_measurement, bytes_per_token, file_type, greedy_steps, time_transformers
+from thesislib.device.measure import (
+    NOISY_HOST,
+    QUIET,
+    Timing,
+    agreed,
+    agreement,
+    as_measurement,
+    bytes_per_token,
+    file_type,
+    greedy_steps,
+    time_transformers,
+)
 from thesislib.device.measured import readable
 from thesislib.errors import BadInput
 from thesislib.formats.gguf import export_gguf
 from thesislib.formats.load import save_checkpoint
 from thesislib.model.blocks import apply_plan
 
-has_engine = pytest.mark.skipif(find_spec("llama_cpp") is None, reason="llama.cpp is not installed: pip install -e '.[engine]'")
+has_engine = pytest.mark.skipif(
+    find_spec("llama_cpp") is None, reason="llama.cpp is not installed: pip install -e '.[engine]'"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +47,9 @@ def known_tokenizer(monkeypatch):
 
 
 def timing(*later, others=(0.0,)):
-    return Timing("llama.cpp Q8_0", 128, tuple(0.5 for _ in later), later, others * len(later), {"weights": 100}, {"engine": "1"})
+    return Timing(
+        "llama.cpp Q8_0", 128, tuple(0.5 for _ in later), later, others * len(later), {"weights": 100}, {"engine": "1"}
+    )
 
 
 # ---------------------------------------------------------------- samples
@@ -55,24 +70,39 @@ def test_a_machine_that_is_not_quiet_is_told():
 def test_a_record_has_every_sample_and_what_it_was_made_with(tiny):
     subject = tiny()
     m = as_measurement(subject, timing((0.1, 0.2), (0.3, 0.4)), 0.0)
-    assert m.value == pytest.approx(0.25) and m.low == pytest.approx(0.125) and m.high == pytest.approx(0.375) and m.n == 4
+    assert (
+        m.value == pytest.approx(0.25) and m.low == pytest.approx(0.125) and m.high == pytest.approx(0.375) and m.n == 4
+    )
     assert m.column("seconds") == [0.1, 0.2, 0.3, 0.4] and m.column("id") == ["0.0", "0.1", "1.0", "1.1"]
     assert m.extra["prompt tokens per second"] == 256 and m.extra["verdict"] == NOISY_HOST
     made = m.provenance
-    assert made["fingerprint"] == subject.fingerprint and made["settings"]["threads"] == 1 and made["versions"]["engine"] == "1"
+    assert (
+        made["fingerprint"] == subject.fingerprint
+        and made["settings"]["threads"] == 1
+        and made["versions"]["engine"] == "1"
+    )
     assert json.loads(m.to_json())["value"] == m.value
 
 
 def test_weights_are_counted_as_they_are_held(tiny):
     quantised, _ = Rtn(group=32).apply(tiny(hidden_size=64, head_dim=16))
     held = time_transformers(quantised, [1], tokens=1, repeats=1).bytes["weights"]
-    assert held == distinct_bytes(stored(quantised)) < time_transformers(tiny(hidden_size=64, head_dim=16), [1], tokens=1, repeats=1).bytes["weights"] / 2
+    assert (
+        held
+        == distinct_bytes(stored(quantised))
+        < time_transformers(tiny(hidden_size=64, head_dim=16), [1], tokens=1, repeats=1).bytes["weights"] / 2
+    )
 
 
 def test_transformers_is_timed_on_one_thread_of_its_own_choice(tiny):
     before = torch.get_num_threads()
     t = time_transformers(tiny(), [1, 2, 3], tokens=4, repeats=3)
-    assert len(t.later) == 3 and all(len(r) == 4 for r in t.later) and all(s > 0 for s in t.seconds) and torch.get_num_threads() == before
+    assert (
+        len(t.later) == 3
+        and all(len(r) == 4 for r in t.later)
+        and all(s > 0 for s in t.seconds)
+        and torch.get_num_threads() == before
+    )
     assert t.bytes["weights"] == sum({p.data_ptr(): p.nbytes for p in tiny().model.parameters()}.values())  # tied once
 
 
@@ -101,11 +131,15 @@ def test_where_two_texts_part_and_by_how_little():
 
 def test_bytes_of_a_token_are_counted_by_hand(tiny, tmp_path):
     tied, apart = tiny(layers=2), tiny(layers=2, tie_word_embeddings=False)
-    linears = 2 * (3 * 32 * 64 + 2 * 32 * 32 + 2 * 16 * 32) * 34 // 32  # Q8_0: 32 bytes and a float16 scale for 32 weights
+    linears = (
+        2 * (3 * 32 * 64 + 2 * 32 * 32 + 2 * 16 * 32) * 34 // 32
+    )  # Q8_0: 32 bytes and a float16 scale for 32 weights
     rows = tied.model.config.vocab_size
     head, norms = rows * 32 * 34 // 32, 5 * 32 * 4
     assert bytes_per_token(export_gguf(tied, tmp_path / "tied.gguf", "Q8_0")) == linears + head + norms
-    assert bytes_per_token(export_gguf(apart, tmp_path / "apart.gguf", "Q8_0")) == linears + head + norms + 34  # and a row of the embedding
+    assert (
+        bytes_per_token(export_gguf(apart, tmp_path / "apart.gguf", "Q8_0")) == linears + head + norms + 34
+    )  # and a row of the embedding
 
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0", "Q4_1"])
@@ -156,7 +190,13 @@ def test_an_engine_that_takes_too_long_is_given_up(tiny, tmp_path):
 
 @has_engine
 @pytest.mark.parametrize(
-    "make", [lambda s: s, lambda s: apply_plan(s, [0, 2, 2, 5]), lambda s: Width(2, 4, metric="magnitude").apply(s)[0], lambda s: Rtn(group=32).apply(s)[0]]
+    "make",
+    [
+        lambda s: s,
+        lambda s: apply_plan(s, [0, 2, 2, 5]),
+        lambda s: Width(2, 4, metric="magnitude").apply(s)[0],
+        lambda s: Rtn(group=32).apply(s)[0],
+    ],
 )
 def test_the_engine_writes_what_transformers_writes(tiny, tmp_path, make):
     """Weights are rounded to float16 first, so that both have the same."""
@@ -174,11 +214,15 @@ def test_the_engines_numbers_are_of_this_file(tiny, tmp_path):
     file = export_gguf(subject, tmp_path / "m.gguf")
     answer = run_engine(Request(str(file), [[1, 2, 3], [4]], tokens=5, repeats=2, warm_up=1))
     assert [s["prompt"] for s in answer["samples"]] == [0, 1, 0, 1]
-    assert all(len(s["ids"]) == len(s["seconds"]) == len(s["cpu"]) == 5 and min(s["seconds"]) > 0 for s in answer["samples"])
+    assert all(
+        len(s["ids"]) == len(s["seconds"]) == len(s["cpu"]) == 5 and min(s["seconds"]) > 0 for s in answer["samples"]
+    )
     assert answer["samples"][0]["ids"] == answer["samples"][2]["ids"]  # the cache is emptied in between
     size = answer["bytes"]
     assert size["weights"] == bytes_per_token(file)  # tied: every byte is read at every token
-    assert size["resident before"] < size["resident"] < 500e6  # and not the peak of this test's process, which holds torch
+    assert (
+        size["resident before"] < size["resident"] < 500e6
+    )  # and not the peak of this test's process, which holds torch
 
 
 # ---------------------------------------------------------------- the command
@@ -199,10 +243,16 @@ def test_measure_says_times_bytes_and_shares(checkpoint, monkeypatch):
     done = measured(checkpoint, "--prompt", "9", "--tokens", "3", "--repeats", "2", "--json")
     assert done.exit_code == 0, done.output
     plain = json.loads(done.stdout)
-    assert plain["kind"] == "measurement" and len(plain["llama.cpp"]["items"]) == 6 and plain["transformers"]["provenance"]["dtype"] == "bfloat16"
+    assert (
+        plain["kind"] == "measurement"
+        and len(plain["llama.cpp"]["items"]) == 6
+        and plain["transformers"]["provenance"]["dtype"] == "bfloat16"
+    )
     shares = plain["utilisation"]
     m = plain["llama.cpp"]
-    assert shares["MBU"]["value"] == pytest.approx(shares["MBU"]["bytes per token"] / m["value"] / shares["MBU"]["bytes per second"])
+    assert shares["MBU"]["value"] == pytest.approx(
+        shares["MBU"]["bytes per token"] / m["value"] / shares["MBU"]["bytes per second"]
+    )
     assert shares["MFU"]["value"] == pytest.approx(
         shares["MFU"]["MACs of the prompt"] / m["extra"]["seconds to first token"] / shares["MFU"]["MACs per second"]
     )
@@ -215,11 +265,15 @@ def test_measure_says_times_bytes_and_shares(checkpoint, monkeypatch):
 def test_a_gguf_file_is_measured_as_it_is(tiny, tmp_path, monkeypatch):
     file = export_gguf(tiny(), tmp_path / "own.gguf", "Q4_0")
     seen = []
-    monkeypatch.setattr("thesislib.device.measured.time_llama_cpp", lambda f, *a: seen.append(f) or measure.time_llama_cpp(f, *a))
+    monkeypatch.setattr(
+        "thesislib.device.measured.time_llama_cpp", lambda f, *a: seen.append(f) or measure.time_llama_cpp(f, *a)
+    )
     monkeypatch.setattr("thesislib.device.measured.gguf_file", None)  # not called
     monkeypatch.setattr("thesislib.cli._held", lambda *a: tiny())  # transformers reads no GGUF of this tokenizer
     done = measured(str(file), "--prompt", "4", "--tokens", "2", "--repeats", "1", "--alone")
-    assert done.exit_code == 0 and seen == [file] and "llama.cpp Q4_0" in done.stdout and "transformers" not in done.stdout
+    assert (
+        done.exit_code == 0 and seen == [file] and "llama.cpp Q4_0" in done.stdout and "transformers" not in done.stdout
+    )
 
 
 @pytest.mark.parametrize(
@@ -240,4 +294,7 @@ def test_the_engines_process_imports_no_torch():
     code = "import sys, thesislib.device.engine; print('torch' in sys.modules)"
     import subprocess
 
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "False"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+        == "False"
+    )

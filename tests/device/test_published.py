@@ -56,7 +56,9 @@ def test_decoding_on_a_k1_by_hand(table):
     """Bytes a token over 10.66 GB/s, at 0.4 to 0.9 of it: weights, one row of the table, cache of 64 tokens and the new one, 4,096 bytes a block each."""
     row = table[(table.model == "Qwen3-0.6B Q4_0") & (table.quantity == "decode, tokens/s")].iloc[0]
     read = distinct_bytes(qwen3_q4_0().weights) + 1024 * 6.5625 / 8 + 28 * 66 * 4096
-    assert row.ceiling == pytest.approx(10.66e9 / read, rel=1e-3) and row["projected low"] == pytest.approx(0.4 * row.ceiling, rel=1e-3)
+    assert row.ceiling == pytest.approx(10.66e9 / read, rel=1e-3) and row["projected low"] == pytest.approx(
+        0.4 * row.ceiling, rel=1e-3
+    )
     assert row["projected high"] == pytest.approx(0.9 * row.ceiling, rel=1e-3)
     assert row.published == 11.73 and row.within and "by construction" in row.why
     assert row.error == pytest.approx(math.sqrt(0.36) * row.ceiling / 11.73 - 1, rel=1e-3)
@@ -70,9 +72,9 @@ def test_this_books_subject_on_a_jetson_by_hand(table):
     rows = table[table.model == "SmolLM2-135M-Instruct Q4_K_M"].set_index("quantity")
     speed, spent = rows.loc["decode, tokens/s"], rows.loc["decode, J/token"]
     read = 101 * 2**20 + 576 * 8.5 / 8 + 30 * 2178 * 2 * 192 * 2
-    assert speed.ceiling == pytest.approx(device("orin_nano").tiers[0].read / read, rel=1e-3) and speed["projected low"] == pytest.approx(
-        0.4 * speed.ceiling, rel=1e-3
-    )
+    assert speed.ceiling == pytest.approx(device("orin_nano").tiers[0].read / read, rel=1e-3) and speed[
+        "projected low"
+    ] == pytest.approx(0.4 * speed.ceiling, rel=1e-3)
     assert speed.published == 165.1 and not speed.within and speed.optimistic > 2
     assert spent["projected low"] == pytest.approx(7 / speed["projected high"], rel=1e-6)
     assert spent["projected high"] == pytest.approx(25 / speed["projected low"], rel=1e-6) and spent.within
@@ -86,7 +88,11 @@ def test_prompts_on_a_k1_are_far_off_and_the_table_says_so(table):
     linears = 596_049_920 - 151_936 * 1024
     reached = 49.15 * linears
     assert reached / 1.024e12 == pytest.approx(0.021, abs=0.001) and reached / 128e9 == pytest.approx(0.17, abs=0.003)
-    assert row.optimistic == pytest.approx(10.05, abs=0.01) and row.error == pytest.approx(row.optimistic - 1) and not row.within
+    assert (
+        row.optimistic == pytest.approx(10.05, abs=0.01)
+        and row.error == pytest.approx(row.optimistic - 1)
+        and not row.within
+    )
     assert row.ceiling < 1.024e12 / linears
 
 
@@ -95,13 +101,19 @@ def test_micro_llama_by_hand(table):
     rows = table.set_index(["model", "quantity"])
     one, eight = (rows.loc[(f"microLlama, {n}", "decode, cycles")] for n in ("1 core", "8 cores"))
     assert eight.ceiling == pytest.approx(656_384 / 15.5) and one.ceiling == pytest.approx(8 * eight.ceiling)
-    assert eight["projected low"] == pytest.approx(eight.ceiling / 0.7) and eight["projected high"] == pytest.approx(eight.ceiling / 0.1)
-    assert eight.optimistic == pytest.approx(3.1e6 / (eight.ceiling / math.sqrt(0.07))) and eight.error == pytest.approx(1 / eight.optimistic - 1)
+    assert eight["projected low"] == pytest.approx(eight.ceiling / 0.7) and eight["projected high"] == pytest.approx(
+        eight.ceiling / 0.1
+    )
+    assert eight.optimistic == pytest.approx(
+        3.1e6 / (eight.ceiling / math.sqrt(0.07))
+    ) and eight.error == pytest.approx(1 / eight.optimistic - 1)
     npu = rows.loc[("microLlama, with N-EUREKA", "prompt, cycles")]
     assert npu.ceiling == pytest.approx(64 * 524_288 / 1152 + 8 * 2 * (64 * 65 / 2) * 64 / 32)
     assert npu.published / npu.ceiling == pytest.approx(299, abs=1)
     small, large = (rows.loc[(f"microLlama, 8 cores, {l1} L1", "prompt, cycles")] for l1 in ("8 kB", "64 kB"))
-    assert small["projected high"] == large["projected high"] and small.published > large.published  # no L1 in this model of costs
+    assert (
+        small["projected high"] == large["projected high"] and small.published > large.published
+    )  # no L1 in this model of costs
 
 
 def test_every_gap_is_shown_with_its_reason_and_source(table):
@@ -112,7 +124,11 @@ def test_every_gap_is_shown_with_its_reason_and_source(table):
     assert (rates.ceiling >= rates["projected high"]).all() and (cycles.ceiling <= cycles["projected low"]).all()
     assert (known.optimistic > 1).all()  # a roofline without overheads is never too slow
     unknown = table[table["projected low"].isna()]
-    assert list(unknown.quantity) == ["decode, J/token"] and unknown.within.iloc[0] is None and math.isnan(unknown.error.iloc[0])
+    assert (
+        list(unknown.quantity) == ["decode, J/token"]
+        and unknown.within.iloc[0] is None
+        and math.isnan(unknown.error.iloc[0])
+    )
     assert "not published" in unknown.why.iloc[0] and device("siracusa").overhead is None
 
 
@@ -152,7 +168,9 @@ def test_joules_where_the_device_knows_them():
 
 
 def test_what_cannot_be_compared_is_said():
-    with pytest.raises(BadInput, match="unknown engine of siracusa 'clusters': .*expected one of N-EUREKA, 1x1 mode, cluster"):
+    with pytest.raises(
+        BadInput, match="unknown engine of siracusa 'clusters': .*expected one of N-EUREKA, 1x1 mode, cluster"
+    ):
         projected(tiny_figure(engine="clusters"))
     with pytest.raises(BadInput, match="unknown quantity 'watts'"):
         projected(tiny_figure(quantity="watts"))
@@ -165,8 +183,12 @@ def test_what_cannot_be_compared_is_said():
 def test_hosted_models_joules():
     """6.7 Wh x 3,600 J / 300 = 80.4; 20.5 x 3,600 / 1,000 = 73.8. Every row says in words what it does, and the words differ by kind."""
     found = hosted({"SmolLM2 on k1": (0.1, 0.25)})
-    assert list(found["joules low"]) == pytest.approx([80.4, 73.8, 490e-6, 0.1]) and found["joules high"].iloc[-1] == 0.25
-    assert list(found.kind) == ["estimated"] * len(HOSTED) + ["published", "modelled"] and found.difference.nunique() == 3
+    assert (
+        list(found["joules low"]) == pytest.approx([80.4, 73.8, 490e-6, 0.1]) and found["joules high"].iloc[-1] == 0.25
+    )
+    assert (
+        list(found.kind) == ["estimated"] * len(HOSTED) + ["published", "modelled"] and found.difference.nunique() == 3
+    )
     assert list(found.citation) == ["jegham2025hungry"] * 2 + ["scherer2024deeploy", ""] and len(hosted()) == 3
     for wrong in ((0, 1), (2, 1), (1, math.inf), (math.nan, 1)):
         with pytest.raises(BadInput, match="joules of x are .*low first"):

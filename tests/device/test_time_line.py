@@ -20,7 +20,9 @@ def test_a_line_without_noise_is_found_again():
 def test_the_interval_is_what_repetitions_differ_by():
     points = [on_the_line(10_000_000, noise=(-0.1, 0, 0.1)), on_the_line(90_000_000, noise=(-0.1, 0, 0.1))]
     low, middle, high = predict(points, 50_000_000)
-    assert middle == pytest.approx(27e-3) and low == pytest.approx(27e-3 * 0.9) and high == pytest.approx(27e-3 * 1.1)  # both ends drawn low, or high
+    assert (
+        middle == pytest.approx(27e-3) and low == pytest.approx(27e-3 * 0.9) and high == pytest.approx(27e-3 * 1.1)
+    )  # both ends drawn low, or high
     assert predict(points, 50_000_000) == predict(points, 50_000_000)  # seeded
     wider = predict(points, 200_000_000)
     assert wider[2] - wider[0] > 1.1 * 0.2 * wider[1]  # beyond both, a line tilts
@@ -37,7 +39,9 @@ def test_depths_that_were_not_fitted_are_told_apart():
     points[4] = Point(points[4].bytes, (points[4].middle / 2,))
     table = held_out(points, (30, 10))
     assert table["where"].to_dict() == {30: FITTED, 20: BETWEEN, 10: FITTED, 4: BEYOND}
-    assert table.loc[20, "error"] == pytest.approx(0) and table.loc[4, "error"] == pytest.approx(1)  # predicted twice what it took
+    assert table.loc[20, "error"] == pytest.approx(0) and table.loc[4, "error"] == pytest.approx(
+        1
+    )  # predicted twice what it took
     assert mean_error([table, table], BETWEEN) == pytest.approx(0) and mean_error([table], BEYOND) == pytest.approx(1)
     assert np.isnan(mean_error([table.loc[[30]]], BETWEEN))
 

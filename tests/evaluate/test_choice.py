@@ -8,7 +8,11 @@ from thesislib.evaluate.setup import TASKS, Setup
 from thesislib.model.blocks import apply_plan
 from thesislib.sources.corpus import Choice
 
-FAST = [name for name, task in TASKS.items() if isinstance(task, MultipleChoice) and name != "winogrande" and task.metric == "acc_norm"]
+FAST = [
+    name
+    for name, task in TASKS.items()
+    if isinstance(task, MultipleChoice) and name != "winogrande" and task.metric == "acc_norm"
+]
 ITEMS = [
     Choice("1", "The dog ran", ("home.", "into the garden, and then out of it again.", "fast"), 1),
     Choice("2", "Question: Why is the sky blue over the sea?\nAnswer:", ("Scattering", "Paint"), 0),
@@ -47,7 +51,9 @@ def test_all_plans_at_once_equal_one_at_a_time(tiny):
     together = multiple_choices(subject, ITEMS, plans, task="test")
     for name, plan in plans.items():
         alone = multiple_choice(apply_plan(subject, plan), ITEMS, task="test")
-        np.testing.assert_allclose(np.concatenate(together[name].column("logprobs")), np.concatenate(alone.column("logprobs")), atol=2e-4)
+        np.testing.assert_allclose(
+            np.concatenate(together[name].column("logprobs")), np.concatenate(alone.column("logprobs")), atol=2e-4
+        )
     assert 0 <= compare(together["whole"], together["skip"]).p <= 1
 
 

@@ -10,7 +10,17 @@ from thesislib.evaluate.triviaqa import triviaqa
 from thesislib.model.prompts import end_tokens
 from thesislib.sources.corpus import questions
 
-PROMPTS = ["a", "What is the longest of these prompts, by far?", "Once upon", "née", "x" * 40, "Is it so?", "No.", "Yes, it is", "b"]
+PROMPTS = [
+    "a",
+    "What is the longest of these prompts, by far?",
+    "Once upon",
+    "née",
+    "x" * 40,
+    "Is it so?",
+    "No.",
+    "Yes, it is",
+    "b",
+]
 
 
 def alone(subject, prompt, n):
@@ -21,7 +31,9 @@ def alone(subject, prompt, n):
         with torch.inference_mode():
             token = subject.model(ids, use_cache=False).logits[:, -1].argmax(-1, keepdim=True)
         if token.item() in subject.tokenizer.all_special_ids:
-            assert token.item() != subject.tokenizer.eos_token_id or ids.shape[1] > start, "no end token may come first: choose other prompts"
+            assert token.item() != subject.tokenizer.eos_token_id or ids.shape[1] > start, (
+                "no end token may come first: choose other prompts"
+            )
             break
         ids = torch.cat([ids, token], 1)
     return subject.tokenizer.decode(ids[0, start:])
@@ -59,10 +71,14 @@ def padded(subject, prompts):
 
 def generated_to_many_ends(subject, ids, mask, monkeypatch):
     """The 12 tokens at most of transformers' generate, where rows end at different steps: at tokens that some say early and some never."""
-    free = subject.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12, min_new_tokens=12)[:, ids.shape[1] :]
+    free = subject.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12, min_new_tokens=12)[
+        :, ids.shape[1] :
+    ]
     ends = sorted({row[at].item() for row, at in zip(free, (1, 3, 5, 1, 2, 8), strict=False)})
     monkeypatch.setattr(subject.model.generation_config, "eos_token_id", ends)
-    out = subject.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12, min_new_tokens=1)[:, ids.shape[1] :]
+    out = subject.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12, min_new_tokens=1)[
+        :, ids.shape[1] :
+    ]
     return [row[: next((i for i, token in enumerate(row) if token in ends), len(row) - 1) + 1] for row in out.tolist()]
 
 
@@ -79,7 +95,9 @@ def test_running_ahead_says_the_same_as_generate(tiny, model_type, ahead, monkey
         assert widths[-1] < len(PROMPTS), "a model with sliding windows takes the other way"
         return
     longest = max(map(len, expected))
-    assert set(widths) == {len(PROMPTS)} and longest <= len(widths) <= min(12, longest + ahead), "it stops at the next look"
+    assert set(widths) == {len(PROMPTS)} and longest <= len(widths) <= min(12, longest + ahead), (
+        "it stops at the next look"
+    )
     assert continuations(subject, ids, mask, 1, ahead) == [row[:1] for row in expected]
 
 
@@ -92,7 +110,9 @@ def test_continuations_are_those_of_generate_while_rows_leave(tiny, model_type, 
     monkeypatch.setattr(subject.model, "forward", lambda ids, **kw: (widths.append(len(ids)), forward(ids, **kw))[1])
     assert continuations(subject, ids, mask, 12) == expected
     assert len({len(row) for row in expected}) > 2, "the rows should end at different steps"
-    assert widths == sorted(widths, reverse=True) and widths[0] == len(PROMPTS) and widths[-1] < 0.7 * len(PROMPTS), "rows that ended should leave"
+    assert widths == sorted(widths, reverse=True) and widths[0] == len(PROMPTS) and widths[-1] < 0.7 * len(PROMPTS), (
+        "rows that ended should leave"
+    )
     assert len(widths) == max(map(len, expected)), "no step after the last row has ended"
 
 
@@ -102,11 +122,15 @@ def test_a_penalty_in_the_models_own_settings_does_not_change_greedy_text(tiny, 
     monkeypatch.setattr(subject.model.generation_config, "repetition_penalty", 5.0)
     ids, mask = padded(subject, PROMPTS)
     out = subject.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12)[:, ids.shape[1] :]
-    assert subject.tokenizer.batch_decode(out, skip_special_tokens=True) != before[0], "this penalty should show where it is applied"
+    assert subject.tokenizer.batch_decode(out, skip_special_tokens=True) != before[0], (
+        "this penalty should show where it is applied"
+    )
     assert (greedy(subject, PROMPTS, 12), complete(subject, PROMPTS[1], 12).text) == before
 
 
-@pytest.mark.parametrize(("model_says", "tokenizer_says", "expected"), [([5, 7], 3, [5, 7]), (0, 3, [0]), (None, 3, [3]), (None, None, [])])
+@pytest.mark.parametrize(
+    ("model_says", "tokenizer_says", "expected"), [([5, 7], 3, [5, 7]), (0, 3, [0]), (None, 3, [3]), (None, None, [])]
+)
 def test_end_tokens(tiny, monkeypatch, model_says, tokenizer_says, expected):
     subject = tiny()
     monkeypatch.setattr(subject.model.generation_config, "eos_token_id", model_says)
@@ -118,7 +142,8 @@ def test_end_tokens(tiny, monkeypatch, model_says, tokenizer_says, expected):
 
 
 @pytest.mark.parametrize(
-    ("prompts", "n", "batch", "message"), [(["a", ""], 4, 2, "prompt 1 is empty"), (["a"], 0, 2, "at least 1"), (["a"], 4, 0, "at least 1")]
+    ("prompts", "n", "batch", "message"),
+    [(["a", ""], 4, 2, "prompt 1 is empty"), (["a"], 0, 2, "at least 1"), (["a"], 4, 0, "at least 1")],
 )
 def test_bad_input(tiny, prompts, n, batch, message):
     with pytest.raises(BadInput, match=message):

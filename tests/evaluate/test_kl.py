@@ -35,7 +35,10 @@ def reference(tiny, tmp_path_factory):
 def measured(reference, tiny_data, tmp_path, monkeypatch):
     monkeypatch.setenv("THESISLIB_CACHE", str(tmp_path / "cache"))
     setup = Setup("kl", length=32, limit=6, reference=reference)
-    return [prepare(reference, stages, data=tiny_data, dtype="float32").measure(setup, tiny_data) for stages in ((), (Rtn(bits=4, group=16),))]
+    return [
+        prepare(reference, stages, data=tiny_data, dtype="float32").measure(setup, tiny_data)
+        for stages in ((), (Rtn(bits=4, group=16),))
+    ]
 
 
 def whole_logits(subject, ids):
@@ -48,7 +51,9 @@ def test_against_torch_on_whole_logits(tiny, text, model_type, batch):
     subject, reference = (tiny(model_type, layers=2, seed=seed) for seed in (1, 0))
     m = divergence(subject, reference, text, length=32, limit=7, batch=batch)
     cut = corpus.windows(text, subject.tokenizer, 32, 7)
-    expected = kl_div(whole_logits(subject, cut.ids), whole_logits(reference, cut.ids), reduction="none", log_target=True).sum((1, 2))
+    expected = kl_div(
+        whole_logits(subject, cut.ids), whole_logits(reference, cut.ids), reduction="none", log_target=True
+    ).sum((1, 2))
     np.testing.assert_allclose(m.column("nats"), expected, rtol=1e-5)
     assert m.value == pytest.approx(float(expected.sum()) / (7 * 31), rel=1e-5) and m.low < m.value < m.high
     assert (m.n, m.column("document"), m.extra["predicted_tokens"]) == (7, cut.document.tolist(), 7 * 31)
@@ -65,7 +70,9 @@ def test_a_model_is_not_apart_from_itself(reference, tiny_data, dtype):
 
 def test_what_was_rounded_more_is_further_off(measured, reference, tiny_data):
     four = measured[1]
-    eight = prepare(reference, (Rtn(bits=8, group=16),), data=tiny_data, dtype="float32").measure(setup_of(four), tiny_data)
+    eight = prepare(reference, (Rtn(bits=8, group=16),), data=tiny_data, dtype="float32").measure(
+        setup_of(four), tiny_data
+    )
     assert 0 < eight.value < four.value / 10
 
 
@@ -73,16 +80,25 @@ def test_a_record_says_what_it_was_held_against(measured, reference, tiny_data):
     same, other = measured
     assert abs(same.value) < 1e-9 < other.value
     facts = other.provenance
-    assert facts["settings"]["reference_fingerprint"] == load_subject(reference).fingerprint == facts["made"]["base"]["fingerprint"]
+    assert (
+        facts["settings"]["reference_fingerprint"]
+        == load_subject(reference).fingerprint
+        == facts["made"]["base"]["fingerprint"]
+    )
     read_back = dataclasses.replace(other, provenance=json.loads(json.dumps(facts)))
-    assert setup_of(read_back) == Setup("kl", length=32, limit=6, reference=reference) and facts["tolerance"] == {"absolute": 0.001}
+    assert setup_of(read_back) == Setup("kl", length=32, limit=6, reference=reference) and facts["tolerance"] == {
+        "absolute": 0.001
+    }
     verdict = again(read_back, reference, tiny_data)
     assert verdict.same_bits and verdict.same_subject
 
 
 def test_a_record_is_not_made_again_against_another(measured, reference, tiny, tiny_data, tmp_path):
     changed = str(save_checkpoint(tiny(layers=2, seed=5), tmp_path / "changed"))
-    with pytest.raises(BadInput, match=r"was held against a reference with fingerprint .*; '.*changed' has .*: name the record's by --reference") as raised:
+    with pytest.raises(
+        BadInput,
+        match=r"was held against a reference with fingerprint .*; '.*changed' has .*: name the record's by --reference",
+    ) as raised:
         again(measured[1], reference, tiny_data, reference=changed)
     assert "\n" not in str(raised.value)
     # a store takes it and gives it back
@@ -94,8 +110,13 @@ def test_a_record_is_not_made_again_against_another(measured, reference, tiny, t
 
 def test_two_are_compared_by_document_against_one_reference(measured, tiny, text):
     same, other = measured
-    means = [[np.mean([i["nats"] / 31 for i in m.items if i["document"] == d]) for d in dict.fromkeys(m.column("document"))] for m in (same, other)]
-    assert compare(same, other).p == pytest.approx(stats.ttest_rel(*means).pvalue) and compare(same, other).difference > 0
+    means = [
+        [np.mean([i["nats"] / 31 for i in m.items if i["document"] == d]) for d in dict.fromkeys(m.column("document"))]
+        for m in (same, other)
+    ]
+    assert (
+        compare(same, other).p == pytest.approx(stats.ttest_rel(*means).pvalue) and compare(same, other).difference > 0
+    )
     elsewhere = divergence(tiny(layers=2), tiny(layers=2, seed=3), text, length=32, limit=6)
     with pytest.raises(BadInput, match="one is held against .* expected one reference"):
         compare(other, elsewhere)
@@ -107,18 +128,25 @@ def test_another_vocabulary_is_refused_by_name(tiny, text, byte_tokenizer):
     words.add_tokens(["zebra"])
     other = Subject(subject.model, words, "striped")
     with pytest.raises(
-        BadInput, match=r"tiny llama has a vocabulary of \d+ tokens and 259 logits, the reference striped of \d+ and 259; 'zebra' is in one"
+        BadInput,
+        match=r"tiny llama has a vocabulary of \d+ tokens and 259 logits, the reference striped of \d+ and 259; 'zebra' is in one",
     ) as raised:
         divergence(subject, other, text, length=32)
     assert "\n" not in str(raised.value)
-    with pytest.raises(BadInput, match="and 259 logits, the reference tiny llama of .* and 320: expected a reference with the subject's own"):
+    with pytest.raises(
+        BadInput,
+        match="and 259 logits, the reference tiny llama of .* and 320: expected a reference with the subject's own",
+    ):
         divergence(subject, tiny(layers=1, vocab_size=320), text, length=32)
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "task 'kl' holds a subject against another, which is not said: expected a reference, such as --reference embedded"),
+        (
+            {},
+            "task 'kl' holds a subject against another, which is not said: expected a reference, such as --reference embedded",
+        ),
         ({"reference": "nowhere/to/be found"}, "nowhere/to/be found"),
         ({"reference": "embeded"}, "embeded"),
         ({"length": 10**6}, "window length 1000000 is longer than text"),
@@ -127,7 +155,9 @@ def test_another_vocabulary_is_refused_by_name(tiny, text, byte_tokenizer):
 )
 def test_what_cannot_be_measured(tiny, reference, tiny_data, settings, message):
     with pytest.raises(BadInput, match=message) as raised:
-        Setup("kl", **({"reference": reference} if settings and "reference" not in settings else {}), **settings).measure(tiny(layers=1), tiny_data)
+        Setup(
+            "kl", **({"reference": reference} if settings and "reference" not in settings else {}), **settings
+        ).measure(tiny(layers=1), tiny_data)
     assert "\n" not in str(raised.value)
 
 

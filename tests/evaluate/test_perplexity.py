@@ -33,7 +33,9 @@ def test_against_transformers_loss(tiny):
 @pytest.mark.parametrize("batch", [1, 3, 8, 1000])
 def test_batch_does_not_matter(tiny, batch):
     subject = tiny()
-    assert perplexity(subject, TEXT, length=32, batch=batch).value == pytest.approx(perplexity(subject, TEXT, length=32).value, rel=1e-6)
+    assert perplexity(subject, TEXT, length=32, batch=batch).value == pytest.approx(
+        perplexity(subject, TEXT, length=32).value, rel=1e-6
+    )
 
 
 def test_all_plans_at_once_equal_one_at_a_time(tiny):
@@ -61,7 +63,9 @@ def test_compare_needs_the_same_windows_and_knows_the_sign(tiny):
     subject = tiny()
     found = perplexities(subject, TEXT, {"a": range(6), "b": (0,)}, length=32)
     c = compare(found["a"], found["b"])
-    assert math.exp(c.difference) == pytest.approx(found["b"].value / found["a"].value, rel=0.05)  # documents weigh alike here
+    assert math.exp(c.difference) == pytest.approx(
+        found["b"].value / found["a"].value, rel=0.05
+    )  # documents weigh alike here
     assert compare(found["a"], found["a"]).p == 1.0
     with pytest.raises(BadInput, match="needs the same ones"):
         compare(found["a"], perplexity(subject, TEXT, length=32, limit=3))
@@ -87,7 +91,10 @@ def test_a_script_without_spaces_loses_nothing(tiny):
     found = perplexity(tiny(), text, length=512)
     plain = json.loads(found.to_json())
     nats = reference_nats(tiny(), windows(text, tiny().tokenizer, 512).ids)
-    assert plain["value"] == pytest.approx(math.exp(sum(nats) / (511 * len(nats)))) and plain["extra"]["word_perplexity"] is None
+    assert (
+        plain["value"] == pytest.approx(math.exp(sum(nats) / (511 * len(nats))))
+        and plain["extra"]["word_perplexity"] is None
+    )
     assert plain["low"] is None and "one document" in plain["extra"]["why no interval"] and "no interval" in str(found)
 
 

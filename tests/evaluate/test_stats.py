@@ -21,7 +21,9 @@ from thesislib.evaluate.stats import (
 )
 
 quick_bootstrap = partial(paired_bootstrap, resamples=1000)
-PAIRED = pytest.mark.parametrize("compare", [paired_means, quick_bootstrap, signed_rank], ids=["t", "bootstrap", "ranks"])
+PAIRED = pytest.mark.parametrize(
+    "compare", [paired_means, quick_bootstrap, signed_rank], ids=["t", "bootstrap", "ranks"]
+)
 
 
 def pairs(n: int, seed: int = 0, shift: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
@@ -68,7 +70,10 @@ def test_one_document_gives_no_interval():
 def test_wilson_against_its_formula():
     z, n, k = 1.959964, 50, 21
     p = k / n
-    centre, half = (p + z * z / (2 * n)) / (1 + z * z / n), z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    centre, half = (
+        (p + z * z / (2 * n)) / (1 + z * z / n),
+        z / (1 + z * z / n) * np.sqrt(p * (1 - p) / n + z * z / (4 * n * n)),
+    )
     np.testing.assert_allclose(proportion(k, n), (centre - half, centre + half), rtol=1e-6)
     assert proportion(0, 10)[0] == 0 and proportion(10, 10)[1] == 1
     for bad in ((11, 10), (-1, 10), (0, 0)):
@@ -126,7 +131,9 @@ def test_what_both_have_in_common_cancels(compare):
     a, b = pairs(24)
     common = np.random.default_rng(5).normal(0.0, 50.0, size=24)
     found, plain = compare(a + common, b + common), compare(a, b)
-    assert (found.difference, found.low, found.high, found.p) == pytest.approx((plain.difference, plain.low, plain.high, plain.p))
+    assert (found.difference, found.low, found.high, found.p) == pytest.approx(
+        (plain.difference, plain.low, plain.high, plain.p)
+    )
 
 
 @PAIRED
@@ -135,7 +142,9 @@ def test_the_order_of_items_and_the_names_of_groups_do_not_matter(compare):
     groups = np.arange(24) // 3
     order = np.random.default_rng(2).permutation(24)
     found, plain = compare(a[order], b[order], [f"document {g}" for g in groups[order]]), compare(a, b, groups)
-    assert (found.difference, found.low, found.high, found.p, found.n) == pytest.approx((plain.difference, plain.low, plain.high, plain.p, 8))
+    assert (found.difference, found.low, found.high, found.p, found.n) == pytest.approx(
+        (plain.difference, plain.low, plain.high, plain.p, 8)
+    )
 
 
 @pytest.mark.filterwarnings("error")
@@ -171,12 +180,21 @@ def test_paired_bootstrap_agrees_with_scipy_over_documents():
     totals = [((b - a) * weights)[groups == g].sum() for g in names]
     tokens = [weights[groups == g].sum() for g in names]
     c = paired_bootstrap(a, b, groups, weights)
-    ratio = scipy_stats.bootstrap((totals, tokens), lambda x, w, axis: x.sum(axis) / w.sum(axis), paired=True, vectorized=True, method="percentile", rng=1)
+    ratio = scipy_stats.bootstrap(
+        (totals, tokens),
+        lambda x, w, axis: x.sum(axis) / w.sum(axis),
+        paired=True,
+        vectorized=True,
+        method="percentile",
+        rng=1,
+    )
     assert c.difference == pytest.approx(np.average(b, weights=weights) - np.average(a, weights=weights))
     expected = ratio.confidence_interval
     np.testing.assert_allclose((c.low, c.high), expected, atol=0.03 * (expected.high - expected.low))
     share = (ratio.bootstrap_distribution <= 0).mean()
-    assert c.p == pytest.approx(2 * min(share, 1 - share), abs=0.01) and c.n == len(names) and c.test == "paired bootstrap"
+    assert (
+        c.p == pytest.approx(2 * min(share, 1 - share), abs=0.01) and c.n == len(names) and c.test == "paired bootstrap"
+    )
 
 
 def test_paired_bootstrap_by_hand():
@@ -193,7 +211,9 @@ def test_paired_bootstrap_repeats_itself_by_its_seed():
     a, b = pairs(30)
     assert paired_bootstrap(a, b) == paired_bootstrap(a, b, seed=0) != paired_bootstrap(a, b, seed=1)
     c = paired_bootstrap(a, b, seed=7)
-    assert (c.low, c.high) == bootstrap_mean(b - a, np.ones(30), range(30), seed=7)  # the interval of one mean, of the differences
+    assert (c.low, c.high) == bootstrap_mean(
+        b - a, np.ones(30), range(30), seed=7
+    )  # the interval of one mean, of the differences
 
 
 @pytest.mark.parametrize("weights", [[1, 2], [1, 2, 0], [1, 2, -1], [1, 2, np.nan], [1, 2, np.inf]])
@@ -210,10 +230,16 @@ def test_intervals_over_documents_cover_the_truth_as_often_as_they_say():
     for trial in range(300):
         a = rng.normal(size=240)
         b = a + rng.standard_t(4, size=40)[groups] + rng.normal(0.0, 0.5, size=240)
-        results = [paired_means(a, b, groups), paired_bootstrap(a, b, groups, resamples=1000, seed=trial), signed_rank(a, b, groups)]
+        results = [
+            paired_means(a, b, groups),
+            paired_bootstrap(a, b, groups, resamples=1000, seed=trial),
+            signed_rank(a, b, groups),
+        ]
         hits += [c.low <= 0 <= c.high for c in results]
         found += [c.p < 0.05 for c in results]
-        assert all((c.p < 0.05) == (not c.low <= 0 <= c.high) or abs(c.p - 0.05) < 0.01 for c in results)  # the two always say the same
+        assert all(
+            (c.p < 0.05) == (not c.low <= 0 <= c.high) or abs(c.p - 0.05) < 0.01 for c in results
+        )  # the two always say the same
     assert all(272 <= h <= 296 for h in hits), hits  # 95 % of 300 is 285, the deviation 3.8
     assert all(4 <= f <= 28 for f in found), found
 
@@ -284,7 +310,9 @@ def test_pairs_of_a_group_are_averaged(compare):
     groups = np.random.default_rng(1).integers(0, 9, size=40)
     means = [[x[groups == g].mean() for g in np.unique(groups)] for x in (a, b)]
     found, plain = compare(a, b, groups), compare(*means)
-    assert (found.difference, found.low, found.high, found.p, found.n) == pytest.approx((plain.difference, plain.low, plain.high, plain.p, 9))
+    assert (found.difference, found.low, found.high, found.p, found.n) == pytest.approx(
+        (plain.difference, plain.low, plain.high, plain.p, 9)
+    )
 
 
 def conover(table: np.ndarray) -> float:
@@ -303,7 +331,9 @@ def test_friedman_against_its_formula(k, n, tied):
     assert r.statistic == pytest.approx(conover(table)) and r.n == n
     assert r.p == pytest.approx(scipy_stats.chi2.sf(conover(table), k - 1))
     assert r.w == pytest.approx(conover(table) / (n * (k - 1)))
-    ranks = (table[:, None] > table[None]).sum(1) + ((table[:, None] == table[None]).sum(1) + 1) / 2  # smaller ones, and half of the equals
+    ranks = (table[:, None] > table[None]).sum(1) + (
+        (table[:, None] == table[None]).sum(1) + 1
+    ) / 2  # smaller ones, and half of the equals
     assert r.mean_ranks == pytest.approx({f"c{i}": mean for i, mean in enumerate(ranks.mean(1))})
 
 
@@ -314,7 +344,11 @@ def test_kendalls_w_is_how_far_the_rank_sums_spread():
     spread = ((ranks.sum(1) - ranks.sum(1).mean()) ** 2).sum()
     assert friedman(dict(zip("abcd", table, strict=True))).w == pytest.approx(12 * spread / (7**2 * (4**3 - 4)))
     agreed = friedman({"best": [1, 20, 3], "middle": [2, 21, 4], "worst": [3, 22, 5]})
-    assert agreed.w == 1 and agreed.statistic == pytest.approx(6) and agreed.mean_ranks == {"best": 1, "middle": 2, "worst": 3}
+    assert (
+        agreed.w == 1
+        and agreed.statistic == pytest.approx(6)
+        and agreed.mean_ranks == {"best": 1, "middle": 2, "worst": 3}
+    )
     cancelled = friedman({"a": [1, 2, 3], "b": [2, 3, 1], "c": [3, 1, 2]})
     assert (cancelled.w, cancelled.p) == pytest.approx((0, 1)) and set(cancelled.mean_ranks.values()) == {2}
     same = friedman({"a": [1, 2], "b": [1, 2], "c": [1, 2]})
@@ -331,7 +365,9 @@ def test_friedman_knows_no_difficulty_and_no_scale():
 def test_friedman_averages_a_group_first():
     table = np.random.default_rng(3).normal(size=(3, 24))
     averaged = table.reshape(3, 8, 3).mean(2)
-    assert friedman(dict(zip("abc", table, strict=True)), np.arange(24) // 3) == friedman(dict(zip("abc", averaged, strict=True)))
+    assert friedman(dict(zip("abc", table, strict=True)), np.arange(24) // 3) == friedman(
+        dict(zip("abc", averaged, strict=True))
+    )
 
 
 def test_friedman_finds_a_difference_in_five_of_a_hundred_where_there_is_none():
@@ -357,7 +393,10 @@ def test_tables_that_cannot_be_ranked():
 
 
 def test_comparisons_adjusted_together_keep_their_names_and_all_but_p():
-    found = {name: Comparison(d, d - 1, d + 1, p, 9, "t") for name, d, p in (("a", 2.0, 0.01), ("b", -2.0, 0.04), ("c", 2.0, 0.03))}
+    found = {
+        name: Comparison(d, d - 1, d + 1, p, 9, "t")
+        for name, d, p in (("a", 2.0, 0.01), ("b", -2.0, 0.04), ("c", 2.0, 0.03))
+    }
     adjusted = holm_adjusted(found)
     assert list(adjusted) == ["a", "b", "c"] and [c.p for c in adjusted.values()] == pytest.approx([0.03, 0.06, 0.06])
     assert [replace(c, p=found[name].p) for name, c in adjusted.items()] == list(found.values())

@@ -41,7 +41,17 @@ def data(tiny_data, tmp_path_factory):
     root = tmp_path_factory.mktemp("data") / "data"
     shutil.copytree(tiny_data, root)
     endings = ["stops.", "flies away with it.", "is.", "a"]
-    rows = [{"ind": i, "activity_label": "Run", "ctx_a": f"He runs {i}.", "ctx_b": "he", "endings": endings, "label": str(i % 4)} for i in range(8)]
+    rows = [
+        {
+            "ind": i,
+            "activity_label": "Run",
+            "ctx_a": f"He runs {i}.",
+            "ctx_b": "he",
+            "endings": endings,
+            "label": str(i % 4),
+        }
+        for i in range(8)
+    ]
     write(root / "hellaswag" / "validation.jsonl", rows)
     return root
 
@@ -56,7 +66,9 @@ def read(path):
 
 
 def measurement(metric="m", task="t", **provenance):
-    return Measurement(task=task, metric=metric, value=1.0, low=1.0, high=1.0, n=7, unit="u", items=[], provenance=provenance)
+    return Measurement(
+        task=task, metric=metric, value=1.0, low=1.0, high=1.0, n=7, unit="u", items=[], provenance=provenance
+    )
 
 
 # ---------------------------------------------------------------- measuring
@@ -69,7 +81,14 @@ def test_the_same_words_measure_the_same(subject, data, protocol):
     read_back = dataclasses.replace(m, provenance=json.loads(json.dumps(m.provenance)))
     assert setup_of(read_back) == protocol
     again = setup_of(read_back).measure(subject, str(data))
-    assert (again.value, again.low, again.high, again.items, again.task, again.metric) == (m.value, m.low, m.high, m.items, m.task, m.metric)
+    assert (again.value, again.low, again.high, again.items, again.task, again.metric) == (
+        m.value,
+        m.low,
+        m.high,
+        m.items,
+        m.task,
+        m.metric,
+    )
     assert again.provenance["corpus_sha256"] == m.provenance["corpus_sha256"]
 
 
@@ -77,26 +96,53 @@ def test_each_word_counts(subject, data):
     def ids(**settings):
         return Setup("hellaswag", fast=True, **settings).measure(subject, str(data)).column("id")
 
-    assert len(ids()) == 8 and ids(limit=3) == ids(limit=5)[:3] and ids(limit=3, seed=1) != ids(limit=3) and ids(seed=1) == ids()
+    assert (
+        len(ids()) == 8
+        and ids(limit=3) == ids(limit=5)[:3]
+        and ids(limit=3, seed=1) != ids(limit=3)
+        and ids(seed=1) == ids()
+    )
     one, other = (Setup("wikitext", length=n, limit=4).measure(subject, str(data)) for n in (16, 32))
     assert [i["tokens"] for i in one.items + other.items] == [15] * 4 + [31] * 4
-    prompts = {Setup("trivia", prompt=p).measure(subject, str(data)).provenance["settings"]["prompt"] for p in ("chat", "thesis", None)}
+    prompts = {
+        Setup("trivia", prompt=p).measure(subject, str(data)).provenance["settings"]["prompt"]
+        for p in ("chat", "thesis", None)
+    }
     assert prompts == {"chat", "thesis"}
-    batched = [Setup("wikitext", length=32, limit=5, batch=b).measure(subject, str(data)).column("nats") for b in (1, 5)]
+    batched = [
+        Setup("wikitext", length=32, limit=5, batch=b).measure(subject, str(data)).column("nats") for b in (1, 5)
+    ]
     assert batched[0] == pytest.approx(batched[1], rel=1e-5)
 
 
 def test_the_text_is_named_by_its_hash(subject, data, tmp_path):
     m = Setup("wikitext", length=32, limit=2).measure(subject, str(data))
     lines = [row["text"] for row in read(data / "wikitext2" / "test.jsonl")]
-    assert m.provenance["corpus_sha256"] == m.provenance["settings"]["text_sha256"] == hashlib.sha256("\n\n".join(lines).encode()).hexdigest()
+    assert (
+        m.provenance["corpus_sha256"]
+        == m.provenance["settings"]["text_sha256"]
+        == hashlib.sha256("\n\n".join(lines).encode()).hexdigest()
+    )
 
     file = Path("hellaswag/validation.jsonl")
     rows, hashes = read(data / file), []
-    for k, changed in enumerate((rows, rows[::-1], [*rows[:-1], rows[-1] | {"label": "0"}], [*rows[:-1], rows[-1] | {"ctx_a": "She runs."}], rows)):
+    for k, changed in enumerate(
+        (
+            rows,
+            rows[::-1],
+            [*rows[:-1], rows[-1] | {"label": "0"}],
+            [*rows[:-1], rows[-1] | {"ctx_a": "She runs."}],
+            rows,
+        )
+    ):
         write(tmp_path / str(k) / file, changed)
-        hashes.append(Setup("hellaswag", fast=True).measure(subject, str(tmp_path / str(k))).provenance["corpus_sha256"])
-    assert hashes[0] == hashes[4] == sha256_of_items(Setup("hellaswag", fast=True).items(str(data))) and len(set(hashes)) == 4
+        hashes.append(
+            Setup("hellaswag", fast=True).measure(subject, str(tmp_path / str(k))).provenance["corpus_sha256"]
+        )
+    assert (
+        hashes[0] == hashes[4] == sha256_of_items(Setup("hellaswag", fast=True).items(str(data)))
+        and len(set(hashes)) == 4
+    )
 
 
 @pytest.mark.parametrize(
@@ -126,9 +172,19 @@ def test_of_measurements_made_directly(subject, data):
     spec = str(data)
     direct = {
         "wikitext": perplexity.perplexity(subject, corpus.evaluation_text(spec), length=32, limit=5),
-        "trivia": triviaqa.triviaqa(subject, corpus.questions(spec, limit=3), source=corpus.question_source(spec, False), prompt="thesis", batch=2),
-        "trivia_open": triviaqa.triviaqa(subject, corpus.questions(spec, open_book=True), source=corpus.question_source(spec, True)),
-        "hellaswag": choice.multiple_choice(subject, Setup("hellaswag", limit=5, fast=True).items(spec), task="HellaSwag validation"),
+        "trivia": triviaqa.triviaqa(
+            subject,
+            corpus.questions(spec, limit=3),
+            source=corpus.question_source(spec, False),
+            prompt="thesis",
+            batch=2,
+        ),
+        "trivia_open": triviaqa.triviaqa(
+            subject, corpus.questions(spec, open_book=True), source=corpus.question_source(spec, True)
+        ),
+        "hellaswag": choice.multiple_choice(
+            subject, Setup("hellaswag", limit=5, fast=True).items(spec), task="HellaSwag validation"
+        ),
     }
     for on, m in direct.items():
         found = setup_of(m)
@@ -139,11 +195,17 @@ def test_of_measurements_made_directly(subject, data):
 @pytest.mark.parametrize("path", RECORDED, ids=lambda path: path.stem)
 def test_of_every_record_of_the_first_chapters(path):
     for row in read(path):
-        m = Measurement(**{key: row[key] for key in ("task", "metric", "value", "low", "high", "n", "unit", "extra", "provenance")}, items=[])
+        m = Measurement(
+            **{key: row[key] for key in ("task", "metric", "value", "low", "high", "n", "unit", "extra", "provenance")},
+            items=[],
+        )
         m.provenance.pop("protocol", None)
         found, settings = setup_of(m), m.provenance["settings"]
         if m.metric == "perplexity":
-            assert found == Setup("wikitext", length=int(m.unit.split()[2]), limit=settings["limit"]) and (settings["limit"] or m.n) == m.n
+            assert (
+                found == Setup("wikitext", length=int(m.unit.split()[2]), limit=settings["limit"])
+                and (settings["limit"] or m.n) == m.n
+            )
         elif m.metric == "accuracy":
             on = {"closed": "trivia", "open": "trivia_open"}[m.task.split()[2]]
             assert found == Setup(on, limit=m.n, prompt=settings["prompt"], batch=32)
@@ -155,12 +217,19 @@ def test_the_first_chapters_have_records():
     assert [path.stem[:2] for path in RECORDED] == ["00", "01", "02", "03"]
 
 
-ON = {"HellaSwag validation": "hellaswag", "PIQA": "piqa", "ARC-Easy validation": "arc_easy", "OpenBookQA": "openbookqa"}
+ON = {
+    "HellaSwag validation": "hellaswag",
+    "PIQA": "piqa",
+    "ARC-Easy validation": "arc_easy",
+    "OpenBookQA": "openbookqa",
+}
 
 
 @pytest.mark.parametrize("task", [*ON, "hellaswag", "arc_challenge"])
 def test_names_of_multiple_choice_tasks(task):
-    assert setup_of(measurement("acc_norm", task, settings={"protocol": "0-shot, packed endings"})).on == ON.get(task, task)
+    assert setup_of(measurement("acc_norm", task, settings={"protocol": "0-shot, packed endings"})).on == ON.get(
+        task, task
+    )
 
 
 @pytest.mark.parametrize(
@@ -176,7 +245,10 @@ def test_names_of_multiple_choice_tasks(task):
     ids=lambda m: f"{m.metric} on {m.task}",
 )
 def test_what_no_protocol_makes(m):
-    with pytest.raises(BadInput, match=f"'{m.metric}' on '{m.task}' cannot be measured again from its record: expected one of {next(iter(TASKS))}, "):
+    with pytest.raises(
+        BadInput,
+        match=f"'{m.metric}' on '{m.task}' cannot be measured again from its record: expected one of {next(iter(TASKS))}, ",
+    ):
         setup_of(m)
 
 
@@ -204,7 +276,15 @@ def test_a_setup_of_another_version(noted, message):
 
 def articles(nats, words=(10, 20, 5, 8), **changes):
     items = [{"id": str(i), "nats": x * n, "words": n} for i, (x, n) in enumerate(zip(nats, words, strict=True))]
-    facts = {"task": "wikitext (lm-eval)", "metric": "word_perplexity", "value": 9.0, "low": 8.0, "high": 10.0, "n": len(items), "unit": "article"}
+    facts = {
+        "task": "wikitext (lm-eval)",
+        "metric": "word_perplexity",
+        "value": 9.0,
+        "low": 8.0,
+        "high": 10.0,
+        "n": len(items),
+        "unit": "article",
+    }
     return Measurement(**facts | {"items": items} | changes)
 
 
@@ -213,7 +293,9 @@ def test_word_perplexities_are_compared_by_article():
     found, expected = compare(articles(a), articles(b)), stats.ttest_rel(b, a)
     assert (found.p, found.n) == (pytest.approx(expected.pvalue), 4)
     interval = expected.confidence_interval(0.95)
-    assert (found.low, found.difference, found.high) == pytest.approx((interval.low, sum(b) / 4 - sum(a) / 4, interval.high))
+    assert (found.low, found.difference, found.high) == pytest.approx(
+        (interval.low, sum(b) / 4 - sum(a) / 4, interval.high)
+    )
     with pytest.raises(BadInput, match="measured on other items"):
         compare(articles(a), articles(b[:3], (10, 20, 5)))
 
@@ -222,15 +304,26 @@ def test_word_perplexities_as_the_harness_gives_them(tiny, data):
     pytest.importorskip("lm_eval", reason="lm-eval is an extra")
     one, other = (Setup("lm_eval_wikitext", limit=5).measure(tiny(layers=2, seed=seed), str(data)) for seed in (0, 1))
     means = [[i["nats"] / i["words"] for i in m.items] for m in (one, other)]
-    assert compare(one, other).p == pytest.approx(stats.ttest_rel(*means).pvalue) and task_of(one).name == "lm_eval_wikitext"
+    assert (
+        compare(one, other).p == pytest.approx(stats.ttest_rel(*means).pvalue)
+        and task_of(one).name == "lm_eval_wikitext"
+    )
 
 
 @pytest.mark.parametrize(
     ("a", "b", "message"),
     [
         ({}, {"metric": "perplexity"}, r"'word_perplexity' \(article\) and 'perplexity' \(article\) do not compare"),
-        ({"unit": "window of 512 tokens"}, {"unit": "window of 64 tokens"}, "do not compare: expected two measurements of one measure"),
-        ({"metric": "seconds per token"}, {"metric": "seconds per token"}, "'seconds per token' .* is no task's measurement: expected one of .*accuracy"),
+        (
+            {"unit": "window of 512 tokens"},
+            {"unit": "window of 64 tokens"},
+            "do not compare: expected two measurements of one measure",
+        ),
+        (
+            {"metric": "seconds per token"},
+            {"metric": "seconds per token"},
+            "'seconds per token' .* is no task's measurement: expected one of .*accuracy",
+        ),
         ({"metric": "perplexity of bits"}, {"metric": "perplexity of bits"}, "is no task's measurement"),
     ],
 )
@@ -245,7 +338,9 @@ def test_a_text_is_read_and_hashed_once(subject, data, protocol, monkeypatch):
     reads, rows, hashed, sha256 = [], rows_.rows, [], hashlib.sha256
     for reader in (corpus, choice):
         monkeypatch.setattr(reader, "rows", lambda *of: reads.append(of) or rows(*of))
-    monkeypatch.setattr(hashlib, "sha256", lambda *content: hashed.append(sha256(*content).hexdigest()) or sha256(*content))
+    monkeypatch.setattr(
+        hashlib, "sha256", lambda *content: hashed.append(sha256(*content).hexdigest()) or sha256(*content)
+    )
     m = protocol.measure(subject, str(data))
     assert len(reads) == 1 and hashed.count(m.provenance["corpus_sha256"]) == 1
 
@@ -259,7 +354,10 @@ def test_every_recorded_number_is_called_as_its_task_calls_it():
     for path in sorted((ROOT / "data" / "results").glob("*.jsonl")):
         for row in read(path):
             if "protocol" in row["provenance"]:
-                m = Measurement(**{key: row[key] for key in ("task", "metric", "value", "low", "high", "n", "unit", "provenance")}, items=[])
+                m = Measurement(
+                    **{key: row[key] for key in ("task", "metric", "value", "low", "high", "n", "unit", "provenance")},
+                    items=[],
+                )
                 assert (task_of(m).name, task_of(m).metric) == (row["provenance"]["protocol"]["on"], row["metric"])
                 assert setup_of(m).plain() == row["provenance"]["protocol"]
                 seen.add(task_of(m).name)
@@ -273,14 +371,23 @@ def test_open_and_closed_book_are_told_apart_without_a_protocol():
 
 def test_tasks_are_found_in_their_folder():
     files = {type(task).__module__.rpartition(".")[2] for task in TASKS.values()}
-    assert {"perplexity", "triviaqa", "harness", "hellaswag", "piqa", "arc"} <= files and all(name == task.name for name, task in TASKS.items())
+    assert {"perplexity", "triviaqa", "harness", "hellaswag", "piqa", "arc"} <= files and all(
+        name == task.name for name, task in TASKS.items()
+    )
     for task in TASKS.values():
         kind, allowed = task.tolerance
-        assert kind in ("relative", "absolute") and list(allowed) == sorted(allowed) and task.unit and isinstance(task.higher_is_better, bool)
+        assert (
+            kind in ("relative", "absolute")
+            and list(allowed) == sorted(allowed)
+            and task.unit
+            and isinstance(task.higher_is_better, bool)
+        )
 
 
 def test_a_reference_belongs_to_tasks_of_two_models(subject, data):
-    with pytest.raises(BadInput, match="task 'wikitext' measures one model, the reference 'embedded' would do nothing: leave it out"):
+    with pytest.raises(
+        BadInput, match="task 'wikitext' measures one model, the reference 'embedded' would do nothing: leave it out"
+    ):
         Setup("wikitext", reference="embedded")
     m = Setup("wikitext", length=32, limit=2).measure(subject, str(data))
     assert "reference" not in m.provenance["protocol"]  # as in records made before

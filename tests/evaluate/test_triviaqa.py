@@ -17,7 +17,14 @@ ANSWERS = ["Mark Twain.", "It is Austria.", "lord rings of two towers, 2002", "L
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("The  Beatles!", "beatles"), ("AC/DC", "ac dc"), ("an_apple", "apple"), ("rock 'n' roll", "rock n roll"), ("Théâtre", "théâtre"), ("a the an", "")],
+    [
+        ("The  Beatles!", "beatles"),
+        ("AC/DC", "ac dc"),
+        ("an_apple", "apple"),
+        ("rock 'n' roll", "rock n roll"),
+        ("Théâtre", "théâtre"),
+        ("a the an", ""),
+    ],
 )
 def test_normalise(text, expected):
     assert normalise(text) == expected

@@ -109,7 +109,11 @@ def test_packed_in_memory_or_unpacked_once(tiny, tmp_path):
     everything = sum(p.nbytes for p in subject.model.parameters()) + sum(b.nbytes for b in subject.model.buffers())
     count, nonzero = subject.parameters, sum(int((p != 0).sum()) for p in subject.model.parameters())
     assert nonzero <= count - sum(w.numel() // 2 for w in linears)
-    assert sizes(subject) == sizes(plain) == {"parameters": count, "nonzero_parameters": nonzero, "bytes_in_memory": everything}
+    assert (
+        sizes(subject)
+        == sizes(plain)
+        == {"parameters": count, "nonzero_parameters": nonzero, "bytes_in_memory": everything}
+    )
     assert sizes(packed) == {"parameters": count, "nonzero_parameters": nonzero, "bytes_in_memory": everything - saved}
     assert torch.equal(logits(packed), logits(plain)) and plain.fingerprint == packed.fingerprint == subject.fingerprint
     assert packed.model.lm_head.weight is packed.model.model.embed_tokens.weight
@@ -120,7 +124,9 @@ def test_packed_subjects_are_saved_as_they_are(tiny, tmp_path):
     folder = save_artifact(masked(tiny(layers=2)), tmp_path / "a", label="W2:4")
     again = save_artifact(load_artifact(folder), tmp_path / "b", label="W2:4")
     one, two = read_artifact(folder), read_artifact(again)
-    assert all(one["files"][name] == two["files"][name] for name in ("packed.safetensors", "config.json", "tokenizer.json"))
+    assert all(
+        one["files"][name] == two["files"][name] for name in ("packed.safetensors", "config.json", "tokenizer.json")
+    )
     assert one["sizes"]["bytes_in_memory"] > two["sizes"]["bytes_in_memory"]
     plain = save_artifact(load_artifact(folder), tmp_path / "c", packed=False)
     assert load_artifact(plain).fingerprint == one["fingerprint"]
@@ -159,10 +165,18 @@ def test_repeated_blocks_are_written_once_and_stay_shared(tiny, tmp_path):
     base = masked(tiny(layers=3))
     subject = apply_plan(base, [0, 1, 1, 2, 1])
     folder = save_artifact(subject, tmp_path / "a")
-    assert read_artifact(folder)["repeats"] == {"2": 1, "4": 1} and on_disk(folder) == predicted_disk_bytes(subject) == predicted_disk_bytes(base)
+    assert read_artifact(folder)["repeats"] == {"2": 1, "4": 1} and on_disk(folder) == predicted_disk_bytes(
+        subject
+    ) == predicted_disk_bytes(base)
     loaded = load_artifact(folder)
-    assert loaded.plan == (0, 1, 1, 2, 1) and loaded.fingerprint == subject.fingerprint and torch.equal(logits(loaded), logits(subject))
-    assert loaded.linears(1)["q_proj"] is loaded.linears(4)["q_proj"] and sizes(loaded) == sizes(load_artifact(save_artifact(base, tmp_path / "b")))
+    assert (
+        loaded.plan == (0, 1, 1, 2, 1)
+        and loaded.fingerprint == subject.fingerprint
+        and torch.equal(logits(loaded), logits(subject))
+    )
+    assert loaded.linears(1)["q_proj"] is loaded.linears(4)["q_proj"] and sizes(loaded) == sizes(
+        load_artifact(save_artifact(base, tmp_path / "b"))
+    )
     dense = save_artifact(apply_plan(tiny(layers=2), [1, 1]), tmp_path / "c")  # nothing to pack, yet less to write
     assert sizes(load_artifact(dense))["parameters"] == sizes(tiny(layers=1))["parameters"]
 
@@ -187,10 +201,16 @@ def test_removed_attentions_and_mlps(tiny, tmp_path, mask, packed):
 def test_nothing_to_pack_is_a_plain_checkpoint(tiny, tmp_path):
     subject = tiny(layers=2)
     folder = save_artifact(subject, tmp_path / "a")
-    assert (folder / "model.safetensors").exists() and not (folder / "packed.safetensors").exists() and read_artifact(folder)["encodings"] == {}
+    assert (
+        (folder / "model.safetensors").exists()
+        and not (folder / "packed.safetensors").exists()
+        and read_artifact(folder)["encodings"] == {}
+    )
     assert on_disk(folder) == predicted_disk_bytes(subject)
     theirs = AutoModelForCausalLM.from_pretrained(folder)
-    assert torch.equal(theirs(IDS).logits, logits(subject)) and torch.equal(logits(load_artifact(folder)), logits(subject))
+    assert torch.equal(theirs(IDS).logits, logits(subject)) and torch.equal(
+        logits(load_artifact(folder)), logits(subject)
+    )
     assert theirs.config._attn_implementation == load_artifact(folder).model.config._attn_implementation
 
 
@@ -237,7 +257,9 @@ def test_plain_checkpoints_load_where_thesislib_is_not(tiny, tmp_path):
             subject = load_artifact(save_artifact(subject, tmp_path / "packed"))
         save_artifact(subject, tmp_path / name, packed=False)
     command = [sys.executable, "-c", PLAIN, "logits.safetensors", *[str(tmp_path / name) for name in subjects]]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"}
+    )
     assert done.returncode == 0 and done.stdout.split() == list(subjects), done.stderr
 
 
@@ -265,25 +287,57 @@ def test_corrections_on_packed_weights(tiny, tmp_path):
     loaded = load_artifact(folder)
     q = loaded.linears(0)["q_proj"]
     assert type(q) is Adapted and type(q.base) is PackedLinear and q.lora_A.dtype == torch.float32
-    assert loaded.fingerprint == subject.fingerprint != base.fingerprint and torch.equal(logits(loaded), logits(subject))
+    assert loaded.fingerprint == subject.fingerprint != base.fingerprint and torch.equal(
+        logits(loaded), logits(subject)
+    )
     assert type(load_artifact(folder, packed=False).linears(0)["q_proj"].base) is nn.Linear
     assert load_artifact(folder, "float32").linears(0)["q_proj"].lora_A.dtype == torch.float32
-    ranks = 4 * sum(m.in_features + m.out_features for i in range(2) for name, m in base.linears(i).items() if name in ("q_proj", "down_proj"))
+    ranks = 4 * sum(
+        m.in_features + m.out_features
+        for i in range(2)
+        for name, m in base.linears(i).items()
+        if name in ("q_proj", "down_proj")
+    )
     assert sizes(loaded)["parameters"] == sizes(base)["parameters"] + ranks
 
 
 def test_an_artifact_says_what_it_is(tiny, tmp_path):
     subject = masked(tiny(layers=2))
     stages, reports = [{"width": {"remove": 2, "of": 4}}], [{"removed_weights": 7, "worst": float("inf")}]
-    folder = save_artifact(subject, tmp_path / "a", stages=stages, reports=reports, base={"name": "tiny", "fingerprint": "ab"}, label="W2:4")
+    folder = save_artifact(
+        subject,
+        tmp_path / "a",
+        stages=stages,
+        reports=reports,
+        base={"name": "tiny", "fingerprint": "ab"},
+        label="W2:4",
+    )
     record = read_artifact(folder)
-    assert (record["stages"], record["reports"], record["base"], record["label"]) == (stages, reports, {"name": "tiny", "fingerprint": "ab"}, "W2:4")
-    assert (record["name"], record["fingerprint"], record["dtype"], record["plan"]) == (subject.name, subject.fingerprint, "float32", None)
-    assert record["sizes"] == {**sizes(subject), "bytes_on_disk": on_disk(folder), "other_bytes_on_disk": record["sizes"]["other_bytes_on_disk"]}
-    everything = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != "artifact.json")
+    assert (record["stages"], record["reports"], record["base"], record["label"]) == (
+        stages,
+        reports,
+        {"name": "tiny", "fingerprint": "ab"},
+        "W2:4",
+    )
+    assert (record["name"], record["fingerprint"], record["dtype"], record["plan"]) == (
+        subject.name,
+        subject.fingerprint,
+        "float32",
+        None,
+    )
+    assert record["sizes"] == {
+        **sizes(subject),
+        "bytes_on_disk": on_disk(folder),
+        "other_bytes_on_disk": record["sizes"]["other_bytes_on_disk"],
+    }
+    everything = sum(
+        path.stat().st_size for path in folder.rglob("*") if path.is_file() and path.name != "artifact.json"
+    )
     assert record["sizes"]["bytes_on_disk"] + record["sizes"]["other_bytes_on_disk"] == everything
     assert record["versions"].keys() >= {"thesislib", "python", "torch", "transformers", "safetensors"}
-    assert record["files"].keys() == {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {"artifact.json"}
+    assert record["files"].keys() == {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {
+        "artifact.json"
+    }
     assert load_artifact(folder).name == subject.name
     assert all(path.stat().st_mode & 0o777 == 0o644 for path in folder.rglob("*") if path.is_file())
 
@@ -291,7 +345,13 @@ def test_an_artifact_says_what_it_is(tiny, tmp_path):
 def test_a_flipped_byte_is_found_in_every_file(tiny, tmp_path):
     folder = save_artifact(adapted(masked(tiny(layers=2))), tmp_path / "a")
     files = [path for path in folder.rglob("*") if path.is_file()]
-    assert {path.name for path in files} >= {"artifact.json", "packed.safetensors", "adapter_model.safetensors", "adapter_config.json", "config.json"}
+    assert {path.name for path in files} >= {
+        "artifact.json",
+        "packed.safetensors",
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "config.json",
+    }
     for path in files:
         content = path.read_bytes()
         for place in (0, len(content) // 3, len(content) - 10):
@@ -314,12 +374,18 @@ def test_what_is_no_artifact(tiny, tmp_path):
     with pytest.raises(BadInput, match="is no artifact: expected a folder with artifact.json"):
         load_artifact(tmp_path)
     folder = save_artifact(tiny(layers=1), tmp_path / "a")
-    for content, message in (("[1]", "is not thesislib's"), ('{"a": 1}', "is not thesislib's"), ("{", "cannot be read as JSON")):
+    for content, message in (
+        ("[1]", "is not thesislib's"),
+        ('{"a": 1}', "is not thesislib's"),
+        ("{", "cannot be read as JSON"),
+    ):
         (folder / "artifact.json").write_text(content)
         with pytest.raises(BadInput, match=message):
             load_artifact(folder)
     (folder / "artifact.json").write_text('{"thesislib_artifact": 2, "all": "is new"}')
-    with pytest.raises(BadInput, match=r"artifact of format 2: this thesislib .* reads up to format 1; a newer one is needed"):
+    with pytest.raises(
+        BadInput, match=r"artifact of format 2: this thesislib .* reads up to format 1; a newer one is needed"
+    ):
         load_artifact(folder)
 
 
@@ -351,7 +417,10 @@ def test_whole_or_not_at_all(tiny, tmp_path, monkeypatch):
 def test_weights_that_are_no_numbers_are_not_written(tiny, tmp_path, bad):
     subject = masked(tiny(layers=2))
     subject.linears(1)["up_proj"].weight.data[3, 3] = bad
-    with pytest.raises(BadInput, match=r"weight 'model.layers.1.mlp.up_proj.values' of tiny llama holds NaN or infinity: nothing was written"):
+    with pytest.raises(
+        BadInput,
+        match=r"weight 'model.layers.1.mlp.up_proj.values' of tiny llama holds NaN or infinity: nothing was written",
+    ):
         save_artifact(subject, tmp_path / "a")
     assert not list(tmp_path.iterdir())
 
@@ -390,7 +459,12 @@ def test_weights_that_do_not_fit_the_configuration(tiny, tmp_path):
         load_artifact(folder)
 
 
-ROUNDED = [Rtn(group=16), Rtn(3, group=16, grid="asymmetric"), Rtn(8, group="row", embedding_bits=8), Rtn(group=32, grid="minimum")]
+ROUNDED = [
+    Rtn(group=16),
+    Rtn(3, group=16, grid="asymmetric"),
+    Rtn(8, group="row", embedding_bits=8),
+    Rtn(group=32, grid="minimum"),
+]
 
 
 @pytest.mark.parametrize("stage", ROUNDED, ids=str)
@@ -454,7 +528,9 @@ def sign(folder, edit=lambda record: None, **changes):
 
 @pytest.fixture(scope="module")
 def written(tiny, tmp_path_factory):
-    return save_artifact(masked(tiny(layers=3)), tmp_path_factory.mktemp("artifact") / "a", stages=[{"width": {}}], label="W2:4")
+    return save_artifact(
+        masked(tiny(layers=3)), tmp_path_factory.mktemp("artifact") / "a", stages=[{"width": {}}], label="W2:4"
+    )
 
 
 FIELDS = (
@@ -523,7 +599,9 @@ def test_nothing_outside_the_folder_is_read(written, tmp_path, how):
     folder, other = shutil.copytree(written, tmp_path / "a"), tmp_path / "other"
     other.mkdir()
     shutil.copy(folder / "packed.safetensors", other / "more.safetensors")
-    name = {"above": "../other/more.safetensors", "absolute": str(other / "more.safetensors"), "null": "a\0.json"}.get(how, "more.safetensors")
+    name = {"above": "../other/more.safetensors", "absolute": str(other / "more.safetensors"), "null": "a\0.json"}.get(
+        how, "more.safetensors"
+    )
     if how == "link":
         (folder / name).symlink_to(other / "more.safetensors")
     elif how == "linked folder":
@@ -546,7 +624,15 @@ def test_files_that_would_be_read_and_are_not_in_the_list_are_refused(written, t
         with pytest.raises(BadInput, match=rf"{name} is not in the list of artifact\.json"):
             load_artifact(folder)
     folder = shutil.copytree(written, tmp_path / "harmless")
-    for name in ("README.md", "LICENSE.txt", "licence.json", ".gitattributes", ".git/config.json", ".cache/huggingface/x.json", "notes/plot.png"):
+    for name in (
+        "README.md",
+        "LICENSE.txt",
+        "licence.json",
+        ".gitattributes",
+        ".git/config.json",
+        ".cache/huggingface/x.json",
+        "notes/plot.png",
+    ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}")
     load_artifact(folder)

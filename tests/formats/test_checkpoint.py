@@ -94,15 +94,24 @@ UP = "model.layers.1.mlp.up_proj.weight"
     [
         (drop(UP), f"lacks the weight '{UP}'"),
         (drop("model.embed_tokens.weight"), "lacks the weight 'model.embed_tokens.weight'"),
-        (add("model.layers.4.mlp.up_proj.weight", torch.ones(64, 32)), "config.json describes 4 blocks; to leave blocks out, use --plan"),
-        (add("model.layers.1.self_attn.q_proj.bias", torch.ones(32)), "'model.layers.1.self_attn.q_proj.bias', which would not be used"),
+        (
+            add("model.layers.4.mlp.up_proj.weight", torch.ones(64, 32)),
+            "config.json describes 4 blocks; to leave blocks out, use --plan",
+        ),
+        (
+            add("model.layers.1.self_attn.q_proj.bias", torch.ones(32)),
+            "'model.layers.1.self_attn.q_proj.bias', which would not be used",
+        ),
         (add("model.layers.1.self_attn.q_norm.weight", torch.ones(8)), "which would not be used"),
         (add("score.weight", torch.ones(2, 32)), "'score.weight', which would not be used"),
         (add(UP, torch.ones(64, 16)), r"has shape \(64, 16\), and config.json describes \(64, 32\)"),
         (cast(UP, torch.int8), "is stored as I8: codes of a quantised checkpoint are not weights"),
         (cast(UP, torch.float8_e4m3fn), "is stored as F8_E4M3"),
         (add("model.layers.1.mlp.up_proj.weight_scale", torch.ones(1)), "which would not be used"),
-        (add("model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(4)), "are other rotary frequencies than config.json's"),
+        (
+            add("model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(4)),
+            "are other rotary frequencies than config.json's",
+        ),
     ],
 )
 def test_tensors_are_accounted_for(checkpoint, change, message):
@@ -115,7 +124,9 @@ def test_tensors_are_accounted_for(checkpoint, change, message):
 def test_rotary_frequencies_that_old_checkpoints_hold_are_harmless(tiny, tmp_path):
     subject = tiny(layers=2)
     folder = save_checkpoint(subject, tmp_path / "old")
-    tensors_of(folder, add("model.layers.0.self_attn.rotary_emb.inv_freq", subject.model.model.rotary_emb.inv_freq.clone()))
+    tensors_of(
+        folder, add("model.layers.0.self_attn.rotary_emb.inv_freq", subject.model.model.rotary_emb.inv_freq.clone())
+    )
     assert load_subject(folder).fingerprint == subject.fingerprint
 
 
@@ -141,7 +152,10 @@ def test_a_checkpoint_of_the_decoder_alone(tiny, tmp_path):
         ({"final_logit_softcapping": 30.0}, "final_logit_softcapping"),
         ({"transformers_weights": "../other.safetensors"}, "names another file of weights"),
         ({"quantization_config": {"quant_method": "fp8", "activation_scheme": "dynamic"}}, "quantised by 'fp8'"),
-        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "quantised by 'bitsandbytes'"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            "quantised by 'bitsandbytes'",
+        ),
         ({"quantization_config": {"quant_method": "compressed-tensors"}}, "quantised by 'compressed-tensors'"),
         ({"model_type": "gpt2"}, "unsupported architecture 'gpt2'"),
         ({"rope_parameters": {"rope_type": "nonsense", "rope_theta": 1.0}}, "config.json|configuration|cannot read"),
@@ -156,7 +170,14 @@ def test_settings_are_accounted_for(checkpoint, settings, message):
 
 def test_settings_that_change_nothing_are_taken(checkpoint):
     before = load_subject(checkpoint).fingerprint
-    edit(checkpoint, sliding_window=None, logit_scale=1.0, rope_interleaved=False, layer_types=["full_attention"] * 4, unsloth_version="2024.9")
+    edit(
+        checkpoint,
+        sliding_window=None,
+        logit_scale=1.0,
+        rope_interleaved=False,
+        layer_types=["full_attention"] * 4,
+        unsloth_version="2024.9",
+    )
     assert load_subject(checkpoint).fingerprint == before
 
 
@@ -199,8 +220,14 @@ def test_shards_that_are_missing_swapped_or_elsewhere(tiny, tmp_path):
     for ruin, message in (
         (lambda: shards[1].unlink(), f"lacks the file '{shards[1].name}'"),
         (lambda: shards[1].write_bytes(whole[shards[1]][:50]), "cannot be read"),
-        (lambda: shards[1].write_bytes(whole[shards[0]]), "lacks the weight|other tensors|does not name|another checkpoint"),
-        (lambda: index.write_text(json.dumps({"weight_map": {k: "../" + v for k, v in said["weight_map"].items()}})), "not in its folder"),
+        (
+            lambda: shards[1].write_bytes(whole[shards[0]]),
+            "lacks the weight|other tensors|does not name|another checkpoint",
+        ),
+        (
+            lambda: index.write_text(json.dumps({"weight_map": {k: "../" + v for k, v in said["weight_map"].items()}})),
+            "not in its folder",
+        ),
         (lambda: index.write_text(json.dumps({"weight_map": {}})), "is not an index"),
         (lambda: index.write_text("[]"), "is not an index"),
     ):
@@ -216,11 +243,16 @@ def test_shards_that_are_missing_swapped_or_elsewhere(tiny, tmp_path):
 # ---------------------------------------------------------------- an adapter beside the weights
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 7}}, {"lora_alpha": 1}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"use_rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 7}}, {"lora_alpha": 1}],
+)
 def test_an_adapter_beside_the_weights_is_kept(tiny, tmp_path, settings):
     base = save_checkpoint(tiny(layers=3), tmp_path / "base")
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], base_model_name_or_path="nowhere", **settings)
+    config = peft.LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj", "down_proj"], base_model_name_or_path="nowhere", **settings
+    )
     adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).eval()
     for name, p in adapted.named_parameters():
         if "lora_B" in name:
@@ -229,7 +261,10 @@ def test_an_adapter_beside_the_weights_is_kept(tiny, tmp_path, settings):
     adapted.save_pretrained(folder)
     wanted = losses(adapted)
     subject = load_subject(folder)
-    assert losses(subject.model) == pytest.approx(wanted, rel=1e-5) and abs(losses(load_subject(base).model) - wanted) > 0.01
+    assert (
+        losses(subject.model) == pytest.approx(wanted, rel=1e-5)
+        and abs(losses(load_subject(base).model) - wanted) > 0.01
+    )
     pruned = remove(subject, [1])
     back = load_artifact(save_artifact(pruned, tmp_path / "artifact"))
     assert losses(back.model) == pytest.approx(losses(pruned.model), rel=1e-6)
@@ -238,11 +273,18 @@ def test_an_adapter_beside_the_weights_is_kept(tiny, tmp_path, settings):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"), [({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"), ({"modules_to_save": ["lm_head"]}, "modules_to_save")]
+    ("settings", "message"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ],
 )
 def test_adapters_of_other_kinds_are_refused(tiny, tmp_path, settings, message):
     folder = save_checkpoint(tiny(layers=2), tmp_path / "m")
-    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder), peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+    peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder), peft.LoraConfig(r=2, target_modules=["q_proj"])
+    ).save_pretrained(folder)
     edit(folder, "adapter_config.json", **settings)
     with pytest.raises(BadInput, match=message):
         load_subject(folder)
@@ -251,7 +293,9 @@ def test_adapters_of_other_kinds_are_refused(tiny, tmp_path, settings, message):
 def test_adapters_that_do_not_fit_are_refused(tiny, tmp_path):
     folder = save_checkpoint(tiny(layers=2), tmp_path / "m")
     other = save_checkpoint(tiny(layers=3), tmp_path / "deeper")
-    peft.get_peft_model(AutoModelForCausalLM.from_pretrained(other), peft.LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder)
+    peft.get_peft_model(
+        AutoModelForCausalLM.from_pretrained(other), peft.LoraConfig(r=2, target_modules=["q_proj"])
+    ).save_pretrained(folder)
     with pytest.raises(BadInput, match="layers.2.self_attn.q_proj.lora"):
         load_subject(folder)
     (folder / "adapter_model.safetensors").unlink()
@@ -265,17 +309,29 @@ def test_adapters_that_do_not_fit_are_refused(tiny, tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_head_of_its_own_survives(tiny, tmp_path, dtype):
     folder = save_checkpoint(tiny(layers=3), tmp_path / "m")
-    head = torch.randn(load_file(folder / "model.safetensors")["model.embed_tokens.weight"].shape, generator=torch.Generator().manual_seed(1)) * 0.2
+    head = (
+        torch.randn(
+            load_file(folder / "model.safetensors")["model.embed_tokens.weight"].shape,
+            generator=torch.Generator().manual_seed(1),
+        )
+        * 0.2
+    )
     tensors_of(folder, add("lm_head.weight", head))
     subject = load_subject(folder, dtype)
-    assert torch.equal(subject.model.lm_head.weight, head.to(getattr(torch, dtype))) and not subject.model.config.tie_word_embeddings
+    assert (
+        torch.equal(subject.model.lm_head.weight, head.to(getattr(torch, dtype)))
+        and not subject.model.config.tie_word_embeddings
+    )
     if dtype == "float32":
         assert losses(subject.model) == pytest.approx(plain_losses(folder), rel=1e-5)
     for packed in (True, False):
         back = load_artifact(save_artifact(subject, tmp_path / f"a{packed}", packed=packed))
         assert back.fingerprint == subject.fingerprint
     assert load_subject(save_checkpoint(subject, tmp_path / "plain"), dtype).fingerprint == subject.fingerprint
-    assert torch.equal(load_subject(export_gguf(subject, tmp_path / "m.gguf")).model.lm_head.weight, head.to(getattr(torch, dtype)).half().float())
+    assert torch.equal(
+        load_subject(export_gguf(subject, tmp_path / "m.gguf")).model.lm_head.weight,
+        head.to(getattr(torch, dtype)).half().float(),
+    )
 
 
 def test_a_head_that_is_the_embedding_once_more_stays_tied(tiny, tmp_path):
@@ -306,17 +362,33 @@ def by_hand(model, gone):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("model_type", SUPPORTED)
-def test_stages_do_not_depend_on_the_attention_of_a_configuration(tiny, tiny_data, tmp_path, model_type, implementation, monkeypatch):
+def test_stages_do_not_depend_on_the_attention_of_a_configuration(
+    tiny, tiny_data, tmp_path, model_type, implementation, monkeypatch
+):
     """Scores, masks, grids, corrections and training losses are those of a causal model, whatever config.json asks for."""
     monkeypatch.setattr("thesislib.compress.stage.calibration_windows", lambda *_: IDS)
     plain = save_checkpoint(tiny(model_type, layers=4, **FAMILIES[model_type]), tmp_path / "plain")
-    asks = edit(shutil.copytree(plain, tmp_path / "asks"), attn_implementation=implementation, _attn_implementation=implementation)
+    asks = edit(
+        shutil.copytree(plain, tmp_path / "asks"),
+        attn_implementation=implementation,
+        _attn_implementation=implementation,
+    )
     one, two = load_subject(plain), load_subject(asks)
     scores = leave_one_out(two, IDS, range(4))
-    reference = {b: math.exp(by_hand(AutoModelForCausalLM.from_pretrained(plain, attn_implementation="eager").eval(), {b})) for b in range(4)}
+    reference = {
+        b: math.exp(by_hand(AutoModelForCausalLM.from_pretrained(plain, attn_implementation="eager").eval(), {b}))
+        for b in range(4)
+    }
     assert scores == pytest.approx(reference, rel=1e-4)
-    lora = Lora(text="trivia", steps=1, batch=2, accumulate=1, length=128, validation=0, every=1, dropout=0.0, autocast=False)
-    for stage in (Width(remove=2, of=4), Gptq(bits=4, group=16), Depth(remove=1, metric="influence", protect_first=0, protect_last=0), lora):
+    lora = Lora(
+        text="trivia", steps=1, batch=2, accumulate=1, length=128, validation=0, every=1, dropout=0.0, autocast=False
+    )
+    for stage in (
+        Width(remove=2, of=4),
+        Gptq(bits=4, group=16),
+        Depth(remove=1, metric="influence", protect_first=0, protect_last=0),
+        lora,
+    ):
         a, b = (stage.apply(s, data=tiny_data)[0] for s in (one, two))
         assert a.fingerprint == b.fingerprint, stage
     rounded, _ = Rtn(bits=2, group=16).apply(two)
@@ -348,8 +420,18 @@ def test_settings_by_block_follow_the_blocks(tiny, tmp_path, model_type):
     pruned = remove(subject, [1, 4])
     back = load_artifact(save_artifact(pruned, tmp_path / "a"))
     folder = save_checkpoint(pruned, tmp_path / "plain")
-    wanted = by_hand(AutoModelForCausalLM.from_pretrained(save_checkpoint(subject, tmp_path / "whole"), attn_implementation="eager").eval(), {1, 4})
-    for model in (pruned.model, back.model, load_subject(folder).model, AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()):
+    wanted = by_hand(
+        AutoModelForCausalLM.from_pretrained(
+            save_checkpoint(subject, tmp_path / "whole"), attn_implementation="eager"
+        ).eval(),
+        {1, 4},
+    )
+    for model in (
+        pruned.model,
+        back.model,
+        load_subject(folder).model,
+        AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval(),
+    ):
         assert losses(model) == pytest.approx(wanted, rel=1e-5)
 
 
@@ -360,7 +442,9 @@ def test_settings_by_block_follow_the_blocks(tiny, tmp_path, model_type):
 @pytest.mark.parametrize("bits", [3, 4])
 def test_a_gptq_export_comes_back(tiny, tmp_path, model_type, bits):
     more = {"head_dim": 16} if model_type == "qwen3" else {}
-    subject = tiny(model_type, layers=2, hidden_size=64, intermediate_size=96, num_key_value_heads=4, **{"head_dim": 16, **more})
+    subject = tiny(
+        model_type, layers=2, hidden_size=64, intermediate_size=96, num_key_value_heads=4, **{"head_dim": 16, **more}
+    )
     for p in (p for name, p in subject.model.named_parameters() if name.endswith("bias")):
         p.data.normal_(0, 0.2, generator=torch.Generator().manual_seed(0))
     for grid in ("symmetric", "asymmetric"):
@@ -368,8 +452,14 @@ def test_a_gptq_export_comes_back(tiny, tmp_path, model_type, bits):
         folder = export_gptq(quantised, tmp_path / f"{grid}")
         back = load_subject(folder)
         assert losses(back.model) == pytest.approx(losses(quantised.model), rel=1e-6)
-        assert all(torch.equal(a.weight, b.weight) for i in range(2) for a, b in zip(quantised.linears(i).values(), back.linears(i).values(), strict=True))
-        assert (folder / "model.safetensors").stat().st_size < save_checkpoint(subject, tmp_path / "dense").joinpath("model.safetensors").stat().st_size
+        assert all(
+            torch.equal(a.weight, b.weight)
+            for i in range(2)
+            for a, b in zip(quantised.linears(i).values(), back.linears(i).values(), strict=True)
+        )
+        assert (folder / "model.safetensors").stat().st_size < save_checkpoint(subject, tmp_path / "dense").joinpath(
+            "model.safetensors"
+        ).stat().st_size
 
 
 def test_a_gptq_checkpoint_that_is_damaged_or_of_another_kind(tiny, tmp_path):
@@ -389,7 +479,11 @@ def test_a_gptq_checkpoint_that_is_damaged_or_of_another_kind(tiny, tmp_path):
         with pytest.raises(BadInput, match=message):
             load_subject(other)
     said = json.loads((folder / "config.json").read_text())["quantization_config"]
-    for change, message in (({"checkpoint_format": "marlin"}, "format 'marlin'"), ({"bits": 5}, "5 bits"), ({"dynamic": {"x": {}}}, "not read here")):
+    for change, message in (
+        ({"checkpoint_format": "marlin"}, "format 'marlin'"),
+        ({"bits": 5}, "5 bits"),
+        ({"dynamic": {"x": {}}}, "not read here"),
+    ):
         other = edit(shutil.copytree(folder, tmp_path / message), quantization_config=said | change)
         with pytest.raises(BadInput, match=message):
             load_subject(other)
@@ -399,7 +493,9 @@ def test_an_artifact_with_a_tensor_of_no_use_is_refused(tiny, tmp_path, monkeypa
     folder = save_artifact(Width(remove=2, of=4, metric="magnitude").apply(tiny(layers=2))[0], tmp_path / "a")
     record = json.loads((folder / "artifact.json").read_text())
     tensors = load_file(folder / "packed.safetensors")
-    save_file({**tensors, "model.layers.0.mlp.up_proj.extra": torch.ones(2)}, folder / "packed.safetensors", {"format": "pt"})
+    save_file(
+        {**tensors, "model.layers.0.mlp.up_proj.extra": torch.ones(2)}, folder / "packed.safetensors", {"format": "pt"}
+    )
     monkeypatch.setattr("thesislib.formats.artifact.read_artifact", lambda _: record)
     with pytest.raises(BadInput, match="'model.layers.0.mlp.up_proj.extra', which has no place in it"):
         load_artifact(folder)
@@ -427,10 +523,16 @@ def test_what_reads_back_otherwise_is_not_written(tiny, tmp_path, monkeypatch, w
     else:
         for module in (formats, load):
             monkeypatch.setattr(module, "plain_tensors", lambda s, real=formats.plain_tensors: spoil(real(s)))
-        monkeypatch.setattr(formats, "packed_tensors", lambda s, real=formats.packed_tensors: (spoil(real(s)[0]), real(s)[1]))
+        monkeypatch.setattr(
+            formats, "packed_tensors", lambda s, real=formats.packed_tensors: (spoil(real(s)[0]), real(s)[1])
+        )
         if way == "packed":
             subject = Width(remove=2, of=4, metric="magnitude").apply(subject)[0]
-        write = lambda: save_checkpoint(subject, tmp_path / "out") if way == "checkpoint" else save_artifact(subject, tmp_path / "out", packed=way == "packed")  # noqa: E731
+        write = lambda: (
+            save_checkpoint(subject, tmp_path / "out")
+            if way == "checkpoint"
+            else save_artifact(subject, tmp_path / "out", packed=way == "packed")
+        )  # noqa: E731
     with pytest.raises(BadInput, match="reads back"):
         write()
     assert not list(tmp_path.iterdir())

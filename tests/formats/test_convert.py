@@ -68,11 +68,15 @@ def test_sha256_that_differs_names_both(tmp_path, cache):
 
 
 @pytest.mark.embedded
-@pytest.mark.parametrize("keep", [slice(1000), slice(49_000_000), slice(-1)], ids=["in the header", "half", "last byte"])
+@pytest.mark.parametrize(
+    "keep", [slice(1000), slice(49_000_000), slice(-1)], ids=["in the header", "half", "last byte"]
+)
 def test_truncated_gguf_is_refused_before_conversion(tmp_path, cache, gguf, monkeypatch, keep):
     path = tmp_path / "cut.gguf"
     path.write_bytes(gguf.read_bytes()[keep])
-    monkeypatch.setattr("thesislib.formats.gguf_reader.GgufModel.tensors", lambda *_: pytest.fail("converted a truncated file"))
+    monkeypatch.setattr(
+        "thesislib.formats.gguf_reader.GgufModel.tensors", lambda *_: pytest.fail("converted a truncated file")
+    )
     with pytest.raises(BadInput, match="truncated") as raised:
         load_subject(path)
     assert "cut.gguf" in str(raised.value) and "\n" not in str(raised.value)
@@ -204,7 +208,12 @@ def test_norms_and_settings_come_along(embedded_subject, tensors):
     config = embedded_subject.model.config
     norm = np.asarray(tensors["output_norm.weight"].data)
     assert np.array_equal(embedded_subject.model.model.norm.weight.numpy(), norm)
-    assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vocab_size) == (30, 576, 1536, 49152)
+    assert (config.num_hidden_layers, config.hidden_size, config.intermediate_size, config.vocab_size) == (
+        30,
+        576,
+        1536,
+        49152,
+    )
     assert (config.num_attention_heads, config.num_key_value_heads, config.rms_norm_eps) == (9, 3, 1e-5)
     assert config.rope_parameters["rope_theta"] == 100000
     prompt = [{"role": "user", "content": "Hi"}]
@@ -219,7 +228,9 @@ def flip(file, at=-9):
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json", "sha256.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "tokenizer.json", "generation_config.json", "sha256.json"]
+)
 def test_one_flipped_byte_is_noticed_said_and_healed(tmp_path, cache, counted, capsys, name):
     path = tmp_path / "x.gguf"
     path.write_bytes(b"GGUF" + bytes(20) + b"1")
@@ -281,13 +292,18 @@ def test_kills_while_it_converts_leave_nothing_for_good(tmp_path, cache, counted
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     for n in range(3):
         child = subprocess.Popen(
-            [sys.executable, "-c", CONVERTS, str(path), str(checkpoint)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            [sys.executable, "-c", CONVERTS, str(path), str(checkpoint)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
         )
         for _ in range(n + 1):
             child.stdout.readline()
         child.kill()
         assert child.wait() == -signal.SIGKILL
         child.stdout.close()
-        assert len([p for p in (cache / "subjects").iterdir() if p.suffix != ".lock"]) == 1  # its own; the one before it left is gone
+        assert (
+            len([p for p in (cache / "subjects").iterdir() if p.suffix != ".lock"]) == 1
+        )  # its own; the one before it left is gone
     folder = safetensors_folder(path)
     assert sorted(p.name for p in (cache / "subjects").iterdir()) == [folder.name, f"{folder.name}.lock"]

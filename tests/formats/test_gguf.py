@@ -75,7 +75,9 @@ def test_transformers_reads_the_same_model(tiny, tmp_path, kind, tied):
 def test_compressed_models_compute_what_they_did(tiny, tmp_path, change):
     changed = change(tiny(layers=3))
     found = read_back(export_gguf(changed, tmp_path / "m.gguf"))
-    assert torch.allclose(found, logits(changed), atol=0.02) and not torch.allclose(found, logits(tiny(layers=3)), atol=0.02)
+    assert torch.allclose(found, logits(changed), atol=0.02) and not torch.allclose(
+        found, logits(tiny(layers=3)), atol=0.02
+    )
 
 
 @pytest.mark.parametrize(("kind", "step"), [("Q8_0", 1 / 127), ("Q4_0", 1 / 8), ("Q4_1", 1 / 15)])
@@ -86,7 +88,9 @@ def test_rounded_by_at_most_half_a_step(tiny, tmp_path, kind, step):
     runs = wanted.reshape(-1, 32)
     span = np.ptp(runs, axis=1) if kind == "Q4_1" else np.abs(runs).max(1)
     miss = np.abs(numbers(file)["blk.0.ffn_down.weight"].reshape(-1, 32) - runs).max(1)
-    assert (miss <= (1.01 if kind == "Q4_0" else 0.51) * step * span + 1e-3 * span).all() and miss.max() > 0  # Q4_0 has a level less on one side
+    assert (
+        miss <= (1.01 if kind == "Q4_0" else 0.51) * step * span + 1e-3 * span
+    ).all() and miss.max() > 0  # Q4_0 has a level less on one side
     types = {t.name: t.tensor_type.name for t in GGUFReader(file).tensors}
     assert types["blk.0.attn_q.weight"] == kind and types["output_norm.weight"] == "F32"
     assert types["token_embd.weight"] == ("Q8_0" if kind.startswith("Q4") else kind)
@@ -130,7 +134,10 @@ def test_llama_3_rotations(tiny, tmp_path):
         assert found == pytest.approx(wanted, rel=1e-4)
     assert len({round(float(f), 3) for f in factors}) > 2
     with pytest.raises(BadInput, match="position embedding 'dynamic' of llama cannot be written"):
-        export_gguf(tiny(layers=1, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}), tmp_path / "n.gguf")
+        export_gguf(
+            tiny(layers=1, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+            tmp_path / "n.gguf",
+        )
 
 
 def test_rows_are_reordered_for_rotation_of_neighbours():
@@ -143,9 +150,14 @@ def test_how_text_is_cut():
     digits = {"type": "Digits", "individual_digits": True}
     llama, qwen = ({"type": "Split", "pattern": {"Regex": r}} for r in PATTERNS.values())
     cuts = {"gpt-2": [whole], "smollm": [digits, whole], "llama-bpe": [llama, whole], "qwen2": [qwen, whole]}
-    assert {name: pre_tokenizer({"type": "Sequence", "pretokenizers": steps}) for name, steps in cuts.items()} == {name: name for name in cuts}
+    assert {name: pre_tokenizer({"type": "Sequence", "pretokenizers": steps}) for name, steps in cuts.items()} == {
+        name: name for name in cuts
+    }
     assert pre_tokenizer(whole) == "gpt-2"
-    tekken = {"type": "Split", "pattern": {"Regex": r"[^\r\n\p{L}\p{N}]?[\p{Lu}]*[\p{Ll}]+|\p{N}|\s+"}}  # Mistral NeMo's is like it
+    tekken = {
+        "type": "Split",
+        "pattern": {"Regex": r"[^\r\n\p{L}\p{N}]?[\p{Lu}]*[\p{Ll}]+|\p{N}|\s+"},
+    }  # Mistral NeMo's is like it
     with pytest.raises(BadInput, match="cuts text by Split, ByteLevel in a way not known"):
         pre_tokenizer({"type": "Sequence", "pretokenizers": [tekken, whole]})
     with pytest.raises(BadInput, match="cuts text by Metaspace"):
@@ -154,12 +166,17 @@ def test_how_text_is_cut():
 
 def test_what_cannot_be_written(tiny, tmp_path):
     subject = tiny(layers=1)
-    for kind, message in (("Q4_K", "its runs of 256 do not divide rows such as 32; expected F16"), ("Q3", "'Q3' cannot be written; expected F16, Q8_0")):
+    for kind, message in (
+        ("Q4_K", "its runs of 256 do not divide rows such as 32; expected F16"),
+        ("Q3", "'Q3' cannot be written; expected F16, Q8_0"),
+    ):
         with pytest.raises(BadInput, match=message):
             export_gguf(subject, tmp_path / "m.gguf", kind)
     with pytest.raises(BadInput, match="activation 'gelu' cannot be written"):
         export_gguf(tiny(layers=1, hidden_act="gelu"), tmp_path / "m.gguf")
-    with pytest.raises(BadInput, match="no_rope_layers would read back as"):  # llama.cpp leaves out every fourth, wherever it came from
+    with pytest.raises(
+        BadInput, match="no_rope_layers would read back as"
+    ):  # llama.cpp leaves out every fourth, wherever it came from
         export_gguf(remove(tiny("smollm3", layers=6), [0]), tmp_path / "m.gguf")
     with pytest.raises(BadInput, match=r"of shape \(32, 48\) cannot be Q8_0: its rows are no multiple of 32"):
         export_gguf(tiny(layers=1, intermediate_size=48), tmp_path / "m.gguf", "Q8_0")

@@ -12,7 +12,14 @@ from thesislib.formats.gguf_reader import GgufModel, byte_level, halves
 from thesislib.formats.load import load_subject, save_checkpoint
 
 IDS = torch.randint(0, 256, (2, 40), generator=torch.Generator().manual_seed(0))
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2}
 CASES = {
@@ -43,7 +50,11 @@ def rewritten(source, target, fields=lambda name, value: (name, value), tensors=
     reader = GGUFReader(source)
     writer = GGUFWriter(target, reader.fields["general.architecture"].contents())
     for f in reader.fields.values():
-        if f.name.startswith("GGUF.") or f.name == "general.architecture" or (kept := fields(f.name, f.contents())) is None:
+        if (
+            f.name.startswith("GGUF.")
+            or f.name == "general.architecture"
+            or (kept := fields(f.name, f.contents())) is None
+        ):
             continue
         writer.add_key_value(*kept, f.types[0], f.types[-1] if f.types[0] == GGUFValueType.ARRAY else None)
     for name, value, kind in more:
@@ -66,15 +77,22 @@ def test_an_export_comes_back(tiny, tmp_path, case):
         if name.endswith("bias"):
             p.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
     exact = load_subject(save_checkpoint(subject, tmp_path / "folder"))
-    exact.model.load_state_dict({key: t.half().float() if t.ndim > 1 else t for key, t in exact.model.state_dict().items()})
+    exact.model.load_state_dict(
+        {key: t.half().float() if t.ndim > 1 else t for key, t in exact.model.state_dict().items()}
+    )
     back = load_subject(export_gguf(subject, tmp_path / "m.gguf", "F16"))
     assert torch.allclose(logits(back), logits(exact), atol=1e-4)
     assert not torch.allclose(logits(back), logits(tiny(kind, layers=4, seed=1, **settings)), atol=0.01)
     text = "Of 1984 the   12 words,\n\n and <|im_end|> a\ttab."
-    assert back.tokenizer(text)["input_ids"] == subject.tokenizer(text)["input_ids"] and back.tokenizer.chat_template == subject.tokenizer.chat_template
+    assert (
+        back.tokenizer(text)["input_ids"] == subject.tokenizer(text)["input_ids"]
+        and back.tokenizer.chat_template == subject.tokenizer.chat_template
+    )
     assert back.model.generation_config.eos_token_id == subject.model.generation_config.eos_token_id
     for rounded, apart in (("Q8_0", 0.05), ("Q4_0", 1.0)):
-        assert (logits(load_subject(export_gguf(subject, tmp_path / f"{rounded}.gguf", rounded))) - logits(exact)).abs().mean() < apart
+        assert (
+            logits(load_subject(export_gguf(subject, tmp_path / f"{rounded}.gguf", rounded))) - logits(exact)
+        ).abs().mean() < apart
 
 
 def test_tokens_that_end_an_answer_come_back(tiny, tmp_path):
@@ -111,20 +129,50 @@ def unsigned(name, value):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tensors": lambda name, data: None if name == "blk.1.ffn_up.weight" else data}, r"lacks the weight 'blk\.1\.ffn_up\.weight'"),
-        ({"tensors": lambda name, data: None if name == "token_embd.weight" else data}, "lacks the weight 'token_embd.weight'"),
-        ({"fields": lambda name, value: (name, 1) if name == "llama.block_count" else (name, value)}, r"holds 'blk\.1\..*no place"),
-        ({"fields": lambda name, value: (name, 3) if name == "llama.block_count" else (name, value)}, r"lacks the weight 'blk\.2"),
-        ({"fields": lambda name, value: None if name == "llama.embedding_length" else (name, value)}, "embedding_length is None"),
-        ({"fields": lambda name, value: None if name == "tokenizer.ggml.tokens" else (name, value)}, "holds no tokenizer"),
-        ({"fields": lambda name, value: (name, "tekken") if name == "tokenizer.ggml.pre" else (name, value)}, "cuts text by 'tekken'"),
-        ({"fields": lambda name, value: (name, "rwkv") if name == "tokenizer.ggml.model" else (name, value)}, "tokenizer 'rwkv'"),
+        (
+            {"tensors": lambda name, data: None if name == "blk.1.ffn_up.weight" else data},
+            r"lacks the weight 'blk\.1\.ffn_up\.weight'",
+        ),
+        (
+            {"tensors": lambda name, data: None if name == "token_embd.weight" else data},
+            "lacks the weight 'token_embd.weight'",
+        ),
+        (
+            {"fields": lambda name, value: (name, 1) if name == "llama.block_count" else (name, value)},
+            r"holds 'blk\.1\..*no place",
+        ),
+        (
+            {"fields": lambda name, value: (name, 3) if name == "llama.block_count" else (name, value)},
+            r"lacks the weight 'blk\.2",
+        ),
+        (
+            {"fields": lambda name, value: None if name == "llama.embedding_length" else (name, value)},
+            "embedding_length is None",
+        ),
+        (
+            {"fields": lambda name, value: None if name == "tokenizer.ggml.tokens" else (name, value)},
+            "holds no tokenizer",
+        ),
+        (
+            {"fields": lambda name, value: (name, "tekken") if name == "tokenizer.ggml.pre" else (name, value)},
+            "cuts text by 'tekken'",
+        ),
+        (
+            {"fields": lambda name, value: (name, "rwkv") if name == "tokenizer.ggml.model" else (name, value)},
+            "tokenizer 'rwkv'",
+        ),
         ({"more": unsigned("llama.expert_count", 8)}, "says llama.expert_count = 8"),
         ({"more": [("llama.logit_scale", 0.5, GGUFValueType.FLOAT32)]}, "says llama.logit_scale"),
         ({"more": [("llama.attention.causal", False, GGUFValueType.BOOL)]}, "says llama.attention.causal"),
         ({"more": [("llama.rope.scaling.type", "longrope", GGUFValueType.STRING)]}, "rotary scaling 'longrope'"),
-        ({"fields": lambda name, value: (name, 4) if name == "llama.rope.dimension_count" else (name, value)}, "rope.dimension_count is 4"),
-        ({"fields": lambda name, value: (name, "adapter") if name == "general.type" else (name, value)}, "says general.type = 'adapter'"),
+        (
+            {"fields": lambda name, value: (name, 4) if name == "llama.rope.dimension_count" else (name, value)},
+            "rope.dimension_count is 4",
+        ),
+        (
+            {"fields": lambda name, value: (name, "adapter") if name == "general.type" else (name, value)},
+            "says general.type = 'adapter'",
+        ),
         ({"more": [("somebodys.setting", 1, GGUFValueType.UINT32)]}, "says somebodys.setting"),
         ({"more": [("general.note", "harmless", GGUFValueType.STRING), *unsigned("llama.expert_count", 0)]}, None),
         ({"fields": lambda name, value: (name, "mistral") if name == "general.name" else (name, value)}, None),
@@ -156,9 +204,15 @@ def test_how_text_is_cut_follows_the_file():
     tokens = [*alphabet, "ĠĠ", "12"]
     types, merges = [1] * len(tokens), ["Ġ Ġ", "1 2"]
     by_hand = Tokenizer(models.BPE({t: i for i, t in enumerate(tokens)}, [("Ġ", "Ġ"), ("1", "2")]))
-    by_hand.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    by_hand.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     text = "a  12"
-    assert byte_level(tokens, types, merges, "smollm").encode(text).tokens == by_hand.encode(text).tokens == ["a", "ĠĠ", "1", "2"]
+    assert (
+        byte_level(tokens, types, merges, "smollm").encode(text).tokens
+        == by_hand.encode(text).tokens
+        == ["a", "ĠĠ", "1", "2"]
+    )
     assert byte_level(tokens, types, merges, "gpt-2").encode(text).tokens == ["a", "Ġ", "Ġ", "12"]
     with pytest.raises(BadInput, match="has the token 'a' twice"):
         byte_level([*tokens, "a"], [*types, 1], merges, "gpt-2")

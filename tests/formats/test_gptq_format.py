@@ -36,7 +36,12 @@ def read_linear(tensors, path, config):
     bits, less = config["bits"], int(config["checkpoint_format"] == "gptq")
     codes = [codes_of(column, bits) for column in zip(*part["qweight"], strict=True)]  # by output
     zeros = [[zero + less for zero in codes_of(row, bits)] for row in part["qzeros"]]  # by group
-    return torch.tensor([[part["scales"][g][o] * (codes[o][i] - zeros[g][o]) for i, g in enumerate(part["g_idx"])] for o in range(len(codes))])
+    return torch.tensor(
+        [
+            [part["scales"][g][o] * (codes[o][i] - zeros[g][o]) for i, g in enumerate(part["g_idx"])]
+            for o in range(len(codes))
+        ]
+    )
 
 
 SHAPE = {"layers": 2, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -54,9 +59,17 @@ def subject(tiny):
 def test_every_weight_is_where_the_layout_has_it(subject, tmp_path, bits, grid, group):
     made, _ = Rtn(bits=bits, group=group, grid=grid).apply(subject)
     folder = export_gptq(made, tmp_path / "out")
-    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())["quantization_config"]
+    tensors, config = (
+        load_file(folder / "model.safetensors"),
+        json.loads((folder / "config.json").read_text())["quantization_config"],
+    )
     assert config == json.loads((folder / "quantize_config.json").read_text())
-    assert (config["bits"], config["group_size"], config["sym"], config["desc_act"]) == (bits, -1 if group == "row" else 32, grid == "symmetric", False)
+    assert (config["bits"], config["group_size"], config["sym"], config["desc_act"]) == (
+        bits,
+        -1 if group == "row" else 32,
+        grid == "symmetric",
+        False,
+    )
     for i in range(2):
         for name, linear in made.linears(i).items():
             path = f"model.layers.{i}.{'self_attn' if name in LINEARS[:4] else 'mlp'}.{name}"
@@ -70,7 +83,10 @@ def test_a_zero_of_0_is_kept(subject, tmp_path):
         linear.weight.data.abs_()  # nothing below 0: the lowest level is 0
     made, _ = Rtn(bits=4, group=32, grid="asymmetric").apply(subject)
     folder = export_gptq(made, tmp_path / "out")
-    config, tensors = json.loads((folder / "config.json").read_text())["quantization_config"], load_file(folder / "model.safetensors")
+    config, tensors = (
+        json.loads((folder / "config.json").read_text())["quantization_config"],
+        load_file(folder / "model.safetensors"),
+    )
     assert config["checkpoint_format"] == "gptq_v2" and not tensors["model.layers.0.mlp.up_proj.qzeros"].any()
     assert torch.equal(read_linear(tensors, "model.layers.0.mlp.up_proj", config), made.linears(0)["up_proj"].weight)
 
@@ -80,7 +96,10 @@ def test_act_order_masks_and_corrections(subject, tiny_data, tmp_path):
     made, _ = Gptq(bits=4, group=32, act_order="index", **SMALL).apply(sparse, data=tiny_data)
     whole, _ = Eora(rank=4, **SMALL).apply(made, data=tiny_data, original=subject)
     folder = export_gptq(whole, tmp_path / "out")
-    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())["quantization_config"]
+    tensors, config = (
+        load_file(folder / "model.safetensors"),
+        json.loads((folder / "config.json").read_text())["quantization_config"],
+    )
     assert config["desc_act"]
     path = "model.layers.1.mlp.down_proj"
     weight = read_linear(tensors, path, config)
@@ -137,13 +156,24 @@ def test_on_the_command_line(subject, tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("gptqmodel") is None, reason="GPTQModel is not installed: pip install -e '.[gptqmodel]' in an environment of its own"
+    importlib.util.find_spec("gptqmodel") is None,
+    reason="GPTQModel is not installed: pip install -e '.[gptqmodel]' in an environment of its own",
 )
-@pytest.mark.parametrize(("bits", "grid"), [(4, "symmetric"), (4, "asymmetric"), (3, "symmetric"), (8, "symmetric"), (2, "symmetric")])
+@pytest.mark.parametrize(
+    ("bits", "grid"), [(4, "symmetric"), (4, "asymmetric"), (3, "symmetric"), (8, "symmetric"), (2, "symmetric")]
+)
 def test_gptqmodel_computes_the_same(tiny, tmp_path, bits, grid):
     from gptqmodel import BACKEND, GPTQModel
 
-    subject = tiny(layers=2, hidden_size=128, intermediate_size=256, num_attention_heads=8, num_key_value_heads=4, head_dim=16, vocab_size=512)
+    subject = tiny(
+        layers=2,
+        hidden_size=128,
+        intermediate_size=256,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=16,
+        vocab_size=512,
+    )
     made, _ = Rtn(bits=bits, group=32, grid=grid).apply(subject)
     folder = export_gptq(made, tmp_path / "out")
     ids = torch.arange(5, 37)[None]
@@ -151,6 +181,8 @@ def test_gptqmodel_computes_the_same(tiny, tmp_path, bits, grid):
         ours = made.model(ids).logits
         loaded = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.TORCH)
         theirs = loaded.model(ids).logits
-        halved = made.model.to(theirs.dtype)(ids).logits.float()  # it computes in half precision: as far off as ours do there
+        halved = made.model.to(theirs.dtype)(
+            ids
+        ).logits.float()  # it computes in half precision: as far off as ours do there
     assert theirs.dtype in (torch.bfloat16, torch.float16)
     assert float((theirs.float() - ours).abs().mean()) < 1.5 * float((halved - ours).abs().mean())

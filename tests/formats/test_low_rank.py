@@ -49,7 +49,9 @@ def test_it_is_counted_as_what_it_holds(subject, tiny):
     dense, fewer = tiny(layers=2), 32 * 64 - RANK * (32 + 64)
     assert subject.parameters == dense.parameters - fewer
     own, plain = sizes(subject), sizes(dense)
-    assert own["parameters"] == subject.parameters and own["nonzero_parameters"] == plain["nonzero_parameters"] - fewer - 2
+    assert (
+        own["parameters"] == subject.parameters and own["nonzero_parameters"] == plain["nonzero_parameters"] - fewer - 2
+    )
     assert own["bytes_in_memory"] == plain["bytes_in_memory"] - 4 * fewer
     assert size_of(subject.linears(1)["down_proj"]) == (288, 288, 4 * 288)
     for tokens in (1, 5):
@@ -68,7 +70,9 @@ def test_what_is_multiplied_need_not_be_what_is_stored(subject):
 
 
 def test_a_correction_of_it_adds_its_own(subject):
-    replace(subject.blocks[1], "down_proj", adapt(subject.linears(1)["down_proj"], torch.ones(2, 64), torch.ones(32, 2)))
+    replace(
+        subject.blocks[1], "down_proj", adapt(subject.linears(1)["down_proj"], torch.ones(2, 64), torch.ones(32, 2))
+    )
     (held,) = (w for w in stored(subject) if w.name == "blocks.1.down_proj")
     assert (held.params, held.macs, held.bytes, held.beside) == (288 + 192, 288 + 192, 4 * (288 + 192), (4 * 192, 192))
 
@@ -80,8 +84,15 @@ def test_it_comes_back_from_an_artifact(subject, tmp_path):
     assert type(pair) is Pair and back.fingerprint == subject.fingerprint and sizes(back) == sizes(subject)
     assert torch.equal(pair.A, subject.linears(1)["down_proj"].A)
     record = json.loads((tmp_path / "a" / RECORD).read_text())
-    assert record["encodings"]["model.layers.1.mlp.down_proj"] == "pair" and record["sizes"]["parameters"] == subject.parameters
-    assert record["sizes"]["bytes_on_disk"] == (tmp_path / "a" / "packed.safetensors").stat().st_size == predicted_disk_bytes(subject)
+    assert (
+        record["encodings"]["model.layers.1.mlp.down_proj"] == "pair"
+        and record["sizes"]["parameters"] == subject.parameters
+    )
+    assert (
+        record["sizes"]["bytes_on_disk"]
+        == (tmp_path / "a" / "packed.safetensors").stat().st_size
+        == predicted_disk_bytes(subject)
+    )
     assert type(load_artifact(tmp_path / "a", packed=False).linears(1)["down_proj"]) is torch.nn.Linear
     assert load_artifact(tmp_path / "a", "bfloat16").linears(1)["down_proj"].A.dtype == torch.bfloat16
 

@@ -134,7 +134,9 @@ def test_tiles_and_batches_are_made_for_the_device(tiny):
     assert forward.tile("cpu", 49152) == (1024, 2048)
     for words in (300, 49152, 262144):
         rows, columns = forward.tile("cuda", words)
-        assert columns is None and rows * words * 8 <= 2**30 < (rows + 1) * words * 8, "a gigabyte, and a row more would not fit"
+        assert columns is None and rows * words * 8 <= 2**30 < (rows + 1) * words * 8, (
+            "a gigabyte, and a row more would not fit"
+        )
     assert forward.tile("cuda", 2**40) == (1, None)
     assert forward.batch_for(tiny().model, 512, on_cpu=4) == 4
     assert forward.tokens_at_once(None, 576, 1536) == forward.tokens_at_once(80 * 2**30, 576, 1536) == 32 * 512

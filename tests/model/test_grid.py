@@ -161,7 +161,10 @@ def test_a_floating_minimum_reproduces_the_embedded_checkpoint(embedded_subject)
         ({"bits": 1}, "1 bits: 1 bit needs another method, expected 2, 3, 4, 8"),
         ({"bits": 16}, "16 bits: 16 bits are what the weights have already, expected 2, 3, 4, 8"),
         ({"bits": 5}, "5 bits: expected 2, 3, 4, 8"),
-        ({"kind": "symetric"}, "unknown grid 'symetric': did you mean 'symmetric'? expected one of symmetric, asymmetric, minimum"),
+        (
+            {"kind": "symetric"},
+            "unknown grid 'symetric': did you mean 'symmetric'? expected one of symmetric, asymmetric, minimum",
+        ),
         ({"group": 1}, "group '1': expected at least 2 weights, or 'row' for a whole row"),
         ({"group": "rows"}, "group 'rows': expected at least 2 weights, or 'row' for a whole row"),
     ],

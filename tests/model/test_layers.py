@@ -9,7 +9,19 @@ from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.model import packing
 from thesislib.model.blocks import apply_plan
-from thesislib.model.layers import Adapted, PackedLinear, adapt, base_of, merge, merge_all, merge_masked, merged, replace, unpack, unpack_all
+from thesislib.model.layers import (
+    Adapted,
+    PackedLinear,
+    adapt,
+    base_of,
+    merge,
+    merge_all,
+    merge_masked,
+    merged,
+    replace,
+    unpack,
+    unpack_all,
+)
 from thesislib.model.sparse import pack_all, semi_structured
 
 
@@ -40,13 +52,19 @@ def test_packed_computes_what_the_linear_does(bias, encoding):
     packed = PackedLinear.of(dense, encoding)
     assert packed.encoding == (encoding or "2:4") and (packed.in_features, packed.out_features) == (16, 6)
     assert torch.equal(packed(inputs(2, 5)), dense(inputs(2, 5))) and torch.equal(packed.weight, dense.weight)
-    assert {k: v.tolist() for k, v in packed.state_dict().items()} == {k: v.tolist() for k, v in dense.state_dict().items()}
+    assert {k: v.tolist() for k, v in packed.state_dict().items()} == {
+        k: v.tolist() for k, v in dense.state_dict().items()
+    }
     assert not any("weight" in name for name, _ in packed.named_parameters())
 
 
 def test_packed_memory_is_what_the_encoding_says():
     packed = PackedLinear.of(linear(32, 64).bfloat16())
-    assert sum(b.nbytes for b in packed.buffers()) == packing.predicted_bytes((32, 64), torch.bfloat16, "2:4") == 32 * 64 * 2 * 35 // 64
+    assert (
+        sum(b.nbytes for b in packed.buffers())
+        == packing.predicted_bytes((32, 64), torch.bfloat16, "2:4")
+        == 32 * 64 * 2 * 35 // 64
+    )
 
 
 def test_nothing_to_pack():
@@ -59,7 +77,9 @@ def test_a_change_of_type_changes_values_and_never_codes():
     packed = PackedLinear.of(dense)
     codes = packed.codes.clone()
     packed.to(torch.bfloat16)
-    assert packed.values.dtype == torch.bfloat16 and torch.equal(packed.codes, codes) and packed.codes.dtype == torch.uint8
+    assert (
+        packed.values.dtype == torch.bfloat16 and torch.equal(packed.codes, codes) and packed.codes.dtype == torch.uint8
+    )
     assert torch.equal(packed.weight, dense.weight.bfloat16())
 
 
@@ -148,9 +168,16 @@ def test_merging(pack):
     adapted = Adapted(PackedLinear.of(dense) if pack else dense, A, B)
     whole, kept = merge(adapted), merge_masked(adapted)
     torch.testing.assert_close(whole.weight, dense.weight + B @ A)
-    assert torch.equal(whole.bias, dense.bias) and torch.equal(whole(inputs(3)), F.linear(inputs(3), whole.weight, dense.bias))
+    assert torch.equal(whole.bias, dense.bias) and torch.equal(
+        whole(inputs(3)), F.linear(inputs(3), whole.weight, dense.bias)
+    )
     zero = dense.weight.view(torch.int32) == 0
-    assert kept.weight[zero].view(torch.int32).count_nonzero() == 0 and zero[0].tolist()[:4] == [False, True, False, True]
+    assert kept.weight[zero].view(torch.int32).count_nonzero() == 0 and zero[0].tolist()[:4] == [
+        False,
+        True,
+        False,
+        True,
+    ]
     assert torch.equal(kept.weight[~zero], whole.weight[~zero]) and packing.smallest(kept.weight) == "2:4"
 
 
@@ -199,7 +226,9 @@ def test_unpacking_all_keeps_what_is_shared(tiny):
 
 
 def test_kernels_for_2_4_say_why_not(tiny):
-    with pytest.raises(BadInput, match=r"2:4 kernels cannot run on 'cpu': expected an NVIDIA GPU of compute capability 8.0 or newer"):
+    with pytest.raises(
+        BadInput, match=r"2:4 kernels cannot run on 'cpu': expected an NVIDIA GPU of compute capability 8.0 or newer"
+    ):
         semi_structured(tiny(layers=1))
 
 
@@ -248,7 +277,11 @@ def test_a_copy_that_stays_packed(tiny):
     subject = apply_plan(pack_all(Width(2, 4, metric="magnitude").apply(tiny())[0]), [0, 1, 1, 2])
     packed, plain = subject.copy(unpack=False), subject.copy()
     assert packed.fingerprint == plain.fingerprint == subject.fingerprint and packed.plan == subject.plan
-    assert sum(isinstance(m, PackedLinear) for m in packed.model.modules()) == sum(isinstance(m, PackedLinear) for m in subject.model.modules()) == 21
+    assert (
+        sum(isinstance(m, PackedLinear) for m in packed.model.modules())
+        == sum(isinstance(m, PackedLinear) for m in subject.model.modules())
+        == 21
+    )
     assert not any(isinstance(m, PackedLinear) for m in plain.model.modules())
     for copied in (packed, plain):
         assert copied.linears(1)["q_proj"] is copied.linears(2)["q_proj"] is not subject.linears(1)["q_proj"]
@@ -263,7 +296,10 @@ def test_merging_all(tiny, how):
     factors = {}
     for i in (0, 1):
         old = subject.linears(i)["q_proj"]
-        factors[i] = correction(outputs=32, seed=i)[1], torch.randn(3, 32, generator=torch.Generator().manual_seed(9 + i))
+        factors[i] = (
+            correction(outputs=32, seed=i)[1],
+            torch.randn(3, 32, generator=torch.Generator().manual_seed(9 + i)),
+        )
         new = adapt(old, factors[i][1], factors[i][0])
         for block in {0: [0], 1: [1, 2]}[i]:
             replace(subject.blocks[block], "q_proj", new)
@@ -271,9 +307,13 @@ def test_merging_all(tiny, how):
     merge_all(subject.model, how)
     for i, (B, A) in factors.items():
         wanted = weights[i] + B @ A
-        torch.testing.assert_close(subject.linears(i)["q_proj"].weight, torch.where(weights[i] != 0, wanted, 0) if how == "masked" else wanted)
+        torch.testing.assert_close(
+            subject.linears(i)["q_proj"].weight, torch.where(weights[i] != 0, wanted, 0) if how == "masked" else wanted
+        )
     assert subject.linears(1)["q_proj"] is subject.linears(2)["q_proj"]
-    assert isinstance(subject.linears(0)["k_proj"], PackedLinear) and not any(isinstance(m, Adapted) for m in subject.model.modules())
+    assert isinstance(subject.linears(0)["k_proj"], PackedLinear) and not any(
+        isinstance(m, Adapted) for m in subject.model.modules()
+    )
 
 
 def test_an_adapter_that_stays_beside_is_the_same_object():

@@ -6,9 +6,30 @@ import pytest
 import torch
 
 from thesislib.errors import BadInput
-from thesislib.model.packing import NINE, Pattern, most_kept, pack, pack_bitmap, pack_nm, predicted_bytes, smallest, unpack, unpack_bitmap, unpack_nm
+from thesislib.model.packing import (
+    NINE,
+    Pattern,
+    most_kept,
+    pack,
+    pack_bitmap,
+    pack_nm,
+    predicted_bytes,
+    smallest,
+    unpack,
+    unpack_bitmap,
+    unpack_nm,
+)
 
-TYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint8, torch.int64, torch.float8_e4m3fn)
+TYPES = (
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.float64,
+    torch.int8,
+    torch.uint8,
+    torch.int64,
+    torch.float8_e4m3fn,
+)
 
 
 def bits(weight):
@@ -52,7 +73,17 @@ def test_codes_are_ranks_in_the_table_of_combinations_in_the_fewest_bits(pattern
 
 
 def test_bits_of_the_nine():
-    assert {str(p): p.bits for p in NINE} == {"1:2": 1, "2:4": 3, "3:4": 2, "1:8": 3, "4:8": 7, "6:8": 5, "1:16": 4, "8:16": 14, "12:16": 11}
+    assert {str(p): p.bits for p in NINE} == {
+        "1:2": 1,
+        "2:4": 3,
+        "3:4": 2,
+        "1:8": 3,
+        "4:8": 7,
+        "6:8": 5,
+        "1:16": 4,
+        "8:16": 14,
+        "12:16": 11,
+    }
 
 
 def test_special_values_and_places_survive():
@@ -91,7 +122,9 @@ def test_groups_with_more_zeros_than_needed_and_transposed_memory():
 def test_a_group_with_too_many_weights_is_refused_by_its_place():
     weight = masked(Pattern(2, 4))
     weight[3, 8:12] = torch.tensor([1.0, 2.0, 0.0, 3.0])
-    with pytest.raises(BadInput, match=r"row 3, inputs 8 to 11 hold 3 non-zero weights and cannot be packed 2:4: expected at most 2"):
+    with pytest.raises(
+        BadInput, match=r"row 3, inputs 8 to 11 hold 3 non-zero weights and cannot be packed 2:4: expected at most 2"
+    ):
         pack_nm(weight, Pattern(2, 4))
 
 
@@ -124,7 +157,9 @@ def test_patterns_that_cannot_be(text, message):
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("share", (0.0, 0.03, 0.5, 1.0))
 def test_bitmaps_come_back_bit_for_bit(share, dtype):
-    weight = torch.randint(0, 256, (5, 7 * dtype.itemsize), generator=torch.Generator().manual_seed(1), dtype=torch.uint8).view(dtype)
+    weight = torch.randint(
+        0, 256, (5, 7 * dtype.itemsize), generator=torch.Generator().manual_seed(1), dtype=torch.uint8
+    ).view(dtype)
     integers = weight.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])
     integers[torch.rand(5, 7, generator=torch.Generator().manual_seed(2)) < share] = 0
     values, bitmap = pack_bitmap(weight)
@@ -162,7 +197,10 @@ def test_the_smallest_encoding_is_found_from_the_weights(pattern):
 def test_the_smallest_encoding_of_other_weights():
     weight = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
     assert smallest(weight) == "dense"
-    assert smallest(weight.masked_fill(torch.rand(32, 64, generator=torch.Generator().manual_seed(1)) < 0.5, 0)) == "bitmap"
+    assert (
+        smallest(weight.masked_fill(torch.rand(32, 64, generator=torch.Generator().manual_seed(1)) < 0.5, 0))
+        == "bitmap"
+    )
     weight[:, ::8] = 0
     assert smallest(weight) == "1:8"
     assert smallest(weight[:, :63]) == "bitmap"  # no group divides 63

@@ -60,7 +60,9 @@ def test_templates_do_not_think_and_know_one_day(with_template, monkeypatch, tem
     assert prompt_for(subject, ASKED, "chat") == expected
 
 
-@pytest.mark.parametrize("form", ["%d %b %Y", "%Y-%m-%d", "%B %d, %Y", "%A %H:%M:%S", "%x %X %p %j", "no date", "100 %", "%-d.%-m."])
+@pytest.mark.parametrize(
+    "form", ["%d %b %Y", "%Y-%m-%d", "%B %d, %Y", "%A %H:%M:%S", "%x %X %p %j", "no date", "100 %", "%-d.%-m."]
+)
 def test_the_day_is_spelt_as_strftime_spells_it(with_template, form):
     subject = with_template("{{ strftime_now('" + form + "') }}|" + CHATML)
     assert prompt_for(subject, ASKED, "chat") == TODAY.strftime(form) + "|" + SAID
@@ -69,7 +71,10 @@ def test_the_day_is_spelt_as_strftime_spells_it(with_template, form):
 BAD = {
     "an open thought": (TURN + "<think>\n{% endif %}", r"opens a thought \(<think>\)"),
     "another open thought": (TURN + "[THINK]{% endif %}", r"opens a thought \(\[THINK\]\)"),
-    "a system message": ("{{ raise_exception('A system message is required.') }}" + CHATML, r"cannot put a question \(A system message is required\.\)"),
+    "a system message": (
+        "{{ raise_exception('A system message is required.') }}" + CHATML,
+        r"cannot put a question \(A system message is required\.\)",
+    ),
     "no syntax": ("{% if %}", "cannot put a question"),
     "what is undefined": ("{{ a.b.c }}", "cannot put a question"),
     "no question": ("Hello", "leaves the question out"),
@@ -106,8 +111,16 @@ def test_a_record_says_what_was_asked(with_template):
     texts = [prompt_for(subject, q, "chat") for q in more]
     assert chat["prompts_sha256"] == hashlib.sha256("".join(f"{t}\0" for t in texts).encode()).hexdigest()
     assert chat["template_sha256"] == hashlib.sha256(subject.tokenizer.chat_template.encode()).hexdigest()
-    assert (chat["template_date"], chat["thinking"], chat["max_new_tokens"], chat["special_tokens"]) == ("2024-07-26", False, 2, True)
-    assert thesis["prompts_sha256"] != chat["prompts_sha256"] != settings(more[:1])["prompts_sha256"] and "template_sha256" not in thesis
+    assert (chat["template_date"], chat["thinking"], chat["max_new_tokens"], chat["special_tokens"]) == (
+        "2024-07-26",
+        False,
+        2,
+        True,
+    )
+    assert (
+        thesis["prompts_sha256"] != chat["prompts_sha256"] != settings(more[:1])["prompts_sha256"]
+        and "template_sha256" not in thesis
+    )
 
 
 @pytest.mark.embedded
@@ -117,7 +130,9 @@ def test_the_embedded_models_prompts_are_its_templates_own(embedded_subject, ope
 
     for question in questions("embedded", open_book=open_book, limit=50):
         bare = prompt_for(embedded_subject, question, "thesis")
-        plain = embedded_subject.tokenizer.apply_chat_template([{"role": "user", "content": bare}], tokenize=False, add_generation_prompt=True)
+        plain = embedded_subject.tokenizer.apply_chat_template(
+            [{"role": "user", "content": bare}], tokenize=False, add_generation_prompt=True
+        )
         assert prompt_for(embedded_subject, question, "chat") == plain
     flagged = {token for token, t in embedded_subject.tokenizer.added_tokens_decoder.items() if t.special}
     assert prompts.control_tokens(embedded_subject) == flagged and len(flagged) > 3

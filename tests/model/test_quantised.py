@@ -56,7 +56,9 @@ def test_irregular_masks_are_bitmaps():
     linear = QuantisedLinear.of(q, w == 0)
     assert linear.mask == "bitmap"
     assert torch.equal(linear.weight, q.weight)
-    assert held_bytes(linear) < 0.7 * held_bytes(QuantisedLinear.of(q))  # 1 + 0.4 x 4 bits and the scales, of 4 and the scales
+    assert held_bytes(linear) < 0.7 * held_bytes(
+        QuantisedLinear.of(q)
+    )  # 1 + 0.4 x 4 bits and the scales, of 4 and the scales
     few = weight()
     few[:, ::12] = 0  # 8 % of 4 bits are less than a bitmap's bit
     assert QuantisedLinear.of(round_to_nearest(few, Grid(4, 64)), few == 0).mask == "all"
@@ -112,7 +114,9 @@ def test_a_file_gives_back_the_linear_and_its_sizes_are_foretold(kind, remove, t
     for q in (round_to_nearest(w, Grid(3, 64, kind)), indexed()):
         linear = QuantisedLinear.of(q, pruned if q.index is None else None, torch.ones(48), torch.bfloat16)
         save_file(linear.held, tmp_path / "file")
-        again = QuantisedLinear.load(linear.encoding, (48, 192), linear.bias, torch.bfloat16, load_file(tmp_path / "file"))
+        again = QuantisedLinear.load(
+            linear.encoding, (48, 192), linear.bias, torch.bfloat16, load_file(tmp_path / "file")
+        )
         assert torch.equal(again.weight, linear.weight) and again.weight.dtype == torch.bfloat16
         foretold = held_shapes(linear.encoding, (48, 192), int(w.count_nonzero()), q.index is not None)
         assert foretold == {n: (tuple(t.shape), t.dtype) for n, t in linear.held.items()}
@@ -122,8 +126,14 @@ def test_a_file_gives_back_the_linear_and_its_sizes_are_foretold(kind, remove, t
     ("change", "message"),
     [
         ({"scales": None}, "it lacks the weight 'q.scales'"),
-        ({"codes": torch.zeros(7, dtype=torch.uint8)}, r"'q.codes' is torch.uint8 of shape \(7,\), expected torch.uint8 of shape \(3456,\)"),
-        ({"scales": torch.zeros(48, 3)}, r"'q.scales' is torch.float32 of shape \(48, 3\), expected torch.int16 of shape \(48, 3\)"),
+        (
+            {"codes": torch.zeros(7, dtype=torch.uint8)},
+            r"'q.codes' is torch.uint8 of shape \(7,\), expected torch.uint8 of shape \(3456,\)",
+        ),
+        (
+            {"scales": torch.zeros(48, 3)},
+            r"'q.scales' is torch.float32 of shape \(48, 3\), expected torch.int16 of shape \(48, 3\)",
+        ),
         ({"index": torch.full((192,), 3, dtype=torch.int16)}, "'q.index' names groups that it does not have"),
     ],
 )
@@ -181,10 +191,14 @@ def test_bfloat16_products_of_4_bits_are_right_within_that_types_rounding(kind, 
         y = linear(x)
     assert y.shape == (2, rows, 192) and y.dtype == torch.bfloat16
     assert relative(y, right) < 2**-8
-    assert relative(y, right) < 1.3 * relative(torch.nn.functional.linear(x, dense, bias), right), "about as near as the dense product in this type"
+    assert relative(y, right) < 1.3 * relative(torch.nn.functional.linear(x, dense, bias), right), (
+        "about as near as the dense product in this type"
+    )
     # what it holds may be in another order now; what it gives is not
     assert linear.tiled == _tiles_are_known()
-    assert before.keys() == linear.held.keys() and all(torch.equal(before[name], tensor) for name, tensor in linear.held.items())
+    assert before.keys() == linear.held.keys() and all(
+        torch.equal(before[name], tensor) for name, tensor in linear.held.items()
+    )
     assert torch.equal(linear.weight, dense) and torch.equal(linear.quantised.weight, q.weight)
     assert torch.equal(linear(x[0, 0]), linear(x)[0, 0]) if rows == 1 else True
     if group == 64:
@@ -214,7 +228,9 @@ def test_what_the_kernel_cannot_take_is_unpacked():
         QuantisedLinear.of(round_to_nearest(w, grid), dtype=torch.bfloat16)
         for grid in (Grid(3, 64), Grid(8, 64), Grid(4, "row"), Grid(4, 16), Grid(4, 64, "minimum"))
     ]
-    others.append(QuantisedLinear.of(replace(round_to_nearest(w, Grid(4, 64)), index=torch.arange(256) % 4), dtype=torch.bfloat16))
+    others.append(
+        QuantisedLinear.of(replace(round_to_nearest(w, Grid(4, 64)), index=torch.arange(256) % 4), dtype=torch.bfloat16)
+    )
     others.append(QuantisedLinear.of(round_to_nearest(sparse, Grid(4, 64)), sparse == 0, dtype=torch.bfloat16))
     others.append(QuantisedLinear.of(round_to_nearest(weight(48, 256), Grid(4, 64)), dtype=torch.bfloat16))
     for linear in others:

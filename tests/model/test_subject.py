@@ -189,7 +189,9 @@ def test_unsupported_architecture_lists_the_supported(tmp_path):
     assert all(name in one_line(raised) for name in SUPPORTED)
 
 
-@pytest.mark.parametrize("config", ["{", "[]", '{"model_type": "no-such-model"}', '{"model_type": "llama", "num_attention_heads": "four"}'])
+@pytest.mark.parametrize(
+    "config", ["{", "[]", '{"model_type": "no-such-model"}', '{"model_type": "llama", "num_attention_heads": "four"}']
+)
 def test_config_that_makes_no_sense(checkpoint, config):
     (checkpoint / "config.json").write_text(config)
     with pytest.raises(BadInput) as raised:

@@ -32,9 +32,15 @@ CLOSING = {
     "bert": ((258,), processors.BertProcessing((LAST, 256), (FIRST, 258))),
     "roberta": ((258,), processors.RobertaProcessing((LAST, 256), (FIRST, 258))),
 }  # fmt: skip
-CLOSING["in a sequence"] = ((258,), processors.Sequence([processors.ByteLevel(trim_offsets=False), CLOSING["both ends"][1]]))
+CLOSING["in a sequence"] = (
+    (258,),
+    processors.Sequence([processors.ByteLevel(trim_offsets=False), CLOSING["both ends"][1]]),
+)
 ASKED = [Question("one", "Who is it?", ("x",)), Question("two", "And what of the other one?", ("x",))]
-ITEMS = [Choice("1", "The dog ran over", ("home.", "into the garden", "up"), 1), Choice("2", "One", ("two three four", "a"), 0)]
+ITEMS = [
+    Choice("1", "The dog ran over", ("home.", "into the garden", "up"), 1),
+    Choice("2", "One", ("two three four", "a"), 0),
+]
 TEXT = join("text", [f"Document {i} is here. " * 5 for i in range(8)])
 
 
@@ -48,7 +54,9 @@ def with_tokenizer(tiny, byte_tokenizer):
             raw.post_processor = post
         names = {"eos_token": LAST, "pad_token": "<pad>", "extra_special_tokens": [FIRST]} | (special or {})
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=raw, chat_template=byte_tokenizer.chat_template, **{k: v for k, v in names.items() if v is not None}
+            tokenizer_object=raw,
+            chat_template=byte_tokenizer.chat_template,
+            **{k: v for k, v in names.items() if v is not None},
         )
         tokenizer.add_tokens(list(added))
         subject = dataclasses.replace(tiny(family, layers=2, **config), tokenizer=tokenizer)
@@ -70,7 +78,9 @@ def test_no_tokenizer_closes_a_text(with_tokenizer, front, post):
     opened = with_tokenizer(post).tokenizer
     for text in ("ab", "née", "a b c"):
         assert opened(text)["input_ids"] == [*front, *plain(text)["input_ids"]]
-        assert opened(text, add_special_tokens=False, return_offsets_mapping=True) == plain(text, add_special_tokens=False, return_offsets_mapping=True)
+        assert opened(text, add_special_tokens=False, return_offsets_mapping=True) == plain(
+            text, add_special_tokens=False, return_offsets_mapping=True
+        )
 
 
 def test_a_setting_that_closes_texts_is_off(with_tokenizer):
@@ -78,7 +88,11 @@ def test_a_setting_that_closes_texts_is_off(with_tokenizer):
     tokenizer.add_eos_token = True
     assert tokenizer("a")["input_ids"][-1] == 256, "or this test tests nothing"
     prepared(tokenizer, 300)
-    assert tokenizer.add_eos_token is False and tokenizer("a", add_special_tokens=True)["input_ids"] == tokenizer("a", add_special_tokens=False)["input_ids"]
+    assert (
+        tokenizer.add_eos_token is False
+        and tokenizer("a", add_special_tokens=True)["input_ids"]
+        == tokenizer("a", add_special_tokens=False)["input_ids"]
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -99,7 +113,9 @@ def test_what_is_loaded_or_comes_back_closes_no_text(with_tokenizer, tmp_path):
     closing = file.read_text()
     artifact = save_artifact(loaded, tmp_path / "artifact")
     assert load_artifact(artifact).tokenizer("a")["input_ids"] == loaded.tokenizer("a")["input_ids"]
-    assert json.loads(closing)["post_processor"]["single"][-1] == {"SpecialToken": {"id": LAST, "type_id": 0}}, "the user's file stays as it is"
+    assert json.loads(closing)["post_processor"]["single"][-1] == {"SpecialToken": {"id": LAST, "type_id": 0}}, (
+        "the user's file stays as it is"
+    )
 
 
 # ---------------------------------------------------------------- padding
@@ -116,9 +132,14 @@ SPECIAL = {
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("special", SPECIAL.values(), ids=SPECIAL)
 def test_any_token_pads(with_tokenizer, tiny_data, special, family):
-    plain, odd = with_tokenizer(family=family), with_tokenizer(special=special, vocab_size=256, eos_token_id=None, pad_token_id=None, family=family)
+    plain, odd = (
+        with_tokenizer(family=family),
+        with_tokenizer(special=special, vocab_size=256, eos_token_id=None, pad_token_id=None, family=family),
+    )
     rows = odd.model.get_input_embeddings().num_embeddings
-    assert 0 <= odd.pad_id < rows and all(token >= 256 for token in odd.tokenizer.all_special_ids), "no ordinary token becomes special"
+    assert 0 <= odd.pad_id < rows and all(token >= 256 for token in odd.tokenizer.all_special_ids), (
+        "no ordinary token becomes special"
+    )
     prompts = ["a", "What is the longest of these prompts, by far?", "née"]
     assert greedy(odd, prompts, 6) == [complete(odd, p, 6).text for p in prompts], "padding is masked"
     assert multiple_choice(odd, ITEMS, task="t").n == 2
@@ -150,7 +171,10 @@ def test_a_token_without_a_row_is_named_wherever_it_comes_in(with_tokenizer, tmp
             ask(subject, "a zebra")
     with pytest.raises(BadInput, match=named):
         multiple_choice(subject, [Choice("1", "What", ("a", "zebra"), 0)], task="t")
-    for stage in (Depth(remove=1, windows=2, length=32, protect_first=0, protect_last=0), Width(remove=1, of=2, windows=2, length=32)):
+    for stage in (
+        Depth(remove=1, windows=2, length=32, protect_first=0, protect_last=0),
+        Width(remove=1, of=2, windows=2, length=32),
+    ):
         with pytest.raises(BadInput, match="'alpha' of the text has no row"):
             stage.apply(subject, data=tiny_data)
     with pytest.raises(BadInput, match="has no row"):
@@ -167,7 +191,12 @@ def arc(folder, questions, endings=("at home", "out in the garden")):
     path = folder / "ai2_arc" / "easy_validation.jsonl"
     path.parent.mkdir(exist_ok=True)
     rows = [
-        {"id": str(i), "question": q, "answerKey": "AB"[i % 2], "choices": {"text": list(endings), "label": ["A", "B"][: len(endings)]}}
+        {
+            "id": str(i),
+            "question": q,
+            "answerKey": "AB"[i % 2],
+            "choices": {"text": list(endings), "label": ["A", "B"][: len(endings)]},
+        }
         for i, q in enumerate(questions)
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -208,7 +237,10 @@ def test_white_space_behind_a_context_counts_as_in_lm_eval(tiny, tmp_path):
     path = tmp_path / "openbookqa" / "validation.jsonl"
     path.parent.mkdir()
     choice = {"text": ["ab", "a longer one", "c"], "label": ["A", "B", "C"]}
-    rows = [{"id": str(i), "question_stem": f"stem {i}{' ' * (i % 4)}", "choices": choice, "answerKey": "ABC"[i % 3]} for i in range(24)]
+    rows = [
+        {"id": str(i), "question_stem": f"stem {i}{' ' * (i % 4)}", "choices": choice, "answerKey": "ABC"[i % 3]}
+        for i in range(24)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     subject = tiny(layers=2)
     fast, slow = (Setup("openbookqa", fast=fast).measure(subject, tmp_path) for fast in (True, False))
@@ -216,7 +248,9 @@ def test_white_space_behind_a_context_counts_as_in_lm_eval(tiny, tmp_path):
 
 
 def test_endings_that_cannot_be_scored_are_named_in_both(tiny, tmp_path):
-    with pytest.raises(BadInput, match=r"ending 2 of item 1, 'c{30}', has 31 tokens after its context: .* at most the 24"):
+    with pytest.raises(
+        BadInput, match=r"ending 2 of item 1, 'c{30}', has 31 tokens after its context: .* at most the 24"
+    ):
         multiple_choice(tiny(layers=2, max_position_embeddings=24), [Choice("1", "q", ("a", "c" * 30), 0)], task="t")
     pytest.importorskip("lm_eval", reason="lm-eval is an extra")
     with pytest.raises(BadInput, match="31 of an ending: expected .* at most the 24"):
@@ -230,7 +264,10 @@ def test_windows_beyond_the_context_are_refused(tiny, tiny_data, family):
     refused = r"windows of 33 tokens are longer than the model's context \(max_position_embeddings 32\): use a length up to 32"
     with pytest.raises(BadInput, match=refused):
         perplexity(subject, TEXT, length=33)
-    depth = (Depth(remove=1, windows=2, length=33, metric=metric, protect_first=0, protect_last=0) for metric in ("perplexity", "influence", "taylor"))
+    depth = (
+        Depth(remove=1, windows=2, length=33, metric=metric, protect_first=0, protect_last=0)
+        for metric in ("perplexity", "influence", "taylor")
+    )
     for stage in (*depth, Width(remove=1, of=2, windows=2, length=33)):
         with pytest.raises(BadInput, match=refused):
             stage.apply(subject, data=tiny_data)
@@ -241,7 +278,9 @@ def test_windows_beyond_the_context_are_refused(tiny, tiny_data, family):
 
 def test_a_question_without_room_for_its_answer_is_named(tiny):
     subject = tiny(layers=2, max_position_embeddings=48)
-    with pytest.raises(BadInput, match=r"prompt of 'two' has 44 tokens, and with 5 new ones exceeds the model's context of 48"):
+    with pytest.raises(
+        BadInput, match=r"prompt of 'two' has 44 tokens, and with 5 new ones exceeds the model's context of 48"
+    ):
         triviaqa(subject, ASKED, source="s", prompt="thesis", max_new_tokens=5)
     assert triviaqa(subject, ASKED, source="s", prompt="thesis", max_new_tokens=4).n == 2
     with pytest.raises(BadInput, match=r"prompt 'a+' has 60 tokens"):
@@ -281,7 +320,9 @@ def test_one_prompt_alone_ends_there_too(tiny, monkeypatch):
     assert complete(subject, "q", 20).text == expected
 
 
-@pytest.mark.parametrize(("named", "expected"), [(5000, [256]), (-1, [256]), ([256, 5000], [256]), ([], [256]), ([7, 256], [7, 256])])
+@pytest.mark.parametrize(
+    ("named", "expected"), [(5000, [256]), (-1, [256]), ([256, 5000], [256]), ([], [256]), ([7, 256], [7, 256])]
+)
 def test_end_tokens_without_a_row_end_nothing(tiny, monkeypatch, named, expected):
     from thesislib.model.prompts import end_tokens
 

@@ -24,7 +24,17 @@ from thesislib.pipeline.run import Job, compress
 from thesislib.sources import rows as rows_
 
 IDS = torch.randint(0, 250, (8, 24), generator=torch.Generator().manual_seed(1))
-TRAINING = {"rank": 4, "length": 32, "batch": 2, "accumulate": 1, "steps": 2, "every": 2, "validation": 0, "learning_rate": 1e-2, "autocast": False}
+TRAINING = {
+    "rank": 4,
+    "length": 32,
+    "batch": 2,
+    "accumulate": 1,
+    "steps": 2,
+    "every": 2,
+    "validation": 0,
+    "learning_rate": 1e-2,
+    "autocast": False,
+}
 
 
 @dataclass(frozen=True)
@@ -135,7 +145,12 @@ MIXED = width(ratio=0.25, ratios={"blocks.2.*": 0.75, "up_proj": 0.5}, linears=[
         (W24, lora(merge="dense"), W18),
         (lora(), lora(rank=2, linears="*"), D2),
         (Q, Eora(rank=4), lora(merge="dense", linears="*"), W18),
-        (Depth(remove=2, metric="magnitude", part="attention"), Depth(remove=1, metric="magnitude", part="mlp"), W24, Q),
+        (
+            Depth(remove=2, metric="magnitude", part="attention"),
+            Depth(remove=1, metric="magnitude", part="mlp"),
+            W24,
+            Q,
+        ),
     ],
     ids=lambda stages: "+".join(stage.label for stage in stages),
 )
@@ -157,7 +172,11 @@ def test_a_second_look_shows_the_sizes_that_the_cache_has(folder, place):
     before = rows_of(folder, D2, W18)
     record = read_artifact(compress(folder, of(D2, W18), place / "out"))
     known = replace(before[1], cached=True, nonzero=record["sizes"]["nonzero_parameters"])
-    assert rows_of(folder, D2, W18)[1] == known == Forecast("D2+W1:8", True, known.parameters, before[1].nonzero - own_zeros(folder), before[1].disk_bytes)
+    assert (
+        rows_of(folder, D2, W18)[1]
+        == known
+        == Forecast("D2+W1:8", True, known.parameters, before[1].nonzero - own_zeros(folder), before[1].disk_bytes)
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -215,7 +234,9 @@ BUDGET = Eora(bytes=5000)
 )
 def test_what_cannot_be_foreseen_is_not_guessed(folder, stages, known):
     row = rows_of(folder, *stages)[-1]
-    assert [row.parameters is not None, row.nonzero is not None, row.disk_bytes is not None] == [sign in known for sign in "pnb"]
+    assert [row.parameters is not None, row.nonzero is not None, row.disk_bytes is not None] == [
+        sign in known for sign in "pnb"
+    ]
 
 
 def test_an_entry_of_a_correction_takes_what_its_type_takes(folder):
@@ -237,15 +258,24 @@ def test_an_artifact_may_be_packed_already(folder, place):
 
 
 def test_what_the_run_would_refuse_is_refused(folder):
-    with pytest.raises(BadInput, match=r"recipe.yaml:2: rank 20 is larger than k_proj of block 0, of shape \(16, 32\): expected at most 16"):
+    with pytest.raises(
+        BadInput,
+        match=r"recipe.yaml:2: rank 20 is larger than k_proj of block 0, of shape \(16, 32\): expected at most 16",
+    ):
         rows_of(folder, D2, lora(rank=20, linears="k_proj"))
-    with pytest.raises(BadInput, match=r"recipe.yaml:2: grid 'minimum' has no exact zero, and weights have been pruned"):
+    with pytest.raises(
+        BadInput, match=r"recipe.yaml:2: grid 'minimum' has no exact zero, and weights have been pruned"
+    ):
         rows_of(folder, W18, Rtn(group=16, grid="minimum"))
-    with pytest.raises(BadInput, match=r"recipe.yaml:2: a budget of 10 bytes buys no correction: the cheapest takes 96"):
+    with pytest.raises(
+        BadInput, match=r"recipe.yaml:2: a budget of 10 bytes buys no correction: the cheapest takes 96"
+    ):
         rows_of(folder, W24, Eora(bytes=10))
 
 
-@pytest.mark.parametrize(("remove", "of_", "run"), [(1, 2, 4), (2, 4, 2), (1, 8, 4), (6, 8, 4), (3, 8, 12), (5, 6, 4), (0, 1, 8), (3, 3, 7)])
+@pytest.mark.parametrize(
+    ("remove", "of_", "run"), [(1, 2, 4), (2, 4, 2), (1, 8, 4), (6, 8, 4), (3, 8, 12), (5, 6, 4), (0, 1, 8), (3, 3, 7)]
+)
 def test_zeros_in_a_run(remove, of_, run):
     """Against random masks: the bounds hold, and are reached."""
     columns = 3 * of_ * run
@@ -256,6 +286,8 @@ def test_zeros_in_a_run(remove, of_, run):
 
 @pytest.mark.parametrize("name", ["thesis", "order_depth_lora_width", "order_depth_width_lora", "w2_4"])
 def test_the_recipes_that_come_along_are_foreseen(tiny, place, name):
-    folder = save_checkpoint(tiny(layers=8, hidden_size=64, num_attention_heads=8, intermediate_size=128), place / "tiny")
+    folder = save_checkpoint(
+        tiny(layers=8, hidden_size=64, num_attention_heads=8, intermediate_size=128), place / "tiny"
+    )
     rows = Job.prepare(folder, data_file(f"recipes/{name}.yaml"), data="embedded").forecast()
     assert all(row.parameters and row.disk_bytes for row in rows)

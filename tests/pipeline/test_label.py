@@ -26,7 +26,9 @@ WRITTEN += [kind() for kind in STAGES.values() if kind not in {type(stage) for s
 
 @pytest.mark.parametrize("stage", WRITTEN, ids=lambda s: s.label)
 def test_every_label_that_a_stage_writes_is_read_as_that_stage(stage):
-    assert kind_of(stage.label) is type(stage) and [k for k in STAGES.values() if re.fullmatch(k.pattern, stage.label)] == [type(stage)]
+    assert kind_of(stage.label) is type(stage) and [
+        k for k in STAGES.values() if re.fullmatch(k.pattern, stage.label)
+    ] == [type(stage)]
     if stage.label != "W~":  # which does not say the ratios
         assert parse_label(stage.label).label == stage.label
 
@@ -37,15 +39,25 @@ def test_a_label_reads_what_it_writes(stages):
     label = Label.parse(text)
     assert str(label) == text and [k.word for k in label.kinds] == [s.word for s in stages]
     assert label.family == max((s.family for s in stages), key=FAMILIES.index)
-    assert label.depth == sum(isinstance(s, Depth) for s in stages) and bool(label.width) == any(isinstance(s, Width) for s in stages)
-    assert label.training == ("W",) * any(isinstance(s, Lora) for s in stages) and label.corrected == any(isinstance(s, Eora) for s in stages)
-    assert label.bits == (4 if any(isinstance(s, Gptq) for s in stages) else None) and str(label.before()) == "+".join(s.label for s in stages[:2])
+    assert label.depth == sum(isinstance(s, Depth) for s in stages) and bool(label.width) == any(
+        isinstance(s, Width) for s in stages
+    )
+    assert label.training == ("W",) * any(isinstance(s, Lora) for s in stages) and label.corrected == any(
+        isinstance(s, Eora) for s in stages
+    )
+    assert label.bits == (4 if any(isinstance(s, Gptq) for s in stages) else None) and str(label.before()) == "+".join(
+        s.label for s in stages[:2]
+    )
 
 
 def test_width_and_training_on_wikitext_are_told_apart():
     label = Label.parse("D2+W1:8+W-masked+R3")
     assert (label.depth, label.width, label.training, label.bits, label.family) == (2, ("1:8",), ("W",), 3, "quantised")
-    assert str(label.pruned) == "D2+W1:8" and Label.parse("D2+W-masked").family == "trained" and Label.parse("DA2+W25%").depth == 0
+    assert (
+        str(label.pruned) == "D2+W1:8"
+        and Label.parse("D2+W-masked").family == "trained"
+        and Label.parse("DA2+W25%").depth == 0
+    )
 
 
 def test_the_dense_model():

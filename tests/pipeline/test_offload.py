@@ -66,7 +66,9 @@ def test_damaged_checkpoints(tiny, tmp_path):
     save_checkpoint(subject, tmp_path / "dense")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_bytes((tmp_path / "dense" / "config.json").read_bytes())
-    with pytest.raises(BadInput, match="has neither model.safetensors nor .*: expected a checkpoint with safetensors weights"):
+    with pytest.raises(
+        BadInput, match="has neither model.safetensors nor .*: expected a checkpoint with safetensors weights"
+    ):
         FromFolder(tmp_path / "empty", tmp_path)
     whole = (tmp_path / "dense" / "model.safetensors").read_bytes()
     (tmp_path / "dense" / "model.safetensors").write_bytes(whole[:100])
@@ -78,7 +80,10 @@ def test_damaged_checkpoints(tiny, tmp_path):
         streamed(tmp_path / "nan", tmp_path / "out", Width(1, 8))
     config = json.loads((tmp_path / "nan" / "config.json").read_text())
     (tmp_path / "nan" / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    with pytest.raises(BadInput, match=r"lacks the weight 'model\.layers\.2"), FromFolder(tmp_path / "nan", tmp_path / "out").hold(2):
+    with (
+        pytest.raises(BadInput, match=r"lacks the weight 'model\.layers\.2"),
+        FromFolder(tmp_path / "nan", tmp_path / "out").hold(2),
+    ):
         pass
 
 
@@ -90,7 +95,11 @@ def test_a_streamed_artifact_is_the_one_made_in_memory(tiny, tmp_path, monkeypat
     record = read_artifact(tmp_path / "out")  # all checksums hold
     pruned, report = Width(2, 4).apply(load_subject(tmp_path / "dense"))
     assert record["fingerprint"] == pruned.fingerprint == load_subject(tmp_path / "out").fingerprint
-    assert record["base"]["fingerprint"] == dense.fingerprint and record["label"] == "W2:4" and record["reports"] == [report]
+    assert (
+        record["base"]["fingerprint"] == dense.fingerprint
+        and record["label"] == "W2:4"
+        and record["reports"] == [report]
+    )
     sizes = formats.sizes(pruned)
     assert {k: record["sizes"][k] for k in sizes} == sizes
 
@@ -99,7 +108,9 @@ def test_what_cannot_be_streamed(tiny, tmp_path):
     subject = tiny(layers=8)
     save_checkpoint(subject, tmp_path / "dense")
     for recipe in ("D2", "D2+W2:4"):
-        with pytest.raises(BadInput, match=rf"takes a recipe of one WANDA stage, e.g. W2:4, and this one is {re.escape(recipe)}"):
+        with pytest.raises(
+            BadInput, match=rf"takes a recipe of one WANDA stage, e.g. W2:4, and this one is {re.escape(recipe)}"
+        ):
             compress_streamed(str(tmp_path / "dense"), recipe, tmp_path / "out")
     pruned, _ = Width(2, 4, metric="magnitude").apply(subject)
     formats.save_artifact(pruned, tmp_path / "packed")

@@ -11,7 +11,10 @@ from thesislib.errors import BadInput
 from thesislib.files import data_file
 from thesislib.pipeline.recipe import Shape, parse_label, read_all, read_recipe
 
-SMOLLM2 = Shape(30, {"q_proj": 576, "k_proj": 576, "v_proj": 576, "o_proj": 576, "gate_proj": 576, "up_proj": 576, "down_proj": 1536})
+SMOLLM2 = Shape(
+    30,
+    {"q_proj": 576, "k_proj": 576, "v_proj": 576, "o_proj": 576, "gate_proj": 576, "up_proj": 576, "down_proj": 1536},
+)
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,24 @@ def test_a_recipe_becomes_typed_configs_in_order(write):
         ("- depth: {remov: 2}", 3, "unknown setting of stage 'depth' 'remov': did you mean 'remove'?"),
         ("- dept: {remove: 2}", 3, "unknown stage 'dept': did you mean 'depth'?"),
         ("- gptqq", 3, "unknown stage 'gptqq': "),
-        ("- depth:\n      metric: taylor\n      remove: two", 5, "stage 'depth': parameter 'remove' is 'two' (str): expected int | None"),
+        (
+            "- depth:\n      metric: taylor\n      remove: two",
+            5,
+            "stage 'depth': parameter 'remove' is 'two' (str): expected int | None",
+        ),
         ("- width:\n      of: 8\n      remove: 9", 3, "stage 'width': pattern 9:8 removes all"),
-        ("- depth:\n      remove: 2\n      metric: perplexty", 5, "unknown importance metric 'perplexty': did you mean 'perplexity'?"),
+        (
+            "- depth:\n      remove: 2\n      metric: perplexty",
+            5,
+            "unknown importance metric 'perplexty': did you mean 'perplexity'?",
+        ),
         ("- toy:\n      rate: 1\n      times: 0", 5, "stage 'toy': times is 0: expected at least 1"),
         ("- depth: {remove: 2}\n  - toy: {times: 2}", 4, "stage 'toy' lacks the setting 'rate'"),
-        ("- depth: {remove: 2}\n  - width: 1:8", 4, "stage 'width' takes its settings as '- width: {setting: value}', any of remove, of"),
+        (
+            "- depth: {remove: 2}\n  - width: 1:8",
+            4,
+            "stage 'width' takes its settings as '- width: {setting: value}', any of remove, of",
+        ),
         ("- width: {remove: 1:8, of: 8}", 3, "parameter 'remove' is '1:8' (str)"),  # not 68, as YAML 1.1 has it
         ("- depth: {remove: 99999999999999999999}", 3, "parameter 'remove' is 1e+20 (float): expected int"),
         ("- depth: {remove: yes}", 3, "parameter 'remove' is 'yes' (str)"),
@@ -100,7 +115,11 @@ def test_a_recipe_becomes_typed_configs_in_order(write):
         ("- width: {ratios: {q_proj: 0.5,\n     q_proj: 0.6}}", 4, "the key 'q_proj' is there twice"),
         ("- width: {remove: 1, of: 8, linears: [[q_proj]]}", 3, "stage 'width': "),
         ("- depth: {remove: 2}\n    width: {remove: 1, of: 8}", 3, "expected one stage an entry"),
-        ("- depth: {remove: !!python/object:os.system 2}", 3, "the tag 'tag:yaml.org,2002:python/object:os.system' is not understood"),
+        (
+            "- depth: {remove: !!python/object:os.system 2}",
+            3,
+            "the tag 'tag:yaml.org,2002:python/object:os.system' is not understood",
+        ),
         ("- depth: &a {remove: 2}\n  - depth: *a", 4, "aliases such as '*a' are not understood"),
         ("- depth: {remove: 2", 4, "not YAML ("),
         ("- toy: {rate: 1}\n  - depth: {remove: 2}", 3, "nothing was removed yet"),
@@ -185,12 +204,16 @@ def test_a_wrong_stage_is_placed_in_the_file_that_has_it(write):
 
 def test_cycles_of_includes(write):
     itself = write("include: itself.yaml\nstages: [depth: {remove: 2}]", "itself.yaml")
-    with pytest.raises(BadInput, match=rf"{itself}:1: including 'itself.yaml' closes a cycle: itself.yaml -> itself.yaml"):
+    with pytest.raises(
+        BadInput, match=rf"{itself}:1: including 'itself.yaml' closes a cycle: itself.yaml -> itself.yaml"
+    ):
         read_recipe(itself)
     write("include: ./b.yaml", "a.yaml")
     write("stages: [depth: {remove: 2}]\ninclude: c.yaml", "b.yaml")
     write("include: a.yaml", "c.yaml")
-    with pytest.raises(BadInput, match=r"c.yaml:1: including 'a.yaml' closes a cycle: a.yaml -> b.yaml -> c.yaml -> a.yaml"):
+    with pytest.raises(
+        BadInput, match=r"c.yaml:1: including 'a.yaml' closes a cycle: a.yaml -> b.yaml -> c.yaml -> a.yaml"
+    ):
         read_recipe(itself.parent / "a.yaml")
 
 
@@ -204,9 +227,13 @@ def test_the_same_recipe_included_along_two_ways_is_no_cycle(write):
 @pytest.mark.parametrize("key", ["include", "data"])
 def test_paths_out_of_the_recipes_folder(write, tmp_path, where, key):
     outside = write("stages: [depth: {remove: 2}]", "outside.yaml")
-    file = write(f"{key}: {where.replace('ABSOLUTE', str(outside))}\nstages: [depth: {{remove: 2}}]", "project/recipe.yaml")
+    file = write(
+        f"{key}: {where.replace('ABSOLUTE', str(outside))}\nstages: [depth: {{remove: 2}}]", "project/recipe.yaml"
+    )
     (file.parent / "link.yaml").symlink_to(outside)
-    with pytest.raises(BadInput, match=r"recipe.yaml:1: '.*' leads out of .*project: expected a path in that folder or below"):
+    with pytest.raises(
+        BadInput, match=r"recipe.yaml:1: '.*' leads out of .*project: expected a path in that folder or below"
+    ):
         read_recipe(file)
 
 
@@ -223,7 +250,9 @@ def test_paths_that_lead_nowhere(write):
 # ---------------------------------------------------------------- labels
 
 
-@pytest.mark.parametrize("label", ["D4", "W2:4", "D2+W1:8", "W1:8+D2", "D1+D1+W12:16", "DA3+DM2", "W50%", "W12.5%+R3", "T-masked+Q8+E"])
+@pytest.mark.parametrize(
+    "label", ["D4", "W2:4", "D2+W1:8", "W1:8+D2", "D1+D1+W12:16", "DA3+DM2", "W50%", "W12.5%+R3", "T-masked+Q8+E"]
+)
 def test_labels_of_default_settings_are_recipes(label):
     assert read_recipe(label).label == label
 
@@ -280,7 +309,9 @@ def test_orders_that_do_not_fit_the_subject():
     with pytest.raises(BadInput, match="label 'D20.D5': cannot remove 5 of 10 blocks"):
         parse_label("D20+D5").check(SMOLLM2)
     parse_label("DA20+D5").check(SMOLLM2)  # attentions alone leave the blocks
-    with pytest.raises(BadInput, match="pattern 1:7 does not fit q_proj: its rows have 576 inputs, which 7 does not divide"):
+    with pytest.raises(
+        BadInput, match="pattern 1:7 does not fit q_proj: its rows have 576 inputs, which 7 does not divide"
+    ):
         parse_label("W1:7").check(SMOLLM2)
 
 
@@ -295,7 +326,10 @@ def test_a_stage_sees_what_was_before_it_and_the_shape_that_is_left(write):
 
 
 def test_two_recipes_with_one_label(write, tmp_path):
-    first, second = write("stages: [depth: {remove: 2}]", "a.yaml"), write("stages: [depth: {remove: 2, metric: taylor}]", "b.yml")
+    first, second = (
+        write("stages: [depth: {remove: 2}]", "a.yaml"),
+        write("stages: [depth: {remove: 2, metric: taylor}]", "b.yml"),
+    )
     for sources in ([first, second], [tmp_path]):
         with pytest.raises(BadInput, match=r"a\.yaml and .*b\.yml both have the label D2"):
             read_all(sources)
@@ -324,4 +358,6 @@ def test_the_recipes_that_come_along(name, label):
     named = parse_label(label).stages
     assert [type(stage) for stage in recipe.stages] == [type(stage) for stage in named]
     # so `compress LABEL` and `compress FILE` are one, but for the files' quick training and calibration
-    assert [a == b for a, b in zip(recipe.stages, named, strict=True)] == [isinstance(stage, (Depth, Width)) for stage in recipe.stages]
+    assert [a == b for a, b in zip(recipe.stages, named, strict=True)] == [
+        isinstance(stage, (Depth, Width)) for stage in recipe.stages
+    ]

@@ -98,7 +98,9 @@ def test_the_artifact_is_what_the_stages_make_one_after_the_other(folder, place)
     record = read_artifact(out)
     assert load_artifact(out).fingerprint == expected.fingerprint == record["fingerprint"]
     assert record["label"] == "D2+W1:8" and record["name"] == "tiny"
-    assert [list(stage) for stage in record["stages"]] == [["depth"], ["width"]] and record["stages"][1]["width"]["of"] == 8
+    assert [list(stage) for stage in record["stages"]] == [["depth"], ["width"]] and record["stages"][1]["width"][
+        "of"
+    ] == 8
     assert record["reports"][0]["removed"] == [1, 4] and record["reports"][1]["removed_weights"] > 0
     assert record["base"] == {"name": "tiny", "fingerprint": load_subject(folder).fingerprint}
 
@@ -119,7 +121,10 @@ def test_a_shared_beginning_is_computed_once(folder, place):
     compress(folder, of(Toy(2)), place / "third")
     compress(folder, of(Toy(3), Toy(2)), place / "fourth")  # another order is another beginning
     assert RAN == ["X2", "X3", "X5", "X7", "X3", "X2"]
-    scale = [load_artifact(f).linears(0)["q_proj"].weight / load_subject(folder).linears(0)["q_proj"].weight for f in (first, second)]
+    scale = [
+        load_artifact(f).linears(0)["q_proj"].weight / load_subject(folder).linears(0)["q_proj"].weight
+        for f in (first, second)
+    ]
     assert torch.allclose(scale[0], torch.tensor(30.0)) and torch.allclose(scale[1], torch.tensor(42.0))
     assert [report["factor"] for report in read_artifact(second)["reports"]] == [2, 3, 7]
 
@@ -156,7 +161,9 @@ def test_a_key_depends_on_all_that_a_result_depends_on_and_on_nothing_else(folde
     monkeypatch.setattr("thesislib.__version__", "999")
     keys.add(key())
     config = json.loads((moved / "config.json").read_text())
-    (moved / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))  # runs otherwise, with the same weights
+    (moved / "config.json").write_text(
+        json.dumps(config | {"rms_norm_eps": 0.5})
+    )  # runs otherwise, with the same weights
     keys.add(key(subject=moved))
     other = load_subject(folder)
     other.linears(0)["q_proj"].weight.data[0, 0] += 1
@@ -184,7 +191,14 @@ def test_a_key_depends_on_every_source_that_a_result_depends_on(kind, changed, t
             file.write("# edited\n")
         digests.add(sources_of(kind, package))
     assert len(digests) == 1 + len(changed)
-    for name in ("chapters/ch02_depth.py", "book.py", "cli.py", "evaluate/perplexity.py", "sweep/run.py", "device/cost.py"):
+    for name in (
+        "chapters/ch02_depth.py",
+        "book.py",
+        "cli.py",
+        "evaluate/perplexity.py",
+        "sweep/run.py",
+        "device/cost.py",
+    ):
         with (package / name).open("a", encoding="utf8") as file:
             file.write("# edited\n")
     assert sources_of(kind, package) in digests
@@ -234,7 +248,11 @@ def test_the_generation_settings_and_templates_of_now_are_in_the_artifact(folder
     settings = json.loads((mine / "generation_config.json").read_text())
     (mine / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": [0, 7]}))
     compress(mine, of(D2), place / "after")
-    assert load_artifact(place / "after").model.generation_config.eos_token_id == [0, 7] != load_artifact(place / "before").model.generation_config.eos_token_id
+    assert (
+        load_artifact(place / "after").model.generation_config.eos_token_id
+        == [0, 7]
+        != load_artifact(place / "before").model.generation_config.eos_token_id
+    )
 
 
 @pytest.mark.parametrize("damage", ["a digit", "another's", "cut", "a list"])
@@ -275,7 +293,9 @@ def test_an_artifact_is_written_where_a_link_points_to(folder, place, name):
         compress(folder, of(W18), place / "elsewhere")
     (place / name).symlink_to("new" if name == "to_nowhere" else "elsewhere")
     compress(folder, of(D2), place / name)
-    assert (place / name).is_symlink() and read_artifact(place / ("new" if name == "to_nowhere" else "elsewhere"))["label"] == "D2"
+    assert (place / name).is_symlink() and read_artifact(place / ("new" if name == "to_nowhere" else "elsewhere"))[
+        "label"
+    ] == "D2"
 
 
 def test_a_cache_that_vanishes_or_is_read_only_in_mid_run_is_one_line(folder, place, monkeypatch):
@@ -422,7 +442,13 @@ def test_a_device_that_cannot_be_used_costs_no_checkpoint(folder, place):
     assert RAN == ["X2"]
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("I/O error: No space left on device (os error 28)")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),
+    ],
+)
 def test_a_disk_that_fills_while_a_checkpoint_is_written(folder, place, monkeypatch, error):
     def full(tensors, path):
         path.write_bytes(b"half a file")
@@ -432,12 +458,15 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written(folder, place, monkeypa
     with monkeypatch.context() as patch:
         patch.setattr(formats, "write_tensors", full)
         with pytest.raises(
-            BadInput, match="the disk is full at .*: free some space there or write elsewhere \\(the cache's place is THESISLIB_CACHE"
+            BadInput,
+            match="the disk is full at .*: free some space there or write elsewhere \\(the cache's place is THESISLIB_CACHE",
         ) as caught:
             compress(folder, recipe, place / "out")
     assert "\n" not in str(caught.value)
     stages, job = cache_dir() / "stages", Job.prepare(folder, recipe)
-    assert sorted(p.name for p in stages.iterdir() if p.suffix != ".lock") == sorted([job.keys[0], f"{job.keys[1]}.work"])
+    assert sorted(p.name for p in stages.iterdir() if p.suffix != ".lock") == sorted(
+        [job.keys[0], f"{job.keys[1]}.work"]
+    )
     compress(folder, recipe, place / "out")
     assert RAN == ["X2"]
 
@@ -470,7 +499,10 @@ def child(cache, folder, recipe, out, die=None):
     elif die == "before a checkpoint has its name":
         os.replace, replaced = lambda a, b: killed() if len(Path(b).name) == 64 else replaced(a, b), os.replace
     elif die == "before the scratch is removed":
-        shutil.rmtree, removed = lambda path, **how: killed() if str(path).endswith(".work") else removed(path, **how), shutil.rmtree
+        shutil.rmtree, removed = (
+            lambda path, **how: killed() if str(path).endswith(".work") else removed(path, **how),
+            shutil.rmtree,
+        )
     elif die == "while the artifact is written":
         shutil.copytree = killed
     compress(folder, recipe, out)
@@ -498,7 +530,9 @@ def ended(process):
 def leftovers(cache):
     """What should not be there when all is done."""
     stages = cache / "stages"
-    return [p.name for p in stages.iterdir() if p.suffix != ".lock" and not (len(p.name) == 64 and (p / RECORD).is_file())]
+    return [
+        p.name for p in stages.iterdir() if p.suffix != ".lock" and not (len(p.name) == 64 and (p / RECORD).is_file())
+    ]
 
 
 MOMENTS = (
@@ -557,7 +591,9 @@ def test_killed_at_random_moments(folder, place, start):
 def test_two_at_once_share_the_work_and_the_folder(folder, place, start):
     recipe, other = of(Toy(2, seconds=0.5), W18), place / "other"
     processes = [start(other, folder, recipe, place / "out") for _ in range(2)]
-    processes.append(start(other, folder, of(Toy(2, seconds=0.5), Toy(3)), place / "beside"))  # shares only the beginning
+    processes.append(
+        start(other, folder, of(Toy(2, seconds=0.5), Toy(3)), place / "beside")
+    )  # shares only the beginning
     assert [ended(process) for process in processes] == [0, 0, 0]
     expected = read_artifact(compress(folder, recipe, place / "alone"))
     assert read_artifact(place / "out") == expected
@@ -571,7 +607,10 @@ def test_two_at_once_share_the_work_and_the_folder(folder, place, start):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ((D2, Width(remove=1, of=8, linears="blocks.6.*")), r"no projection fits 'blocks\.6\.\*': the model has .* in blocks 0 to 5"),
+        (
+            (D2, Width(remove=1, of=8, linears="blocks.6.*")),
+            r"no projection fits 'blocks\.6\.\*': the model has .* in blocks 0 to 5",
+        ),
         ((W18, Rtn(bits=4, group=16, grid="minimum")), "grid 'minimum' has no exact zero"),
         ((D2, Lora(rank=999)), "rank 999 is larger than q_proj"),
     ],
@@ -595,7 +634,9 @@ def test_what_is_no_path_is_said_so(folder, place, name):
 
 def test_on_the_command_line(folder, place):
     file = place / "recipe.yaml"
-    file.write_text("label: D2+W1:8\nstages:\n- depth: {blocks: [1, 4]}\n- width: {remove: 1, of: 8, metric: magnitude}\n")
+    file.write_text(
+        "label: D2+W1:8\nstages:\n- depth: {blocks: [1, 4]}\n- width: {remove: 1, of: 8, metric: magnitude}\n"
+    )
     args = ["compress", str(file), "--subject", str(folder), "--out", str(place / "out")]
     dry = run(app, [*args, "--dry-run"])
     assert dry.exit_code == 0, dry.output
@@ -604,7 +645,9 @@ def test_on_the_command_line(folder, place):
     done = run(app, args)
     assert done.exit_code == 0, done.output
     fingerprint = read_artifact(place / "out")["fingerprint"]
-    assert done.stdout.startswith(f"{place / 'out'}: D2+W1:8, ") and done.stdout.endswith(f"fingerprint {fingerprint}\n")
+    assert done.stdout.startswith(f"{place / 'out'}: D2+W1:8, ") and done.stdout.endswith(
+        f"fingerprint {fingerprint}\n"
+    )
     assert "stage 2 of 2, D2+W1:8: computing" in done.stderr and "stage" not in done.stdout
     assert [line.split()[2] for line in run(app, [*args, "--dry-run"]).stdout.splitlines()[1:]] == ["yes", "yes"]
     assert run(app, ["recipe", "check", str(file), "--subject", str(folder)]).stdout == f"{file}: D2+W1:8\n"
@@ -627,7 +670,9 @@ def test_on_the_command_line(folder, place):
 )
 def test_bad_input_is_one_line_and_exit_code_2(folder, place, args, message):
     (place / "recipe.yaml").write_text("stages:\n- depth: {remove: 30}\n")
-    args = [{"FOLDER": str(folder), "OUT": str(place / "out"), "FILE": str(place / "recipe.yaml")}.get(a, a) for a in args]
+    args = [
+        {"FOLDER": str(folder), "OUT": str(place / "out"), "FILE": str(place / "recipe.yaml")}.get(a, a) for a in args
+    ]
     result = run(app, args)
     assert result.exit_code == 2, result.output
     assert message in result.stderr and result.stdout == "" and result.stderr.count("\n") == 1

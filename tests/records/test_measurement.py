@@ -9,7 +9,19 @@ from thesislib.records.measurement import Measurement
 
 
 def measurement(**changes):
-    return Measurement(**{"task": "t", "metric": "m", "value": 1.5, "low": 1.0, "high": 2.0, "n": 1, "unit": "u", "items": [{"id": "é", "x": 1}]} | changes)
+    return Measurement(
+        **{
+            "task": "t",
+            "metric": "m",
+            "value": 1.5,
+            "low": 1.0,
+            "high": 2.0,
+            "n": 1,
+            "unit": "u",
+            "items": [{"id": "é", "x": 1}],
+        }
+        | changes
+    )
 
 
 def test_json_has_no_nan():
@@ -22,7 +34,11 @@ def test_json_has_nothing_that_is_not_finite_anywhere():
     odd = {"x": math.inf, "deep": [{"y": float("nan")}, (1.5, -math.inf)], "fine": 2}
     plain = json.loads(measurement(value=math.nan, items=[{"id": "1", **odd}], extra=odd, provenance=odd).to_json())
     expected = {"x": None, "deep": [{"y": None}, [1.5, None]], "fine": 2}
-    assert plain["value"] is None and plain["extra"] == plain["provenance"] == expected and plain["items"] == [{"id": "1", **expected}]
+    assert (
+        plain["value"] is None
+        and plain["extra"] == plain["provenance"] == expected
+        and plain["items"] == [{"id": "1", **expected}]
+    )
 
 
 def test_half_a_surrogate_pair_is_written_as_an_escape():
@@ -33,9 +49,19 @@ def test_half_a_surrogate_pair_is_written_as_an_escape():
 
 def test_printing_knows_what_is_not_there():
     m = measurement(
-        value=math.inf, low=math.nan, high=math.nan, extra={"a": None, "b": {"value": None, "low": 0.25, "high": math.inf}, "c": 3, "why": "so", "d": {"x": 1}}
+        value=math.inf,
+        low=math.nan,
+        high=math.nan,
+        extra={"a": None, "b": {"value": None, "low": 0.25, "high": math.inf}, "c": 3, "why": "so", "d": {"x": 1}},
     )
-    assert str(m).splitlines() == ["t: m inf, no interval, n = 1 (u)", "  a: none", "  b: none [0.25, inf]", "  c: 3", "  why: so", "  d: {'x': 1}"]
+    assert str(m).splitlines() == [
+        "t: m inf, no interval, n = 1 (u)",
+        "  a: none",
+        "  b: none [0.25, inf]",
+        "  c: 3",
+        "  why: so",
+        "  d: {'x': 1}",
+    ]
     assert str(measurement(value=None)).startswith("t: m none, 95 % interval [1, 2]")
 
 

@@ -68,7 +68,9 @@ def test_listed_one_line_each(store):
         assert [line.split()[0] for line in lines] == list(store.rows())
         assert [line.split()[1] for line in lines] == ["dense", "dense", "D1+W1:8", "D1+W1:8"]
         for line, m in zip(lines, store.rows().values(), strict=True):
-            assert f"{m.task} " in line and line.endswith(f"{m.metric:<11} {m.value:>10.4g} [{m.low:.4g}, {m.high:.4g}]  n = {m.n}")
+            assert f"{m.task} " in line and line.endswith(
+                f"{m.metric:<11} {m.value:>10.4g} [{m.low:.4g}, {m.high:.4g}]  n = {m.n}"
+            )
 
 
 def test_the_studys_own_are_the_default():
@@ -99,7 +101,10 @@ def test_filters(store, options, rows):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--label", "D1+W1:9"], "unknown label of records 'D1+W1:9': did you mean 'D1+W1:8'? expected one of D1+W1:8, dense"),
+        (
+            ["--label", "D1+W1:9"],
+            "unknown label of records 'D1+W1:9': did you mean 'D1+W1:8'? expected one of D1+W1:8, dense",
+        ),
         (["--task", "TrviaQA"], "unknown task of records 'TrviaQA': did you mean 'TriviaQA'?"),
         (["--metric", "accurcy"], "unknown metric of records 'accurcy': did you mean 'accuracy'?"),
         (["--store", "NOWHERE"], "there is no file of records NOWHERE"),
@@ -112,17 +117,29 @@ def test_filters(store, options, rows):
 )
 def test_bad_input_is_one_line_and_exit_code_2(store, tmp_path, options, message):
     def placed(text):
-        return text.replace("STORE", str(store.path.with_suffix(""))).replace("FOLDER", str(tmp_path)).replace("NOWHERE", str(tmp_path / "gone.jsonl"))
+        return (
+            text.replace("STORE", str(store.path.with_suffix("")))
+            .replace("FOLDER", str(tmp_path))
+            .replace("NOWHERE", str(tmp_path / "gone.jsonl"))
+        )
 
     source = [] if "--store" in options or "verify" in options else ["--store", "STORE.jsonl"]
     result = run(app, [placed(text) for text in ["records", *source, *options]])
     assert result.exit_code == 2, result.output
-    assert placed(message) in result.stderr and result.stderr.startswith("error: ") and result.stderr.count("\n") == 1 and result.stdout == ""
+    assert (
+        placed(message) in result.stderr
+        and result.stderr.startswith("error: ")
+        and result.stderr.count("\n") == 1
+        and result.stdout == ""
+    )
 
 
 def test_the_store_named_before_verify_is_not_forgotten(store):
     result = run(app, ["records", "--store", str(store.path), "verify", next(iter(store.rows()))])
-    assert result.exit_code == 2 and "options of the listing before 'verify' would do nothing: expected its own behind it" in result.stderr
+    assert (
+        result.exit_code == 2
+        and "options of the listing before 'verify' would do nothing: expected its own behind it" in result.stderr
+    )
 
 
 def test_csv_has_the_rows(store, tmp_path):
@@ -132,30 +149,56 @@ def test_csv_has_the_rows(store, tmp_path):
     with file.open(newline="", encoding="utf8") as lines:
         table = list(csv.DictReader(lines))
     names = "id label recipe stage subject fingerprint task metric length limit prompt value low high n unit seed dtype device bytes_on_disk parameters "
-    assert list(table[0]) == (names + "nonzero_parameters threads peak_memory seconds torch thesislib commit time").split()
+    assert (
+        list(table[0]) == (names + "nonzero_parameters threads peak_memory seconds torch thesislib commit time").split()
+    )
     for row, (name, m) in zip(table, store.rows().items(), strict=True):
         made, run_, words = m.provenance["made"], m.provenance, m.provenance["protocol"]
         assert [float(row[key]) for key in ("value", "low", "high")] == [m.value, m.low, m.high]  # every digit
-        assert (row["id"], row["task"], row["metric"], int(row["n"]), row["unit"]) == (name, m.task, m.metric, m.n, m.unit)
+        assert (row["id"], row["task"], row["metric"], int(row["n"]), row["unit"]) == (
+            name,
+            m.task,
+            m.metric,
+            m.n,
+            m.unit,
+        )
         assert (row["label"], row["recipe"], row["stage"]) == (made["label"], made["recipe"] or "", made["stage"] or "")
         assert (row["subject"], row["fingerprint"], row["dtype"]) == ("tiny", run_["fingerprint"], "float32")
         assert int(row["parameters"]) == made["bytes"]["parameters"] and int(row["seed"]) == words["seed"] == 0
-        assert row["limit"] == {"perplexity": "5", "accuracy": ""}[m.metric] and row["length"] == {"perplexity": "32", "accuracy": ""}[m.metric]
-        assert (row["prompt"], float(row["seconds"]), row["time"]) == (run_["settings"].get("prompt", ""), run_["seconds"], run_["time"])
+        assert (
+            row["limit"] == {"perplexity": "5", "accuracy": ""}[m.metric]
+            and row["length"] == {"perplexity": "32", "accuracy": ""}[m.metric]
+        )
+        assert (row["prompt"], float(row["seconds"]), row["time"]) == (
+            run_["settings"].get("prompt", ""),
+            run_["seconds"],
+            run_["time"],
+        )
         assert (row["torch"], int(row["threads"])) == (run_["versions"]["torch"], run_["hardware"]["torch_threads"])
         assert int(row["peak_memory"]) == run_["peak_memory"] > 0
 
 
 def test_what_is_not_finite_or_not_said_is_listed(tmp_path):
     store = Store(tmp_path / "r.jsonl")
-    store.append(Measurement(task='é, "a"\nb', metric="perplexity", value=math.inf, low=1.0, high=math.nan, n=1, unit="u", items=[]))
+    store.append(
+        Measurement(
+            task='é, "a"\nb', metric="perplexity", value=math.inf, low=1.0, high=math.nan, n=1, unit="u", items=[]
+        )
+    )
     shown = run(app, ["records", "--store", str(store.path)])
     assert shown.exit_code == 0 and "? [1, ?]  n = 1" in shown.stdout
     assert json.loads(run(app, ["records", "--store", str(store.path), "--json"]).stdout)["value"] is None
     assert run(app, ["records", "--store", str(store.path), "--csv", str(tmp_path / "r.csv")]).exit_code == 0
     with (tmp_path / "r.csv").open(newline="", encoding="utf8") as lines:
         (row,) = csv.DictReader(lines)
-    assert (row["task"], row["value"], row["low"], row["high"], row["label"], row["device"]) == ('é, "a"\nb', "", "1.0", "", "?", "")
+    assert (row["task"], row["value"], row["low"], row["high"], row["label"], row["device"]) == (
+        'é, "a"\nb',
+        "",
+        "1.0",
+        "",
+        "?",
+        "",
+    )
 
 
 def test_damage_is_said_on_stderr_and_the_rest_is_listed(store):
@@ -168,7 +211,11 @@ def test_damage_is_said_on_stderr_and_the_rest_is_listed(store):
     store.items.unlink()
     assert run(app, ["records", "--store", str(store.path)]).output == ""
     result = run(app, ["records", "--store", str(store.path), "--csv", str(store.path.with_suffix(".csv"))])
-    assert result.exit_code == 2 and "there are no records to write" in result.stderr and not store.path.with_suffix(".csv").exists()
+    assert (
+        result.exit_code == 2
+        and "there are no records to write" in result.stderr
+        and not store.path.with_suffix(".csv").exists()
+    )
 
 
 # ---------------------------------------------------------------- verified
@@ -180,7 +227,10 @@ def test_verify_agrees(store, folder, tiny_data, monkeypatch, k):
     args = ["records", "verify", name[:7], "--store", str(store.path), "--subject", folder]
     result = run(app, [*args, "--data", tiny_data])
     assert result.exit_code == 0, result.output
-    assert result.stdout == f"{m.metric} on {m.task}: recorded {m.value:.6g}, again {m.value:.6g}: the same to the last bit\n"
+    assert (
+        result.stdout
+        == f"{m.metric} on {m.task}: recorded {m.value:.6g}, again {m.value:.6g}: the same to the last bit\n"
+    )
     if k == 0:
         monkeypatch.setenv("THESISLIB_DATA", tiny_data)
         assert run(app, args).stdout == result.stdout
@@ -197,7 +247,11 @@ def test_another_value_is_exit_code_1_and_a_changed_one_is_refused(store, folder
     assert result.exit_code == 1 and f"recorded not finite, again {m.value:.6g}: NOT within" in result.stdout
     store.path.write_text(store.path.read_text("utf8").replace('"value": null', f'"value": {m.value}', 1), "utf8")
     result = run(app, [*args, other])
-    assert result.exit_code == 2 and result.stderr.startswith(f"error: record {other} is damaged (") and "its id is not that of its content" in result.stderr
+    assert (
+        result.exit_code == 2
+        and result.stderr.startswith(f"error: record {other} is damaged (")
+        and "its id is not that of its content" in result.stderr
+    )
 
 
 def test_verify_refuses_in_one_line(store, folder, tiny, tiny_data, tmp_path):
@@ -214,15 +268,23 @@ def test_verify_refuses_in_one_line(store, folder, tiny, tiny_data, tmp_path):
         return result.stderr
 
     said = refused("--subject", other, "--data", tiny_data)
-    assert all(load_subject(spec).fingerprint[:12] in said for spec in (folder, other)) and "name the record's subject" in said
+    assert (
+        all(load_subject(spec).fingerprint[:12] in said for spec in (folder, other))
+        and "name the record's subject" in said
+    )
     assert "has another text for WikiText-2 test" in refused("--subject", folder, "--data", str(tmp_path / "data"))
     assert "subject 'nowhere' is not known" in refused("--subject", "nowhere", "--data", tiny_data)
-    for stages, message in (([{"dept": {}}], "did you mean 'depth'"), ([{"depth": {"blok": [1]}}], "unknown parameter of Depth 'blok': did you mean 'blocks'")):
+    for stages, message in (
+        ([{"dept": {}}], "did you mean 'depth'"),
+        ([{"depth": {"blok": [1]}}], "unknown parameter of Depth 'blok': did you mean 'blocks'"),
+    ):
         other = rewrite(store, provenance={**m.provenance, "made": {**m.provenance["made"], "stages": stages}})
         assert message in refused("--subject", folder, "--data", tiny_data, name=other)
     os.truncate(store.items, 10)
     name, *_ = store.rows(items=False)
-    assert f"the items of record {name} are damaged or gone" in refused("--subject", folder, "--data", tiny_data, name=name)
+    assert f"the items of record {name} are damaged or gone" in refused(
+        "--subject", folder, "--data", tiny_data, name=name
+    )
 
 
 def test_a_plan_is_verified(store, folder, tiny_data):

@@ -24,7 +24,17 @@ ODD = 'é 猫 🙂 \u2028 \u2029 \x85 \x0b \x1c \r \n " \\ end'  # what ends a l
 
 def row(worker=0, k=0, pad="", **changes):
     items = [{"id": f"{worker}/{k}/{i}", "x": worker * 1000 + k + i / 7} for i in range(3)]
-    plain = {"task": "t", "metric": "m", "value": 1000.0 * worker + k, "low": 1.0, "high": 2.0, "n": 3, "unit": "u", "items": items, "extra": {"pad": pad}}
+    plain = {
+        "task": "t",
+        "metric": "m",
+        "value": 1000.0 * worker + k,
+        "low": 1.0,
+        "high": 2.0,
+        "n": 3,
+        "unit": "u",
+        "items": items,
+        "extra": {"pad": pad},
+    }
     return Measurement(**plain | {"provenance": {"subject": "s", "made": {"label": f"L{worker}"}}} | changes)
 
 
@@ -46,7 +56,11 @@ def content(store):
     [
         {},
         {"items": []},
-        {"items": [{"id": ODD, "answer": ODD}, {"id": 2, "x": 0.1 + 0.2, "deep": {"a": [1, None, True]}}], "task": ODD, "extra": {ODD: {"value": 1e-310}}},
+        {
+            "items": [{"id": ODD, "answer": ODD}, {"id": 2, "x": 0.1 + 0.2, "deep": {"a": [1, None, True]}}],
+            "task": ODD,
+            "extra": {ODD: {"value": 1e-310}},
+        },
         {"items": [{"id": str(i), "text": "x" * 100} for i in range(2000)]},
     ],
     ids=["plain", "no items", "unicode", "many"],
@@ -59,17 +73,33 @@ def test_a_row_comes_back_to_the_last_bit(store, changes):
     # by hand, as another program would
     *_, last = store.path.read_bytes().decode("utf8").removesuffix("\n").split("\n")
     found = json.loads(last)
-    assert (found["schema"], found["id"], found["label"], found["value"]) == (SCHEMA, names[1], "L2", m.value) and re.fullmatch("[0-9a-f]{12}", found["id"])
+    assert (found["schema"], found["id"], found["label"], found["value"]) == (
+        SCHEMA,
+        names[1],
+        "L2",
+        m.value,
+    ) and re.fullmatch("[0-9a-f]{12}", found["id"])
     start, size = found["items"]["offset"], found["items"]["bytes"]
     lines = gzip.decompress(store.items.read_bytes()[start : start + size]).split(b"\n")
     assert [json.loads(line) for line in lines if line] == m.items
 
 
 def test_what_is_not_finite(store):
-    m = row(low=-math.inf, high=math.nan, value=math.inf, extra={"per word": math.inf, "deep": [{"x": math.nan}]}, items=[{"id": 0, "nats": math.inf}])
+    m = row(
+        low=-math.inf,
+        high=math.nan,
+        value=math.inf,
+        extra={"per word": math.inf, "deep": [{"x": math.nan}]},
+        items=[{"id": 0, "nats": math.inf}],
+    )
     name = store.append(m)
     found = store.rows()[name]
-    assert (found.value, found.low, found.high, found.extra) == (None, None, None, {"per word": None, "deep": [{"x": None}]})
+    assert (found.value, found.low, found.high, found.extra) == (
+        None,
+        None,
+        None,
+        {"per word": None, "deep": [{"x": None}]},
+    )
     assert found.items == m.items
     assert not re.search("NaN|Infinity", store.path.read_text("utf8"))
 
@@ -77,7 +107,9 @@ def test_what_is_not_finite(store):
 def test_ids_are_stable_and_each_row_has_its_own(store, tmp_path):
     name = store.append(row())
     before = content(store)
-    assert [store.append(row()), Store(store.path).append(row()), store.append(store.rows()[name])] == [name] * 3 and content(store) == before
+    assert [store.append(row()), Store(store.path).append(row()), store.append(store.rows()[name])] == [
+        name
+    ] * 3 and content(store) == before
     assert Store(tmp_path / "other.jsonl").append(row()) == name
     changes = [{"task": "T"}, {"metric": "M"}, {"value": math.nextafter(0.0, 1)}, {"low": 1.5}, {"high": 2.5}, {"n": 4}, {"unit": "U"}, {"extra": {}},
                {"provenance": {}}, {"items": []}, {"items": row().items[::-1]}]  # fmt: skip
@@ -94,7 +126,11 @@ def test_names_of_files(tmp_path):
         Store.new(tmp_path / "r.jsonl")
     assert stores([tmp_path]) == [Store(tmp_path / "r.jsonl")]
     (tmp_path / "empty").mkdir()
-    for place, message in (("empty", r"empty holds no records: expected \.jsonl files"), ("gone.jsonl", "no file of records"), ("gone", "no file of records")):
+    for place, message in (
+        ("empty", r"empty holds no records: expected \.jsonl files"),
+        ("gone.jsonl", "no file of records"),
+        ("gone", "no file of records"),
+    ):
         with pytest.raises(BadInput, match=message):
             stores([tmp_path / place])
 
@@ -106,24 +142,42 @@ def test_found_by_how_the_id_begins(store, tmp_path):
     other = Store(tmp_path / "other.jsonl")
     names = [store.append(row(1, k)) for k in range(20)] + [other.append(row(2, k)) for k in range(20)]
     assert find(names[3], [store, other]) == row(1, 3) and find(names[25][:8], [store, other]) == row(2, 5)
-    shared = next(first for first in "0123456789abcdef" if sum(name.startswith(first) for name in names) > 1)  # 40 ids, 16 digits
-    with pytest.raises(BadInput, match=f"'{shared}' begins the ids of {sum(n.startswith(shared) for n in names)} records, .*: expected more of the id"):
+    shared = next(
+        first for first in "0123456789abcdef" if sum(name.startswith(first) for name in names) > 1
+    )  # 40 ids, 16 digits
+    with pytest.raises(
+        BadInput,
+        match=f"'{shared}' begins the ids of {sum(n.startswith(shared) for n in names)} records, .*: expected more of the id",
+    ):
         find(shared, [store, other])
-    with pytest.raises(BadInput, match=f"no record has the id '{names[0]}0': did you mean {names[0]}\\? .* lists all 40"):
+    with pytest.raises(
+        BadInput, match=f"no record has the id '{names[0]}0': did you mean {names[0]}\\? .* lists all 40"
+    ):
         find(f"{names[0]}0", [store, other])
     with pytest.raises(BadInput, match="no record has the id ''"):
         find("", [store])
 
 
 def test_chosen_by_label_task_and_metric(store):
-    kinds = [("D2", "WikiText-2 test", "perplexity"), ("D2", "TriviaQA validation, closed book", "accuracy"), ("D2+W1:8", "HellaSwag validation", "acc_norm")]
+    kinds = [
+        ("D2", "WikiText-2 test", "perplexity"),
+        ("D2", "TriviaQA validation, closed book", "accuracy"),
+        ("D2+W1:8", "HellaSwag validation", "acc_norm"),
+    ]
     for k, (label, task, metric) in enumerate(kinds):
         store.append(row(0, k, task=task, metric=metric, provenance={"made": {"label": label}}))
-    assert len(select([store])) == 3 and len(select([store], label="D2")) == 2 and len(select([store], label="D2", task="triviaqa")) == 1
+    assert (
+        len(select([store])) == 3
+        and len(select([store], label="D2")) == 2
+        and len(select([store], label="D2", task="triviaqa")) == 1
+    )
     assert [m.metric for m in select([store], metric="acc_norm").values()] == ["acc_norm"]
     for wanted, message in (
         ({"label": "D2+W1:9"}, r"label of records 'D2\+W1:9': did you mean 'D2\+W1:8'\? expected one of D2, D2\+W1:8$"),
-        ({"task": "TrivaQA"}, r"task of records 'TrivaQA': did you mean 'TriviaQA'\? expected one of .*HellaSwag validation"),
+        (
+            {"task": "TrivaQA"},
+            r"task of records 'TrivaQA': did you mean 'TriviaQA'\? expected one of .*HellaSwag validation",
+        ),
         ({"task": "WikiTxt-2 test"}, "did you mean 'WikiText-2 test'"),
         ({"metric": "perplexty"}, "metric of records 'perplexty': did you mean 'perplexity'"),
         ({"label": "D2", "metric": "acc_norm"}, "expected one of accuracy, perplexity$"),  # those that are left
@@ -182,7 +236,9 @@ def test_writers_at_once_lose_nothing(context, store):
     assert [process.exitcode for process in processes] == [0] * 6
     found, damage = store.read()
     assert damage == [] and len(found) == 120 and len(store.path.read_bytes().splitlines()) == 120
-    assert sorted(m.value for m in found.values()) == sorted(1000.0 * worker + k for worker in range(6) for k in range(20))
+    assert sorted(m.value for m in found.values()) == sorted(
+        1000.0 * worker + k for worker in range(6) for k in range(20)
+    )
     for m in found.values():
         assert m == row(*divmod(int(m.value), 1000), pad="x" * 2000)  # its own items with it
 
@@ -210,7 +266,9 @@ def test_killed_at_ten_random_moments(context, store, tmp_path):
         found, damage = store.read()
         told = acknowledged.read_text().splitlines()
         assert process.exitcode == -signal.SIGKILL and len(told) >= before + 2
-        assert {*told, *own} <= set(found) and len(found) <= len(told) + len(own) + kill  # at most one a kill was written and not told
+        assert {*told, *own} <= set(found) and len(found) <= len(told) + len(
+            own
+        ) + kill  # at most one a kill was written and not told
         assert len(damage) <= kill
         own.append(store.append(row(0, kill)))
         assert own[-1] in store.read()[0]
@@ -227,7 +285,9 @@ def test_killed_at_the_worst_moments(context, store, moment):
     found, damage = store.read()
     assert list(found)[:2] == names and [found[name] for name in names] == [row(0, 0), row(0, 1)]
     assert len(found) == 2 + (moment == "after the row")
-    assert [(d.line, d.reason) for d in damage] == ([(3, "it was not written to its end")] if moment == "half of the row" else [])
+    assert [(d.line, d.reason) for d in damage] == (
+        [(3, "it was not written to its end")] if moment == "half of the row" else []
+    )
     name = store.append(row(9, 9, pad="猫" * 1000))  # the same once more
     assert store.read()[0] == {names[0]: row(0, 0), names[1]: row(0, 1), name: row(9, 9, pad="猫" * 1000)}
     assert len(store.read()[1]) == len(damage)

@@ -22,7 +22,17 @@ from thesislib.sweep.run import known
 
 def row(worker=0, k=0, pad="", **changes):
     items = [{"id": f"{worker}/{k}/{i}", "x": i / 7} for i in range(3)]
-    plain = {"task": "t", "metric": "m", "value": 1000.0 * worker + k, "low": 1.0, "high": 2.0, "n": 3, "unit": "u", "items": items, "extra": {"pad": pad}}
+    plain = {
+        "task": "t",
+        "metric": "m",
+        "value": 1000.0 * worker + k,
+        "low": 1.0,
+        "high": 2.0,
+        "n": 3,
+        "unit": "u",
+        "items": items,
+        "extra": {"pad": pad},
+    }
     return Measurement(**plain | changes)
 
 
@@ -49,7 +59,11 @@ def test_a_line_cut_anywhere(store, capsys):
     for cut in (start + 1, whole.index("猫".encode(), start) + 1, len(whole) - 2, len(whole) - 1):
         store.path.write_bytes(whole[:cut])
         assert store.append(row(5, 5)) in store.rows()
-        assert store.append(row(0, 2, pad="猫🙂")) == names[2] and list(store.rows())[:2] == names[:2] and set(names) <= set(store.rows())
+        assert (
+            store.append(row(0, 2, pad="猫🙂")) == names[2]
+            and list(store.rows())[:2] == names[:2]
+            and set(names) <= set(store.rows())
+        )
         assert store.path.read_bytes().startswith(whole[:cut] + b"\n")
     store.path.write_bytes(whole[:-9])
     assert list(store.rows()) == names[:2]
@@ -75,14 +89,19 @@ def test_a_line_cut_anywhere(store, capsys):
         ({"provenance": None}, "not a row of records"),
         ({"items": None}, "not a row of records"),
         ({"items": {"offset": 0, "bytes": 10**18, "sha256": "0" * 64}}, "its id is not that of its content"),
-        ({"items": {"offset": -1, "bytes": 10, "sha256": "0" * 64}}, "items.offset is -1: expected a whole number from 0"),
+        (
+            {"items": {"offset": -1, "bytes": 10, "sha256": "0" * 64}},
+            "items.offset is -1: expected a whole number from 0",
+        ),
     ],
 )
 def test_a_damaged_line_in_the_middle(store, line, reason):
     names = [store.append(row(0, k)) for k in range(3)]
     lines = store.path.read_bytes().split(b"\n")
     lines[1] = line if isinstance(line, bytes) else json.dumps(json.loads(lines[1]) | line).encode()
-    store.path.write_bytes(b"\r\n".join(lines[:2]) + b"\n\n" + b"\n".join(lines[2:]))  # an empty line, and another system's ends
+    store.path.write_bytes(
+        b"\r\n".join(lines[:2]) + b"\n\n" + b"\n".join(lines[2:])
+    )  # an empty line, and another system's ends
     found, (damage,) = store.read()
     assert list(found) == [names[0], names[2]] and damage.line == 2 and re.search(reason, damage.reason)
     assert store.append(row(0, 1)) == names[1] and len(store.read()[1]) == 1  # measured again, it is written again
@@ -125,7 +144,10 @@ MADE = {
         ({"extra": {"x": "\ud800"}}, "surrogates not allowed"),
         ({"provenance": {"made": 3}}, "provenance.made is 3"),
         ({"provenance": {"made": MADE | {"bytes": [1]}}}, "provenance.made.bytes is a list of 1"),
-        ({"provenance": {"made": MADE | {"bytes": {"parameters": "many"}}}}, "provenance.made.bytes.parameters is 'many'"),
+        (
+            {"provenance": {"made": MADE | {"bytes": {"parameters": "many"}}}},
+            "provenance.made.bytes.parameters is 'many'",
+        ),
         ({"provenance": {"made": MADE | {"stages": {"depth": 1}}}}, "provenance.made.stages is an object"),
         ({"provenance": {"made": MADE | {"base": "tiny"}}}, "provenance.made.base is 'tiny'"),
         ({"provenance": {"hardware": "a laptop"}}, "provenance.hardware is 'a laptop'"),
@@ -147,12 +169,20 @@ def test_rows_that_are_odd_are_named_and_left_out_everywhere(store, changes, odd
     names = [store.append(row(0, k)) for k in range(2)]
     first, second = map(json.loads, store.path.read_text("utf8").splitlines())
     plain = first | changes
-    store.path.write_text("\n".join(json.dumps(x) for x in (forged(plain) if isinstance(plain["items"], dict) else plain, second)) + "\n", "utf8")
+    store.path.write_text(
+        "\n".join(json.dumps(x) for x in (forged(plain) if isinstance(plain["items"], dict) else plain, second)) + "\n",
+        "utf8",
+    )
     found, (damage,) = store.read()
     assert list(found) == names[1:] and damage.line == 1 and odd in damage.reason and "\n" not in damage.reason
     for more in ([], ["--json"], ["--csv", str(store.path.with_suffix(".csv"))]):
         result = CliRunner().invoke(app, ["records", "--store", str(store.path), *more])
-        assert result.exit_code == 0 and result.stderr.count("\n") == 1 and odd in result.stderr and len(result.stdout.splitlines()) == 1
+        assert (
+            result.exit_code == 0
+            and result.stderr.count("\n") == 1
+            and odd in result.stderr
+            and len(result.stdout.splitlines()) == 1
+        )
     result = CliRunner().invoke(app, ["records", "verify", names[0], "--store", str(store.path)])
     assert result.exit_code == 2 and result.stderr.count("\n") == 1
     assert known([store]) == set() and capsys.readouterr().out == ""
@@ -185,14 +215,25 @@ def test_outcomes_whose_rows_are_gone_are_said(store, capsys):
     whole = store.path.read_bytes()
     for empty in (b"", b"\n"):
         store.path.write_bytes(empty)
-        with pytest.raises(BadInput, match=r"r\.jsonl (is empty|has no row), though r\.items\.gz holds \d+ bytes of outcomes: rows are lost; bring it back"):
+        with pytest.raises(
+            BadInput,
+            match=r"r\.jsonl (is empty|has no row), though r\.items\.gz holds \d+ bytes of outcomes: rows are lost; bring it back",
+        ):
             store.rows()
     store.path.write_bytes(whole.split(b"\n", 1)[1])  # the first line is gone
-    assert list(store.rows()) == names[1:] and "bytes of r.items.gz belong to no row: rows were lost" in capsys.readouterr().err
+    assert (
+        list(store.rows()) == names[1:]
+        and "bytes of r.items.gz belong to no row: rows were lost" in capsys.readouterr().err
+    )
     store.path.unlink()
     for place in (store.path, store.path.parent):
         result = CliRunner().invoke(app, ["records", "--store", str(place)])
-        assert result.exit_code == 2 and "there is no file of records" in result.stderr and "rows are lost" in result.stderr and result.stderr.count("\n") == 1
+        assert (
+            result.exit_code == 2
+            and "there is no file of records" in result.stderr
+            and "rows are lost" in result.stderr
+            and result.stderr.count("\n") == 1
+        )
     assert store.append(row(0, 0)) in store.rows()  # a run that was killed between outcomes and its first row goes on
 
 
@@ -217,19 +258,28 @@ def test_damaged_items_cost_their_row_only(store):
             store.items.write_bytes(content)
         found, damage = store.read()
         assert list(found) == [names[k] for k in kept]
-        assert [d.line for d in damage] == [k + 1 for k in range(3) if k not in kept] and all("r.items.gz are damaged" in d.reason for d in damage)
+        assert [d.line for d in damage] == [k + 1 for k in range(3) if k not in kept] and all(
+            "r.items.gz are damaged" in d.reason for d in damage
+        )
         assert list(store.read(items=False)[0]) == names and store.read(items=False)[1] == []
-        with pytest.raises(BadInput, match=f"the items of record {names[1 if 1 not in kept else 2]} are damaged or gone"):
+        with pytest.raises(
+            BadInput, match=f"the items of record {names[1 if 1 not in kept else 2]} are damaged or gone"
+        ):
             find(names[1 if 1 not in kept else 2], [store])
 
 
-@pytest.mark.parametrize("use", [Store.rows, lambda s: s.append(row(7, 7)), lambda s: find("abc", [s]), lambda s: select([s])])
+@pytest.mark.parametrize(
+    "use", [Store.rows, lambda s: s.append(row(7, 7)), lambda s: find("abc", [s]), lambda s: select([s])]
+)
 def test_a_newer_schema_is_refused(store, use):
     store.append(row())
     with store.path.open("a") as file:
         print(json.dumps({"schema": SCHEMA + 1, "id": "abc", "anything": "else"}), file=file)
     before = content(store)
-    with pytest.raises(BadInput, match=rf"r\.jsonl, line 2, has schema {SCHEMA + 1}: this version of thesislib reads up to {SCHEMA}; a newer one wrote it"):
+    with pytest.raises(
+        BadInput,
+        match=rf"r\.jsonl, line 2, has schema {SCHEMA + 1}: this version of thesislib reads up to {SCHEMA}; a newer one wrote it",
+    ):
         use(store)
     assert content(store) == before
 
@@ -258,7 +308,12 @@ def test_a_full_disk_leaves_what_was_there(store, first, full):
     before = content(store)
     large = row(1, 1, items=NOISE) if full == "items" else row(1, 1, pad="z" * 30_000)
     for _ in range(2):
-        with room(9_000), pytest.raises(BadInput, match=r"r\.jsonl cannot be added to \(.*\): free some space there, or write to another folder"):
+        with (
+            room(9_000),
+            pytest.raises(
+                BadInput, match=r"r\.jsonl cannot be added to \(.*\): free some space there, or write to another folder"
+            ),
+        ):
             store.append(large)
         assert content(store) == before
     assert Store.new(store.path) == store if first else list(store.rows()) == names
@@ -285,7 +340,17 @@ def test_a_disk_that_says_only_at_the_end_that_it_is_full(store, monkeypatch, ca
 def test_a_pipe_in_the_place_of_the_items_is_not_waited_for(tmp_path):
     store = Store(tmp_path / "r.jsonl")
     store.append(
-        Measurement(task="t", metric="perplexity", value=1.0, low=1.0, high=1.0, n=1, unit="u", items=[{"id": "0"}], provenance={"made": {"label": "dense"}})
+        Measurement(
+            task="t",
+            metric="perplexity",
+            value=1.0,
+            low=1.0,
+            high=1.0,
+            n=1,
+            unit="u",
+            items=[{"id": "0"}],
+            provenance={"made": {"label": "dense"}},
+        )
     )
     store.items.unlink()
     os.mkfifo(store.items)

@@ -107,7 +107,11 @@ def test_damaged_gzip(tmp_path, content):
     one_line(raised)
 
 
-@pytest.mark.parametrize("content", ["goal,sol1\n", '{"goal": ', b"\xff\xfe\x00", "[1, 2]\n", "3\n"], ids=["CSV", "cut", "no UTF-8", "list", "number"])
+@pytest.mark.parametrize(
+    "content",
+    ["goal,sol1\n", '{"goal": ', b"\xff\xfe\x00", "[1, 2]\n", "3\n"],
+    ids=["CSV", "cut", "no UTF-8", "list", "number"],
+)
 def test_not_json_lines(folder, content):
     with pytest.raises(BadInput) as raised:
         rows("piqa", folder("piqa/validation.jsonl", content))
@@ -134,7 +138,14 @@ def test_plain_text_called_gz(tmp_path):
 
 NAN, HALF = float("nan"), "half \ud83d a pair"
 ASKED = {"question_id": "1", "question": "Who?", "answer": {"value": "x", "aliases": ["x"]}}
-HELLA = {"ind": 1, "activity_label": "Run", "ctx_a": "He runs.", "ctx_b": "he", "endings": ["stops.", "flies."], "label": "1"}
+HELLA = {
+    "ind": 1,
+    "activity_label": "Run",
+    "ctx_a": "He runs.",
+    "ctx_b": "he",
+    "endings": ["stops.", "flies."],
+    "label": "1",
+}
 GAP = {"sentence": "It _ was.", "option1": "a", "option2": "b", "answer": "1"}
 TWO = {"text": ["a", "b"], "label": ["A", "B"]}
 EASY = {"id": "1", "question": "why?", "choices": TWO, "answerKey": "A"}
@@ -172,18 +183,29 @@ def test_what_is_no_text_is_named_with_its_row_and_file(folder, task, row, colum
 @pytest.mark.parametrize("value", [None, NAN, [1], {}, HALF, True, 4, "same"])
 def test_odd_and_equal_ids_are_only_names(folder, value):
     found = questions(folder("trivia_qa/validation_closed_book.jsonl", [ASKED | {"question_id": value}] * 2))
-    assert [q.id for q in found] == [{4: "4", "same": "same"}.get(value, "Who?") if isinstance(value, (int, str)) and value is not True else "Who?"] * 2
+    assert [q.id for q in found] == [
+        {4: "4", "same": "same"}.get(value, "Who?") if isinstance(value, (int, str)) and value is not True else "Who?"
+    ] * 2
     items = choices("arc_easy", folder("ai2_arc/easy_validation.jsonl", [EASY | {"id": value}] * 2))
     assert len(items) == 2 and all(isinstance(item.id, str) and item.id.encode() for item in items)
 
 
 def test_one_alias_need_not_be_a_list(folder):
-    data = folder("trivia_qa/validation_closed_book.jsonl", [ASKED | {"answer": {"value": "Ada", "aliases": "Lady Lovelace"}}])
+    data = folder(
+        "trivia_qa/validation_closed_book.jsonl", [ASKED | {"answer": {"value": "Ada", "aliases": "Lady Lovelace"}}]
+    )
     assert questions(data)[0].aliases == ("Ada", "Lady Lovelace")
 
 
 @pytest.mark.parametrize(
-    "content", ["[" * 100_000, '{"goal": ' + "1" * 10_000 + "}", json.dumps([PIQA, PIQA]), "é".encode("latin-1"), json.dumps(PIQA).encode("utf-16")]
+    "content",
+    [
+        "[" * 100_000,
+        '{"goal": ' + "1" * 10_000 + "}",
+        json.dumps([PIQA, PIQA]),
+        "é".encode("latin-1"),
+        json.dumps(PIQA).encode("utf-16"),
+    ],
 )
 def test_files_that_are_no_json_lines_in_utf8(folder, content):
     with pytest.raises(BadInput, match=r"piqa/validation\.jsonl") as raised:
@@ -250,10 +272,20 @@ def test_wikitext_rows_become_articles(folder):
     assert [text.text[a : a + 8] for a in text.starts] == ["\n\n = One", " = One =", " = Two ="]
 
 
-ARTICLES = ["", " = One = \n", " Text one . \n", " = = Section = = \n", " = A = \n", " Text = two = \n", " = Two = it = \n"]
+ARTICLES = [
+    "",
+    " = One = \n",
+    " Text one . \n",
+    " = = Section = = \n",
+    " = A = \n",
+    " Text = two = \n",
+    " = Two = it = \n",
+]
 
 
-@pytest.mark.parametrize("change", [str, str.strip, lambda t: t.replace("\n", "\r\n"), lambda t: t.strip() + "\r", lambda t: t.rstrip("\n")])
+@pytest.mark.parametrize(
+    "change", [str, str.strip, lambda t: t.replace("\n", "\r\n"), lambda t: t.strip() + "\r", lambda t: t.rstrip("\n")]
+)
 def test_articles_are_found_in_stripped_and_windows_rows(folder, change):
     text = corpus.evaluation_text(folder("wikitext2/test.jsonl", [{"text": change(t)} for t in ARTICLES]))
     assert [text.text[a:].split("=")[1].strip() for a in text.starts[1:]] == ["One", "A", "Two"]
@@ -262,11 +294,16 @@ def test_articles_are_found_in_stripped_and_windows_rows(folder, change):
 
 def test_windows_line_ends_change_no_text(folder, tmp_path):
     plain = corpus.evaluation_text(folder("wikitext2/test.jsonl", [{"text": t} for t in ARTICLES]))
-    assert corpus.evaluation_text(folder("wikitext2/test.jsonl", [{"text": t.replace("\n", "\r\n")} for t in ARTICLES])) == plain
+    assert (
+        corpus.evaluation_text(folder("wikitext2/test.jsonl", [{"text": t.replace("\n", "\r\n")} for t in ARTICLES]))
+        == plain
+    )
 
 
 def test_whole_articles_in_a_row_are_articles_too(folder):
-    text = corpus.evaluation_text(folder("wikitext2/test.jsonl", [{"text": "".join(ARTICLES[1:4])}, {"text": "".join(ARTICLES[4:6])}]))
+    text = corpus.evaluation_text(
+        folder("wikitext2/test.jsonl", [{"text": "".join(ARTICLES[1:4])}, {"text": "".join(ARTICLES[4:6])}])
+    )
     assert len(text.starts) == 2
 
 
@@ -287,7 +324,9 @@ def test_windows_of_a_tokenizer_that_adds_a_beginning(byte_tokenizer):
     raw.post_processor = processors.TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", 258)])
     adding = PreTrainedTokenizerFast(tokenizer_object=raw)
     assert adding("abcd")["input_ids"][0] == 258  # or this test tests nothing
-    assert torch.equal(windows(Text("x", "abcd", (0,)), adding, 4).ids, windows(Text("x", "abcd", (0,)), byte_tokenizer, 4).ids)
+    assert torch.equal(
+        windows(Text("x", "abcd", (0,)), adding, 4).ids, windows(Text("x", "abcd", (0,)), byte_tokenizer, 4).ids
+    )
 
 
 def test_windows_limit_spreads_evenly(byte_tokenizer):
@@ -346,12 +385,23 @@ def test_windows_limit_keeps_what_belongs_to_each(byte_tokenizer):
 def test_clean_web_drops_menus_and_keeps_prose():
     prose = [f"The {i}th sentence of this page is plain prose and ends as such sentences do." for i in range(10)]
     menu = "Home About Contact Shop Login Register Privacy Terms. "
-    kept = clean_web("\n".join([menu + " ".join(prose) + " and what follows here has no end", menu * 20, "Too short to be of use to anyone here.", ""]))
+    kept = clean_web(
+        "\n".join(
+            [
+                menu + " ".join(prose) + " and what follows here has no end",
+                menu * 20,
+                "Too short to be of use to anyone here.",
+                "",
+            ]
+        )
+    )
     assert kept == [" ".join(prose)]
 
 
 def test_clean_web_drops_a_page_that_is_mostly_menu():
-    prose = " ".join(f"The {i}th sentence of this page is plain prose and ends as such sentences do." for i in range(10))
+    prose = " ".join(
+        f"The {i}th sentence of this page is plain prose and ends as such sentences do." for i in range(10)
+    )
     assert clean_web(prose) == [prose]
     assert clean_web(prose + " Home About Contact Shop Login Register Privacy Terms." * 30) == []
 
@@ -360,7 +410,11 @@ def test_clean_web_drops_a_page_that_is_mostly_menu():
 
 
 def trivia(question, answer, aliases=(), **columns):
-    return {"question_id": f"id {question}", "question": question, "answer": {"value": answer, "aliases": list(aliases)}} | columns
+    return {
+        "question_id": f"id {question}",
+        "question": question,
+        "answer": {"value": answer, "aliases": list(aliases)},
+    } | columns
 
 
 def passages(*texts):
@@ -373,13 +427,18 @@ def test_closed_book(folder):
 
 
 def test_closed_book_without_an_answer(folder):
-    with pytest.raises(BadInput, match=r"row 1 of .*validation_closed_book\.jsonl .* the answer \{.*null.*at least one of them not blank"):
+    with pytest.raises(
+        BadInput,
+        match=r"row 1 of .*validation_closed_book\.jsonl .* the answer \{.*null.*at least one of them not blank",
+    ):
         questions(folder("trivia_qa/validation_closed_book.jsonl", [trivia("who?", None)]))
 
 
 def test_open_book_gives_the_shortest_passage_that_holds_an_answer(folder):
     found = [
-        trivia("one", "Ada", **passages(("Ada " * 9, True), ("short", False), ("It was Ada.", True), ("Ada. " * 5, True))),
+        trivia(
+            "one", "Ada", **passages(("Ada " * 9, True), ("short", False), ("It was Ada.", True), ("Ada. " * 5, True))
+        ),
         trivia("none", "Ada", **passages(("nobody", False))),
         trivia("two", "Bob", **passages(("Bob", True))),
     ]
@@ -397,7 +456,11 @@ def test_hub_rows_are_cut_into_passages(monkeypatch):
     article = ["word"] * 250
     article[120], article[240] = "ADA,", "Adamant"  # in a passage of 100 words; in one of 50, which names no Ada
     pages = {"wiki_context": [" \n".join(article), "other " * 60 + "Ada " + "other " * 60]}
-    found = [trivia("one", "Ada", entity_pages=pages), trivia("none", "Zoe", entity_pages=pages), trivia("empty", "Ada", entity_pages={"wiki_context": []})]
+    found = [
+        trivia("one", "Ada", entity_pages=pages),
+        trivia("none", "Zoe", entity_pages=pages),
+        trivia("empty", "Ada", entity_pages={"wiki_context": []}),
+    ]
     asked = []
     monkeypatch.setattr(rows_, "_hub_rows", lambda task, hub: asked.append((task, hub)) or found)
     (got,) = questions("hub", open_book=True)
@@ -431,7 +494,9 @@ KEYED = {"id": "k", "choices": {"text": ["one", "two", "three"], "label": ["A", 
 
 def test_hellaswag_wording(folder):
     (got,) = choices("hellaswag", folder("hellaswag/validation.jsonl", [HELLASWAG]))
-    assert got == Choice("7/0", "Home: How to paint. Get paint. Buy it. The man paints", (" Red.", "a wall. Then rest.", "b", "c"), 2)
+    assert got == Choice(
+        "7/0", "Home: How to paint. Get paint. Buy it. The man paints", (" Red.", "a wall. Then rest.", "b", "c"), 2
+    )
 
 
 def test_other_wordings(folder):

@@ -31,7 +31,11 @@ class Hub(BaseHTTPRequestHandler):
         files = sorted(p for p in folder.iterdir())
         if path in ("/api/models/org/tiny", "/api/models/org/tiny/revision/main", "/api/models/org/tiny/revision/v1"):
             siblings = [{"rfilename": p.name} for p in files]
-            self.answer(json.dumps({"id": "org/tiny", "modelId": "org/tiny", "sha": COMMIT, "siblings": siblings, "tags": []}).encode())
+            self.answer(
+                json.dumps(
+                    {"id": "org/tiny", "modelId": "org/tiny", "sha": COMMIT, "siblings": siblings, "tags": []}
+                ).encode()
+            )
         elif path.startswith("/api/models/org/tiny/tree/"):
             tree = [{"type": "file", "path": p.name, "size": p.stat().st_size, "oid": etag(p)} for p in files]
             self.answer(json.dumps(tree).encode())
@@ -47,7 +51,11 @@ class Hub(BaseHTTPRequestHandler):
 
     def answer(self, body, headers=(), status=200):
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), "Content-Type": "application/json", **dict(headers)}.items():
+        for name, value in {
+            "Content-Length": str(len(body)),
+            "Content-Type": "application/json",
+            **dict(headers),
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
@@ -106,7 +114,10 @@ def test_model_without_network(no_hub, spec):
     check_fails_soon(lambda: load_subject(spec), spec.removeprefix("hub:").split("@")[0])
 
 
-@pytest.mark.parametrize(("task", "name"), [("wikitext", "Salesforce/wikitext"), ("trivia", "mandarjoshi/trivia_qa"), ("calibration_c4", "allenai/c4")])
+@pytest.mark.parametrize(
+    ("task", "name"),
+    [("wikitext", "Salesforce/wikitext"), ("trivia", "mandarjoshi/trivia_qa"), ("calibration_c4", "allenai/c4")],
+)
 def test_data_without_network(no_hub, task, name):
     check_fails_soon(lambda: rows_.rows(task, "hub"), name)
 
@@ -160,9 +171,24 @@ def test_model_from_the_hub_and_again_without_it(tiny, tmp_path):
         load("hub:org/tiny")
         load("hub:org/tiny@v2")
     """)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_")) and not k.upper().endswith("_PROXY")}
-    environment |= {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_TELEMETRY": "1"}
-    with subprocess.Popen([sys.executable, "-c", script], cwd=REPOSITORY, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    environment = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith(("HF_", "TRANSFORMERS_")) and not k.upper().endswith("_PROXY")
+    }
+    environment |= {
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
+    with subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=REPOSITORY,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
         online = [process.stdout.readline().strip() for _ in range(3)]
         server.shutdown()
         server.server_close()
@@ -184,12 +210,16 @@ def test_a_data_set_out_of_the_cache(no_hub, monkeypatch, tmp_path, proxy):
 
     rows = [{"text": "alpha"}, {"text": "beta"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    datasets.load_dataset("json", data_files={"test": str(tmp_path / "rows.jsonl")}, cache_dir=str(tmp_path / "datasets"))
+    datasets.load_dataset(
+        "json", data_files={"test": str(tmp_path / "rows.jsonl")}, cache_dir=str(tmp_path / "datasets")
+    )
     (made,) = (tmp_path / "datasets" / "json").iterdir()
     made.rename(made.with_name("default"))
     (tmp_path / "datasets" / "json").rename(tmp_path / "datasets" / "org___tiny")
     for info in (tmp_path / "datasets").rglob("dataset_info.json"):
-        info.write_text(info.read_text().replace('"dataset_name": "json"', '"dataset_name": "tiny"').replace(made.name, "default"))
+        info.write_text(
+            info.read_text().replace('"dataset_name": "json"', '"dataset_name": "tiny"').replace(made.name, "default")
+        )
     for file in (tmp_path / "datasets").rglob("json-test.arrow"):
         file.rename(file.with_name("tiny-test.arrow"))
     if proxy:

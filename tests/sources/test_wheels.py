@@ -129,7 +129,12 @@ def test_other_member_is_refused(cache, pip, entry):
 
 @pytest.mark.parametrize(
     "damage",
-    [Path.unlink, lambda path: path.write_bytes(b"cut"), lambda path: shutil.rmtree(path.parent), lambda path: flip(path)],
+    [
+        Path.unlink,
+        lambda path: path.write_bytes(b"cut"),
+        lambda path: shutil.rmtree(path.parent),
+        lambda path: flip(path),
+    ],
     ids=["gone", "cut", "no folder", "one bit"],
 )
 def test_half_a_cache_is_fetched_again(cache, pip, damage):
@@ -151,16 +156,25 @@ def test_what_is_damaged_and_cannot_be_fetched_again_is_named(cache, pip, monkey
     flip(folder / "pkg/a.txt")
 
     def offline(*_):
-        raise BadInput("pip could not download tinywheel==1.0: it needs network access, or a THESISLIB_CACHE filled on another machine")
+        raise BadInput(
+            "pip could not download tinywheel==1.0: it needs network access, or a THESISLIB_CACHE filled on another machine"
+        )
 
     monkeypatch.setattr(wheels, "_download", offline)
-    with pytest.raises(BadInput, match=r"pkg/a\.txt is missing or damaged, and fetching it again failed: .*THESISLIB_CACHE filled on another machine"):
+    with pytest.raises(
+        BadInput,
+        match=r"pkg/a\.txt is missing or damaged, and fetching it again failed: .*THESISLIB_CACHE filled on another machine",
+    ):
         wheels.wheel_folder("tinywheel")
     assert "fetching it again" in capsys.readouterr().err and (folder / "pkg/deep/b.bin").exists()
 
 
 def test_what_a_killed_process_left_does_no_harm(cache, pip):
-    for name in (".tinywheel-1.0-abcd_012", ".tinywheel-1.0-01234567-1-89abcdef", "tinywheel-1.0"):  # before the rename, and a folder made by hand
+    for name in (
+        ".tinywheel-1.0-abcd_012",
+        ".tinywheel-1.0-01234567-1-89abcdef",
+        "tinywheel-1.0",
+    ):  # before the rename, and a folder made by hand
         (cache / name / "pkg").mkdir(parents=True)
         (cache / name / "pkg/a.txt").write_bytes(b"half")
     (cache / "tinywheel.lock").touch()
@@ -191,7 +205,16 @@ def test_two_processes_fetch_once(cache, wheel, entry, tmp_path):
         folder = wheels.wheel_folder("tinywheel")
         print(all((folder / m).stat().st_size == f["bytes"] for m, f in {entry!r}["members"].items()))
     """)
-    both = [subprocess.Popen([sys.executable, "-c", script, me], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for me in "12"]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, me],
+            cwd=REPOSITORY,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for me in "12"
+    ]
     for process in both:
         out, err = process.communicate(timeout=60)
         assert out.strip() == "True", err
@@ -211,7 +234,11 @@ def test_disk_full_while_unpacking(cache, pip, monkeypatch):
 
 def test_disk_full_while_downloading(cache, monkeypatch):
     line = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device"
-    monkeypatch.setattr(wheels.subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, "", f"WARNING: x\n{line}\n"))
+    monkeypatch.setattr(
+        wheels.subprocess,
+        "run",
+        lambda command, **_: subprocess.CompletedProcess(command, 1, "", f"WARNING: x\n{line}\n"),
+    )
     with pytest.raises(BadInput, match="No space left on device|disk is full") as raised:
         wheels.wheel_folder("tinywheel")
     assert "\n" not in str(raised.value)

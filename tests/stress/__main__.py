@@ -43,7 +43,9 @@ def main() -> int:
         f"{len(found)} kinds, {sum(r.get('cases', 0) + r.get('kills', 0) for r in found.values())} cases in {time.monotonic() - begun:.0f} s: {bad} lost or silently wrong"
     )
     if given.json:
-        given.json.write_text(json.dumps({"seed": given.seed, "seconds": round(time.monotonic() - begun), "kinds": found}, indent=1))
+        given.json.write_text(
+            json.dumps({"seed": given.seed, "seconds": round(time.monotonic() - begun), "kinds": found}, indent=1)
+        )
     return int(bad > 0)
 
 
@@ -100,7 +102,11 @@ def _side_by_side(todo: dict[str, Callable[[], dict]], jobs: int, root: Path) ->
                     began = time.monotonic()
                     result = todo[name]()
                     spent = sum(os.times()[:4])  # of the processor, forked cases too
-                    note.write_text(json.dumps(result | {"seconds": round(time.monotonic() - began, 1), "cpu_seconds": round(spent, 1)}))
+                    note.write_text(
+                        json.dumps(
+                            result | {"seconds": round(time.monotonic() - began, 1), "cpu_seconds": round(spent, 1)}
+                        )
+                    )
                     code = 0
                 except BaseException:
                     import traceback
@@ -111,13 +117,19 @@ def _side_by_side(todo: dict[str, Callable[[], dict]], jobs: int, root: Path) ->
             running[pid] = name, note
         pid, status = os.wait()
         name, note = running.pop(pid)
-        found[name] = json.loads(note.read_text()) if status == 0 else {"bad": [("the harness itself failed, see above", f"--only {name!r}")]}
+        found[name] = (
+            json.loads(note.read_text())
+            if status == 0
+            else {"bad": [("the harness itself failed, see above", f"--only {name!r}")]}
+        )
         _say(name, found[name])
     return {name: found[name] for name in todo}
 
 
 def _say(name: str, result: dict) -> None:
-    counts = ", ".join(f"{value} {key}" for key, value in result.items() if key not in ("bad", "seconds", "cpu_seconds"))
+    counts = ", ".join(
+        f"{value} {key}" for key, value in result.items() if key not in ("bad", "seconds", "cpu_seconds")
+    )
     print(
         f"{name}: {counts}; {len(result['bad'])} lost or silently wrong; {result.get('seconds', 0):.0f} s, {result.get('cpu_seconds', 0):.0f} s of a core",
         flush=True,

@@ -16,8 +16,34 @@ from .place import Place
 SECONDS = 30
 LONG = "x" * 5000
 NUMBERS = ("abc", "", "1.5", "-1", "0", "1e3", "0x10", "٣", "nan", str(10**30), "-" + str(10**30), "--", "1;2")
-TEXTS = ("", "nope", LONG, "a\0b", "a\nb", "\ud800", "../../..", "-", "<script>alert(1)</script>", "{{ 7 * 7 }}", "$(touch pwned)", "None", "~nouser")
-PLACES = ("", "note.txt/below", "/proc/nowhere/x", "x" * 300, "a\0b", "loop/out", "full", "\ud800", "~nouser/x", "note.txt", "x" * 5000)
+TEXTS = (
+    "",
+    "nope",
+    LONG,
+    "a\0b",
+    "a\nb",
+    "\ud800",
+    "../../..",
+    "-",
+    "<script>alert(1)</script>",
+    "{{ 7 * 7 }}",
+    "$(touch pwned)",
+    "None",
+    "~nouser",
+)
+PLACES = (
+    "",
+    "note.txt/below",
+    "/proc/nowhere/x",
+    "x" * 300,
+    "a\0b",
+    "loop/out",
+    "full",
+    "\ud800",
+    "~nouser/x",
+    "note.txt",
+    "x" * 5000,
+)
 MAY_BE_ZERO = {"seed", "core", "retries"}
 MAY_BE = {("csv", "note.txt"), ("out", "full")}  # a table replaces what was there; recipes lie beside other files
 PLANS = ("0-999999999", "5-3", "a", "0-", "-", ",", "0.5", "٣", "0-7,", "0--1", "1e3", "99", "-1", "0-7:0", "0-7:-1", "0:99999999999", "0,0,x", "0-7" + ",0-7" * 99_999,
@@ -27,7 +53,24 @@ LABELS = ("D0", "D999", "D-1", "W0:4", "W4:4", "W9:8", "W1:0", "W1:999999999", "
           "a\0b", "\ud800", LONG)  # fmt: skip
 SUBJECTS = ("nope", "", ".", "full", "note.txt", "hub:", "hub:x", "hub:../../x", "hub:a/b@", "hub:a/b@../..", "hub:" + "x" * 500, "~nouser", "/proc", "/proc/self/mem", "loop", "a\0b", "\ud800",
             "x" * 300, LONG, "short.gguf", "text.gguf", "nope.gguf", "full.gguf", "http://localhost/x", "embedded ", "Embedded", "grid.yaml", "records.jsonl")  # fmt: skip
-DEVICES = ("meta", "nope", "", "cuda", "cuda:99", "cuda:-1", "mps", "xpu", "0", "-1", "vulkan", "privateuseone", "CPU", "cpu,cpu", "a\0b", LONG)
+DEVICES = (
+    "meta",
+    "nope",
+    "",
+    "cuda",
+    "cuda:99",
+    "cuda:-1",
+    "mps",
+    "xpu",
+    "0",
+    "-1",
+    "vulkan",
+    "privateuseone",
+    "CPU",
+    "cpu,cpu",
+    "a\0b",
+    LONG,
+)
 YAMLS = ("[", "{", "&a [*a]", "*a", "!!python/object/apply:os.system ['touch pwned']", "!x y", "[" * 200 + "]" * 200, "a: b: c", "'", '"', "\0", "\ud800", "1e999", "9" * 400, "%", "@", "- - -",
          "? x", "{a: 1, a: 2}", "<script>", "|", ">", "null", "[]", "{}")  # fmt: skip
 
@@ -53,7 +96,21 @@ def good(here: Place) -> dict[tuple[str, ...], list]:
     return {
         ("evaluate",): [subject, "--on", "wikitext", "--data", texts, "--length", 48, "--limit", 2],
         ("run",): ["01", "--out", "out.ipynb"],
-        ("record",): ["03", "--out", "record", "--data", texts, "--limit", 1, "-p", f"subject={subject}", "-p", "length=48", "-p", "windows=2"],
+        ("record",): [
+            "03",
+            "--out",
+            "record",
+            "--data",
+            texts,
+            "--limit",
+            1,
+            "-p",
+            f"subject={subject}",
+            "-p",
+            "length=48",
+            "-p",
+            "windows=2",
+        ],
         ("fetch",): [],
         ("compress",): ["W1:8", "--subject", subject, "--data", texts, "--dry-run"],
         ("export",): [here / "pruned", "--gguf", "Q8_0", "--out", "out.gguf"],
@@ -85,7 +142,13 @@ def generated(here: Place) -> Iterator[list]:
             name = max(option.opts, key=len)
             yield [*args, name]
             kind = str(kinds[option.name])
-            values = [n for n in NUMBERS if not (n == "0" and option.name in MAY_BE_ZERO)] if "int" in kind else PLACES if "Path" in kind else TEXTS
+            values = (
+                [n for n in NUMBERS if not (n == "0" and option.name in MAY_BE_ZERO)]
+                if "int" in kind
+                else PLACES
+                if "Path" in kind
+                else TEXTS
+            )
             for value in values:
                 if (option.name, value) in MAY_BE:
                     continue
@@ -104,28 +167,53 @@ def tables(here: Place) -> Iterator[list]:
     yield from (["export", s, "--gguf", "Q8_0", "--out", "out.gguf"] for s in SUBJECTS)
     yield from (["profile", s, "--device", "pi5"] for s in SUBJECTS[:12])
     yield from (["evaluate", subject, *measured, "--device", device] for device in DEVICES)
-    yield from (["compress", "W1:8", "--subject", subject, "--data", texts, "--out", "out", "--device", device] for device in DEVICES)
-    yield from (["sweep", here / "grid.yaml", "--subject", subject, "--data", texts, "--out", "rows.jsonl", "--device", device] for device in DEVICES[:8])
-    yield from (["profile", subject, "--device", device] for device in (*DEVICES, "../hw/devices/pi5", "pi5.yaml", "full", "note.txt", here / "grid.yaml"))
+    yield from (
+        ["compress", "W1:8", "--subject", subject, "--data", texts, "--out", "out", "--device", device]
+        for device in DEVICES
+    )
+    yield from (
+        ["sweep", here / "grid.yaml", "--subject", subject, "--data", texts, "--out", "rows.jsonl", "--device", device]
+        for device in DEVICES[:8]
+    )
+    yield from (
+        ["profile", subject, "--device", device]
+        for device in (*DEVICES, "../hw/devices/pi5", "pi5.yaml", "full", "note.txt", here / "grid.yaml")
+    )
     yield from (["run", "01", "--out", "out.ipynb", "-p", f"windows={y}"] for y in YAMLS)
     yield from (["run", "01", "--out", "out.ipynb", "-p", p] for p in ("windows", "=", "=1", "windwos=1", "windows=abc", "windows=-1", "windows=0", "windows=1.5", "x;import os=1", "__class__=1",
                                                                       "subject=nope", "data=nope", "dtype=float16", "windows=true", "windows=[1]"))  # fmt: skip
     yield from (
-        ["record", "00", "--out", "record", "-p", p] for p in ("windows", "=", "windwos=1", "windows=abc", "windows=-1", "lengths=512", "subject=nowhere")
+        ["record", "00", "--out", "record", "-p", p]
+        for p in ("windows", "=", "windwos=1", "windows=abc", "windows=-1", "lengths=512", "subject=nowhere")
     )
     yield from (["record", c, "--out", "record"] for c in ("99", "", "nope", "../01", "a\0b", LONG))
-    yield from (["record", "03", "--data", texts, "-p", f"subject={subject}", "--limit", 1, "--out", out] for out in PLACES if out)  # "" is where one stands
+    yield from (
+        ["record", "03", "--data", texts, "-p", f"subject={subject}", "--limit", 1, "--out", out]
+        for out in PLACES
+        if out
+    )  # "" is where one stands
     yield from (["run", c, "--out", "out.ipynb"] for c in ("99", "", "nope", "../01", "1e0", "a\0b", "-1", LONG))
     yield from (["run", "01", "--out", out] for out in PLACES)
-    yield from (["sweep", "--chapter", "01", "-p", p, "--out", "sweep"] for p in ("windows=", "windows=[", "nope=1", "=", "windows", "windows=abc"))
+    yield from (
+        ["sweep", "--chapter", "01", "-p", p, "--out", "sweep"]
+        for p in ("windows=", "windows=[", "nope=1", "=", "windows", "windows=abc")
+    )
     yield from (["sweep", here / "grid.yaml", "--subject", subject, "--data", texts, "--out", "rows.jsonl", *more]
                 for more in (["--host", "999.1.1.1"], ["--host", "nope.invalid"], ["--host", ""], ["--workers", "0"], ["--workers", "-1"], ["--threads", "0"], ["--retries", "-1"],
                              ["--scheduler", "nope"], ["--scheduler", "tcp://127.0.0.1:1"], ["--scheduler", "tls://127.0.0.1:1"], ["--only", "nope"], ["--measure", "nope"], ["--size", "nope"],
                              ["--with", "nope.jsonl"], ["--with", "full"], ["--chapter", "01"], ["--workers", "99", "--device", "cuda"]))  # fmt: skip
     yield from (["compress", "W1:8", "--subject", subject, "--data", texts, "--out", out] for out in PLACES)
-    yield from (["compress", "W1:8", "--subject", subject, "--data", texts, "--out", out] for out in (subject, subject.parent, here / "grid.yaml"))
-    yield from (["export", here / "pruned", "--gguf", kind, "--out", "o.gguf"] for kind in ("q8_0", "Q9", "", "F64", "BF16", "Q4_K", LONG, "../x"))
-    yield from (["export", here / "pruned", "--gguf", "F16", "--out", out] for out in (*PLACES, "o.txt", "o", here / "F16.gguf"))
+    yield from (
+        ["compress", "W1:8", "--subject", subject, "--data", texts, "--out", out]
+        for out in (subject, subject.parent, here / "grid.yaml")
+    )
+    yield from (
+        ["export", here / "pruned", "--gguf", kind, "--out", "o.gguf"]
+        for kind in ("q8_0", "Q9", "", "F64", "BF16", "Q4_K", LONG, "../x")
+    )
+    yield from (
+        ["export", here / "pruned", "--gguf", "F16", "--out", out] for out in (*PLACES, "o.txt", "o", here / "F16.gguf")
+    )
     yield from (["export", here / "quantised", "--gptq", "--out", out] for out in (*PLACES, here / "subject"))
     yield ["export", here / "pruned"]
     yield ["export", here / "pruned", "--gptq", "--gguf", "F16"]
@@ -133,18 +221,45 @@ def tables(here: Place) -> Iterator[list]:
     yield ["export", here / "pruned", "--gptq", "--out", "o"]  # nothing there is quantised
     yield from (
         ["recipe", "check", f]
-        for f in ("full", "note.txt", "nope", "loop", "deep.yaml", "include.yaml", "anchor.yaml", "bomb.yaml", "large.yaml", "binary.yaml", "tag.yaml")
+        for f in (
+            "full",
+            "note.txt",
+            "nope",
+            "loop",
+            "deep.yaml",
+            "include.yaml",
+            "anchor.yaml",
+            "bomb.yaml",
+            "large.yaml",
+            "binary.yaml",
+            "tag.yaml",
+        )
     )
     yield from (
         ["sweep", f, "--subject", subject, "--data", texts, "--dry-run"]
-        for f in ("full", "note.txt", "loop", "deep.yaml", "anchor.yaml", "lists.yaml", "bomb.yaml", "large.yaml", "binary.yaml")
+        for f in (
+            "full",
+            "note.txt",
+            "loop",
+            "deep.yaml",
+            "anchor.yaml",
+            "lists.yaml",
+            "bomb.yaml",
+            "large.yaml",
+            "binary.yaml",
+        )
     )
-    yield from (["records", "--store", f] for f in ("full", "note.txt", "nope.jsonl", "loop", ".", "/proc", "folder.jsonl"))
+    yield from (
+        ["records", "--store", f] for f in ("full", "note.txt", "nope.jsonl", "loop", ".", "/proc", "folder.jsonl")
+    )
     yield from (["records", "--store", here / "records.jsonl", "--csv", out] for out in PLACES if out != "note.txt")
-    yield from (["records", "verify", i, "--store", here / "records.jsonl"] for i in ("", "nope", "-", LONG, "a\0b", "\ud800"))
+    yield from (
+        ["records", "verify", i, "--store", here / "records.jsonl"] for i in ("", "nope", "-", LONG, "a\0b", "\ud800")
+    )
     yield from (["device", "calibrate", "--out", out] for out in (*PLACES, "x.txt", "x", ".yaml"))
     yield from (
-        ["evaluate", subject, "--on", "wikitext", "--data", d] for d in ("nope", "full", "note.txt", "hub ", "", "loop", "a\0b", "\ud800", LONG, "/proc")
+        ["evaluate", subject, "--on", "wikitext", "--data", d]
+        for d in ("nope", "full", "note.txt", "hub ", "", "loop", "a\0b", "\ud800", LONG, "/proc")
     )
     yield from (
         ["evaluate", subject, "--on", on, "--data", texts]
@@ -171,13 +286,18 @@ def laid(here: Place, case: Path) -> None:
     (case / "include.yaml").write_text("include: include.yaml\nstages:\n- depth: {remove: 1}\n")
     (case / "anchor.yaml").write_text("a: &a [*a]\nstages: *a\n")
     (case / "bomb.yaml").write_text(
-        "a: &a [x, x]\n" + "".join(f"b{i}: &b{i} [*{'a' if not i else f'b{i - 1}'}, *{'a' if not i else f'b{i - 1}'}]\n" for i in range(40))
+        "a: &a [x, x]\n"
+        + "".join(
+            f"b{i}: &b{i} [*{'a' if not i else f'b{i - 1}'}, *{'a' if not i else f'b{i - 1}'}]\n" for i in range(40)
+        )
     )
     (case / "large.yaml").write_bytes(b"stages:\n" + b"- depth: {remove: 1}\n" * 100_000)
     (case / "binary.yaml").write_bytes(bytes(range(256)))
     (case / "tag.yaml").write_text("stages: !!python/object/apply:os.system ['touch pwned']\n")
     (case / "lists.yaml").write_text(
-        "groups:\n  g: [" + ", ".join("[none, D1]" for _ in range(40)) + "]\nsizes:\n  quick:\n    measures: {p: {on: wikitext}}\n"
+        "groups:\n  g: ["
+        + ", ".join("[none, D1]" for _ in range(40))
+        + "]\nsizes:\n  quick:\n    measures: {p: {on: wikitext}}\n"
     )
 
 
@@ -195,7 +315,9 @@ def run(here: Place, part: int = 0, parts: int = 1, every: int = 1, seed: int = 
         ended = call(thesislib(*args), case, kills.environment(here, case) | here.environment(here / "cache"), SECONDS)
         counts["cases"] += 1
         how = f"--only calls --case {number}: thesislib {' '.join(_said(a) for a in args)}"
-        changed = (case / "note.txt").read_text() != "years of work" or (case / "full" / "thesis.tex").read_text() != "years of work"
+        changed = (case / "note.txt").read_text() != "years of work" or (
+            case / "full" / "thesis.tex"
+        ).read_text() != "years of work"
         left = [f for f in kills.listing(case) - before if "/." in f"/{f}" and "claims" not in f]
         if ended.trouble:
             bad.append((ended.trouble, how))
@@ -222,7 +344,9 @@ def _usual(here: Place, case: Path, args: list, ended: Ended, usual: dict[str, E
     if name not in usual:
         laid(here, case)
         usual[name] = call(thesislib(*words, *good(here)[words]), case, here.environment(here / "cache"), SECONDS)
-    taken = words == ("recipe", "label") and ended.out.strip() == str(args[-1])  # whether it fits a subject is not asked
+    taken = words == ("recipe", "label") and ended.out.strip() == str(
+        args[-1]
+    )  # whether it fits a subject is not asked
     literal = "~nouser/x" in map(str, args) and (case / "~nouser" / "x").exists()
     literal |= words == ("recipe", "expand") and args[-1] == ""  # the current folder, as "." is
     return taken or literal or (usual[name].code == 0 and usual[name].out == ended.out)

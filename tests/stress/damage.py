@@ -98,7 +98,9 @@ def changed(plain: object, rng: random.Random, odd: tuple = ODD) -> tuple[object
     if what < 0.18 and isinstance(holder, dict):
         holder[f"{key}x"] = holder.pop(key)
         return plain, f"{name} is called {key}x"
-    near = [str(old), [old], {"x": old}] + ([old + 1, old - 1, old * 2, -old, float(old)] if isinstance(old, (int, float)) else [])
+    near = [str(old), [old], {"x": old}] + (
+        [old + 1, old - 1, old * 2, -old, float(old)] if isinstance(old, (int, float)) else []
+    )
     value = rng.choice(near) if rng.random() < 0.35 else rng.choice(odd)
     holder[key] = value
     return plain, f"{name} is {_short(value)}"
@@ -133,7 +135,9 @@ def json_line_of(path: Path, rng: random.Random, others: list[Path]) -> str:
 def yaml_of(path: Path, rng: random.Random, others: list[Path]) -> str:
     import yaml
 
-    plain, said = changed(yaml.safe_load(path.read_text("utf8")), rng, tuple(x for x in ODD if x not in (math.inf, -math.inf, 1e308)))
+    plain, said = changed(
+        yaml.safe_load(path.read_text("utf8")), rng, tuple(x for x in ODD if x not in (math.inf, -math.inf, 1e308))
+    )
     with suppress(UnicodeEncodeError):
         path.write_text(yaml.safe_dump(plain, sort_keys=False), "utf8")
     return said
@@ -246,10 +250,26 @@ def kinds(here: Place) -> list[Kind]:
         return next(p for p in path.parents if (p / "artifact.json").exists())
 
     def artifact(name: str, of: str, pattern: str, *ways: Callable) -> Kind:
-        return Kind(name, {"a": here / of}, files(f"a/{pattern}"), ways, measured("a"), value, resigned=pattern != "artifact.json")
+        return Kind(
+            name,
+            {"a": here / of},
+            files(f"a/{pattern}"),
+            ways,
+            measured("a"),
+            value,
+            resigned=pattern != "artifact.json",
+        )
 
     def checkpoint(name: str, pattern: str, *ways: Callable) -> Kind:
-        return Kind(name, {"subject": here / "subject"}, files(f"subject/{pattern}"), ways, measured("subject"), value, plainly("subject"))
+        return Kind(
+            name,
+            {"subject": here / "subject"},
+            files(f"subject/{pattern}"),
+            ways,
+            measured("subject"),
+            value,
+            plainly("subject"),
+        )
 
     def asked(name: str, pattern: str, *ways: Callable) -> Kind:
         return Kind(name, {"subject": here / "subject"}, files(f"subject/{pattern}"), ways,
@@ -381,13 +401,17 @@ def _wrong(kind: Kind, here: Place, case: Path, ended: Ended, expected: object, 
     if found == expected:
         counts["right"] += 1
         return None
-    if "signed" in how and kind.resigned and found[0] is not None:  # it vouches for other weights or settings: another artifact
+    if (
+        "signed" in how and kind.resigned and found[0] is not None
+    ):  # it vouches for other weights or settings: another artifact
         counts["other"] += 1
         return None
     if kind.plain:
         ref = call(lambda: print(json.dumps(kind.plain(case))), case, here.environment(case / "other-cache"), SECONDS)
         if ref.code != 0:
-            return f"exit 0 with {str(found)[:60]}, where a plain program ends in {(ref.trouble or ref.err[-120:])[:140]}"
+            return (
+                f"exit 0 with {str(found)[:60]}, where a plain program ends in {(ref.trouble or ref.err[-120:])[:140]}"
+            )
         other = ref.json() if kind.right is answers else float(ref.out.strip().splitlines()[-1])
         if _same(found, other):
             counts["other"] += 1
@@ -399,7 +423,9 @@ def _wrong(kind: Kind, here: Place, case: Path, ended: Ended, expected: object, 
 def _same(found: object, other: object) -> bool:
     if isinstance(other, float):
         mine = found[0]
-        return (mine is None and not math.isfinite(other)) or (mine is not None and math.isclose(mine, other, rel_tol=1e-4))
+        return (mine is None and not math.isfinite(other)) or (
+            mine is not None and math.isclose(mine, other, rel_tol=1e-4)
+        )
     return found == other
 
 
@@ -416,14 +442,26 @@ def _used(kind: Kind, here: Place, case: Path) -> Ended:
         outside = str(here.root / "outside.safetensors")
 
         def look(event: str, args: tuple) -> None:
-            if event == "open" and isinstance(args[0], (str, bytes)) and os.path.realpath(os.fsdecode(args[0])) == outside:
+            if (
+                event == "open"
+                and isinstance(args[0], (str, bytes))
+                and os.path.realpath(os.fsdecode(args[0])) == outside
+            ):
                 print(f"READ OUTSIDE {args[0]}", file=sys.stderr)
 
         sys.addaudithook(look)
-        copy(Path(outside), case.parent / "outside.safetensors") if not (case.parent / "outside.safetensors").exists() else None
+        copy(Path(outside), case.parent / "outside.safetensors") if not (
+            case.parent / "outside.safetensors"
+        ).exists() else None
         return kind.use(case)()
 
-    cache = case / "cache" if "cache" in kind.copies else case / "cold" if kind.name in ("gguf", "wheel") else here / "cache"
+    cache = (
+        case / "cache"
+        if "cache" in kind.copies
+        else case / "cold"
+        if kind.name in ("gguf", "wheel")
+        else here / "cache"
+    )
     return call(do, case, kills.environment(here, case) | here.environment(cache), SECONDS)
 
 
@@ -495,16 +533,37 @@ def plain_answers(subject: Path, data: Path) -> list[str]:
     model = AutoModelForCausalLM.from_pretrained(subject, dtype=torch.float32, use_safetensors=True).eval()
     ends = model.generation_config.eos_token_id
     ends = tok.eos_token_id if ends is None else ends
-    config = GenerationConfig(max_new_tokens=50, min_new_tokens=1, do_sample=False, eos_token_id=ends, pad_token_id=tok.pad_token_id, repetition_penalty=1.0)
-    rows = [json.loads(line) for line in (data / "trivia_qa" / "validation_closed_book.jsonl").read_bytes().splitlines() if line.strip()]
+    config = GenerationConfig(
+        max_new_tokens=50,
+        min_new_tokens=1,
+        do_sample=False,
+        eos_token_id=ends,
+        pad_token_id=tok.pad_token_id,
+        repetition_penalty=1.0,
+    )
+    rows = [
+        json.loads(line)
+        for line in (data / "trivia_qa" / "validation_closed_book.jsonl").read_bytes().splitlines()
+        if line.strip()
+    ]
     found = []
     chosen = random.Random(0).sample(rows, len(rows))[:4] if len(rows) > 4 else rows
     for row in chosen:
         bare = f"Question: {row['question']} Answer:"
-        text = tok.apply_chat_template([{"role": "user", "content": bare}], tokenize=False, add_generation_prompt=True) if tok.chat_template else bare
+        text = (
+            tok.apply_chat_template([{"role": "user", "content": bare}], tokenize=False, add_generation_prompt=True)
+            if tok.chat_template
+            else bare
+        )
         ids = tok(text, add_special_tokens=not text.startswith(tok.bos_token or "\0"), return_tensors="pt")["input_ids"]
-        new = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[0, ids.shape[1] :].tolist()
-        marks = {n for n, token in tok.added_tokens_decoder.items() if token.special or (token.content.startswith("<|") and token.content.endswith("|>"))}
+        new = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)[
+            0, ids.shape[1] :
+        ].tolist()
+        marks = {
+            n
+            for n, token in tok.added_tokens_decoder.items()
+            if token.special or (token.content.startswith("<|") and token.content.endswith("|>"))
+        }
         special = {*tok.all_special_ids, *marks, *(ends if isinstance(ends, list) else [ends])}
         until = next((i for i, t in enumerate(new) if t in special), len(new))
         found.append(tok.decode(new[:until], skip_special_tokens=True).strip())

@@ -43,7 +43,11 @@ class Ended:
         if self.signal is not None:
             return f"ended by {signal.Signals(self.signal).name}"
         if self.code == BROKE or "Traceback (most recent call last)" in self.err:
-            last = [line for line in self.err.splitlines() if re.match(r"[\w.]*(Error|Exception|Interrupt|Exit|Warning)\b", line)]
+            last = [
+                line
+                for line in self.err.splitlines()
+                if re.match(r"[\w.]*(Error|Exception|Interrupt|Exit|Warning)\b", line)
+            ]
             return f"traceback: {(last or self.err.splitlines() or ['?'])[-1][:160]}"
         if self.code == 2 and not self.refused:
             return f"exit 2, but not in one line: {self.err.strip()[-160:]!r}"
@@ -73,7 +77,9 @@ def thesislib(*args: str | Path) -> Callable[[], int]:
     return run
 
 
-def start(do: Callable[[], int | None], where: Path, environment: dict[str, str], seconds: float, room: int = ROOM) -> int:
+def start(
+    do: Callable[[], int | None], where: Path, environment: dict[str, str], seconds: float, room: int = ROOM
+) -> int:
     """Fork, and do it in a session of its own in the folder `where`, which takes what it says as `.out` and `.err`; its pid."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -89,7 +95,10 @@ def start(do: Callable[[], int | None], where: Path, environment: dict[str, str]
             file = os.open(where / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
             os.dup2(file, handle)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        sys.stdout, sys.stderr = (open(handle, "w", encoding="utf8", errors="backslashreplace", buffering=1, closefd=False) for handle in (1, 2))  # noqa: SIM115
+        sys.stdout, sys.stderr = (
+            open(handle, "w", encoding="utf8", errors="backslashreplace", buffering=1, closefd=False)
+            for handle in (1, 2)
+        )  # noqa: SIM115
         os.chdir(where)
         os.environ.update(environment)
         now = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
@@ -116,7 +125,9 @@ def end(pid: int, where: Path, began: float) -> Ended:
     return Ended(None if code < 0 else code, -code if code < 0 else None, *said, seconds)
 
 
-def call(do: Callable[[], int | None], where: Path, environment: dict[str, str], seconds: float = 30, room: int = ROOM) -> Ended:
+def call(
+    do: Callable[[], int | None], where: Path, environment: dict[str, str], seconds: float = 30, room: int = ROOM
+) -> Ended:
     """`start`, undisturbed to its `end`."""
     began = time.monotonic()
     return end(start(do, where, environment, seconds, room), where, began)

@@ -61,16 +61,50 @@ def cases(here: Place, case: Path) -> Iterator[tuple[str, Callable[[], object], 
         if name.endswith(".json"):
             yield f"deep {name}", lambda name=name: (subject / name).write_bytes(DEEP), here.measured(subject), False
     for name in ("artifact.json", "packed.safetensors", "config.json"):
-        yield f"a terabyte of {name} of an artifact", lambda name=name: sparse(pruned / name), here.measured(pruned), False
+        yield (
+            f"a terabyte of {name} of an artifact",
+            lambda name=name: sparse(pruned / name),
+            here.measured(pruned),
+            False,
+        )
     yield "a deep artifact.json", lambda: (pruned / "artifact.json").write_bytes(DEEP), here.measured(pruned), False
-    yield "a terabyte of texts", lambda: sparse(data / "wikitext2" / "test.jsonl"), here.measured(here / "subject", data=data), False
-    yield "deep texts", lambda: (data / "wikitext2" / "test.jsonl").write_bytes(DEEP), here.measured(here / "subject", data=data), False
-    yield "ten gigabytes of one row in gzip", lambda: unpacking(bytes(100 << 20), 100), here.measured(here / "subject", data=data), False
-    yield "lines without end in gzip", lambda: unpacking(b"\n" * (20 << 20), 2), here.measured(here / "subject", data=data), False
+    yield (
+        "a terabyte of texts",
+        lambda: sparse(data / "wikitext2" / "test.jsonl"),
+        here.measured(here / "subject", data=data),
+        False,
+    )
+    yield (
+        "deep texts",
+        lambda: (data / "wikitext2" / "test.jsonl").write_bytes(DEEP),
+        here.measured(here / "subject", data=data),
+        False,
+    )
+    yield (
+        "ten gigabytes of one row in gzip",
+        lambda: unpacking(bytes(100 << 20), 100),
+        here.measured(here / "subject", data=data),
+        False,
+    )
+    yield (
+        "lines without end in gzip",
+        lambda: unpacking(b"\n" * (20 << 20), 2),
+        here.measured(here / "subject", data=data),
+        False,
+    )
     yield (
         "100,000 files beside the texts",
         many,
-        ["compress", here / "recipes" / "quantised.yaml", "--subject", here / "subject", "--data", data, "--out", case / "out"],
+        [
+            "compress",
+            here / "recipes" / "quantised.yaml",
+            "--subject",
+            here / "subject",
+            "--data",
+            data,
+            "--out",
+            case / "out",
+        ],
         True,
     )
     yield "hard links", linked, here.measured(subject), True
@@ -78,7 +112,12 @@ def cases(here: Place, case: Path) -> Iterator[tuple[str, Callable[[], object], 
         yield f"{count} added tokens", lambda count=count: tokens(count), here.measured(subject), count < 1_000_000
     yield "a header of 100 MB", lambda: header(b" " * 100_000_001), here.measured(subject), False
     yield "a header of 99 MB", lambda: header(b"{" + b" " * 99_000_000 + b"}"), here.measured(subject), False
-    yield "tensors without elements", lambda: header(b'{"model.norm.weight":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'), here.measured(subject), False
+    yield (
+        "tensors without elements",
+        lambda: header(b'{"model.norm.weight":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}'),
+        here.measured(subject),
+        False,
+    )
     yield (
         "a tensor of 2^60",
         lambda: header(b'{"x":{"dtype":"F32","shape":[1152921504606846976],"data_offsets":[0,4611686018427387904]}}'),
@@ -87,12 +126,24 @@ def cases(here: Place, case: Path) -> Iterator[tuple[str, Callable[[], object], 
     )
     yield (
         "a key twice",
-        lambda: (subject / "config.json").write_text((subject / "config.json").read_text().replace("{", '{"hidden_size": 8,', 1)),
+        lambda: (subject / "config.json").write_text(
+            (subject / "config.json").read_text().replace("{", '{"hidden_size": 8,', 1)
+        ),
         here.measured(subject),
         True,
     )
-    yield "a terabyte of records", lambda: sparse(case / "records.jsonl"), ["records", "--store", case / "records.jsonl"], False
-    yield "deep records", lambda: (case / "records.jsonl").write_bytes(DEEP), ["records", "--store", case / "records.jsonl"], True
+    yield (
+        "a terabyte of records",
+        lambda: sparse(case / "records.jsonl"),
+        ["records", "--store", case / "records.jsonl"],
+        False,
+    )
+    yield (
+        "deep records",
+        lambda: (case / "records.jsonl").write_bytes(DEEP),
+        ["records", "--store", case / "records.jsonl"],
+        True,
+    )
     for name, use in (("recipe.yaml", ["recipe", "check"]), ("grid.yaml", ["sweep", "--dry-run"])):
         yield f"a terabyte of {name}", lambda name=name: sparse(case / name), [*use, case / name], False
         yield f"deep {name}", lambda name=name: (case / name).write_bytes(DEEP), [*use, case / name], False
@@ -104,7 +155,12 @@ def cases(here: Place, case: Path) -> Iterator[tuple[str, Callable[[], object], 
     }  # fmt: skip
     for name, content in counts.items():
         for large in (False, True):
-            yield f"2^60 {name} in a GGUF file{' of a terabyte' * large}", lambda c=content, large=large: gguf(c, large), here.measured(case / "x.gguf"), False
+            yield (
+                f"2^60 {name} in a GGUF file{' of a terabyte' * large}",
+                lambda c=content, large=large: gguf(c, large),
+                here.measured(case / "x.gguf"),
+                False,
+            )
     yield (
         "a GGUF file with a hole of a terabyte behind it",
         lambda: sparse(Path(shutil.copy(here / "Q8_0.gguf", case / "x.gguf"))),

@@ -45,7 +45,9 @@ def jobs(here: Place) -> list[Job]:
 
     def compress(name: str, *options: str) -> Job:
         recipe = here / "recipes" / f"{name}.yaml"
-        return Job(f"compress {name}", lambda case: thesislib(*here.compressed(recipe, case / "out"), *options), _artifact)
+        return Job(
+            f"compress {name}", lambda case: thesislib(*here.compressed(recipe, case / "out"), *options), _artifact
+        )
 
     def export(name: str, *options: str) -> Job:
         args = ["export", here / "quantised" if name == "gptq" else here / "pruned", *options]
@@ -125,7 +127,9 @@ def killed(job: Job, here: Place, case: Path, moment: float, rng: random.Random)
         while (still := family(pid, case)) and time.monotonic() < until:
             time.sleep(0.05)
         if still:
-            (case.parent / f"{case.name}.outlived").write_text(json.dumps([psutil.Process(p).cmdline()[:8] for p in still if psutil.pid_exists(p)]))
+            (case.parent / f"{case.name}.outlived").write_text(
+                json.dumps([psutil.Process(p).cmdline()[:8] for p in still if psutil.pid_exists(p)])
+            )
         for process in still:
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
@@ -158,7 +162,11 @@ def family(pid: int, case: Path) -> list[int]:
 def _workers(pid: int) -> list[int]:
     """Dask's workers: children of the driver that compute, not the interpreter's own helpers."""
     with suppress(psutil.Error):
-        return [p.pid for p in psutil.Process(pid).children(recursive=True) if "resource_tracker" not in " ".join(p.cmdline())]
+        return [
+            p.pid
+            for p in psutil.Process(pid).children(recursive=True)
+            if "resource_tracker" not in " ".join(p.cmdline())
+        ]
     return []
 
 
@@ -166,7 +174,9 @@ def _over(pid: int) -> bool:
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is not None
 
 
-def _judged(job: Job, case: Path, ended: Ended | None, expected: object, how: str, must: bool = False) -> list[tuple[str, str]]:
+def _judged(
+    job: Job, case: Path, ended: Ended | None, expected: object, how: str, must: bool = False
+) -> list[tuple[str, str]]:
     """What is wrong with what is under the final name."""
     try:
         found = job.made(case, ended)
@@ -195,11 +205,16 @@ def fresh(case: Path) -> None:
 def listing(case: Path) -> set[str]:
     """All that lies there but for locks and Dask's own folder, which Dask clears when it comes by."""
     found = (p.relative_to(case).as_posix() for p in case.rglob("*"))
-    jupyters = re.compile(r"tmp/tmp\w{8}\.json")  # its note for a kernel, 300 bytes, which no program but it may take away
+    jupyters = re.compile(
+        r"tmp/tmp\w{8}\.json"
+    )  # its note for a kernel, 300 bytes, which no program but it may take away
     return {
         f
         for f in found
-        if not f.endswith(".lock") and f not in (".out", ".err") and not re.search(r"dask-scratch-space|\.claims", f) and not jupyters.fullmatch(f)
+        if not f.endswith(".lock")
+        and f not in (".out", ".err")
+        and not re.search(r"dask-scratch-space|\.claims", f)
+        and not jupyters.fullmatch(f)
     }
 
 
@@ -232,7 +247,18 @@ def _fetch(here: Place) -> None:
 
 
 def _sweep(here: Place, case: Path) -> int:
-    args = ["sweep", here / "grid.yaml", "--out", case / "rows.jsonl", "--subject", here / "subject", "--data", here / "data", "--dtype", "float32"]
+    args = [
+        "sweep",
+        here / "grid.yaml",
+        "--out",
+        case / "rows.jsonl",
+        "--subject",
+        here / "subject",
+        "--data",
+        here / "data",
+        "--dtype",
+        "float32",
+    ]
     return thesislib(*args, "--workers", "2", "--threads", "1", "--retries", "3")()
 
 
@@ -270,7 +296,11 @@ def _notebook(case: Path, ended: Ended | None) -> object:
 
 def _wheel(case: Path, ended: Ended | None) -> object:
     folder = case / "cache" / "wheels" / "tinywheel-1.0"
-    return {p.relative_to(folder).as_posix(): sha256(p) for p in folder.rglob("*") if p.is_file()} if folder.exists() else None
+    return (
+        {p.relative_to(folder).as_posix(): sha256(p) for p in folder.rglob("*") if p.is_file()}
+        if folder.exists()
+        else None
+    )
 
 
 def _rows(case: Path, ended: Ended | None) -> object:

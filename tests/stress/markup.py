@@ -100,7 +100,10 @@ def run(here: Place) -> dict:
     recipe = root / "recipe.yaml"
     recipe.write_text("stages:\n  - width: {remove: 1, of: 8, metric: magnitude}\n")
     nb = nbformat.v4.new_notebook(
-        metadata={"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
+        metadata={
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        }
     )
     nb.cells = [nbformat.v4.new_markdown_cell("# 1. Hostile")] + [
         nbformat.v4.new_code_cell(code, metadata={"tags": [tag] if tag else []}) for tag, code in CELLS
@@ -117,25 +120,42 @@ def run(here: Place) -> dict:
         from thesislib.experiment import prepare
         from thesislib.records.store import Store
 
-        m = prepare(str(root / name), [], data=str(here / "data"), dtype="float32").measure(Setup("wikitext", length=48, limit=2), str(here / "data"))
+        m = prepare(str(root / name), [], data=str(here / "data"), dtype="float32").measure(
+            Setup("wikitext", length=48, limit=2), str(here / "data")
+        )
         m.provenance["hardware"] = {**m.provenance["hardware"], "cpu": HOSTILE[1]}
         m.provenance["dtype"] = HOSTILE[5]
         Store(root / "rows.jsonl").append(m)
-        if code := thesislib("compress", recipe, "--subject", root / name, "--data", here / "data", "--out", root / "artifact")():
+        if code := thesislib(
+            "compress", recipe, "--subject", root / name, "--data", here / "data", "--out", root / "artifact"
+        )():
             return code
         made.chapters = lambda *_: {"01_hostile": source}
-        parameters = {"subject": str(root / name), "texts": list(HOSTILE), "made": str(root / "rows.jsonl"), "artifact": str(root / "artifact")}
+        parameters = {
+            "subject": str(root / name),
+            "texts": list(HOSTILE),
+            "made": str(root / "rows.jsonl"),
+            "artifact": str(root / "artifact"),
+        }
         return thesislib(
             "run",
             "01",
             "--out",
             root / "executed.ipynb",
-            *(x for key, value in parameters.items() for x in ("-p", f"{key}={value if isinstance(value, str) else json.dumps(value)}")),
+            *(
+                x
+                for key, value in parameters.items()
+                for x in ("-p", f"{key}={value if isinstance(value, str) else json.dumps(value)}")
+            ),
         )()
 
     ended = call(execute, root, environment, 180, 12 << 30)
     if ended.code != 0:
-        return {"cases": 0, "pages": 0, "bad": [(f"the notebook was not executed: {ended.trouble or ended.err.strip()[-300:]}", "--only markup")]}
+        return {
+            "cases": 0,
+            "pages": 0,
+            "bad": [(f"the notebook was not executed: {ended.trouble or ended.err.strip()[-300:]}", "--only markup")],
+        }
     shutil.copy(root / "executed.ipynb", source)
     # the paths of this folder are no concern of the page
     source.write_text(source.read_text("utf8").replace(str(here.root), "FOLDER"), "utf8")
@@ -146,7 +166,9 @@ def run(here: Place) -> dict:
     (book / "_config.yml").write_text(config)
     (book / "_toc.yml").write_text("format: jb-book\nroot: book/intro\nchapters:\n- file: notebooks/01_hostile\n")
     (book / "book" / "intro.md").write_text("# Intro\n")
-    shutil.copytree(checkout / "thesislib", book / "thesislib", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(
+        checkout / "thesislib", book / "thesislib", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
+    )
 
     def build() -> None:
         from thesislib import book as made
@@ -156,7 +178,11 @@ def run(here: Place) -> dict:
     ended = call(build, root, environment, 180, 12 << 30)
     pages = sorted((root / "built").rglob("01_hostile.html"))
     if not pages:
-        return {"cases": 0, "pages": 0, "bad": [(f"the book did not build: {ended.trouble or ended.err.strip()[-300:]}", "--only markup")]}
+        return {
+            "cases": 0,
+            "pages": 0,
+            "bad": [(f"the book did not build: {ended.trouble or ended.err.strip()[-300:]}", "--only markup")],
+        }
     runs, text = looked_at(pages[0])
     bad += [(f"would run in the page: {x[:160]}", "--only markup") for x in runs]
     bad += [
@@ -164,7 +190,11 @@ def run(here: Place) -> dict:
         for t in HOSTILE
         if t.split("\n")[0] not in text and t.split("\n")[0] not in text.replace("\\'", "'").replace('\\"', '"')
     ]
-    bad += [("code in a parameter ran", str(f)) for f in (root / MARK, source.parent / MARK, here.root / MARK, Path(MARK)) if f.exists()]
+    bad += [
+        ("code in a parameter ran", str(f))
+        for f in (root / MARK, source.parent / MARK, here.root / MARK, Path(MARK))
+        if f.exists()
+    ]
     exported = [c for c in rows if c]  # records, listed and as a table
     listed = root / "hostile.jsonl"
     bad += _listed(here, root, exported[0], listed)
@@ -192,10 +222,18 @@ def _listed(here: Place, root: Path, row: dict, file: Path) -> list:
         return [(f"hostile records are not listed: {ended.trouble or ended.err[-200:]}", "--only markup")]
     bad = []
     if "\x1b" in ended.out:
-        bad.append(("a terminal's control characters in a record's label reach the terminal", "--only markup: records --store with label 'a\\x1b[2Jb'"))
+        bad.append(
+            (
+                "a terminal's control characters in a record's label reach the terminal",
+                "--only markup: records --store with label 'a\\x1b[2Jb'",
+            )
+        )
     if len(ended.out.rstrip("\n").split("\n")) != len(HOSTILE) + 4 + 1:
         bad.append(
-            (f"{len(HOSTILE) + 4} records are listed in {len(ended.out.rstrip(chr(10)).split(chr(10))) - 1} lines", "--only markup: a label with a line's end")
+            (
+                f"{len(HOSTILE) + 4} records are listed in {len(ended.out.rstrip(chr(10)).split(chr(10))) - 1} lines",
+                "--only markup: a label with a line's end",
+            )
         )
     with (root / "x.csv").open(newline="", encoding="utf8") as table:
         labels = [r["label"] for r in csv.DictReader(table)]

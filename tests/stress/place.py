@@ -78,13 +78,23 @@ def prose(n: int, seed: int) -> str:
 def tokenizer() -> PreTrainedTokenizerFast:
     raw = Tokenizer(models.BPE())
     raw.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     raw.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     raw.train_from_iterator([prose(200, i) for i in range(20)], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=CHATML, bos_token=special[0], eos_token=special[2], pad_token=special[0])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, chat_template=CHATML, bos_token=special[0], eos_token=special[2], pad_token=special[0]
+    )
 
 
 def save_model(folder: Path, seed: int = 0) -> Path:
@@ -120,7 +130,9 @@ def save_texts(root: Path) -> Path:
 
 def save_notebook(path: Path) -> Path:
     """A notebook of chapters' kind, without torch in its kernel."""
-    nb = nbformat.v4.new_notebook(metadata={"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}})
+    nb = nbformat.v4.new_notebook(
+        metadata={"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    )
     prelude = "from dataclasses import make_dataclass\nfrom thesislib.config import settings"
     cells = [("", prelude), ("parameters", "k = 1\nname = 'x'"), ("", "p = settings(make_dataclass('P', [('k', int), ('name', str)]), globals())"),
              ("", "import time\nfor _ in range(10): time.sleep(0.03)"), ("", "print(p.k * p.k, p.name)")]  # fmt: skip
@@ -142,7 +154,9 @@ def save_wheel(folder: Path) -> dict:
     with zipfile.ZipFile(path, "w") as archive:
         for name, content in parts.items():
             archive.writestr(name, content)
-    members = {name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in PARTS.items()}
+    members = {
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in PARTS.items()
+    }
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     return {"tinywheel": {"version": "1.0", "sha256": sha256, "holds": "a test", "licence": "none", "members": members}}
 
@@ -162,10 +176,35 @@ class Place:
 
     def measured(self, subject: Path | str, on: str = "wikitext", data: Path | None = None) -> list:
         """The call that measures a subject in a fraction of a second."""
-        return ["evaluate", subject, "--on", on, "--data", data or self / "data", "--dtype", "float32", "--length", LENGTH, "--limit", WINDOWS, "--json"]
+        return [
+            "evaluate",
+            subject,
+            "--on",
+            on,
+            "--data",
+            data or self / "data",
+            "--dtype",
+            "float32",
+            "--length",
+            LENGTH,
+            "--limit",
+            WINDOWS,
+            "--json",
+        ]
 
     def compressed(self, recipe: str | Path, out: Path, subject: Path | None = None) -> list:
-        return ["compress", recipe, "--subject", subject or self / "subject", "--data", self / "data", "--dtype", "float32", "--out", out]
+        return [
+            "compress",
+            recipe,
+            "--subject",
+            subject or self / "subject",
+            "--data",
+            self / "data",
+            "--dtype",
+            "float32",
+            "--out",
+            out,
+        ]
 
     def must(self, *args, cache: Path | None = None):
         """A call that has to work."""
@@ -206,7 +245,10 @@ def records(here: Place) -> None:
 
     store = Store(here / "records.jsonl")
     for label in ("D1", "W1:8", "D1+W1:8"):
-        stages = [type(s)(**({"blocks": [1]} if "D" in s.label else {"remove": 1, "of": 8, "metric": "magnitude"})) for s in parse_label(label).stages]
+        stages = [
+            type(s)(**({"blocks": [1]} if "D" in s.label else {"remove": 1, "of": 8, "metric": "magnitude"}))
+            for s in parse_label(label).stages
+        ]
         ready = experiment.prepare(str(here / "subject"), stages, data=str(here / "data"), dtype="float32")
         store.append(ready.measure(Setup("wikitext", length=LENGTH, limit=WINDOWS), str(here / "data")))
 
@@ -221,13 +263,21 @@ def plain_perplexity(subject: Path, data: Path) -> float:
 
     where, more = (subject.parent, {"gguf_file": subject.name}) if subject.suffix == ".gguf" else (subject, {})
     tok = AutoTokenizer.from_pretrained(where, **more)
-    model, report = AutoModelForCausalLM.from_pretrained(where, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **more)
+    model, report = AutoModelForCausalLM.from_pretrained(
+        where, dtype=torch.float32, output_loading_info=True, use_safetensors=True, **more
+    )
     if any(report[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys")):
         raise ValueError(f"not what the file holds: {report}")
-    rows = [json.loads(line)["text"] for line in (data / "wikitext2" / "test.jsonl").read_bytes().splitlines() if line.strip()]
+    rows = [
+        json.loads(line)["text"]
+        for line in (data / "wikitext2" / "test.jsonl").read_bytes().splitlines()
+        if line.strip()
+    ]
     ids = torch.tensor(tok("\n\n".join(rows), add_special_tokens=False, verbose=False)["input_ids"])
     n = len(ids) // LENGTH
-    cut = ids[: n * LENGTH].view(n, LENGTH)[torch.from_numpy(np.linspace(0, n - 1, min(WINDOWS, n)).round().astype(int))]
+    cut = ids[: n * LENGTH].view(n, LENGTH)[
+        torch.from_numpy(np.linspace(0, n - 1, min(WINDOWS, n)).round().astype(int))
+    ]
     with torch.no_grad():
         logits = model.eval()(cut).logits.float()
     return float(torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), cut[:, 1:].flatten()).exp())
@@ -242,7 +292,13 @@ def prepared() -> None:
     for name in ("cli", "book", "pipeline.offload", "formats.gguf", "formats.gptq", "compress.lora.train", "experiment", "chapters.ch03_width", "sweep.run",
                  "device.report", "device.measured", "device.emulate", "device.host"):  # fmt: skip
         importlib.import_module(f"thesislib.{name}")
-    for name in ("transformers.models.llama.modeling_llama", "transformers.integrations", "transformers.generation", "papermill", "distributed"):
+    for name in (
+        "transformers.models.llama.modeling_llama",
+        "transformers.integrations",
+        "transformers.generation",
+        "papermill",
+        "distributed",
+    ):
         importlib.import_module(name)
     for name in ("utf_8_sig", "idna", "ascii", "latin_1"):
         importlib.import_module(f"encodings.{name}")  # another user may not read Python's own folder
@@ -252,7 +308,9 @@ def prepared() -> None:
 
     dask.config.set({"distributed.worker.multiprocessing-method": "fork"})  # Dask's workers have all imported too
     with contextlib.redirect_stdout(io.StringIO()):
-        thesislib("recipe", "label", "D1")()  # what Typer imports late; no file is read, whose checksum a process may remember
+        thesislib(
+            "recipe", "label", "D1"
+        )()  # what Typer imports late; no file is read, whose checksum a process may remember
     records.commit()
     for name in ("torch", "transformers", "tokenizers", "numpy", "safetensors"):
         version(name)

@@ -101,7 +101,12 @@ def test_a_record_of_a_sweep_is_made_again(swept, place):
     pruned = next(m for m in rows if m.provenance["made"]["label"] == "D1+W1:8")
     assert again(pruned, place.subject, place.data).agrees
     note = dict(pruned.provenance["sweep"])
-    assert note.pop("seconds_to_make") > 0 and note == {"grid": "small", "size": "quick", "group": "some", "label": "D1+W1:8"}
+    assert note.pop("seconds_to_make") > 0 and note == {
+        "grid": "small",
+        "size": "quick",
+        "group": "some",
+        "label": "D1+W1:8",
+    }
 
 
 def environment():
@@ -116,7 +121,9 @@ def test_workers_have_the_threads_they_are_given(place, grid_file, tmp_path):
     one = replace(grid, configurations=grid.configurations[:1])
     assert sweep(one, place, store, Workers(1, threads=2)) == {}
     assert {m.provenance["hardware"]["torch_threads"] for m in store.rows(items=False).values()} == {2}
-    with driving._client(Workers(2)) as client:  # nor does Dask's advice against keeping memory reach them, which halves their speed
+    with driving._client(
+        Workers(2)
+    ) as client:  # nor does Dask's advice against keeping memory reach them, which halves their speed
         assert {tuple(found) for found in client.run(environment).values()} == {(None, str(max(1, cores // 2)))}
     assert "MALLOC_TRIM_THRESHOLD_" not in os.environ
     timed = missing(replace(one, timed=7), place, [store])  # other repetitions are another measurement
@@ -152,7 +159,9 @@ def test_what_cannot_work_is_said_before_the_first_run(place, tmp_path, monkeypa
 
 def test_one_that_fails_is_recorded_and_the_rest_goes_on(place, tmp_path):
     file = tmp_path / "hard.yaml"
-    text = GRID.replace("groups:", "stages: {Q: {gptq: {group: 32, text: c4, windows: 99999}}}\ngroups:").replace('[none, "W1:8"]', "[none, Q]")
+    text = GRID.replace("groups:", "stages: {Q: {gptq: {group: 32, text: c4, windows: 99999}}}\ngroups:").replace(
+        '[none, "W1:8"]', "[none, Q]"
+    )
     file.write_text(text.replace("    timed: 3\n", ""))
     store = Store(tmp_path / "hard.jsonl")
     failed = sweep(read_grid(file, "quick"), place, store, Workers(1, retries=0))
@@ -192,7 +201,10 @@ def notebook(tmp_path):
         cells = [("", PRELUDE), ("parameters", 'k = 1\nfolder = ""'), ("", "p = settings(P, globals())"), ("", code)]
         cells.append(("results", 'pd.DataFrame({"name": [f"row {k}"], "square": [k * k]}).set_index("name")'))
         nb.cells = [nbformat.v4.new_code_cell(source, metadata={"tags": [tag] if tag else []}) for tag, source in cells]
-        nb.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
+        nb.metadata = {
+            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+            "language_info": {"name": "python"},
+        }
         nbformat.write(nb, tmp_path / f"{name}.ipynb")
         return tmp_path / f"{name}.ipynb"
 
@@ -201,7 +213,12 @@ def notebook(tmp_path):
 
 def order(notebook, out, k=1):
     kept = []
-    text = {"do": "notebook", "notebook": str(notebook), "out": str(out), "parameters": {"k": k, "folder": str(out.parent)}}
+    text = {
+        "do": "notebook",
+        "notebook": str(notebook),
+        "out": str(out),
+        "parameters": {"k": k, "folder": str(out.parent)},
+    }
     return Order(f"k={k}", f"{notebook.stem}-{k}", text, lambda: bool(kept), kept.append), kept
 
 
@@ -214,7 +231,9 @@ def wait_for(what, seconds=60):
 
 
 def test_a_worker_killed_in_the_middle_is_replaced_and_its_kernel_dies(notebook, tmp_path):
-    slow = notebook('(Path(folder) / f"{os.getpid()}.kernel").write_text(str(os.getppid()))\nif len(list(Path(folder).glob("*.kernel"))) == 1: time.sleep(600)')
+    slow = notebook(
+        '(Path(folder) / f"{os.getpid()}.kernel").write_text(str(os.getppid()))\nif len(list(Path(folder).glob("*.kernel"))) == 1: time.sleep(600)'
+    )
     one, kept = order(slow, tmp_path / "out" / "one.ipynb")
     (tmp_path / "out").mkdir()
     pids = []
@@ -230,7 +249,9 @@ def test_a_worker_killed_in_the_middle_is_replaced_and_its_kernel_dies(notebook,
     thread.join()
     assert kept == [{"table": [{"name": "row 1", "square": 1}]}]
     assert not psutil.pid_exists(pids[0]) or psutil.Process(pids[0]).status() == psutil.STATUS_ZOMBIE
-    assert len([*(tmp_path / "out").glob("*.kernel")]) == 2 and [f.name for f in (tmp_path / "out").glob("*.ipynb")] == ["one.ipynb"]
+    assert len([*(tmp_path / "out").glob("*.kernel")]) == 2 and [
+        f.name for f in (tmp_path / "out").glob("*.ipynb")
+    ] == ["one.ipynb"]
 
 
 def test_a_worker_that_always_dies_is_given_up_and_named(notebook, tmp_path):
@@ -242,7 +263,9 @@ def test_a_worker_that_always_dies_is_given_up_and_named(notebook, tmp_path):
 
 
 def test_an_error_is_tried_again(notebook, tmp_path):
-    flaky = notebook('mark = Path(folder) / "mark"\nif not mark.exists():\n    mark.write_text("x")\n    raise OSError("once")')
+    flaky = notebook(
+        'mark = Path(folder) / "mark"\nif not mark.exists():\n    mark.write_text("x")\n    raise OSError("once")'
+    )
     (tmp_path / "out").mkdir()
     one, kept = order(flaky, tmp_path / "out" / "one.ipynb")
     assert drive([one], Workers(1, retries=1), tmp_path / "claims") == {} and len(kept) == 1
@@ -251,7 +274,13 @@ def test_an_error_is_tried_again(notebook, tmp_path):
 
 
 def test_a_notebook_is_swept_into_one_table(notebook, tmp_path):
-    table, failed = sweep_notebook("squares", notebook("if k == 3: raise ValueError('three')"), {"k": [1, 2, 3]}, tmp_path / "out", Workers(1, retries=0))
+    table, failed = sweep_notebook(
+        "squares",
+        notebook("if k == 3: raise ValueError('three')"),
+        {"k": [1, 2, 3]},
+        tmp_path / "out",
+        Workers(1, retries=0),
+    )
     assert list(failed) == ["k=3"] and "three" in failed["k=3"]
     assert table.read_text() == "k,name,square\n1,row 1,1\n2,row 2,4\n"
     assert len([*(tmp_path / "out").glob("squares-*.ipynb")]) == 3  # one of them the failed one, up to its error
@@ -273,7 +302,11 @@ def test_one_cell_without_a_table_leaves_the_others(notebook, tmp_path):
     nb.cells[-1].source = f"None if k == 2 else {nb.cells[-1].source}"
     nbformat.write(nb, book)
     table, failed = sweep_notebook("squares", book, {"k": [1, 2]}, tmp_path / "out", Workers(1, retries=0))
-    assert list(failed) == ["k=2"] and "shows no table" in failed["k=2"] and table.read_text() == "k,name,square\n1,row 1,1\n"
+    assert (
+        list(failed) == ["k=2"]
+        and "shows no table" in failed["k=2"]
+        and table.read_text() == "k,name,square\n1,row 1,1\n"
+    )
 
 
 def test_workers_that_share_a_card_take_equal_parts_of_it():
@@ -285,7 +318,8 @@ def test_workers_that_share_a_card_take_equal_parts_of_it():
         crew.check_cards(1)
         Workers(4 * per_card, gpu=True, per_card=per_card).check_cards(4)
         with pytest.raises(
-            BadInput, match=rf"--workers is {2 * per_card + 1}, and this machine has 2 cards: expected at most {2 * per_card}, or --per-card {per_card + 1}"
+            BadInput,
+            match=rf"--workers is {2 * per_card + 1}, and this machine has 2 cards: expected at most {2 * per_card}, or --per-card {per_card + 1}",
         ):
             Workers(2 * per_card + 1, gpu=True, per_card=per_card).check_cards(2)
     with pytest.raises(BadInput, match="this machine has 0 cards: expected at most 0$"):
@@ -298,7 +332,8 @@ def test_workers_that_share_a_card_take_equal_parts_of_it():
 
 
 @pytest.mark.parametrize(
-    ("number", "per_card", "card", "share"), [(0, 1, "cuda:0", None), (1, 1, "cuda:1", None), (5, 4, "cuda:1", 0.95 / 4), ("a", 2, "cuda", 0.95 / 2)]
+    ("number", "per_card", "card", "share"),
+    [(0, 1, "cuda:0", None), (1, 1, "cuda:1", None), (5, 4, "cuda:1", 0.95 / 4), ("a", 2, "cuda", 0.95 / 2)],
 )
 def test_workers_are_dealt_to_the_cards_in_turns(monkeypatch, number, per_card, card, share):
     import distributed
@@ -307,7 +342,9 @@ def test_workers_are_dealt_to_the_cards_in_turns(monkeypatch, number, per_card, 
 
     shares = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda part, device: shares.append((part, device)))
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda part, device: shares.append((part, device))
+    )
     monkeypatch.setattr(distributed, "get_worker", lambda: SimpleNamespace(name=number))
     assert _card("cuda", per_card) == card
     assert shares == ([(share, card)] if share else [])
@@ -341,7 +378,10 @@ def test_headings_that_stand_twice_are_numbered(notebook, tmp_path):
 def test_lists_of_values_are_read():
     width, franken = chapters()["03_width_pruning"], chapters()["01_franken_llama"]
     assert listed(width, [("patterns", "[1:8],[2:4]")]) == {"patterns": [["1:8"], ["2:4"]]}
-    assert listed(franken, [("windows", "2,4,6"), ("prompt", "2026-01-01, it")]) == {"windows": [2, 4, 6], "prompt": ["2026-01-01", "it"]}
+    assert listed(franken, [("windows", "2,4,6"), ("prompt", "2026-01-01, it")]) == {
+        "windows": [2, 4, 6],
+        "prompt": ["2026-01-01", "it"],
+    }
     for text in ("", "[1", "{"):
         with pytest.raises(BadInput):
             listed(franken, [("windows", text)])
@@ -376,7 +416,17 @@ def scheduler(port):
 
 
 def worker(port, **environment):
-    return running("dask", "worker", f"tcp://127.0.0.1:{port}", "--nthreads", "1", "--no-dashboard", "--host", "127.0.0.1", **environment)
+    return running(
+        "dask",
+        "worker",
+        f"tcp://127.0.0.1:{port}",
+        "--nthreads",
+        "1",
+        "--no-dashboard",
+        "--host",
+        "127.0.0.1",
+        **environment,
+    )
 
 
 def test_a_scheduler_killed_and_started_again(place, grid_file, tmp_path):
@@ -384,7 +434,9 @@ def test_a_scheduler_killed_and_started_again(place, grid_file, tmp_path):
     crew = Workers(scheduler=f"tcp://127.0.0.1:{port}")
     with worker(port):
         with scheduler(port) as first:
-            killer = threading.Thread(target=lambda: (wait_for(store.path.exists, 120), os.killpg(first.pid, signal.SIGKILL)))
+            killer = threading.Thread(
+                target=lambda: (wait_for(store.path.exists, 120), os.killpg(first.pid, signal.SIGKILL))
+            )
             killer.start()
             with pytest.raises(RuntimeError, match=f"the scheduler at tcp://127.0.0.1:{port} is gone"):
                 sweep(grid, place, store, crew)
@@ -400,18 +452,55 @@ def test_a_scheduler_killed_and_started_again(place, grid_file, tmp_path):
 def test_an_encrypted_sweep_on_workers_with_caches_of_their_own(place, grid_file, tmp_path):
     """As book/rerun.md says for more machines; these two share nothing but the network."""
     key, cert, port = tmp_path / "key.pem", tmp_path / "cert.pem", free_port()
-    made = ("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", cert, "-days", "2", "-subj", "/CN=localhost")
+    made = (
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-keyout",
+        key,
+        "-out",
+        cert,
+        "-days",
+        "2",
+        "-subj",
+        "/CN=localhost",
+    )
     subprocess.run(made, check=True, capture_output=True)
-    names = {"ca-file": cert} | {f"{who}.{what}": file for who in ("scheduler", "worker", "client") for what, file in (("cert", cert), ("key", key))}
-    environment = {f"DASK_DISTRIBUTED__COMM__TLS__{n.replace('.', '__').replace('-', '_').upper()}": str(file) for n, file in names.items()}
+    names = {"ca-file": cert} | {
+        f"{who}.{what}": file
+        for who in ("scheduler", "worker", "client")
+        for what, file in (("cert", cert), ("key", key))
+    }
+    environment = {
+        f"DASK_DISTRIBUTED__COMM__TLS__{n.replace('.', '__').replace('-', '_').upper()}": str(file)
+        for n, file in names.items()
+    }
     at, store = f"tls://127.0.0.1:{port}", Store(tmp_path / "s.jsonl")
     caches = [str(tmp_path / name) for name in ("here", "there")]
     with ExitStack() as stack:
-        stack.enter_context(running("dask", "scheduler", "--protocol", "tls", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard", **environment))
+        stack.enter_context(
+            running(
+                "dask",
+                "scheduler",
+                "--protocol",
+                "tls",
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+                "--no-dashboard",
+                **environment,
+            )
+        )
         wait_for(lambda: _open(port))
         for cache in caches:
             where = {**environment, "THESISLIB_CACHE": cache}
-            stack.enter_context(running("dask", "worker", at, "--nthreads", "1", "--no-dashboard", "--host", "127.0.0.1", **where))
+            stack.enter_context(
+                running("dask", "worker", at, "--nthreads", "1", "--no-dashboard", "--host", "127.0.0.1", **where)
+            )
         with pytest.raises(BadInput, match="this driver has no certificate"):
             sweep(read_grid(grid_file, "quick"), place, store, Workers(scheduler=at))
         with pytest.raises(BadInput, match="no scheduler answers at tcp://"):  # nor does anyone without TLS
@@ -419,7 +508,9 @@ def test_an_encrypted_sweep_on_workers_with_caches_of_their_own(place, grid_file
         with dask.config.set({f"distributed.comm.tls.{n}": str(file) for n, file in names.items()}):
             assert sweep(read_grid(grid_file, "quick"), place, store, Workers(scheduler=at)) == {}
     assert measured(store) == WHOLE
-    assert all(any(Path(cache).rglob("*.safetensors")) for cache in caches), "both should have made something, in their own cache"
+    assert all(any(Path(cache).rglob("*.safetensors")) for cache in caches), (
+        "both should have made something, in their own cache"
+    )
 
 
 def test_no_scheduler_is_said(tmp_path):
@@ -440,7 +531,11 @@ def test_a_worker_of_another_version_is_refused(tmp_path):
     (other / "__init__.py").write_text('__version__ = "0.0.1"\n')
     port = free_port()
     one = Order("x", "x", {}, lambda: False, lambda answer: None)
-    with scheduler(port), worker(port, PYTHONPATH=str(tmp_path / "site")), pytest.raises(BadInput, match=r"has thesislib 0\.0\.1.*Expected thesislib"):
+    with (
+        scheduler(port),
+        worker(port, PYTHONPATH=str(tmp_path / "site")),
+        pytest.raises(BadInput, match=r"has thesislib 0\.0\.1.*Expected thesislib"),
+    ):
         drive([one], Workers(scheduler=f"tcp://127.0.0.1:{port}"), tmp_path)
     with pytest.raises(RuntimeError, match=r"the order is from thesislib 9"):  # one that joined later
         carry_out(json.dumps({"versions": {**versions(), "thesislib": "9"}}))

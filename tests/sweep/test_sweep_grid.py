@@ -51,7 +51,20 @@ def write(tmp_path):
 
 def test_every_combination_once_in_order(write):
     grid = read_grid(write(SMALL), "quick")
-    labels = ["dense", "W1:8", "W2:4", "D1", "D1+W1:8", "D1+W2:4", "W", "W1:8+W", "W2:4+W", "D1+W", "D1+W1:8+W", "D1+W2:4+W"]
+    labels = [
+        "dense",
+        "W1:8",
+        "W2:4",
+        "D1",
+        "D1+W1:8",
+        "D1+W2:4",
+        "W",
+        "W1:8+W",
+        "W2:4+W",
+        "D1+W",
+        "D1+W1:8+W",
+        "D1+W2:4+W",
+    ]
     assert [c.label for c in grid.configurations] == labels
     assert [c.group for c in grid.configurations] == ["pruned"] * 6 + ["trained"] * 6
     assert grid.name == "grid" and grid.size == "quick" and grid.timed is None
@@ -131,13 +144,19 @@ def test_what_is_wrong_is_named(write, old, new, message):
 
 def test_every_impossible_configuration_is_listed(write):
     text = SMALL.replace("again: [[D1]]", "again: [[R, D5], [Q]]")
-    with pytest.raises(BadInput, match=r"1 configurations cannot work(.|\n)*R\+Q"):  # quantised twice: no subject is needed to see it
+    with pytest.raises(
+        BadInput, match=r"1 configurations cannot work(.|\n)*R\+Q"
+    ):  # quantised twice: no subject is needed to see it
         read_grid(write(text), "quick")
-    grid = read_grid(write(SMALL.replace('"W2:4"', '"W2:5", "W3:7"').replace("again: [[D1]]", "again: [[D9]]")), "quick")
+    grid = read_grid(
+        write(SMALL.replace('"W2:4"', '"W2:5", "W3:7"').replace("again: [[D1]]", "again: [[D9]]")), "quick"
+    )
     with pytest.raises(BadInput) as caught:
         grid.check(lambda c: c.recipe.check(Shape(10, {"q_proj": 32, "down_proj": 64})))
     wrong = [line.split(",")[0].strip() for line in str(caught.value).splitlines()[1:]]
-    assert len(wrong) == 9 and {"D9", "W2:5", "D1+W3:7", "D1+W2:5+W"} <= set(wrong)  # two patterns, with and without D1, trained or not
+    assert len(wrong) == 9 and {"D9", "W2:5", "D1+W3:7", "D1+W2:5+W"} <= set(
+        wrong
+    )  # two patterns, with and without D1, trained or not
 
 
 IMPOSSIBLE = """
@@ -169,7 +188,10 @@ def test_all_that_is_impossible_is_listed_before_anything_is_started(write, tiny
     monkeypatch.setenv("THESISLIB_CACHE", str(tmp_path / "cache"))
     started = []
     monkeypatch.setattr(run, "drive", lambda *given: started.append(given))
-    place, store = run.Place(str(save_checkpoint(tiny(layers=8), tmp_path / "tiny")), tiny_data, "float32"), Store(tmp_path / "s.jsonl")
+    place, store = (
+        run.Place(str(save_checkpoint(tiny(layers=8), tmp_path / "tiny")), tiny_data, "float32"),
+        Store(tmp_path / "s.jsonl"),
+    )
     grid = read_grid(write(IMPOSSIBLE), "quick", strict=False)
     with pytest.raises(BadInput) as caught:
         run.sweep(grid, place, store, Workers(1))
@@ -195,10 +217,16 @@ def test_the_studys_grid_holds_all_the_thesis_has():
         if label in ("dense", "base model"):
             continue
         depth, _, width = label.partition("+")
-        wanted = f"{depth}+{lora}+{width}" if stage == "order" else "+".join(x for x in (label, lora, {"E": "Q+E"}.get(stage, stage)) if x)
+        wanted = (
+            f"{depth}+{lora}+{width}"
+            if stage == "order"
+            else "+".join(x for x in (label, lora, {"E": "Q+E"}.get(stage, stage)) if x)
+        )
         assert wanted in labels, (label, lora, stage)
     assert {"Q3", "Q2"} <= labels and len(grid.configurations) == len(labels)
-    assert next(c for c in grid.configurations if c.label == "Q3").recipe.stages[0] == Gptq(bits=3, grid="asymmetric", windows=16)
+    assert next(c for c in grid.configurations if c.label == "Q3").recipe.stages[0] == Gptq(
+        bits=3, grid="asymmetric", windows=16
+    )
 
 
 def test_the_studys_recipes_are_those_of_its_grid(tmp_path):

@@ -28,13 +28,17 @@ def _of(number: str) -> tuple[str, Chapter]:
     names = [f"{__name__}.{module.name}" for module in iter_modules(__path__) if module.name.startswith(f"ch{number}_")]
     found = {name: c for name in names if (c := getattr(import_module(name), "CHAPTER", None)) is not None}
     if len(found) != 1 or not next(iter(found.values())).notebook.startswith(f"{number}_"):
-        raise BadInput(f"of {', '.join(names) or 'no module'} {len(found)} have a CHAPTER: expected one, whose notebook is named {number}_...")
+        raise BadInput(
+            f"of {', '.join(names) or 'no module'} {len(found)} have a CHAPTER: expected one, whose notebook is named {number}_..."
+        )
     return next(iter(found.items()))
 
 
 def _known(notebook: str) -> tuple[str, Chapter] | None:
     number = notebook.partition("_")[0]
-    there = re.fullmatch(r"\d\d", number) and any(module.name.startswith(f"ch{number}_") for module in iter_modules(__path__))
+    there = re.fullmatch(r"\d\d", number) and any(
+        module.name.startswith(f"ch{number}_") for module in iter_modules(__path__)
+    )
     return found if there and (found := _of(number))[1].notebook == notebook else None
 
 
@@ -45,7 +49,9 @@ def chapter_of(notebook: str) -> Chapter:
         BadInput: it has none.
     """
     if (found := _known(notebook)) is None:
-        raise BadInput(f"notebook {notebook} has no chapter: expected a CHAPTER named so in a module ch{notebook[:2]}_*.py of thesislib/chapters")
+        raise BadInput(
+            f"notebook {notebook} has no chapter: expected a CHAPTER named so in a module ch{notebook[:2]}_*.py of thesislib/chapters"
+        )
     return found[1]
 
 

@@ -68,7 +68,9 @@ def measure_text(subject: Subject, p: Measures) -> list[Measurement]:
 
 
 def _text(subject: Subject, p: Measures, length: int) -> Measurement:
-    return perplexity(subject, evaluation_text(p.data), length=length, limit=_windows(p, length), batch=max(1, 2048 // length))
+    return perplexity(
+        subject, evaluation_text(p.data), length=length, limit=_windows(p, length), batch=max(1, 2048 // length)
+    )
 
 
 def _windows(p: Measures, length: int) -> int | None:
@@ -87,7 +89,9 @@ def _answers(subject: Subject, p: Measures, open_book: bool, prompt: str) -> Mea
 
 
 def _choices(subject: Subject, data: str, p: Measures) -> Measurement:
-    return multiple_choice(subject, Setup("hellaswag", limit=p.items, fast=True).items(data), task="HellaSwag validation")
+    return multiple_choice(
+        subject, Setup("hellaswag", limit=p.items, fast=True).items(data), task="HellaSwag validation"
+    )
 
 
 def table(found: Sequence[Measurement]) -> pd.DataFrame:
@@ -96,15 +100,30 @@ def table(found: Sequence[Measurement]) -> pd.DataFrame:
     for m in found:
         settings, percent = m.settings, task_of(m).unit == SHARE
         first = len(rows)
-        how = {"perplexity": f"windows of {settings.get('length')}", "accuracy": f"{settings.get('prompt')} prompt"}.get(m.metric, "0-shot")
-        rows.append({"task": m.task, "how": how, "metric": m.metric, "value": m.value, "low": m.low, "high": m.high, "n": m.n})
+        how = {
+            "perplexity": f"windows of {settings.get('length')}",
+            "accuracy": f"{settings.get('prompt')} prompt",
+        }.get(m.metric, "0-shot")
+        rows.append(
+            {"task": m.task, "how": how, "metric": m.metric, "value": m.value, "low": m.low, "high": m.high, "n": m.n}
+        )
         for tier in TIERS if m.metric == "accuracy" else ():
             rows.append({"task": "", "how": how, "metric": f"of these by {tier}", **m.extra[tier], "n": m.n})
         if m.metric == "acc_norm":
             rows.append({"task": "", "how": how, "metric": "acc", **m.extra["acc"], "n": m.n})
         if m.metric == "perplexity":
             for name in ("word_perplexity", "bits_per_byte"):
-                rows.append({"task": "", "how": how, "metric": name, "value": m.extra[name], "low": None, "high": None, "n": m.n})
+                rows.append(
+                    {
+                        "task": "",
+                        "how": how,
+                        "metric": name,
+                        "value": m.extra[name],
+                        "low": None,
+                        "high": None,
+                        "n": m.n,
+                    }
+                )
         rows[first:] = [row | {"percent": percent} for row in rows[first:]]
     return pd.DataFrame(rows)
 
@@ -112,7 +131,10 @@ def table(found: Sequence[Measurement]) -> pd.DataFrame:
 def readable(table: pd.DataFrame) -> pd.DataFrame:
     """The same table for a page: the interval beside its number."""
     forms = [".1%" if percent else ".4g" for percent in table["percent"]]
-    shown = [f"{r.value:{form}}" if pd.isna(r.low) else interval(r.value, r.low, r.high, form) for r, form in zip(table.itertuples(), forms, strict=True)]
+    shown = [
+        f"{r.value:{form}}" if pd.isna(r.low) else interval(r.value, r.low, r.high, form)
+        for r, form in zip(table.itertuples(), forms, strict=True)
+    ]
     return table[["task", "how", "metric", "n"]].assign(value=shown).set_index("task")[["how", "metric", "value", "n"]]
 
 
@@ -157,7 +179,11 @@ def recorded_parts(p: Measures, file: Path) -> Iterator[Part]:
                 keep(described(_answers(subject, p, *how), subject, p.data))
 
     rows: dict[Key, int | None] = {(DENSE, "perplexity", n): _windows(p, n) for n in p.lengths}
-    rows |= {(DENSE, "accuracy", open_book, prompt): p.passages if open_book else p.questions for open_book in (False, True) for prompt in PROMPTS}
+    rows |= {
+        (DENSE, "accuracy", open_book, prompt): p.passages if open_book else p.questions
+        for open_book in (False, True)
+        for prompt in PROMPTS
+    }
     for key, n in {**rows, (DENSE, "acc_norm"): p.items}.items():
         yield Part(" ".join(map(str, key)), {key: n}, make)
 

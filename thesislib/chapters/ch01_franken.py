@@ -106,7 +106,11 @@ def measure(subject: Subject, p: Franken) -> Results:
     All of them are one tree of plans: blocks that they share run once.
     """
     plans, skipped, repeated = all_plans(subject.depth, p)
-    tree: dict[Any, Plan] = {**plans, **{("skip", b): q for b, q in skipped.items()}, **{("repeat", b): q for b, q in repeated.items()}}
+    tree: dict[Any, Plan] = {
+        **plans,
+        **{("skip", b): q for b, q in skipped.items()},
+        **{("repeat", b): q for b, q in repeated.items()},
+    }
     ppl = perplexity.perplexities(subject, evaluation_text(p.data), tree, length=p.length, limit=p.windows)
     items = Setup("hellaswag", limit=p.items, fast=True).items(p.data)
     return Results(
@@ -149,8 +153,12 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(
         {
             "blocks run": table["run"],
-            "perplexity": [interval(*x, ".3g") for x in zip(table["perplexity"], table["ppl low"], table["ppl high"], strict=True)],
-            "HellaSwag": [interval(*x, ".2f") for x in zip(table["HellaSwag"], table["hs low"], table["hs high"], strict=True)],
+            "perplexity": [
+                interval(*x, ".3g") for x in zip(table["perplexity"], table["ppl low"], table["ppl high"], strict=True)
+            ],
+            "HellaSwag": [
+                interval(*x, ".2f") for x in zip(table["HellaSwag"], table["hs low"], table["hs high"], strict=True)
+            ],
             "ms per token": table["ms per token"].map("{:.1f}".format),
             "parameters, M": table["parameters, M"].map("{:.1f}".format),
         },
@@ -161,12 +169,16 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
 def texts(results: Results, written: dict[str, tuple[Timed, int]], prompt: str) -> pd.DataFrame:
     """Every plan's completion, best perplexity first."""
     order = sorted(written, key=lambda n: results.perplexity[n].value)
-    return pd.DataFrame({"completion": [prompt + written[n][0].text for n in order]}, index=pd.Index(order, name="plan"))
+    return pd.DataFrame(
+        {"completion": [prompt + written[n][0].text for n in order]}, index=pd.Index(order, name="plan")
+    )
 
 
 def agreement(a: Results, b: Results) -> float:
     """Spearman's rank correlation of the plans' perplexities in two runs."""
-    return float(spearmanr([a.perplexity[n].value for n in a.plans], [b.perplexity[n].value for n in a.plans]).statistic)
+    return float(
+        spearmanr([a.perplexity[n].value for n in a.plans], [b.perplexity[n].value for n in a.plans]).statistic
+    )
 
 
 @dataclass(frozen=True)
@@ -189,7 +201,14 @@ ORIGINAL_ITEMS = 50
 def claims(results: Results) -> list[Claim]:
     """The original study's conclusions, each held against these measurements at the 5 % level."""
     against = results.against_baseline()
-    return [_skipping_helps(against), _few_late(results, against), _repetition(results), _middle(results), _gibberish(against), _two_thirds(results)]
+    return [
+        _skipping_helps(against),
+        _few_late(results, against),
+        _repetition(results),
+        _middle(results),
+        _gibberish(against),
+        _two_thirds(results),
+    ]
 
 
 def _ratio(c: Comparison) -> str:
@@ -259,7 +278,9 @@ def _few_late(results: Results, against) -> Claim:
 
 
 def _repetition(results: Results) -> Claim:
-    against = holm_adjusted({b: perplexity.compare(results.perplexity[BASELINE], m) for b, m in results.repeated.items()})
+    against = holm_adjusted(
+        {b: perplexity.compare(results.perplexity[BASELINE], m) for b, m in results.repeated.items()}
+    )
     found = Counter(c.verdict() for c in against.values())
     worse, better = found["worse"], found["better"]
     verdict = "does not hold" if better else "holds" if worse > len(against) / 2 else "undecided"
@@ -293,7 +314,9 @@ def _gibberish(against) -> Claim:
 
 def _two_thirds(results: Results) -> Claim:
     six = [n for n in ORIGINAL_HELLASWAG if n not in (BASELINE, "2_3rd_of_llama")]
-    pairs = holm_adjusted({n: perplexity.compare(results.perplexity[n], results.perplexity["2_3rd_of_llama"]) for n in six})
+    pairs = holm_adjusted(
+        {n: perplexity.compare(results.perplexity[n], results.perplexity["2_3rd_of_llama"]) for n in six}
+    )
     closest = min(six, key=lambda n: pairs[n].difference)
     least = all(c.verdict() == "worse" for c in pairs.values())
     verdict = "holds" if least else "does not hold" if pairs[closest].verdict() == "better" else "undecided"
@@ -306,7 +329,11 @@ def _two_thirds(results: Results) -> Claim:
 
 def as_measurements(results: Results) -> list[Measurement]:
     """All of them, as they are recorded."""
-    return [m for group in (results.perplexity, results.hellaswag, results.skipped, results.repeated) for m in group.values()]
+    return [
+        m
+        for group in (results.perplexity, results.hellaswag, results.skipped, results.repeated)
+        for m in group.values()
+    ]
 
 
 def plan_label(m: Measurement) -> str:
@@ -327,8 +354,13 @@ def from_measurements(found: Sequence[Measurement]) -> Results:
     try:
         ppl, hella = ({n: by_plan[metric, plan] for n, plan in plans.items()} for metric in ("perplexity", "acc_norm"))
     except KeyError as error:
-        raise BadInput(f"these are not the results of chapter 1: {error.args[0][0]} of plan {format_plan(error.args[0][1])} is missing") from error
-    single = [{b: by_plan["perplexity", q] for b, q in group.items() if ("perplexity", q) in by_plan} for group in (skipped, repeated)]
+        raise BadInput(
+            f"these are not the results of chapter 1: {error.args[0][0]} of plan {format_plan(error.args[0][1])} is missing"
+        ) from error
+    single = [
+        {b: by_plan["perplexity", q] for b, q in group.items() if ("perplexity", q) in by_plan}
+        for group in (skipped, repeated)
+    ]
     return Results(plans, ppl, hella, *single)
 
 
@@ -349,7 +381,9 @@ def recorded_parts(p: Franken, file: Path) -> Iterator[Part]:
         if next(iter(tree))[1] == "perplexity":
             found = perplexity.perplexities(subject, evaluation_text(p.data), tree, length=p.length, limit=p.windows)
         else:
-            found = choice.multiple_choices(subject, Setup("hellaswag", limit=p.items, fast=True).items(p.data), tree, task="HellaSwag")
+            found = choice.multiple_choices(
+                subject, Setup("hellaswag", limit=p.items, fast=True).items(p.data), tree, task="HellaSwag"
+            )
         for m in found.values():
             keep(described(m, subject, p.data, label=plan_label(m)))
 

@@ -70,8 +70,17 @@ class DepthChapter:
             if metric not in METRICS:
                 raise unknown("importance metric", metric, METRICS)
         if not all(isinstance(k, int) and k > 0 for k in self.counts):
-            raise BadInput(f"parameter 'counts' is {self.counts}: expected numbers of blocks to remove, at least 1 each")
-        positive(length=self.length, calibration=self.calibration, windows=self.windows, questions=self.questions, passages=self.passages, tokens=self.tokens)
+            raise BadInput(
+                f"parameter 'counts' is {self.counts}: expected numbers of blocks to remove, at least 1 each"
+            )
+        positive(
+            length=self.length,
+            calibration=self.calibration,
+            windows=self.windows,
+            questions=self.questions,
+            passages=self.passages,
+            tokens=self.tokens,
+        )
         check_dtype(self.dtype)
 
     def check_shape(self, shape: Shape) -> None:
@@ -88,7 +97,9 @@ class DepthChapter:
         found = [k for k in self.counts if k <= free]
         if not found:
             some = f"expected e.g. counts=[{free}]" if free else "expected a subject with more blocks"
-            raise BadInput(f"parameter 'counts' is {self.counts}: of this subject's {blocks} blocks {free} can go, since the first and the last stay; {some}")
+            raise BadInput(
+                f"parameter 'counts' is {self.counts}: of this subject's {blocks} blocks {free} can go, since the first and the last stay; {some}"
+            )
         return found
 
 
@@ -136,7 +147,9 @@ def score(subject: Subject, p: DepthChapter) -> Scores:
     ids = calibration_windows(subject.tokenizer, "wikipedia", p.data, p.calibration, p.length)
     counts = p.possible(subject.depth)
     if left := [str(k) for k in p.counts if k not in counts]:
-        print(f"not possible for this subject: to remove {', '.join(left)} of its {subject.depth} blocks, since the first and the last stay")
+        print(
+            f"not possible for this subject: to remove {', '.join(left)} of its {subject.depth} blocks, since the first and the last stay"
+        )
     free = range(Depth.protect_first, subject.depth - Depth.protect_last)
     metrics: dict[str, dict[int, float]] = {}
     removed: dict[str, dict[int, tuple[int, ...]]] = {}
@@ -151,12 +164,20 @@ def score(subject: Subject, p: DepthChapter) -> Scores:
             order = sorted(free, key=lambda b: (metrics[metric][b], b))
             removed[metric] = {k: tuple(sorted(order[:k])) for k in counts}
     if p.greedy:
-        _, report = Depth(min(p.greedy, max(counts)), greedy=True, windows=p.calibration, length=p.length).apply(subject, data=p.data)
+        _, report = Depth(min(p.greedy, max(counts)), greedy=True, windows=p.calibration, length=p.length).apply(
+            subject, data=p.data
+        )
         removed[GREEDY] = {k: tuple(sorted(report["order"][:k])) for k in counts if k <= p.greedy}
     for seed in range(p.seeds):
         order = np.random.default_rng(seed).permutation(free).tolist()
         removed[f"{RANDOM} {seed}"] = {k: tuple(sorted(order[:k])) for k in counts}
-    return Scores(metrics, removed, provenance(subject, started, text="wikipedia", data=kind_of(p.data), windows=p.calibration, length=p.length, seed=0))
+    return Scores(
+        metrics,
+        removed,
+        provenance(
+            subject, started, text="wikipedia", data=kind_of(p.data), windows=p.calibration, length=p.length, seed=0
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -185,7 +206,9 @@ def kept(subject_depth: int, gone: Sequence[int]) -> tuple[int, ...]:
 
 def plans_of(subject: Subject, scores: Scores) -> dict[tuple[str, int], Plan]:
     """{(method, blocks removed): plan} of all that was chosen, and of nothing removed."""
-    chosen = {(method, k): kept(subject.depth, gone) for method, sets in scores.removed.items() for k, gone in sets.items()}
+    chosen = {
+        (method, k): kept(subject.depth, gone) for method, sets in scores.removed.items() for k, gone in sets.items()
+    }
     return {(NOTHING, 0): kept(subject.depth, ()), **chosen}
 
 
@@ -203,22 +226,35 @@ def answers(model: Subject, p: DepthChapter, open_book: bool) -> Measurement:
 
 def measure(subject: Subject, scores: Scores, p: DepthChapter) -> Results:
     """Perplexity of every method at every count, all in one tree; TriviaQA and a text of the thesis's configurations."""
-    found = perplexity.perplexities(subject, evaluation_text(p.data), plans_of(subject, scores), length=p.length, limit=p.windows)
+    found = perplexity.perplexities(
+        subject, evaluation_text(p.data), plans_of(subject, scores), length=p.length, limit=p.windows
+    )
     small, trivia = pruned(subject, scores), {}
     for open_book in (False, True):
         for k, model in tqdm(small.items(), desc="trivia", unit="model", disable=None, leave=False):
             trivia[k, open_book] = answers(model, p, open_book)
-    return Results(scores, found, trivia, {k: p.prompt + complete(model, p.prompt, p.tokens).text for k, model in small.items()})
+    return Results(
+        scores, found, trivia, {k: p.prompt + complete(model, p.prompt, p.tokens).text for k, model in small.items()}
+    )
 
 
 def parts(subject: Subject, p: DepthChapter, count: int = 2) -> pd.DataFrame:
     """Whole blocks, only attentions, only MLPs: the `count` of least Taylor score each, or as many as can go."""
     rows, count = [], min(count, unprotected(subject.depth))
     for part in ("block", "attention", "mlp"):
-        small, report = Depth(count, part=part, metric="taylor", windows=p.calibration, length=p.length).apply(subject, data=p.data)
+        small, report = Depth(count, part=part, metric="taylor", windows=p.calibration, length=p.length).apply(
+            subject, data=p.data
+        )
         m = perplexity.perplexity(small, evaluation_text(p.data), length=p.length, limit=p.windows)
         gone = ", ".join(map(str, report["removed"]))
-        rows.append({"removed": f"{count} x {part}", "of blocks": gone, "parameters, M": f"{small.parameters / 1e6:.1f}", "perplexity": number(m)})
+        rows.append(
+            {
+                "removed": f"{count} x {part}",
+                "of blocks": gone,
+                "parameters, M": f"{small.parameters / 1e6:.1f}",
+                "perplexity": number(m),
+            }
+        )
     return pd.DataFrame(rows).set_index("removed")
 
 
@@ -233,18 +269,29 @@ def importance_table(scores: Scores) -> pd.DataFrame:
 def rank_correlations(scores: Scores) -> pd.DataFrame:
     """Spearman's rank correlation between metrics, over all blocks."""
     table = importance_table(scores)
-    return pd.DataFrame(spearmanr(table).statistic if table.shape[1] > 2 else table.corr("spearman").to_numpy(), table.columns, table.columns)
+    return pd.DataFrame(
+        spearmanr(table).statistic if table.shape[1] > 2 else table.corr("spearman").to_numpy(),
+        table.columns,
+        table.columns,
+    )
 
 
 def curves(results: Results) -> pd.DataFrame:
     """One row a (method, blocks removed): perplexity with its interval; random seeds stay apart."""
-    return pd.DataFrame([{"method": m, "removed": k, "value": x.value, "low": x.low, "high": x.high} for (m, k), x in results.perplexity.items()])
+    return pd.DataFrame(
+        [
+            {"method": m, "removed": k, "value": x.value, "low": x.low, "high": x.high}
+            for (m, k), x in results.perplexity.items()
+        ]
+    )
 
 
 def against(results: Results, k: int, method: str = "perplexity") -> dict[str, Comparison]:
     """Loss of every other method against `method` at k blocks removed, paired by document, Holm-adjusted."""
     others = [m for m, at in results.perplexity if at == k and m != method]
-    return holm_adjusted({m: perplexity.compare(results.perplexity[method, k], results.perplexity[m, k]) for m in others})
+    return holm_adjusted(
+        {m: perplexity.compare(results.perplexity[method, k], results.perplexity[m, k]) for m in others}
+    )
 
 
 def thesis_table(results: Results) -> pd.DataFrame:
@@ -269,13 +316,19 @@ def thesis_table(results: Results) -> pd.DataFrame:
 def verdict(results: Results, k: int) -> str:
     """Which methods do better and worse than one-shot perplexity at k blocks, in a sentence."""
     found = {m: c for m, c in against(results, k).items() if not m.startswith(RANDOM)}
-    groups = [f"{word}: {listed([f'{m} (x {np.exp(c.difference):.2f})' for m, c in found.items() if c.verdict() == word])}" for word in VERDICTS]
+    groups = [
+        f"{word}: {listed([f'{m} (x {np.exp(c.difference):.2f})' for m, c in found.items() if c.verdict() == word])}"
+        for word in VERDICTS
+    ]
     return f"With {k} blocks removed, against one-shot perplexity ({results.perplexity['perplexity', k].value:.3g}): {'; '.join(groups)}."
 
 
 def best(results: Results, k: int) -> str:
     """The method with the lowest perplexity at k blocks removed."""
-    return min((m for m, at in results.perplexity if at == k and not m.startswith(RANDOM)), key=lambda m: results.perplexity[m, k].value)
+    return min(
+        (m for m, at in results.perplexity if at == k and not m.startswith(RANDOM)),
+        key=lambda m: results.perplexity[m, k].value,
+    )
 
 
 def headline(results: Results) -> str:
@@ -302,7 +355,9 @@ def headline(results: Results) -> str:
 def as_measurements(results: Results) -> list[Measurement]:
     """All of them, each naming its method, its count and its removed blocks."""
     out = [_named(m, method=method, removed=k) for (method, k), m in results.perplexity.items()]
-    return out + [_named(m, method="perplexity", removed=k, text=results.texts[k]) for (k, _), m in results.trivia.items()]
+    return out + [
+        _named(m, method="perplexity", removed=k, text=results.texts[k]) for (k, _), m in results.trivia.items()
+    ]
 
 
 def _named(m: Measurement, **names) -> Measurement:
@@ -321,7 +376,9 @@ def from_measurements(found: Sequence[Measurement], scores: Scores) -> Results:
     answers = [m for m in found if m.metric == "accuracy"]
     trivia = {(m.chapter["removed"], m.open_book): m for m in answers}
     if (NOTHING, 0) not in ppl or not trivia:
-        raise BadInput("these are not the results of chapter 2: the whole model's perplexity or the answers are missing")
+        raise BadInput(
+            "these are not the results of chapter 2: the whole model's perplexity or the answers are missing"
+        )
     return Results(scores, ppl, trivia, {m.chapter["removed"]: m.chapter["text"] for m in answers})
 
 
@@ -338,19 +395,31 @@ def recorded_parts(p: DepthChapter, file: Path) -> Iterator[Part]:
     """One part, since all of it follows from the scores, which lie in a file beside the record; all perplexities are one tree of plans."""
     counts = p.possible(shape(p.subject).depth)
     methods = [*p.metrics, *(f"{RANDOM} {seed}" for seed in range(p.seeds))]
-    removed = [(NOTHING, 0), *((method, k) for method in methods for k in counts), *((GREEDY, k) for k in counts if k <= p.greedy)]
+    removed = [
+        (NOTHING, 0),
+        *((method, k) for method in methods for k in counts),
+        *((GREEDY, k) for k in counts if k <= p.greedy),
+    ]
     rows: dict[Key, int | None] = {(label_of(k), "perplexity", method): p.windows for method, k in removed}
     asked = [0, *(k for k in THESIS if k in counts)]
-    rows |= {(label_of(k), what, "perplexity"): n for what, n in ((CLOSED, p.questions), (OPEN, p.passages)) for k in asked}
+    rows |= {
+        (label_of(k), what, "perplexity"): n for what, n in ((CLOSED, p.questions), (OPEN, p.passages)) for k in asked
+    }
 
     def make(missing: Collection[Key], keep: Keep) -> None:
         subject = load_subject(p.subject, p.dtype, p.device)
         if not (beside := _scores_file(file)).exists():
             write_whole(beside, score(subject, p).to_json())
         scores = Scores.from_json(read_json(beside))
-        plans = {(m, k): plan for (m, k), plan in plans_of(subject, scores).items() if (label_of(k), "perplexity", m) in missing}
+        plans = {
+            (m, k): plan
+            for (m, k), plan in plans_of(subject, scores).items()
+            if (label_of(k), "perplexity", m) in missing
+        }
         if plans:
-            for (method, k), m in perplexity.perplexities(subject, evaluation_text(p.data), plans, length=p.length, limit=p.windows).items():
+            for (method, k), m in perplexity.perplexities(
+                subject, evaluation_text(p.data), plans, length=p.length, limit=p.windows
+            ).items():
                 named = _named(m, method=method, removed=k)
                 keep(described(named, subject, p.data, stages_of(named, subject.depth)))
         for k, model in pruned(subject, scores).items():

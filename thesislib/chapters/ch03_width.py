@@ -58,7 +58,12 @@ class WidthChapter:
     weightings: list | None = None
 
     def __post_init__(self):
-        for name, default in (("patterns", [*NINE]), ("by_magnitude", ["1:8", "2:4"]), ("ratios", [0.5]), ("weightings", ["unit_norm"])):
+        for name, default in (
+            ("patterns", [*NINE]),
+            ("by_magnitude", ["1:8", "2:4"]),
+            ("ratios", [0.5]),
+            ("weightings", ["unit_norm"]),
+        ):
             object.__setattr__(self, name, default if getattr(self, name) is None else getattr(self, name))
         for pattern in (*self.patterns, *self.by_magnitude):
             packing.Pattern.parse(pattern)
@@ -75,7 +80,11 @@ class WidthChapter:
 
     def width(self, pattern: str, **settings) -> Width:
         """The stage for a pattern, "2:4", or a ratio, "0.5"."""
-        share = dict(zip(("remove", "of"), packing.Pattern.parse(pattern), strict=True)) if ":" in pattern else {"ratio": float(pattern)}
+        share = (
+            dict(zip(("remove", "of"), packing.Pattern.parse(pattern), strict=True))
+            if ":" in pattern
+            else {"ratio": float(pattern)}
+        )
         return Width(**share, **{"text": self.text, "windows": self.calibration, "length": self.length, **settings})
 
 
@@ -89,15 +98,24 @@ def configurations(p: WidthChapter) -> list[Width]:
     ]
 
 
-def calibrations(p: WidthChapter, windows: Sequence[int] = (8, 32, 128), seeds: Sequence[int] = (0, 1, 2)) -> list[Width]:
+def calibrations(
+    p: WidthChapter, windows: Sequence[int] = (8, 32, 128), seeds: Sequence[int] = (0, 1, 2)
+) -> list[Width]:
     """2:4 calibrated on web text and Wikipedia, on more or fewer windows, with different seeds."""
-    return [p.width("2:4", text=text, windows=n, seed=seed) for text in ("c4", "wikipedia") for n in windows for seed in seeds]
+    return [
+        p.width("2:4", text=text, windows=n, seed=seed)
+        for text in ("c4", "wikipedia")
+        for n in windows
+        for seed in seeds
+    ]
 
 
 Results = Mapping[Width | None, Measurement]  # None: the whole model
 
 
-def measure(subject: Subject, configs: Iterable[Width], p: WidthChapter, done: Results | None = None, found=None) -> dict[Width | None, Measurement]:
+def measure(
+    subject: Subject, configs: Iterable[Width], p: WidthChapter, done: Results | None = None, found=None
+) -> dict[Width | None, Measurement]:
     """Perplexity of the whole model and of each configuration; those in `done` are taken from there.
 
     Args:
@@ -129,7 +147,11 @@ def sizes(subject: Subject) -> dict[str, int]:
     for w in linears:
         encoding = packing.smallest(w)
         packed += packing.predicted_bytes(w.shape, w.dtype, encoding, int(packing.nonzero_bits(w).sum()))
-    return {"dense": sum(w.numel() * w.element_size() for w in linears), "packed": packed, "zeros": sum(int((w == 0).sum()) for w in linears)}
+    return {
+        "dense": sum(w.numel() * w.element_size() for w in linears),
+        "packed": packed,
+        "zeros": sum(int((w == 0).sum()) for w in linears),
+    }
 
 
 # ---------------------------------------------------------------- what the chapter shows
@@ -163,7 +185,16 @@ def main_results(results: Results, p: WidthChapter, metric: str = "wanda") -> di
 def pattern_table(results: Results, p: WidthChapter) -> pd.DataFrame:
     """One row a pattern: perplexity by WANDA and magnitude, ratio to dense, bytes, and the thesis's figures."""
     dense, wanda, magnitude = results[None], main_results(results, p), main_results(results, p, "magnitude")
-    rows = [{"pattern": DENSE, "zeros": "0 %", "WANDA": with_thousands(dense), "x dense": "1.00", "magnitude": "", "linears' bytes": "100 %"}]
+    rows = [
+        {
+            "pattern": DENSE,
+            "zeros": "0 %",
+            "WANDA": with_thousands(dense),
+            "x dense": "1.00",
+            "magnitude": "",
+            "linears' bytes": "100 %",
+        }
+    ]
     for pattern, m in wanda.items():
         size = m.chapter["sizes"]
         share = shares(wanda)[pattern]
@@ -176,7 +207,10 @@ def pattern_table(results: Results, p: WidthChapter) -> pd.DataFrame:
     for row in rows:
         if ":" in row["pattern"] or row["pattern"] == DENSE:
             theirs = thesis_row("dense" if row["pattern"] == DENSE else f"W{row['pattern']}")
-            row["thesis: perplexity"], row["x dense "] = f"{theirs.perplexity:,.2f}", f"{theirs.perplexity / thesis_row('dense').perplexity:,.2f}"
+            row["thesis: perplexity"], row["x dense "] = (
+                f"{theirs.perplexity:,.2f}",
+                f"{theirs.perplexity / thesis_row('dense').perplexity:,.2f}",
+            )
     return pd.DataFrame(rows).fillna("").set_index("pattern")
 
 
@@ -194,7 +228,14 @@ def calibration_table(results: Results, p: WidthChapter) -> pd.DataFrame:
     rows = []
     for config in calibrations(p):
         if config in results:
-            rows.append({"text": config.text, "windows": config.windows, "seed": config.seed, "perplexity": results[config].value})
+            rows.append(
+                {
+                    "text": config.text,
+                    "windows": config.windows,
+                    "seed": config.seed,
+                    "perplexity": results[config].value,
+                }
+            )
     return pd.DataFrame(rows).pivot(index=["text", "windows"], columns="seed", values="perplexity")
 
 
@@ -202,14 +243,19 @@ def halves(results: Results, p: WidthChapter) -> list[tuple[str, str, Comparison
     """At half the weights removed, each wider group against the next narrower one, Holm-adjusted."""
     found = main_results(results, p)
     pairs = [(a, b) for a, b in itertools.pairwise(HALVES) if a in found and b in found]
-    return [(a, b, c) for (a, b), c in holm_adjusted({(a, b): perplexity.compare(found[a], found[b]) for a, b in pairs}).items()]
+    return [
+        (a, b, c)
+        for (a, b), c in holm_adjusted({(a, b): perplexity.compare(found[a], found[b]) for a, b in pairs}).items()
+    ]
 
 
 def halves_sentence(results: Results, p: WidthChapter) -> str:
     """The same in words."""
     said = []
     for a, b, c in halves(results, p):
-        said.append(f"{b} is {versus(c, else_='not told apart from')} {a} (x {np.exp(c.difference):.2f}, {p_value(c.p)})")
+        said.append(
+            f"{b} is {versus(c, else_='not told apart from')} {a} (x {np.exp(c.difference):.2f}, {p_value(c.p)})"
+        )
     return "With half the weights removed, " + ", ".join(said) + "."
 
 
@@ -256,7 +302,9 @@ def headline(results: Results) -> str:
     dense, found = results[None], main_results(results, p)
     mild = perplexity.compare(dense, found["1:8"])
     shares = {x: found[x].chapter["sizes"] for x in ("1:8", "2:4")}
-    theirs = ", ".join(f"{x} x {thesis_row(f'W{x}').perplexity / thesis_row('dense').perplexity:.3g}" for x in ("1:8", "2:4"))
+    theirs = ", ".join(
+        f"{x} x {thesis_row(f'W{x}').perplexity / thesis_row('dense').perplexity:.3g}" for x in ("1:8", "2:4")
+    )
     return in_markdown(
         f"Removing 1 of 8 weights by WANDA multiplies perplexity on {dense.task} ({dense.value:.3g}) by {ratio(mild).removeprefix('x ')}, "
         f"2 of 4 by {found['2:4'].value / dense.value:.2f} (the thesis's subject: {theirs}). "
@@ -320,7 +368,13 @@ def recorded_parts(p: WidthChapter, file: Path) -> Iterator[Part]:
         subject = load(p.subject, p.dtype, p.device)
         for one in missing:
             config = configs[one]
-            (m,) = (m for c, m in measure(subject, [config] if config else [], p, {} if config is None else {None: None}).items() if c == config)
+            (m,) = (
+                m
+                for c, m in measure(
+                    subject, [config] if config else [], p, {} if config is None else {None: None}
+                ).items()
+                if c == config
+            )
             keep(described(m, subject, p.data, stages_of(m)))
 
     for one in configs:
@@ -345,4 +399,14 @@ def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurem
             yield label, WIKITEXT, m
 
 
-CHAPTER = Chapter("03_width_pruning", "width pruning", WidthChapter, recorded_parts, key, read_recorded, headline, RECORDED, claims=for_claims)
+CHAPTER = Chapter(
+    "03_width_pruning",
+    "width pruning",
+    WidthChapter,
+    recorded_parts,
+    key,
+    read_recorded,
+    headline,
+    RECORDED,
+    claims=for_claims,
+)

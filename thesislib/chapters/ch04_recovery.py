@@ -31,7 +31,15 @@ from thesislib.chapters.thesis import thesis_row
 from thesislib.compress.lora.sequences import TEXTS
 from thesislib.errors import BadInput
 from thesislib.evaluate import perplexity, triviaqa
-from thesislib.evaluate.stats import Comparison, bootstrap_mean, friedman, holm_adjusted, paired_bootstrap, paired_means, signed_rank
+from thesislib.evaluate.stats import (
+    Comparison,
+    bootstrap_mean,
+    friedman,
+    holm_adjusted,
+    paired_bootstrap,
+    paired_means,
+    signed_rank,
+)
 from thesislib.experiment import DENSE
 from thesislib.records import measurement
 from thesislib.records.measurement import Measurement, in_markdown
@@ -89,7 +97,10 @@ def recovered(results: Results, text: str = "wikitext") -> pd.DataFrame:
         documents = before.column("document")
         gap = nats["before"] - nats["dense"]
         row: dict[str, Any] = {"model": model, "gap before, nats": f"{gap.mean():.3f}"}
-        for name, gained in (("naive", nats["before"] - nats["after"]), ("fair", gap - (nats["after"] - nats["control"]))):
+        for name, gained in (
+            ("naive", nats["before"] - nats["after"]),
+            ("fair", gap - (nats["after"] - nats["control"])),
+        ):
             low, high = bootstrap_mean(gained, gap, documents)
             row[f"recovered, {name}"] = interval(gained.sum() / gap.sum(), low, high, ".0%")
             row[name] = float(gained.sum() / gap.sum())
@@ -141,7 +152,10 @@ def _texts_compared(results: Results, what: str) -> tuple[list, dict[str, list[s
     pairs = [(m, _get(results, what, m, "trivia"), _get(results, what, m, "wikitext")) for m in _models(results)]
     pairs = [(name, t, w) for name, t, w in pairs if t is not None and w is not None]
     tests = holm_adjusted({name: triviaqa.compare(t, w) for name, t, w in pairs})
-    return pairs, {word: [name for name, c in tests.items() if c.verdict(higher_is_better=True) == word] for word in ("better", "worse")}
+    return pairs, {
+        word: [name for name, c in tests.items() if c.verdict(higher_is_better=True) == word]
+        for word in ("better", "worse")
+    }
 
 
 def texts_sentence(results: Results, what: str = CLOSED) -> str:
@@ -281,10 +295,14 @@ def cost_sentence(results: Results) -> str:
     for m in results.values():
         for stage, r in zip(m.stages, m.made["reports"], strict=True):
             if "lora" in stage:  # one training may stand behind many rows
-                trained[json.dumps([m.made["base"], {**stage["lora"], "merge": ""}, r["curve"][:1]], sort_keys=True)] = r
+                trained[
+                    json.dumps([m.made["base"], {**stage["lora"], "merge": ""}, r["curve"][:1]], sort_keys=True)
+                ] = r
     hours = sum(r["seconds"] for r in trained.values()) / 3600
     each = statistics.median(r["tokens"] for r in trained.values())
-    return f"{len(trained)} trainings of {each:,.0f} tokens took {hours:.1f} hours. {measurement.cost(results.values())}"
+    return (
+        f"{len(trained)} trainings of {each:,.0f} tokens took {hours:.1f} hours. {measurement.cost(results.values())}"
+    )
 
 
 def rates_sentence(results: Results, p: LoraChapter) -> str:
@@ -315,7 +333,11 @@ def curves(results: Results) -> dict[str, tuple[list, list]]:
 def points(results: Results) -> dict[str, dict[str, Measurement]]:
     """{model: {"untrained", "+W", "+T": perplexity}} for the chart."""
     return {
-        model: {f"+{LETTERS[t]}" if t else "untrained": m for t in (None, *_texts(results)) if (m := _get(results, PPL, model, t))}
+        model: {
+            f"+{LETTERS[t]}" if t else "untrained": m
+            for t in (None, *_texts(results))
+            if (m := _get(results, PPL, model, t))
+        }
         for model in _models(results)
     }
 
@@ -331,13 +353,21 @@ def samples(results: Results, p: LoraChapter) -> pd.DataFrame:
 
 def headline(results: Results) -> str:
     """What chapter 4 found, in sentences, for the book's first page and the README."""
-    before, after, dense, control = (_get(results, PPL, *c) for c in (("D2",), ("D2", "wikitext"), (DENSE,), (DENSE, "wikitext")))
+    before, after, dense, control = (
+        _get(results, PPL, *c) for c in (("D2",), ("D2", "wikitext"), (DENSE,), (DENSE, "wikitext"))
+    )
     theirs = f"{thesis_row('D2').perplexity:.1f} to {thesis_row('D2', 'W').perplexity:.1f}, dense {thesis_row('dense').perplexity:.1f}"
     tokens, test = training_report(after)["tokens"], perplexity.compare(dense, after)
     word = {"worse": "above", "better": "below"}.get(test.verdict(), "within noise of")
     shares, (pairs, told) = recovered(results), _texts_compared(results, CLOSED)
-    numbers = {name: f"{name} ({w.value:.1%} against {t.value:.1%}, untrained {_get(results, CLOSED, name).value:.1%})" for name, t, w in pairs}
-    answers = "; ".join(f"{how} for {', '.join(numbers[n] for n in names)}" for how, names in told.items() if names) or "told from it for none"
+    numbers = {
+        name: f"{name} ({w.value:.1%} against {t.value:.1%}, untrained {_get(results, CLOSED, name).value:.1%})"
+        for name, t, w in pairs
+    }
+    answers = (
+        "; ".join(f"{how} for {', '.join(numbers[n] for n in names)}" for how, names in told.items() if names)
+        or "told from it for none"
+    )
     return in_markdown(
         f"LoRA on {tokens:,} tokens of WikiText takes D2 from perplexity {before.value:.1f} to {after.value:.1f}, {word} the dense model's "
         f"{dense.value:.1f} (the thesis's subject: {theirs}). But the dense model, trained alike, goes to {control.value:.1f}: of the loss that "
@@ -347,4 +377,14 @@ def headline(results: Results) -> str:
     )
 
 
-CHAPTER = Chapter("04_lora_recovery", "LoRA recovery", LoraChapter, recorded_parts, key, read_recorded, headline, RECORDED, claims=for_claims)
+CHAPTER = Chapter(
+    "04_lora_recovery",
+    "LoRA recovery",
+    LoraChapter,
+    recorded_parts,
+    key,
+    read_recorded,
+    headline,
+    RECORDED,
+    claims=for_claims,
+)

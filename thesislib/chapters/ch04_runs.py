@@ -69,8 +69,22 @@ class LoraChapter:
             if text not in TEXTS:
                 raise unknown("training text", text, TEXTS)
         if not self.pruned or not self.texts:
-            raise BadInput("parameters 'pruned' and 'texts' must name at least one model and one text: expected e.g. ['D2'] and ['wikitext']")
-        names = ("steps", "batch", "length", "rank", "every", "seeds", "answering", "windows", "questions", "passages", "tokens")
+            raise BadInput(
+                "parameters 'pruned' and 'texts' must name at least one model and one text: expected e.g. ['D2'] and ['wikitext']"
+            )
+        names = (
+            "steps",
+            "batch",
+            "length",
+            "rank",
+            "every",
+            "seeds",
+            "answering",
+            "windows",
+            "questions",
+            "passages",
+            "tokens",
+        )
         positive(**{name: getattr(self, name) for name in names})
         check_dtype(self.dtype)
         self.training()
@@ -81,12 +95,20 @@ class LoraChapter:
             try:
                 recipe_of(c.stages(self)).check(shape)
             except BadInput as error:
-                raise BadInput(f"parameter 'pruned' has {shown(c.pruned)}, which is not possible for this subject ({error}): expected others") from error
+                raise BadInput(
+                    f"parameter 'pruned' has {shown(c.pruned)}, which is not possible for this subject ({error}): expected others"
+                ) from error
 
     def training(self, text: str = "wikitext", **settings) -> Lora:
         """The LoRA stage on a text."""
         shared = ("rank", "learning_rate", "steps", "batch", "length", "every", "validation")
-        return Lora(text=text, accumulate=1, checkpoint_every=self.every, **{name: getattr(self, name) for name in shared}, **settings)
+        return Lora(
+            text=text,
+            accumulate=1,
+            checkpoint_every=self.every,
+            **{name: getattr(self, name) for name in shared},
+            **settings,
+        )
 
     def protocols(self) -> dict[str, Setup]:
         """What is measured, by name."""
@@ -116,7 +138,11 @@ class Configuration:
     def stages(self, p: LoraChapter) -> list:
         """Their configs."""
         settings: dict[str, Any] = {} if self.learning_rate is None else {"learning_rate": self.learning_rate}
-        trained = [dataclasses.replace(p.training(self.text, merge=self.merge, seed=self.seed), **settings)] if self.text else []
+        trained = (
+            [dataclasses.replace(p.training(self.text, merge=self.merge, seed=self.seed), **settings)]
+            if self.text
+            else []
+        )
         parts = [() if label in ("", DENSE) else parse_label(label).stages for label in (self.pruned, self.after)]
         return [*parts[0], *trained, *parts[1]]
 
@@ -148,7 +174,9 @@ def rates(p: LoraChapter, others: Sequence[float] = (0.25, 0.5, 2)) -> list[Conf
 Results = Mapping[tuple[Configuration, str], Measurement]
 
 
-def measure(configs: Iterable[Configuration], p: LoraChapter, done: Results | None = None, found: Callable | None = None) -> dict:
+def measure(
+    configs: Iterable[Configuration], p: LoraChapter, done: Results | None = None, found: Callable | None = None
+) -> dict:
     """{(configuration, what): measurement}: perplexity of all, answers of those that `asked_of` names, merges of trained sparse models.
 
     Args:
@@ -180,7 +208,9 @@ def measure(configs: Iterable[Configuration], p: LoraChapter, done: Results | No
 
 def asked_of(c: Configuration, p: LoraChapter) -> list[str]:
     """What is measured of a configuration: perplexity, and of some models answers."""
-    return [what for what in p.protocols() if what == PPL or (asked(c) and c.pruned in (DENSE, *p.pruned[: p.answering]))]
+    return [
+        what for what in p.protocols() if what == PPL or (asked(c) and c.pruned in (DENSE, *p.pruned[: p.answering]))
+    ]
 
 
 def asked(c: Configuration) -> bool:
@@ -191,7 +221,11 @@ def asked(c: Configuration) -> bool:
 def merges(c: Configuration) -> list[Configuration]:
     """The same training merged in each way, where the model is sparse, so that it matters."""
     sparse = bool(of(c.pruned).width)
-    return [dataclasses.replace(c, merge=way) for way in ("masked", "dense")] if c.text and sparse and not c.after and asked(c) else []
+    return (
+        [dataclasses.replace(c, merge=way) for way in ("masked", "dense")]
+        if c.text and sparse and not c.after and asked(c)
+        else []
+    )
 
 
 def merged(ready: Prepared, c: Configuration, p: LoraChapter) -> Prepared:
@@ -200,7 +234,12 @@ def merged(ready: Prepared, c: Configuration, p: LoraChapter) -> Prepared:
     merge_all(model.model, c.merge)
     size = {**sizes(model), "bytes_on_disk": predicted_disk_bytes(model)}
     *before, trained = ready.made["reports"]
-    trained = {**trained, "merge": c.merge, "weights": MERGES[c.merge], "zeros_after": None}  # its own were counted beside
+    trained = {
+        **trained,
+        "merge": c.merge,
+        "weights": MERGES[c.merge],
+        "zeros_after": None,
+    }  # its own were counted beside
     return Prepared(model, made(recipe_of(c.stages(p)), ready.made["base"], p.data, size, [*before, trained]))
 
 
@@ -244,7 +283,9 @@ def recorded_parts(p: LoraChapter, file: Path) -> Iterator[Part]:
     items = {PPL: p.windows, CLOSED: p.questions, OPEN: p.passages}
     for c in [*configurations(p), *order_experiment(p), *rates(p)]:
         mine = [(c, what) for what in asked_of(c, p)] + [(way, PPL) for way in merges(c)]
-        rows: dict[Key, int | None] = {(recipe_of(one.stages(p)).label or DENSE, one, what): items[what] for one, what in mine}
+        rows: dict[Key, int | None] = {
+            (recipe_of(one.stages(p)).label or DENSE, one, what): items[what] for one, what in mine
+        }
 
         def make(missing: Collection[Key], keep: Keep, c: Configuration = c, rows: Mapping = rows) -> None:
             measure([c], p, {key[1:]: None for key in rows if key not in missing}, keep)

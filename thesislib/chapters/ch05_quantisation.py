@@ -107,19 +107,33 @@ def thesis_table(labels: Sequence[str] = ("W1:8", "D2+W1:8", "D2", "D4")) -> pd.
     rows = []
     for label in labels:
         try:
-            found = {"recovered": thesis_row(label, "W"), "4-bit": thesis_row(label, "W", "Q"), "4-bit + EoRA": thesis_row(label, "W", "E")}
+            found = {
+                "recovered": thesis_row(label, "W"),
+                "4-bit": thesis_row(label, "W", "Q"),
+                "4-bit + EoRA": thesis_row(label, "W", "E"),
+            }
         except BadInput:
             continue
         rows.append(
-            {"model": f"{label}+W"} | {f"perplexity, {k}": r.perplexity for k, r in found.items()} | {f"closed book, {k}": r.closed for k, r in found.items()}
+            {"model": f"{label}+W"}
+            | {f"perplexity, {k}": r.perplexity for k, r in found.items()}
+            | {f"closed book, {k}": r.closed for k, r in found.items()}
         )
     return pd.DataFrame(rows).set_index("model")
 
 
-def _pairs(results: Results, pairs: Sequence[tuple[Any, Configuration, Configuration]], what: str) -> dict[Any, Comparison]:
+def _pairs(
+    results: Results, pairs: Sequence[tuple[Any, Configuration, Configuration]], what: str
+) -> dict[Any, Comparison]:
     """Named comparisons of those measured, Holm-adjusted."""
-    here = {name: (results[a.key, what], results[b.key, what]) for name, a, b in pairs if (a.key, what) in results and (b.key, what) in results}
-    return holm_adjusted({name: (perplexity if what in (PPL, HELD_OUT) else triviaqa).compare(a, b) for name, (a, b) in here.items()})
+    here = {
+        name: (results[a.key, what], results[b.key, what])
+        for name, a, b in pairs
+        if (a.key, what) in results and (b.key, what) in results
+    }
+    return holm_adjusted(
+        {name: (perplexity if what in (PPL, HELD_OUT) else triviaqa).compare(a, b) for name, (a, b) in here.items()}
+    )
 
 
 def against(c: Configuration, other: Configuration) -> str:
@@ -133,7 +147,9 @@ def method_comparisons(results: Results, configs: Sequence[Configuration], what:
     for c in (c for c in configs if c.method):
 
         def other(c: Configuration = c, **changed: object) -> Configuration:
-            return pick(configs, **{"method": c.method, "bits": c.bits, "grid": c.grid, "corrected": c.corrected, **changed})
+            return pick(
+                configs, **{"method": c.method, "bits": c.bits, "grid": c.grid, "corrected": c.corrected, **changed}
+            )
 
         if c.method == "GPTQ":
             pairs.append((against(c, rounding := other(method="rounding")), rounding, c))
@@ -161,7 +177,14 @@ def ingredient_table(results: Results, configs: Sequence[Configuration], base: i
         if (c.key, HELD_OUT) in results:
             t = tests.get(c.name)
             word = "" if t is None else _short(t)
-            rows.append({"settings": c.name, "held-out perplexity": number(results[c.key, HELD_OUT]), f"against {start.name}": ratio(t) if t else "", "": word})
+            rows.append(
+                {
+                    "settings": c.name,
+                    "held-out perplexity": number(results[c.key, HELD_OUT]),
+                    f"against {start.name}": ratio(t) if t else "",
+                    "": word,
+                }
+            )
     return pd.DataFrame(rows).set_index("settings")
 
 
@@ -190,7 +213,11 @@ def worth_sentence(results: Results, p: QuantChapter) -> str:
     plain, single = alone(p)[1], {c.varied: c for c in reversed(alone(p)[2:-1])}
     there = _pairs(results, [(c.varied, best, c) for c in less if c.varied], HELD_OUT)
     first = _pairs(results, [(title, plain, single[title]) for title in there], HELD_OUT)
-    said = [f"{t} x {np.exp(first[t].difference):.3f} alone, and taken away x {np.exp(c.difference):.3f} ({_told(c)})" for t, c in there.items() if t in first]
+    said = [
+        f"{t} x {np.exp(first[t].difference):.3f} alone, and taken away x {np.exp(c.difference):.3f} ({_told(c)})"
+        for t, c in there.items()
+        if t in first
+    ]
     return f"{'; '.join(said)} (paired t tests, Holm-adjusted)."
 
 
@@ -207,9 +234,17 @@ def kinds_table(results: Results, p: QuantChapter) -> pd.DataFrame:
     """One kind of projection quantised at a time: GPTQ by the plain recipe against rounding, paired and Holm-adjusted."""
     rows = []
     for kind, c in _by_kind(results, p).items():
-        rounding, gptq = (results[pick(kinds(p), varied=kind, method=how).key, HELD_OUT] for how in ("rounding", "GPTQ"))
+        rounding, gptq = (
+            results[pick(kinds(p), varied=kind, method=how).key, HELD_OUT] for how in ("rounding", "GPTQ")
+        )
         rows.append(
-            {"quantised alone": kind, "rounding": f"{rounding.value:.2f}", "GPTQ, plain": f"{gptq.value:.2f}", "GPTQ / rounding": ratio(c), "": versus(c)}
+            {
+                "quantised alone": kind,
+                "rounding": f"{rounding.value:.2f}",
+                "GPTQ, plain": f"{gptq.value:.2f}",
+                "GPTQ / rounding": ratio(c),
+                "": versus(c),
+            }
         )
     return _framed(rows, "quantised alone", "rounding", "GPTQ, plain", "GPTQ / rounding", "")
 
@@ -235,7 +270,15 @@ def shapes_table(results: Results, p: QuantChapter) -> pd.DataFrame:
             size = next(m for m in ms.values() if m).disk_bytes
             said = f"{ratio(c)}, {versus(c)}" if (c := tests.get((bits, group))) else "not run"
             numbers = {how: number(m) or "not run" for how, m in ms.items()}
-            rows.append({"bits": str(bits), "group": str(group), **numbers, "GPTQ / rounding": said, "MB on disk": f"{size / 1e6:.1f}"})
+            rows.append(
+                {
+                    "bits": str(bits),
+                    "group": str(group),
+                    **numbers,
+                    "GPTQ / rounding": said,
+                    "MB on disk": f"{size / 1e6:.1f}",
+                }
+            )
     return pd.DataFrame(rows).set_index(["bits", "group"])
 
 
@@ -253,19 +296,32 @@ def calibration_sentence(results: Results, p: QuantChapter) -> str:
 def compensation_table(results: Results, p: QuantChapter) -> pd.DataFrame:
     """EoRA's choices, each against the same weights without it, with the bytes of its factors."""
     configs = compensations(p)
-    tests = _pairs(results, [(c.name, pick(configs, method=c.method, corrected=False), c) for c in configs if c.corrected], HELD_OUT)
+    tests = _pairs(
+        results,
+        [(c.name, pick(configs, method=c.method, corrected=False), c) for c in configs if c.corrected],
+        HELD_OUT,
+    )
     rows = []
     for c in configs:
         m = results.get((c.key, HELD_OUT))
         if m is not None:
             size = f"{stage_report(m, 'eora')['bytes'] / 1e6:.1f}" if c.name in tests else ""
-            rows.append({"model": c.name, "held-out perplexity": number(m), "against without": ratio(tests[c.name]) if c.name in tests else "", "MB": size})
+            rows.append(
+                {
+                    "model": c.name,
+                    "held-out perplexity": number(m),
+                    "against without": ratio(tests[c.name]) if c.name in tests else "",
+                    "MB": size,
+                }
+            )
     return pd.DataFrame(rows).set_index("model")
 
 
 def bytes_sentence(results: Results, p: QuantChapter) -> str:
     """Is a correction worth its bytes: the fewer bits with EoRA against more bits without?"""
-    few, many = (pick(table(p), method="GPTQ", bits=bits, corrected=corrected) for bits, corrected in ((3, True), (4, False)))
+    few, many = (
+        pick(table(p), method="GPTQ", bits=bits, corrected=corrected) for bits, corrected in ((3, True), (4, False))
+    )
     a, b = results.get((few.key, PPL)), results.get((many.key, PPL))
     if a is None or b is None:
         return "3 bits with EoRA against 4 bits without were not run."
@@ -287,7 +343,16 @@ def sizes_and_losses(results: Results) -> pd.DataFrame:
             continue
         seen.add(c.key)
         size = m.disk_bytes / 1e6
-        rows.append({"method": c.method + " + EoRA" * c.corrected, "bits": c.bits, "MB": size, "perplexity": m.value, "low": m.low, "high": m.high})
+        rows.append(
+            {
+                "method": c.method + " + EoRA" * c.corrected,
+                "bits": c.bits,
+                "MB": size,
+                "perplexity": m.value,
+                "low": m.low,
+                "high": m.high,
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -312,9 +377,15 @@ def more_sentence(results: Results, p: QuantChapter) -> str:
     """What more and nearer calibration text changes, on held-out text and on the test."""
     said = []
     for bits in p.bits:
-        for first, second in zip([c for c in table(p) if (c.method, c.bits) == ("GPTQ", bits)], more(p, bits), strict=True):
+        for first, second in zip(
+            [c for c in table(p) if (c.method, c.bits) == ("GPTQ", bits)], more(p, bits), strict=True
+        ):
             tests = [(what, _pairs(results, [("", first, second)], what)) for what in (HELD_OUT, PPL)]
-            shown = [f"{ratio(found[''])} on {'held-out text' if what == HELD_OUT else 'the test'} ({p_value(found[''].p)})" for what, found in tests if found]
+            shown = [
+                f"{ratio(found[''])} on {'held-out text' if what == HELD_OUT else 'the test'} ({p_value(found[''].p)})"
+                for what, found in tests
+                if found
+            ]
             said += [f"{first.short} {' and '.join(shown)}"] if shown else []
     return f"Calibrated on {MORE['windows']} windows of Wikipedia instead of {p.calibration} of web text: {'; '.join(said) or 'not run'}."
 
@@ -352,14 +423,23 @@ def layer_table(errors: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
     Args:
         errors: {method: {"blocks.B.NAME": error}}.
     """
-    means = {method: {kind: np.mean([e for place, e in found.items() if place.endswith(kind)]) for kind in LINEARS} for method, found in errors.items()}
+    means = {
+        method: {kind: np.mean([e for place, e in found.items() if place.endswith(kind)]) for kind in LINEARS}
+        for method, found in errors.items()
+    }
     return pd.DataFrame(means).loc[list(LINEARS)].round(4)
 
 
 def layer_sentence(errors: Mapping[str, Mapping[str, float]], base: str = "rounding") -> str:
     """At how many projections each method's error on held-out text is above rounding's."""
-    said = [f"{method} at {sum(found[place] > errors[base][place] for place in found)}" for method, found in errors.items() if method != base]
-    return f"Of {len(errors[base])} projections the error on held-out text is above {base}'s with {', with '.join(said)}."
+    said = [
+        f"{method} at {sum(found[place] > errors[base][place] for place in found)}"
+        for method, found in errors.items()
+        if method != base
+    ]
+    return (
+        f"Of {len(errors[base])} projections the error on held-out text is above {base}'s with {', with '.join(said)}."
+    )
 
 
 def cost_sentence(results: Results) -> str:
@@ -382,7 +462,14 @@ def rank_table(results: Results, p: QuantChapter) -> pd.DataFrame:
         if m is not None:
             size = stage_report(m, "eora")["bytes"] if c.corrected else 0
             gain = ratio(tests[c.name]) if c.name in tests else ""
-            rows.append({"rank": c.name, "MB of factors": f"{size / 1e6:.2f}", "held-out perplexity": number(m), "against rank 0": gain})
+            rows.append(
+                {
+                    "rank": c.name,
+                    "MB of factors": f"{size / 1e6:.2f}",
+                    "held-out perplexity": number(m),
+                    "against rank 0": gain,
+                }
+            )
     return _framed(rows, "rank", "held-out perplexity")
 
 
@@ -393,7 +480,10 @@ def starts_table(results: Results, p: QuantChapter) -> pd.DataFrame:
     for c in starts(p):
         m = results.get((c.key, HELD_OUT))
         first = before[c.rank]
-        row = rows.setdefault(("EoRA" if c.corrected else "usual", c.rate), {"before": "not run" if first is None else f"{first.value:.2f}"})
+        row = rows.setdefault(
+            ("EoRA" if c.corrected else "usual", c.rate),
+            {"before": "not run" if first is None else f"{first.value:.2f}"},
+        )
         row[f"seed {c.seed}"] = "not run" if m is None else f"{m.value:.2f}"
     return pd.DataFrame(rows).T.rename_axis(["start", "learning rate"])
 
@@ -406,7 +496,9 @@ def starts_sentence(results: Results, p: QuantChapter) -> str:
     for corrected in (False, True):
         ends = {rate: value[corrected, rate, 0] for start, rate, seed in found if start == corrected and seed == 0}
         best[corrected] = min(ends, key=ends.get, default=None)
-    seeds = [s for corrected, rate, s in found if not corrected and rate == best[False] and (True, best[True], s) in found]
+    seeds = [
+        s for corrected, rate, s in found if not corrected and rate == best[False] and (True, best[True], s) in found
+    ]
     if not seeds:
         return "Starts of LoRA were not run."
     usual, eora = ([value[corrected, best[corrected], s] for s in seeds] for corrected in (False, True))
@@ -428,7 +520,9 @@ def headline(results: Results) -> str:
     best = {}
     for bits, corrected in BARS:  # by the better of two calibrations
         tried = _tried(p, bits, corrected)
-        best[tried[0].short] = min((m for c in tried if (m := results.get((c.key, PPL)))), key=lambda m: m.value, default=None)
+        best[tried[0].short] = min(
+            (m for c in tried if (m := results.get((c.key, PPL)))), key=lambda m: m.value, default=None
+        )
     reached = ", ".join(f"{name} {m.value:.1f}" for name, m in best.items() if m)
     plain = alone(q)[1]
     change = _pairs(results, [("best", plain, without(q)[0])], HELD_OUT)["best"]
@@ -452,7 +546,10 @@ def pruned_sentence(results: Results, p: QuantChapter) -> str:
     configs = pruned(p)
     pairs = []
     for label in dict.fromkeys(c.varied for c in configs):
-        r, g, e = (pick(configs, varied=label, method=how, corrected=eora) for how, eora in (("rounding", False), ("GPTQ", False), ("GPTQ", True)))
+        r, g, e = (
+            pick(configs, varied=label, method=how, corrected=eora)
+            for how, eora in (("rounding", False), ("GPTQ", False), ("GPTQ", True))
+        )
         pairs += [(f"{label}: GPTQ against rounding", r, g), (f"{label}: EoRA against none", g, e)]
     said = [f"{name}, {_short(c)} ({ratio(c)}, {p_value(c.p)})" for name, c in _pairs(results, pairs, HELD_OUT).items()]
     return f"Paired t tests, Holm-adjusted: {'; '.join(said)}." if said else "Pruned models were not run."
@@ -476,11 +573,17 @@ def answers_sentence(results: Results, p: QuantChapter) -> str:
     """Questions answered by the quantised models against the dense one, and with EoRA against without, exact McNemar tests."""
     said, (dense, *configs) = [], table(p)
     pairs = [(f"{c.name} against dense", dense, c) for c in configs]
-    pairs += [(f"{c.name} against without", pick(configs, method=c.method, bits=c.bits, corrected=False), c) for c in configs if c.corrected]
+    pairs += [
+        (f"{c.name} against without", pick(configs, method=c.method, bits=c.bits, corrected=False), c)
+        for c in configs
+        if c.corrected
+    ]
     of = {name: c for name, _, c in pairs}
     for what in (CLOSED, OPEN):
         tests = _pairs(results, pairs, what)
-        shown = [f"{n} {results[of[n].key, what].value:.1%} ({_short(c, up=True)}, {p_value(c.p)})" for n, c in tests.items()]
+        shown = [
+            f"{n} {results[of[n].key, what].value:.1%} ({_short(c, up=True)}, {p_value(c.p)})" for n, c in tests.items()
+        ]
         said.append(f"{what}, dense {results[None, what].value:.1%}: {'; '.join(shown) or 'not run'}")
     return ". ".join(x[0].upper() + x[1:] for x in said) + ". Exact McNemar tests, Holm-adjusted."
 

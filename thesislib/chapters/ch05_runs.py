@@ -32,8 +32,24 @@ from thesislib.sources import corpus
 
 PPL, HELD_OUT = "perplexity", "held-out perplexity"
 # GPTQ as it is usually set up. Its paper's code has an integer zero-point by default, whole rows, and 128 windows of 2,048 tokens
-PLAIN: dict = {"grid": "symmetric", "clip": "none", "act_order": "none", "damping": 0.01, "sequential": False, "weighting": "equal", "text": "c4"}
-BEST: dict = {"grid": "asymmetric", "clip": "squared", "act_order": "static", "damping": 0.01, "sequential": True, "weighting": "unit_norm", "text": "c4"}
+PLAIN: dict = {
+    "grid": "symmetric",
+    "clip": "none",
+    "act_order": "none",
+    "damping": 0.01,
+    "sequential": False,
+    "weighting": "equal",
+    "text": "c4",
+}
+BEST: dict = {
+    "grid": "asymmetric",
+    "clip": "squared",
+    "act_order": "static",
+    "damping": 0.01,
+    "sequential": True,
+    "weighting": "unit_norm",
+    "text": "c4",
+}
 # every ingredient, and what it can be instead of the plain recipe's; the first is what the chapter's best settings have
 INGREDIENTS = {
     "token weighting": ("weighting", ("unit_norm", "first_16", "skip_1")),
@@ -46,9 +62,15 @@ INGREDIENTS = {
     "window length": ("length", (2048,)),
     "group": ("group", (32,)),
 }
-MORE: dict = {"text": "wikipedia", "windows": 128}  # calibration on the kind of text that is measured on, and four times as much of it
+MORE: dict = {
+    "text": "wikipedia",
+    "windows": 128,
+}  # calibration on the kind of text that is measured on, and four times as much of it
 BUDGET = 19_537_920  # bytes of EoRA's corrections at rank 32 of the embedded subject, for a budget to be compared with
-RATES = (2e-3, 2e-4)  # of training from either start: the first suits a start at zero, and may be too fast for one that is not
+RATES = (
+    2e-3,
+    2e-4,
+)  # of training from either start: the first suits a start at zero, and may be too fast for one that is not
 SHAPES = {8: (64,), 4: (32, 64, "row"), 3: (32, 64), 2: (64,)}  # groups tried at each number of bits
 
 
@@ -105,7 +127,14 @@ class QuantChapter:
 
     def eora(self, **settings) -> Eora:
         """EoRA."""
-        return Eora(**{**({} if "bytes" in settings else {"rank": self.rank}), "windows": self.calibration, "length": self.length, **settings})
+        return Eora(
+            **{
+                **({} if "bytes" in settings else {"rank": self.rank}),
+                "windows": self.calibration,
+                "length": self.length,
+                **settings,
+            }
+        )
 
     def protocols(self) -> dict[str, tuple[Setup, str]]:
         """{what: (protocol, data)}."""
@@ -198,13 +227,21 @@ def pick(configs: Iterable["Configuration"], **wanted: object) -> "Configuration
 # ---------------------------------------------------------------- the chapter's questions, each a list of configurations
 
 
-def table(p: QuantChapter, grids: Iterable[str] = ("asymmetric",), measured: tuple = (PPL, HELD_OUT, CLOSED, OPEN)) -> list[Configuration]:
+def table(
+    p: QuantChapter, grids: Iterable[str] = ("asymmetric",), measured: tuple = (PPL, HELD_OUT, CLOSED, OPEN)
+) -> list[Configuration]:
     """Bits by method: rounding and GPTQ, each without and with EoRA on top."""
     found = [Configuration("table", DENSE, (), measured)]
     for bits in p.bits:
         for grid in grids:
-            for name, stage in ((f"rounding {bits}-bit {grid}", p.rtn(bits, grid=grid)), (f"GPTQ {bits}-bit {grid}", p.gptq(bits, grid=grid))):
-                found += [Configuration("table", name, (stage,), measured), Configuration("table", f"{name} + EoRA", (stage, p.eora()), measured)]
+            for name, stage in (
+                (f"rounding {bits}-bit {grid}", p.rtn(bits, grid=grid)),
+                (f"GPTQ {bits}-bit {grid}", p.gptq(bits, grid=grid)),
+            ):
+                found += [
+                    Configuration("table", name, (stage,), measured),
+                    Configuration("table", f"{name} + EoRA", (stage, p.eora()), measured),
+                ]
     return found
 
 
@@ -227,7 +264,10 @@ def alone(p: QuantChapter, bits: int = 4) -> list[Configuration]:
         Configuration("alone", "the plain recipe", (p.gptq(bits, **PLAIN),)),
     ]
     for title, (key, values) in INGREDIENTS.items():
-        found += [Configuration("alone", f"{title}: {value}", (p.gptq(bits, **{**PLAIN, key: value}),), varied=title) for value in values]
+        found += [
+            Configuration("alone", f"{title}: {value}", (p.gptq(bits, **{**PLAIN, key: value}),), varied=title)
+            for value in values
+        ]
     return [*found, Configuration("alone", "rounding, integer zero-point, no clipping", (p.rtn(bits, clip="none"),))]
 
 
@@ -236,7 +276,9 @@ def without(p: QuantChapter, bits: int = 4) -> list[Configuration]:
     found = [Configuration("without", "all of them", (p.gptq(bits),))]
     for title, (key, (value, *_)) in INGREDIENTS.items():
         if key in PLAIN and PLAIN[key] != BEST[key]:
-            found.append(Configuration("without", f"without {title}", (p.gptq(bits, **{key: PLAIN[key]}),), varied=title))
+            found.append(
+                Configuration("without", f"without {title}", (p.gptq(bits, **{key: PLAIN[key]}),), varied=title)
+            )
         elif key != "group":
             found.append(Configuration("without", f"with {title} {value}", (p.gptq(bits, **{key: value}),)))
     return found
@@ -252,22 +294,41 @@ def kinds(p: QuantChapter, bits: int = 4) -> list[Configuration]:
     return found
 
 
-def calibrations(p: QuantChapter, bits: int = 4, amounts: Iterable[int] = (4, 32), seeds: Iterable[int] = (0, 1, 2)) -> list[Configuration]:
+def calibrations(
+    p: QuantChapter, bits: int = 4, amounts: Iterable[int] = (4, 32), seeds: Iterable[int] = (0, 1, 2)
+) -> list[Configuration]:
     """The best settings on more and less text, and on other windows of it."""
     found = [Configuration("calibrations", f"{n} windows", (p.gptq(bits, windows=n),)) for n in amounts]
-    return found + [Configuration("calibrations", f"{p.calibration} windows, seed {s}", (p.gptq(bits, seed=s),), varied="seed") for s in seeds]
+    return found + [
+        Configuration("calibrations", f"{p.calibration} windows, seed {s}", (p.gptq(bits, seed=s),), varied="seed")
+        for s in seeds
+    ]
 
 
 def search(p: QuantChapter, bits: int = 3) -> list[Configuration]:
     """How `MORE` was found, at 3 bits on held-out text: the table's calibration, and what else was tried."""
-    tried = {"more of it": {"windows": MORE["windows"]}, "Wikipedia": {"text": MORE["text"]}, "more of Wikipedia": MORE, "damping 0.1": {"damping": 0.1}}
-    return [Configuration("search", "the table's", (p.gptq(bits),)), *(Configuration("search", name, (p.gptq(bits, **s),)) for name, s in tried.items())]
+    tried = {
+        "more of it": {"windows": MORE["windows"]},
+        "Wikipedia": {"text": MORE["text"]},
+        "more of Wikipedia": MORE,
+        "damping 0.1": {"damping": 0.1},
+    }
+    return [
+        Configuration("search", "the table's", (p.gptq(bits),)),
+        *(Configuration("search", name, (p.gptq(bits, **s),)) for name, s in tried.items()),
+    ]
 
 
 def more(p: QuantChapter, bits: int = 3) -> list[Configuration]:
     """The best settings on more and nearer calibration text, GPTQ's and EoRA's: what the table's bars at 3 bits needed."""
-    stage, name = p.gptq(bits, **MORE), f"GPTQ {bits}-bit asymmetric, {MORE['windows']} windows of {MORE['text'].capitalize()}"
-    return [Configuration("more", name, (stage,), (PPL, HELD_OUT)), Configuration("more", f"{name} + EoRA", (stage, p.eora(**MORE)), (PPL, HELD_OUT))]
+    stage, name = (
+        p.gptq(bits, **MORE),
+        f"GPTQ {bits}-bit asymmetric, {MORE['windows']} windows of {MORE['text'].capitalize()}",
+    )
+    return [
+        Configuration("more", name, (stage,), (PPL, HELD_OUT)),
+        Configuration("more", f"{name} + EoRA", (stage, p.eora(**MORE)), (PPL, HELD_OUT)),
+    ]
 
 
 def compensations(p: QuantChapter, bits: int = 4) -> list[Configuration]:
@@ -277,7 +338,9 @@ def compensations(p: QuantChapter, bits: int = 4) -> list[Configuration]:
         found += [
             Configuration("compensations", name, (base,)),
             Configuration("compensations", f"{name} + EoRA", (base, p.eora())),
-            Configuration("compensations", f"{name} + EoRA, tokens by unit norm", (base, p.eora(weighting="unit_norm"))),
+            Configuration(
+                "compensations", f"{name} + EoRA, tokens by unit norm", (base, p.eora(weighting="unit_norm"))
+            ),
         ]
     base = p.gptq(bits)
     return [
@@ -306,7 +369,9 @@ def pruned(p: QuantChapter, labels: Iterable[str] = ("W2:4", "D4"), bits: int = 
     return found
 
 
-def starts(p: QuantChapter, bits: int = 3, steps: int = 16, seeds: Iterable[int] = (0, 1, 2), rates: Iterable[float] = RATES) -> list[Configuration]:
+def starts(
+    p: QuantChapter, bits: int = 3, steps: int = 16, seeds: Iterable[int] = (0, 1, 2), rates: Iterable[float] = RATES
+) -> list[Configuration]:
     """LoRA on a quantised model, started as usual and from EoRA's correction, at equal rank and steps; each at two learning rates."""
     found = []
     for rate in rates:
@@ -315,7 +380,11 @@ def starts(p: QuantChapter, bits: int = 3, steps: int = 16, seeds: Iterable[int]
                             checkpoint_every=8, seed=seed)  # fmt: skip
             found += [
                 Configuration("start", f"usual, rate {rate:g}, seed {seed}", (p.gptq(bits), training)),
-                Configuration("start", f"EoRA, rate {rate:g}, seed {seed}", (p.gptq(bits), p.eora(), dataclasses.replace(training, init="eora"))),
+                Configuration(
+                    "start",
+                    f"EoRA, rate {rate:g}, seed {seed}",
+                    (p.gptq(bits), p.eora(), dataclasses.replace(training, init="eora")),
+                ),
             ]
     return found
 
@@ -323,7 +392,9 @@ def starts(p: QuantChapter, bits: int = 3, steps: int = 16, seeds: Iterable[int]
 Results = Mapping[tuple[str | None, str], Measurement]
 
 
-def measure(configs: Iterable[Configuration], p: QuantChapter, done: Results | None = None, found: Callable | None = None) -> dict:
+def measure(
+    configs: Iterable[Configuration], p: QuantChapter, done: Results | None = None, found: Callable | None = None
+) -> dict:
     """{(the stages' hash, what): measurement} of each configuration; see `thesislib.chapters.ch04_runs.measure`."""
     results = dict(done or {})
     for c in tqdm([*configs], desc="quantisation", unit="model", disable=None, leave=False):
@@ -351,7 +422,10 @@ def layers(p: QuantChapter, configs: Iterable[Configuration], windows: int = 8) 
     (original,) = models(p, [Configuration("layers", DENSE)]).values()
     ids = corpus.windows(corpus.evaluation_text("embedded"), original.tokenizer, p.length, windows).ids
     found = layer_errors(original, models(p, configs), ids)
-    return {name: {f"blocks.{b}.{kind}": round(error, 6) for (b, kind), error in errors.items()} for name, errors in found.items()}
+    return {
+        name: {f"blocks.{b}.{kind}": round(error, 6) for (b, kind), error in errors.items()}
+        for name, errors in found.items()
+    }
 
 
 def sink_shares(p: QuantChapter, windows: int = 4) -> dict[str, float]:
@@ -393,15 +467,29 @@ def from_measurements(found: Iterable[Measurement]) -> dict[tuple[str | None, st
 def read_recorded(path: Path) -> Results:
     """A recorded run; the dense model on the test text and its answers are chapter 0's and chapter 4's, on the same items."""
     found = from_measurements(Store(path).rows().values())
-    measures, lora = (list(Store(path.with_name(f"{name}.jsonl")).rows().values()) for name in ("00_measures", "04_lora_recovery"))
+    measures, lora = (
+        list(Store(path.with_name(f"{name}.jsonl")).rows().values()) for name in ("00_measures", "04_lora_recovery")
+    )
     dense = {PPL: [m for m in measures if m.metric == "perplexity" and m.settings["length"] == 512]}
     of_dense = [m for m in lora if m.label == DENSE]
     dense |= {what: [m for m in of_dense if m.chapter["what"] == what] for what in (CLOSED, OPEN)}
-    noted = {what: dataclasses.replace(ms[0], provenance={"chapter": {"what": what}, **ms[0].provenance}) for what, ms in dense.items() if ms}
+    noted = {
+        what: dataclasses.replace(ms[0], provenance={"chapter": {"what": what}, **ms[0].provenance})
+        for what, ms in dense.items()
+        if ms
+    }
     return {(None, what): m for what, m in noted.items()} | found
 
 
-RECORDED = {"bits": [4, 3], "calibration": 32, "windows": None, "held_out": 24, "questions": 200, "passages": 64, "tokens": 40}
+RECORDED = {
+    "bits": [4, 3],
+    "calibration": 32,
+    "windows": None,
+    "held_out": 24,
+    "questions": 200,
+    "passages": 64,
+    "tokens": 40,
+}
 ABLATION = 16  # calibration windows of all but the table: settings are compared with each other, at half the price
 
 
@@ -420,7 +508,11 @@ def recorded_table(p: QuantChapter) -> list[Configuration]:
     found = []
     for c in table(p):
         tested, answers = c.method == "GPTQ", c.method == "GPTQ" and c.bits == 4
-        found.append(dataclasses.replace(c, measured=(*((PPL,) if tested else ()), HELD_OUT, *((CLOSED, OPEN) if answers else ()))))
+        found.append(
+            dataclasses.replace(
+                c, measured=(*((PPL,) if tested else ()), HELD_OUT, *((CLOSED, OPEN) if answers else ()))
+            )
+        )
     return found
 
 
@@ -429,7 +521,17 @@ def recorded_configurations(p: QuantChapter) -> list[Configuration]:
     q = dataclasses.replace(p, calibration=ABLATION)
     symmetric = [c for c in table(q, ("symmetric",), (HELD_OUT,)) if not c.corrected]
     chosen = [*alone(q), *without(q), *recorded_table(p), *search(p), *more(p)]
-    return [*chosen, *compensations(q), *kinds(q), *starts(q), *ranks(q), *pruned(q), *calibrations(q), *symmetric, *shapes(q)]
+    return [
+        *chosen,
+        *compensations(q),
+        *kinds(q),
+        *starts(q),
+        *ranks(q),
+        *pruned(q),
+        *calibrations(q),
+        *symmetric,
+        *shapes(q),
+    ]
 
 
 def layers_file(path: Path) -> Path:
@@ -443,9 +545,13 @@ def recorded_parts(p: QuantChapter, file: Path) -> Iterator[Part]:
     for c in recorded_configurations(p):
 
         def make(missing: Collection[Key], keep: Keep, c: Configuration = c) -> None:
-            measure([c], p, {(c.key, what): None for what in c.measured if (_label(c), c.key, what) not in missing}, keep)
+            measure(
+                [c], p, {(c.key, what): None for what in c.measured if (_label(c), c.key, what) not in missing}, keep
+            )
 
-        yield Part(f"{c.key} {' '.join(c.measured)}", {(_label(c), c.key, what): items[what] for what in c.measured}, make)
+        yield Part(
+            f"{c.key} {' '.join(c.measured)}", {(_label(c), c.key, what): items[what] for what in c.measured}, make
+        )
     yield Part("layers", {}, lambda *_: _write_layers(p, file), layers_file(file))
 
 
@@ -456,9 +562,19 @@ def _label(c: Configuration) -> str:
 def _write_layers(p: QuantChapter, file: Path) -> None:
     q = dataclasses.replace(p, calibration=ABLATION)
     rounding, *_, gptq, both = (c for c in table(q) if c.bits == 4)
-    named = {"rounding": rounding, "GPTQ, tokens equal": Configuration("layers", "", (q.gptq(4, weighting="equal"),)), "GPTQ": gptq, "GPTQ + EoRA": both}
+    named = {
+        "rounding": rounding,
+        "GPTQ, tokens equal": Configuration("layers", "", (q.gptq(4, weighting="equal"),)),
+        "GPTQ": gptq,
+        "GPTQ + EoRA": both,
+    }
     found = layers(p, [dataclasses.replace(c, name=name) for name, c in named.items()])
-    made = {"stages": {name: recipe_of(c.stages).plain() for name, c in named.items()}, "text": "embedded", "windows": 8, "length": p.length}
+    made = {
+        "stages": {name: recipe_of(c.stages).plain() for name, c in named.items()},
+        "text": "embedded",
+        "windows": 8,
+        "length": p.length,
+    }
     write_whole(layers_file(file), json.dumps({"errors": found, **made}, indent=1) + "\n")
 
 

@@ -30,7 +30,14 @@ from thesislib.sweep.run import FAILED, Place, Setting, identity_of, known, poss
 from thesislib.sweep.workers import Workers
 
 RECORDED, PRECISION, FULL = "sample", "precision", "full"
-READS = ("00_measures", "01_franken_llama", "02_depth_pruning", "03_width_pruning", "04_lora_recovery", "05_quantisation")
+READS = (
+    "00_measures",
+    "01_franken_llama",
+    "02_depth_pruning",
+    "03_width_pruning",
+    "04_lora_recovery",
+    "05_quantisation",
+)
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,9 @@ def _number(m: Measurement | None, percent: bool) -> str:
     return "not run" if m is None else share(m) if percent else number(m, ",.0f" if m.value > 1000 else ".4g")
 
 
-def grid_table(results: Results, groups: Sequence[str] | None = None, size: str = RECORDED, run: bool = False) -> pd.DataFrame:
+def grid_table(
+    results: Results, groups: Sequence[str] | None = None, size: str = RECORDED, run: bool = False
+) -> pd.DataFrame:
     """One row a configuration of the grid: measures with intervals, sizes, and the thesis's own figures for its subject.
 
     Args:
@@ -135,7 +144,12 @@ def grid_table(results: Results, groups: Sequence[str] | None = None, size: str 
                 row["x dense"] = f"{m.value / dense.value:,.3g}" if m and dense else ""
         if m := results.get((c.label, SECONDS_PER_TOKEN)):
             row["ms per token"] = interval(1e3 * m.value, 1e3 * m.low, 1e3 * m.high, ".1f")
-        columns = {"M parameters": "parameters", "M not zero": "nonzero_parameters", "MB on disk": "bytes_on_disk", "MB in memory": "bytes_in_memory"}
+        columns = {
+            "M parameters": "parameters",
+            "M not zero": "nonzero_parameters",
+            "MB on disk": "bytes_on_disk",
+            "MB in memory": "bytes_in_memory",
+        }
         for name, key in columns.items():
             value = size_of(results, c.label, key)
             row[name] = "" if value is None else f"{value / 1e6:.1f}"
@@ -151,7 +165,10 @@ def tier_table(results: Results) -> pd.DataFrame:
     rows = []
     for (label, what), m in results.items():
         if what == OPEN:
-            rows.append({"model": label, "any": f"{m.value:.1%}"} | {tier: interval(x["value"], x["low"], x["high"], ".1%") for tier, x in m.extra.items()})
+            rows.append(
+                {"model": label, "any": f"{m.value:.1%}"}
+                | {tier: interval(x["value"], x["low"], x["high"], ".1%") for tier, x in m.extra.items()}
+            )
     return pd.DataFrame(rows).set_index("model")
 
 
@@ -161,7 +178,11 @@ def coverage_sentence(results: Results, size: str = RECORDED) -> str:
     have = {label for label, _ in results}
     done = [c for c in g.configurations if all((c.label, measure) in results for measure in c.measures)]
     absent = [c.label for c in g.configurations if c.label not in have]
-    listed = f" Not run: {', '.join(absent[:12])}{f' and {len(absent) - 12} more' if len(absent) > 12 else ''}." if absent else ""
+    listed = (
+        f" Not run: {', '.join(absent[:12])}{f' and {len(absent) - 12} more' if len(absent) > 12 else ''}."
+        if absent
+        else ""
+    )
     return (
         f"Of the {len(g.configurations)} configurations of size {size}, {len(done)} are measured by all of its measures and {len(have)} by at least one; "
         f"the whole grid, size full, has {len(whole.configurations)}.{listed}"
@@ -175,7 +196,11 @@ def cost_table(results: Results) -> pd.DataFrame:
         here = {key: m for key, m in results.items() if family(key[0]) == name}
         made = {label: note["seconds_to_make"] for (label, _), m in here.items() if (note := m.provenance.get("sweep"))}
         if here:
-            row = {"last stage": name, "models": len({label for label, _ in here}), "to make it": f"{np.median(list(made.values())):.0f}" if made else ""}
+            row = {
+                "last stage": name,
+                "models": len({label for label, _ in here}),
+                "to make it": f"{np.median(list(made.values())):.0f}" if made else "",
+            }
             for measure in MEASURES:
                 seconds = [m.provenance["seconds"] for (_, what), m in here.items() if what == measure]
                 row[measure] = f"{np.median(seconds):.0f}" if seconds else ""
@@ -189,7 +214,11 @@ def cost_sentence(results: Results) -> str:
     for m in results.values():
         run = m.provenance["hardware"]
         on_card = str(run.get("device", "cpu")).startswith("cuda")
-        places[str(run["accelerator"]) if on_card else f"{run['torch_threads']} thread{'s' * (run['torch_threads'] != 1)} of {run.get('cpu')}"] = None
+        places[
+            str(run["accelerator"])
+            if on_card
+            else f"{run['torch_threads']} thread{'s' * (run['torch_threads'] != 1)} of {run.get('cpu')}"
+        ] = None
     place = " or ".join(places)
     total = sum(m.provenance["seconds"] for m in results.values()) / 3600
     made = {label: note["seconds_to_make"] for (label, _), m in results.items() if (note := m.provenance.get("sweep"))}
@@ -209,7 +238,9 @@ def against_dense(results: Results, size: str = FULL) -> pd.DataFrame:
     measures = dict.fromkeys(m for c in grid(size).configurations for m in c.measures)
     pairs = [(label, m) for label, m in results if label != DENSE and m in measures and (DENSE, m) in results]
     cells: dict[str, dict[str, str]] = {}
-    for (label, m), c in holm_adjusted({(label, m): compare(results[DENSE, m], results[label, m]) for label, m in pairs}).items():
+    for (label, m), c in holm_adjusted(
+        {(label, m): compare(results[DENSE, m], results[label, m]) for label, m in pairs}
+    ).items():
         cells.setdefault(label, {})[m] = difference(c, task_of(results[label, m])) + " *" * c.told
     rows = [{"model": label} | {m: cells[label].get(m, "not run") for m in measures} for label in cells]
     return pd.DataFrame(rows, columns=["model", *measures]).set_index("model")
@@ -221,9 +252,17 @@ def full_sentence(results: Results) -> str:
         return "Nothing of size full was run."
     whole = grid(FULL)
     measures = dict.fromkeys(m for c in whole.configurations for m in c.measures)
-    said = [f"{m} {len(labels)} ({_few(labels)})" for m in measures if (labels := [label for label, what in results if what == m])]
+    said = [
+        f"{m} {len(labels)} ({_few(labels)})"
+        for m in measures
+        if (labels := [label for label, what in results if what == m])
+    ]
     absent = [m for m in measures if not any(what == m for _, what in results)]
-    minutes = {m: np.median([r.provenance["seconds"] for (_, what), r in results.items() if what == m]) / 60 for m in measures if m not in absent}
+    minutes = {
+        m: np.median([r.provenance["seconds"] for (_, what), r in results.items() if what == m]) / 60
+        for m in measures
+        if m not in absent
+    }
     cost = ", ".join(f"{m} {x:.2g}" for m, x in minutes.items())
     threads = {r.provenance["hardware"]["torch_threads"] for r in results.values()}
     where = f"{' or '.join(map(str, sorted(threads)))} thread{'s' * (threads != {1})}"
@@ -259,7 +298,10 @@ def stage_table(results: Results) -> pd.DataFrame:
             here = [c for f, *_, c in found if f == name]
             if here:
                 effects = sorted(c.difference for c in here)
-                shown = [f"x {np.exp(x):.3g}" if task.ratio else f"{100 * x:+.1f}" for x in (effects[0], float(np.median(effects)), effects[-1])]
+                shown = [
+                    f"x {np.exp(x):.3g}" if task.ratio else f"{100 * x:+.1f}"
+                    for x in (effects[0], float(np.median(effects)), effects[-1])
+                ]
                 told = [c.verdict(task.higher_is_better) for c in here]
                 rows.append(
                     {"stage": name, "measure": measure, "pairs": len(here), "lowest": shown[0], "median": shown[1], "highest": shown[2],
@@ -297,7 +339,11 @@ def interaction_sentence(results: Results) -> str:
     more, less = ([name for name, c in found if c.verdict() == word] for word in ("worse", "better"))
     rest = len(found) - len(more) - len(less)
     name, most = max(found, key=lambda pair: abs(pair[1].difference))
-    sides = [f"more than that for {len(more)}{_listed(more)}", f"less for {len(less)}{_listed(less)}", f"and are not told apart from it for {rest}"]
+    sides = [
+        f"more than that for {len(more)}{_listed(more)}",
+        f"less for {len(less)}{_listed(less)}",
+        f"and are not told apart from it for {rest}",
+    ]
     return (
         f"If pruning depth and width acted apart, their losses in nats a token would add up. Of {len(found)} pairs, they lose {', '.join(sides)}; "
         f"furthest off is {name}, perplexity {ratio(most, '.3g')} of the sum's (paired t tests over documents, Holm-adjusted)."
@@ -317,9 +363,19 @@ def by_depth_and_width(results: Results) -> pd.DataFrame:
     rows = []
     for (label, what), m in results.items():
         said = of(label)
-        if what != PPL or said.family != "pruned" or said.depth == 0 != len(said.of("depth")):  # parts of blocks are no depth
+        if (
+            what != PPL or said.family != "pruned" or said.depth == 0 != len(said.of("depth"))
+        ):  # parts of blocks are no depth
             continue
-        rows.append({"removed": said.depth, "width": next(iter(said.width), "none"), "perplexity": m.value, "low": m.low, "high": m.high})
+        rows.append(
+            {
+                "removed": said.depth,
+                "width": next(iter(said.width), "none"),
+                "perplexity": m.value,
+                "low": m.low,
+                "high": m.high,
+            }
+        )
     table = pd.DataFrame(rows)
     several = table.groupby("width")["removed"].transform("nunique") > 1  # a single point has no line
     return table[several]
@@ -330,7 +386,9 @@ def precision_sentence(exact: Results, rounded: Results) -> str:
     labels = [label for label, what in exact if what == PPL and (label, PPL) in rounded]
     words, shifts = {}, []
     for kind, results in (("float32", exact), ("bfloat16", rounded)):
-        tests = {(a, b): compare(results[a, PPL], results[b, PPL]) for i, a in enumerate(labels) for b in labels[i + 1 :]}
+        tests = {
+            (a, b): compare(results[a, PPL], results[b, PPL]) for i, a in enumerate(labels) for b in labels[i + 1 :]
+        }
         words[kind] = [c.verdict() for c in holm_adjusted(tests).values()]
     shifts = [rounded[x, PPL].value / exact[x, PPL].value - 1 for x in labels]
     differ = sum(int(a != b) for a, b in zip(words["float32"], words["bfloat16"], strict=True))
@@ -364,7 +422,11 @@ def _below(results: Results, base: str, labels: Sequence[str]) -> int | None:
 def _control_finding(results: Results) -> str:
     trained = [label for label, what in results if what == PPL and of(label).parts[-1:] == ("W",) and label != "W"]
     dense, control = (_below(results, base, trained) for base in (DENSE, "W"))
-    fair = "the dense model trained alike was not run" if control is None else f"{control} below that of the dense model trained alike"
+    fair = (
+        "the dense model trained alike was not run"
+        if control is None
+        else f"{control} below that of the dense model trained alike"
+    )
     return (
         f"**Recovery or adaptation.** Of {len(trained)} pruned models trained on WikiText {dense} end with a perplexity told apart below the untrained dense "
         f"model's, {fair} (paired t tests, Holm-adjusted)."
@@ -395,7 +457,11 @@ PART_OF_FULL = {  # what of size full was measured, by measure: nobody has run a
     "ARC-Easy": CHOICES,
     "PIQA": CHOICES,
 }
-RUNS = ((RECORDED, "bfloat16"), (PRECISION, "float32"), (FULL, "bfloat16"))  # in bfloat16 size precision is a part of size sample
+RUNS = (
+    (RECORDED, "bfloat16"),
+    (PRECISION, "float32"),
+    (FULL, "bfloat16"),
+)  # in bfloat16 size precision is a part of size sample
 
 
 def recorded_parts(p: EvaluationChapter, file: Path) -> Iterator[Part]:
@@ -410,22 +476,45 @@ def recorded_parts(p: EvaluationChapter, file: Path) -> Iterator[Part]:
 
         for c in g.configurations:
             everything = p.size != RECORDED or size != FULL
-            ways = {what: way for what, way in c.measures.items() if everything or c.label in PART_OF_FULL.get(what, ())}
+            ways = {
+                what: way for what, way in c.measures.items() if everything or c.label in PART_OF_FULL.get(what, ())
+            }
 
-            def make(missing: Collection[Key], keep: Keep, g: Grid = g, c: Configuration = c, place: Place = place, elsewhere=elsewhere) -> None:
+            def make(
+                missing: Collection[Key],
+                keep: Keep,
+                g: Grid = g,
+                c: Configuration = c,
+                place: Place = place,
+                elsewhere=elsewhere,
+            ) -> None:
                 at, have = elsewhere()
                 names = wanted(g, c, at)
-                todo = [what for what in c.measures if names.get(what) not in have and (c.label, g.size, place.dtype, what) in missing]
+                todo = [
+                    what
+                    for what in c.measures
+                    if names.get(what) not in have and (c.label, g.size, place.dtype, what) in missing
+                ]
                 if not todo:
                     return
                 started = time.perf_counter()
                 ready = prepare(place.subject, c.recipe.stages, data=place.data, dtype=place.dtype, device=place.device)
-                note = {"grid": g.name, "size": g.size, "group": c.group, "label": c.label, "seconds_to_make": round(time.perf_counter() - started, 1)}
+                note = {
+                    "grid": g.name,
+                    "size": g.size,
+                    "group": c.group,
+                    "label": c.label,
+                    "seconds_to_make": round(time.perf_counter() - started, 1),
+                }
                 for what in todo:
                     keep(ready.measure(c.measures[what], place.data, sweep=note))
 
             if ways:
-                yield Part(f"{size} {dtype} {c.label}", {(c.label, size, dtype, what): way.limit for what, way in ways.items()}, make)
+                yield Part(
+                    f"{size} {dtype} {c.label}",
+                    {(c.label, size, dtype, what): way.limit for what, way in ways.items()},
+                    make,
+                )
 
 
 def key(m: Measurement) -> Key:
@@ -446,4 +535,15 @@ def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurem
             yield run["sweep"]["label"], large(what) if size == FULL else what, m
 
 
-CHAPTER = Chapter("06_evaluation", "the whole grid", EvaluationChapter, recorded_parts, key, read_recorded, headline, {"size": RECORDED}, READS, for_claims)
+CHAPTER = Chapter(
+    "06_evaluation",
+    "the whole grid",
+    EvaluationChapter,
+    recorded_parts,
+    key,
+    read_recorded,
+    headline,
+    {"size": RECORDED},
+    READS,
+    for_claims,
+)

@@ -50,7 +50,10 @@ from thesislib.records.measurement import Measurement, in_markdown, provenance
 from thesislib.records.store import Store
 from thesislib.sources.corpus import questions
 
-DEPTHS, FITTED = (30, 20, 10, 4), (0, 2)  # of predicted against measured, and the places of those that the line is fitted on; held against the others
+DEPTHS, FITTED = (
+    (30, 20, 10, 4),
+    (0, 2),
+)  # of predicted against measured, and the places of those that the line is fitted on; held against the others
 SAME, PROMPTS = "prompts with the same text", 10
 TOKENS, REPEATS = 32, 7  # what a recorded timing decodes after the first token, and how often
 PLAIN = "logits of the host without vector instructions"  # what the emulation's record calls its control
@@ -174,7 +177,9 @@ class DeviceChapter:
     """
 
     subject: str = "embedded"
-    devices: list[str] = dataclasses.field(default_factory=lambda: ["siracusa", "gap9", "k1", "pi4", "pi5", "orin_nano", "laptop", "host"])
+    devices: list[str] = dataclasses.field(
+        default_factory=lambda: ["siracusa", "gap9", "k1", "pi4", "pi5", "orin_nano", "laptop", "host"]
+    )
     prompt: int = 128
     context: int = 128
 
@@ -218,8 +223,12 @@ def projection_table(rows: pd.DataFrame) -> pd.DataFrame:
     def cell(row) -> str:
         return TOO_LARGE if pd.isna(row["low"]) else f"{row['low']:.3g} to {row['high']:.3g}"
 
-    text = rows.assign(cell=rows.apply(cell, axis=1), model=rows.apply(lambda r: f"{r['model']} ({r['MB']:.0f} MB)", axis=1))
-    return text.pivot(index="model", columns="device", values="cell").reindex(index=text["model"].unique(), columns=rows["device"].unique())
+    text = rows.assign(
+        cell=rows.apply(cell, axis=1), model=rows.apply(lambda r: f"{r['model']} ({r['MB']:.0f} MB)", axis=1)
+    )
+    return text.pivot(index="model", columns="device", values="cell").reindex(
+        index=text["model"].unique(), columns=rows["device"].unique()
+    )
 
 
 def energy_table(rows: pd.DataFrame) -> pd.DataFrame:
@@ -232,7 +241,9 @@ def energy_table(rows: pd.DataFrame) -> pd.DataFrame:
 
     some = rows.groupby("device")["joules low"].transform("count") > 0
     text = rows[some].assign(cell=rows.apply(cell, axis=1))
-    return text.pivot(index="model", columns="device", values="cell").reindex(index=rows["model"].unique(), columns=text["device"].unique())
+    return text.pivot(index="model", columns="device", values="cell").reindex(
+        index=rows["model"].unique(), columns=text["device"].unique()
+    )
 
 
 def energy_sentence(rows: pd.DataFrame) -> str:
@@ -250,9 +261,14 @@ def energy_sentence(rows: pd.DataFrame) -> str:
 
 def binding_sentence(rows: pd.DataFrame) -> str:
     """What limits decoding, by device."""
-    said = [f"{name} by {' and '.join(sorted(set(part['binds'])))}" for name, part in rows[rows["binds"] != ""].groupby("device", sort=False)]
+    said = [
+        f"{name} by {' and '.join(sorted(set(part['binds'])))}"
+        for name, part in rows[rows["binds"] != ""].groupby("device", sort=False)
+    ]
     none = [name for name, part in rows.groupby("device", sort=False) if (part["binds"] == "").all()]
-    return f"At the slow end of the intervals decoding is limited on {', '.join(said)}." + (f" None of these models fits {' or '.join(none)}." if none else "")
+    return f"At the slow end of the intervals decoding is limited on {', '.join(said)}." + (
+        f" None of these models fits {' or '.join(none)}." if none else ""
+    )
 
 
 def fitting_table(subject: Subject, p: DeviceChapter, measured: Mapping) -> pd.DataFrame:
@@ -270,7 +286,9 @@ def fitting_table(subject: Subject, p: DeviceChapter, measured: Mapping) -> pd.D
         on = device(name)
         room = sum(tier.size for tier in on.tiers) - cache
         fitting = known[known["MB"] * 1e6 <= room]
-        whole = fitting[fitting["label"] == DENSE]  # an adapter beside the dense model makes it larger, not less compressed
+        whole = fitting[
+            fitting["label"] == DENSE
+        ]  # an adapter beside the dense model makes it larger, not less compressed
         best = None if fitting.empty else (fitting if whole.empty else whole).iloc[0]
         rows[on.name] = {
             "memory, MB": f"{sum(tier.size for tier in on.tiers) / 1e6:,.1f}",
@@ -285,7 +303,10 @@ def fitting_table(subject: Subject, p: DeviceChapter, measured: Mapping) -> pd.D
 def lever_table(subject: Subject, p: DeviceChapter, name: str) -> pd.DataFrame:
     """What depth, width and bits each buy on a device: projected tokens per second."""
     found = what_each_buys(subject, device(name), context=p.context)
-    text = [f"{low:.3g} to {high:.3g}" if pd.notna(low) else verdict for low, high, verdict in zip(found["low"], found["high"], found["verdict"], strict=True)]
+    text = [
+        f"{low:.3g} to {high:.3g}" if pd.notna(low) else verdict
+        for low, high, verdict in zip(found["low"], found["high"], found["verdict"], strict=True)
+    ]
     return pd.DataFrame({"lever": found["lever"], "setting": found["setting"], "MB": (found["bytes"] / 1e6).round(1), "tokens/s": text,
                          "limited by": found["binds"]}).set_index("lever")  # fmt: skip
 
@@ -294,7 +315,10 @@ def published_table() -> pd.DataFrame:
     """Projections beside figures that others published."""
     found = against_published()
     within = {True: "yes", False: "no", None: ""}
-    span = [f"{low:,.4g} to {high:,.4g}" if pd.notna(low) else "not known" for low, high in zip(found["projected low"], found["projected high"], strict=True)]
+    span = [
+        f"{low:,.4g} to {high:,.4g}" if pd.notna(low) else "not known"
+        for low, high in zip(found["projected low"], found["projected high"], strict=True)
+    ]
     error = [f"x {x:.3g}" if pd.notna(x) else "" for x in found["optimistic"]]
     return pd.DataFrame({"device": found["device"], "model": found["model"], "quantity": found["quantity"],
                          "published": [f"{x:,.4g}" for x in found["published"]],
@@ -306,9 +330,18 @@ def hosted_table(rows: pd.DataFrame | None = None) -> pd.DataFrame:
     """Joules of hosted models and what they do; beside them the projections of `rows` for the first model, see `projections`."""
     known = pd.DataFrame() if rows is None else rows.dropna(subset=["joules low"])
     ours: Any = {} if known.empty else known[known["model"] == known["model"].iloc[0]].set_index("device")
-    found = hosted({f"{row['model']} on {name}": (row["joules low"], row["joules high"]) for name, row in ours.iterrows()} if len(ours) else None)
-    each = [f"{low:.3g}" if low == high else f"{low:.2g} to {high:.2g}" for low, high in zip(found["joules low"], found["joules high"], strict=True)]
-    return found.assign(**{"joules a written token": each}).set_index("model")[["work", "joules a written token", "kind", "difference"]]
+    found = hosted(
+        {f"{row['model']} on {name}": (row["joules low"], row["joules high"]) for name, row in ours.iterrows()}
+        if len(ours)
+        else None
+    )
+    each = [
+        f"{low:.3g}" if low == high else f"{low:.2g} to {high:.2g}"
+        for low, high in zip(found["joules low"], found["joules high"], strict=True)
+    ]
+    return found.assign(**{"joules a written token": each}).set_index("model")[
+        ["work", "joules a written token", "kind", "difference"]
+    ]
 
 
 def emulated_table(path: Path | None = None) -> pd.DataFrame:
@@ -330,10 +363,16 @@ def roofline(found: Mapping[str, Subject], name: str, p: DeviceChapter) -> plt.F
     on = device(name)
     rows: list[dict[str, Any]] = []
     for kind, c in (("decoding", costs(found[DENSE], 1, p.context)), ("prompt", costs(found[DENSE], p.prompt, 0))):
-        rows += [{"name": o.name, "kind": kind, "intensity": o.macs / o.weights, "precision": o.precision} for o in c.operations if o.macs and o.weights]
+        rows += [
+            {"name": o.name, "kind": kind, "intensity": o.macs / o.weights, "precision": o.precision}
+            for o in c.operations
+            if o.macs and o.weights
+        ]
     rate, bandwidth = on.rate("gemm", rows[0]["precision"]), on.tiers[-1].read
     if rate is None or bandwidth is None:
-        raise BadInput(f"{name}'s file lacks a rate or a bandwidth, without which it has no roofline: expected such as k1")
+        raise BadInput(
+            f"{name}'s file lacks a rate or a bandwidth, without which it has no roofline: expected such as k1"
+        )
     return figures.roofline_chart(name, rate[0], bandwidth, pd.DataFrame(rows))
 
 
@@ -449,11 +488,19 @@ def prediction_sentence(record: Results) -> str:
     tables = predictions(record)
     if not tables:
         return NOT_RUN
-    between, beyond = ([e for t in tables.values() for e in t.loc[t["where"] == where, "error"].abs()] for where in (BETWEEN, BEYOND))
+    between, beyond = (
+        [e for t in tables.values() for e in t.loc[t["where"] == where, "error"].abs()] for where in (BETWEEN, BEYOND)
+    )
     noisy = sum(m.extra["verdict"] != QUIET for (label, engine), m in record.items() if engine.startswith("llama.cpp"))
-    caution = f" {noisy} of these timings come from a machine that was not quiet, as the table says." if noisy else " The machine was quiet for all of them."
+    caution = (
+        f" {noisy} of these timings come from a machine that was not quiet, as the table says."
+        if noisy
+        else " The machine was quiet for all of them."
+    )
     if spread := drift(record):
-        caution += f" Files of the same size differed by up to {spread:.0%} between sessions: an error below that says little."
+        caution += (
+            f" Files of the same size differed by up to {spread:.0%} between sessions: an error below that says little."
+        )
     first, middle, second, last = depths(blocks_of(record))
     return (f"A line through {first} and {second} blocks predicts the time per token of {middle} blocks, in {len(tables)} formats, with a mean error of "
             f"{statistics.mean(between):.1%} (from {min(between):.1%} to {max(between):.1%}), and that of {last}, beyond both, with "
@@ -466,7 +513,9 @@ def same_sentence(record: Results) -> str:
     if m is None:
         return NOT_RUN
     parted = [i for i in m.items if i["margin"] is not None]
-    rest = "; ".join(f"{i['id']} parts after {i['same']} tokens, at a margin of {i['margin']:.4f} in the logits" for i in parted)
+    rest = "; ".join(
+        f"{i['id']} parts after {i['same']} tokens, at a margin of {i['margin']:.4f} in the logits" for i in parted
+    )
     least = min(i["gap"] for i in m.items)
     return (f"On {round(m.value * m.n)} of {m.n} questions the F16 file in llama.cpp writes the same {m.items[0]['of']} tokens as transformers in float32"
             f"{': ' + rest if rest else f'; the closest call on the way was decided by {least:.4f} in the logits'}.")  # fmt: skip
@@ -476,7 +525,9 @@ def headline(record: Results) -> str:
     """What was found, in sentences."""
     dense = {kind: record[DENSE, f"llama.cpp {kind}"] for kind in TYPES if (DENSE, f"llama.cpp {kind}") in record}
     speed = ", ".join(f"{kind} {1 / m.value:.0f}" for kind, m in dense.items())
-    decoding = f"One thread of the recording machine decodes, in tokens per second of the dense model in llama.cpp: {speed}."
+    decoding = (
+        f"One thread of the recording machine decodes, in tokens per second of the dense model in llama.cpp: {speed}."
+    )
     return in_markdown(f"{decoding} {zeros_sentence(record)} {prediction_sentence(record)} {same_sentence(record)}")
 
 
@@ -517,4 +568,6 @@ def key(m: Measurement) -> Key:
     return model, engine
 
 
-CHAPTER = Chapter("07_on_device", "on a device", DeviceChapter, recorded_parts, key, read_recorded, headline, reads=("06_evaluation",))
+CHAPTER = Chapter(
+    "07_on_device", "on a device", DeviceChapter, recorded_parts, key, read_recorded, headline, reads=("06_evaluation",)
+)

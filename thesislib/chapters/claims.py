@@ -104,7 +104,13 @@ def judge(claim: Claim, records: Records) -> Verdict:
     if claim.within is not None:
         sizes = [tuple(math.exp(x) if ratio else x for x in (c.low, c.high)) for _, c, ratio in done]
         low, high = claim.within
-        word = HOLDS if all(low <= a and b <= high for a, b in sizes) else FAILS if any(b < low or a > high for a, b in sizes) else UNDECIDED
+        word = (
+            HOLDS
+            if all(low <= a and b <= high for a, b in sizes)
+            else FAILS
+            if any(b < low or a > high for a, b in sizes)
+            else UNDECIDED
+        )
     else:
         told = [(c.difference > 0) == claim.up for _, c, _ in done if c.told]
         if claim.often:
@@ -223,7 +229,9 @@ def page(records: Records) -> str:
     """book/claims.md."""
     verdicts = [judge(claim, records) for claim in CLAIMS]
     theirs, ours = ([v for v in verdicts if v.claim.ours == mine] for mine in (False, True))
-    counts = ", ".join(f"{word} {n}" for word in (HOLDS, FAILS, UNDECIDED, MISSING) if (n := sum(v.word == word for v in theirs)))
+    counts = ", ".join(
+        f"{word} {n}" for word in (HOLDS, FAILS, UNDECIDED, MISSING) if (n := sum(v.word == word for v in theirs))
+    )
     controls = "".join(f"; a control of ours (claim {verdicts.index(v) + 1}): {v.word}" for v in ours)
     lines = [
         "# The thesis's claims, one by one", "",
@@ -242,7 +250,10 @@ def page(records: Records) -> str:
         if v.claim.thesis:
             lines += [f"The thesis: {v.claim.thesis}.", ""]
         if v.comparisons:
-            lines += ["| compared | effect | 95 % interval | n | test | p, Holm |", "| --- | ---: | --- | ---: | --- | ---: |"]
+            lines += [
+                "| compared | effect | 95 % interval | n | test | p, Holm |",
+                "| --- | ---: | --- | ---: | --- | ---: |",
+            ]
             lines += [_row(*row) for row in _shown(v.comparisons)]
             lines += [""]
             if len(v.comparisons) > MOST:
@@ -250,7 +261,11 @@ def page(records: Records) -> str:
         if v.missing:
             lines += [f"Not measured: {'; '.join(map(in_markdown, v.missing))}.", ""]
         href = f"../notebooks/{v.claim.page}.html#{v.claim.anchor}"
-        more = f' What was measured at size full: <a href="{WHOLE_PAGE}">chapter 6</a>.' if any(LARGE in name for name, *_ in v.comparisons) else ""
+        more = (
+            f' What was measured at size full: <a href="{WHOLE_PAGE}">chapter 6</a>.'
+            if any(LARGE in name for name, *_ in v.comparisons)
+            else ""
+        )
         lines += [f'Shown in <a href="{href}">chapter {int(v.claim.page[:2])}</a>.{more}', ""]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -264,5 +279,7 @@ def _shown(comparisons: list) -> list:
 
 
 def _row(name: str, c: Comparison, ratio: bool) -> str:
-    effect, low, high = (f"x\u00a0{math.exp(x):.3f}" if ratio else f"{100 * x:+.1f}" for x in (c.difference, c.low, c.high))
+    effect, low, high = (
+        f"x\u00a0{math.exp(x):.3f}" if ratio else f"{100 * x:+.1f}" for x in (c.difference, c.low, c.high)
+    )
     return f"| {in_markdown(name)} | {effect} | {low} to {high} | {c.n} | {c.test} | {p_number(c.p)} |"

@@ -18,7 +18,11 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # Okabe 
 def style() -> None:
     """The look of every figure and table; call it once at the top of a notebook."""
     plain = {"text.parse_math": False}  # a dollar sign in a token or a name is one
-    sns.set_theme(style="whitegrid", context="notebook", rc={"figure.dpi": 110, "axes.titlesize": 11, "axes.labelsize": 10, **plain})
+    sns.set_theme(
+        style="whitegrid",
+        context="notebook",
+        rc={"figure.dpi": 110, "axes.titlesize": 11, "axes.labelsize": 10, **plain},
+    )
     pd.set_option("display.max_colwidth", None, "display.max_rows", None)
 
 
@@ -27,15 +31,25 @@ def plan_chart(plans: Mapping[str, Sequence[int]], table: pd.DataFrame, baseline
     order = table.sort_values("perplexity").index.tolist()
     depth = max(max(p) for p in plans.values()) + 1
     times = np.array([np.bincount(plans[name], minlength=depth) for name in order])
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(13.5, 8), sharey=True, width_ratios=(5, 3, 3), layout="constrained")
+    figure, (left, middle, right) = plt.subplots(
+        1, 3, figsize=(13.5, 8), sharey=True, width_ratios=(5, 3, 3), layout="constrained"
+    )
     shades = sns.blend_palette(["white", *sns.light_palette(BLUE, 6)[2:]], as_cmap=True)
     edges_x, edges_y = np.arange(depth + 1) - 0.5, np.arange(len(order) + 1) - 0.5
-    left.pcolormesh(edges_x, edges_y, np.minimum(times, 5), cmap=shades, vmin=0, vmax=5, edgecolors="#dddddd", linewidth=0.4)
+    left.pcolormesh(
+        edges_x, edges_y, np.minimum(times, 5), cmap=shades, vmin=0, vmax=5, edgecolors="#dddddd", linewidth=0.4
+    )
     for y, row in enumerate(times):
         for x, n in enumerate(row):
             if n > 1:
                 left.text(x, y, str(n), ha="center", va="center", fontsize=7, color="white" if n > 2 else "black")
-    left.set(xlabel="block (number: times run)", title="blocks run", yticks=range(len(order)), yticklabels=order, xlim=(-0.5, depth - 0.5))
+    left.set(
+        xlabel="block (number: times run)",
+        title="blocks run",
+        yticks=range(len(order)),
+        yticklabels=order,
+        xlim=(-0.5, depth - 0.5),
+    )
     left.invert_yaxis()
     left.grid(False)
     for axis, column, low, high, marker, colour, title in (
@@ -44,7 +58,9 @@ def plan_chart(plans: Mapping[str, Sequence[int]], table: pd.DataFrame, baseline
     ):
         rows = table.loc[order]
         error = [rows[column] - rows[low], rows[high] - rows[column]]
-        axis.errorbar(rows[column], range(len(order)), xerr=error, fmt=marker, color=colour, markersize=5, capsize=2, linewidth=1)
+        axis.errorbar(
+            rows[column], range(len(order)), xerr=error, fmt=marker, color=colour, markersize=5, capsize=2, linewidth=1
+        )
         axis.axvline(table.loc[baseline, column], color=GREY, linestyle="--", linewidth=1)
         axis.set(title=title, xlabel="dashed: baseline")
     middle.set_xscale("log")
@@ -53,11 +69,16 @@ def plan_chart(plans: Mapping[str, Sequence[int]], table: pd.DataFrame, baseline
     return figure
 
 
-def single_blocks(baseline: Measurement, skipped: Mapping[int, Measurement], repeated: Mapping[int, Measurement]) -> plt.Figure:
+def single_blocks(
+    baseline: Measurement, skipped: Mapping[int, Measurement], repeated: Mapping[int, Measurement]
+) -> plt.Figure:
     """By how many percent perplexity changes with one block left out or run twice. Linear to 10 %, logarithmic beyond."""
     figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
     bounds = []
-    for runs, marker, colour, label, shift in ((skipped, "o", BLUE, "left out", -0.12), (repeated, "^", ORANGE, "run twice", 0.12)):
+    for runs, marker, colour, label, shift in (
+        (skipped, "o", BLUE, "left out", -0.12),
+        (repeated, "^", ORANGE, "run twice", 0.12),
+    ):
         c = [compare(baseline, m) for m in runs.values()]
         middle, low, high = (100 * np.expm1([getattr(x, name) for x in c]) for name in ("difference", "low", "high"))
         axis.errorbar(np.array(list(runs)) + shift, middle, yerr=[middle - low, high - middle], fmt=marker, color=colour,
@@ -67,12 +88,16 @@ def single_blocks(baseline: Measurement, skipped: Mapping[int, Measurement], rep
     axis.set_yscale("symlog", linthresh=10)
     axis.set_ylim(min(*bounds, 0) * 1.5 - 3, max(bounds) * 2)
     axis.yaxis.set_major_formatter("{x:,.0f} %")
-    axis.set(xlabel="block", ylabel="change of perplexity", title="one block left out or run twice, 95 % paired interval")
+    axis.set(
+        xlabel="block", ylabel="change of perplexity", title="one block left out or run twice, 95 % paired interval"
+    )
     axis.legend()
     return figure
 
 
-def attention_and_spectrum(maps: Mapping[str, np.ndarray], spectra: Mapping[str, np.ndarray], tokens: Sequence[str]) -> plt.Figure:
+def attention_and_spectrum(
+    maps: Mapping[str, np.ndarray], spectra: Mapping[str, np.ndarray], tokens: Sequence[str]
+) -> plt.Figure:
     """For each model the attention of its first, middle and last block (mean of heads), above its 2-D spectrum.
 
     Args:
@@ -91,7 +116,9 @@ def attention_and_spectrum(maps: Mapping[str, np.ndarray], spectra: Mapping[str,
             upper.set(title=f"{name}: place {block} of {n}", xticks=range(len(words)), yticks=range(len(words)))
             upper.set_xticklabels(words, rotation=90, fontsize=7)
             upper.set_yticklabels(words, fontsize=7)
-            shade = lower.imshow(spectra[name][block].mean(0), cmap="magma", extent=(-half, len(words) - half, len(words) - half, -half))
+            shade = lower.imshow(
+                spectra[name][block].mean(0), cmap="magma", extent=(-half, len(words) - half, len(words) - half, -half)
+            )
             lower.set(xlabel="frequency along keys", ylabel="along queries" if column == 0 else "")
             for axis in (upper, lower):
                 axis.grid(False)
@@ -116,7 +143,16 @@ def block_ranks(table: pd.DataFrame, protected: Sequence[int]) -> plt.Figure:
     """
     ranks = table.rank().T
     figure, axis = plt.subplots(figsize=(12, 0.55 * len(ranks) + 1.4), layout="constrained")
-    sns.heatmap(ranks, cmap="Blues_r", annot=True, fmt=".0f", annot_kws={"size": 8}, cbar_kws={"label": "rank (1: least important)"}, ax=axis, linewidths=0.4)
+    sns.heatmap(
+        ranks,
+        cmap="Blues_r",
+        annot=True,
+        fmt=".0f",
+        annot_kws={"size": 8},
+        cbar_kws={"label": "rank (1: least important)"},
+        ax=axis,
+        linewidths=0.4,
+    )
     for b in protected:
         axis.add_patch(plt.Rectangle((b, 0), 1, len(ranks), fill=False, hatch="//", edgecolor=GREY, linewidth=0))
     axis.set(xlabel="block (hatched: protected by default)", ylabel="")
@@ -134,14 +170,30 @@ def removal_curves(table: pd.DataFrame, dense: float) -> plt.Figure:
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
     random = table[table["method"].str.startswith("random")].groupby("removed")["value"]
     if len(random):
-        axis.fill_between(random.min().index, random.min(), random.max(), color=GREY, alpha=0.25, linewidth=0, label="random (all seeds)")
+        axis.fill_between(
+            random.min().index,
+            random.min(),
+            random.max(),
+            color=GREY,
+            alpha=0.25,
+            linewidth=0,
+            label="random (all seeds)",
+        )
     shifts = np.linspace(-0.15, 0.15, len(METHOD_LOOKS))
     for shift, (method, (marker, colour)) in zip(shifts, METHOD_LOOKS.items(), strict=True):
         rows = table[table["method"] == method].sort_values("removed")
         if len(rows):
             error = [rows["value"] - rows["low"], rows["high"] - rows["value"]]
             axis.errorbar(
-                rows["removed"] + shift, rows["value"], yerr=error, fmt=marker + "-", color=colour, markersize=5, capsize=2, linewidth=1, label=method
+                rows["removed"] + shift,
+                rows["value"],
+                yerr=error,
+                fmt=marker + "-",
+                color=colour,
+                markersize=5,
+                capsize=2,
+                linewidth=1,
+                label=method,
             )
     axis.axhline(dense, color=GREY, linestyle="--", linewidth=1)
     axis.annotate("whole model", (table["removed"].max(), dense), ha="right", va="bottom", fontsize=9, color=GREY)
@@ -152,7 +204,9 @@ def removal_curves(table: pd.DataFrame, dense: float) -> plt.Figure:
     return figure
 
 
-def pattern_chart(series: Mapping[str, Mapping[str, Measurement]], zeros: Mapping[str, float], dense: float) -> plt.Figure:
+def pattern_chart(
+    series: Mapping[str, Mapping[str, Measurement]], zeros: Mapping[str, float], dense: float
+) -> plt.Figure:
     """Perplexity of each pattern with its interval, patterns ordered by the share of zeros; one marker a metric.
 
     Args:
@@ -160,13 +214,25 @@ def pattern_chart(series: Mapping[str, Mapping[str, Measurement]], zeros: Mappin
         zeros: {pattern: share of weights removed}.
         dense: the whole model's perplexity.
     """
-    order = sorted(zeros, key=lambda x: (zeros[x], -int(x.split(":")[-1]) if ":" in x else -1000))  # the freest choice first
+    order = sorted(
+        zeros, key=lambda x: (zeros[x], -int(x.split(":")[-1]) if ":" in x else -1000)
+    )  # the freest choice first
     figure, axis = plt.subplots(figsize=(10, 4.6), layout="constrained")
     for (name, found), marker, colour, shift in zip(series.items(), "os", (BLUE, ORANGE), (-0.1, 0.1), strict=False):
         here = [x for x in order if x in found]
         value = np.array([found[x].value for x in here])
         error = [value - [found[x].low for x in here], [found[x].high for x in here] - value]
-        axis.errorbar([order.index(x) + shift for x in here], value, yerr=error, fmt=marker, color=colour, markersize=6, capsize=3, linewidth=1, label=name)
+        axis.errorbar(
+            [order.index(x) + shift for x in here],
+            value,
+            yerr=error,
+            fmt=marker,
+            color=colour,
+            markersize=6,
+            capsize=3,
+            linewidth=1,
+            label=name,
+        )
     axis.axhline(dense, color=GREY, linestyle="--", linewidth=1)
     axis.annotate("whole model", (len(order) - 0.6, dense), ha="right", va="bottom", fontsize=9, color=GREY)
     axis.set_yscale("log")
@@ -189,10 +255,22 @@ def calibration_chart(table: pd.DataFrame) -> plt.Figure:
         rows = table.loc[text]
         axis.plot(rows.index * factor, rows.mean(axis=1), "-", color=colour, linewidth=1)
         for seed in rows:
-            axis.plot(rows.index * factor, rows[seed], marker, color=colour, markersize=6, alpha=0.7, label=text if seed == rows.columns[0] else None)
+            axis.plot(
+                rows.index * factor,
+                rows[seed],
+                marker,
+                color=colour,
+                markersize=6,
+                alpha=0.7,
+                label=text if seed == rows.columns[0] else None,
+            )
     axis.set_xscale("log", base=2)
     axis.set_xticks(rows.index, map(str, rows.index))
-    axis.set(xlabel="calibration windows of 512 tokens (log)", ylabel="perplexity of 2:4", title="a dot a seed, lines through the means")
+    axis.set(
+        xlabel="calibration windows of 512 tokens (log)",
+        ylabel="perplexity of 2:4",
+        title="a dot a seed, lines through the means",
+    )
     axis.legend()
     return figure
 
@@ -218,12 +296,18 @@ def recovery_chart(points: Mapping[str, Mapping[str, Measurement]], dense: str =
                 value, [y for y, _ in rows], xerr=error, fmt=marker, color=colour, mfc=fill, markersize=7, capsize=3, linewidth=1, label=name,
             )  # fmt: skip
         if name in points.get(dense, {}):
-            axis.axvline(points[dense][name].value, color=colour, linestyle="--" if name == "untrained" else ":", linewidth=1)
+            axis.axvline(
+                points[dense][name].value, color=colour, linestyle="--" if name == "untrained" else ":", linewidth=1
+            )
     axis.set_xscale("log")
     axis.xaxis.set_major_formatter("{x:,.0f}")
     axis.xaxis.set_minor_formatter("{x:,.0f}")
     axis.tick_params(axis="x", which="minor", labelsize=8)
-    axis.set(xlabel="perplexity (log), 95 % interval; lines: the dense model, untrained and trained alike", yticks=range(len(models)), yticklabels=models)
+    axis.set(
+        xlabel="perplexity (log), 95 % interval; lines: the dense model, untrained and trained alike",
+        yticks=range(len(models)),
+        yticklabels=models,
+    )
     axis.invert_yaxis()
     axis.legend()
     return figure
@@ -235,7 +319,10 @@ def loss_curves(curves: Mapping[str, tuple[Sequence[dict], Sequence[dict]]]) -> 
     Args:
         curves: {label: (curve, validation)}, each a list of {"step", "loss", ...}; labels end in +W or +T.
     """
-    groups = {title: {n: c for n, c in curves.items() if n.endswith(end)} for end, title in (("+W", "trained on WikiText"), ("+T", "trained on questions"))}
+    groups = {
+        title: {n: c for n, c in curves.items() if n.endswith(end)}
+        for end, title in (("+W", "trained on WikiText"), ("+T", "trained on questions"))
+    }
     groups = {title: found for title, found in groups.items() if found}
     figure, axes = plt.subplots(1, len(groups), figsize=(5.8 * len(groups), 4.2), layout="constrained", squeeze=False)
     palette = [BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
@@ -246,13 +333,20 @@ def loss_curves(curves: Mapping[str, tuple[Sequence[dict], Sequence[dict]]]) -> 
             colour, marker = palette[which % len(palette)], "os^DvPX"[which % 7]
             axis.plot([c["step"] for c in curve], [c["loss"] for c in curve], color=colour, linewidth=0.6, alpha=0.35)
             held = [(v["step"], v["loss"]) for v in validation]
-            axis.plot(*zip(*held, strict=True), marker + "-", color=colour, markersize=6, linewidth=1.8, label=names[which])
+            axis.plot(
+                *zip(*held, strict=True), marker + "-", color=colour, markersize=6, linewidth=1.8, label=names[which]
+            )
         axis.set(xlabel="step", ylabel="loss, nats per predicted token", title=title)
         axis.legend(fontsize=9)
     return figure
 
 
-QUANTISED_LOOKS = {"rounding": ("o", GREY), "rounding + EoRA": ("s", ORANGE), "GPTQ": ("^", BLUE), "GPTQ + EoRA": ("D", GREEN)}
+QUANTISED_LOOKS = {
+    "rounding": ("o", GREY),
+    "rounding + EoRA": ("s", ORANGE),
+    "GPTQ": ("^", BLUE),
+    "GPTQ + EoRA": ("D", GREEN),
+}
 
 
 def bytes_chart(table: pd.DataFrame, dense: float, most: float = 150) -> plt.Figure:
@@ -269,17 +363,33 @@ def bytes_chart(table: pd.DataFrame, dense: float, most: float = 150) -> plt.Fig
         rows = shown[shown["method"] == method]
         if len(rows):
             error = [rows["perplexity"] - rows["low"], rows["high"] - rows["perplexity"]]
-            axis.errorbar(rows["MB"], rows["perplexity"], yerr=error, fmt=marker, color=colour, markersize=7, capsize=2, linewidth=0.7, label=method)
+            axis.errorbar(
+                rows["MB"],
+                rows["perplexity"],
+                yerr=error,
+                fmt=marker,
+                color=colour,
+                markersize=7,
+                capsize=2,
+                linewidth=0.7,
+                label=method,
+            )
             for _, row in rows.iterrows():
                 axis.annotate(f" {row['bits']}", (row["MB"], row["perplexity"]), fontsize=8, color=colour, va="bottom")
     axis.axhline(dense, color=GREY, linestyle="--", linewidth=1)
-    axis.annotate("dense", (0.99, dense), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9, color=GREY)
+    axis.annotate(
+        "dense", (0.99, dense), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9, color=GREY
+    )
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter("{x:,.0f}")
     axis.yaxis.set_minor_formatter("{x:,.0f}")
     axis.tick_params(axis="y", which="minor", labelsize=8)
     left_out = f"; {len(table) - len(shown)} above {most:.0f} not drawn" if len(table) > len(shown) else ""
-    axis.set(xlabel="MB on disk, embedding included", ylabel="held-out perplexity (log)", title=f"numbers: bits a weight without scales{left_out}")
+    axis.set(
+        xlabel="MB on disk, embedding included",
+        ylabel="held-out perplexity (log)",
+        title=f"numbers: bits a weight without scales{left_out}",
+    )
     axis.legend()
     return figure
 
@@ -296,7 +406,9 @@ def layers_chart(errors: Mapping[str, Mapping[str, float]], kinds: Sequence[str]
     for method, marker, colour in looks:
         for axis, kind in zip(axes.flat, kinds, strict=False):
             here = {int(place.split(".")[1]): e for place, e in errors[method].items() if place.endswith(f".{kind}")}
-            axis.plot(list(here), list(here.values()), marker + "-", color=colour, markersize=3, linewidth=1, label=method)
+            axis.plot(
+                list(here), list(here.values()), marker + "-", color=colour, markersize=3, linewidth=1, label=method
+            )
             axis.set(title=kind, yscale="log")
             axis.yaxis.set_major_formatter("{x:g}")
             axis.tick_params(labelsize=8, which="both")
@@ -311,7 +423,12 @@ def layers_chart(errors: Mapping[str, Mapping[str, float]], kinds: Sequence[str]
 FAMILY_LOOKS = {"pruned": ("o", GREY), "+ LoRA": ("s", BLUE), "+ GPTQ": ("^", ORANGE), "+ EoRA": ("D", GREEN)}
 
 
-def pareto_chart(table: pd.DataFrame, fronts: Mapping[tuple[str, str], Sequence[str]], measures: Mapping[str, bool], most: float = 100) -> plt.Figure:
+def pareto_chart(
+    table: pd.DataFrame,
+    fronts: Mapping[tuple[str, str], Sequence[str]],
+    measures: Mapping[str, bool],
+    most: float = 100,
+) -> plt.Figure:
     """Each measure over bytes and over parameters that are not zero; the line joins the models that none beats at once in size and measure.
 
     Args:
@@ -321,7 +438,9 @@ def pareto_chart(table: pd.DataFrame, fronts: Mapping[tuple[str, str], Sequence[
         most: perplexities above it are not drawn, but counted.
     """
     sizes = {"MB": "MB on disk", "M": "million parameters that are not zero"}
-    figure, axes = plt.subplots(len(measures), 2, figsize=(12, 4.6 * len(measures)), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        len(measures), 2, figsize=(12, 4.6 * len(measures)), layout="constrained", squeeze=False
+    )
     for row, (measure, logarithmic) in zip(axes, measures.items(), strict=True):
         for axis, (size, words) in zip(row, sizes.items(), strict=True):
             known = table.dropna(subset=[size, measure])
@@ -330,7 +449,17 @@ def pareto_chart(table: pd.DataFrame, fronts: Mapping[tuple[str, str], Sequence[
                 here = shown[shown["family"] == name]
                 if len(here):
                     error = [here[measure] - here[f"{measure} low"], here[f"{measure} high"] - here[measure]]
-                    axis.errorbar(here[size], here[measure], yerr=error, fmt=marker, color=colour, markersize=6, capsize=0, linewidth=0.5, label=name)
+                    axis.errorbar(
+                        here[size],
+                        here[measure],
+                        yerr=error,
+                        fmt=marker,
+                        color=colour,
+                        markersize=6,
+                        capsize=0,
+                        linewidth=0.5,
+                        label=name,
+                    )
             front = shown[shown["label"].isin(fronts[size, measure])].sort_values(size)
             axis.plot(front[size], front[measure], "-", color="black", linewidth=1, zorder=0)
             axis.margins(x=0.2)
@@ -344,7 +473,9 @@ def pareto_chart(table: pd.DataFrame, fronts: Mapping[tuple[str, str], Sequence[
             _label_front(axis, front, size, measure, below=logarithmic)
             left = f"; {len(known) - len(shown)} above {most:.0f} not drawn" if len(known) > len(shown) else ""
             axis.set(
-                xlabel=words, ylabel=f"{measure}{' (log), lower is better' if logarithmic else ', higher is better'}", title=f"n = {len(shown)} models{left}"
+                xlabel=words,
+                ylabel=f"{measure}{' (log), lower is better' if logarithmic else ', higher is better'}",
+                title=f"n = {len(shown)} models{left}",
             )
     axes[0][0].legend()
     return figure
@@ -374,11 +505,21 @@ def interaction_chart(table: pd.DataFrame) -> plt.Figure:
         error = [rows["perplexity"] - rows["low"], rows["high"] - rows["perplexity"]]
         x = rows["removed"] + 0.05 * (i - 4)
         axis.errorbar(
-            x, rows["perplexity"], yerr=error, fmt="os^DvPX<>*"[i % 10] + "-", color=palette[i % 10], markersize=6, capsize=2, linewidth=1, label=name
+            x,
+            rows["perplexity"],
+            yerr=error,
+            fmt="os^DvPX<>*"[i % 10] + "-",
+            color=palette[i % 10],
+            markersize=6,
+            capsize=2,
+            linewidth=1,
+            label=name,
         )
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter("{x:,.0f}")
-    axis.set(xlabel="blocks removed", ylabel="perplexity (log), 95 % interval", xticks=sorted(table["removed"].unique()))
+    axis.set(
+        xlabel="blocks removed", ylabel="perplexity (log), 95 % interval", xticks=sorted(table["removed"].unique())
+    )
     figure.legend(title="of each\ngroup removed", fontsize=8, loc="outside right upper")
     return figure
 
@@ -392,13 +533,25 @@ def steps_chart(steps: Sequence[tuple[str, str, str, Comparison]]) -> plt.Figure
     panels = {name: [(a, b, c) for family, a, b, c in steps if family == name] for name in FAMILY_LOOKS}
     panels = {name: rows for name, rows in panels.items() if rows}
     tallest = max(map(len, panels.values()))
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 0.26 * tallest + 1.6), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(panels), figsize=(4.2 * len(panels), 0.26 * tallest + 1.6), layout="constrained", squeeze=False
+    )
     for axis, (name, rows) in zip(axes[0], panels.items(), strict=True):
         marker, colour = FAMILY_LOOKS[name]
         for y, (_, _, c) in enumerate(rows):
             middle, low, high = np.exp([c.difference, c.low, c.high])
             fill = colour if c.told else "none"
-            axis.errorbar(middle, y, xerr=[[middle - low], [high - middle]], fmt=marker, color=colour, mfc=fill, markersize=5, capsize=2, linewidth=0.8)
+            axis.errorbar(
+                middle,
+                y,
+                xerr=[[middle - low], [high - middle]],
+                fmt=marker,
+                color=colour,
+                mfc=fill,
+                markersize=5,
+                capsize=2,
+                linewidth=0.8,
+            )
         axis.axvline(1, color=GREY, linestyle="--", linewidth=1)
         axis.set_xscale("log")
         low, high = axis.get_xlim()
@@ -406,8 +559,17 @@ def steps_chart(steps: Sequence[tuple[str, str, str, Comparison]]) -> plt.Figure
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter("")
         last = [b.rpartition("+")[2] for _, b, _ in rows]  # said where a panel's stages are not all alike
-        labels = [f"{a} to {b}" if name == "pruned" else f"{a} ({part})" if part[-1].isdigit() else a for (a, b, _), part in zip(rows, last, strict=True)]
-        axis.set(title=name, xlabel="perplexity times (log)", yticks=range(len(rows)), yticklabels=labels, ylim=(tallest - 0.5, -0.5))
+        labels = [
+            f"{a} to {b}" if name == "pruned" else f"{a} ({part})" if part[-1].isdigit() else a
+            for (a, b, _), part in zip(rows, last, strict=True)
+        ]
+        axis.set(
+            title=name,
+            xlabel="perplexity times (log)",
+            yticks=range(len(rows)),
+            yticklabels=labels,
+            ylim=(tallest - 0.5, -0.5),
+        )
         axis.tick_params(labelsize=8)
     return figure
 
@@ -420,7 +582,9 @@ def throughput_chart(rows: pd.DataFrame, measured: Mapping[str, float] | None = 
         measured: tokens per second by model, for the panel named host.
     """
     kept = [name for name, part in rows.groupby("device", sort=False) if part["low"].notna().any()]
-    figure, axes = plt.subplots(1, len(kept), figsize=(2.1 * len(kept) + 1.5, 4), sharey=True, layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(kept), figsize=(2.1 * len(kept) + 1.5, 4), sharey=True, layout="constrained", squeeze=False
+    )
     for axis, name in zip(axes[0], kept, strict=True):
         part = rows[rows["device"] == name].reset_index(drop=True)
         axis.hlines(part.index, part["low"], part["high"], color=BLUE, linewidth=5, alpha=0.7)
@@ -445,7 +609,13 @@ def prediction_chart(tables: Mapping[str, pd.DataFrame]) -> plt.Figure:
         for fitted, face in ((True, ORANGE), (False, "white")):
             part = table[(table["where"] == "fitted") == fitted]
             axis.plot(part["MB per token"], part["measured"], "o", color=ORANGE, markerfacecolor=face, markersize=7)
-        axis.set(title=kind, xlabel="MB read per token", ylabel="ms per token" if axis is axes[0][0] else "", xlim=(0, None), ylim=(0, None))
+        axis.set(
+            title=kind,
+            xlabel="MB read per token",
+            ylabel="ms per token" if axis is axes[0][0] else "",
+            xlim=(0, None),
+            ylim=(0, None),
+        )
     return figure
 
 
@@ -463,7 +633,15 @@ def roofline_chart(device_name: str, rate: float, bandwidth: float, operations: 
     axis.plot(x, np.minimum(rate, x * bandwidth), color=GREY)
     for kind, marker, colour in (("decoding", "o", BLUE), ("prompt", "^", ORANGE)):
         part = operations[operations["kind"] == kind]
-        axis.plot(part["intensity"], np.minimum(rate, part["intensity"] * bandwidth), marker, color=colour, label=kind, markersize=8, alpha=0.8)
+        axis.plot(
+            part["intensity"],
+            np.minimum(rate, part["intensity"] * bandwidth),
+            marker,
+            color=colour,
+            label=kind,
+            markersize=8,
+            alpha=0.8,
+        )
     axis.axvline(rate / bandwidth, color=GREY, linestyle=":")
     axis.set(
         xscale="log",

@@ -6,7 +6,12 @@ from thesislib.chapters.thesis import thesis_row
 from thesislib.errors import BadInput
 from thesislib.pipeline.label import DENSE, Label
 
-SHOWN = {"pruned": "pruned", "trained": "+ LoRA", "quantised": "+ GPTQ", "compensated": "+ EoRA"}  # families, as charts and tables name them
+SHOWN = {
+    "pruned": "pruned",
+    "trained": "+ LoRA",
+    "quantised": "+ GPTQ",
+    "compensated": "+ EoRA",
+}  # families, as charts and tables name them
 FAMILIES = tuple(SHOWN.values())
 
 
@@ -37,7 +42,12 @@ def training(label: str) -> tuple[str, ...]:
 def thesis_of(label: str):
     """The thesis's row of a label, or None: it has GPTQ at 4 bits only, EoRA only after it, and one order of pruning and training."""
     said = of(label)
-    if said.of("rtn") or said.bits not in (None, 4) or (said.corrected and said.bits is None) or set(said.of_family("trained")) - {"W", "T"}:
+    if (
+        said.of("rtn")
+        or said.bits not in (None, 4)
+        or (said.corrected and said.bits is None)
+        or set(said.of_family("trained")) - {"W", "T"}
+    ):
         return None
     kinds = [kind.family for kind in said.kinds]
     width = max((i for i, kind in enumerate(said.kinds) if kind.word == "width"), default=-1)

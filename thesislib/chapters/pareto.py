@@ -39,7 +39,12 @@ def points(results: Results) -> pd.DataFrame:
     rows = []
     for label in dict.fromkeys(label for label, _ in results):
         disk, nonzero = size_of(results, label, "bytes_on_disk"), size_of(results, label, "nonzero_parameters")
-        row = {"label": label, "family": family(label), "MB": None if disk is None else disk / 1e6, "M": None if nonzero is None else nonzero / 1e6}
+        row = {
+            "label": label,
+            "family": family(label),
+            "MB": None if disk is None else disk / 1e6,
+            "M": None if nonzero is None else nonzero / 1e6,
+        }
         for measure in MEASURES:
             if m := results.get((label, measure)):
                 row |= {measure: m.value, f"{measure} low": m.low, f"{measure} high": m.high}
@@ -66,13 +71,18 @@ def front_sentence(results: Results, measure: str = PPL) -> str:
     rows = table.set_index("label")
     form = ".0%" if MEASURES[measure].unit == SHARE else ".3g"
     said = [f"{x} ({rows.loc[x, 'MB']:.0f} MB, {rows.loc[x, measure]:{form}})" for x in labels]
-    families = [f"{name} {sum(family(x) == name for x in labels)} of {int((table['family'] == name).sum())}" for name in FAMILIES]
+    families = [
+        f"{name} {sum(family(x) == name for x in labels)} of {int((table['family'] == name).sum())}"
+        for name in FAMILIES
+    ]
     return f"On the front of {measure} against bytes on disk: {', '.join(said)}. By last stage: {', '.join(families)}."
 
 
 def fronts(table: pd.DataFrame) -> dict[tuple[str, str], list[str]]:
     """{(size, measure): front}, of all that `points` has."""
-    return {(size, measure): front(table, size, measure) for size in ("MB", "M") for measure in MEASURES if measure in table}
+    return {
+        (size, measure): front(table, size, measure) for size in ("MB", "M") for measure in MEASURES if measure in table
+    }
 
 
 def equal_bytes_sentence(results: Results) -> str:
@@ -81,7 +91,9 @@ def equal_bytes_sentence(results: Results) -> str:
     plain, packed = (rows[rows["family"].isin(names)].index for names in (FAMILIES[:2], FAMILIES[2:]))
     if not len(plain) or not len(packed):
         return "Models with and without quantisation are not both there to compare."
-    rivals = {x: [q for q in packed if training(q) == training(x) and rows.loc[q, "MB"] <= rows.loc[x, "MB"]] for x in plain}
+    rivals = {
+        x: [q for q in packed if training(q) == training(x) and rows.loc[q, "MB"] <= rows.loc[x, "MB"]] for x in plain
+    }
     pairs = [(x, min(smaller, key=lambda q: rows.loc[q, PPL])) for x, smaller in rivals.items() if smaller]
     tests = holm_adjusted({x: compare(results[x, PPL], results[q, PPL]) for x, q in pairs})
     beaten = [x for x, c in tests.items() if c.verdict() == "better"]
@@ -104,9 +116,13 @@ def bytes_finding(results: Results) -> str:
     smallest = []
     for name, base in (("untrained", DENSE), ("trained", "W")):
         alike = table[[training(x) == training(base) for x in table.index]]
-        if base in table.index and len(usable := alike[(alike[PPL] <= USABLE * table.loc[base, PPL]) & alike["MB"].notna()]):
+        if base in table.index and len(
+            usable := alike[(alike[PPL] <= USABLE * table.loc[base, PPL]) & alike["MB"].notna()]
+        ):
             found = usable.loc[usable["MB"].idxmin()]
-            smallest.append(f"{name} {found.name} ({found['MB']:.0f} MB, perplexity {found[PPL]:.3g} against {table.loc[base, PPL]:.3g})")
+            smallest.append(
+                f"{name} {found.name} ({found['MB']:.0f} MB, perplexity {found[PPL]:.3g} against {table.loc[base, PPL]:.3g})"
+            )
     return (
         f"**Bits or weights.** Of the {len(labels)} models on the front of perplexity against bytes {len(quantised)} are quantised. "
         f"{equal_bytes_sentence(results)} The smallest whose perplexity is at most {USABLE:g} times that of the dense model trained alike: "
@@ -117,7 +133,11 @@ def bytes_finding(results: Results) -> str:
 def _as_it_came(results: Results) -> str:
     """The embedded subject is a file of 4 bits unpacked: no method here saves anything over that."""
     name = results[DENSE, PPL].provenance.get("subject")
-    files = {path.rpartition("/")[2]: facts["bytes"] for wheel in manifest().values() for path, facts in wheel["members"].items()}
+    files = {
+        path.rpartition("/")[2]: facts["bytes"]
+        for wheel in manifest().values()
+        for path, facts in wheel["members"].items()
+    }
     size = next((n for file, n in files.items() if name and file.startswith(name) and file.endswith("Q4_1.gguf")), None)
     if size is None:
         return ""
@@ -138,5 +158,7 @@ def digest(results: Results) -> str:
 def explorer(results: Results) -> str:
     """A page's widget as HTML: a size budget, a measure, and which models win. Everything is in the text; no server and no network."""
     script = files("thesislib.chapters").joinpath("explorer.js").read_text("utf8")
-    data = json.dumps(trade_offs(results)).replace("<", "\\u003c")  # the page's parser takes </script> and <!-- for its own
+    data = json.dumps(trade_offs(results)).replace(
+        "<", "\\u003c"
+    )  # the page's parser takes </script> and <!-- for its own
     return f'<div class="explorer"></div>\n<script>\n(() => {{\nconst rows = {data};\n{script}\n}})();\n</script>'

@@ -44,12 +44,18 @@ def parameters(chapter: Chapter, given: Mapping[str, Any], data: str | None = No
     """
     takes = {f.name for f in dataclasses.fields(chapter.parameters)}
     if data is not None and ("data" not in takes or "data" in given):
-        raise BadInput(f"{'-p data=... is given too' if 'data' in takes else f'chapter {chapter.notebook} reads no data'}: expected no --data")
+        raise BadInput(
+            f"{'-p data=... is given too' if 'data' in takes else f'chapter {chapter.notebook} reads no data'}: expected no --data"
+        )
     where = {"data": default_data() if data is None else data} if "data" in takes else {}
     try:
         p = build(chapter.parameters, {**chapter.recorded, **where, **given})
     except (TypeError, ValueError, AttributeError) as error:  # BadInput is a ValueError; the others: of a list's items
-        raise error if isinstance(error, BadInput) else BadInput(f"{chapter.notebook} cannot take {shown(given)} ({error})") from error
+        raise (
+            error
+            if isinstance(error, BadInput)
+            else BadInput(f"{chapter.notebook} cannot take {shown(given)} ({error})")
+        ) from error
     if where:
         kind_of(p.data)
     if hasattr(p, "check_shape"):
@@ -82,7 +88,9 @@ def record(chapter: Chapter, p: Any, folder: Path, limit: int | None = None) -> 
         have = {chapter.key(m) for m in rows}
         return [key for key in keys if key not in have]
 
-    with tqdm(total=len(wanted), initial=len(wanted) - len(missing(wanted)), desc=chapter.notebook, unit="row", disable=None) as bar:
+    with tqdm(
+        total=len(wanted), initial=len(wanted) - len(missing(wanted)), desc=chapter.notebook, unit="row", disable=None
+    ) as bar:
 
         def keep(m: Measurement) -> None:
             nonlocal added
@@ -128,12 +136,20 @@ def _check_alike(store: Store, p: Any) -> None:
     rows = list(store.rows(items=False).values()) if store.path.exists() else []
     kinds = {kind for m in rows if (kind := m.made.get("data"))}
     if kinds and (kind := kind_of(p.data)) not in kinds:
-        raise BadInput(f"{store.path} was made with data of kind {', '.join(sorted(kinds))}, this is {kind}: expected --data as then, or another --out FOLDER")
+        raise BadInput(
+            f"{store.path} was made with data of kind {', '.join(sorted(kinds))}, this is {kind}: expected --data as then, or another --out FOLDER"
+        )
     for dtype in dict.fromkeys(m.provenance["dtype"] for m in rows if hasattr(p, "subject")):
         base = Job.prepare(p.subject, recipe_of(()), "embedded", dtype).base
         for m in (m for m in rows if m.provenance["dtype"] == dtype):
             made = m.made
-            then = made["base"]["fingerprint"] if "base" in made else m.provenance["fingerprint"] if made["label"] == DENSE else base["fingerprint"]
+            then = (
+                made["base"]["fingerprint"]
+                if "base" in made
+                else m.provenance["fingerprint"]
+                if made["label"] == DENSE
+                else base["fingerprint"]
+            )
             if then != base["fingerprint"]:
                 raise BadInput(f"{store.path} holds rows of {m.provenance['subject']}, fingerprint {then[:12]}..., and this subject is {base['name']}, "
                                f"{base['fingerprint'][:12]}...: expected another --out FOLDER")  # fmt: skip

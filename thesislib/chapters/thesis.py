@@ -31,7 +31,13 @@ def thesis_rows() -> dict[tuple[str, str, str], ThesisRow]:
     with data_file("thesis.csv").open(encoding="utf8") as file:
         found = [
             ThesisRow(
-                r["label"], r["lora"], r["stage"], float(r["closed_pct"]), float(r["open_pct"]), float(r["perplexity"]), float(r["gb"]) if r["gb"] else None
+                r["label"],
+                r["lora"],
+                r["stage"],
+                float(r["closed_pct"]),
+                float(r["open_pct"]),
+                float(r["perplexity"]),
+                float(r["gb"]) if r["gb"] else None,
             )
             for r in csv.DictReader(line for line in file if not line.startswith("#"))
         ]

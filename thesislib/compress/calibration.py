@@ -24,7 +24,15 @@ from thesislib.model.subject import Subject
 from thesislib.model.tokenizers import check_windows
 
 # projections that read the same input share its statistics
-INPUTS = {"q_proj": "attention", "k_proj": "attention", "v_proj": "attention", "o_proj": "heads", "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "hidden"}
+INPUTS = {
+    "q_proj": "attention",
+    "k_proj": "attention",
+    "v_proj": "attention",
+    "o_proj": "heads",
+    "gate_proj": "mlp",
+    "up_proj": "mlp",
+    "down_proj": "hidden",
+}
 FEEDS = ("compressed", "original")
 
 
@@ -94,7 +102,9 @@ class Resident:
         self.model, self.depth, self.windows = subject.model, subject.depth, attention_windows(subject.model.config)
         weights = [cast("Any", block).input_layernorm.weight.data_ptr() for block in subject.blocks]
         if len(set(weights)) < len(weights):
-            raise BadInput("a plan that runs a block twice cannot be calibrated block by block: the second visit would change the first again")
+            raise BadInput(
+                "a plan that runs a block twice cannot be calibrated block by block: the second visit would change the first again"
+            )
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """See `Blocks`."""
@@ -140,7 +150,9 @@ def token_weights(weighting: str, x: torch.Tensor) -> torch.Tensor:
 def check_weighting(weighting: str, length: int | None = None) -> None:
     """Raises BadInput for a weighting that `token_weights` does not know, or that leaves no token of a window."""
     if not isinstance(weighting, str) or not re.fullmatch(r"equal|unit_norm|first_[1-9]\d*|skip_[1-9]\d*", weighting):
-        raise BadInput(f"token weighting '{weighting}' is not known: expected equal, unit_norm, first_N or skip_N, e.g. first_16")
+        raise BadInput(
+            f"token weighting '{weighting}' is not known: expected equal, unit_norm, first_N or skip_N, e.g. first_16"
+        )
     if weighting.startswith("skip_") and length is not None and int(weighting[5:]) >= length:
         raise BadInput(f"token weighting '{weighting}' leaves no token of windows of {length}")
 
@@ -176,7 +188,9 @@ def stream(
     if feed not in FEEDS:
         raise BadInput(f"feed '{feed}' is not known: expected {' or '.join(FEEDS)}")
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
-        raise BadInput(f"calibration windows have shape {tuple(windows.shape)}: expected (at least 1, at least 2) tokens")
+        raise BadInput(
+            f"calibration windows have shape {tuple(windows.shape)}: expected (at least 1, at least 2) tokens"
+        )
     check_weighting(weighting, windows.shape[1])
     if isinstance(blocks, Subject):
         check_windows(blocks.model, blocks.tokenizer, windows)
@@ -189,7 +203,9 @@ def stream(
             with blocks.hold(i) as block:
                 run = _Run(blocks, block, i, x, positions, batch, weighting)
                 linears = {n: m for n, m in projections(block).items() if visitor.wants(i, n)}
-                groups = [present for group in visitor.groups if (present := {n: linears[n] for n in group if n in linears})]
+                groups = [
+                    present for group in visitor.groups if (present := {n: linears[n] for n in group if n in linears})
+                ]
                 if feed == "original":
                     statistics = run.collect([n for group in groups for n in group], visitor)
                     for group in groups:
@@ -257,7 +273,9 @@ class _Run:
                 waiting.update(heads)
                 x = self.x[at : at + self.batch].to(device)
                 try:
-                    y = self.block(x, attention_mask=mask, position_embeddings=self.blocks.rotary(x, self.positions.to(device)))
+                    y = self.block(
+                        x, attention_mask=mask, position_embeddings=self.blocks.rotary(x, self.positions.to(device))
+                    )
                 except _Enough:
                     continue
                 if advance:
@@ -274,7 +292,9 @@ class _Run:
         moment = weighted.T @ weighted if moments else None
         squares = moment.diagonal().clone() if moments else weighted.square().sum(0)
         if not torch.isfinite(squares).all():
-            raise BadInput(f"the inputs of block {self.number}'s {name} are not finite: the model or its compression before this block is broken")
+            raise BadInput(
+                f"the inputs of block {self.number}'s {name} are not finite: the model or its compression before this block is broken"
+            )
         tokens = float(x.shape[0] * x.shape[1]) if self.weighting == "unit_norm" else float(w.sum())
         if sofar is None:
             return Statistics(squares, moment, tokens)

@@ -65,7 +65,11 @@ class Depth(Calibrated):
             raise BadInput("depth needs either 'remove', a number of blocks, or 'blocks', a list of them")
         if self.blocks is not None:
             self._normalise(blocks=tuple(self.blocks))
-            if not self.blocks or len(set(self.blocks)) < len(self.blocks) or not all(isinstance(b, int) and b >= 0 for b in self.blocks):
+            if (
+                not self.blocks
+                or len(set(self.blocks)) < len(self.blocks)
+                or not all(isinstance(b, int) and b >= 0 for b in self.blocks)
+            ):
                 raise BadInput(f"blocks {list(self.blocks)}: expected different indices from 0 on, at least one")
         if self.remove is not None and self.remove < 1:
             raise BadInput(f"remove is {self.remove}: expected at least 1 block")
@@ -74,7 +78,9 @@ class Depth(Calibrated):
         if self.part not in PARTS:
             raise unknown("part", self.part, PARTS)
         if self.metric == "angular" and (self.greedy or self.part != "block"):
-            raise BadInput("metric 'angular' removes a run of neighbouring blocks at once: it knows neither greedy nor parts")
+            raise BadInput(
+                "metric 'angular' removes a run of neighbouring blocks at once: it knows neither greedy nor parts"
+            )
         if min(self.protect_first, self.protect_last) < 0:
             raise BadInput("protect_first and protect_last must be at least 0")
 
@@ -92,7 +98,13 @@ class Depth(Calibrated):
     def from_label(cls, part: str) -> "Depth | None":
         """See `Stage`."""
         match = re.fullmatch(cls.pattern, part, re.ASCII)
-        return cls(remove=whole_number(match[2]), part=next(name for name, letter in LETTERS.items() if letter == match[1])) if match else None
+        return (
+            cls(
+                remove=whole_number(match[2]), part=next(name for name, letter in LETTERS.items() if letter == match[1])
+            )
+            if match
+            else None
+        )
 
     def after(self, previous: Sequence[Stage], shape: Shape | None = None) -> Shape | None:
         """See `Stage`: it leaves fewer blocks, or as many where it removes parts of them."""
@@ -139,7 +151,9 @@ class Depth(Calibrated):
         self.check(subject.depth)
         lost = removed_parts(subject).get(self.part, [])
         if again := sorted({*lost} & {*(self.blocks or ())}):
-            raise BadInput(f"the {self.part} of block {', '.join(map(str, again))} is gone already: expected blocks that still have one")
+            raise BadInput(
+                f"the {self.part} of block {', '.join(map(str, again))} is gone already: expected blocks that still have one"
+            )
         # what is gone costs nothing to leave out, and would be chosen again
         free = [b for b in range(self.protect_first, subject.depth - self.protect_last) if b not in lost]
         if self.remove and self.remove > len(free):
@@ -167,23 +181,37 @@ class Depth(Calibrated):
                 rounds.append((least, scores))
                 gone.append(least)
                 scores = self._scores(subject, ids, free, gone) if len(gone) < self.remove else scores
-        report = {"removed": sorted(gone), "order": gone, "part": self.part, "metric": self.metric, "greedy": self.greedy}
+        report = {
+            "removed": sorted(gone),
+            "order": gone,
+            "part": self.part,
+            "metric": self.metric,
+            "greedy": self.greedy,
+        }
         return remove(subject, gone, self.part), {**report, "scores": rounds[0][1] if rounds else scores}
 
-    def _scores(self, subject: Subject, ids: torch.Tensor, free: Sequence[int], gone: Sequence[int]) -> dict[int, float]:
+    def _scores(
+        self, subject: Subject, ids: torch.Tensor, free: Sequence[int], gone: Sequence[int]
+    ) -> dict[int, float]:
         """Importance of every block of `free` that is still there, by its index in the whole model."""
         free = [b for b in free if b not in gone]
         if self.part == "block":
             left = [b for b in range(subject.depth) if b not in gone]
-            found = importance(remove(subject, gone) if gone else subject, ids, self.metric, blocks=[left.index(b) for b in free])
+            found = importance(
+                remove(subject, gone) if gone else subject, ids, self.metric, blocks=[left.index(b) for b in free]
+            )
             return {b: found[left.index(b)] for b in free}
-        return importance(remove(subject, gone, self.part) if gone else subject, ids, self.metric, blocks=free, part=self.part)
+        return importance(
+            remove(subject, gone, self.part) if gone else subject, ids, self.metric, blocks=free, part=self.part
+        )
 
 
 # ---------------------------------------------------------------- importance
 
 
-def importance(subject: Subject, ids: torch.Tensor, metric: str, *, blocks: Sequence[int] | None = None, part: str = "block") -> dict[int, float]:
+def importance(
+    subject: Subject, ids: torch.Tensor, metric: str, *, blocks: Sequence[int] | None = None, part: str = "block"
+) -> dict[int, float]:
     """How much each of `blocks` matters (all by default): the lower, the sooner it can go.
 
     Args:
@@ -201,7 +229,9 @@ def importance(subject: Subject, ids: torch.Tensor, metric: str, *, blocks: Sequ
         return leave_one_out(subject, ids, blocks, part)
     if metric == "influence":
         if part != "block":
-            raise BadInput(f"metric 'influence' compares a block's input and output: for part '{part}' use perplexity, taylor or magnitude")
+            raise BadInput(
+                f"metric 'influence' compares a block's input and output: for part '{part}' use perplexity, taylor or magnitude"
+            )
         scores = influence(subject, ids)
         return {b: scores[b] for b in blocks}
     if metric == "magnitude":
@@ -211,7 +241,9 @@ def importance(subject: Subject, ids: torch.Tensor, metric: str, *, blocks: Sequ
     raise unknown("importance metric", metric, METRICS)
 
 
-def leave_one_out(subject: Subject, ids: torch.Tensor, blocks: Sequence[int], part: str = "block", batch: int = 4) -> dict[int, float]:
+def leave_one_out(
+    subject: Subject, ids: torch.Tensor, blocks: Sequence[int], part: str = "block", batch: int = 4
+) -> dict[int, float]:
     """Perplexity with each of `blocks` left out (Kim et al. 2024, one-shot), activations before it computed once.
 
     Where only an attention or MLP is left out, every variant runs by itself: the tree of plans knows whole blocks only.
@@ -223,7 +255,10 @@ def leave_one_out(subject: Subject, ids: torch.Tensor, blocks: Sequence[int], pa
             targets = some[:, 1:].reshape(-1)
             if part == "block":
                 whole = tuple(range(subject.depth))
-                variants = ((blocks[k], h) for k, h in final_states(subject.model, some, [whole[:b] + whole[b + 1 :] for b in blocks]))
+                variants = (
+                    (blocks[k], h)
+                    for k, h in final_states(subject.model, some, [whole[:b] + whole[b + 1 :] for b in blocks])
+                )
             else:
                 variants = ((b, h) for b in blocks for _, h in final_states(remove(subject, [b], part).model, some))
             for b, h in variants:
@@ -275,7 +310,9 @@ def angular_distances(subject: Subject, ids: torch.Tensor) -> np.ndarray:
     return distances
 
 
-def taylor(subject: Subject, ids: torch.Tensor, blocks: Sequence[int], part: str = "block", batch: int = 2) -> dict[int, float]:
+def taylor(
+    subject: Subject, ids: torch.Tensor, blocks: Sequence[int], part: str = "block", batch: int = 2
+) -> dict[int, float]:
     """Sum over a block's weights of abs(w * g), g the gradient of the mean loss over all windows (Kim et al. 2024, eq. 3).
 
     Raises:
@@ -283,7 +320,9 @@ def taylor(subject: Subject, ids: torch.Tensor, blocks: Sequence[int], part: str
     """
     own = {b: list(_weights(subject, b, part)) for b in blocks}
     if any(not isinstance(w, nn.Parameter) or not w.is_floating_point() for weights in own.values() for w in weights):
-        raise BadInput("metric 'taylor' needs gradients, which packed or quantised weights do not carry: use perplexity, influence or magnitude")
+        raise BadInput(
+            "metric 'taylor' needs gradients, which packed or quantised weights do not carry: use perplexity, influence or magnitude"
+        )
     try:
         for weights in own.values():
             for w in weights:
@@ -292,9 +331,14 @@ def taylor(subject: Subject, ids: torch.Tensor, blocks: Sequence[int], part: str
             some = ids[at : at + batch].to(subject.device)
             states = subject.model.model(input_ids=some, use_cache=False).last_hidden_state
             logits = subject.model.get_output_embeddings()(states[:, :-1]).float().flatten(0, 1)
-            loss = nn.functional.cross_entropy(logits, some[:, 1:].flatten(), reduction="sum") / (len(ids) * (ids.shape[1] - 1))
+            loss = nn.functional.cross_entropy(logits, some[:, 1:].flatten(), reduction="sum") / (
+                len(ids) * (ids.shape[1] - 1)
+            )
             loss.backward()
-        return {b: sum((w.detach().float() * w.grad.float()).abs().sum().item() for w in weights) for b, weights in own.items()}
+        return {
+            b: sum((w.detach().float() * w.grad.float()).abs().sum().item() for w in weights)
+            for b, weights in own.items()
+        }
     finally:
         for weights in own.values():
             for w in weights:

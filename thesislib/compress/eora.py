@@ -89,15 +89,27 @@ class Eora(Weighted):
     def outline(self, outline: Outline) -> None:
         """See `Stage`."""
         if self.bytes is None:
-            outline.change(lambda module, rank: corrected(module, rank, outline.dtype), lambda i, n: self.rank_of(i, n) * self.takes(i, n), outline.changed)
+            outline.change(
+                lambda module, rank: corrected(module, rank, outline.dtype),
+                lambda i, n: self.rank_of(i, n) * self.takes(i, n),
+                outline.changed,
+            )
             return
         outline.check_alike(self.takes)
-        taken = {(i, n): m for i in range(outline.subject.depth) for n, m in outline.subject.linears(i).items() if self.takes(i, n)}
+        taken = {
+            (i, n): m
+            for i in range(outline.subject.depth)
+            for n, m in outline.subject.linears(i).items()
+            if self.takes(i, n)
+        }
         costs = {place: ENTRY * (m.in_features + m.out_features) for place, m in taken.items()}
         most = GREED * max(1, self.bytes // sum(costs.values()))
         costs = {place: cost for place, cost in costs.items() if place in outline.changed}
         # what the run gives to each is its own to tell: here each gets a direction before any gets a second
-        gains = {p: [cost / k for k in range(1, min(most, taken[p].in_features, taken[p].out_features) + 1)] for p, cost in costs.items()}
+        gains = {
+            p: [cost / k for k in range(1, min(most, taken[p].in_features, taken[p].out_features) + 1)]
+            for p, cost in costs.items()
+        }
         ranks = {p: rank for p, rank in share_out(gains, costs, self.bytes).items() if rank} if gains else {}
         if any(isinstance(taken[p], Adapted) and taken[p].lora_A.dtype != outline.dtype for p in costs):
             raise SizeUnknown  # how many bytes an entry takes depends on where it falls
@@ -105,7 +117,9 @@ class Eora(Weighted):
             replace(outline.subject.blocks[i], name, corrected(taken[i, name], rank, outline.dtype))
         outline.budgeted, outline.changed = outline.budgeted | set(costs), set()
 
-    def apply(self, subject: Subject, *, data: str = "embedded", work: Path | None = None, original: Subject | None = None) -> tuple[Subject, dict]:
+    def apply(
+        self, subject: Subject, *, data: str = "embedded", work: Path | None = None, original: Subject | None = None
+    ) -> tuple[Subject, dict]:
         """A copy of the subject with corrected projections (`thesislib.model.layers.Adapted`), and a report.
 
         Args:
@@ -119,12 +133,21 @@ class Eora(Weighted):
                 the cheapest direction.
         """
         if original is None:
-            raise BadInput("eora corrects the difference to the original weights and needs them at hand: apply(..., original=SUBJECT), or a recipe")
+            raise BadInput(
+                "eora corrects the difference to the original weights and needs them at hand: apply(..., original=SUBJECT), or a recipe"
+            )
         check_same_shapes(original, subject)
         check_all_fit(self.linears, subject.depth)
         ids = self.ids(subject.tokenizer, data)
         visitor = Correct(self, original, subject)
-        stream(original if self.inputs == "original" else subject, ids, visitor, weighting=self.weighting, feed="original", title=self.label)
+        stream(
+            original if self.inputs == "original" else subject,
+            ids,
+            visitor,
+            weighting=self.weighting,
+            feed="original",
+            title=self.label,
+        )
         factors = visitor.factors()
         if not factors:
             raise BadInput("the original's weights equal the compressed subject's: eora has nothing to correct")
@@ -154,7 +177,9 @@ def start(
     config = Eora(rank=rank, linears=linears, inputs=inputs, weighting=weighting)
     check_same_shapes(original, subject)
     visitor = Correct(config, original, subject)
-    stream(original if inputs == "original" else subject, ids, visitor, weighting=weighting, feed="original", title="eora")
+    stream(
+        original if inputs == "original" else subject, ids, visitor, weighting=weighting, feed="original", title="eora"
+    )
     found, generator = visitor.factors(), torch.Generator().manual_seed(0)
     result = {}
     for i in range(subject.depth):
@@ -179,8 +204,15 @@ class Correct(Visitor):
         self.found: dict[Place, Correction] = {}
         self.errors: dict[Place, float] = {}
         if config.bytes is not None:
-            places = [(i, n, m) for i in range(compressed.depth) for n, m in compressed.linears(i).items() if config.takes(i, n)]
-            self.most = GREED * max(1, config.bytes // (ENTRY * sum(m.in_features + m.out_features for _, _, m in places)))
+            places = [
+                (i, n, m)
+                for i in range(compressed.depth)
+                for n, m in compressed.linears(i).items()
+                if config.takes(i, n)
+            ]
+            self.most = GREED * max(
+                1, config.bytes // (ENTRY * sum(m.in_features + m.out_features for _, _, m in places))
+            )
 
     def wants(self, block: int, name: str) -> bool:
         """See `Visitor`."""
@@ -206,7 +238,11 @@ class Correct(Visitor):
         """A and B of each projection, those of rank 0 left out."""
         ranks = {place: len(c.gains) for place, c in self.found.items()}
         if self.config.bytes is not None and self.found:
-            ranks = share_out({place: c.gains for place, c in self.found.items()}, {p: c.cost for p, c in self.found.items()}, self.config.bytes)
+            ranks = share_out(
+                {place: c.gains for place, c in self.found.items()},
+                {p: c.cost for p, c in self.found.items()},
+                self.config.bytes,
+            )
         return {place: (c.A[: ranks[place]], c.B[:, : ranks[place]]) for place, c in self.found.items() if ranks[place]}
 
     def report(self, factors: Mapping[Place, tuple[torch.Tensor, torch.Tensor]]) -> dict:
@@ -216,7 +252,9 @@ class Correct(Visitor):
         return {
             "bytes": sum(self.found[p].cost * r for p, r in ranks.items()),
             "ranks": {f"blocks.{i}.{n}": r for (i, n), r in ranks.items()},
-            "relative_errors": {f"blocks.{i}.{n}": [round(e, 6), round(after[i, n], 6)] for (i, n), e in self.errors.items()},
+            "relative_errors": {
+                f"blocks.{i}.{n}": [round(e, 6), round(after[i, n], 6)] for (i, n), e in self.errors.items()
+            },
         }
 
 
@@ -249,16 +287,22 @@ def square_root(moment: torch.Tensor, where: str = "the projection") -> tuple[to
         BadInput: statistics that are not finite, or all zero.
     """
     if not torch.isfinite(moment).all():
-        raise BadInput(f"the statistics of {where} are not finite: the model or its compression before this block is broken")
+        raise BadInput(
+            f"the statistics of {where} are not finite: the model or its compression before this block is broken"
+        )
     values, vectors = torch.linalg.eigh(moment.double())
     if values[-1] <= 0:
-        raise BadInput(f"{where} saw no tokens: all its inputs are zero on the calibration text; leave it out with 'linears'")
+        raise BadInput(
+            f"{where} saw no tokens: all its inputs are zero on the calibration text; leave it out with 'linears'"
+        )
     kept = values > torch.finfo(torch.float32).eps * values[-1]
     root, vectors = values[kept].sqrt(), vectors[:, kept]
     return vectors * root, (vectors / root).T
 
 
-def correction(missing: torch.Tensor, root: torch.Tensor, inverse: torch.Tensor, rank: int, whole: float = 1.0) -> Correction:
+def correction(
+    missing: torch.Tensor, root: torch.Tensor, inverse: torch.Tensor, rank: int, whole: float = 1.0
+) -> Correction:
     """The B A of the given rank with the least norm of (missing - B A) X (EoRA, section 3): the SVD of missing S, and back.
 
     Args:

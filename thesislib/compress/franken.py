@@ -32,8 +32,12 @@ def parse_plan(text: str, depth: int) -> Plan:
         first, last, step, times = (int(g) if g else None for g in match.groups())
         last, step, times = first if last is None else last, 1 if step is None else step, 1 if times is None else times
         if last < first or step < 1 or times < 1:
-            raise BadInput(f"plan term '{term}' runs no block: expected a range that ascends, a step and a repeat of at least 1")
-        check_plan(range(first, last + 1, step)[: depth + 1], depth)  # before it is counted out: what leaves the model does so in so many steps
+            raise BadInput(
+                f"plan term '{term}' runs no block: expected a range that ascends, a step and a repeat of at least 1"
+            )
+        check_plan(
+            range(first, last + 1, step)[: depth + 1], depth
+        )  # before it is counted out: what leaves the model does so in so many steps
         if len(plan) + times * ((last - first) // step + 1) > LONGEST:
             raise BadInput(f"plan term '{term}' makes a plan of more than {LONGEST:,} blocks: expected fewer")
         plan += [block for block in range(first, last + 1, step) for _ in range(times)]
@@ -87,7 +91,12 @@ _ORIGINAL: dict[str, tuple[str, str, int]] = {
     "skip_near_end_keep_last_two": ("27-29", "", 1),
     "essential_layers_with_final_repeats": ("10-25", "30-31", 2),
 }
-_STRIDES = {"only_even_layers": (0, 2), "only_odd_layers": (1, 2), "skip_every_2_layers": (0, 3), "skip_every_2_layers_r2": (0, 3)}
+_STRIDES = {
+    "only_even_layers": (0, 2),
+    "only_odd_layers": (1, 2),
+    "skip_every_2_layers": (0, 3),
+    "skip_every_2_layers_r2": (0, 3),
+}
 
 
 def franken_plans(depth: int) -> dict[str, Plan]:
@@ -103,7 +112,9 @@ def franken_plans(depth: int) -> dict[str, Plan]:
     """
     plans, most = {}, max(len(_runs(*settings)) for name, settings in _ORIGINAL.items() if name not in _STRIDES)
     if depth < most:
-        raise BadInput(f"the {len(_ORIGINAL)} plans need a model of at least {most} blocks, a block for each run that they treat alike: this one has {depth}")
+        raise BadInput(
+            f"the {len(_ORIGINAL)} plans need a model of at least {most} blocks, a block for each run that they treat alike: this one has {depth}"
+        )
     for name, (skipped, repeated, times) in _ORIGINAL.items():
         if name in _STRIDES:
             start, step = _STRIDES[name]

@@ -60,7 +60,9 @@ class Rtn(Stage):
         if self.clip not in self.clips:
             raise unknown("clip", self.clip, self.clips)
         if self.embedding_bits not in (None, 8):
-            raise BadInput(f"embedding_bits is {self.embedding_bits}: expected 8, or nothing to leave embedding and head as they are")
+            raise BadInput(
+                f"embedding_bits is {self.embedding_bits}: expected 8, or nothing to leave embedding and head as they are"
+            )
         self._normalise(linears=patterns(self.linears))
 
     @property
@@ -87,9 +89,13 @@ class Rtn(Stage):
         """See `Stage`: no stage before it may have quantised, and groups must divide the rows of all projections that take part."""
         for earlier in previous:
             if earlier.family == "quantised":
-                raise BadInput(f"{self.label} after {earlier.label} would quantise a quantised subject: keep one of the two")
+                raise BadInput(
+                    f"{self.label} after {earlier.label} would quantise a quantised subject: keep one of the two"
+                )
         if shape is not None:
-            self.levels.check({name: n for name, n in shape.inputs.items() if any(self.takes(i, name) for i in range(shape.depth))})
+            self.levels.check(
+                {name: n for name, n in shape.inputs.items() if any(self.takes(i, name) for i in range(shape.depth))}
+            )
         return super().after(previous, shape)
 
     def outline(self, outline: Outline) -> None:
@@ -98,7 +104,9 @@ class Rtn(Stage):
         def rounded(module: Projection, _: bool) -> Projection:
             base = cast("Outlined", base_of(module))
             if not self.levels.holds_zero and base.gone > PRUNED * base.in_features * base.out_features:
-                raise BadInput(f"grid '{self.grid}' has no exact zero, and weights have been pruned: use symmetric or asymmetric")
+                raise BadInput(
+                    f"grid '{self.grid}' has no exact zero, and weights have been pruned: use symmetric or asymmetric"
+                )
             return outline.outlined(module, base.zeros, self.levels, self.indexed)
 
         outline.change(rounded, self.takes)
@@ -109,7 +117,11 @@ class Rtn(Stage):
             group = self.group if shape[1] % self.levels.size(shape[1]) == 0 else ROW
             encoding = f"int{self.embedding_bits}/{self.grid}/{group}/{EVERYWHERE}"
             for path in TABLES[:1] if model.config.tie_word_embeddings else TABLES:
-                put_table(model, path, QuantisedLinear(encoding, shape, None, outline.dtype, **empty(held_shapes(encoding, shape))))
+                put_table(
+                    model,
+                    path,
+                    QuantisedLinear(encoding, shape, None, outline.dtype, **empty(held_shapes(encoding, shape))),
+                )
 
     @property
     def indexed(self) -> bool:
@@ -136,17 +148,31 @@ class Rtn(Stage):
         distinct = {id(linear): linear for linear in made.values()}.values()
         size = sum(t.numel() * t.element_size() for linear in distinct for t in linear.held.values())
         weights = sum(linear.in_features * linear.out_features for linear in distinct)
-        return result, {"linears": len(distinct), "bytes": size, "bits_per_weight": round(8 * size / max(weights, 1), 3), **report}
+        return result, {
+            "linears": len(distinct),
+            "bytes": size,
+            "bits_per_weight": round(8 * size / max(weights, 1), 3),
+            **report,
+        }
 
     def _check_subject(self, subject: Subject) -> None:
         embedding = subject.model.get_input_embeddings()
-        chosen = {(i, name): module for i in range(subject.depth) for name, module in subject.linears(i).items() if self.takes(i, name)}
+        chosen = {
+            (i, name): module
+            for i in range(subject.depth)
+            for name, module in subject.linears(i).items()
+            if self.takes(i, name)
+        }
         for (i, name), module in chosen.items():
             if is_quantised(module):
-                raise BadInput(f"block {i}'s {name} is quantised already ({getattr(module, 'base', module).encoding}): start from the subject before that")
+                raise BadInput(
+                    f"block {i}'s {name} is quantised already ({getattr(module, 'base', module).encoding}): start from the subject before that"
+                )
             self.levels.check({n: m.in_features for n, m in subject.linears(i).items() if self.takes(i, n)})
             if not self.levels.holds_zero and (share := float((module.weight == 0).float().mean())) > PRUNED:
-                raise BadInput(f"grid 'minimum' has no exact zero, and {share:.0%} of block {i}'s {name} are zeros: use symmetric or asymmetric")
+                raise BadInput(
+                    f"grid 'minimum' has no exact zero, and {share:.0%} of block {i}'s {name} are zeros: use symmetric or asymmetric"
+                )
         if self.embedding_bits and is_quantised(embedding):
             raise BadInput("the embedding is quantised already: start from the subject before that")
 
@@ -155,7 +181,12 @@ class Rtn(Stage):
         return round_to_nearest(weight, self.levels, self.clip)
 
     def _quantise(self, subject: Subject, data: str) -> tuple[dict[Place, QuantisedLinear], dict]:
-        places = [(i, name, module) for i in range(subject.depth) for name, module in subject.linears(i).items() if self.takes(i, name)]
+        places = [
+            (i, name, module)
+            for i in range(subject.depth)
+            for name, module in subject.linears(i).items()
+            if self.takes(i, name)
+        ]
         made: dict[int, QuantisedLinear] = {}  # by projection: blocks that a plan repeats go on sharing theirs
         for _, _, module in tqdm(places, desc=self.label, unit="linear", disable=None, leave=False):
             if id(module) not in made:
@@ -202,7 +233,9 @@ class Gptq(Weighted, Rtn):
         if self.act_order not in ORDERS:
             raise unknown("act_order", self.act_order, ORDERS)
         if not 0 <= self.damping < math.inf:
-            raise BadInput(f"damping is {self.damping}: expected a finite share of the mean diagonal, at least 0, e.g. 0.01")
+            raise BadInput(
+                f"damping is {self.damping}: expected a finite share of the mean diagonal, at least 0, e.g. 0.01"
+            )
 
     def stream_weights(self, blocks: Blocks, windows: torch.Tensor) -> dict:
         """The same on blocks that are in memory one at a time, whose weights become dense ones on the grid; the report."""
@@ -241,7 +274,9 @@ class Quantise(Visitor):
             where = f"block {block}'s {', '.join(together)}"
             moment = statistics[next(iter(together))].moment
             weight = torch.cat([linear.weight.detach().float() for linear in together.values()])
-            quantised, damping = gptq(weight, moment, c.levels, act_order=c.act_order, damping=c.damping, clip=c.clip, where=where)
+            quantised, damping = gptq(
+                weight, moment, c.levels, act_order=c.act_order, damping=c.damping, clip=c.clip, where=where
+            )
             if damping != c.damping:
                 self.raised[where] = damping
             start = 0
@@ -298,13 +333,21 @@ def gptq(
     size = grid.size(columns)
     squares = moment.diagonal()
     if not torch.isfinite(moment).all():
-        raise BadInput(f"the statistics of {where} are not finite: the model or its compression before this block is broken")
+        raise BadInput(
+            f"the statistics of {where} are not finite: the model or its compression before this block is broken"
+        )
     if not squares.any():
-        raise BadInput(f"{where} saw no tokens: all its inputs are zero on the calibration text; leave it out with 'linears', or round it with rtn")
+        raise BadInput(
+            f"{where} saw no tokens: all its inputs are zero on the calibration text; leave it out with 'linears', or round it with rtn"
+        )
     moment = moment / squares[squares > 0].mean()  # damping is relative, and nothing else depends on the size
     importance = moment.diagonal().clone()
     moment.diagonal()[importance == 0] = 1
-    order = torch.arange(columns, device=device) if act_order == "none" else importance.argsort(descending=True, stable=True)
+    order = (
+        torch.arange(columns, device=device)
+        if act_order == "none"
+        else importance.argsort(descending=True, stable=True)
+    )
     factor, damping = inverse_factor(moment[order][:, order], damping, where)
     t = weight.T[order].contiguous()  # columns are read one by one: (columns, rows)
     pruned = t == 0
@@ -314,7 +357,9 @@ def gptq(
     groups = torch.arange(columns, device=device) // size  # of the column at each place in the order
     if act_order == "static":
         groups = groups[order]
-        scales, offsets = grid.fit(weight.view(rows, -1, size), clip, None if weigh is None else importance.view(-1, size))
+        scales, offsets = grid.fit(
+            weight.view(rows, -1, size), clip, None if weigh is None else importance.view(-1, size)
+        )
         scales, offsets = scales.T.contiguous(), offsets.T.contiguous()  # (groups, rows)
     else:
         scales, offsets = torch.empty(2, columns // size, rows, device=device).unbind()
@@ -356,10 +401,15 @@ def inverse_factor(moment: torch.Tensor, damping: float, where: str = "the weigh
             damped = damped + damping * mean * torch.eye(len(moment), dtype=dtype, device=moment.device)
             lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
             if not failed:
-                factor = torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(moment), dtype=dtype, device=moment.device), upper=True).float()
+                factor = torch.linalg.solve_triangular(
+                    lower.flip(0, 1), torch.eye(len(moment), dtype=dtype, device=moment.device), upper=True
+                ).float()
                 if torch.isfinite(factor).all():
                     if damping != asked:
-                        warnings.warn(f"X^T X of {where} has no Cholesky factor at damping {asked:g}: raised to {damping:g}", stacklevel=2)
+                        warnings.warn(
+                            f"X^T X of {where} has no Cholesky factor at damping {asked:g}: raised to {damping:g}",
+                            stacklevel=2,
+                        )
                     return factor, damping
         damping = max(10 * damping, 1e-4)
 

@@ -46,7 +46,9 @@ class Hqq(Rtn):
         if not 0 < self.p <= 1:
             raise BadInput(f"p is {self.p}: expected a norm in (0, 1], e.g. 0.7")
         if not (0 < self.beta < 1e6 and 1 <= self.growth < 10):
-            raise BadInput(f"beta is {self.beta} and growth {self.growth}: expected a positive number below a million, and one in [1, 10), e.g. 10 and 1.01")
+            raise BadInput(
+                f"beta is {self.beta} and growth {self.growth}: expected a positive number below a million, and one in [1, 10), e.g. 10 and 1.01"
+            )
 
     def rounded(self, weight: torch.Tensor) -> Quantised:
         """See `Rtn`."""
@@ -71,7 +73,9 @@ def fit_offset(w: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, confi
     """
     grid, beta, best = config.levels, config.beta, offset
     least = torch.full((len(w), 1, 1), torch.inf, device=w.device)
-    going = torch.ones_like(least, dtype=torch.bool)  # a row stops by itself, at the first step that does not lessen its error
+    going = torch.ones_like(
+        least, dtype=torch.bool
+    )  # a row stops by itself, at the first step that does not lessen its error
     for _ in range(config.iterations + 1):
         codes = grid.codes(w, scale, offset)
         error = w - grid.values(codes, scale, offset)
@@ -80,7 +84,13 @@ def fit_offset(w: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, confi
         if not going.any():
             break
         best, least = torch.where(going, offset, best), torch.where(going, mean, least)
-        offset = (w - shrink(error, beta, config.p) - scale * codes).mean(-1, keepdim=True).clamp(-65504.0, 65504.0).half().float()
+        offset = (
+            (w - shrink(error, beta, config.p) - scale * codes)
+            .mean(-1, keepdim=True)
+            .clamp(-65504.0, 65504.0)
+            .half()
+            .float()
+        )
         beta *= config.growth
     return best
 

@@ -15,7 +15,11 @@ Place = tuple[int, str]  # block, projection
 def effective_weight(module: Projection) -> torch.Tensor:
     """(outputs, inputs) float32: the weight of a projection, with its correction if it has one."""
     weight = module.weight.detach().float()
-    return weight + module.lora_B.detach().float() @ module.lora_A.detach().float() if isinstance(module, Adapted) else weight
+    return (
+        weight + module.lora_B.detach().float() @ module.lora_A.detach().float()
+        if isinstance(module, Adapted)
+        else weight
+    )
 
 
 def relative_error(difference: torch.Tensor, weight: torch.Tensor, moment: torch.Tensor) -> float:
@@ -27,14 +31,20 @@ def relative_error(difference: torch.Tensor, weight: torch.Tensor, moment: torch
 def check_same_shapes(original: Subject, compressed: Subject) -> None:
     """Raises BadInput unless both subjects have the same blocks with projections of the same shapes."""
     if original.depth != compressed.depth:
-        raise BadInput(f"the original has {original.depth} blocks and the compressed subject {compressed.depth}: compare what differs by weights only")
+        raise BadInput(
+            f"the original has {original.depth} blocks and the compressed subject {compressed.depth}: compare what differs by weights only"
+        )
     for i in range(original.depth):
         a, b = ({n: (m.out_features, m.in_features) for n, m in s.linears(i).items()} for s in (original, compressed))
         if a != b:
-            raise BadInput(f"block {i} has projections {b} where the original has {a}: compare what differs by weights only")
+            raise BadInput(
+                f"block {i} has projections {b} where the original has {a}: compare what differs by weights only"
+            )
 
 
-def layer_errors(original: Subject, compressed: Mapping[str, Subject], windows: torch.Tensor, *, weighting: str = "equal") -> dict[str, dict[Place, float]]:
+def layer_errors(
+    original: Subject, compressed: Mapping[str, Subject], windows: torch.Tensor, *, weighting: str = "equal"
+) -> dict[str, dict[Place, float]]:
     """For each compressed subject the relative error of each projection's output, all on the original's inputs.
 
     Args:
@@ -69,4 +79,6 @@ class _Compare(Visitor):
         for kind, subject in self.compressed.items():
             for name, module in subject.linears(block).items():
                 weight = effective_weight(linears[name])
-                self.errors[kind][block, name] = relative_error(weight - effective_weight(module), weight, statistics[name].moment)
+                self.errors[kind][block, name] = relative_error(
+                    weight - effective_weight(module), weight, statistics[name].moment
+                )

@@ -57,7 +57,9 @@ def spread(remove: int, of: int, run: int) -> tuple[int, int]:
     """
     found = []
     for start in range(0, lcm(of, run), run):
-        shared = [min(start + run, first + of) - max(start, first) for first in range(start // of * of, start + run, of)]
+        shared = [
+            min(start + run, first + of) - max(start, first) for first in range(start // of * of, start + run, of)
+        ]
         found.append((sum(max(0, remove - of + n) for n in shared), sum(min(remove, n) for n in shared)))
     return min(a for a, _ in found), max(b for _, b in found)
 
@@ -73,7 +75,9 @@ class Outlined(ComputedLinear):
         indexed: whether each input's group is kept.
     """
 
-    def __init__(self, like: Projection, dtype: torch.dtype, zeros: Zeros | None, grid: Grid | None = None, indexed: bool = False):
+    def __init__(
+        self, like: Projection, dtype: torch.dtype, zeros: Zeros | None, grid: Grid | None = None, indexed: bool = False
+    ):
         shape = like.out_features, like.in_features
         count, known = prod(shape), zeros or Zeros()
         gone = count // known.of * known.remove
@@ -81,7 +85,9 @@ class Outlined(ComputedLinear):
             nonzero = {"dense": None, "bitmap": count - gone, **{str(p): None for p in known.patterns}}
             encoding = min(nonzero, key=lambda e: packing.predicted_bytes(shape, dtype, e, nonzero[e]))
             sizes = packing.packed_shapes(shape, encoding, nonzero[encoding])
-            shapes = {name: (size, torch.uint8 if name in ("codes", "bitmap") else dtype) for name, size in sizes.items()}
+            shapes = {
+                name: (size, torch.uint8 if name in ("codes", "bitmap") else dtype) for name, size in sizes.items()
+            }
         else:
             bits = {EVERYWHERE: count * grid.bits, "bitmap": count + (count - gone) * grid.bits}
             bits |= {str(p): count // p.of * (p.bits + p.keep * grid.bits) for p in known.patterns}
@@ -134,7 +140,12 @@ class Outline:
         self.budgeted: set[Place] = set()
         self.change(lambda module, _: Outlined(module, self.dtype, Zeros()), lambda *_: True)
 
-    def change(self, make: Callable[[Projection, Any], Projection], setting: Callable[[int, str], Any], among: set[Place] | None = None) -> None:
+    def change(
+        self,
+        make: Callable[[Projection, Any], Projection],
+        setting: Callable[[int, str], Any],
+        among: set[Place] | None = None,
+    ) -> None:
         """Replace the projections for which there is a setting, `among` these places."""
         self.check_alike(setting)
         subject, self.changed = self.subject, set()
@@ -152,12 +163,22 @@ class Outline:
         if self.lost and any(len({setting(i, name) for i in range(self.subject.depth)}) > 1 for name in LINEARS):
             raise SizeUnknown
 
-    def outlined(self, module: Projection, zeros: Zeros | None, grid: Grid | None = None, indexed: bool = False) -> Projection:
+    def outlined(
+        self, module: Projection, zeros: Zeros | None, grid: Grid | None = None, indexed: bool = False
+    ) -> Projection:
         """A projection with another weight, inside its correction if it has one."""
         made = Outlined(base_of(module), self.dtype, zeros, grid, indexed)
         return Adapted(made, module.lora_A, module.lora_B) if isinstance(module, Adapted) else made
 
     def facts(self, block: int, parts: set[str]) -> tuple:
         """What is the same for two blocks if these parts of them are of one size."""
-        children = [child for part in sorted(parts) for child in getattr(self.subject.blocks[block], SLOTS[part]).named_children()]
-        return tuple((base_of(m).encoding, base_of(m).zeros, *((p.shape, p.dtype) for p in m.parameters())) for name, m in children if name in LINEARS)
+        children = [
+            child
+            for part in sorted(parts)
+            for child in getattr(self.subject.blocks[block], SLOTS[part]).named_children()
+        ]
+        return tuple(
+            (base_of(m).encoding, base_of(m).zeros, *((p.shape, p.dtype) for p in m.parameters()))
+            for name, m in children
+            if name in LINEARS
+        )

@@ -27,7 +27,9 @@ def check_all_fit(given: Iterable[str], depth: int) -> None:
     """Raises BadInput for a pattern that names nothing in a model of `depth` blocks, such as 'blocks.30.*' of 30."""
     for pattern in given:
         if not any(fits(pattern, i, name) for i in range(depth) for name in LINEARS):
-            raise BadInput(f"no projection fits '{pattern}': the model has {', '.join(LINEARS)} in blocks 0 to {depth - 1}")
+            raise BadInput(
+                f"no projection fits '{pattern}': the model has {', '.join(LINEARS)} in blocks 0 to {depth - 1}"
+            )
 
 
 def fits(pattern: str, block: int, name: str) -> bool:

@@ -158,7 +158,9 @@ def stage(word: str) -> Callable[[Kind], Kind]:
 
     def register(kind: Kind) -> Kind:
         if STAGES.get(word, kind).__qualname__ != kind.__qualname__:
-            raise ValueError(f"stage '{word}' is {STAGES[word].__module__}'s already: expected another word for {kind.__module__}'s")
+            raise ValueError(
+                f"stage '{word}' is {STAGES[word].__module__}'s already: expected another word for {kind.__module__}'s"
+            )
         if kind.family not in FAMILIES or not kind.pattern:
             raise ValueError(
                 f"stage '{word}' has family '{kind.family}' and pattern '{kind.pattern}': expected one of {', '.join(FAMILIES)}, and a pattern of its labels"

@@ -48,10 +48,14 @@ class Width(Weighted):
 
     def __post_init__(self):
         super().__post_init__()
-        if (self.remove is None) != (self.of is None) or (self.remove is None) == (self.ratio is None and self.ratios is None):
+        if (self.remove is None) != (self.of is None) or (self.remove is None) == (
+            self.ratio is None and self.ratios is None
+        ):
             raise BadInput("width needs either 'remove' and 'of' (n of each m inputs), or 'ratio' or 'ratios'")
         if self.of is not None and not 0 < self.remove < self.of:
-            raise BadInput(f"pattern {self.remove}:{self.of} removes {'none' if self.remove <= 0 else 'all'}: expected 0 < removed < {self.of}")
+            raise BadInput(
+                f"pattern {self.remove}:{self.of} removes {'none' if self.remove <= 0 else 'all'}: expected 0 < removed < {self.of}"
+            )
         for ratio in (self.ratio, *(self.ratios or {}).values()):
             if ratio is not None and not (isinstance(ratio, (int, float)) and 0 <= ratio < 1):
                 raise BadInput(f"ratio {ratio}: expected a share of the weights in [0, 1)")
@@ -123,7 +127,10 @@ class Width(Weighted):
             BadInput: rows that the pattern does not divide, text too short, inputs that are not finite.
         """
         check_all_fit(self.linears, subject.depth)
-        self.check({name: m.weight.shape[1] for b in range(subject.depth) for name, m in subject.linears(b).items()}, subject.depth)
+        self.check(
+            {name: m.weight.shape[1] for b in range(subject.depth) for name, m in subject.linears(b).items()},
+            subject.depth,
+        )
         pruned = subject.copy()
         visitor = Prune(self)
         if self.metric == "magnitude":
@@ -169,13 +176,19 @@ class Prune(Visitor):
                     warnings.warn(said, stacklevel=2)
             c = self.config
             gone = least_of_each(score, c.remove, c.of) if c.of else least_share(score, c.share(block, name))
-            linear.weight.data.masked_fill_(gone, 0)  # not a product with a mask, which would leave zeros of either sign
+            linear.weight.data.masked_fill_(
+                gone, 0
+            )  # not a product with a mask, which would leave zeros of either sign
             self.removed += int(gone.sum())
             self.total += gone.numel()
 
     def report(self) -> dict:
         """What was done, as plain data."""
-        return {"removed_weights": self.removed, "of_weights": self.total, **({"compared by magnitude": self.dead} if self.dead else {})}
+        return {
+            "removed_weights": self.removed,
+            "of_weights": self.total,
+            **({"compared by magnitude": self.dead} if self.dead else {}),
+        }
 
 
 def least_of_each(score: torch.Tensor, remove: int, of: int) -> torch.Tensor:
@@ -203,4 +216,11 @@ def least_share(score: torch.Tensor, ratio: float) -> torch.Tensor:
 
 def zero_shares(subject: Subject) -> dict[str, list[float]]:
     """For each projection the share of zeros in each block."""
-    return {name: [float((m.weight == 0).float().mean()) for b in range(subject.depth) if (m := subject.linears(b).get(name)) is not None] for name in LINEARS}
+    return {
+        name: [
+            float((m.weight == 0).float().mean())
+            for b in range(subject.depth)
+            if (m := subject.linears(b).get(name)) is not None
+        ]
+        for name in LINEARS
+    }

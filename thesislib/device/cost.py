@@ -99,10 +99,24 @@ def sketch(subject: Subject | Sketch) -> Sketch:
     config = subject.model.config
     heads, kv = config.num_attention_heads, getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return Sketch(subject.name, tuple(stored(subject)), heads, kv, width, rows_of(subject.model), str(subject.dtype).removeprefix("torch."))
+    return Sketch(
+        subject.name,
+        tuple(stored(subject)),
+        heads,
+        kv,
+        width,
+        rows_of(subject.model),
+        str(subject.dtype).removeprefix("torch."),
+    )
 
 
-def resized(subject: Subject | Sketch, blocks: int | None = None, bits: float | None = None, pattern: str | None = None, table: float | None = None) -> Sketch:
+def resized(
+    subject: Subject | Sketch,
+    blocks: int | None = None,
+    bits: float | None = None,
+    pattern: str | None = None,
+    table: float | None = None,
+) -> Sketch:
     """A model as it would be with fewer blocks, or with its linears held in other bits. What it would then answer is another question.
 
     Args:
@@ -133,7 +147,9 @@ def resized(subject: Subject | Sketch, blocks: int | None = None, bits: float | 
     for w in plain.weights:
         if _block(w) in kept:
             linear = is_linear(w)
-            weights.append(_held_in(w, bits if linear else table, parsed if linear else None) if linear or w.name in TABLES else w)
+            weights.append(
+                _held_in(w, bits if linear else table, parsed if linear else None) if linear or w.name in TABLES else w
+            )
     return replace(plain, weights=tuple(weights))
 
 
@@ -172,9 +188,24 @@ def stored(subject: Subject | Sketch) -> list[Stored]:
         return list(subject.weights)
     found, seen = [], set()
 
-    def add(name: str, *tensors: torch.Tensor, size: Size, beside: tuple[int, int] = (0, 0), held: Iterable[torch.Tensor] | None = None) -> None:
-        places = tuple(int(t.untyped_storage().data_ptr() + t.storage_offset() * t.element_size()) if t.device.type != "meta" else id(t) for t in tensors)
-        found.append(Stored(name, size.nbytes, size.numel, places, beside, _precision(tensors if held is None else held), size.macs))
+    def add(
+        name: str,
+        *tensors: torch.Tensor,
+        size: Size,
+        beside: tuple[int, int] = (0, 0),
+        held: Iterable[torch.Tensor] | None = None,
+    ) -> None:
+        places = tuple(
+            int(t.untyped_storage().data_ptr() + t.storage_offset() * t.element_size())
+            if t.device.type != "meta"
+            else id(t)
+            for t in tensors
+        )
+        found.append(
+            Stored(
+                name, size.nbytes, size.numel, places, beside, _precision(tensors if held is None else held), size.macs
+            )
+        )
 
     core = subject.model.model
     table: Any = subject.model.get_input_embeddings()
@@ -201,7 +232,9 @@ def stored(subject: Subject | Sketch) -> list[Stored]:
         outside = module not in seen and not path.startswith("layers") and not path.startswith("rotary_emb")
         if outside and (own := _own(module)):
             if path not in NORMS:
-                raise BadInput(f"the model has an operation that the cost model does not know, '{path}' ({type(module).__name__})")
+                raise BadInput(
+                    f"the model has an operation that the cost model does not know, '{path}' ({type(module).__name__})"
+                )
             add(path, *own, size=_plain(own))
     return found
 
@@ -269,7 +302,9 @@ def costs(subject: Subject | Sketch, tokens: int = 1, context: int = 128, cache_
     for w in plain.weights:
         place, _, part = w.name.rpartition(".")
         if w.name == "embedding":
-            found.append(Operation(w.name, "move", 0, tokens * -(-w.bytes // plain.rows), tokens * w.params // plain.rows))
+            found.append(
+                Operation(w.name, "move", 0, tokens * -(-w.bytes // plain.rows), tokens * w.params // plain.rows)
+            )
         elif w.name == "head":
             found.append(Operation(w.name, "gemv", w.macs, w.bytes, w.params, precision=w.precision))
         elif part in LINEARS:

@@ -36,7 +36,15 @@ from thesislib.sources.wheels import downloaded
 
 SOURCE = "llama_cpp_python-0.3.36"  # PyPI's source distribution, which has llama.cpp inside
 SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-PARTS = ("CMakeLists.txt", "cmake", "ggml", "include", "licenses", "src", "vendor")  # of llama.cpp: without models, tools and tests
+PARTS = (
+    "CMakeLists.txt",
+    "cmake",
+    "ggml",
+    "include",
+    "licenses",
+    "src",
+    "vendor",
+)  # of llama.cpp: without models, tools and tests
 OWN = "hw/emulate"  # see `thesislib.files.shipped`
 TOOLS = {  # and Debian's packages of them; qemu-user-static's emulator takes no plugins
     "cmake": "cmake", "make": "make", "gcc": "gcc", "g++": "g++",
@@ -147,7 +155,9 @@ def build(jobs: int = 1) -> Programs:
         BadInput: a program is missing (said with its Debian package); no hw/emulate; no network; another sha256; a compiler fails.
     """
     if missing := missing_tools():
-        raise BadInput(f"emulation needs {', '.join(missing)}, not found here: on Debian, apt-get install {' '.join(sorted(set(missing.values())))}")
+        raise BadInput(
+            f"emulation needs {', '.join(missing)}, not found here: on Debian, apt-get install {' '.join(sorted(set(missing.values())))}"
+        )
     shipped(OWN)
     root = cache_dir() / "emulate"
     with lock(root / "build"):
@@ -156,7 +166,9 @@ def build(jobs: int = 1) -> Programs:
         plugin = root / f"count-{_digest(shipped(f'{OWN}/count.c').read_text(), _version('gcc'))}.so"
         if not plugin.exists():
             with whole_file(plugin) as temporary:
-                _run(["gcc", "-O2", "-shared", "-fPIC", shipped(f"{OWN}/count.c"), "-o", temporary], "compiling count.c")
+                _run(
+                    ["gcc", "-O2", "-shared", "-fPIC", shipped(f"{OWN}/count.c"), "-o", temporary], "compiling count.c"
+                )
     return Programs(probes["host"], probes["plain host"], probes["riscv64"], plugin)
 
 
@@ -165,7 +177,13 @@ def _sources(final: Path) -> Path:
     if final.exists():
         return final
     with whole_folder(final, alone=True) as folder, tempfile.TemporaryDirectory(dir=folder) as below:
-        archive = downloaded(SOURCE.replace("_", "-").replace("python-", "python=="), SHA256, Path(below), "llama.cpp, 77 MB", source=True)
+        archive = downloaded(
+            SOURCE.replace("_", "-").replace("python-", "python=="),
+            SHA256,
+            Path(below),
+            "llama.cpp, 77 MB",
+            source=True,
+        )
         top = f"{SOURCE}/vendor/llama.cpp/"
         with tarfile.open(archive) as tar:
             for member in tar:
@@ -192,10 +210,23 @@ def _probe(target: str, sources: Path, root: Path, jobs: int) -> Path:
     probe = folder / f"probe-{_digest(shipped(f'{OWN}/probe.cpp').read_text())}"
     if not probe.exists():
         includes = [f"-I{sources / place}" for place in ("include", "ggml/include")]
-        libraries = [folder / f"lib{name}.a" for name in ("llama", "ggml", "ggml-cpu", "ggml-base")]  # each before those that it needs
+        libraries = [
+            folder / f"lib{name}.a" for name in ("llama", "ggml", "ggml-cpu", "ggml-base")
+        ]  # each before those that it needs
         with whole_file(probe) as temporary:
             _run(
-                [compiler, "-O2", "-std=c++17", "-static", *includes, shipped(f"{OWN}/probe.cpp"), *libraries, "-lm", "-o", temporary],
+                [
+                    compiler,
+                    "-O2",
+                    "-std=c++17",
+                    "-static",
+                    *includes,
+                    shipped(f"{OWN}/probe.cpp"),
+                    *libraries,
+                    "-lm",
+                    "-o",
+                    temporary,
+                ],
                 f"compiling probe.cpp for {target}",
             )
             temporary.chmod(0o755)
@@ -212,19 +243,31 @@ def _version(tool: str) -> str:
     return subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
 
 
-def _run(command: Sequence[str | Path], what: str, environment: Mapping[str, str] | None = None, timeout: float | None = None) -> subprocess.CompletedProcess:
+def _run(
+    command: Sequence[str | Path], what: str, environment: Mapping[str, str] | None = None, timeout: float | None = None
+) -> subprocess.CompletedProcess:
     """A program's output, or an error with its last words."""
     try:
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env={**os.environ, **(environment or {})}, timeout=timeout)
+        done = subprocess.run(
+            list(map(str, command)),
+            capture_output=True,
+            text=True,
+            env={**os.environ, **(environment or {})},
+            timeout=timeout,
+        )
     except subprocess.TimeoutExpired as error:
         raise BadInput(f"{what} took longer than {timeout:.0f} s: ask for fewer tokens") from error
     if done.returncode:
-        said = [line for line in (done.stderr + done.stdout).splitlines() if line.strip() and not line.startswith("count ")]
+        said = [
+            line for line in (done.stderr + done.stdout).splitlines() if line.strip() and not line.startswith("count ")
+        ]
         raise BadInput(f"{what} failed (exit code {done.returncode}): {' / '.join(said[-3:]) or 'it said nothing'}")
     return done
 
 
-def emulate(file: str | Path, ids: Sequence[int], new_tokens: int = 8, programs: Programs | None = None, timeout: float = 3600) -> Emulated:
+def emulate(
+    file: str | Path, ids: Sequence[int], new_tokens: int = 8, programs: Programs | None = None, timeout: float = 3600
+) -> Emulated:
     """Run a GGUF file on this machine, with and without its vector instructions, and on an emulated riscv64, and compare.
 
     Args:
@@ -238,14 +281,18 @@ def emulate(file: str | Path, ids: Sequence[int], new_tokens: int = 8, programs:
         BadInput: no such file; an empty prompt; fewer than two tokens; what llama.cpp cannot load; see also `build`.
     """
     if not Path(file).is_file():
-        raise BadInput(f"{file} is no file: expected a GGUF file, such as `thesislib export SUBJECT --gguf Q8_0` writes")
+        raise BadInput(
+            f"{file} is no file: expected a GGUF file, such as `thesislib export SUBJECT --gguf Q8_0` writes"
+        )
     if not ids or new_tokens < 2:
         raise BadInput(f"a prompt of {len(ids)} tokens and {new_tokens} new ones: expected at least one and two")
     programs = programs or build()
     plugin = str(programs.plugin).replace(",", ",,")  # qemu's way to write a comma
     host, theirs, _ = _decode([programs.host], file, ids, new_tokens, timeout)
     control, plain, _ = _decode([programs.plain_host], file, ids, new_tokens, timeout)
-    emulated, ours, said = _decode(["qemu-riscv64", "-plugin", plugin, programs.riscv64], file, ids, new_tokens, timeout)
+    emulated, ours, said = _decode(
+        ["qemu-riscv64", "-plugin", plugin, programs.riscv64], file, ids, new_tokens, timeout
+    )
     loading, (prompt, *later) = counted(said)
     return Emulated(
         tuple(host), tuple(emulated), agreed(host, emulated, list(torch.from_numpy(theirs))), distance(host, theirs, emulated, ours),
@@ -253,11 +300,17 @@ def emulate(file: str | Path, ids: Sequence[int], new_tokens: int = 8, programs:
     )  # fmt: skip
 
 
-def _decode(program: Sequence[str | Path], file: str | Path, ids: Sequence[int], tokens: int, timeout: float) -> tuple[list[int], np.ndarray, str]:
+def _decode(
+    program: Sequence[str | Path], file: str | Path, ids: Sequence[int], tokens: int, timeout: float
+) -> tuple[list[int], np.ndarray, str]:
     """probe.cpp's tokens, logits (tokens, vocabulary) and what was said on stderr."""
     with tempfile.TemporaryDirectory() as folder:
         logits = Path(folder) / "logits"
-        done = _run([*program, Path(file).resolve(), ",".join(map(str, ids)), str(tokens), logits], f"running {file}", timeout=timeout)
+        done = _run(
+            [*program, Path(file).resolve(), ",".join(map(str, ids)), str(tokens), logits],
+            f"running {file}",
+            timeout=timeout,
+        )
         answer = json.loads(done.stdout)
         return answer["tokens"], np.fromfile(logits, np.float32).reshape(tokens, answer["vocabulary"]), done.stderr
 
@@ -273,11 +326,15 @@ def counted(said: str) -> tuple[int, list[dict[str, int]]]:
     """
     marks = [[int(x) for x in line.split()[1:]] for line in said.splitlines() if line.startswith("count ")]
     if not marks or len(marks) % 2 or any(len(mark) != 1 + len(CLASSES) for mark in marks):
-        raise BadInput(f"the plugin printed {len(marks)} marks: expected two for every pass; is this qemu older than 4.2 or newer than 8.2?")
+        raise BadInput(
+            f"the plugin printed {len(marks)} marks: expected two for every pass; is this qemu older than 4.2 or newer than 8.2?"
+        )
     if (threads := max(mark[0] for mark in marks)) != 1:
         raise BadInput(f"instructions were counted on {threads} threads: expected one, since the counters are shared")
     passes = zip(marks[::2], marks[1::2], strict=True)
-    return sum(marks[0][1:]), [{name: b - a for name, a, b in zip(CLASSES, before[1:], after[1:], strict=True)} for before, after in passes]
+    return sum(marks[0][1:]), [
+        {name: b - a for name, a, b in zip(CLASSES, before[1:], after[1:], strict=True)} for before, after in passes
+    ]
 
 
 def distance(tokens: Sequence[int], logits: np.ndarray, others: Sequence[int], theirs: np.ndarray) -> Distance:
@@ -318,10 +375,17 @@ def as_row(found: Emulated) -> dict[str, Any]:
 
 
 def _plain(off: Distance) -> dict[str, float]:
-    return {"largest difference": off.largest, "root mean square": off.typical, "spread": off.spread, "share": off.share}
+    return {
+        "largest difference": off.largest,
+        "root mean square": off.typical,
+        "spread": off.spread,
+        "share": off.share,
+    }
 
 
-def record(subject: Subject, runs: Iterable[tuple[str, Sequence[int] | None]], prompt: int = 8, tokens: int = 8, jobs: int = 1) -> dict[str, Any]:
+def record(
+    subject: Subject, runs: Iterable[tuple[str, Sequence[int] | None]], prompt: int = 8, tokens: int = 8, jobs: int = 1
+) -> dict[str, Any]:
     """Emulate a subject in several GGUF types, whole or with some blocks only, as JSON's types with what is needed to do it again.
 
     Args:
@@ -336,9 +400,19 @@ def record(subject: Subject, runs: Iterable[tuple[str, Sequence[int] | None]], p
         model = subject if plan is None else apply_plan(subject, list(plan))
         file = gguf_file(model, kind)
         row = as_row(emulate(file, ids, tokens, programs))
-        rows.append({"type": kind, "blocks": model.depth, "plan": plan and list(plan), "fingerprint": model.fingerprint, "sha256": sha256_of(file), **row})
+        rows.append(
+            {
+                "type": kind,
+                "blocks": model.depth,
+                "plan": plan and list(plan),
+                "fingerprint": model.fingerprint,
+                "sha256": sha256_of(file),
+                **row,
+            }
+        )
         print(
-            f"{kind}, {model.depth} blocks: {row['same']} of {row['of']} tokens, {row['instructions']['per token, all'] / 1e6:.0f} M a token", file=sys.stderr
+            f"{kind}, {model.depth} blocks: {row['same']} of {row['of']} tokens, {row['instructions']['per token, all'] / 1e6:.0f} M a token",
+            file=sys.stderr,
         )
     made = provenance(subject, started, prompt=ids, tokens=tokens, threads=1, classes=list(CLASSES))
     for key in ("seconds", "peak_memory"):  # of an emulator: no one should take them for a device's
@@ -352,13 +426,22 @@ def record(subject: Subject, runs: Iterable[tuple[str, Sequence[int] | None]], p
 
 def readable(plain: dict[str, Any]) -> str:
     """A few lines of what `record` says."""
-    lines = [f"{plain['provenance']['subject']}, llama.cpp on an emulated riscv64: instructions are counted, no time is taken"]
+    lines = [
+        f"{plain['provenance']['subject']}, llama.cpp on an emulated riscv64: instructions are counted, no time is taken"
+    ]
     for row in plain["rows"]:
         counts, logits = row["instructions"], row["logits"]
-        by_class = ", ".join(f"{name} {n / 1e6:,.0f}" for name, n in counts["per token"].items() if n >= 1e6) or "each class less than one"
+        by_class = (
+            ", ".join(f"{name} {n / 1e6:,.0f}" for name, n in counts["per token"].items() if n >= 1e6)
+            or "each class less than one"
+        )
         lines.append(f"  {row['type']}, {row['blocks']} blocks: {counts['per token, all'] / 1e6:,.1f} M a decoded token, {counts['per weight']:.2f} a weight; "
                      f"by class, in M: {by_class}")  # fmt: skip
-        parted = "" if row["margin where they part"] is None else f", where they part the host's lead is {row['margin where they part']:.3g}"
+        parted = (
+            ""
+            if row["margin where they part"] is None
+            else f", where they part the host's lead is {row['margin where they part']:.3g}"
+        )
         within = "within" if logits["within"] else "NOT within"
         lines.append(f"    {row['same']} of {row['of']} tokens are the host's{parted}; logits {logits['share']:.2%} of their spread apart, "
                      f"{within} {logits['tolerance']:.1%}")  # fmt: skip
@@ -367,7 +450,9 @@ def readable(plain: dict[str, Any]) -> str:
 
 def main() -> None:
     """Record the embedded model in four types, and with ten of its blocks in one."""
-    parser = argparse.ArgumentParser(description="Emulate the embedded model on riscv64 and record tokens, logits and instructions.")
+    parser = argparse.ArgumentParser(
+        description="Emulate the embedded model on riscv64 and record tokens, logits and instructions."
+    )
     parser.add_argument("--out", type=Path, required=True, help="a JSON file")
     parser.add_argument("--prompt", type=int, default=8, help="tokens of the prompt")
     parser.add_argument("--tokens", type=int, default=8, help="new tokens, the first from the prompt's own pass")
@@ -376,7 +461,9 @@ def main() -> None:
     runs = [("F16", None), ("Q8_0", None), ("Q4_0", None), ("Q4_1", None), ("Q4_0", range(0, 30, 3))]
     try:
         subject = load_subject()
-        write_whole(given.out, json.dumps(record(subject, runs, given.prompt, given.tokens, given.jobs), indent=1) + "\n")
+        write_whole(
+            given.out, json.dumps(record(subject, runs, given.prompt, given.tokens, given.jobs), indent=1) + "\n"
+        )
     except BadInput as error:
         sys.exit(str(error))
 

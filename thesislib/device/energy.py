@@ -11,7 +11,10 @@ from thesislib.device.placement import Plan, padded
 from thesislib.device.roofline import Projection
 from thesislib.model.subject import Subject
 
-WHOLE, SUM = "published power of the whole device, for as long as it takes", "bytes, multiplications and idle power, as far as they are known"
+WHOLE, SUM = (
+    "published power of the whole device, for as long as it takes",
+    "bytes, multiplications and idle power, as far as they are known",
+)
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,9 @@ class Energy:
         return self.how == WHOLE or sum(self.parts.values()) > 0
 
 
-def energy(subject: Subject | Sketch, device: Device, found: Plan, time: Projection, tokens: int = 1, context: int = 128) -> Energy:
+def energy(
+    subject: Subject | Sketch, device: Device, found: Plan, time: Projection, tokens: int = 1, context: int = 128
+) -> Energy:
     """Of a pass whose plan and time are known."""
     if device.power is not None:
         return Energy(device.power[0] * time.seconds.low, device.power[1] * time.seconds.high, WHOLE, {}, ())

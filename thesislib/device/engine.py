@@ -59,18 +59,30 @@ def run_engine(request: Request, timeout: float = 3600) -> dict[str, Any]:
     if find_spec("llama_cpp") is None:
         raise BadInput(HOW_TO_GET_IT)
     if not Path(request.file).is_file():
-        raise BadInput(f"{request.file} is no file: expected a GGUF file, such as `thesislib export SUBJECT --gguf Q8_0` writes")
+        raise BadInput(
+            f"{request.file} is no file: expected a GGUF file, such as `thesislib export SUBJECT --gguf Q8_0` writes"
+        )
     if not request.prompts or any(not p for p in request.prompts) or request.tokens < 1 or request.repeats < 1:
-        raise BadInput(f"{len(request.prompts)} prompts, {request.tokens} tokens, {request.repeats} repeats: expected at least one each, and no empty prompt")
+        raise BadInput(
+            f"{len(request.prompts)} prompts, {request.tokens} tokens, {request.repeats} repeats: expected at least one each, and no empty prompt"
+        )
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "thesislib.device.engine"], input=json.dumps(asdict(request)), capture_output=True, text=True, timeout=timeout
+            [sys.executable, "-m", "thesislib.device.engine"],
+            input=json.dumps(asdict(request)),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
         )
     except subprocess.TimeoutExpired as error:
-        raise BadInput(f"the engine took longer than {timeout:.0f} s with {request.file}: ask for fewer tokens or repeats") from error
+        raise BadInput(
+            f"the engine took longer than {timeout:.0f} s with {request.file}: ask for fewer tokens or repeats"
+        ) from error
     if done.returncode:
         why = [line for line in done.stderr.splitlines() if line.strip()][-3:]
-        raise BadInput(f"llama.cpp cannot run {request.file} (exit code {done.returncode}): {' / '.join(why) or 'it said nothing'}")
+        raise BadInput(
+            f"llama.cpp cannot run {request.file} (exit code {done.returncode}): {' / '.join(why) or 'it said nothing'}"
+        )
     return json.loads(done.stdout)
 
 
@@ -80,7 +92,9 @@ def busy_seconds() -> float | None:
         fields = [int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
     except (OSError, ValueError, IndexError):
         return None
-    return (sum(fields[:3]) + sum(fields[5:8])) / os.sysconf("SC_CLK_TCK")  # user, nice, system; interrupts and what a hypervisor took
+    return (sum(fields[:3]) + sum(fields[5:8])) / os.sysconf(
+        "SC_CLK_TCK"
+    )  # user, nice, system; interrupts and what a hypervisor took
 
 
 def watched() -> Callable[[], float | None]:
@@ -107,7 +121,13 @@ def _resident() -> int:
 def _peak() -> int:
     """Bytes that this program has held at most. Not getrusage's, which Linux hands down from the process that started us."""
     try:
-        return 1024 * int(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")))
+        return 1024 * int(
+            next(
+                line.split()[1]
+                for line in Path("/proc/self/status").read_text().splitlines()
+                if line.startswith("VmHWM")
+            )
+        )
     except (OSError, StopIteration):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak
@@ -132,7 +152,13 @@ def main() -> None:
         sys.exit("".join(said[-8:]) or "the file cannot be loaded")
     room = max(map(len, request.prompts)) + request.tokens
     settings = ll.llama_context_default_params()
-    settings.n_ctx, settings.n_batch, settings.n_threads, settings.n_threads_batch, settings.no_perf = room, room, 1, 1, True
+    settings.n_ctx, settings.n_batch, settings.n_threads, settings.n_threads_batch, settings.no_perf = (
+        room,
+        room,
+        1,
+        1,
+        True,
+    )
     if request.exact:
         settings.type_k = settings.type_v = ll.GGML_TYPE_F32
         settings.flash_attn_type = ll.LLAMA_FLASH_ATTN_TYPE_DISABLED

@@ -123,7 +123,12 @@ def read_device(path: Path) -> Device:
         BadInput: a key that is not known or is missing, a number without evidence or with a unit of another kind, a negative one.
     """
     reader = _Reader(path)
-    top = reader.mapping(value(compose(path), path), "", {"name", "title", "engines", "tiers", "overhead", "mbu", "mfu", "idle", "power"}, {"notes"})
+    top = reader.mapping(
+        value(compose(path), path),
+        "",
+        {"name", "title", "engines", "tiers", "overhead", "mbu", "mfu", "idle", "power"},
+        {"notes"},
+    )
     if top["name"] != path.stem:
         raise BadInput(f"{path}: its name is '{top['name']}': expected '{path.stem}', as the file's")
     engines = []
@@ -146,7 +151,9 @@ def read_device(path: Path) -> Device:
         keys = reader.mapping(plain, at, {"name", "size", "read", "energy", "on_chip", "holds_cache"})
         size = reader.number(keys["size"], f"{at}.size", "B")
         if size is None:
-            raise BadInput(f"{path}, {at}.size is null: a memory of unknown size cannot be planned for; leave the tier out")
+            raise BadInput(
+                f"{path}, {at}.size is null: a memory of unknown size cannot be planned for; leave the tier out"
+            )
         for name in ("on_chip", "holds_cache"):
             if not isinstance(keys[name], bool):
                 raise BadInput(f"{path}, {at}.{name} is {keys[name]!r}: expected true or false")
@@ -189,7 +196,9 @@ class _Reader:
         if keys["kind"] not in KINDS:
             raise unknown(f"kind of evidence in {self.path}, {at}", keys["kind"], KINDS)
         if not isinstance(keys["source"], str) or not keys["source"].strip():
-            raise BadInput(f"{self.path}, {at}: its source is empty: expected where the number is from, or null for the whole entry")
+            raise BadInput(
+                f"{self.path}, {at}: its source is empty: expected where the number is from, or null for the whole entry"
+            )
         self.evidence[at] = Evidence(keys["kind"], keys["source"])
         return keys["value"]
 

@@ -62,9 +62,13 @@ def mac_rate(precision: str, kind: str, repeats: int = 9) -> list[float]:
     if precision not in TYPES:
         raise unknown("precision", precision, TYPES)
     if kind not in ("gemm", "gemv") or (kind, precision) == ("gemv", "int8"):
-        raise BadInput(f"the rate of {kind} in {precision} cannot be measured: expected gemm, or gemv in a floating type")
+        raise BadInput(
+            f"the rate of {kind} in {precision} cannot be measured: expected gemm, or gemv in a floating type"
+        )
     dtype = TYPES[precision]
-    tokens, inputs, outputs, times = (512, 576, 1536, 1) if kind == "gemm" else (1, 256, 2**18 // dtype.itemsize // 256, 200)
+    tokens, inputs, outputs, times = (
+        (512, 576, 1536, 1) if kind == "gemm" else (1, 256, 2**18 // dtype.itemsize // 256, 200)
+    )
     with one_thread(), torch.inference_mode():
         if dtype == torch.int8:
             a, b = (torch.randint(-8, 8, shape, dtype=dtype) for shape in ((tokens, inputs), (inputs, outputs)))
@@ -91,7 +95,10 @@ def host_file(name: str = "host", repeats: int = 9) -> str:
     def rates(kind: str) -> list[str]:
         lines = [f"      {kind}:"]
         for precision in PRECISIONS:
-            if (kind, precision) == ("gemv", "int8") or precision == "float16":  # torch has no product of one token in int8; float16 is emulated on most CPUs
+            if (kind, precision) == (
+                "gemv",
+                "int8",
+            ) or precision == "float16":  # torch has no product of one token in int8; float16 is emulated on most CPUs
                 lines.append(f"        {precision}: null")
                 continue
             seen = mac_rate(precision, kind, repeats)
@@ -100,7 +107,11 @@ def host_file(name: str = "host", repeats: int = 9) -> str:
         return lines
 
     seen = read_bandwidth(repeats)
-    bandwidth = measured(statistics.median(seen) / 1e9, "GB/s", f"{how.format(min(seen) / 1e9, max(seen) / 1e9)} GB/s, a sum over 256 MiB of float32")
+    bandwidth = measured(
+        statistics.median(seen) / 1e9,
+        "GB/s",
+        f"{how.format(min(seen) / 1e9, max(seen) / 1e9)} GB/s, a sum over 256 MiB of float32",
+    )
     return "\n".join([
         f"name: {name}",
         f"title: the machine on which this file was made, one thread of it ({about})",
@@ -141,7 +152,9 @@ def _clock() -> float:
     info = Path("/proc/cpuinfo")
     found = re.search(r"^cpu MHz\s*: ([\d.]+)", info.read_text(), re.M) if info.exists() else None
     if not found:
-        raise BadInput("this system does not say its clock in /proc/cpuinfo: copy hw/devices/laptop.yaml and write it by hand")
+        raise BadInput(
+            "this system does not say its clock in /proc/cpuinfo: copy hw/devices/laptop.yaml and write it by hand"
+        )
     return float(found[1]) * 1e6
 
 

@@ -34,7 +34,9 @@ def engine_name(kind: str) -> str:
 
 def computed_in(kind: str) -> str:
     """The precision in which an engine multiplies by matrices of a GGUF type or of one of torch: what its arithmetic is a share of."""
-    return {"F16": "float32", "F32": "float32", "BF16": "bfloat16", "float32": "float32", "bfloat16": "bfloat16"}.get(kind, "int8")
+    return {"F16": "float32", "F32": "float32", "BF16": "bfloat16", "float32": "float32", "bfloat16": "bfloat16"}.get(
+        kind, "int8"
+    )
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ class Timing:
         return NOISY_HOST if self.spread > NOISY else QUIET
 
 
-def time_llama_cpp(file: str | Path, ids: Sequence[int], tokens: int = 32, repeats: int = 5, core: int | None = 0) -> Timing:
+def time_llama_cpp(
+    file: str | Path, ids: Sequence[int], tokens: int = 32, repeats: int = 5, core: int | None = 0
+) -> Timing:
     """Time llama.cpp, one thread pinned to a core, after one run that does not count.
 
     Args:
@@ -145,14 +149,18 @@ def time_transformers(subject: Subject, ids: Sequence[int], tokens: int = 32, re
     )  # fmt: skip
 
 
-def greedy_steps(subject: Subject, ids: Sequence[int], tokens: int) -> tuple[list[int], list[torch.Tensor], list[float]]:
+def greedy_steps(
+    subject: Subject, ids: Sequence[int], tokens: int
+) -> tuple[list[int], list[torch.Tensor], list[float]]:
     """Greedy decoding past any end token: the tokens chosen, the logits (vocabulary,) each was chosen from, and seconds of each."""
     cache, feed = DynamicCache(config=subject.model.config), torch.tensor([list(ids)])
     chosen, seen, seconds = [], [], []
     with torch.inference_mode():
         for _ in range(tokens):
             at = time.perf_counter()
-            logits = subject.model(input_ids=feed.to(subject.device), past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+            logits = subject.model(
+                input_ids=feed.to(subject.device), past_key_values=cache, use_cache=True, logits_to_keep=1
+            ).logits[0, -1]
             chosen.append(int(logits.argmax()))
             seconds.append(time.perf_counter() - at)
             seen.append(logits.float().cpu())
@@ -174,7 +182,9 @@ class Agreement:
     gap: float
 
 
-def agreement(subject: Subject, file: str | Path, prompts: Sequence[Sequence[int]], tokens: int = 32) -> list[Agreement]:
+def agreement(
+    subject: Subject, file: str | Path, prompts: Sequence[Sequence[int]], tokens: int = 32
+) -> list[Agreement]:
     """Greedy decoding of a GGUF file in llama.cpp, its cache in float32, against the subject's in transformers, prompt by prompt.
 
     Raises:
@@ -213,7 +223,9 @@ def as_measurement(subject: Subject, timing: Timing, started: float, **settings:
     """
     seconds = timing.seconds
     low, middle, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
-    items = [{"id": f"{i}.{j}", "seconds": s} for i, repetition in enumerate(timing.later) for j, s in enumerate(repetition)]
+    items = [
+        {"id": f"{i}.{j}", "seconds": s} for i, repetition in enumerate(timing.later) for j, s in enumerate(repetition)
+    ]
     extra = {
         "tokens per second": 1 / middle,
         "seconds to first token": timing.seconds_to_first_token,

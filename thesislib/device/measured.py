@@ -8,13 +8,30 @@ from pathlib import Path
 
 from thesislib.device.cost import costs
 from thesislib.device.host import mac_rate, read_bandwidth
-from thesislib.device.measure import QUIET, as_measurement, bytes_per_token, computed_in, file_type, gguf_file, prompt_ids, time_llama_cpp, time_transformers
+from thesislib.device.measure import (
+    QUIET,
+    as_measurement,
+    bytes_per_token,
+    computed_in,
+    file_type,
+    gguf_file,
+    prompt_ids,
+    time_llama_cpp,
+    time_transformers,
+)
 from thesislib.errors import BadInput
 from thesislib.model.subject import Subject
 
 
 def measured_report(
-    subject: Subject, spec: str, kind: str = "Q8_0", prompt: int = 128, tokens: int = 32, repeats: int = 5, core: int = 0, beside: bool = True
+    subject: Subject,
+    spec: str,
+    kind: str = "Q8_0",
+    prompt: int = 128,
+    tokens: int = 32,
+    repeats: int = 5,
+    core: int = 0,
+    beside: bool = True,
 ) -> dict:
     """Everything that was measured, in SI units, JSON's types only.
 
@@ -34,7 +51,9 @@ def measured_report(
     """
     most = subject.model.config.max_position_embeddings
     if prompt + tokens + 1 > most:
-        raise BadInput(f"a prompt of {prompt} and {tokens + 1} tokens after it are more than {subject.name}'s context of {most}: expected fewer")
+        raise BadInput(
+            f"a prompt of {prompt} and {tokens + 1} tokens after it are more than {subject.name}'s context of {most}: expected fewer"
+        )
     own = Path(spec).suffix == ".gguf"
     if core not in _cores():
         raise BadInput(f"core {core} is not ours: expected one of {', '.join(map(str, _cores()))}")
@@ -60,7 +79,9 @@ def measured_report(
     }  # fmt: skip
     if beside:
         started = time.perf_counter()
-        plain["transformers"] = json.loads(as_measurement(subject, time_transformers(subject, ids, tokens, repeats), started).to_json(items=True))
+        plain["transformers"] = json.loads(
+            as_measurement(subject, time_transformers(subject, ids, tokens, repeats), started).to_json(items=True)
+        )
     return plain
 
 
@@ -69,9 +90,15 @@ def _cores() -> list[int]:
 
 
 def _notes(verdict: str, own: bool, kind: str) -> list[str]:
-    notes = [] if verdict == QUIET else [f"Not to be believed as it stands, {verdict}: stop what else runs here and measure again."]
+    notes = (
+        []
+        if verdict == QUIET
+        else [f"Not to be believed as it stands, {verdict}: stop what else runs here and measure again."]
+    )
     if not own and kind != "F16":
-        notes.append(f"The file rounds every matrix to {kind}'s own grid, also those that were quantised before; zeros are stored and multiplied.")
+        notes.append(
+            f"The file rounds every matrix to {kind}'s own grid, also those that were quantised before; zeros are stored and multiplied."
+        )
     return notes
 
 
@@ -86,7 +113,11 @@ def readable(plain: dict) -> str:
         lines.append(f"  {m['task']}: {value} ms per token [{low}, {high}] (quartiles), {extra['tokens per second']:.1f} tokens/s; first in "
                      f"{1e3 * extra['seconds to first token']:.0f} ms, prompt {extra['prompt tokens per second']:.0f} tokens/s; "
                      f"{extra['verdict']}")  # fmt: skip
-        rest = f", cache {size['cache'] / 1e6:.1f} MB, process {size['resident'] / 1e6:.0f} MB at its highest" if "cache" in size else ""
+        rest = (
+            f", cache {size['cache'] / 1e6:.1f} MB, process {size['resident'] / 1e6:.0f} MB at its highest"
+            if "cache" in size
+            else ""
+        )
         lines.append(f"    weights {size['weights'] / 1e6:.1f} MB{rest}")
     for name, share in plain["utilisation"].items():
         lines.append(f"  {name} {share['value']:.0%} of {share['denominator']}")

@@ -38,7 +38,9 @@ def padded(weight: Stored, device: Device) -> int:
     if least is None or not ("proj" in weight.name or weight.name in ("head", "embedding")):
         return weight.bytes
     size, many = weight.beside
-    return max(weight.bytes - size, math.ceil((weight.params - many) * least / 8)) + max(size, math.ceil(many * least / 8))
+    return max(weight.bytes - size, math.ceil((weight.params - many) * least / 8)) + max(
+        size, math.ceil(many * least / 8)
+    )
 
 
 def plan(subject: Subject | Sketch, device: Device, cache_bytes: int = 0) -> Plan:
@@ -67,7 +69,9 @@ def plan(subject: Subject | Sketch, device: Device, cache_bytes: int = 0) -> Pla
     return Plan(TOO_LARGE if missing else FITS if inside else STREAMS, places, used, nearest, missing)
 
 
-def blocks_that_fit(subject: Subject | Sketch, device: Device, bits: float, on_chip: bool = True, kept: float = 1, cache_bytes: int = 0) -> int | None:
+def blocks_that_fit(
+    subject: Subject | Sketch, device: Device, bits: float, on_chip: bool = True, kept: float = 1, cache_bytes: int = 0
+) -> int | None:
     """How many of the model's blocks would fit a device at `bits` a weight of a linear, all else as it is held; None if not even none do.
 
     Args:
@@ -138,7 +142,13 @@ def what_fits(
                 found = plan(case, device, costs(case, 1, context).cache_bytes)
                 if found.verdict != TOO_LARGE:
                     size = sum(found.bytes.values())
-                    row = {"blocks": n, "pattern": pattern or "", "bits": b, "bytes": size, "weights": share * n / plain.depth}
+                    row = {
+                        "blocks": n,
+                        "pattern": pattern or "",
+                        "bits": b,
+                        "bytes": size,
+                        "weights": share * n / plain.depth,
+                    }
                     rows.append(row | {"on_chip": has_chip and found.verdict == FITS})
     columns = ["blocks", "pattern", "bits", "bytes", "weights", "on_chip"]
     frame = pd.DataFrame(rows, columns=columns)

@@ -27,7 +27,9 @@ TUTORIAL = "Deeploy, docs/tutorials/introduction.md (May 2025), cycles of the si
 DEEPLOY = "Scherer et al. 2024, arXiv 2408.04413, abstract"
 RATE, CYCLES, JOULES = "tokens/s", "cycles", "J/token"
 # why a projection may be off, in words
-KERNELS = "its kernels reach 2 % of the chip's INT8 figure (17 % of its FP32 one), not the 10 % that mfu's low end takes"
+KERNELS = (
+    "its kernels reach 2 % of the chip's INT8 figure (17 % of its FP32 one), not the 10 % that mfu's low end takes"
+)
 BAND = "mbu's low end was taken from this very figure (see k1.yaml): within the interval by construction"
 STARTS = (
     "starting, tiling and moving operations this small (64 by 64) must take most of the cycles, and the device file has none for that; "
@@ -61,7 +63,9 @@ class Figure:
 def _shapes(name: str, kind: str, **config: Any) -> Subject:
     """A model of an architecture, without its numbers."""
     with torch.device("meta"):
-        return Subject(AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**config), dtype=torch.float32), None, name)
+        return Subject(
+            AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**config), dtype=torch.float32), None, name
+        )
 
 
 def _of_size(subject: Subject, size: float, table: float) -> Sketch:
@@ -117,7 +121,13 @@ def smollm2_large_q8_0() -> Sketch:
 
 def qwen35_q4_1() -> Sketch:
     """Qwen3.5-2B as llama.cpp's Q4_1 holds it, of which only 1.19 GiB and 1.88 B weights are published: one matrix, no attention."""
-    return Sketch("Qwen3.5-2B Q4_1", (Stored("blocks.0.up_proj", int(1.19 * 2**30), 1_880_000_000, (0,), precision="int8"),), 1, 1, 1)
+    return Sketch(
+        "Qwen3.5-2B Q4_1",
+        (Stored("blocks.0.up_proj", int(1.19 * 2**30), 1_880_000_000, (0,), precision="int8"),),
+        1,
+        1,
+        1,
+    )
 
 
 def micro_llama() -> Sketch:
@@ -125,14 +135,18 @@ def micro_llama() -> Sketch:
 
     As many heads of keys as of queries, since the weights add up so; how many does not change the products.
     """
-    shapes = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), 64 * 64) | dict.fromkeys(("gate_proj", "up_proj", "down_proj"), 64 * 256)
-    weights = [Stored(f"blocks.{b}.{name}", n, n, (b, i), precision="int8") for b in range(8) for i, (name, n) in enumerate(shapes.items())]
+    shapes = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), 64 * 64) | dict.fromkeys(
+        ("gate_proj", "up_proj", "down_proj"), 64 * 256
+    )
+    weights = [
+        Stored(f"blocks.{b}.{name}", n, n, (b, i), precision="int8")
+        for b in range(8)
+        for i, (name, n) in enumerate(shapes.items())
+    ]
     return Sketch("microLlama", tuple(weights), 8, 8, 8, activations="int8")
 
 
-SMALL_GPU = (
-    "a token of so small a model starts some hundred kernels on the GPU, and the device file has no time for that: the larger model below is less far off"
-)
+SMALL_GPU = "a token of so small a model starts some hundred kernels on the GPU, and the device file has no time for that: the larger model below is less far off"
 REACH = "what kernels reach of the chip's arithmetic is a guess, 10 to 70 %"
 RAIL = (
     "published for CPU and GPU alone, the reading of 2,048 tokens before included; projected from the module's settings, 7 to 25 W, whose middle is above "
@@ -143,7 +157,9 @@ SMOLPERF = "Y. Singh, smolperfbenchmark (2026), table 7: llama.cpp on the GPU, 2
 SMOL, LLAMA, LARGE = "SmolLM2-135M-Instruct Q4_K_M", "Llama-3.2-1B-Instruct Q4_K_M", "SmolLM2-1.7B-Instruct Q8_0"
 STORIES = "a Llama on TinyStories (microLlama stands in)"
 QWEN3, QWEN35, MICRO = "Qwen3-0.6B Q4_0", "Qwen3.5-2B Q4_1", "microLlama"
-WHOLE = "only the size and number of its weights are published: all are taken to multiply at every token, the table's too"
+WHOLE = (
+    "only the size and number of its weights are published: all are taken to multiply at every token, the table's too"
+)
 SIZE = "its size is not in the abstract: microLlama, Deeploy's public example, stands in"
 FIGURES = (
     Figure("k1", QWEN3, qwen3_q4_0, "decode", RATE, 11.73, 1, 64, LLAMA_CPP, BAND),  # 128 tokens from nothing: 64 before each on average
@@ -174,7 +190,10 @@ def _with_engine(found: Device, name: str | None, share: float) -> Device:
     engine = next((e for e in found.engines if name in e.name), None)
     if engine is None:
         raise unknown(f"engine of {found.name}", name, [e.name for e in found.engines])
-    slower = {kind: {p: None if r is None else r * share for p, r in rates.items()} for kind, rates in engine.macs_per_cycle.items()}
+    slower = {
+        kind: {p: None if r is None else r * share for p, r in rates.items()}
+        for kind, rates in engine.macs_per_cycle.items()
+    }
     return replace(found, engines=(replace(engine, macs_per_cycle=slower),))
 
 
@@ -225,8 +244,36 @@ def against_published(figures: tuple[Figure, ...] = FIGURES) -> pd.DataFrame:
         middle = math.sqrt(low * high)
         within = None if math.isnan(middle) else low <= f.value <= high
         optimistic = middle / f.value if f.quantity == RATE else f.value / middle
-        rows.append((f.device, f.model, f"{f.task}, {f.quantity}", f.value, low, high, ceiling, middle / f.value - 1, within, optimistic, f.why, f.source))
-    columns = ["device", "model", "quantity", "published", "projected low", "projected high", "ceiling", "error", "within", "optimistic", "why", "source"]
+        rows.append(
+            (
+                f.device,
+                f.model,
+                f"{f.task}, {f.quantity}",
+                f.value,
+                low,
+                high,
+                ceiling,
+                middle / f.value - 1,
+                within,
+                optimistic,
+                f.why,
+                f.source,
+            )
+        )
+    columns = [
+        "device",
+        "model",
+        "quantity",
+        "published",
+        "projected low",
+        "projected high",
+        "ceiling",
+        "error",
+        "within",
+        "optimistic",
+        "why",
+        "source",
+    ]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -267,8 +314,20 @@ def hosted(modelled: Mapping[str, tuple[float, float]] | None = None) -> pd.Data
     rows = []
     for model, read, written, wh in HOSTED:
         each = wh * 3600 / written
-        rows.append((model, f"{read:,} tokens read, {written:,} written: {wh} Wh", each, each, "estimated", DIFFERENCE, JEGHAM))
-    rows.append(("a Llama on TinyStories, Siracusa", "one token written", 490e-6, 490e-6, "published", ALONE, "scherer2024deeploy"))
+        rows.append(
+            (model, f"{read:,} tokens read, {written:,} written: {wh} Wh", each, each, "estimated", DIFFERENCE, JEGHAM)
+        )
+    rows.append(
+        (
+            "a Llama on TinyStories, Siracusa",
+            "one token written",
+            490e-6,
+            490e-6,
+            "published",
+            ALONE,
+            "scherer2024deeploy",
+        )
+    )
     for model, (low, high) in (modelled or {}).items():
         if not 0 < low <= high < math.inf:
             raise BadInput(f"joules of {model} are {low} to {high}: expected two numbers above 0, low first")

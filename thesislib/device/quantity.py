@@ -34,7 +34,9 @@ def parse(text: object, unit: str, where: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise BadInput(f"{where} is {text!r}: expected a number{f' with one of the units {_listed(unit)}' if unit else ' without a unit'}")
+        raise BadInput(
+            f"{where} is {text!r}: expected a number{f' with one of the units {_listed(unit)}' if unit else ' without a unit'}"
+        )
     if found[2] not in UNITS[unit]:
         if not unit:
             raise BadInput(f"{where} is {text!r}: expected a number without a unit")

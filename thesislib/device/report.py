@@ -22,9 +22,17 @@ def profile_report(subject: Subject, device: Device, prompt: int = 128, context:
         "dtype": str(subject.dtype).removeprefix("torch."),
         "device": device.name,
         "verdict": found.plan.verdict,
-        "bytes": {"weights": found.costs.kept, "cache": found.costs.cache_bytes, "by_tier": found.plan.bytes, "without_place": found.plan.missing},
+        "bytes": {
+            "weights": found.costs.kept,
+            "cache": found.costs.cache_bytes,
+            "by_tier": found.plan.bytes,
+            "without_place": found.plan.missing,
+        },
         "per_token": {"macs": found.costs.macs, "weight_bytes": found.costs.weight_bytes},
-        "blocks_that_fit": {str(bits): blocks_that_fit(subject, device, bits, on_chip=on_chip, cache_bytes=found.costs.cache_bytes) for bits in BITS},
+        "blocks_that_fit": {
+            str(bits): blocks_that_fit(subject, device, bits, on_chip=on_chip, cache_bytes=found.costs.cache_bytes)
+            for bits in BITS
+        },
         "where": "on the chip" if on_chip else "in its memory",
         "prompt": prompt,
         "context": context,
@@ -56,7 +64,10 @@ def readable(plain: dict) -> str:
     lines = [f"{plain['subject']} on {plain['device']}: {plain['verdict']} (a projection, nothing is measured)"]
     tiers = ", ".join(f"{name} {n / 1e6:.1f} MB" for name, n in size["by_tier"].items() if n)
     outside = f"; {size['without_place'] / 1e6:.1f} MB without a place" if size["without_place"] else ""
-    weights, cache = f"{size['weights'] / 1e6:.1f} MB, in {plain['dtype']} if not quantised", f"{size['cache'] / 1e6:.2f} MB"
+    weights, cache = (
+        f"{size['weights'] / 1e6:.1f} MB, in {plain['dtype']} if not quantised",
+        f"{size['cache'] / 1e6:.2f} MB",
+    )
     lines.append(f"  weights {weights}; cache {cache}; in {tiers or 'no memory'}{outside}")
     if "seconds_per_token" in plain:
         first, token, rate = plain["seconds_to_first_token"], plain["seconds_per_token"], plain["tokens_per_second"]

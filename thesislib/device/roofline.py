@@ -45,7 +45,9 @@ class Projection:
     taken: tuple[str, ...] = ()
 
 
-def project(subject: Subject | Sketch, device: Device, tokens: int = 1, context: int = 128, found: Plan | None = None) -> Projection:
+def project(
+    subject: Subject | Sketch, device: Device, tokens: int = 1, context: int = 128, found: Plan | None = None
+) -> Projection:
     """Time of a pass over `tokens` new tokens after `context` others.
 
     Raises:
@@ -66,11 +68,26 @@ def project(subject: Subject | Sketch, device: Device, tokens: int = 1, context:
     for s in spans.values():
         by_limit[s.binds] = by_limit.get(s.binds, 0) + s.high
     if high == 0:
-        raise BadInput(f"{device.name}'s file says neither how fast it reads nor how fast it multiplies: nothing can be projected")
-    return Projection(spans, Span(ceiling, low, high, max(by_limit, key=lambda limit: by_limit[limit])), tuple(sorted(unknown)), tuple(sorted(taken)))
+        raise BadInput(
+            f"{device.name}'s file says neither how fast it reads nor how fast it multiplies: nothing can be projected"
+        )
+    return Projection(
+        spans,
+        Span(ceiling, low, high, max(by_limit, key=lambda limit: by_limit[limit])),
+        tuple(sorted(unknown)),
+        tuple(sorted(taken)),
+    )
 
 
-def _span(o: Operation, device: Device, tiers: dict[str, Tier], found: Plan, padding: float, unknown: set[str], taken: set[str]) -> Span:
+def _span(
+    o: Operation,
+    device: Device,
+    tiers: dict[str, Tier],
+    found: Plan,
+    padding: float,
+    unknown: set[str],
+    taken: set[str],
+) -> Span:
     traffic = 0.0
     for size, place in ((o.weights * padding, found.places.get(o.name)), (o.cache, found.cache)):
         if size and place is not None:
@@ -78,7 +95,10 @@ def _span(o: Operation, device: Device, tiers: dict[str, Tier], found: Plan, pad
                 unknown.add(f"bandwidth of {place}")
             else:
                 traffic += size / tiers[place].read
-    arithmetic, kind = 0.0, "gemm" if o.kind == "gemm" else "gemv"  # attention is many small products, as one token at a time is
+    arithmetic, kind = (
+        0.0,
+        "gemm" if o.kind == "gemm" else "gemv",
+    )  # attention is many small products, as one token at a time is
     if o.macs and (rate := device.rate(kind, o.precision)) is None:
         unknown.add("arithmetic")
     elif o.macs:
@@ -163,6 +183,11 @@ def what_each_buys(
         rates = dict.fromkeys(("low", "high", "ceiling"), math.nan) | {"binds": ""}
         if found.verdict != TOO_LARGE:
             seconds = project(case, device, 1, context, found).seconds
-            rates = {"low": 1 / seconds.high, "high": 1 / seconds.low, "ceiling": 1 / seconds.ceiling, "binds": seconds.binds}
+            rates = {
+                "low": 1 / seconds.high,
+                "high": 1 / seconds.low,
+                "ceiling": 1 / seconds.ceiling,
+                "binds": seconds.binds,
+            }
         rows.append(row | rates)
     return pd.DataFrame(rows)

@@ -48,10 +48,14 @@ def fit(points: Sequence[Point]) -> Line:
         BadInput: fewer than two sizes; or larger models that are not slower, which no machine that was left alone shows.
     """
     if len({p.bytes for p in points}) < 2:
-        raise BadInput(f"a line was to be fitted to {len({p.bytes for p in points})} size of model: expected at least two")
+        raise BadInput(
+            f"a line was to be fitted to {len({p.bytes for p in points})} size of model: expected at least two"
+        )
     slope, start = np.polyfit([p.bytes for p in points], [p.middle for p in points], 1)
     if slope <= 0:
-        raise BadInput("larger models were not slower: the machine was busy with something else while it was measured; measure again when it is quiet")
+        raise BadInput(
+            "larger models were not slower: the machine was busy with something else while it was measured; measure again when it is quiet"
+        )
     return Line(float(start), float(1 / slope))
 
 

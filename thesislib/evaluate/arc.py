@@ -12,7 +12,13 @@ class ArcEasy(MultipleChoice):
 
     name = "arc_easy"
     stock = "arc/arc_easy.yaml"
-    source = Source(name, COLUMNS, "ai2_arc/easy_validation", ARROW.format("ai2_arc/ARC-Easy"), ("allenai/ai2_arc", "ARC-Easy", "validation"))
+    source = Source(
+        name,
+        COLUMNS,
+        "ai2_arc/easy_validation",
+        ARROW.format("ai2_arc/ARC-Easy"),
+        ("allenai/ai2_arc", "ARC-Easy", "validation"),
+    )
 
     def context(self, row: Row) -> str:
         """What the answers follow."""
@@ -33,4 +39,10 @@ class ArcChallenge(ArcEasy):
 
     name = "arc_challenge"
     stock = "arc/arc_challenge.yaml"
-    source = Source(name, COLUMNS, "ai2_arc/challenge_validation", ARROW.format("ai2_arc/ARC-Challenge"), ("allenai/ai2_arc", "ARC-Challenge", "validation"))
+    source = Source(
+        name,
+        COLUMNS,
+        "ai2_arc/challenge_validation",
+        ARROW.format("ai2_arc/ARC-Challenge"),
+        ("allenai/ai2_arc", "ARC-Challenge", "validation"),
+    )

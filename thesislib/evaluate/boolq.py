@@ -18,7 +18,9 @@ class BoolQ(MultipleChoice):
 
     def item(self, i: int, row: Row) -> Choice:
         """See `MultipleChoice.item`."""
-        return Choice(str(i), f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", ("no", "yes"), int(row["answer"]))
+        return Choice(
+            str(i), f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", ("no", "yes"), int(row["answer"])
+        )
 
     def stock_row(self, row: Row) -> Row:
         """As SuperGLUE has it."""

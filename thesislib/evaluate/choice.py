@@ -64,7 +64,9 @@ def _packed(subject: Subject, item: Choice) -> tuple[list[_Packed], bool]:
     if not context:
         raise BadInput(f"item {item.id} has an empty context")
     # tokenised together with the context, since the two may merge at the seam
-    together = (tokenizer(f"{item.context} {ending}", add_special_tokens=special)["input_ids"] for ending in item.endings)
+    together = (
+        tokenizer(f"{item.context} {ending}", add_special_tokens=special)["input_ids"] for ending in item.endings
+    )
     endings = {k: tokens[len(context) :] for k, tokens in enumerate(together)}
     most = longest_context(subject.model) or math.inf
     for k, tokens in endings.items():
@@ -81,7 +83,9 @@ def _packed(subject: Subject, item: Choice) -> tuple[list[_Packed], bool]:
     return alone, any(len(context) + len(tokens) > most + 1 for tokens in endings.values())
 
 
-def multiple_choice(subject: Subject, items: list[Choice], *, task: str, metric: str = "acc_norm", batch: int | None = None) -> Measurement:
+def multiple_choice(
+    subject: Subject, items: list[Choice], *, task: str, metric: str = "acc_norm", batch: int | None = None
+) -> Measurement:
     """Share of items whose right ending has the highest log-probability per character (`acc_norm`), or the highest at all (`acc`).
 
     `extra` has the other of the two; `extra["contexts cut"]` counts the items whose context was cut from the left, because
@@ -96,7 +100,13 @@ def multiple_choice(subject: Subject, items: list[Choice], *, task: str, metric:
 
 
 def multiple_choices(
-    subject: Subject, items: list[Choice], plans: Mapping[K, Plan | None], *, task: str, metric: str = "acc_norm", batch: int | None = None
+    subject: Subject,
+    items: list[Choice],
+    plans: Mapping[K, Plan | None],
+    *,
+    task: str,
+    metric: str = "acc_norm",
+    batch: int | None = None,
 ) -> dict[K, Measurement]:
     """`multiple_choice` of the subject under every plan, blocks that plans share run once."""
     if not items:
@@ -110,7 +120,9 @@ def multiple_choices(
     names = list(plans)
     orders = None if plans[names[0]] is None else [plans[name] for name in names]
     scores = [[np.zeros(len(item.endings)) for item in items] for _ in names]
-    waiting: list[tuple[int, list[tuple[int, _Packed]], torch.Tensor]] = []  # (plan, items, losses of their endings' tokens)
+    waiting: list[
+        tuple[int, list[tuple[int, _Packed]], torch.Tensor]
+    ] = []  # (plan, items, losses of their endings' tokens)
     with torch.inference_mode():
         for at in tqdm(range(0, len(packed), batch), desc=task, unit="batch", disable=None, leave=False):
             members = [p for _, p in packed[at : at + batch]]
@@ -119,7 +131,9 @@ def multiple_choices(
             source = torch.tensor([s for p in members for s in p.source], device=subject.device)
             target = torch.tensor([t for p in members for t in p.target], device=subject.device)
             for which, states in final_states(subject.model, ids, orders, positions, mask):
-                waiting.append((which, packed[at : at + batch], token_losses(subject.model, states[rows, source], target)))
+                waiting.append(
+                    (which, packed[at : at + batch], token_losses(subject.model, states[rows, source], target))
+                )
     for which, some, losses in waiting:  # a card is waited for only here
         values, done = losses.double().cpu().numpy(), 0
         for i, p in some:
@@ -128,7 +142,9 @@ def multiple_choices(
     made = provenance(subject, started, task=task, n=len(items), protocol="0-shot, packed endings")
     cut = sum(cut for _, cut in found)
     return {
-        name: _measurement(task, metric, items, scores[k], cut, made if plans[name] is None else {**made, "plan": list(plans[name])})
+        name: _measurement(
+            task, metric, items, scores[k], cut, made if plans[name] is None else {**made, "plan": list(plans[name])}
+        )
         for k, name in enumerate(names)
     }
 
@@ -148,18 +164,38 @@ def _pad(members: list[_Packed], pad: int, device: torch.device) -> tuple[torch.
     return ids.to(device), positions.to(device), allowed[:, None].to(device)
 
 
-def _measurement(task: str, metric: str, items: list[Choice], scores: list[np.ndarray], cut: int, made: dict) -> Measurement:
+def _measurement(
+    task: str, metric: str, items: list[Choice], scores: list[np.ndarray], cut: int, made: dict
+) -> Measurement:
     beside, key = OTHER[metric]
     outcomes: list[dict[str, Any]] = []
     for item, logprobs in zip(items, scores, strict=True):
         best = {"acc": logprobs.argmax(), "acc_norm": (logprobs / np.array([len(e) for e in item.endings])).argmax()}
         hit = {name: bool(ending == item.label) for name, ending in best.items()}
-        outcomes.append({"id": item.id, "logprobs": [round(float(x), 4) for x in logprobs], "correct": hit[metric], key: hit[beside]})
+        outcomes.append(
+            {
+                "id": item.id,
+                "logprobs": [round(float(x), 4) for x in logprobs],
+                "correct": hit[metric],
+                key: hit[beside],
+            }
+        )
     n, right = len(items), sum(o["correct"] for o in outcomes)
     low, high = proportion(right, n)
     others = sum(o[key] for o in outcomes)
     extra = {beside: dict(zip(("value", "low", "high"), (others / n, *proportion(others, n)), strict=True)), CUT: cut}
-    return Measurement(task=task, metric=metric, value=right / n, low=low, high=high, n=n, unit="item", items=outcomes, extra=extra, provenance=made)
+    return Measurement(
+        task=task,
+        metric=metric,
+        value=right / n,
+        low=low,
+        high=high,
+        n=n,
+        unit="item",
+        items=outcomes,
+        extra=extra,
+        provenance=made,
+    )
 
 
 compare = compare_answers
@@ -205,9 +241,13 @@ class MultipleChoice(Answers):
             right = False
         if not right:
             label = row.get("label", row.get("answerKey"))
-            raise BadInput(f"row {i + 1} of task '{self.name}' has the label '{label}': expected one that names an ending")
+            raise BadInput(
+                f"row {i + 1} of task '{self.name}' has the label '{label}': expected one that names an ending"
+            )
         if empty := [ending for ending in item.endings if not ending.strip()]:
-            raise BadInput(f"row {i + 1} of task '{self.name}' has {len(empty)} of {len(item.endings)} endings without words: expected some in each")
+            raise BadInput(
+                f"row {i + 1} of task '{self.name}' has {len(empty)} of {len(item.endings)} endings without words: expected some in each"
+            )
         return item
 
     def sha256(self, items: list, options: Options) -> str | None:
@@ -220,7 +260,14 @@ class MultipleChoice(Answers):
             m = multiple_choice(subject, items, task=self.name, metric=self.metric, batch=options.batch)
         else:
             stock = Stock(self.name, self.stock, self.metric)
-            m = lm_eval_task(subject, stock, [self.stock_row(row) for row in items], limit=options.limit, seed=options.seed, batch=options.batch or 8)
+            m = lm_eval_task(
+                subject,
+                stock,
+                [self.stock_row(row) for row in items],
+                limit=options.limit,
+                seed=options.seed,
+                batch=options.batch or 8,
+            )
             items = [self.item(i, row) for i, row in enumerate(items)]
         return replace(m, extra={**m.extra, "chance": self.chance(items)})
 

@@ -13,5 +13,7 @@ def compare(a: Measurement, b: Measurement) -> Comparison:
         BadInput: they are of different measures, of no task, or not of the same items.
     """
     if (a.metric, a.unit) != (b.metric, b.unit):
-        raise BadInput(f"'{a.metric}' ({a.unit}) and '{b.metric}' ({b.unit}) do not compare: expected two measurements of one measure")
+        raise BadInput(
+            f"'{a.metric}' ({a.unit}) and '{b.metric}' ({b.unit}) do not compare: expected two measurements of one measure"
+        )
     return task_of(a).compare(a, b)

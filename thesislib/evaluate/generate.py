@@ -23,7 +23,9 @@ WORTH = 0.9  # finished rows leave the batch when at most this share goes on: to
 AHEAD = 8  # steps between two looks at what has ended, where a look waits for the card
 
 
-def greedy(subject: Subject, prompts: list[str], max_new_tokens: int = 50, batch: int = 32, names: Sequence[str] | None = None) -> list[str]:
+def greedy(
+    subject: Subject, prompts: list[str], max_new_tokens: int = 50, batch: int = 32, names: Sequence[str] | None = None
+) -> list[str]:
     """The greedy continuation of each prompt, up to `max_new_tokens` tokens or the first of the `control_tokens`.
 
     Prompts run sorted by length, longest first, so that padding is small and memory is tried at once; in float32 the
@@ -79,7 +81,9 @@ def _answer(tokens: list[int], over: set[int]) -> list[int]:
 
 
 @torch.inference_mode()
-def continuations(subject: Subject, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, ahead: int | None = None) -> list[list[int]]:
+def continuations(
+    subject: Subject, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, ahead: int | None = None
+) -> list[list[int]]:
     """The 1 to `max_new_tokens` greedy tokens after each row, the end token included where it came.
 
     The tokens of transformers' `generate`, which runs every row on until the last has ended; on a CPU a row that has ended
@@ -105,7 +109,9 @@ def continuations(subject: Subject, ids: torch.Tensor, mask: torch.Tensor, max_n
     rows = torch.arange(len(ids), device=device)  # which of `found` each row of the batch continues
     going = torch.ones_like(rows, dtype=torch.bool)
     for n in range(max_new_tokens):
-        logits = model(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(
+            ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits
         scores = logits[:, -1].float()  # (B, V); `generate` too compares in float32
         if n == 0:
             scores[:, ends] = -torch.inf
@@ -123,7 +129,9 @@ def continuations(subject: Subject, ids: torch.Tensor, mask: torch.Tensor, max_n
     return found
 
 
-def _run_ahead(subject: Subject, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, ahead: int, cache: StaticCache) -> list[list[int]]:
+def _run_ahead(
+    subject: Subject, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, ahead: int, cache: StaticCache
+) -> list[list[int]]:
     """`continuations` with room for all keys and values from the start, and a look at what has ended every `ahead` steps.
 
     Rows that have ended run on, and what they say is cut off. A step does the same to the same memory each time, so on
@@ -137,7 +145,9 @@ def _run_ahead(subject: Subject, ids: torch.Tensor, mask: torch.Tensor, max_new_
     # padding sees itself, for what a query that sees nothing gives is no number in some kernels
     seen = prompt & (places <= here) | (places == here) & (places < length)  # (B, 1, T, T + new)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    logits = model(ids, attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    logits = model(
+        ids, attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
+    ).logits
     scores = logits[:, -1].float()
     scores[:, ends] = -torch.inf
     # what a step reads and writes, always in the same place
@@ -148,7 +158,9 @@ def _run_ahead(subject: Subject, ids: torch.Tensor, mask: torch.Tensor, max_new_
 
     def step() -> None:
         seen = prompt | (places >= length) & (places <= slot)
-        logits = model(tokens, attention_mask=seen, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(
+            tokens, attention_mask=seen, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1
+        ).logits
         tokens.copy_(logits[:, -1].float().argmax(-1, keepdim=True))  # `generate` too compares in float32
         slot.add_(1)
         position.add_(1)
@@ -162,7 +174,10 @@ def _run_ahead(subject: Subject, ids: torch.Tensor, mask: torch.Tensor, max_new_
         play()
         if n % ahead == 0 and ended.all():
             break
-    return [row[: next((i for i, token in enumerate(row) if token in end_tokens(subject)), n) + 1] for row in said[:, : n + 1].tolist()]
+    return [
+        row[: next((i for i, token in enumerate(row) if token in end_tokens(subject)), n) + 1]
+        for row in said[:, : n + 1].tolist()
+    ]
 
 
 def _recordable(model: PreTrainedModel) -> bool:
@@ -170,7 +185,12 @@ def _recordable(model: PreTrainedModel) -> bool:
     rope = getattr(model.config, "rope_parameters", None) or {}
     kinds = {part.get("rope_type", "default") for part in (rope, *rope.values()) if isinstance(part, dict)}
     plain = not any(isinstance(m, ComputedLinear) for m in model.modules())
-    return model.device.type == "cuda" and not torch.version.hip and plain and kinds <= {"default", "linear", "llama3", "yarn"}
+    return (
+        model.device.type == "cuda"
+        and not torch.version.hip
+        and plain
+        and kinds <= {"default", "linear", "llama3", "yarn"}
+    )
 
 
 def _recorded(step: Callable[[], None]) -> Callable[[], None]:
@@ -180,7 +200,9 @@ def _recorded(step: Callable[[], None]) -> Callable[[], None]:
         with torch.cuda.graph(graph):
             step()
     except RuntimeError as error:
-        warnings.warn(f"steps could not be recorded and are started one by one ({str(error).splitlines()[0]})", stacklevel=2)
+        warnings.warn(
+            f"steps could not be recorded and are started one by one ({str(error).splitlines()[0]})", stacklevel=2
+        )
         return step
     return graph.replay
 
@@ -227,7 +249,9 @@ def complete(subject: Subject, prompt: str, max_new_tokens: int = 50) -> Timed:
     )  # fmt: skip
     clock = _Clock()
     with torch.inference_mode():
-        out = cast("Any", subject.model).generate(encoded, attention_mask=torch.ones_like(encoded), generation_config=config, streamer=clock)
+        out = cast("Any", subject.model).generate(
+            encoded, attention_mask=torch.ones_like(encoded), generation_config=config, streamer=clock
+        )
     text = tokenizer.decode(_answer(out[0, len(ids) :].tolist(), control_tokens(subject)), skip_special_tokens=True)
     ticks = clock.ticks[1:]  # the first call hands over the prompt
     return Timed(cast("str", text), tuple(b - a for a, b in itertools.pairwise(ticks)))

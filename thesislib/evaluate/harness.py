@@ -47,7 +47,9 @@ class Stock(NamedTuple):
     split: str = "validation"
 
 
-def lm_eval_task(subject: Subject, stock: Stock, chosen: list[Row], *, limit: int | None = None, seed: int = 0, batch: int = 8) -> Measurement:
+def lm_eval_task(
+    subject: Subject, stock: Stock, chosen: list[Row], *, limit: int | None = None, seed: int = 0, batch: int = 8
+) -> Measurement:
     """One stock task of lm-evaluation-harness, 0-shot, on local rows.
 
     A context that the model has no positions for is cut from the left; `extra["contexts cut"]` counts the items to which
@@ -67,23 +69,43 @@ def lm_eval_task(subject: Subject, stock: Stock, chosen: list[Row], *, limit: in
     """
     samples, cut, made = _run(subject, stock, chosen, limit, seed, batch)
     items: list[dict[str, Any]] = [
-        {"id": str(s["doc_id"]), "correct": bool(s[stock.metric]), **{m: float(s[m]) for m in ("acc", "acc_norm") if m in s}} for s in samples
+        {
+            "id": str(s["doc_id"]),
+            "correct": bool(s[stock.metric]),
+            **{m: float(s[m]) for m in ("acc", "acc_norm") if m in s},
+        }
+        for s in samples
     ]
     n, right = len(items), sum(i["correct"] for i in items)
     extra: dict[str, float] = {m: sum(i[m] for i in items) / n for m in ("acc", "acc_norm") if m in items[0]}
     extra[CUT] = sum(any(tuple(pair) in cut for pair in s["arguments"]) for s in samples)
     low, high = proportion(right, n)
-    return Measurement(task=stock.name, metric=stock.metric, value=right / n, low=low, high=high, n=n, unit="item", items=items, extra=extra, provenance=made)
+    return Measurement(
+        task=stock.name,
+        metric=stock.metric,
+        value=right / n,
+        low=low,
+        high=high,
+        n=n,
+        unit="item",
+        items=items,
+        extra=extra,
+        provenance=made,
+    )
 
 
-def _run(subject: Subject, stock: Stock, chosen: list[Row], limit: int | None, seed: int, batch: int) -> tuple[list[dict], set[tuple], dict]:
+def _run(
+    subject: Subject, stock: Stock, chosen: list[Row], limit: int | None, seed: int, batch: int
+) -> tuple[list[dict], set[tuple], dict]:
     """The harness's samples of a task in order, the (context, ending) pairs whose context was cut, and the provenance; see `lm_eval_task`."""
     try:
         import lm_eval
         from lm_eval import evaluator
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise BadInput("lm-evaluation-harness is not installed: in the checkout, pip install -e '.[harness]' -c constraints.txt") from error
+        raise BadInput(
+            "lm-evaluation-harness is not installed: in the checkout, pip install -e '.[harness]' -c constraints.txt"
+        ) from error
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as quiet:
         quiet.enter_context(quiet_transformers())
@@ -110,7 +132,13 @@ def _run(subject: Subject, stock: Stock, chosen: list[Row], limit: int | None, s
             num_fewshot=0, log_samples=True, bootstrap_iters=0, verbosity="ERROR",
         )  # fmt: skip
     samples = sorted(results["samples"][name], key=lambda s: s["doc_id"])
-    settings = {"task": stock.name, "limit": limit, "seed": seed, "protocol": "lm-eval 0-shot", "lm_eval": lm_eval.__version__}
+    settings = {
+        "task": stock.name,
+        "limit": limit,
+        "seed": seed,
+        "protocol": "lm-eval 0-shot",
+        "lm_eval": lm_eval.__version__,
+    }
     return samples, model.cut, provenance(subject, started, **settings)
 
 
@@ -119,7 +147,9 @@ def _word_perplexity(samples: list[dict], made: dict) -> Measurement:
     loglikelihood, words = zip(*(s["word_perplexity"] for s in samples), strict=True)
     low, high = bootstrap_mean([-x for x in loglikelihood], words, range(len(samples)))
     value = -sum(loglikelihood) / sum(words)
-    items = [{"id": str(s["doc_id"]), "nats": -s["word_perplexity"][0], "words": s["word_perplexity"][1]} for s in samples]
+    items = [
+        {"id": str(s["doc_id"]), "nats": -s["word_perplexity"][0], "words": s["word_perplexity"][1]} for s in samples
+    ]
     extra = {"documents": len(items)} | ({"why no interval": ONE_DOCUMENT} if len(items) < 2 else {})
     extra |= {"bits_per_byte": -sum(loglikelihood) / sum(s["bits_per_byte"][1] for s in samples) / float(np.log(2))}
     value, low, high = np.exp([value, low, high]).tolist()
@@ -148,7 +178,10 @@ def _watched(subject: Subject, batch: int):
     named = (subject.tokenizer.bos_token_id, subject.tokenizer.eos_token_id)
     # a tokenizer with neither puts nothing in front of a text; the harness would ask what
     model = Watched(
-        pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=batch, prefix_token_id=None if any(t is not None for t in named) else subject.pad_id
+        pretrained=subject.model,
+        tokenizer=subject.tokenizer,
+        batch_size=batch,
+        prefix_token_id=None if any(t is not None for t in named) else subject.pad_id,
     )
     model.cut = set()
     return model
@@ -170,10 +203,16 @@ class LmEvalWikitext(Task):
     def items(self, data: str, options: Options) -> list[Row]:
         """Articles as the harness wants them, one `page` each, in the official line layout."""
         if kind_of(data) == "embedded":
-            raise BadInput("the harness's wikitext task needs WikiText-2 itself: give a folder with wikitext2/test.jsonl or 'hub' as data")
-        text = "".join(line if line.endswith("\n") else f"{line or ' '}\n" for line in wikitext_lines(rows("wikitext", data)))
+            raise BadInput(
+                "the harness's wikitext task needs WikiText-2 itself: give a folder with wikitext2/test.jsonl or 'hub' as data"
+            )
+        text = "".join(
+            line if line.endswith("\n") else f"{line or ' '}\n" for line in wikitext_lines(rows("wikitext", data))
+        )
         starts = [0, *(at for at in article_starts(text) if text[:at].strip())]
-        return take([{"page": text[a:b]} for a, b in itertools.pairwise((*starts, len(text)))], options.limit, options.seed)
+        return take(
+            [{"page": text[a:b]} for a, b in itertools.pairwise((*starts, len(text)))], options.limit, options.seed
+        )
 
     def sha256(self, items: list[Row], options: Options) -> None:
         """None: the ids in its items name them."""

@@ -20,7 +20,12 @@ class HellaSwag(MultipleChoice):
     def item(self, i: int, row: Row) -> Choice:
         """See `MultipleChoice.item`."""
         context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-        return Choice(f"{name_of(row, 'ind') or i}/{i}", _wikihow(context), tuple(_wikihow(e) for e in row["endings"]), int(row["label"]))
+        return Choice(
+            f"{name_of(row, 'ind') or i}/{i}",
+            _wikihow(context),
+            tuple(_wikihow(e) for e in row["endings"]),
+            int(row["label"]),
+        )
 
     def stock_row(self, row: Row) -> Row:
         """See `MultipleChoice.stock_row`."""

@@ -27,7 +27,15 @@ from thesislib.sources.corpus import Text, windows
 TILE = 1 << 24  # logits of a model that are held at once, in float32
 
 
-def divergence(subject: Subject, reference: Subject, text: Text, *, length: int = 512, limit: int | None = None, batch: int | None = None) -> Measurement:
+def divergence(
+    subject: Subject,
+    reference: Subject,
+    text: Text,
+    *,
+    length: int = 512,
+    limit: int | None = None,
+    batch: int | None = None,
+) -> Measurement:
     """Mean KL(reference || subject) of the next token, in nats a token, over the windows that `perplexity` uses.
 
     In each window the distributions after all tokens but the last are compared: those whose next token perplexity scores.
@@ -53,12 +61,19 @@ def divergence(subject: Subject, reference: Subject, text: Text, *, length: int 
     n, tokens = len(nats), np.full(len(nats), length - 1)
     low, high = bootstrap_mean(nats, tokens, cut.document)
     documents = cut.document.tolist()
-    extra: dict[str, Any] = {"reference": reference.name, "predicted_tokens": int(tokens.sum()), "documents": len(set(documents))}
+    extra: dict[str, Any] = {
+        "reference": reference.name,
+        "predicted_tokens": int(tokens.sum()),
+        "documents": len(set(documents)),
+    }
     if extra["documents"] < 2:
         extra["why no interval"] = ONE_DOCUMENT
     settings = {"length": length, "limit": limit, "text": text.name, "text_sha256": text.sha256, "bootstrap_seed": 0,
                 "reference": reference.name, "reference_fingerprint": reference.fingerprint}  # fmt: skip
-    items = [{"id": i, "document": d, "nats": x, "tokens": length - 1} for i, (d, x) in enumerate(zip(documents, nats.tolist(), strict=True))]
+    items = [
+        {"id": i, "document": d, "nats": x, "tokens": length - 1}
+        for i, (d, x) in enumerate(zip(documents, nats.tolist(), strict=True))
+    ]
     return Measurement(
         task=text.name, metric=Kl.metric, value=float(nats.sum() / tokens.sum()), low=low, high=high, n=n, unit=f"window of {length} tokens",
         items=items, extra=extra, provenance=provenance(subject, started, **settings),
@@ -75,10 +90,14 @@ def _nats(subject: Subject, reference: Subject, ids: torch.Tensor, batch: int) -
     nats = torch.zeros(len(ids), dtype=torch.float64, device=ids.device)
     for at in tqdm(range(0, len(ids), batch), desc="kl", unit="batch", disable=None, leave=False):
         part = ids[at : at + batch]
-        states = [next(final_states(one.model, part))[1][:, :-1].flatten(0, 1) for one in (reference, subject)]  # (B (T - 1), D) each
+        states = [
+            next(final_states(one.model, part))[1][:, :-1].flatten(0, 1) for one in (reference, subject)
+        ]  # (B (T - 1), D) each
         found = []
         for i in range(0, len(states[0]), rows):
-            p, q = (torch.log_softmax(h[i : i + rows].float() @ head.T, 1) for h, head in zip(states, heads, strict=True))
+            p, q = (
+                torch.log_softmax(h[i : i + rows].float() @ head.T, 1) for h, head in zip(states, heads, strict=True)
+            )
             found.append((p.exp() * (p - q)).sum(1, dtype=torch.float64))
         nats[at : at + len(part)] = torch.cat(found).view(len(part), -1).sum(1)
     return nats.cpu().numpy()
@@ -127,5 +146,7 @@ class Kl(Task):
         """
         one, other = (m.settings for m in (a, b))
         if one["reference_fingerprint"] != other["reference_fingerprint"]:
-            raise BadInput(f"one is held against {one['reference']} and the other against {other['reference']}, of another fingerprint: expected one reference")
+            raise BadInput(
+                f"one is held against {one['reference']} and the other against {other['reference']}, of another fingerprint: expected one reference"
+            )
         return perplexity.compare(a, b)

@@ -23,7 +23,9 @@ AS_IT_IS = "as it is"
 ONE_DOCUMENT = "one document, and an interval shows how documents differ (WikiText's articles begin with ' = Title = ')"
 
 
-def perplexity(subject: Subject, text: Text, *, length: int = 512, limit: int | None = None, batch: int | None = None) -> Measurement:
+def perplexity(
+    subject: Subject, text: Text, *, length: int = 512, limit: int | None = None, batch: int | None = None
+) -> Measurement:
     """The subject's perplexity on `text`.
 
     The text is tokenised once and cut into windows of `length` tokens, no token added, the tail dropped; in each, all
@@ -45,7 +47,13 @@ def perplexity(subject: Subject, text: Text, *, length: int = 512, limit: int | 
 
 
 def perplexities(
-    subject: Subject, text: Text, plans: Mapping[K, Plan | None], *, length: int = 512, limit: int | None = None, batch: int | None = None
+    subject: Subject,
+    text: Text,
+    plans: Mapping[K, Plan | None],
+    *,
+    length: int = 512,
+    limit: int | None = None,
+    batch: int | None = None,
 ) -> dict[K, Measurement]:
     """`perplexity` of the subject under every plan (an order of its blocks), blocks that plans share run once.
 
@@ -59,7 +67,12 @@ def perplexities(
     nats = _nats(subject, cut.ids, orders, batch or batch_for(subject.model, length, on_cpu=4))
     settings = {"length": length, "limit": limit, "text": text.name, "text_sha256": text.sha256, "bootstrap_seed": 0}
     made = provenance(subject, started, **settings)
-    return {name: _measurement(text.name, cut, nats[i], made if plans[name] is None else {**made, "plan": list(plans[name])}) for i, name in enumerate(names)}
+    return {
+        name: _measurement(
+            text.name, cut, nats[i], made if plans[name] is None else {**made, "plan": list(plans[name])}
+        )
+        for i, name in enumerate(names)
+    }
 
 
 @torch.inference_mode()
@@ -91,7 +104,10 @@ def _measurement(task: str, cut: Windows, nats: np.ndarray, made: dict) -> Measu
     }
     if extra["documents"] < 2:
         extra["why no interval"] = ONE_DOCUMENT
-    items = [{"id": i, "document": int(d), "nats": float(v), "tokens": length - 1} for i, (d, v) in enumerate(zip(cut.document, nats, strict=True))]
+    items = [
+        {"id": i, "document": int(d), "nats": float(v), "tokens": length - 1}
+        for i, (d, v) in enumerate(zip(cut.document, nats, strict=True))
+    ]
     return Measurement(
         task=task, metric="perplexity", value=_exp(mean), low=_exp(low), high=_exp(high), n=n, unit=f"window of {length} tokens", items=items,
         extra=extra, provenance=made,

@@ -73,7 +73,9 @@ def setup_of(m: Measurement) -> Setup:
     for name, task in TASKS.items():
         if (options := task.options_of(m)) is not None:
             return Setup(name, **options)
-    raise BadInput(f"'{m.metric}' on '{m.task}' cannot be measured again from its record: expected one of {', '.join(TASKS)}")
+    raise BadInput(
+        f"'{m.metric}' on '{m.task}' cannot be measured again from its record: expected one of {', '.join(TASKS)}"
+    )
 
 
 def task_of(m: Measurement) -> Task:
@@ -90,13 +92,22 @@ def task_of(m: Measurement) -> Task:
     for task in TASKS.values():
         if task.metric == m.metric:
             return task
-    raise BadInput(f"'{m.metric}' on '{m.task}' is no task's measurement: expected one of {', '.join(sorted({t.metric for t in TASKS.values()}))}")
+    raise BadInput(
+        f"'{m.metric}' on '{m.task}' is no task's measurement: expected one of {', '.join(sorted({t.metric for t in TASKS.values()}))}"
+    )
 
 
 # last, since a module of this folder may import the names above; a task's own file does not
 for _module in members("thesislib.evaluate"):
     for _kind in list(vars(_module).values()):
-        if isinstance(_kind, type) and issubclass(_kind, Task) and _kind.__module__ == _module.__name__ and "name" in vars(_kind):
+        if (
+            isinstance(_kind, type)
+            and issubclass(_kind, Task)
+            and _kind.__module__ == _module.__name__
+            and "name" in vars(_kind)
+        ):
             if _kind.name in TASKS:
-                raise TypeError(f"two tasks are called '{_kind.name}': {type(TASKS[_kind.name]).__module__} and {_module.__name__}")
+                raise TypeError(
+                    f"two tasks are called '{_kind.name}': {type(TASKS[_kind.name]).__module__} and {_module.__name__}"
+                )
             TASKS[_kind.name] = _kind()

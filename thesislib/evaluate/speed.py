@@ -22,7 +22,12 @@ def speeds(models: Mapping[str, Subject], tokens: int = 512, repeats: int = 3) -
         prefill, one = (_median(model, ids[:, :n], repeats) for n in (tokens, 1))
         held = artifact.sizes(model)["bytes_in_memory"] / 1e6
         rows.append(
-            {"weights": name, "MB in memory": round(held, 1), "tokens/s, prefill": round(tokens / prefill), "tokens/s, one at a time": round(1 / one, 1)}
+            {
+                "weights": name,
+                "MB in memory": round(held, 1),
+                "tokens/s, prefill": round(tokens / prefill),
+                "tokens/s, one at a time": round(1 / one, 1),
+            }
         )
     return pd.DataFrame(rows).set_index("weights")
 

@@ -20,7 +20,9 @@ Groups = Sequence | np.ndarray
 VERDICTS = ("better", "worse", "not told apart")
 
 
-def bootstrap_mean(totals: Floats, weights: Floats, groups: Groups, *, resamples: int = 10_000, seed: int = 0) -> tuple[float, float]:
+def bootstrap_mean(
+    totals: Floats, weights: Floats, groups: Groups, *, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
     """95 % percentile bootstrap interval of sum(totals) / sum(weights), whole groups resampled (Efron 1979).
 
     With a single group there is nothing to resample, so no interval: (nan, nan).
@@ -81,17 +83,23 @@ def _aligned(samples: Mapping[str, Floats], groups: Groups | None) -> tuple[list
     rows = [np.asarray(x, float) for x in samples.values()]
     if len({x.shape for x in rows}) > 1:
         sides = "both sides" if len(rows) == 2 else "every side"
-        raise BadInput(f"a paired test needs the same items on {sides}: got {' and '.join(str(len(x)) for x in rows)} ({', '.join(samples)})")
+        raise BadInput(
+            f"a paired test needs the same items on {sides}: got {' and '.join(str(len(x)) for x in rows)} ({', '.join(samples)})"
+        )
     n = len(rows[0])
     if groups is not None and len(groups) != n:
         raise BadInput(f"{len(groups)} groups for {n} items: expected one for each item")
     broken = {name: int((~np.isfinite(x)).sum()) for name, x in zip(samples, rows, strict=True)}
     if any(broken.values()):
         counts = ", ".join(f"{k} in {name}" for name, k in broken.items() if k)
-        raise BadInput(f"NaN or infinite values ({counts}, of {n} items): a paired test needs finite ones; leave those items out on every side and say so")
+        raise BadInput(
+            f"NaN or infinite values ({counts}, of {n} items): a paired test needs finite ones; leave those items out on every side and say so"
+        )
     index = np.arange(n) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
     if index.max(initial=0) < 1:
-        raise BadInput(f"a paired test needs at least two independent items or documents: got {n} items{'' if groups is None else ' in one group'}")
+        raise BadInput(
+            f"a paired test needs at least two independent items or documents: got {n} items{'' if groups is None else ' in one group'}"
+        )
     return rows, index
 
 
@@ -115,7 +123,13 @@ def paired_means(a: Floats, b: Floats, groups: Groups | None = None) -> Comparis
 
 
 def paired_bootstrap(
-    a: Floats, b: Floats, groups: Groups | None = None, weights: Floats | None = None, *, resamples: int = 10_000, seed: int = 0
+    a: Floats,
+    b: Floats,
+    groups: Groups | None = None,
+    weights: Floats | None = None,
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
 ) -> Comparison:
     """Bootstrap of mean(b) - mean(a) over the same items, whole groups resampled (Efron 1979; for two systems Koehn 2004).
 
@@ -132,7 +146,9 @@ def paired_bootstrap(
     w = np.ones(len(x)) if weights is None else np.asarray(weights, float)
     good = np.isfinite(w) & (w > 0)
     if w.shape != x.shape or not good.all():
-        raise BadInput(f"expected {len(x)} finite weights above 0, one for each item: got {good.sum()} such of {len(good)}")
+        raise BadInput(
+            f"expected {len(x)} finite weights above 0, one for each item: got {good.sum()} such of {len(good)}"
+        )
     d = w * (y - x)
     means = _resampled(d, w, index, resamples, seed)
     beyond = min((means <= 0).sum(), (means >= 0).sum())
@@ -222,10 +238,14 @@ def friedman(table: Mapping[str, Floats], groups: Groups | None = None) -> Ranki
         BadInput: fewer than three configurations, different lengths, NaN or infinite values, or fewer than two groups.
     """
     if len(table) < 3:
-        raise BadInput(f"Friedman's test needs at least three configurations, got {len(table)}: signed_rank compares two")
+        raise BadInput(
+            f"Friedman's test needs at least three configurations, got {len(table)}: signed_rank compares two"
+        )
     rows, index = _aligned(table, groups)
     means = np.array([_averaged(row, index) for row in rows])
     k, n = means.shape
     statistic, p = friedmanchisquare(*means) if np.ptp(means, axis=0).any() else (0.0, 1.0)
     ranks = rankdata(means, axis=0).mean(axis=1).tolist()
-    return Ranking(float(statistic), float(p), n, dict(zip(table, ranks, strict=True)), float(statistic / (n * (k - 1))))
+    return Ranking(
+        float(statistic), float(p), n, dict(zip(table, ranks, strict=True)), float(statistic / (n * (k - 1)))
+    )

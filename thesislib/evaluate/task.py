@@ -69,9 +69,13 @@ class Task:
     def check(self, options: Options) -> None:
         """Raises BadInput for options that this task cannot work with; asked before a model is loaded."""
         if self.two_models and options.reference is None:
-            raise BadInput(f"task '{self.name}' holds a subject against another, which is not said: expected a reference, such as --reference embedded")
+            raise BadInput(
+                f"task '{self.name}' holds a subject against another, which is not said: expected a reference, such as --reference embedded"
+            )
         if not self.two_models and options.reference is not None:
-            raise BadInput(f"task '{self.name}' measures one model, the reference {shown(options.reference)} would do nothing: leave it out")
+            raise BadInput(
+                f"task '{self.name}' measures one model, the reference {shown(options.reference)} would do nothing: leave it out"
+            )
 
     def items(self, data: str, options: Options) -> Any:
         """What is measured on, out of a data spec: a text, or a list of questions or items.

@@ -42,7 +42,15 @@ def tier(answer: str, aliases: tuple[str, ...]) -> str:
     return ""
 
 
-def triviaqa(subject: Subject, items: list[Question], *, source: str, prompt: str | None = None, batch: int = 32, max_new_tokens: int = 50) -> Measurement:
+def triviaqa(
+    subject: Subject,
+    items: list[Question],
+    *,
+    source: str,
+    prompt: str | None = None,
+    batch: int = 32,
+    max_new_tokens: int = 50,
+) -> Measurement:
     """Share of questions answered correctly by any of the three tiers; each tier alone is in `extra`.
 
     Args:
@@ -65,7 +73,10 @@ def triviaqa(subject: Subject, items: list[Question], *, source: str, prompt: st
     started = time.perf_counter()
     prompts = [prompt_for(subject, q, prompt) for q in items]
     answers = greedy(subject, prompts, max_new_tokens, batch, [q.id for q in items])
-    outcomes: list[dict[str, Any]] = [{"id": q.id, "answer": answer.strip(), "tier": tier(answer, q.aliases)} for q, answer in zip(items, answers, strict=True)]
+    outcomes: list[dict[str, Any]] = [
+        {"id": q.id, "answer": answer.strip(), "tier": tier(answer, q.aliases)}
+        for q, answer in zip(items, answers, strict=True)
+    ]
     for outcome in outcomes:
         outcome["correct"] = bool(outcome["tier"])
     counts = Counter(o["tier"] for o in outcomes)

@@ -29,7 +29,9 @@ class WinoGrande(MultipleChoice):
         """See `Task.check`."""
         super().check(options)
         if options.fast:
-            raise BadInput("task 'winogrande' has no fast way, which wants one context before all endings: leave out --fast (in a grid, fast: true)")
+            raise BadInput(
+                "task 'winogrande' has no fast way, which wants one context before all endings: leave out --fast (in a grid, fast: true)"
+            )
 
     def item(self, i: int, row: Row) -> Choice:
         """The two names as what may be chosen; it is never scored, and says what chance is."""

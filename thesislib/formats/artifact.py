@@ -24,10 +24,27 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 from thesislib.errors import BadInput, first_line, unknown
 from thesislib.files import free_folder, read_json, whole_folder
 from thesislib.formats.artifact_json import RECORD, read_artifact, write_record
-from thesislib.formats.checkpoint import check_memory, empty_model, generation_settings, quiet_transformers, read_config, read_tensors
+from thesislib.formats.checkpoint import (
+    check_memory,
+    empty_model,
+    generation_settings,
+    quiet_transformers,
+    read_config,
+    read_tensors,
+)
 from thesislib.model import packing
 from thesislib.model.blocks import SLOTS, without_parts
-from thesislib.model.layers import LINEARS, Adapted, ComputedLinear, Projection, base_of, projections, reader, replace, unpack_all
+from thesislib.model.layers import (
+    LINEARS,
+    Adapted,
+    ComputedLinear,
+    Projection,
+    base_of,
+    projections,
+    reader,
+    replace,
+    unpack_all,
+)
 from thesislib.model.quantised import TABLES, QuantisedLinear, put_table, tables
 from thesislib.model.subject import DTYPES, Subject
 from thesislib.model.tokenizers import prepared, rows_of
@@ -129,7 +146,9 @@ def packed_tensors(subject: Subject) -> tuple[dict[str, torch.Tensor], dict[str,
 def plain_tensors(subject: Subject) -> dict[str, torch.Tensor]:
     """What a plain Hugging Face checkpoint of the subject holds: repeated blocks once for each place, zeros for attentions
     and MLPs that were removed (which then add nothing), corrections left out."""
-    state = {key: tensor for key, tensor in subject.model.state_dict().items() if not key.endswith((".lora_A", ".lora_B"))}
+    state = {
+        key: tensor for key, tensor in subject.model.state_dict().items() if not key.endswith((".lora_A", ".lora_B"))
+    }
     for key, like in empty_model(subject.model.config, subject.dtype).state_dict().items():
         if key not in state:
             state[key] = torch.zeros(like.shape, dtype=like.dtype)
@@ -141,7 +160,9 @@ def plain_tensors(subject: Subject) -> dict[str, torch.Tensor]:
 def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """A safetensors file; tensors that share memory are written each by itself."""
     path.parent.mkdir(exist_ok=True)
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    save_file(
+        {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, path, {"format": "pt"}
+    )
 
 
 def write_adapter(subject: Subject, folder: Path) -> None:
@@ -184,9 +205,13 @@ def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
                "modules_to_save": (None, []), "trainable_token_indices": (None,), "layer_replication": (None,)}  # fmt: skip
     for key, options in neutral.items():
         if said.get(key) not in options:
-            raise BadInput(f"{folder} is an adapter with {key} = {said.get(key)!r}, which is not read here: merge it first (peft's merge_and_unload)")
+            raise BadInput(
+                f"{folder} is an adapter with {key} = {said.get(key)!r}, which is not read here: merge it first (peft's merge_and_unload)"
+            )
     if not (folder / "adapter_model.safetensors").is_file():
-        raise BadInput(f"{folder} has an adapter_config.json and no adapter_model.safetensors: expected both, or neither")
+        raise BadInput(
+            f"{folder} has an adapter_config.json and no adapter_model.safetensors: expected both, or neither"
+        )
     try:
         tensors = load_file(folder / "adapter_model.safetensors")
     except (SafetensorError, OSError) as error:
@@ -194,7 +219,11 @@ def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
     for key in [key for key in tensors if key.endswith(".lora_B.weight")]:
         path = key.removeprefix("base_model.model.").removesuffix(".lora_B.weight")
         rank = tensors[key].shape[1]
-        alphas = [alpha for pattern, alpha in (said.get("alpha_pattern") or {}).items() if re.fullmatch(rf"(.*\.)?({pattern})", path)]
+        alphas = [
+            alpha
+            for pattern, alpha in (said.get("alpha_pattern") or {}).items()
+            if re.fullmatch(rf"(.*\.)?({pattern})", path)
+        ]
         scale = (alphas or [said.get("lora_alpha", 8)])[0] / (math.sqrt(rank) if said.get("use_rslora") else rank)
         if scale != 1:
             tensors[key] = tensors[key] * scale
@@ -204,10 +233,16 @@ def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
 def check_same(written: Subject, read: Subject, where: Path) -> None:
     """Raises BadInput if what was read back is not, in every tensor and setting, the subject that was written."""
     one, two = written.model.state_dict(), read.model.state_dict()
-    zeros = {key: tensor for key, tensor in two.items() if key not in one}  # where a plain checkpoint has what was removed
-    differ = [key for key in one if key not in two or not torch.equal(one[key].cpu(), two[key].cpu())] + [key for key, tensor in zeros.items() if tensor.any()]
+    zeros = {
+        key: tensor for key, tensor in two.items() if key not in one
+    }  # where a plain checkpoint has what was removed
+    differ = [key for key in one if key not in two or not torch.equal(one[key].cpu(), two[key].cpu())] + [
+        key for key, tensor in zeros.items() if tensor.any()
+    ]
     for name in differ[:1]:
-        raise BadInput(f"what was written to {where.name} reads back with another '{name}': {written.name} cannot be kept in this form; nothing was written")
+        raise BadInput(
+            f"what was written to {where.name} reads back with another '{name}': {written.name} cannot be kept in this form; nothing was written"
+        )
     skip = (
         "dtype",
         "torch_dtype",
@@ -218,10 +253,14 @@ def check_same(written: Subject, read: Subject, where: Path) -> None:
         "_attn_implementation",
         "attn_implementation",
     )
-    one, two = ({key: value for key, value in s.model.config.to_dict().items() if key not in skip} for s in (written, read))
+    one, two = (
+        {key: value for key, value in s.model.config.to_dict().items() if key not in skip} for s in (written, read)
+    )
     for key in sorted(one.keys() | two.keys()):
         if _plain(one.get(key)) != _plain(two.get(key)):
-            raise BadInput(f"what was written to {where.name} reads back with {key} = {two.get(key)!r} for {one.get(key)!r}; nothing was written")
+            raise BadInput(
+                f"what was written to {where.name} reads back with {key} = {two.get(key)!r} for {one.get(key)!r}; nothing was written"
+            )
     one, two = (s.model.generation_config.eos_token_id for s in (written, read))
     if one != two:
         raise BadInput(f"what was written to {where.name} ends texts at {two!r} for {one!r}; nothing was written")
@@ -260,7 +299,9 @@ def predicted_disk_bytes(subject: Subject, removed: str | float | None = None) -
         removed: what a width stage will remove of each projection, as its config says it: a pattern such as "2:4", or
             the share of each row. None looks at the weights.
     """
-    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {name: (tuple(t.shape), t.dtype) for name, t in _others(subject).items()}
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        name: (tuple(t.shape), t.dtype) for name, t in _others(subject).items()
+    }
     for path, module in _stored(subject):
         module = base_of(module)
         shape, dtype = (module.out_features, module.in_features), subject.dtype
@@ -296,7 +337,9 @@ def file_bytes(shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> int
     end = 0
     for name, (shape, dtype) in sorted(shapes.items(), key=lambda item: (-TYPES.index(item[1][1]), item[0])):
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        kind = {torch.bfloat16: "BF16"}.get(dtype, f"{'F' if dtype.is_floating_point else 'I' if dtype.is_signed else 'U'}{8 * dtype.itemsize}")
+        kind = {torch.bfloat16: "BF16"}.get(
+            dtype, f"{'F' if dtype.is_floating_point else 'I' if dtype.is_signed else 'U'}{8 * dtype.itemsize}"
+        )
         header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
     length = len(json.dumps(header, separators=(",", ":")).encode())
     return 8 + length + -length % 8 + end
@@ -337,17 +380,23 @@ def load_artifact(folder: str | Path, dtype: str | None = None, device: str = "c
             raise BadInput(f"{folder / name} cannot be read ({first_line(error)}): make the artifact again") from error
     for key, tensor in tensors.items():
         _check_numbers(key, tensor, record["dtype"], folder)
-    if kind != getattr(torch, record["dtype"]):  # else as they were saved: corrections may be of another type than the model
+    if kind != getattr(
+        torch, record["dtype"]
+    ):  # else as they were saved: corrections may be of another type than the model
         tensors = {key: t.to(kind) if t.is_floating_point() else t for key, t in tensors.items()}
     try:
         tensors = {key: t.to(device) for key, t in tensors.items()}
     except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"device '{device}' cannot be used ({str(error).splitlines()[0]}): 'cpu' always works") from error
+        raise BadInput(
+            f"device '{device}' cannot be used ({str(error).splitlines()[0]}): 'cpu' always works"
+        ) from error
     subject = Subject(empty_model(config, kind), tokenizer, record["name"], record["plan"] and tuple(record["plan"]))
     for part, blocks in record["without"].items():
         subject = without_parts(subject, dict.fromkeys(blocks, part))
         gone = tuple(f"{BLOCKS}{block}.{SLOTS[part]}." for block in blocks)
-        tensors = {key: t for key, t in tensors.items() if not key.startswith(gone) or t.any()}  # zeros in a plain checkpoint
+        tensors = {
+            key: t for key, t in tensors.items() if not key.startswith(gone) or t.any()
+        }  # zeros in a plain checkpoint
     try:
         fill(subject, tensors, record["encodings"], {int(i): j for i, j in record["repeats"].items()})
     except BadInput as error:
@@ -378,7 +427,9 @@ def load_plain(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> Pr
     return subject.model
 
 
-def fill(subject: Subject, tensors: Mapping[str, torch.Tensor], encodings: Mapping[str, str], repeats: Mapping[int, int]) -> None:
+def fill(
+    subject: Subject, tensors: Mapping[str, torch.Tensor], encodings: Mapping[str, str], repeats: Mapping[int, int]
+) -> None:
     """Put tensors into a subject whose weights are empty, packed projections packed, in blocks that repeat another that one's.
 
     Raises:
@@ -414,7 +465,9 @@ def fill(subject: Subject, tensors: Mapping[str, torch.Tensor], encodings: Mappi
                 layer = computed = reader(encoding).load(encoding, shape, bias, model.dtype, _parts(tensors, key), key)
                 used |= {f"{key}.{name}" for name in computed.held}
             factors = [f"base_model.model.{key}.{name}.weight" for name in ("lora_A", "lora_B")]
-            filled[key] = layer if factors[0] not in tensors else Adapted(layer, *(tensors.get(name) for name in factors))
+            filled[key] = (
+                layer if factors[0] not in tensors else Adapted(layer, *(tensors.get(name) for name in factors))
+            )
             used.update(factors)
         replace(subject.blocks[_block(path)], path.rpartition(".")[2], filled[key])
     quantised = [path for path in TABLES if path in encodings]
@@ -444,8 +497,12 @@ def _check_numbers(key: str, tensor: torch.Tensor, dtype: str, folder: Path) -> 
     """Raises BadInput for a stored tensor that is not finite, or of another type than the artifact says; corrections may have their own."""
     if tensor.dtype == torch.int16 and key.endswith((".scales", ".minima")):
         tensor = tensor.view(torch.float16)  # their bits, see `thesislib.model.quantised`
-    elif tensor.is_floating_point() and tensor.dtype not in (DTYPES.values() if ".lora_" in key else (getattr(torch, dtype),)):
-        raise BadInput(f"'{key}' in {folder} is {tensor.dtype}, and {RECORD} says dtype {dtype}: make the artifact again")
+    elif tensor.is_floating_point() and tensor.dtype not in (
+        DTYPES.values() if ".lora_" in key else (getattr(torch, dtype),)
+    ):
+        raise BadInput(
+            f"'{key}' in {folder} is {tensor.dtype}, and {RECORD} says dtype {dtype}: make the artifact again"
+        )
     if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
         raise BadInput(f"'{key}' in {folder} holds NaN or infinity: make the artifact again")
 
@@ -463,7 +520,9 @@ def repeated_blocks(subject: Subject) -> dict[int, int]:
     first: dict[tuple, int] = {}
     repeats = {}
     for i, block in enumerate(subject.blocks):
-        same = tuple((name, _place(t)) for tensors in (block.named_parameters(), block.named_buffers()) for name, t in tensors)
+        same = tuple(
+            (name, _place(t)) for tensors in (block.named_parameters(), block.named_buffers()) for name, t in tensors
+        )
         if first.setdefault(same, i) != i:
             repeats[i] = first[same]
     return repeats
@@ -473,7 +532,9 @@ def projection_paths(subject: Subject) -> Iterator[tuple[str, Projection]]:
     """Every projection by its path in the model; those that repeat too."""
     for i, block in enumerate(subject.blocks):
         own = {id(module): module for module in projections(block).values()}
-        yield from ((f"{BLOCKS}{i}.{path}", own[id(module)]) for path, module in block.named_modules() if id(module) in own)
+        yield from (
+            (f"{BLOCKS}{i}.{path}", own[id(module)]) for path, module in block.named_modules() if id(module) in own
+        )
 
 
 def _stored(subject: Subject) -> Iterator[tuple[str, Projection]]:
@@ -490,7 +551,9 @@ def _block(path: str) -> int:
 def _others(subject: Subject) -> dict[str, torch.Tensor]:
     """All that a packed file holds besides projections."""
     skip = {"lm_head.weight"} if subject.model.config.tie_word_embeddings else set()
-    away = tuple([f"{path}." for path, _ in projection_paths(subject)] + [f"{BLOCKS}{i}." for i in repeated_blocks(subject)])
+    away = tuple(
+        [f"{path}." for path, _ in projection_paths(subject)] + [f"{BLOCKS}{i}." for i in repeated_blocks(subject)]
+    )
     found = subject.model.named_parameters(remove_duplicate=False)
     return {name: p.detach() for name, p in found if name not in skip and not name.startswith(away)}
 

@@ -45,7 +45,9 @@ def write_record(folder: Path, *, sizes: Mapping[str, int], **facts: Any) -> Non
         "files": {name: sha256_of(path) for name, path in files.items()},
     }
     record = json.loads(json.dumps(record))  # as it will be read: the checksum is of that
-    (folder / RECORD).write_text(json.dumps({**record, "sha256": checksum(record)}, indent=1, ensure_ascii=False) + "\n", "utf8")
+    (folder / RECORD).write_text(
+        json.dumps({**record, "sha256": checksum(record)}, indent=1, ensure_ascii=False) + "\n", "utf8"
+    )
 
 
 def _encoding(value: Any) -> bool:
@@ -85,7 +87,9 @@ def read_artifact(folder: str | Path) -> dict[str, Any]:
         raise BadInput(f"{folder / RECORD} is not thesislib's: expected a number 'thesislib_artifact'")
     if record["thesislib_artifact"] > SCHEMA:
         made = f"artifact of format {record['thesislib_artifact']}"
-        raise BadInput(f"{folder} is an {made}: this thesislib {thesislib.__version__} reads up to format {SCHEMA}; a newer one is needed")
+        raise BadInput(
+            f"{folder} is an {made}: this thesislib {thesislib.__version__} reads up to format {SCHEMA}; a newer one is needed"
+        )
     if record.pop("sha256", None) != checksum(record):
         raise BadInput(f"{folder / RECORD} is damaged or was edited: its checksum is wrong; make the artifact again")
     if odd := wrong(record, SAYS) or _misfit(record, folder):
@@ -101,7 +105,9 @@ def read_artifact(folder: str | Path) -> dict[str, Any]:
         raise BadInput(f"{folder / name} is damaged: its checksum is not the one in {RECORD}; make the artifact again")
     for name in _read_besides(folder):
         if name not in record["files"]:
-            raise BadInput(f"{folder / name} is not in the list of {RECORD}, and would be read with the artifact: remove it, or make the artifact again")
+            raise BadInput(
+                f"{folder / name} is not in the list of {RECORD}, and would be read with the artifact: remove it, or make the artifact again"
+            )
     return record
 
 
@@ -130,7 +136,10 @@ def _read_besides(folder: Path) -> Iterator[str]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in [*files, *(name for name in folders if (Path(place) / name).is_symlink())]:
             path = (Path(place) / name).relative_to(folder)
-            read = path.suffix in (".json", ".jinja", ".safetensors", ".txt", ".model", ".tiktoken", ".bin") or name in folders
+            read = (
+                path.suffix in (".json", ".jinja", ".safetensors", ".txt", ".model", ".tiktoken", ".bin")
+                or name in folders
+            )
             if read and not name.lower().startswith((*HARMLESS, ".")) and path != Path(RECORD):
                 yield path.as_posix()
 

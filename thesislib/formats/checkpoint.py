@@ -10,7 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from thesislib.bounds import read_sizes
@@ -21,7 +29,16 @@ SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 FLOATING = ("F64", "F32", "F16", "BF16")
-POSITIVE = ("rope_theta", "factor", "attention_factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "original_max_position_embeddings")
+POSITIVE = (
+    "rope_theta",
+    "factor",
+    "attention_factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+    "original_max_position_embeddings",
+)
 # Older checkpoints hold the rotary frequencies, which the configuration says too
 DERIVED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
 # Settings of other architectures that change what is computed, with the values that change nothing. A class that does not know
@@ -68,14 +85,18 @@ def read_config(folder: Path) -> PretrainedConfig:
     check_texts(folder)
     said = read_json(folder / "config.json")
     if said.get("transformers_weights"):
-        raise BadInput(f"{folder}: 'transformers_weights' names another file of weights, {said['transformers_weights']!r}: expected {SINGLE} or {INDEX}")
+        raise BadInput(
+            f"{folder}: 'transformers_weights' names another file of weights, {said['transformers_weights']!r}: expected {SINGLE} or {INDEX}"
+        )
     with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # each kind of nonsense in a configuration has its own class
             raise BadInput(f"{folder} is not a checkpoint that transformers can read ({first_line(error)})") from error
     if config.model_type not in SUPPORTED:
-        raise BadInput(f"unsupported architecture '{config.model_type}' in {folder}: supported are {', '.join(SUPPORTED)}")
+        raise BadInput(
+            f"unsupported architecture '{config.model_type}' in {folder}: supported are {', '.join(SUPPORTED)}"
+        )
     check_settings(config, said, folder)
     return config
 
@@ -93,13 +114,19 @@ def check_memory(size: int, what: object) -> None:
         return
     has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > has:
-        raise BadInput(f"{what} takes {size / 1e9:,.1f} GB of memory, and this machine has {has / 1e9:,.1f}: expected a smaller model, or bfloat16")
+        raise BadInput(
+            f"{what} takes {size / 1e9:,.1f} GB of memory, and this machine has {has / 1e9:,.1f}: expected a smaller model, or bfloat16"
+        )
 
 
 def check_settings(config: PretrainedConfig, said: dict[str, Any], folder: Path) -> None:
     """Raises BadInput for a setting in a config.json that this architecture's class would ignore, or that contradicts another."""
     known = vars(type(config)())
-    ignored = {key: said[key] for key, neutral in NEUTRAL.items() if key in said and key not in known and said[key] not in neutral}
+    ignored = {
+        key: said[key]
+        for key, neutral in NEUTRAL.items()
+        if key in said and key not in known and said[key] not in neutral
+    }
     window, depth = said.get("sliding_window"), config.num_hidden_layers
     if "sliding_window" not in known and window and window < config.max_position_embeddings:
         ignored["sliding_window"] = window
@@ -108,19 +135,30 @@ def check_settings(config: PretrainedConfig, said: dict[str, Any], folder: Path)
         if values and name not in known and set(values) != {plain}:
             ignored[name] = values
         elif values and len(values) != depth:
-            raise BadInput(f"{folder}: '{name}' in config.json has {len(values)} entries for {depth} blocks: expected one for each")
+            raise BadInput(
+                f"{folder}: '{name}' in config.json has {len(values)} entries for {depth} blocks: expected one for each"
+            )
     for key, value in ignored.items():
-        raise BadInput(f"{folder}: config.json says {key} = {str(value)[:40]}, which {config.model_type} models ignore: another model would be measured")
+        raise BadInput(
+            f"{folder}: config.json says {key} = {str(value)[:40]}, which {config.model_type} models ignore: another model would be measured"
+        )
     rotary = getattr(config, "rope_parameters", None) or {}
-    numbers = {"rms_norm_eps": config.rms_norm_eps, **{f"rope_parameters.{key}": value for key, value in rotary.items() if key in POSITIVE}}
+    numbers = {
+        "rms_norm_eps": config.rms_norm_eps,
+        **{f"rope_parameters.{key}": value for key, value in rotary.items() if key in POSITIVE},
+    }
     for key, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
             raise BadInput(f"{folder}: {key} in config.json is {str(value)[:40]}: expected a positive number")
     types = set(getattr(config, "layer_types", None) or ())
     if odd := types - {"full_attention", "sliding_attention"}:
-        raise BadInput(f"{folder}: layer type '{min(odd)}' in config.json is not known here: expected full_attention or sliding_attention")
+        raise BadInput(
+            f"{folder}: layer type '{min(odd)}' in config.json is not known here: expected full_attention or sliding_attention"
+        )
     if "sliding_attention" in types and not config.sliding_window:
-        raise BadInput(f"{folder}: config.json has blocks of sliding_attention and no sliding_window in use: expected its number of tokens")
+        raise BadInput(
+            f"{folder}: config.json has blocks of sliding_attention and no sliding_window in use: expected its number of tokens"
+        )
 
 
 def is_gptq(config: PretrainedConfig) -> bool:
@@ -154,10 +192,14 @@ def headers(folder: Path) -> dict[str, Header]:
             if where.get(key) == name:
                 found[key] = header
             elif key not in where:
-                raise BadInput(f"{folder / name} holds '{key}', which {INDEX} does not name: the index is another checkpoint's")
+                raise BadInput(
+                    f"{folder / name} holds '{key}', which {INDEX} does not name: the index is another checkpoint's"
+                )
     for key, name in where.items():
         if key not in found:
-            raise BadInput(f"{folder} lacks the weight '{key}', which its index expects in {name}: the checkpoint is not whole")
+            raise BadInput(
+                f"{folder} lacks the weight '{key}', which its index expects in {name}: the checkpoint is not whole"
+            )
     return found
 
 
@@ -172,7 +214,9 @@ def headers_of(file: Path) -> dict[str, Header]:
             slices = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118, it is no mapping
             return {key: Header(file, part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
     except (SafetensorError, OSError) as error:
-        raise BadInput(f"{file} cannot be read ({first_line(error)}): the checkpoint is damaged or not whole") from error
+        raise BadInput(
+            f"{file} cannot be read ({first_line(error)}): the checkpoint is damaged or not whole"
+        ) from error
 
 
 def full_name(key: str) -> str:
@@ -202,13 +246,17 @@ def check_tensors(folder: Path, stored: dict[str, Header], expected: dict[str, t
             depth = 1 + max(int(name.split(".")[2]) for name in expected if name.startswith("model.layers."))
             hint = f"config.json describes {depth} blocks; to leave blocks out, use --plan or a depth stage" if block and int(block[1]) >= depth else (
                 "the configuration has no place for it")  # fmt: skip
-            raise BadInput(f"{folder} holds the weight '{key}', which would not be used ({hint}): another model would be measured")
+            raise BadInput(
+                f"{folder} holds the weight '{key}', which would not be used ({hint}): another model would be measured"
+            )
         if header.dtype not in FLOATING:
             raise BadInput(
                 f"the weight '{key}' of {folder} is stored as {header.dtype}: codes of a quantised checkpoint are not weights; expected floating numbers"
             )
         if header.shape != tuple(expected[key]):
-            raise BadInput(f"the weight '{key}' of {folder} has shape {header.shape}, and config.json describes {tuple(expected[key])}")
+            raise BadInput(
+                f"the weight '{key}' of {folder} has shape {header.shape}, and config.json describes {tuple(expected[key])}"
+            )
     for key in expected:
         if key not in stored and key not in either:
             raise BadInput(f"{folder} lacks the weight '{key}': the checkpoint is not whole")
@@ -242,7 +290,9 @@ def read_tensors(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> 
     for key in [key for key in tensors if DERIVED.fullmatch(key)]:
         kept, own = tensors.pop(key).float(), type(empty.model.rotary_emb)(config).inv_freq
         if kept.shape != own.shape or not torch.allclose(kept, own.float(), rtol=0.01):  # some hold them in bfloat16
-            raise BadInput(f"'{key}' in {folder} are other rotary frequencies than config.json's: another model would be measured")
+            raise BadInput(
+                f"'{key}' in {folder} are other rotary frequencies than config.json's: another model would be measured"
+            )
     if config.tie_word_embeddings and HEAD in tensors:
         head = tensors.pop(HEAD)
         if not torch.equal(tensors.setdefault(EMBEDDING, head), head):

@@ -40,7 +40,9 @@ def safetensors_folder(gguf: Path, sha256: str | None = None, cut: str | None = 
         check_header(gguf)
     digest = sha256_of(gguf)
     if sha256 and digest != sha256:
-        raise BadInput(f"{gguf.name} has sha256 {digest}, expected {sha256}: truncated or altered; delete it and fetch it again")
+        raise BadInput(
+            f"{gguf.name} has sha256 {digest}, expected {sha256}: truncated or altered; delete it and fetch it again"
+        )
     if PART.search(gguf.stem):
         digest = hashlib.sha256("".join(map(sha256_of, parts(gguf))).encode()).hexdigest()
     folder = cache_dir() / "subjects" / f"{gguf.stem[:80]}-{digest[:12]}-{READER}{f'-{cut}' if cut else ''}"
@@ -51,7 +53,11 @@ def safetensors_folder(gguf: Path, sha256: str | None = None, cut: str | None = 
                 print(f"converting {gguf.name} to safetensors{again}", file=sys.stderr)
                 with whole_folder(folder, alone=True) as temporary:
                     _convert(gguf, temporary, cut)
-                    sums = {file.relative_to(temporary).as_posix(): sha256_of(file) for file in temporary.rglob("*") if file.is_file()}
+                    sums = {
+                        file.relative_to(temporary).as_posix(): sha256_of(file)
+                        for file in temporary.rglob("*")
+                        if file.is_file()
+                    }
                     (temporary / SUMS).write_text(json.dumps(sums), "utf8")
     return folder
 
@@ -79,8 +85,12 @@ def _convert(gguf: Path, folder: Path, cut: str | None) -> None:
         empty = empty_model(model.config, cast(torch.dtype, model.config.dtype))
     except BadInput:
         raise
-    except Exception as error:  # a text where a number is meant, a token that is not there: each reader of it has its own
-        raise BadInput(f"{gguf.name} has a setting or a tokenizer that is none ({first_line(error)}): the file is damaged") from error
+    except (
+        Exception
+    ) as error:  # a text where a number is meant, a token that is not there: each reader of it has its own
+        raise BadInput(
+            f"{gguf.name} has a setting or a tokenizer that is none ({first_line(error)}): the file is damaged"
+        ) from error
     model.config.architectures = [type(empty).__name__]
     shapes = {name: t.shape for name, t in empty.state_dict().items()}
     if model.config.tie_word_embeddings:

@@ -66,7 +66,9 @@ def export_gguf(subject: Subject, file: str | Path, kind: str = "F16", *, merge_
     file = Path(file)
     if kind not in TYPES:
         hint = (
-            f": its runs of 256 do not divide rows such as {subject.model.config.hidden_size}" if "K" in kind and subject.model.config.hidden_size % 256 else ""
+            f": its runs of 256 do not divide rows such as {subject.model.config.hidden_size}"
+            if "K" in kind and subject.model.config.hidden_size % 256
+            else ""
         )
         raise BadInput(f"GGUF type '{kind}' cannot be written{hint}; expected {', '.join(TYPES)}")
     config = subject.model.config
@@ -75,7 +77,9 @@ def export_gguf(subject: Subject, file: str | Path, kind: str = "F16", *, merge_
     if file.suffix != ".gguf":
         raise BadInput(f"{file} cannot be written: expected a new file whose name ends in .gguf")
     if config.hidden_act != "silu":
-        raise BadInput(f"activation '{config.hidden_act}' cannot be written as GGUF: llama.cpp computes silu for {config.model_type}")
+        raise BadInput(
+            f"activation '{config.hidden_act}' cannot be written as GGUF: llama.cpp computes silu for {config.model_type}"
+        )
     file = free_file(file, new=True)
     dense = _dense(subject, merge_corrections)
     tensors = plain_tensors(dense)
@@ -84,11 +88,15 @@ def export_gguf(subject: Subject, file: str | Path, kind: str = "F16", *, merge_
     if kind != "F16":
         odd = {name: tuple(t.shape) for name, t in tensors.items() if t.ndim == 2 and t.shape[1] % RUN}
         for name, shape in odd.items():
-            raise BadInput(f"{name} of shape {shape} cannot be {kind}: its rows are no multiple of {RUN}; F16 always fits")
+            raise BadInput(
+                f"{name} of shape {shape} cannot be {kind}: its rows are no multiple of {RUN}; F16 always fits"
+            )
     if kind == "Q4_1":
         for name, t in tensors.items():
             if "_proj" in name and (share := float((t == 0).float().mean())) > PRUNED:
-                raise BadInput(f"Q4_1 has no exact zero, and {share:.0%} of {name} are zeros: Q4_0, Q8_0 and F16 keep them")
+                raise BadInput(
+                    f"Q4_1 has no exact zero, and {share:.0%} of {name} are zeros: Q4_0, Q8_0 and F16 keep them"
+                )
     digests: dict[str, tuple[torch.Size, str]] = {}
     with whole_file(file) as temporary:
         writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[architecture])
@@ -97,12 +105,22 @@ def export_gguf(subject: Subject, file: str | Path, kind: str = "F16", *, merge_
         for name, tensor in tensors.items():
             own = names.get_name(name, try_suffixes=(".weight", ".bias"))
             if own is None:
-                raise BadInput(f"tensor '{name}' has no name in GGUF's {gguf.MODEL_ARCH_NAMES[architecture]}: it cannot be written")
-            heads = config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads if ".k_proj." in name else None
+                raise BadInput(
+                    f"tensor '{name}' has no name in GGUF's {gguf.MODEL_ARCH_NAMES[architecture]}: it cannot be written"
+                )
+            heads = (
+                config.num_attention_heads
+                if ".q_proj." in name
+                else config.num_key_value_heads
+                if ".k_proj." in name
+                else None
+            )
             turned = heads is not None and architecture in INTERLEAVED
             encoded = _encoded(own, (interleaved(tensor, heads) if turned else tensor).float().numpy(), kind)
             writer.add_tensor(own, *encoded)
-            stands_for = torch.from_numpy(encoded[0] if len(encoded) == 1 else gguf.quants.dequantize(encoded[0], encoded[2]))
+            stands_for = torch.from_numpy(
+                encoded[0] if len(encoded) == 1 else gguf.quants.dequantize(encoded[0], encoded[2])
+            )
             digests[name] = tensor.shape, _digest(halves(stands_for, heads) if turned else stands_for)
         factors = _rotary(writer, dense)
         if factors is not None:
@@ -125,7 +143,9 @@ def _dense(subject: Subject, merge_corrections: bool) -> Subject:
     for i in range(subject.depth):
         for name, module in subject.linears(i).items():
             if isinstance(module, Adapted) and not merge_corrections:
-                raise BadInput(f"block {i}'s {name} has a low-rank correction beside its weight, which GGUF cannot hold: add --merge, which fills zeros")
+                raise BadInput(
+                    f"block {i}'s {name} has a low-rank correction beside its weight, which GGUF cannot hold: add --merge, which fills zeros"
+                )
     result = subject.copy()
     merge_all(result.model, "dense")
     return result
@@ -157,7 +177,10 @@ def _rotary(writer: gguf.GGUFWriter, subject: Subject) -> np.ndarray | None:
     """Write what rotates how fast; what each rotation's wavelength is multiplied by, where the file keeps that as a tensor."""
     c, arch = subject.model.config, writer.arch
     said, rotary = c.rope_parameters, subject.model.model.rotary_emb
-    kind, usual = said.get("rope_type", "default"), {"rope_theta", "rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"}
+    kind, usual = (
+        said.get("rope_type", "default"),
+        {"rope_theta", "rope_type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow"},
+    )
     writer.add_rope_freq_base(float(said["rope_theta"]))
     if kind == "default":
         return None
@@ -169,11 +192,15 @@ def _rotary(writer: gguf.GGUFWriter, subject: Subject) -> np.ndarray | None:
     if kind == "yarn" and set(said) <= usual and (said.get("beta_fast") or 32, said.get("beta_slow") or 1) == (32, 1):
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(float(said["factor"]))
-        writer.add_rope_scaling_orig_ctx_len(int(said.get("original_max_position_embeddings") or c.max_position_embeddings))
+        writer.add_rope_scaling_orig_ctx_len(
+            int(said.get("original_max_position_embeddings") or c.max_position_embeddings)
+        )
         return None
     fixed = kind == "llama3" or (kind == "longrope" and said["short_factor"] == said["long_factor"])
     if not fixed or rotary.attention_scaling != 1 or arch != "llama":
-        raise BadInput(f"position embedding '{kind}' of {c.model_type} cannot be written as GGUF here: expected default, linear or yarn, or with LLaMA llama3")
+        raise BadInput(
+            f"position embedding '{kind}' of {c.model_type} cannot be written as GGUF here: expected default, linear or yarn, or with LLaMA llama3"
+        )
     used = rotary.original_inv_freq.float().cpu()
     steps = torch.arange(0, 2 * len(used), 2, dtype=torch.float32) / (2 * len(used))
     return (float(said["rope_theta"]) ** -steps / used).numpy()
@@ -186,12 +213,17 @@ def _windows(writer: gguf.GGUFWriter, config: Any) -> None:
     if not narrow or config.max_position_embeddings <= min(narrow):
         return
     if config.model_type == "smollm3":
-        raise BadInput("attention windows of smollm3 cannot be written as GGUF: expected attention to all tokens before")
+        raise BadInput(
+            "attention windows of smollm3 cannot be written as GGUF: expected attention to all tokens before"
+        )
     (window,) = narrow
     writer.add_sliding_window(window)
     if None in windows:
         writer.add_sliding_window_pattern([w is not None for w in windows])
-    print(f"llama.cpp does not cut {config.model_type}'s attention to {window} tokens: longer contexts run as another model there", file=sys.stderr)
+    print(
+        f"llama.cpp does not cut {config.model_type}'s attention to {window} tokens: longer contexts run as another model there",
+        file=sys.stderr,
+    )
 
 
 def _check_read_back(file: Path, subject: Subject, digests: dict[str, tuple[torch.Size, str]]) -> None:
@@ -205,22 +237,34 @@ def _check_read_back(file: Path, subject: Subject, digests: dict[str, tuple[torc
              "rms_norm_eps", "tie_word_embeddings", "no_rope_layers")  # fmt: skip
     one, two = ({name: getattr(c, name, None) for name in names} for c in (own, read))
     reach = own.max_position_embeddings
-    one["attention windows"], two["attention windows"] = ([w if w and w < reach else None for w in attention_windows(c)] for c in (own, read))
+    one["attention windows"], two["attention windows"] = (
+        [w if w and w < reach else None for w in attention_windows(c)] for c in (own, read)
+    )
     rotary = type(subject.model.model.rotary_emb)
     a, b = rotary(own), rotary(read)
-    if not torch.allclose(a.inv_freq.double(), b.inv_freq.double(), rtol=1e-5, atol=0) or abs(a.attention_scaling / b.attention_scaling - 1) > 1e-5:
+    if (
+        not torch.allclose(a.inv_freq.double(), b.inv_freq.double(), rtol=1e-5, atol=0)
+        or abs(a.attention_scaling / b.attention_scaling - 1) > 1e-5
+    ):
         raise BadInput(f"the rotary frequencies read back as others than were written: {file.name} was not kept")
-    ends = [c.eos_token_id if isinstance(c.eos_token_id, list) else [c.eos_token_id] for c in (subject.model.generation_config, model.generation)]
+    ends = [
+        c.eos_token_id if isinstance(c.eos_token_id, list) else [c.eos_token_id]
+        for c in (subject.model.generation_config, model.generation)
+    ]
     one["end tokens"], two["end tokens"] = (sorted(e for e in some if e is not None) for some in ends)
     one["chat template"], two["chat template"] = subject.tokenizer.chat_template, tokenizer.chat_template
     for what in one:
         if one[what] != two[what]:
-            raise BadInput(f"{what} would read back as {str(two[what])[:60]!r} for {str(one[what])[:60]!r}: GGUF has no place for it, so nothing was written")
+            raise BadInput(
+                f"{what} would read back as {str(two[what])[:60]!r} for {str(one[what])[:60]!r}: GGUF has no place for it, so nothing was written"
+            )
     special = [str(subject.tokenizer.convert_ids_to_tokens(i)) for i in subject.tokenizer.all_special_ids]
     for text in [*PROBES, "".join(special), " and ".join(special)]:
         a, b = (t(text)["input_ids"] for t in (subject.tokenizer, tokenizer))
         if a != b:
-            raise BadInput(f"the tokenizer of {subject.name} cannot be written as GGUF: {text!r} would become {b[:12]} for {a[:12]}")
+            raise BadInput(
+                f"the tokenizer of {subject.name} cannot be written as GGUF: {text!r} would become {b[:12]} for {a[:12]}"
+            )
 
 
 def _digest(tensor: torch.Tensor) -> str:
@@ -243,17 +287,23 @@ def _tokenizer(writer: gguf.GGUFWriter, subject: Subject) -> None:
     tokenizer = subject.tokenizer
     raw = json.loads(tokenizer.backend_tokenizer.to_str())
     if raw["model"]["type"] != "BPE" or "ByteLevel" not in json.dumps(raw["pre_tokenizer"]):
-        raise BadInput(f"the tokenizer of {subject.name} cannot be written as GGUF here: expected byte-level BPE, as LLaMA 3, Qwen and SmolLM have")
+        raise BadInput(
+            f"the tokenizer of {subject.name} cannot be written as GGUF here: expected byte-level BPE, as LLaMA 3, Qwen and SmolLM have"
+        )
     normaliser = (raw["normalizer"] or {"type": "none"})["type"]
     if normaliser not in NORMALISERS:
         raise BadInput(
             f"the tokenizer of {subject.name} cannot be written as GGUF here: it normalises text by {normaliser}; expected {' or '.join(NORMALISERS)}"
         )
-    writer.add_string(NORMALISER, normaliser)  # llama.cpp has none: text that is not in this form becomes other tokens there
+    writer.add_string(
+        NORMALISER, normaliser
+    )  # llama.cpp has none: text that is not in this form becomes other tokens there
     size = subject.model.config.vocab_size
     most = max([*raw["model"]["vocab"].values(), *(added["id"] for added in raw["added_tokens"])])
     if most >= size:
-        raise BadInput(f"the tokenizer of {subject.name} has a token {most}, its embedding only {size} rows: expected a tokenizer that fits the model")
+        raise BadInput(
+            f"the tokenizer of {subject.name} has a token {most}, its embedding only {size} rows: expected a tokenizer that fits the model"
+        )
     tokens, kinds = [f"[UNUSED{i}]" for i in range(size)], [UNUSED] * size
     for token, i in raw["model"]["vocab"].items():
         tokens[i], kinds[i] = token, NORMAL
@@ -299,4 +349,6 @@ def pre_tokenizer(raw: dict[str, Any]) -> str:
         for name, text in PATTERNS.items():
             if steps[0]["pattern"].get("Regex") == text:
                 return name
-    raise BadInput(f"the tokenizer cuts text by {', '.join(kinds)} in a way not known here: expected GPT-2's, SmolLM's, LLaMA 3's or Qwen 2's")
+    raise BadInput(
+        f"the tokenizer cuts text by {', '.join(kinds)} in a way not known here: expected GPT-2's, SmolLM's, LLaMA 3's or Qwen 2's"
+    )

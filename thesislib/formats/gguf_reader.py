@@ -26,7 +26,12 @@ from thesislib.files import LARGEST, plain_errors
 from thesislib.formats.checkpoint import check_memory
 
 # GGUF's word for an architecture: transformers' word, and whether rows of q and k stand in llama.cpp's order
-ARCHITECTURES = {"llama": ("llama", True), "qwen2": ("qwen2", False), "qwen3": ("qwen3", False), "smollm3": ("smollm3", True)}
+ARCHITECTURES = {
+    "llama": ("llama", True),
+    "qwen2": ("qwen2", False),
+    "qwen3": ("qwen3", False),
+    "smollm3": ("smollm3", True),
+}
 SPECIAL, ADDED = 3, 4  # llama.cpp's kinds of tokens that are cut out of a text before it is merged
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PATTERNS = {"llama-bpe": _WORDS % r"\p{N}{1,3}", "qwen2": _WORDS % r"\p{N}"}  # how a text is cut before it is merged
@@ -37,7 +42,11 @@ HARMLESS = re.compile(
     r"GGUF\..*|general\.(?!type$).*|split\..*|quantize\.imatrix\..*|tokenizer\.ggml\.(scores|(unknown|separator|mask|cls|fim_\w+|prefix|suffix|middle)_token_id)"
     r"|\w+\.(vocab_size|tensor_data_layout|rope\.scaling\.finetuned)"
 )
-WIDTHS = dict(enumerate((1, 1, 2, 2, 4, 4, 4, 1))) | {10: 8, 11: 8, 12: 8}  # bytes of GGUF's kinds of values, texts and lists apart
+WIDTHS = dict(enumerate((1, 1, 2, 2, 4, 4, 4, 1))) | {
+    10: 8,
+    11: 8,
+    12: 8,
+}  # bytes of GGUF's kinds of values, texts and lists apart
 MOST_NAMES = 1 << 16  # tensors, or settings
 MOST_ELEMENTS = 1 << 22  # of all lists in a header: several times those of the largest tokenizer
 SLACK = 1 << 20  # bytes that alignment may add
@@ -64,11 +73,15 @@ def parts(path: Path) -> list[Path]:
         return [path]
     match = PART.search(path.stem)
     if not match or int(match[2]) != count:
-        raise BadInput(f"{path.name} is one of {count} parts of a model: expected the name NAME-00001-of-{count:05d}.gguf, and the others beside it")
+        raise BadInput(
+            f"{path.name} is one of {count} parts of a model: expected the name NAME-00001-of-{count:05d}.gguf, and the others beside it"
+        )
     files = [path.with_name(f"{path.stem[: match.start()]}-{n:05d}-of-{count:05d}.gguf") for n in range(1, count + 1)]
     for file in files:
         if not file.is_file():
-            raise BadInput(f"{path.name} is one of {count} parts of a model, and {file.name} is not beside it: the model is not whole")
+            raise BadInput(
+                f"{path.name} is one of {count} parts of a model, and {file.name} is not beside it: the model is not whole"
+            )
         check_header(file)
     return files
 
@@ -106,12 +119,16 @@ class GgufModel:
             BadInput: a setting that is missing, or that no configuration here has a place for.
         """
         take = lambda key, default=None: self.fields.take(f"{self.architecture}.{key}", default)  # noqa: E731
-        depth, hidden, heads = (_whole(key, take(key)) for key in ("block_count", "embedding_length", "attention.head_count"))
+        depth, hidden, heads = (
+            _whole(key, take(key)) for key in ("block_count", "embedding_length", "attention.head_count")
+        )
         kv_heads = _whole("attention.head_count_kv", take("attention.head_count_kv", heads))
         head = take("attention.key_length", hidden // heads)
         for key in ("attention.value_length", "rope.dimension_count"):
             if (found := take(key, head)) != head:
-                raise BadInput(f"{self.path.name}: {self.architecture}.{key} is {found}: expected the width of a head, {head}")
+                raise BadInput(
+                    f"{self.path.name}: {self.architecture}.{key} is {found}: expected the width of a head, {head}"
+                )
         if "token_embd.weight" not in self.stored:
             raise BadInput(f"{self.path.name} lacks the weight 'token_embd.weight': the model is not whole")
         context = _whole("context_length", take("context_length"))
@@ -123,7 +140,9 @@ class GgufModel:
             "head_dim": head,
             "intermediate_size": _whole("feed_forward_length", take("feed_forward_length")),
             "max_position_embeddings": context,
-            "rms_norm_eps": float(f"{take('attention.layer_norm_rms_epsilon'):.6g}"),  # GGUF has it in float32: 9.999999747e-06
+            "rms_norm_eps": float(
+                f"{take('attention.layer_norm_rms_epsilon'):.6g}"
+            ),  # GGUF has it in float32: 9.999999747e-06
             "vocab_size": int(self.stored["token_embd.weight"].shape[-1]),
             "tie_word_embeddings": "output.weight" not in self.stored,
             "rope_parameters": self._rotary(take, context),
@@ -137,18 +156,25 @@ class GgufModel:
             if kind == "llama" and all(pattern):
                 kind = "mistral"
             elif kind not in ("qwen2", "qwen3") or len(pattern) != depth:
-                raise BadInput(f"{self.path.name}: {self.architecture} with attention windows in {sum(pattern)} of {depth} blocks is not known here")
+                raise BadInput(
+                    f"{self.path.name}: {self.architecture} with attention windows in {sum(pattern)} of {depth} blocks is not known here"
+                )
             settings["sliding_window"] = window
             if kind != "mistral":
                 settings["use_sliding_window"] = True
                 settings["layer_types"] = ["sliding_attention" if slides else "full_attention" for slides in pattern]
         if kind == "llama":
-            settings |= {"attention_bias": "blk.0.attn_q.bias" in self.stored, "mlp_bias": "blk.0.ffn_up.bias" in self.stored}
+            settings |= {
+                "attention_bias": "blk.0.attn_q.bias" in self.stored,
+                "mlp_bias": "blk.0.ffn_up.bias" in self.stored,
+            }
         elif kind == "qwen3":
             settings["attention_bias"] = "blk.0.attn_q.bias" in self.stored
         left = [key for key in self.fields.left if key.startswith(f"{self.architecture}.")]
         for key in left:
-            raise BadInput(f"{self.path.name} says {key} = {self.fields.get(key)!r}, which {kind} has no place for here: another model would be measured")
+            raise BadInput(
+                f"{self.path.name} says {key} = {self.fields.get(key)!r}, which {kind} has no place for here: another model would be measured"
+            )
         check_sizes(settings, self.path.name)
         return CONFIG_MAPPING[kind](**settings)
 
@@ -159,14 +185,22 @@ class GgufModel:
         kind = take("rope.scaling.type", "linear")  # llama.cpp's default
         original = take("rope.scaling.original_context_length")
         if kind == "yarn":
-            rotary |= {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": int(original or context)}
+            rotary |= {
+                "rope_type": "yarn",
+                "factor": factor,
+                "original_max_position_embeddings": int(original or context),
+            }
         elif kind not in ("none", "linear"):
-            raise BadInput(f"{self.path.name}: rotary scaling '{kind}' is not read here: expected none, linear, yarn or rope_freqs.weight")
+            raise BadInput(
+                f"{self.path.name}: rotary scaling '{kind}' is not read here: expected none, linear, yarn or rope_freqs.weight"
+            )
         elif kind == "linear" and factor != 1.0:
             rotary |= {"rope_type": "linear", "factor": factor}
         if "rope_freqs.weight" in self.stored:
             if rotary["rope_type"] != "default":
-                raise BadInput(f"{self.path.name} has rope_freqs.weight and scaling '{rotary['rope_type']}': expected one of the two")
+                raise BadInput(
+                    f"{self.path.name} has rope_freqs.weight and scaling '{rotary['rope_type']}': expected one of the two"
+                )
             factors = self._numbers("rope_freqs.weight").double().tolist()
             # the one kind that takes any factors; with no longer context there is nothing to switch to
             rotary |= {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, "attention_factor": 1.0,
@@ -193,11 +227,15 @@ class GgufModel:
             if tensor.shape != shape:
                 raise BadInput(f"{self.path.name}: '{own}' has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
             if self.interleaved and ("q_proj" in name or "k_proj" in name):
-                tensor = halves(tensor, self.config.num_attention_heads if "q_proj" in name else self.config.num_key_value_heads)
+                tensor = halves(
+                    tensor, self.config.num_attention_heads if "q_proj" in name else self.config.num_key_value_heads
+                )
             yield name, tensor
         for own in self.stored:
             if own not in used:
-                raise BadInput(f"{self.path.name} holds '{own}', which {self.config.model_type} has no place for here: another model would be measured")
+                raise BadInput(
+                    f"{self.path.name} holds '{own}', which {self.config.model_type} has no place for here: another model would be measured"
+                )
 
     def _numbers(self, own: str) -> torch.Tensor:
         """A tensor decoded to float32."""
@@ -205,7 +243,9 @@ class GgufModel:
         try:
             values = gguf.quants.dequantize(stored.data, stored.tensor_type)
         except NotImplementedError as error:
-            raise BadInput(f"{self.path.name}: '{own}' is {stored.tensor_type.name}, which gguf cannot decode: convert the file to Q8_0 or F16") from error
+            raise BadInput(
+                f"{self.path.name}: '{own}' is {stored.tensor_type.name}, which gguf cannot decode: convert the file to Q8_0 or F16"
+            ) from error
         return torch.from_numpy(values.astype("float32", copy=True).reshape([int(n) for n in reversed(stored.shape)]))
 
     @cached_property
@@ -214,7 +254,9 @@ class GgufModel:
         keys = [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom")]
         ends = list(dict.fromkeys(token for key in keys if (token := self.fields.take(key)) is not None))
         own = {kind: getattr(self.config, f"{kind}_token_id") for kind in ("bos", "pad")}
-        return GenerationConfig(bos_token_id=own["bos"], pad_token_id=own["pad"], eos_token_id=ends[0] if len(ends) == 1 else ends or None)
+        return GenerationConfig(
+            bos_token_id=own["bos"], pad_token_id=own["pad"], eos_token_id=ends[0] if len(ends) == 1 else ends or None
+        )
 
     def tokenizer(self, cut: str | None = None) -> PreTrainedTokenizerFast:
         """The tokenizer.
@@ -229,7 +271,11 @@ class GgufModel:
         kind, tokens = take("tokenizer.ggml.model"), take("tokenizer.ggml.tokens")
         if not tokens:
             raise BadInput(f"{self.path.name} holds no tokenizer: expected tokenizer.ggml.tokens")
-        types, merges, said = take("tokenizer.ggml.token_type", [1] * len(tokens)), take("tokenizer.ggml.merges", []), take("tokenizer.ggml.pre")
+        types, merges, said = (
+            take("tokenizer.ggml.token_type", [1] * len(tokens)),
+            take("tokenizer.ggml.merges", []),
+            take("tokenizer.ggml.pre"),
+        )
         if kind == "gpt2":
             pre = cut or ALIASES.get(said, said)
             raw = byte_level(tokens, types, merges, pre, self.path.name)
@@ -238,30 +284,51 @@ class GgufModel:
                 raise unknown(f"text normaliser in {self.path.name}", normaliser, NORMALISERS)
             raw.normalizer = NORMALISERS[normaliser]
         elif kind == "llama":
-            raw, pre = AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name).backend_tokenizer, "sentencepiece"
+            raw, pre = (
+                AutoTokenizer.from_pretrained(self.path.parent, gguf_file=self.path.name).backend_tokenizer,
+                "sentencepiece",
+            )
         else:
-            raise BadInput(f"{self.path.name}: tokenizer '{kind}' is not known here: expected gpt2 (byte-level BPE) or llama (SentencePiece)")
+            raise BadInput(
+                f"{self.path.name}: tokenizer '{kind}' is not known here: expected gpt2 (byte-level BPE) or llama (SentencePiece)"
+            )
         if not take("tokenizer.ggml.add_space_prefix", True) and kind == "llama":
             raise BadInput(f"{self.path.name}: a SentencePiece tokenizer without the space in front is not read here")
         take("tokenizer.ggml.add_eos_token")  # nothing closes a text here: what is measured goes on
         named = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-        special = {f"{ours}_token": tokens[at] for ours, key in named.items() if (at := take(f"tokenizer.ggml.{key}_token_id")) is not None}
+        special = {
+            f"{ours}_token": tokens[at]
+            for ours, key in named.items()
+            if (at := take(f"tokenizer.ggml.{key}_token_id")) is not None
+        }
         # llama.cpp's defaults
         if take("tokenizer.ggml.add_bos_token", kind == "llama" or pre == "llama-bpe") and "bos_token" in special:
             bos = special["bos_token"]
-            raw.post_processor = processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A $B:1", special_tokens=[(bos, tokens.index(bos))])
-        templates = {key.removeprefix("tokenizer.chat_template."): take(key) for key in list(self.fields.left) if key.startswith("tokenizer.chat_template.")}
+            raw.post_processor = processors.TemplateProcessing(
+                single=f"{bos} $A", pair=f"{bos} $A $B:1", special_tokens=[(bos, tokens.index(bos))]
+            )
+        templates = {
+            key.removeprefix("tokenizer.chat_template."): take(key)
+            for key in list(self.fields.left)
+            if key.startswith("tokenizer.chat_template.")
+        }
         if (usual := take("tokenizer.chat_template")) is not None:
             templates["default"] = usual
         take("tokenizer.chat_templates")  # the names of those
         chat = templates["default"] if list(templates) == ["default"] else templates or None
         _ = self.generation, self.config  # they use settings too
         for key in self.fields.left:
-            raise BadInput(f"{self.path.name} says {key} = {str(self.fields.get(key))[:60]!r}, which is not known here: another model would be measured")
-        return PreTrainedTokenizerFast(tokenizer_object=raw, chat_template=chat, clean_up_tokenization_spaces=False, **special)
+            raise BadInput(
+                f"{self.path.name} says {key} = {str(self.fields.get(key))[:60]!r}, which is not known here: another model would be measured"
+            )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=raw, chat_template=chat, clean_up_tokenization_spaces=False, **special
+        )
 
 
-def byte_level(tokens: list[str], types: list[int], merges: list[str], pre: str | None, name: str = "the file") -> Tokenizer:
+def byte_level(
+    tokens: list[str], types: list[int], merges: list[str], pre: str | None, name: str = "the file"
+) -> Tokenizer:
     """A byte-level BPE tokenizer of a GGUF file's lists.
 
     Args:
@@ -277,21 +344,36 @@ def byte_level(tokens: list[str], types: list[int], merges: list[str], pre: str 
     bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     cuts = {
         "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
-        **{key: pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(text), "isolated"), bytes_only]) for key, text in PATTERNS.items()},
+        "smollm": pre_tokenizers.Sequence(
+            [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        ),
+        **{
+            key: pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(text), "isolated"), bytes_only])
+            for key, text in PATTERNS.items()
+        },
     }
     if pre not in cuts:
-        raise BadInput(f"{name} cuts text by '{pre}' before it is merged, which is not known here: expected {', '.join(cuts)}")
+        raise BadInput(
+            f"{name} cuts text by '{pre}' before it is merged, which is not known here: expected {', '.join(cuts)}"
+        )
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) < len(tokens):
         twice = next(token for i, token in enumerate(tokens) if vocabulary[token] != i)
         raise BadInput(f"{name} has the token {twice!r} twice: expected each once")
     # llama.cpp takes a merge that makes no token, and then falls back to the parts
-    pairs = [(a, b) for a, _, b in (merge.partition(" ") for merge in merges) if a in vocabulary and b in vocabulary and a + b in vocabulary]
+    pairs = [
+        (a, b)
+        for a, _, b in (merge.partition(" ") for merge in merges)
+        if a in vocabulary and b in vocabulary and a + b in vocabulary
+    ]
     raw = Tokenizer(models.BPE(vocabulary, pairs, ignore_merges=pre == "llama-bpe"))
     raw.pre_tokenizer, raw.decoder = cuts[pre], decoders.ByteLevel()
     for kind, special in ((SPECIAL, True), (ADDED, False)):
-        own = [AddedToken(token, normalized=False, special=special) for token, is_kind in zip(tokens, types, strict=True) if is_kind == kind]
+        own = [
+            AddedToken(token, normalized=False, special=special)
+            for token, is_kind in zip(tokens, types, strict=True)
+            if is_kind == kind
+        ]
         (raw.add_special_tokens if special else raw.add_tokens)(own)
     return raw
 
@@ -368,9 +450,13 @@ def check_header(path: Path) -> None:
             block, width = sizes.get(kind, (1, 0))
             total, end = total + n, max(end, offset + n // block * width)
     except struct.error as error:
-        raise BadInput(f"{path} cannot be read as GGUF (its header leads out of it, or beyond any model's: {error}): truncated? fetch it again") from error
+        raise BadInput(
+            f"{path} cannot be read as GGUF (its header leads out of it, or beyond any model's: {error}): truncated? fetch it again"
+        ) from error
     if size > at + end + SLACK:
-        raise BadInput(f"{path} has {size:,} bytes, of which its header and tensors are {at + end:,}: expected no others; fetch it again")
+        raise BadInput(
+            f"{path} has {size:,} bytes, of which its header and tensors are {at + end:,}: expected no others; fetch it again"
+        )
     if size < at + end:
         raise BadInput(f"{path} is truncated: its tensors end at byte {at + end}, the file at {size}")
     check_memory(4 * total, path)
@@ -415,4 +501,6 @@ class _Fields:
     def left(self) -> list[str]:
         """The settings that nobody used, less those that say nothing of what is computed."""
         neutral = lambda key: NEUTRAL.get(key if key in NEUTRAL else key.partition(".")[2], ...) == self.get(key)  # noqa: E731
-        return [key for key in self._fields if key not in self._asked and not HARMLESS.fullmatch(key) and not neutral(key)]
+        return [
+            key for key in self._fields if key not in self._asked and not HARMLESS.fullmatch(key) and not neutral(key)
+        ]

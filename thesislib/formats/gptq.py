@@ -13,8 +13,23 @@ from transformers import PretrainedConfig, PreTrainedModel
 import thesislib
 from thesislib.errors import BadInput
 from thesislib.files import free_folder, whole_folder
-from thesislib.formats.artifact import check_same, fill, plain_tensors, projection_paths, read_adapter, write_adapter, write_tensors
-from thesislib.formats.checkpoint import empty_model, generation_settings, headers, quiet_transformers, read_config, read_tokenizer
+from thesislib.formats.artifact import (
+    check_same,
+    fill,
+    plain_tensors,
+    projection_paths,
+    read_adapter,
+    write_adapter,
+    write_tensors,
+)
+from thesislib.formats.checkpoint import (
+    empty_model,
+    generation_settings,
+    headers,
+    quiet_transformers,
+    read_config,
+    read_tokenizer,
+)
 from thesislib.model.grid import ROW, Grid, Quantised
 from thesislib.model.layers import base_of
 from thesislib.model.quantised import QuantisedLinear
@@ -74,7 +89,9 @@ def export_gptq(subject: Subject, folder: str | Path) -> Path:
         for file in temporary.rglob("*.safetensors"):
             file.chmod(0o644)  # safetensors makes its files private
         model = load_gptq(temporary, read_config(temporary), subject.dtype)
-        check_same(subject, Subject(model, prepared(read_tokenizer(temporary), rows_of(model)), subject.name), temporary)
+        check_same(
+            subject, Subject(model, prepared(read_tokenizer(temporary), rows_of(model)), subject.name), temporary
+        )
     return folder
 
 
@@ -91,7 +108,12 @@ def load_gptq(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> Pre
     """
     said, where = config.quantization_config, headers(folder)
     bits, group, form = said.get("bits"), said.get("group_size", -1), said.get("checkpoint_format", "gptq")
-    if form not in ("gptq", "gptq_v2") or said.get("lm_head") or said.get("dynamic") or said.get("modules_in_block_to_quantize"):
+    if (
+        form not in ("gptq", "gptq_v2")
+        or said.get("lm_head")
+        or said.get("dynamic")
+        or said.get("modules_in_block_to_quantize")
+    ):
         raise BadInput(
             f"{folder}: GPTQ of format '{form}' with these settings is not read here: expected gptq or gptq_v2, all projections alike, the head plain"
         )
@@ -112,7 +134,9 @@ def load_gptq(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> Pre
         tensors |= {f"{path}.{name}": tensor for name, tensor in layer.held.items()}
     for key, tensor in stored.items():
         if not tensor.is_floating_point():
-            raise BadInput(f"the weight '{key}' of {folder} is stored as {tensor.dtype}: expected floating numbers, or codes of a projection")
+            raise BadInput(
+                f"the weight '{key}' of {folder} is stored as {tensor.dtype}: expected floating numbers, or codes of a projection"
+            )
         tensors[key] = tensor.to(dtype)
     if (folder / "adapter").is_dir():
         tensors |= read_adapter(folder / "adapter")
@@ -125,22 +149,40 @@ def load_gptq(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> Pre
 
 
 def _quantised(
-    path: str, shape: tuple[int, int], grid: Grid, form: str, qweight: torch.Tensor, qzeros: torch.Tensor, scales: torch.Tensor, g_idx: torch.Tensor | None
+    path: str,
+    shape: tuple[int, int],
+    grid: Grid,
+    form: str,
+    qweight: torch.Tensor,
+    qzeros: torch.Tensor,
+    scales: torch.Tensor,
+    g_idx: torch.Tensor | None,
 ) -> Quantised:
     """One projection's weight on its grid, out of the layout's words."""
     (outputs, inputs), bits = shape, grid.bits
     groups = inputs // grid.size(inputs)
-    expected = {"qweight": (inputs * bits // 32, outputs), "qzeros": (groups, outputs * bits // 32), "scales": (groups, outputs), "g_idx": (inputs,)}
+    expected = {
+        "qweight": (inputs * bits // 32, outputs),
+        "qzeros": (groups, outputs * bits // 32),
+        "scales": (groups, outputs),
+        "g_idx": (inputs,),
+    }
     for name, tensor in {"qweight": qweight, "qzeros": qzeros, "scales": scales, "g_idx": g_idx}.items():
         if tensor is not None and tensor.shape != torch.Size(expected[name]):
-            raise BadInput(f"'{path}.{name}' has shape {tuple(tensor.shape)}, expected {expected[name]} for {bits} bits")
+            raise BadInput(
+                f"'{path}.{name}' has shape {tuple(tensor.shape)}, expected {expected[name]} for {bits} bits"
+            )
     zeros = codes_of(qzeros, bits).long() + (form == "gptq")  # the first version stores them less one
     if int(zeros.max()) > grid.levels or (grid.kind == "symmetric" and not bool((zeros == 2 ** (bits - 1)).all())):
         raise BadInput(f"'{path}.qzeros' are not those of a {grid.kind} grid of {bits} bits")
-    index = None if g_idx is None or torch.equal(g_idx.long(), torch.arange(inputs) // grid.size(inputs)) else g_idx.long()
+    index = (
+        None if g_idx is None or torch.equal(g_idx.long(), torch.arange(inputs) // grid.size(inputs)) else g_idx.long()
+    )
     if index is not None and not 0 <= int(index.min()) <= int(index.max()) < groups:
         raise BadInput(f"'{path}.g_idx' names groups that it does not have")
-    return Quantised(grid, codes_of(qweight.T, bits), scales.T.float().contiguous(), zeros.T.float().contiguous(), index)
+    return Quantised(
+        grid, codes_of(qweight.T, bits), scales.T.float().contiguous(), zeros.T.float().contiguous(), index
+    )
 
 
 def codes_of(packed: torch.Tensor, bits: int) -> torch.Tensor:
@@ -169,22 +211,38 @@ def _settings(subject: Subject, linears: dict[str, Any]) -> dict[str, Any]:
     """quantization_config of a subject that the layout can hold."""
     dense = [path for path, linear in linears.items() if not isinstance(linear, QuantisedLinear)]
     if dense:
-        raise BadInput(f"{dense[0]} is not quantised ({len(dense)} of {len(linears)} are not): a GPTQ checkpoint holds models with all projections quantised")
+        raise BadInput(
+            f"{dense[0]} is not quantised ({len(dense)} of {len(linears)} are not): a GPTQ checkpoint holds models with all projections quantised"
+        )
     if not all(list(subject.linears(i)) == list(subject.linears(0)) for i in range(subject.depth)):
-        raise BadInput("a GPTQ checkpoint holds whole blocks, and some here lost attention or MLP: remove whole blocks instead")
+        raise BadInput(
+            "a GPTQ checkpoint holds whole blocks, and some here lost attention or MLP: remove whole blocks instead"
+        )
     grids = {linear.grid for linear in linears.values()}
     if len(grids) > 1:
-        raise BadInput(f"projections have different grids ({', '.join(map(str, grids))}): a GPTQ checkpoint has one for all")
+        raise BadInput(
+            f"projections have different grids ({', '.join(map(str, grids))}): a GPTQ checkpoint has one for all"
+        )
     (grid,) = grids
     if not grid.holds_zero:
-        raise BadInput("grid 'minimum' cannot be held: a GPTQ checkpoint has integer zeros, so quantise on the symmetric or asymmetric grid")
-    odd = {path: (m.out_features, m.in_features) for path, m in linears.items() if m.out_features % WORD or m.in_features % WORD}
+        raise BadInput(
+            "grid 'minimum' cannot be held: a GPTQ checkpoint has integer zeros, so quantise on the symmetric or asymmetric grid"
+        )
+    odd = {
+        path: (m.out_features, m.in_features)
+        for path, m in linears.items()
+        if m.out_features % WORD or m.in_features % WORD
+    }
     if odd:
         path, shape = next(iter(odd.items()))
-        raise BadInput(f"{path} of shape {shape} cannot be held: a GPTQ checkpoint has multiples of {WORD} inputs and outputs")
+        raise BadInput(
+            f"{path} of shape {shape} cannot be held: a GPTQ checkpoint has multiples of {WORD} inputs and outputs"
+        )
     if grid.group not in (ROW, *GROUPS):
         fit = [g for g in GROUPS if not any(m.in_features % g for m in linears.values())]
-        raise BadInput(f"group {grid.group} is none that GPTQ's loaders know: here {', '.join(map(str, fit))} or '{ROW}' would be")
+        raise BadInput(
+            f"group {grid.group} is none that GPTQ's loaders know: here {', '.join(map(str, fit))} or '{ROW}' would be"
+        )
     return {
         "quant_method": "gptq",
         "checkpoint_format": "gptq" if grid.kind == "symmetric" else "gptq_v2",

@@ -34,7 +34,9 @@ def own_dtype(spec: str | Path) -> str:
     said = (plain.get("dtype") or plain.get("torch_dtype") or "float32") if isinstance(plain, dict) else plain
     name = str(said).removeprefix("torch.")
     if name not in DTYPES:
-        raise BadInput(f"{spec} is held in {shown(name)}, which is not supported: expected --dtype {' or '.join(DTYPES)}")
+        raise BadInput(
+            f"{spec} is held in {shown(name)}, which is not supported: expected --dtype {' or '.join(DTYPES)}"
+        )
     return name
 
 
@@ -61,7 +63,9 @@ def check_device(name: str) -> None:
         if device.type == "meta":
             raise RuntimeError("it holds shapes and no numbers")
         cards = torch.cuda.device_count()
-        if device.type == "cuda" and cards <= (device.index or 0):  # asked like this, for a context takes the card's memory
+        if device.type == "cuda" and cards <= (
+            device.index or 0
+        ):  # asked like this, for a context takes the card's memory
             raise RuntimeError(f"there are {cards} cards here")
         if device.type not in ("cpu", "cuda"):
             torch.empty(1, device=device)

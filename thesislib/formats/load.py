@@ -22,7 +22,9 @@ from thesislib.sources.wheels import manifest, wheel_folder
 SPECS = "'embedded', a folder with a Hugging Face checkpoint or an artifact, a .gguf file, or 'hub:NAME[@REVISION]'"
 
 
-def load_subject(spec: str | Path = "embedded", dtype: str = "float32", device: str = "cpu", packed: bool = True) -> Subject:
+def load_subject(
+    spec: str | Path = "embedded", dtype: str = "float32", device: str = "cpu", packed: bool = True
+) -> Subject:
     """Load the subject that `spec` names.
 
     Args:
@@ -47,7 +49,9 @@ def load_subject(spec: str | Path = "embedded", dtype: str = "float32", device: 
     try:
         model = model.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"device '{device}' cannot be used ({str(error).splitlines()[0]}): 'cpu' always works") from error
+        raise BadInput(
+            f"device '{device}' cannot be used ({str(error).splitlines()[0]}): 'cpu' always works"
+        ) from error
     for key, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
             raise BadInput(f"weight '{key}' of {name} holds NaN or infinity: the checkpoint is damaged")
@@ -87,7 +91,9 @@ def save_checkpoint(subject: Subject, folder: str | Path) -> Path:
     if is_folder(folder) and any(folder.iterdir()) and not (folder / "config.json").is_file():
         raise BadInput(f"{folder} holds something that is no checkpoint: save into a new folder")
     if any(isinstance(m, Adapted) for m in subject.model.modules()):
-        raise BadInput(f"{subject.name} has low-rank corrections, which a plain checkpoint cannot hold: save an artifact, or merge them first")
+        raise BadInput(
+            f"{subject.name} has low-rank corrections, which a plain checkpoint cannot hold: save an artifact, or merge them first"
+        )
     tensors = plain_tensors(subject)
     with whole_folder(folder) as temporary, quiet_transformers():
         subject.model.save_pretrained(temporary, state_dict=tensors)

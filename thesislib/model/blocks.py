@@ -122,5 +122,8 @@ def without_parts(subject: Subject, parts: Mapping[int, str]) -> Subject:
 
 def removed_parts(subject: Subject) -> dict[str, list[int]]:
     """{'attention': blocks, 'mlp': blocks} of what `without_parts` removed; a part that no block lost is left out."""
-    gone = {part: [i for i, block in enumerate(subject.blocks) if isinstance(getattr(block, slot), Without)] for part, slot in SLOTS.items()}
+    gone = {
+        part: [i for i, block in enumerate(subject.blocks) if isinstance(getattr(block, slot), Without)]
+        for part, slot in SLOTS.items()
+    }
     return {part: blocks for part, blocks in gone.items() if blocks}

@@ -55,7 +55,11 @@ def final_states(
             else:
                 branches.setdefault(plans[i][at], []).append(i)
         for block, members in branches.items():
-            yield from run(decoder.layers[block](h, attention_mask=masks[windows[block]], position_embeddings=rotary), at + 1, members)
+            yield from run(
+                decoder.layers[block](h, attention_mask=masks[windows[block]], position_embeddings=rotary),
+                at + 1,
+                members,
+            )
 
     plans = [range(len(decoder.layers))] if plans is None else plans
     yield from run(h, 0, list(range(len(plans))))
@@ -94,7 +98,13 @@ def looking_back(window: int | None, positions: torch.Tensor, mask: torch.Tensor
     return mask & (positions[:, None, :, None] - positions[:, None, None, :] < window)
 
 
-def token_losses(model: PreTrainedModel, states: torch.Tensor, targets: torch.Tensor, rows: int | None = None, columns: int | None = None) -> torch.Tensor:
+def token_losses(
+    model: PreTrainedModel,
+    states: torch.Tensor,
+    targets: torch.Tensor,
+    rows: int | None = None,
+    columns: int | None = None,
+) -> torch.Tensor:
     """-log p(target) in nats for each state, without ever holding all logits, and without waiting for a card.
 
     Args:
@@ -110,7 +120,11 @@ def token_losses(model: PreTrainedModel, states: torch.Tensor, targets: torch.Te
     if rows is None and columns is None:
         rows, columns = tile(states.device.type, len(words))
     # bfloat16 numbers stand in float16 as they are, and their products are rounded less: to 11 bits instead of 8
-    kind = torch.float16 if states.is_cuda and states.dtype == torch.bfloat16 and columns is None and fits_half(model) else states.dtype
+    kind = (
+        torch.float16
+        if states.is_cuda and states.dtype == torch.bfloat16 and columns is None and fits_half(model)
+        else states.dtype
+    )
     words = words.to(kind)
     losses = torch.empty(len(states), dtype=torch.float32, device=states.device)
     for i in range(0, len(states), rows):

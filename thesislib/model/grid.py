@@ -37,7 +37,13 @@ class Grid:
 
     def __post_init__(self):
         if self.bits not in BITS:
-            hint = "1 bit needs another method, " if self.bits == 1 else "16 bits are what the weights have already, " if self.bits == 16 else ""
+            hint = (
+                "1 bit needs another method, "
+                if self.bits == 1
+                else "16 bits are what the weights have already, "
+                if self.bits == 16
+                else ""
+            )
             raise BadInput(f"{self.bits} bits: {hint}expected {', '.join(map(str, BITS))}")
         if self.kind not in GRIDS:
             raise unknown("grid", self.kind, GRIDS)
@@ -69,7 +75,9 @@ class Grid:
                     f"{', '.join(map(str, fit)) or 'no group of 8 or more'} divide all rows here, and '{ROW}' always fits"
                 )
 
-    def fit(self, w: torch.Tensor, clip: str = "none", importance: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    def fit(
+        self, w: torch.Tensor, clip: str = "none", importance: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Scale and offset of each group.
 
         Args:
@@ -89,7 +97,11 @@ class Grid:
         best, error = self._span(low, high, 1.0), torch.full_like(low, torch.inf)
         for shrink in SHRINKS:
             scale, offset = self._span(low, high, shrink)
-            miss = self.values(self.codes(w, scale[..., None], offset[..., None]), scale[..., None], offset[..., None]).sub_(w).square_()
+            miss = (
+                self.values(self.codes(w, scale[..., None], offset[..., None]), scale[..., None], offset[..., None])
+                .sub_(w)
+                .square_()
+            )
             found = (miss * importance if clip == "weighted" else miss).sum(-1)
             better = found < error
             error = torch.where(better, found, error)
@@ -156,7 +168,9 @@ class Quantised:
         return Quantised(self.grid, self.codes[start:end], self.scale[start:end], self.offset[start:end], self.index)
 
 
-def round_to_nearest(w: torch.Tensor, grid: Grid, clip: str = "none", importance: torch.Tensor | None = None) -> Quantised:
+def round_to_nearest(
+    w: torch.Tensor, grid: Grid, clip: str = "none", importance: torch.Tensor | None = None
+) -> Quantised:
     """A (rows, columns) weight rounded to a grid, each weight by itself; see `Grid.fit` for clip and importance (columns,)."""
     groups = w.float().view(len(w), -1, grid.size(w.shape[1]))
     scale, offset = grid.fit(groups, clip, None if importance is None else importance.view(groups.shape[1:]))

@@ -61,12 +61,20 @@ class ComputedLinear(nn.Module):
         super().__init_subclass__(**kwargs)
         for word in cls.__dict__.get("words", ()):
             if word in READERS:
-                raise TypeError(f"encodings that begin with '{word}' are read by {READERS[word].__name__} already: {cls.__name__} needs another word")
+                raise TypeError(
+                    f"encodings that begin with '{word}' are read by {READERS[word].__name__} already: {cls.__name__} needs another word"
+                )
             READERS[word] = cls
 
     @classmethod
     def load(
-        cls, encoding: str, shape: tuple[int, int], bias: torch.Tensor | None, dtype: torch.dtype, tensors: Mapping[str, torch.Tensor], name: str
+        cls,
+        encoding: str,
+        shape: tuple[int, int],
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        tensors: Mapping[str, torch.Tensor],
+        name: str,
     ) -> "ComputedLinear":
         """The linear of which a file keeps what `held` gave.
 
@@ -153,7 +161,13 @@ class PackedLinear(ComputedLinear):
 
     @classmethod
     def load(
-        cls, encoding: str, shape: tuple[int, int], bias: torch.Tensor | None, dtype: torch.dtype, tensors: Mapping[str, torch.Tensor], name: str
+        cls,
+        encoding: str,
+        shape: tuple[int, int],
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        tensors: Mapping[str, torch.Tensor],
+        name: str,
     ) -> "PackedLinear":
         """See `ComputedLinear.load`; the type is that of the values.
 
@@ -186,7 +200,12 @@ class PackedLinear(ComputedLinear):
         encoding = encoding or packing.smallest(linear.weight)
         if encoding == "dense":
             raise BadInput("this weight has too few zeros for packing to save anything: leave it as it is")
-        return cls(encoding, (linear.out_features, linear.in_features), linear.bias, **packing.pack(linear.weight.detach(), encoding))
+        return cls(
+            encoding,
+            (linear.out_features, linear.in_features),
+            linear.bias,
+            **packing.pack(linear.weight.detach(), encoding),
+        )
 
     @property
     def weight(self) -> torch.Tensor:
@@ -230,7 +249,9 @@ class Adapted(nn.Module):
             expected = f"(r, {base.in_features}) and ({base.out_features}, r)"
             raise BadInput(f"A {tuple(A.shape)} and B {tuple(B.shape)} do not fit: expected {expected}")
         self.base = base
-        self.lora_A, self.lora_B = (t if isinstance(t, nn.Parameter) else nn.Parameter(t, requires_grad=False) for t in (A, B))
+        self.lora_A, self.lora_B = (
+            t if isinstance(t, nn.Parameter) else nn.Parameter(t, requires_grad=False) for t in (A, B)
+        )
 
     in_features = property(lambda self: self.base.in_features)
     out_features = property(lambda self: self.base.out_features)
@@ -327,7 +348,11 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
 def unpack(module: Projection) -> nn.Linear | Adapted:
     """The projection as an nn.Linear; an adapted one stays adapted, around an nn.Linear; what is dense is returned as it is."""
     if isinstance(module, Adapted):
-        return Adapted(_linear(module.weight, module.bias), module.lora_A, module.lora_B) if isinstance(module.base, ComputedLinear) else module
+        return (
+            Adapted(_linear(module.weight, module.bias), module.lora_A, module.lora_B)
+            if isinstance(module.base, ComputedLinear)
+            else module
+        )
     return _linear(module.weight, module.bias) if isinstance(module, ComputedLinear) else module
 
 

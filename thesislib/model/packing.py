@@ -43,9 +43,13 @@ class Pattern(NamedTuple):
         remove, of = map(int, match.groups())
         if not 0 < remove < of:
             what = "nothing" if remove == 0 else f"{remove} of {of}"
-            raise BadInput(f"pattern '{text}' removes {what}: expected at least 1 and fewer than all, e.g. '{max(of // 2, 1)}:{max(of, 2)}'")
+            raise BadInput(
+                f"pattern '{text}' removes {what}: expected at least 1 and fewer than all, e.g. '{max(of // 2, 1)}:{max(of, 2)}'"
+            )
         if of > LARGEST:
-            raise BadInput(f"pattern '{text}' has groups of {of}: expected at most {LARGEST}, e.g. '{ceil(remove * LARGEST / of)}:{LARGEST}'")
+            raise BadInput(
+                f"pattern '{text}' has groups of {of}: expected at most {LARGEST}, e.g. '{ceil(remove * LARGEST / of)}:{LARGEST}'"
+            )
         return cls(remove, of)
 
     def __str__(self) -> str:
@@ -93,23 +97,33 @@ def pack_nm(weight: torch.Tensor, pattern: Pattern) -> tuple[torch.Tensor, torch
         row, group = divmod(int((count[:, 0] > pattern.keep).nonzero()[0]), columns // pattern.of)
         first, n = group * pattern.of, int(count.view(rows, -1)[row, group])
         where = f"row {row}, inputs {first} to {first + pattern.of - 1}"
-        raise BadInput(f"{where} hold {n} non-zero weights and cannot be packed {pattern}: expected at most {pattern.keep}; mask the weight first")
+        raise BadInput(
+            f"{where} hold {n} non-zero weights and cannot be packed {pattern}: expected at most {pattern.keep}; mask the weight first"
+        )
     zero = ~kept
     kept |= zero & (zero.cumsum(1) <= pattern.keep - count)
     ranks = _ranks(pattern, weight.device)[(kept << torch.arange(pattern.of, device=weight.device)).sum(1)]
     bits = ranks[:, None] >> torch.arange(pattern.bits, device=weight.device) & 1
-    return groups[kept].view(rows, columns // pattern.of * pattern.keep).view(weight.dtype), _bytes(F.pad(bits, (0, 0, 0, -len(bits) % 8)))
+    return groups[kept].view(rows, columns // pattern.of * pattern.keep).view(weight.dtype), _bytes(
+        F.pad(bits, (0, 0, 0, -len(bits) % 8))
+    )
 
 
 def unpack_nm(values: torch.Tensor, codes: torch.Tensor, pattern: Pattern) -> torch.Tensor:
     """The weight (rows, columns) that `pack_nm` packed, bit for bit."""
     rows, columns = values.shape
     groups = values.numel() // pattern.keep
-    joined = next(n for n in (4, 2, 1) if n * pattern.bits <= 14)  # one look into a table for several groups: up to twice as fast
-    places = _joined_places(pattern, joined, values.device).index_select(0, _codes(codes, pattern.bits, joined)[: ceil(groups / joined)])
+    joined = next(
+        n for n in (4, 2, 1) if n * pattern.bits <= 14
+    )  # one look into a table for several groups: up to twice as fast
+    places = _joined_places(pattern, joined, values.device).index_select(
+        0, _codes(codes, pattern.bits, joined)[: ceil(groups / joined)]
+    )
     kept = _integers(values).view(-1)  # as floating numbers of 16 bits NaN would lose its payload
     kept = F.pad(kept, (0, places.numel() - len(kept))).view(places.shape)
-    weight = torch.zeros(len(places), joined * pattern.of, dtype=kept.dtype, device=kept.device).scatter_(1, places, kept)
+    weight = torch.zeros(len(places), joined * pattern.of, dtype=kept.dtype, device=kept.device).scatter_(
+        1, places, kept
+    )
     return weight.view(-1)[: groups * pattern.of].view(rows, columns // pattern.keep * pattern.of).view(values.dtype)
 
 
@@ -152,7 +166,10 @@ def unpack(tensors: dict[str, torch.Tensor], encoding: str, shape: Sequence[int]
 def check_places(tensors: dict[str, torch.Tensor], encoding: str, name: str) -> None:
     """Raises BadInput if packed tensors of the right shapes, read from a file, name places that cannot be."""
     if encoding == "bitmap":
-        places, values = int(_byte_bits(tensors["bitmap"].device)[tensors["bitmap"].int()].view(torch.uint8).sum()), len(tensors["values"])
+        places, values = (
+            int(_byte_bits(tensors["bitmap"].device)[tensors["bitmap"].int()].view(torch.uint8).sum()),
+            len(tensors["values"]),
+        )
         if places != values:
             raise BadInput(f"'{name}.bitmap' names {places} places for {values} values")
     elif encoding != "dense":
@@ -174,12 +191,18 @@ def packed_shapes(shape: Sequence[int], encoding: str, nonzero: int | None = Non
         return {"values": (nonzero,), "bitmap": (ceil(rows * columns / 8),)}
     pattern = Pattern.parse(encoding)
     _check_columns(columns, pattern)
-    return {"values": (rows, columns // pattern.of * pattern.keep), "codes": (ceil(rows * columns // pattern.of / 8) * pattern.bits,)}
+    return {
+        "values": (rows, columns // pattern.of * pattern.keep),
+        "codes": (ceil(rows * columns // pattern.of / 8) * pattern.bits,),
+    }
 
 
 def predicted_bytes(shape: Sequence[int], dtype: torch.dtype, encoding: str, nonzero: int | None = None) -> int:
     """How many bytes a weight of this shape takes in this encoding, exactly."""
-    return sum(prod(s) * (1 if name in ("codes", "bitmap") else dtype.itemsize) for name, s in packed_shapes(shape, encoding, nonzero).items())
+    return sum(
+        prod(s) * (1 if name in ("codes", "bitmap") else dtype.itemsize)
+        for name, s in packed_shapes(shape, encoding, nonzero).items()
+    )
 
 
 def smallest(weight: torch.Tensor) -> str:
@@ -244,9 +267,13 @@ def _places(pattern: Pattern, device: torch.device) -> torch.Tensor:
 @cache
 def _joined_places(pattern: Pattern, joined: int, device: torch.device) -> torch.Tensor:
     """(2^(joined x bits), joined x keep): the places of `joined` neighbouring groups, by their codes one after the other."""
-    places = F.pad(_places(pattern, device), (0, 0, 0, (1 << pattern.bits) - pattern.states))  # codes that are not used too
+    places = F.pad(
+        _places(pattern, device), (0, 0, 0, (1 << pattern.bits) - pattern.states)
+    )  # codes that are not used too
     codes = torch.arange(1 << joined * pattern.bits, device=device)
-    return torch.cat([places[codes >> k * pattern.bits & (1 << pattern.bits) - 1] + k * pattern.of for k in range(joined)], 1)
+    return torch.cat(
+        [places[codes >> k * pattern.bits & (1 << pattern.bits) - 1] + k * pattern.of for k in range(joined)], 1
+    )
 
 
 @cache

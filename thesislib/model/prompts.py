@@ -15,8 +15,13 @@ from thesislib.sources.corpus import Question
 
 PROMPTS = ("chat", "thesis")
 TODAY = datetime(2024, 7, 26)  # every day's date in a template: the one that Llama 3.2's falls back to
-QUIET = {"enable_thinking": False, "thinking": False}  # as Qwen3's and SmolLM3's templates are told, and DeepSeek's and Granite's
-_THOUGHT = re.compile(r"(<\|?(?:think|thinking|thought|reasoning)\|?>|\[THINK\])(?!.*(?:</|\[/))", re.DOTALL | re.IGNORECASE)
+QUIET = {
+    "enable_thinking": False,
+    "thinking": False,
+}  # as Qwen3's and SmolLM3's templates are told, and DeepSeek's and Granite's
+_THOUGHT = re.compile(
+    r"(<\|?(?:think|thinking|thought|reasoning)\|?>|\[THINK\])(?!.*(?:</|\[/))", re.DOTALL | re.IGNORECASE
+)
 
 
 def normalise(text: str) -> str:
@@ -47,7 +52,11 @@ def _in_chat(subject: Subject, text: str) -> str:
     template = chat_template(subject)
     try:
         settings: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, **QUIET}
-        turn = str(subject.tokenizer.apply_chat_template([{"role": "user", "content": text}], chat_template=_dated(template), **settings))
+        turn = str(
+            subject.tokenizer.apply_chat_template(
+                [{"role": "user", "content": text}], chat_template=_dated(template), **settings
+            )
+        )
     except Exception as error:  # a template is a program of its own: whatever it raises is its message
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise BadInput(f"the chat template of {subject.name} cannot put a question ({said}): {instead}") from error
@@ -55,7 +64,9 @@ def _in_chat(subject: Subject, text: str) -> str:
     if not found and " ".join(text.split()) not in " ".join(turn.split()):
         raise BadInput(f"the chat template of {subject.name} leaves the question out: {instead}")
     if thought := _THOUGHT.search(after if found else turn):
-        raise BadInput(f"the chat template of {subject.name} opens a thought ({thought[1]}) in which an answer would end: {instead}")
+        raise BadInput(
+            f"the chat template of {subject.name} opens a thought ({thought[1]}) in which an answer would end: {instead}"
+        )
     return turn
 
 
@@ -109,10 +120,17 @@ def asked(subject: Subject, prompts: Sequence[str], style: str) -> dict:
     With a chat template also template_sha256, the date it was told and that thinking is off.
     """
     text = "".join(f"{prompt}\0" for prompt in prompts).encode()
-    facts = {"prompts_sha256": hashlib.sha256(text).hexdigest(), "special_tokens": all(adds_bos(subject, p) for p in prompts)}
+    facts = {
+        "prompts_sha256": hashlib.sha256(text).hexdigest(),
+        "special_tokens": all(adds_bos(subject, p) for p in prompts),
+    }
     if style == "chat":
         template = chat_template(subject).encode()
-        facts |= {"template_sha256": hashlib.sha256(template).hexdigest(), "template_date": f"{TODAY:%Y-%m-%d}", "thinking": False}
+        facts |= {
+            "template_sha256": hashlib.sha256(template).hexdigest(),
+            "template_date": f"{TODAY:%Y-%m-%d}",
+            "thinking": False,
+        }
     return facts
 
 
@@ -126,7 +144,9 @@ def end_tokens(subject: Subject) -> list[int]:
     for named in (subject.model.generation_config.eos_token_id, subject.tokenizer.eos_token_id):
         several = named if isinstance(named, (list, tuple)) else [] if named is None else [named]
         if any(isinstance(token, bool) or not isinstance(token, int) for token in several):
-            raise BadInput(f"the generation settings of {subject.name} have the eos_token_id {named!r}: expected a token's number, or a list of them")
+            raise BadInput(
+                f"the generation settings of {subject.name} have the eos_token_id {named!r}: expected a token's number, or a list of them"
+            )
         if known := [token for token in several if 0 <= token < rows]:
             return known
     return []

@@ -54,15 +54,28 @@ class QuantisedLinear(ComputedLinear):
     pairs: torch.Tensor  # see `_tiled`, as the next one
     rest: torch.Tensor
 
-    def __init__(self, encoding: str, shape: tuple[int, int], bias: torch.Tensor | None, dtype: torch.dtype = torch.float32, **tensors: torch.Tensor):
+    def __init__(
+        self,
+        encoding: str,
+        shape: tuple[int, int],
+        bias: torch.Tensor | None,
+        dtype: torch.dtype = torch.float32,
+        **tensors: torch.Tensor,
+    ):
         super().__init__(shape, bias, **tensors)
         self.encoding, (self.grid, self.mask) = encoding, parse_encoding(encoding)
-        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)  # follows .to(), and so does the weight
+        self.register_buffer(
+            "like", torch.empty(0, dtype=dtype), persistent=False
+        )  # follows .to(), and so does the weight
         self.tiled = False  # whether the buffers are those of `_tiled`
 
     @classmethod
     def of(
-        cls, quantised: Quantised, pruned: torch.Tensor | None = None, bias: torch.Tensor | None = None, dtype: torch.dtype = torch.float32
+        cls,
+        quantised: Quantised,
+        pruned: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> "QuantisedLinear":
         """A linear that holds a quantised weight.
 
@@ -77,7 +90,9 @@ class QuantisedLinear(ComputedLinear):
         """
         q, shape = quantised, (quantised.codes.shape[0], quantised.codes.shape[1])
         if pruned is not None and pruned.any() and q.weight[pruned].any():
-            raise BadInput("a pruned weight is not zero on its grid: quantise with the mask, and on a grid that holds an exact zero")
+            raise BadInput(
+                "a pruned weight is not zero on its grid: quantise with the mask, and on a grid that holds an exact zero"
+            )
         tensors = {"scales": _to_bits(q.scale)}
         if q.grid.kind == "asymmetric":
             tensors["zeros"] = pack_bits(q.offset.to(torch.uint8), q.grid.bits)
@@ -117,7 +132,9 @@ class QuantisedLinear(ComputedLinear):
             if tensors[part].shape != torch.Size(size) or tensors[part].dtype != kind:
                 found = f"{tensors[part].dtype} of shape {tuple(tensors[part].shape)}"
                 raise BadInput(f"'{name}.{part}' is {found}, expected {kind} of shape {size}")
-        if "index" in tensors and not 0 <= tensors["index"].min() <= tensors["index"].max() < shape[1] // grid.size(shape[1]):
+        if "index" in tensors and not 0 <= tensors["index"].min() <= tensors["index"].max() < shape[1] // grid.size(
+            shape[1]
+        ):
             raise BadInput(f"'{name}.index' names groups that it does not have")
         if "places" in expected:
             packing.check_places({"codes": tensors["places"]}, mask, name)
@@ -172,7 +189,13 @@ class QuantisedLinear(ComputedLinear):
         grid = self.grid
         fits = grid.bits == 4 and grid.holds_zero and grid.group in (32, 64, 128, 256) and self.out_features % TILE == 0
         plain = self.mask == EVERYWHERE and "index" not in self._buffers
-        return fits and plain and bool(self.scales.min() >= 0) and bool(self.scales.max() < INFINITE) and _tiles_are_known()
+        return (
+            fits
+            and plain
+            and bool(self.scales.min() >= 0)
+            and bool(self.scales.max() < INFINITE)
+            and _tiles_are_known()
+        )
 
     def _transposed(self) -> torch.Tensor:
         """(inputs, outputs) from tiles: the same numbers as `weight`."""
@@ -185,7 +208,13 @@ class QuantisedLinear(ComputedLinear):
         codes = words.bitwise_and_(0x0F0F0F0F0F0F0F0F).view(torch.uint8).view(groups, -1, self.out_features)
         weight = torch.empty(codes.shape, dtype=self.like.dtype)
         some = max(1, 2**17 // codes[0].numel())  # groups whose numbers stay in a cache
-        for c, s, z, out in zip(codes.split(some), scale[:, None].split(some), zero[:, None].float().split(some), weight.split(some), strict=True):
+        for c, s, z, out in zip(
+            codes.split(some),
+            scale[:, None].split(some),
+            zero[:, None].float().split(some),
+            weight.split(some),
+            strict=True,
+        ):
             out.copy_(c.float().sub_(z).mul_(s))
         return weight.view(self.in_features, -1)
 
@@ -214,7 +243,9 @@ class QuantisedLinear(ComputedLinear):
         return self.quantised.weight.to(self.like.dtype)
 
 
-def held_shapes(encoding: str, shape: tuple[int, int], nonzero: int | None = None, indexed: bool = False) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def held_shapes(
+    encoding: str, shape: tuple[int, int], nonzero: int | None = None, indexed: bool = False
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """{name: (shape, type)} of the tensors that hold a quantised weight; a bitmap's codes are `nonzero` many."""
     grid, mask = parse_encoding(encoding)
     rows, columns = shape
@@ -262,7 +293,11 @@ class QuantisedEmbedding(nn.Module):
         if "zeros" in held:
             offset = held["zeros"].view(shape)[ids].float()
         else:
-            offset = _from_bits(held["minima"][ids]) if "minima" in held else torch.full(codes.shape[:-1], 128.0, device=codes.device)
+            offset = (
+                _from_bits(held["minima"][ids])
+                if "minima" in held
+                else torch.full(codes.shape[:-1], 128.0, device=codes.device)
+            )
         values = self.table.grid.values(codes, _from_bits(held["scales"][ids])[..., None], offset[..., None])
         return values.flatten(-2).to(self.table.like.dtype)
 
@@ -281,7 +316,9 @@ def parse_encoding(encoding: str) -> tuple[Grid, str]:
     """
     parts = encoding.split("/")
     if len(parts) != 4 or not parts[0].removeprefix("int").isdigit() or not (parts[2] == ROW or parts[2].isdigit()):
-        raise BadInput(f"encoding '{encoding}' is not understood: expected int{{bits}}/{{kind}}/{{group}}/{{mask}}, e.g. int4/symmetric/64/all")
+        raise BadInput(
+            f"encoding '{encoding}' is not understood: expected int{{bits}}/{{kind}}/{{group}}/{{mask}}, e.g. int4/symmetric/64/all"
+        )
     bits, kind, group, mask = parts
     if mask not in (EVERYWHERE, "bitmap"):
         packing.Pattern.parse(mask)
@@ -315,7 +352,11 @@ def _tiled(held: dict[str, torch.Tensor], shape: tuple[int, int]) -> dict[str, t
     much, in steps of float16, rounding has taken from the scale, plus 8.
     """
     codes, bits = unpack_bits(held["codes"], 4, prod(shape)).view(shape), held["scales"].T.contiguous()
-    zeros = unpack_bits(held["zeros"], 4, bits.numel()).view(shape[0], -1).T.contiguous() if "zeros" in held else torch.full_like(bits, 8, dtype=torch.uint8)
+    zeros = (
+        unpack_bits(held["zeros"], 4, bits.numel()).view(shape[0], -1).T.contiguous()
+        if "zeros" in held
+        else torch.full_like(bits, 8, dtype=torch.uint8)
+    )
     scale = _from_bits(bits).bfloat16()
     pairs = torch.stack([scale, (8 - zeros.float()) * scale], 2).bfloat16()
     rest = zeros | (bits - _to_bits(scale) + 8 << 4).to(torch.uint8)

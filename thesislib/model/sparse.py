@@ -72,7 +72,9 @@ def semi_structured(subject: Subject) -> Subject:
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         name = torch.cuda.get_device_name(device)
-        raise BadInput(f"2:4 kernels cannot run on {name} of compute capability {'.'.join(map(str, capability))}: expected 8.0 or newer")
+        raise BadInput(
+            f"2:4 kernels cannot run on {name} of compute capability {'.'.join(map(str, capability))}: expected 8.0 or newer"
+        )
     if dtype not in (torch.float16, torch.bfloat16):
         raise BadInput(f"2:4 kernels cannot run in {dtype}: expected torch.bfloat16 or torch.float16")
     result, made = subject.copy(unpack=False), {}
@@ -82,11 +84,15 @@ def semi_structured(subject: Subject) -> Subject:
             if id(under) not in made:
                 weight = under.weight.detach()
                 fits = weight.shape[0] % 32 == 0 and weight.shape[1] % 64 == 0 and packing.most_kept(weight, 4) <= 2
-                made[id(under)] = SemiStructuredLinear(to_sparse_semi_structured(weight.contiguous()), under.bias) if fits else under
+                made[id(under)] = (
+                    SemiStructuredLinear(to_sparse_semi_structured(weight.contiguous()), under.bias) if fits else under
+                )
             if isinstance(module, Adapted):
                 module.base = made[id(under)]
             else:
                 replace(block, name, made[id(under)])
     if not any(isinstance(m, SemiStructuredLinear) for m in result.model.modules()):
-        raise BadInput(f"no linear of {subject.name} holds 2:4 weights of a shape that the kernels take: mask with W2:4 first")
+        raise BadInput(
+            f"no linear of {subject.name} holds 2:4 weights of a shape that the kernels take: mask with W2:4 first"
+        )
     return result

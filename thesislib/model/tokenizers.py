@@ -37,7 +37,9 @@ def prepared(tokenizer: PreTrainedTokenizerBase, rows: int) -> PreTrainedTokeniz
             backend.post_processor = Tokenizer.from_str(json.dumps(plain | {"post_processor": opened})).post_processor
     with_special, bare = (tokenizer("x", add_special_tokens=special)["input_ids"] for special in (True, False))
     if with_special[len(with_special) - len(bare) :] != bare:
-        raise BadInput(f"the tokenizer closes every text with '{tokenizer.decode(with_special[-1:])}': expected one that adds nothing behind a text")
+        raise BadInput(
+            f"the tokenizer closes every text with '{tokenizer.decode(with_special[-1:])}': expected one that adds nothing behind a text"
+        )
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None and tokenizer.eos_token_id < rows:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -80,7 +82,9 @@ def longest_context(model: PreTrainedModel) -> int | None:
     return getattr(model.config, "max_position_embeddings", None)
 
 
-def check_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor | Iterable[Sequence[int]]) -> None:
+def check_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor | Iterable[Sequence[int]]
+) -> None:
     """Every token has a row in the model's embedding.
 
     Args:
@@ -107,4 +111,6 @@ def check_windows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, id
     check_tokens(model, tokenizer, ids)
     most = longest_context(model)
     if most is not None and ids.shape[1] > most:
-        raise BadInput(f"windows of {ids.shape[1]} tokens are longer than the model's context (max_position_embeddings {most}): use a length up to {most}")
+        raise BadInput(
+            f"windows of {ids.shape[1]} tokens are longer than the model's context (max_position_embeddings {most}): use a length up to {most}"
+        )

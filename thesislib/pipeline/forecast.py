@@ -49,7 +49,9 @@ class Forecast:
     disk_bytes: int | None
 
 
-def forecast(recipe: Recipe, empty: Subject | None, cached: Callable[[int], Mapping[str, int] | None]) -> list[Forecast]:
+def forecast(
+    recipe: Recipe, empty: Subject | None, cached: Callable[[int], Mapping[str, int] | None]
+) -> list[Forecast]:
     """What each stage will make, from shapes alone, and what the cache already holds.
 
     Args:
@@ -71,7 +73,11 @@ def forecast(recipe: Recipe, empty: Subject | None, cached: Callable[[int], Mapp
         except BadInput as error:
             raise BadInput(f"{where}: {error}") from error
         if kept := cached(n):
-            rows.append(Forecast(recipe.label_of(n), True, kept["parameters"], kept["nonzero_parameters"], kept["bytes_on_disk"]))
+            rows.append(
+                Forecast(
+                    recipe.label_of(n), True, kept["parameters"], kept["nonzero_parameters"], kept["bytes_on_disk"]
+                )
+            )
         else:
             rows.append(Forecast(recipe.label_of(n), False, *(sizes(outline) if outline else (None,) * 3)))
     return rows
@@ -80,7 +86,9 @@ def forecast(recipe: Recipe, empty: Subject | None, cached: Callable[[int], Mapp
 def sizes(outline: Outline) -> tuple[int, int | None, int | None]:
     """Parameters, those that are not zero, and bytes of weights on disk; None for what only the run can tell."""
     subject = outline.subject
-    bases: list[Any] = [base_of(module) for i in range(subject.depth) for module in subject.linears(i).values()]  # all are `Outlined`
+    bases: list[Any] = [
+        base_of(module) for i in range(subject.depth) for module in subject.linears(i).values()
+    ]  # all are `Outlined`
     sure, parameters = all(base.zeros is not None for base in bases), subject.parameters
     rounded = bool(tables(subject.model)) or any(base.grid for base in bases)
     nonzero = parameters - sum(base.gone for base in bases) if sure and not rounded else None
@@ -96,7 +104,9 @@ def stand_in(folder: Path, dtype: str = "float32") -> Subject:
     read_sizes(folder)
     try:
         with quiet_transformers(), torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False), dtype=DTYPES[dtype])
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(folder, trust_remote_code=False), dtype=DTYPES[dtype]
+            )
         stands = Subject(model, None, folder.name)
         stands.linears(0)
     except Exception as error:  # each kind of nonsense in a configuration has its own class
@@ -107,4 +117,6 @@ def stand_in(folder: Path, dtype: str = "float32") -> Subject:
 
 def shape_of(subject: Subject) -> Shape:
     """Its depth, and the inputs of each projection's rows."""
-    return Shape(subject.depth, {name: m.in_features for i in range(subject.depth) for name, m in subject.linears(i).items()})
+    return Shape(
+        subject.depth, {name: m.in_features for i in range(subject.depth) for name, m in subject.linears(i).items()}
+    )

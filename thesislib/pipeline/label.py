@@ -20,7 +20,9 @@ def kind_of(part: str) -> type[Stage]:
     for kind in STAGES.values():
         if re.fullmatch(kind.pattern, part, re.ASCII):
             return kind
-    raise BadInput(f"part '{part}' is not understood: expected a recipe's .yaml file, or parts like D2 or W1:8 joined by '+'")
+    raise BadInput(
+        f"part '{part}' is not understood: expected a recipe's .yaml file, or parts like D2 or W1:8 joined by '+'"
+    )
 
 
 @dataclass(frozen=True)

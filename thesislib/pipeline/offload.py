@@ -68,9 +68,16 @@ class FromFolder:
             )
         stored = headers(self.source)
         self.model = empty_model(config, self.dtype).eval().requires_grad_(False)
-        check_tensors(self.source, stored, {key: tuple(t.shape) for key, t in self.model.state_dict().items()}, bool(config.tie_word_embeddings))
+        check_tensors(
+            self.source,
+            stored,
+            {key: tuple(t.shape) for key, t in self.model.state_dict().items()},
+            bool(config.tie_word_embeddings),
+        )
         # {name in the model: (file, name in it)}
-        self.files = {full_name(key): (header.file, key) for key, header in stored.items() if not DERIVED.fullmatch(key)}
+        self.files = {
+            full_name(key): (header.file, key) for key, header in stored.items() if not DERIVED.fullmatch(key)
+        }
         if config.tie_word_embeddings and HEAD in self.files:
             if EMBEDDING not in self.files or torch.equal(self._tensor(HEAD), self._tensor(EMBEDDING)):
                 self.files.setdefault(EMBEDDING, self.files.pop(HEAD))
@@ -127,10 +134,16 @@ class FromFolder:
 
     def finish(self) -> None:
         """Write the rest of the checkpoint."""
-        rest = {k: self._tensor(k).cpu() for k in self.model.state_dict() if not k.startswith("model.layers.") and k in self.files}
+        rest = {
+            k: self._tensor(k).cpu()
+            for k in self.model.state_dict()
+            if not k.startswith("model.layers.") and k in self.files
+        }
         self._write(f"model-{self.depth:05d}.safetensors", rest)
         size = sum((self.target / f).stat().st_size for f in set(self.written.values()))
-        write_whole(self.target / INDEX, json.dumps({"metadata": {"total_size": size}, "weight_map": self.written}, indent=1))
+        write_whole(
+            self.target / INDEX, json.dumps({"metadata": {"total_size": size}, "weight_map": self.written}, indent=1)
+        )
         config = copy.deepcopy(self.config)
         config.dtype = self.dtype
         config.save_pretrained(self.target)
@@ -145,7 +158,9 @@ class FromFolder:
 
     def _tensor(self, name: str) -> torch.Tensor:
         file, key = self.files[name]
-        with safe_open(file, framework="pt") as opened:  # opened anew each time: a file kept open keeps its pages in memory
+        with safe_open(
+            file, framework="pt"
+        ) as opened:  # opened anew each time: a file kept open keeps its pages in memory
             return opened.get_tensor(key).to(self.device, self.dtype)
 
     def _write(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
@@ -154,11 +169,15 @@ class FromFolder:
         with safe_open(self.target / name, framework="pt") as file:
             for key, tensor in tensors.items():
                 if not torch.equal(file.get_tensor(key), tensor):
-                    raise BadInput(f"'{key}' reads back from {name} as other numbers than were written: is the disk sound?")
+                    raise BadInput(
+                        f"'{key}' reads back from {name} as other numbers than were written: is the disk sound?"
+                    )
         self.written.update(dict.fromkeys(tensors, name))
 
 
-def compress_streamed(spec: str, recipe: str | Path, out: Path, *, data: str | None = None, dtype: str | None = None, device: str = "cpu") -> Path:
+def compress_streamed(
+    spec: str, recipe: str | Path, out: Path, *, data: str | None = None, dtype: str | None = None, device: str = "cpu"
+) -> Path:
     """Carry out a recipe of one width stage on weights that are read and written one block at a time; writes an artifact folder.
 
     Args:
@@ -182,7 +201,9 @@ def compress_streamed(spec: str, recipe: str | Path, out: Path, *, data: str | N
     source, name = checkpoint_folder(spec)
     dtype = dtype or own_dtype(spec)
     if (source / RECORD).is_file() and not (source / SINGLE).is_file() and not (source / INDEX).is_file():
-        raise BadInput(f"{source} is a packed artifact: weights are streamed from a plain checkpoint, which `thesislib compress --plain` writes")
+        raise BadInput(
+            f"{source} is a packed artifact: weights are streamed from a plain checkpoint, which `thesislib compress --plain` writes"
+        )
     out = place_for(out, source)
     with quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)

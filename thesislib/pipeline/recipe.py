@@ -93,7 +93,9 @@ def read_all(sources: Iterable[str | Path]) -> dict[str, Recipe]:
             recipe = read_recipe(file)
             first = by_label.setdefault(recipe.label, str(file))
             if Path(first).resolve() != Path(file).resolve():
-                raise BadInput(f"{first} and {file} both have the label {recipe.label}: results could not be told apart")
+                raise BadInput(
+                    f"{first} and {file} both have the label {recipe.label}: results could not be told apart"
+                )
             recipes[str(file)] = recipe
     return recipes
 
@@ -122,7 +124,9 @@ def _of_label(part: str) -> Stage:
     kind = kind_of(part)
     found = kind.from_label(part)
     if found is None:
-        raise BadInput(f"'{part}' does not say all settings of the stage '{kind.word}': expected a recipe's .yaml file with them")
+        raise BadInput(
+            f"'{part}' does not say all settings of the stage '{kind.word}': expected a recipe's .yaml file with them"
+        )
     return found
 
 
@@ -144,7 +148,11 @@ def _load(path: Path, above: tuple[Path, ...]) -> Recipe:
         if len(chain) > DEEPEST:
             raise at(path, given["include"], f"recipes include each other more than {DEEPEST} deep")
         if included.resolve() in {file.resolve() for file in chain}:
-            raise at(path, given["include"], f"including '{texts['include']}' closes a cycle: {' -> '.join(f.name for f in (*chain, included))}")
+            raise at(
+                path,
+                given["include"],
+                f"including '{texts['include']}' closes a cycle: {' -> '.join(f.name for f in (*chain, included))}",
+            )
         if not is_file(included):
             raise at(path, given["include"], f"there is no file {included} to include")
         first = _load(included, chain)
@@ -162,10 +170,14 @@ def _load(path: Path, above: tuple[Path, ...]) -> Recipe:
         stages.append(_stage(entry, path))
         places.append(place(path, entry))
     if not stages:
-        raise at(path, listed or root, f"the recipe has no stages: expected 'stages:' and a list of {', '.join(STAGES)}")
+        raise at(
+            path, listed or root, f"the recipe has no stages: expected 'stages:' and a list of {', '.join(STAGES)}"
+        )
     recipe = Recipe(tuple(stages), tuple(places), data, texts.get("name"))
     if "label" in given and texts["label"] != recipe.label:
-        raise at(path, given["label"], f"label '{texts['label']}' is not that of these stages, which is '{recipe.label}'")
+        raise at(
+            path, given["label"], f"label '{texts['label']}' is not that of these stages, which is '{recipe.label}'"
+        )
     return recipe
 
 
@@ -184,8 +196,16 @@ def _stage(entry: yaml.Node, path: Path) -> Stage:
     if isinstance(settings, yaml.MappingNode):
         given = entries(settings, path, f"setting of stage '{name}'", fields)
     elif settings is not None and settings.value != "":
-        raise at(path, settings, f"stage '{name}' takes its settings as '- {name}: {{setting: value}}', any of {', '.join(fields)}")
-    missing = [f for f, field in fields.items() if f not in given and field.default is field.default_factory is dataclasses.MISSING]
+        raise at(
+            path,
+            settings,
+            f"stage '{name}' takes its settings as '- {name}: {{setting: value}}', any of {', '.join(fields)}",
+        )
+    missing = [
+        f
+        for f, field in fields.items()
+        if f not in given and field.default is field.default_factory is dataclasses.MISSING
+    ]
     if missing:
         raise at(path, entry, f"stage '{name}' lacks the setting '{missing[0]}'")
     values = {key: value(node, path) for key, node in given.items()}

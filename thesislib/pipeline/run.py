@@ -106,7 +106,14 @@ class Job:
     made: dict | None
 
     @classmethod
-    def prepare(cls, subject: str | Path, recipe: str | Path | Recipe, data: str | None = None, dtype: str | None = None, device: str = "cpu") -> "Job":
+    def prepare(
+        cls,
+        subject: str | Path,
+        recipe: str | Path | Recipe,
+        data: str | None = None,
+        dtype: str | None = None,
+        device: str = "cpu",
+    ) -> "Job":
         """The job, if all that can be checked without reading a weight is right.
 
         Raises:
@@ -142,7 +149,11 @@ class Job:
         """Where the subject's fingerprint is remembered."""
         # also the time of the last change of any kind, which no program can set back
         changed = [file.stat().st_ctime_ns for file in sorted(self.source.glob("*")) if file.is_file()]
-        return cache_dir() / "fingerprints" / f"{_hash([str(self.source.resolve()), _files(self.source, '*'), changed, self.dtype])}.json"
+        return (
+            cache_dir()
+            / "fingerprints"
+            / f"{_hash([str(self.source.resolve()), _files(self.source, '*'), changed, self.dtype])}.json"
+        )
 
     @cached_property
     def base(self) -> dict[str, str]:
@@ -177,7 +188,10 @@ class Job:
             "dtype": self.dtype,
             "data": _identity(self.data),
         }
-        stages = [(plain, sources_of(type(stage))) for stage, plain in zip(self.recipe.stages, self.recipe.plain(), strict=True)]
+        stages = [
+            (plain, sources_of(type(stage)))
+            for stage, plain in zip(self.recipe.stages, self.recipe.plain(), strict=True)
+        ]
         return [_hash({**facts, "stages": stages[:n]}) for n in range(1, len(stages) + 1)]
 
     def folder(self, n: int) -> Path:
@@ -256,7 +270,15 @@ class Job:
     def save(self, made: Subject, reports: list[dict], folder: Path, packed: bool = True) -> None:
         """Write the subject after the first stages, as many as there are reports, as an artifact."""
         n = len(reports)
-        save_artifact(made, folder, stages=self.recipe.plain()[:n], reports=reports, base=self.base, label=self.recipe.label_of(n), packed=packed)
+        save_artifact(
+            made,
+            folder,
+            stages=self.recipe.plain()[:n],
+            reports=reports,
+            base=self.base,
+            label=self.recipe.label_of(n),
+            packed=packed,
+        )
 
 
 # ---------------------------------------------------------------- identities
@@ -277,8 +299,16 @@ def _settings(folder: Path) -> dict[str, str]:
     Weights, their index and what artifact.json says of them are in the fingerprint.
     """
     files = [*folder.glob("*"), *(folder / "additional_chat_templates").rglob("*")]
-    found = {file.relative_to(folder).as_posix(): file for file in files if file.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken")}
-    skip = (RECORD, SUMS, *(name for name in found if name.endswith(".index.json") or name.lower().startswith(HARMLESS)))
+    found = {
+        file.relative_to(folder).as_posix(): file
+        for file in files
+        if file.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken")
+    }
+    skip = (
+        RECORD,
+        SUMS,
+        *(name for name in found if name.endswith(".index.json") or name.lower().startswith(HARMLESS)),
+    )
     return {name: sha256_of(file) for name, file in sorted(found.items()) if name not in skip and file.is_file()}
 
 

@@ -117,7 +117,11 @@ class Measurement:
 
     def __str__(self) -> str:
         """For people: the number with its interval, then a line for each further number."""
-        interval = f"95 % interval [{_short(self.low)}, {_short(self.high)}]" if finite(self.low) is not None else "no interval"
+        interval = (
+            f"95 % interval [{_short(self.low)}, {_short(self.high)}]"
+            if finite(self.low) is not None
+            else "no interval"
+        )
         lines = [f"{self.task}: {self.metric} {_short(self.value)}, {interval}, n = {self.n} ({self.unit})"]
         for name, value in self.extra.items():
             if isinstance(value, dict) and {"value", "low", "high"} <= value.keys():
@@ -143,7 +147,9 @@ def _short(value: object) -> str:
 def cost(measurements: Iterable[Measurement]) -> str:
     """How long recorded measurements took (not the compression before them) and on what, in a sentence."""
     # what was measured together, such as many plans in one tree, has its one duration in every row
-    runs = {(m.metric, json.dumps(m.provenance["settings"]), m.provenance["seconds"]): m.provenance for m in measurements}
+    runs = {
+        (m.metric, json.dumps(m.provenance["settings"]), m.provenance["seconds"]): m.provenance for m in measurements
+    }
     one = next(iter(runs.values()))
     minutes = sum(made["seconds"] for made in runs.values()) / 60
     place = one["hardware"]["accelerator"] or f"{one['hardware']['torch_threads']} cores of {one['hardware']['cpu']}"
@@ -170,11 +176,15 @@ def commit() -> str | None:
     folder = Path(__file__).parent.parent
 
     def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         git("ls-files", "--error-unmatch", __file__)  # an installed wheel may lie inside somebody's repository
-        return git("rev-parse", "--short=12", "HEAD") + ("+" if git("status", "--porcelain", "--untracked-files=no", "--", str(folder)) else "")
+        return git("rev-parse", "--short=12", "HEAD") + (
+            "+" if git("status", "--porcelain", "--untracked-files=no", "--", str(folder)) else ""
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -191,7 +201,10 @@ def hardware() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        cpu = next((line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")), cpu)
+        cpu = next(
+            (line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")),
+            cpu,
+        )
     accelerator = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {"cpu": cpu, "cores": os.cpu_count(), "torch_threads": torch.get_num_threads(), "accelerator": accelerator}
 
@@ -211,7 +224,11 @@ def provenance(subject: Subject, started: float, **settings: Any) -> dict[str, A
         "plan": list(subject.plan) if subject.plan is not None else None,
         "dtype": str(subject.dtype).removeprefix("torch."),
         "settings": settings,
-        "versions": {"thesislib": thesislib.__version__, "python": platform.python_version(), **{n: version(n) for n in names}},
+        "versions": {
+            "thesislib": thesislib.__version__,
+            "python": platform.python_version(),
+            **{n: version(n) for n in names},
+        },
         "hardware": {**hardware(), "device": str(subject.device)},
         "commit": commit(),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),

@@ -86,7 +86,9 @@ class Provenance(TypedDict):
     date: str  # UTC, YYYY-MM-DD
     seconds: float  # of the measurement alone
     made: NotRequired[Made]  # a measurement made directly has none
-    tolerance: NotRequired[dict[str, float]]  # {"relative" or "absolute": how far it may lie from this elsewhere}; not of timings
+    tolerance: NotRequired[
+        dict[str, float]
+    ]  # {"relative" or "absolute": how far it may lie from this elsewhere}; not of timings
     commit: NotRequired[str | None]  # since chapter 4, as the rest
     time: NotRequired[str]  # UTC, to the second
     peak_memory: NotRequired[int]  # bytes, of the process so far

@@ -90,7 +90,9 @@ class Store:
         """
         store = cls(path)
         if store.path.exists():
-            raise BadInput(f"{path} holds a recorded run already: expected a new file, since nothing recorded is overwritten")
+            raise BadInput(
+                f"{path} holds a recorded run already: expected a new file, since nothing recorded is overwritten"
+            )
         return store
 
     @property
@@ -106,7 +108,9 @@ class Store:
         Raises:
             BadInput: the disk is full, or the file cannot be written; the rows before are as they were.
         """
-        packed = gzip.compress("".join(json.dumps(item, ensure_ascii=False) + "\n" for item in m.items).encode(), mtime=0)
+        packed = gzip.compress(
+            "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in m.items).encode(), mtime=0
+        )
         plain = json.loads(json.dumps({field: getattr(m, field) for field in FIELDS}), parse_constant=lambda _: None)
         made = plain["provenance"].get("made") or {}
         row: dict[str, Any] = {"label": made.get("label"), "recipe": made.get("recipe"), "stage": made.get("stage")}
@@ -119,7 +123,12 @@ class Store:
                 if any(row.get("id") == name and _damage(row) is None for _, row in self._lines([])):
                     return name
                 offset = _append(self.items, packed)
-                row = {"schema": SCHEMA, "id": name, **row, "items": {"offset": offset, "bytes": len(packed), "sha256": digest}}
+                row = {
+                    "schema": SCHEMA,
+                    "id": name,
+                    **row,
+                    "items": {"offset": offset, "bytes": len(packed), "sha256": digest},
+                }
                 line = json.dumps(row, ensure_ascii=False, allow_nan=False).encode() + b"\n"
                 try:
                     if self.path.exists():
@@ -130,10 +139,14 @@ class Store:
                         _append(first, line)
                         os.replace(first, self.path)
                 except OSError:
-                    _cut(self.items, offset)  # tried again and again, the items alone would fill what is left of the disk
+                    _cut(
+                        self.items, offset
+                    )  # tried again and again, the items alone would fill what is left of the disk
                     raise
         except OSError as error:
-            raise BadInput(f"{self.path} cannot be added to ({error.strerror}): free some space there, or write to another folder") from error
+            raise BadInput(
+                f"{self.path} cannot be added to ({error.strerror}): free some space there, or write to another folder"
+            ) from error
         return name
 
     def rows(self, items: bool = True) -> dict[str, Measurement]:
@@ -159,7 +172,11 @@ class Store:
     def _read(self, items: bool) -> tuple[dict[str, Measurement], list[Damage], int]:
         """As `read`, and how many bytes of outcomes no row points to."""
         outcomes = self.items.stat().st_size if self.items.is_file() else 0
-        lost = f", though {self.items.name} holds {outcomes} bytes of outcomes: rows are lost; bring it back from a copy, or remove both" if outcomes else ""
+        lost = (
+            f", though {self.items.name} holds {outcomes} bytes of outcomes: rows are lost; bring it back from a copy, or remove both"
+            if outcomes
+            else ""
+        )
         if not self.path.is_file():
             raise BadInput(f"there is no file of records {self.path}{lost}")
         if lost and not self.path.stat().st_size:
@@ -172,8 +189,19 @@ class Store:
                 continue
             outcomes -= row["items"]["bytes"]
             try:
-                found[row["id"]] = Measurement(**{field: row[field] for field in FIELDS}, items=self._outcomes(row["items"]) if items else [])
-            except (OSError, EOFError, ValueError, TypeError, OverflowError, MemoryError, RecursionError, zlib.error) as error:
+                found[row["id"]] = Measurement(
+                    **{field: row[field] for field in FIELDS}, items=self._outcomes(row["items"]) if items else []
+                )
+            except (
+                OSError,
+                EOFError,
+                ValueError,
+                TypeError,
+                OverflowError,
+                MemoryError,
+                RecursionError,
+                zlib.error,
+            ) as error:
                 damage.append(Damage(line, f"its items in {self.items.name} are damaged ({error})"))
         if lost and not found and not damage:
             raise BadInput(f"{self.path} has no row{lost}")
@@ -194,10 +222,14 @@ class Store:
                     raise ValueError("no JSON object")
             except (ValueError, RecursionError) as error:
                 torn = n == len(lines)
-                damage.append(Damage(n, "it was not written to its end" if torn else f"it cannot be read as JSON ({error})"))
+                damage.append(
+                    Damage(n, "it was not written to its end" if torn else f"it cannot be read as JSON ({error})")
+                )
                 continue
             if isinstance(row.get("schema"), int) and row["schema"] > SCHEMA:
-                raise BadInput(f"{self.path}, line {n}, has schema {row['schema']}: this version of thesislib reads up to {SCHEMA}; a newer one wrote it")
+                raise BadInput(
+                    f"{self.path}, line {n}, has schema {row['schema']}: this version of thesislib reads up to {SCHEMA}; a newer one wrote it"
+                )
             yield n, row
 
     def _outcomes(self, where: dict) -> list[dict]:
@@ -212,7 +244,9 @@ class Store:
             plain = file.read(LARGEST + 1)
         if len(plain) > LARGEST:
             raise ValueError(f"they are more than {LARGEST} bytes")
-        found = [json.loads(line) for line in plain.splitlines()]  # bytes: a text also ends lines at U+2028, which JSON leaves as it is
+        found = [
+            json.loads(line) for line in plain.splitlines()
+        ]  # bytes: a text also ends lines at U+2028, which JSON leaves as it is
         if odd := wrong(found, [{"id": object}]):
             raise ValueError(odd)
         return found
@@ -246,7 +280,9 @@ def _append(path: Path, content: bytes, new_line: bool = False) -> int:
 
     If the disk is full, the file is cut back to what it was.
     """
-    with path.open("ab", buffering=0) as file:  # what a buffer could not write, it would write when it is closed, into the space just freed
+    with path.open(
+        "ab", buffering=0
+    ) as file:  # what a buffer could not write, it would write when it is closed, into the space just freed
         end = file.seek(0, os.SEEK_END)
         if new_line and end:
             with path.open("rb") as before:
@@ -281,7 +317,11 @@ def stores(places: Iterable[str | Path]) -> list[Store]:
     for place in map(Path, places):
         with plain_errors(place):
             # outcomes whose rows are gone are not passed over
-            files = {*place.glob("*.jsonl"), *(f.with_suffix("").with_suffix(".jsonl") for f in place.glob("*.items.gz"))} if place.is_dir() else {place}
+            files = (
+                {*place.glob("*.jsonl"), *(f.with_suffix("").with_suffix(".jsonl") for f in place.glob("*.items.gz"))}
+                if place.is_dir()
+                else {place}
+            )
             if not files:
                 raise BadInput(f"{place} holds no records: expected .jsonl files")
             if place in files and not place.is_file() and not Store(place).items.is_file():
@@ -301,17 +341,25 @@ def find(name: str, places: Iterable[Store]) -> Measurement:
         found, damage = store.read(items=False)
         known |= dict.fromkeys(found, store)
         if hit := [d for d in damage if name and d.id.startswith(name)]:
-            raise BadInput(f"record {hit[0].id} is damaged ({store.path}, line {hit[0].line}): {hit[0].reason}; bring the line back from a copy")
+            raise BadInput(
+                f"record {hit[0].id} is damaged ({store.path}, line {hit[0].line}): {hit[0].reason}; bring the line back from a copy"
+            )
     matching = [row for row in known if row.startswith(name)] if name else []
     if not matching:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        raise BadInput(f"no record has the id '{name}'{f': did you mean {near[0]}?' if near else ''} `thesislib records` lists all {len(known)}")
+        raise BadInput(
+            f"no record has the id '{name}'{f': did you mean {near[0]}?' if near else ''} `thesislib records` lists all {len(known)}"
+        )
     if len(matching) > 1:
-        raise BadInput(f"'{name}' begins the ids of {len(matching)} records, {', '.join(matching[:3])}, ...: expected more of the id")
+        raise BadInput(
+            f"'{name}' begins the ids of {len(matching)} records, {', '.join(matching[:3])}, ...: expected more of the id"
+        )
     store = known[matching[0]]
     whole, _ = store.read()
     if matching[0] not in whole:
-        raise BadInput(f"the items of record {matching[0]} are damaged or gone: expected them whole in {store.items}, as they were written")
+        raise BadInput(
+            f"the items of record {matching[0]} are damaged or gone: expected them whole in {store.items}, as they were written"
+        )
     return whole[matching[0]]
 
 
@@ -320,7 +368,9 @@ def study() -> Path:
     return data_file("results")
 
 
-def select(places: Iterable[Store], *, label: str | None = None, task: str | None = None, metric: str | None = None) -> dict[str, Measurement]:
+def select(
+    places: Iterable[Store], *, label: str | None = None, task: str | None = None, metric: str | None = None
+) -> dict[str, Measurement]:
     """Rows by id, without items: those of one label, with `task` in their task's name, of one metric.
 
     Raises:
@@ -346,15 +396,25 @@ def select(places: Iterable[Store], *, label: str | None = None, task: str | Non
 def flat(name: str, m: Measurement) -> dict[str, Any]:
     """A row without nesting: for a table. What the record does not say is None, and "?" for the label."""
     run = m.provenance
-    made, settings, protocol, hardware, versions = (run.get(key) or {} for key in ("made", "settings", "protocol", "hardware", "versions"))
+    made, settings, protocol, hardware, versions = (
+        run.get(key) or {} for key in ("made", "settings", "protocol", "hardware", "versions")
+    )
     sizes = made.get("bytes") or {}
     row = {"id": name, "label": made.get("label") or "?", "recipe": made.get("recipe"), "stage": made.get("stage")}
     row |= {"subject": run.get("subject"), "fingerprint": run.get("fingerprint"), "task": m.task, "metric": m.metric}
     row |= {key: settings.get(key) for key in ("length", "limit", "prompt")}
     row |= {key: getattr(m, key) for key in ("value", "low", "high", "n", "unit")}
-    row |= {"seed": protocol.get("seed"), "dtype": run.get("dtype"), "device": hardware.get("accelerator") or hardware.get("cpu")}
+    row |= {
+        "seed": protocol.get("seed"),
+        "dtype": run.get("dtype"),
+        "device": hardware.get("accelerator") or hardware.get("cpu"),
+    }
     row |= {key: sizes.get(key) for key in ("bytes_on_disk", "parameters", "nonzero_parameters")}
-    row |= {"threads": hardware.get("torch_threads"), "peak_memory": run.get("peak_memory"), "seconds": run.get("seconds")}
+    row |= {
+        "threads": hardware.get("torch_threads"),
+        "peak_memory": run.get("peak_memory"),
+        "seconds": run.get("seconds"),
+    }
     row |= {"torch": versions.get("torch"), "thesislib": versions.get("thesislib"), "commit": run.get("commit")}
     return {**row, "time": run.get("time", run.get("date"))}
 

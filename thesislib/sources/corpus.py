@@ -162,7 +162,9 @@ def windows(text: Text, tokenizer, length: int = 512, limit: int | None = None) 
     if not text.text.strip():
         raise BadInput(f"text '{text.name}' is empty")
     if length < 2:
-        raise BadInput(f"window length {length} is too small: a window predicts all its tokens but the first, so at least 2")
+        raise BadInput(
+            f"window length {length} is too small: a window predicts all its tokens but the first, so at least 2"
+        )
     if limit is not None and limit < 1:
         raise BadInput(f"limit {limit} is too small: expected at least 1 window")
     ids, span = _encode(text, tokenizer)
@@ -181,7 +183,9 @@ def windows(text: Text, tokenizer, length: int = 512, limit: int | None = None) 
     )
 
 
-def calibration_windows(tokenizer, kind: str, data: str | Path, n: int, length: int = 512, seed: int = 0) -> torch.Tensor:
+def calibration_windows(
+    tokenizer, kind: str, data: str | Path, n: int, length: int = 512, seed: int = 0
+) -> torch.Tensor:
     """A seeded choice of `n` windows of calibration text, (n, length); a larger n only adds.
 
     Raises:
@@ -215,7 +219,9 @@ class Question:
     context: str | None = None
 
 
-def questions(data: str | Path = "embedded", *, open_book: bool = False, limit: int | None = None, seed: int = 0) -> list[Question]:
+def questions(
+    data: str | Path = "embedded", *, open_book: bool = False, limit: int | None = None, seed: int = 0
+) -> list[Question]:
     """TriviaQA validation questions, closed book or each with the shortest passage that holds an answer.
 
     Open book, 'embedded' has no TriviaQA passages and gives SQuAD's instead; a folder gives the questions for which
@@ -237,13 +243,19 @@ def questions(data: str | Path = "embedded", *, open_book: bool = False, limit: 
 def question_source(data: str | Path, open_book: bool) -> str:
     """The name of what `questions` reads, as it should stand in a table."""
     if kind_of(data) == "embedded":
-        return "SQuAD, passages given (embedded)" if open_book else "TriviaQA rc.wikipedia.nocontext validation (embedded)"
+        return (
+            "SQuAD, passages given (embedded)" if open_book else "TriviaQA rc.wikipedia.nocontext validation (embedded)"
+        )
     return f"TriviaQA validation, {'open' if open_book else 'closed'} book"
 
 
 def _question(row: Row, context: str | None = None) -> Question:
     answer = row["answer"] if isinstance(row["answer"], dict) else {"aliases": row["answer"]}  # NQ-open has a list
-    names = [answer.get("value"), *_listed(answer.get("aliases") or []), *_listed(answer.get("normalized_aliases") or [])]
+    names = [
+        answer.get("value"),
+        *_listed(answer.get("aliases") or []),
+        *_listed(answer.get("normalized_aliases") or []),
+    ]
     aliases = tuple(dict.fromkeys(a for a in names if a))
     if not aliases:
         raise BadInput(f"question '{row['question']}' has no answer")
@@ -264,7 +276,9 @@ def _with_passage(row: Row) -> Question | None:
     else:
         articles = [page.split() for page in row["entity_pages"]["wiki_context"]]
         passages = [" ".join(words[i : i + 100]) for words in articles for i in range(0, len(words), 100)]
-        holding = [p for p in passages if any(re.search(rf"\b{re.escape(a)}\b", p, re.IGNORECASE) for a in plain.aliases)]
+        holding = [
+            p for p in passages if any(re.search(rf"\b{re.escape(a)}\b", p, re.IGNORECASE) for a in plain.aliases)
+        ]
     return Question(plain.id, plain.question, plain.aliases, min(holding, key=len)) if holding else None
 
 

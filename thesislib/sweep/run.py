@@ -63,7 +63,11 @@ def identity_of(m: Measurement) -> str | None:
     """The same of a record; None for one that does not say enough."""
     made = m.provenance.get("made") or {}
     try:
-        setup = _timing(m.settings["repeats"], m.provenance["hardware"]["device"]) if m.metric == SECONDS_PER_TOKEN else setup_of(m)
+        setup = (
+            _timing(m.settings["repeats"], m.provenance["hardware"]["device"])
+            if m.metric == SECONDS_PER_TOKEN
+            else setup_of(m)
+        )
         text = m.provenance.get("corpus_sha256") or m.settings.get("text_sha256")
         return identity(made["base"]["fingerprint"], m.provenance["dtype"], made["data"], made["stages"], setup, text)
     except (BadInput, KeyError, TypeError):
@@ -101,10 +105,17 @@ class Setting:
         every = [m for m in rows if m.metric not in (FAILED, SECONDS_PER_TOKEN)]
         rows = [m for m in every if m.provenance["dtype"] == dtype]
         if not rows:
-            raise BadInput(f"no recorded row was made in {dtype}: expected one of {', '.join(sorted({m.provenance['dtype'] for m in every})) or 'none at all'}")
+            raise BadInput(
+                f"no recorded row was made in {dtype}: expected one of {', '.join(sorted({m.provenance['dtype'] for m in every})) or 'none at all'}"
+            )
         made = [m.made for m in rows]
         kind = next((note["data"] for note in made if note["stages"]), made[0]["data"])
-        return cls(made[0]["base"]["fingerprint"], dtype, kind, {_plainly(setup_of(m)): m.provenance.get("corpus_sha256") for m in rows})
+        return cls(
+            made[0]["base"]["fingerprint"],
+            dtype,
+            kind,
+            {_plainly(setup_of(m)): m.provenance.get("corpus_sha256") for m in rows},
+        )
 
 
 def _plainly(setup: Setup) -> Setup:
@@ -114,7 +125,9 @@ def _plainly(setup: Setup) -> Setup:
 def wanted(grid: Grid, c: Configuration, at: Setting) -> dict[str, str]:
     """{measure: identity} of a configuration's measurements; those on a text that is not known are left out."""
     plain = _plain(c)
-    ways: dict[str, tuple[Any, str | None]] = {name: (way, at.texts[_plainly(way)]) for name, way in c.measures.items() if _plainly(way) in at.texts}
+    ways: dict[str, tuple[Any, str | None]] = {
+        name: (way, at.texts[_plainly(way)]) for name, way in c.measures.items() if _plainly(way) in at.texts
+    }
     if grid.timed:
         ways[SECONDS_PER_TOKEN] = (_timing(grid.timed, at.device), None)
     return {name: identity(at.fingerprint, at.dtype, at.data, plain, way, text) for name, (way, text) in ways.items()}
@@ -212,4 +225,14 @@ def _failure(c: Configuration, grid: Grid, place: Place, base: dict, why: str) -
     made = {"label": c.label, "stages": _plain(c), "base": base, "data": kind_of(place.data)}
     note = {"grid": grid.name, "size": grid.size, "group": c.group, "label": c.label}
     facts = {"subject": base["name"], "dtype": place.dtype, "made": made, "sweep": note, "why": why}
-    return Measurement(task="sweep", metric=FAILED, value=None, low=None, high=None, n=0, unit="configuration", items=[], provenance=facts)
+    return Measurement(
+        task="sweep",
+        metric=FAILED,
+        value=None,
+        low=None,
+        high=None,
+        n=0,
+        unit="configuration",
+        items=[],
+        provenance=facts,
+    )

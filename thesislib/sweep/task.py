@@ -42,7 +42,9 @@ def carry_out(order: str) -> str:
     """
     plain = json.loads(order)
     if plain["versions"] != (here := versions()):
-        raise OtherVersion(f"the order is from {_said(plain['versions'])}, this worker has {_said(here)}: expected the same on both")
+        raise OtherVersion(
+            f"the order is from {_said(plain['versions'])}, this worker has {_said(here)}: expected the same on both"
+        )
     try:
         return json.dumps({"configuration": _configuration, "notebook": _notebook}[plain["do"]](plain))
     except BadInput as error:

@@ -74,10 +74,18 @@ class Workers:
                     raise OSError("it is empty")
                 with socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET) as test:
                     test.bind((self.host, 0))
-            except (OSError, ValueError, TypeError) as error:  # of a name too long for one, or with characters that none has
-                raise BadInput(f"--host is {shown(self.host)} ({error}): expected an address of this machine, such as {LOOPBACK}") from error
+            except (
+                OSError,
+                ValueError,
+                TypeError,
+            ) as error:  # of a name too long for one, or with characters that none has
+                raise BadInput(
+                    f"--host is {shown(self.host)} ({error}): expected an address of this machine, such as {LOOPBACK}"
+                ) from error
         elif not re.fullmatch(r"(tcp|tls)://[^\s/]+:\d{1,5}", self.scheduler):
-            raise BadInput(f"--scheduler is {shown(self.scheduler)}: expected such as tcp://127.0.0.1:8786, which `dask scheduler` says")
+            raise BadInput(
+                f"--scheduler is {shown(self.scheduler)}: expected such as tcp://127.0.0.1:8786, which `dask scheduler` says"
+            )
 
     @property
     def resources(self) -> dict[str, float] | None:
@@ -89,7 +97,9 @@ class Workers:
         if self.gpu and self.scheduler is None and self.count > cards * self.per_card:
             has = f"{cards} card{'s' * (cards != 1)}"
             more = f", or --per-card {-(-self.count // cards)}" if cards else ""
-            raise BadInput(f"--workers is {self.count}, and this machine has {has}: expected at most {cards * self.per_card}{more}")
+            raise BadInput(
+                f"--workers is {self.count}, and this machine has {has}: expected at most {cards * self.per_card}{more}"
+            )
 
 
 def drive(orders: Sequence[Order], workers: Workers, locks: Path) -> dict[str, str]:
@@ -144,7 +154,10 @@ def drive(orders: Sequence[Order], workers: Workers, locks: Path) -> dict[str, s
                     bar.update()
                     left = (time.monotonic() - started) / finished * (len(waiting) + len(running))
                     word = f"failed: {why}" if why else "done"
-                    tqdm.write(f"{order.name}: {word}; {finished + others} of {bar.total}, about {_minutes(left)} left", file=sys.stderr)
+                    tqdm.write(
+                        f"{order.name}: {word}; {finished + others} of {bar.total}, about {_minutes(left)} left",
+                        file=sys.stderr,
+                    )
             except BaseException:
                 client.cancel(list(running))
                 for _, lock in running.values():
@@ -202,7 +215,9 @@ def _client(workers: Workers) -> Iterator:
         from distributed import Client, LocalCluster
         from distributed.security import Security
     except ImportError as error:
-        raise BadInput('sweeps need Dask: expected it installed, by pip install -e ".[sweep]" -c constraints.txt in the checkout') from error
+        raise BadInput(
+            'sweeps need Dask: expected it installed, by pip install -e ".[sweep]" -c constraints.txt in the checkout'
+        ) from error
     workers.check_cards(torch.cuda.device_count())
     with ExitStack() as stack:
         settings = {
@@ -251,19 +266,29 @@ def _refuse_other_versions(client, workers: Workers) -> None:
         try:
             client.wait_for_workers(1, timeout=PATIENCE)
         except TimeoutError as error:
-            raise BadInput(f"the scheduler at {workers.scheduler} has no workers: start some, by `dask worker {workers.scheduler} --nthreads 1`") from error
+            raise BadInput(
+                f"the scheduler at {workers.scheduler} has no workers: start some, by `dask worker {workers.scheduler} --nthreads 1`"
+            ) from error
     if workers.gpu and not _able(client, workers):
         has = f"GPU={workers.resources['GPU']:g}"
-        raise BadInput(f"no worker has the resource {has}: start one for each, by `dask worker ADDRESS --nthreads 1 --resources {has}`")
+        raise BadInput(
+            f"no worker has the resource {has}: start one for each, by `dask worker ADDRESS --nthreads 1 --resources {has}`"
+        )
     here, other = versions(), {}
     for address, found in client.run(versions, on_error="return").items():
         if isinstance(found, OSError):  # it died meanwhile; the others go on
             continue
         if found != here:
-            other[address] = str(found) if isinstance(found, BaseException) else ", ".join(f"{name} {number}" for name, number in found.items())
+            other[address] = (
+                str(found)
+                if isinstance(found, BaseException)
+                else ", ".join(f"{name} {number}" for name, number in found.items())
+            )
     if other:
         listed = "; ".join(f"{address} has {found}" for address, found in other.items())
-        raise BadInput(f"workers of another version: {listed}. Expected {', '.join(f'{name} {number}' for name, number in here.items())}, as here")
+        raise BadInput(
+            f"workers of another version: {listed}. Expected {', '.join(f'{name} {number}' for name, number in here.items())}, as here"
+        )
 
 
 @contextmanager

@@ -31,7 +31,17 @@ from thesislib.model.blocks import apply_plan, remove
 from thesislib.model.layers import LINEARS, Adapted, PackedLinear, adapt, replace
 from thesislib.sources import rows as rows_
 
-SMALL = {"length": 64, "batch": 2, "accumulate": 2, "steps": 8, "every": 4, "validation": 4, "checkpoint_every": 2, "learning_rate": 1e-2, "autocast": False}
+SMALL = {
+    "length": 64,
+    "batch": 2,
+    "accumulate": 2,
+    "steps": 8,
+    "every": 4,
+    "validation": 4,
+    "checkpoint_every": 2,
+    "learning_rate": 1e-2,
+    "autocast": False,
+}
 WORDS = ["alpha", "beta", "gamma", "delta", "of", "the", "and"]
 
 
@@ -39,7 +49,10 @@ WORDS = ["alpha", "beta", "gamma", "delta", "of", "the", "and"]
 def folder(tmp_path_factory):
     """Training and evaluation text, small."""
     root, r = tmp_path_factory.mktemp("text"), random.Random(0)
-    prose = {half: [row for i in range(20) for row in (f" = {half} {i} = \n", " ".join(r.choices(WORDS, k=60)) + "\n")] for half in ("Train", "Test")}
+    prose = {
+        half: [row for i in range(20) for row in (f" = {half} {i} = \n", " ".join(r.choices(WORDS, k=60)) + "\n")]
+        for half in ("Train", "Test")
+    }
     tables = {
         "wikitext_train": [{"text": t} for t in prose["Train"]],
         "wikitext": [{"text": t} for t in prose["Test"]],
@@ -80,7 +93,11 @@ def same_adapters(a, b):
 @pytest.mark.parametrize("n", [1, 127, 128, 300])
 def test_head_loss_is_the_cross_entropy_of_all_logits(n):
     g = torch.Generator().manual_seed(n)
-    states, words, targets = torch.randn(n, 16, generator=g), torch.randn(50, 16, generator=g), torch.randint(0, 50, (n,), generator=g)
+    states, words, targets = (
+        torch.randn(n, 16, generator=g),
+        torch.randn(50, 16, generator=g),
+        torch.randint(0, 50, (n,), generator=g),
+    )
     a, b = (states.clone().requires_grad_() for _ in range(2))
     ours, theirs = HeadLoss.apply(a, words, targets), F.cross_entropy(b @ words.T, targets, reduction="sum")
     (ours / 3).backward()
@@ -116,7 +133,12 @@ def test_each_epoch_is_a_permutation_and_a_position_says_where_it_stands():
 
 
 def test_bfloat16_is_fast_where_there_are_instructions(monkeypatch):
-    for known, fast in (({}, False), ({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx2": True}, False)):
+    for known, fast in (
+        ({}, False),
+        ({"avx512_bf16": True}, True),
+        ({"amx_bf16": True}, True),
+        ({"avx2": True}, False),
+    ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
         assert bfloat16_is_fast(torch.device("cpu")) is fast
     assert not bfloat16_is_fast(torch.device("meta"))
@@ -129,7 +151,12 @@ def plain_loop(subject, config, train):
     """The reference: PEFT, transformers' own loss on whole logits, torch's optimiser. Returns {(block, name): (A, B)}."""
     model = subject.copy().model
     torch.manual_seed(config.seed)
-    peft = get_peft_model(model, LoraConfig(r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=list(config.linears)))
+    peft = get_peft_model(
+        model,
+        LoraConfig(
+            r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=list(config.linears)
+        ),
+    )
     learned = [p for p in peft.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(learned, weight_decay=config.weight_decay)
     peft.train()
@@ -145,11 +172,17 @@ def plain_loop(subject, config, train):
         optimiser.step()
     layers = {name: m for name, m in model.named_modules() if hasattr(m, "lora_A")}
     scale = config.alpha / config.rank
-    return {(int(n.split(".")[2]), n.split(".")[-1]): (m.lora_A["default"].weight, m.lora_B["default"].weight * scale) for n, m in layers.items()}
+    return {
+        (int(n.split(".")[2]), n.split(".")[-1]): (m.lora_A["default"].weight, m.lora_B["default"].weight * scale)
+        for n, m in layers.items()
+    }
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`")
-@pytest.mark.parametrize("changes", [{}, {"linears": "*_proj", "rank": 4, "alpha": 2, "dropout": 0.0, "weight_decay": 0.3, "clip": 0.01, "batch": 4}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"linears": "*_proj", "rank": 4, "alpha": 2, "dropout": 0.0, "weight_decay": 0.3, "clip": 0.01, "batch": 4}],
+)
 def test_training_is_what_a_plain_loop_does(subject, folder, changes):
     config = Lora(**{**SMALL, "validation": 0, **changes})
     before = subject.fingerprint
@@ -167,7 +200,9 @@ def test_training_is_what_a_plain_loop_does(subject, folder, changes):
         assert B.abs().max() > 0.02
     fresh = {k: v for k, v in vars(subject).items() if k != "fingerprint"}
     assert type(subject)(**fresh).fingerprint == before
-    assert not any(m.training for m in trained.model.modules()) and not any(p.requires_grad for p in trained.model.parameters())
+    assert not any(m.training for m in trained.model.modules()) and not any(
+        p.requires_grad for p in trained.model.parameters()
+    )
 
 
 def test_loss_falls_and_the_report_says_so(subject, folder):
@@ -177,7 +212,9 @@ def test_loss_falls_and_the_report_says_so(subject, folder):
     assert report["curve"][-1]["loss"] < report["curve"][0]["loss"] - 1
     assert report["validation"][-1]["loss"] < report["validation"][0]["loss"] - 1
     assert report["curve"][1]["learning_rate"] == pytest.approx(1e-2)
-    assert report["tokens"] == 20 * 2 * 2 * 64 and report["tokens_per_second"] == pytest.approx(report["tokens"] / report["seconds"], rel=0.05)
+    assert report["tokens"] == 20 * 2 * 2 * 64 and report["tokens_per_second"] == pytest.approx(
+        report["tokens"] / report["seconds"], rel=0.05
+    )
     assert report["parameters"] == 3 * 8 * sum((32 + out) for out in (32, 16, 16, 32))
     assert json.loads(json.dumps(report)) == report
 
@@ -204,7 +241,9 @@ def test_trivia_learns_answers_and_not_questions(subject, folder, monkeypatch):
     said = {subject.tokenizer.decode(t) for t in seen}
     assert all(set(text.replace("number ", "").replace("<|im_end|>", "")) <= set("0123456") for text in said)
     assert report["validation"][-1]["loss"] < report["validation"][0]["loss"] / 2
-    assert report["source"] == "TriviaQA train, closed book" and report["questions"] + report["held_out_questions"] == 200
+    assert (
+        report["source"] == "TriviaQA train, closed book" and report["questions"] + report["held_out_questions"] == 200
+    )
 
 
 def test_how_a_step_is_cut_into_batches_does_not_matter(subject, folder):
@@ -212,7 +251,9 @@ def test_how_a_step_is_cut_into_batches_does_not_matter(subject, folder):
     split = sequences("trivia", subject, folder, length=128, validation=2)
     found = []
     for batch, accumulate in ((6, 1), (1, 6), (2, 3)):
-        config = Lora(text="trivia", **{**SMALL, "length": 128, "batch": batch, "accumulate": accumulate, "dropout": 0.0})
+        config = Lora(
+            text="trivia", **{**SMALL, "length": 128, "batch": batch, "accumulate": accumulate, "dropout": 0.0}
+        )
         torch.manual_seed(0)
         training = Training(config, subject, config.places(subject), False)
         loss, tokens = training.step(split.train, 1)
@@ -225,7 +266,9 @@ def test_how_a_step_is_cut_into_batches_does_not_matter(subject, folder):
 
 def test_the_best_adapter_is_kept(subject, folder):
     # a rate at which it learns first and then diverges
-    config = Lora(**{**SMALL, "steps": 16, "every": 1, "learning_rate": 0.3, "clip": 1e3, "warmup": 0.9, "dropout": 0.0})
+    config = Lora(
+        **{**SMALL, "steps": 16, "every": 1, "learning_rate": 0.3, "clip": 1e3, "warmup": 0.9, "dropout": 0.0}
+    )
     trained, report = config.apply(subject, data=folder)
     losses = {v["step"]: v["loss"] for v in report["validation"]}
     assert report["best_loss"] == min(losses.values()) == losses[report["best_step"]]
@@ -259,7 +302,9 @@ def test_autocast_computes_in_bfloat16_and_trains_in_float32(tiny, folder, dtype
     high, plain = Lora(**SMALL).apply(subject, data=folder)
     low, report = Lora(**SMALL | {"autocast": True}).apply(subject, data=folder)
     assert report["autocast"] is True and plain["autocast"] is False
-    assert low.model.dtype == dtype and all(m.lora_A.dtype == m.lora_B.dtype == torch.float32 for m in adapters(low).values())
+    assert low.model.dtype == dtype and all(
+        m.lora_A.dtype == m.lora_B.dtype == torch.float32 for m in adapters(low).values()
+    )
     assert not same_adapters(low, high)  # it did something
     assert report["best_loss"] == pytest.approx(plain["best_loss"], rel=0.02)
 
@@ -315,7 +360,9 @@ def test_the_model_that_comes_out_computes_what_was_trained(subject, folder):
 
 
 def test_chosen_linears_only(subject, folder):
-    trained, report = Lora(**SMALL | {"steps": 1, "validation": 0}, linears=["blocks.1.*", "down_proj"]).apply(subject, data=folder)
+    trained, report = Lora(**SMALL | {"steps": 1, "validation": 0}, linears=["blocks.1.*", "down_proj"]).apply(
+        subject, data=folder
+    )
     assert set(adapters(trained)) == {(1, n) for n in LINEARS} | {(0, "down_proj"), (2, "down_proj")}
     assert report["adapted"] == 9
 
@@ -344,7 +391,9 @@ def test_a_second_adapter_joins_the_first(subject, folder, repeated):
     for (b, name), module in new.items():
         if name == "q_proj":
             assert module.rank == 11
-            assert torch.equal(module.lora_A[:8], old[b, name].lora_A) and torch.equal(module.lora_B[:, :8], old[b, name].lora_B)
+            assert torch.equal(module.lora_A[:8], old[b, name].lora_A) and torch.equal(
+                module.lora_B[:, :8], old[b, name].lora_B
+            )
         else:
             assert module.rank == (3 if name == "up_proj" else 8)
     # it began where the first had ended
@@ -362,7 +411,9 @@ def test_init_eora_trains_the_corrections_that_are_there(subject, folder, repeat
     made = {}
     for b in range(corrected.depth):
         old = corrected.linears(b)["q_proj"]
-        made.setdefault(id(old), adapt(old, 0.1 * torch.randn(4, 32, generator=g), 0.1 * torch.randn(32, 4, generator=g)))
+        made.setdefault(
+            id(old), adapt(old, 0.1 * torch.randn(4, 32, generator=g), 0.1 * torch.randn(32, 4, generator=g))
+        )
         replace(corrected.blocks[b], "q_proj", made[id(old)])
     config = Lora(**SMALL, init="eora", rank=4, linears="q_proj")
     trained, report = config.apply(corrected, data=folder)
@@ -374,7 +425,9 @@ def test_init_eora_trains_the_corrections_that_are_there(subject, folder, repeat
     # the same factors, given by hand to the bare subject
     given = {place: (m.lora_A, m.lora_B) for place, m in adapters(corrected).items()}
     assert same_adapters(trained, config.apply(subject, data=folder, initial=given)[0])
-    with pytest.raises(BadInput, match="init 'eora' begins with corrections of rank 8: q_proj of block 0 has one of rank 4"):
+    with pytest.raises(
+        BadInput, match="init 'eora' begins with corrections of rank 8: q_proj of block 0 has one of rank 4"
+    ):
         Lora(**SMALL, init="eora", linears="q_proj").apply(corrected, data=folder)
     with pytest.raises(BadInput, match="q_proj of block 0 has none"):
         Lora(**SMALL, init="eora", rank=4, linears="q_proj").apply(subject, data=folder)
@@ -451,7 +504,11 @@ def test_a_checkpoint_of_other_work_is_not_taken_up(tiny, folder, tmp_path):
     config, subject = Lora(**SMALL), tiny(layers=3)
     config.apply(subject, data=folder, work=tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
-    for other, whom in ((dataclasses.replace(config, seed=1), subject), (config, tiny(layers=3, seed=1)), (dataclasses.replace(config, rank=4), subject)):
+    for other, whom in (
+        (dataclasses.replace(config, seed=1), subject),
+        (config, tiny(layers=3, seed=1)),
+        (dataclasses.replace(config, rank=4), subject),
+    ):
         assert other.apply(whom, data=folder, work=tmp_path)[1]["resumed_at"] == 0
     assert len(list(tmp_path.iterdir())) == 4
     assert dataclasses.replace(config, merge="dense").apply(subject, data=folder, work=tmp_path)[1]["resumed_at"] == 8
@@ -511,7 +568,10 @@ def test_a_disk_that_fills_in_the_middle_of_a_checkpoint(subject, folder, tmp_pa
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "write_bytes", full)
-        with pytest.raises(BadInput, match=rf"the disk is full at {tmp_path}: .*; the training is at step 6: the last good checkpoint, of step 4, is kept in"):
+        with pytest.raises(
+            BadInput,
+            match=rf"the disk is full at {tmp_path}: .*; the training is at step 6: the last good checkpoint, of step 4, is kept in",
+        ):
             config.apply(subject, data=folder, work=tmp_path)
     (file,) = tmp_path.iterdir()
     assert read_checkpoint(file)[0]["step"] == 4
@@ -519,7 +579,9 @@ def test_a_disk_that_fills_in_the_middle_of_a_checkpoint(subject, folder, tmp_pa
     assert report["resumed_at"] == 4 and same_adapters(again, whole)
 
 
-@pytest.mark.parametrize("damage", ["cut", "a byte of a tensor", "a digit of the state", "of an earlier version", "a folder", "a pipe"])
+@pytest.mark.parametrize(
+    "damage", ["cut", "a byte of a tensor", "a digit of the state", "of an earlier version", "a folder", "a pipe"]
+)
 def test_a_damaged_checkpoint_is_said_and_the_training_begins_again(subject, folder, tmp_path, capsys, damage):
     config = Lora(**SMALL)
     whole, _ = config.apply(subject, data=folder, work=tmp_path)
@@ -540,7 +602,10 @@ def test_a_damaged_checkpoint_is_said_and_the_training_begins_again(subject, fol
     again, report = config.apply(subject, data=folder, work=tmp_path)
     assert report["resumed_at"] == 0 and same_adapters(again, whole)
     why = "no file" if damage in ("a folder", "a pipe") else "damaged: "
-    assert f"the checkpoint {file} cannot be used (it is {why}" in (said := capsys.readouterr().err) and "the training begins again" in said
+    assert (
+        f"the checkpoint {file} cannot be used (it is {why}" in (said := capsys.readouterr().err)
+        and "the training begins again" in said
+    )
     assert config.apply(subject, data=folder, work=tmp_path)[1]["resumed_at"] > 0
 
 
@@ -553,7 +618,10 @@ def test_a_loss_that_is_not_finite_stops_it(subject, folder, tmp_path, monkeypat
         return whole(self, some) * (value if sum(calls) == 9 else 1)  # the first batch of step 5
 
     monkeypatch.setattr(Training, "nats", nats)
-    with pytest.raises(BadInput, match=rf"loss is {value} at step 5: training stopped.*; the last good checkpoint, of step 4, is kept in {tmp_path}"):
+    with pytest.raises(
+        BadInput,
+        match=rf"loss is {value} at step 5: training stopped.*; the last good checkpoint, of step 4, is kept in {tmp_path}",
+    ):
         Lora(**SMALL).apply(subject, data=folder, work=tmp_path)
     (file,) = tmp_path.iterdir()
     state, tensors = read_checkpoint(file)
@@ -597,13 +665,18 @@ def test_settings_that_cannot_work(settings, message):
 
 
 def test_a_rank_larger_than_the_layer(subject, folder):
-    with pytest.raises(BadInput, match=r"rank 17 is larger than k_proj of block 0, of shape \(16, 32\): expected at most 16"):
+    with pytest.raises(
+        BadInput, match=r"rank 17 is larger than k_proj of block 0, of shape \(16, 32\): expected at most 16"
+    ):
         Lora(**SMALL, rank=17).apply(subject, data=folder)
     Lora(rank=17, linears="q_proj").places(subject)
 
 
 def test_a_projection_that_this_subject_lacks(subject, folder):
-    with pytest.raises(BadInput, match=r"no projection of tiny llama fits 'blocks\.3\.\*': it has q_proj, .*, down_proj in blocks 0 to 2"):
+    with pytest.raises(
+        BadInput,
+        match=r"no projection of tiny llama fits 'blocks\.3\.\*': it has q_proj, .*, down_proj in blocks 0 to 2",
+    ):
         Lora(**SMALL, linears=["q_proj", "blocks.3.*"]).apply(subject, data=folder)
 
 

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from thesislib.compress.lora import sequences as training
-from thesislib.compress.lora.sequences import NOTHING, documents, fullest, pack, sequences, training_questions, training_text
+from thesislib.compress.lora.sequences import (
+    NOTHING,
+    documents,
+    fullest,
+    pack,
+    sequences,
+    training_questions,
+    training_text,
+)
 from thesislib.compress.lora.train import HeadLoss
 from thesislib.errors import BadInput
 from thesislib.evaluate import generate
@@ -29,7 +37,12 @@ def write(folder, task, rows):
 def article(title, words, seed=0):
     """The rows of an article as WikiText lays it out."""
     text = random.Random(f"{title}{seed}")
-    return [{"text": ""}, {"text": f" = {title} = \n"}, {"text": ""}, {"text": " " + " ".join(text.choices(WORDS, k=words)) + " \n"}]
+    return [
+        {"text": ""},
+        {"text": f" = {title} = \n"},
+        {"text": ""},
+        {"text": " " + " ".join(text.choices(WORDS, k=words)) + " \n"},
+    ]
 
 
 def asked(question, *answers):
@@ -51,7 +64,9 @@ def folder(tmp_path):
 def test_windows_of_text_predict_the_next_token(folder, tiny):
     subject = tiny(layers=1)
     split = sequences("wikitext", subject, folder, length=64, validation=4)
-    assert (split.train.targets[:, :-1] == split.train.ids[:, 1:]).all() and (split.train.targets[:, -1] == NOTHING).all()
+    assert (split.train.targets[:, :-1] == split.train.ids[:, 1:]).all() and (
+        split.train.targets[:, -1] == NOTHING
+    ).all()
     assert split.train.predicted == len(split.train) * 63
     assert split.train.mask is None and split.train.positions is None and split.train.filled == 1
     # without validation, all of the text but a tail shorter than a sequence
@@ -104,9 +119,14 @@ def test_empty_text(folder, tiny, rows):
 def test_text_shorter_than_one_sequence(folder, tiny, text):
     write(folder, "wikitext_train", article("Short", 20))
     write(folder, "trivia_train", [asked("Who?", "Me")])
-    with pytest.raises(BadInput, match=r"training text '.*' has \d+ tokens, too few for one sequence to train on, of 256 tokens each: .* a shorter length$"):
+    with pytest.raises(
+        BadInput,
+        match=r"training text '.*' has \d+ tokens, too few for one sequence to train on, of 256 tokens each: .* a shorter length$",
+    ):
         sequences(text, tiny(layers=1), folder, length=256, validation=0)
-    with pytest.raises(BadInput, match=r"too few for 9 sequences to hold out and one to train on, .* or less validation"):
+    with pytest.raises(
+        BadInput, match=r"too few for 9 sequences to hold out and one to train on, .* or less validation"
+    ):
         sequences(text, tiny(layers=1), folder, length=64, validation=9)
 
 
@@ -135,7 +155,12 @@ def test_the_hub_gives_its_train_splits(monkeypatch, tiny):
 
 
 def test_questions_that_are_evaluated_do_not_train(folder):
-    rows = [asked("who was   King 3", "x"), asked("Who was a king 4?", "x"), asked("Where was king 3?", "x"), asked("WHERE was king 3", "y")]
+    rows = [
+        asked("who was   King 3", "x"),
+        asked("Who was a king 4?", "x"),
+        asked("Where was king 3?", "x"),
+        asked("WHERE was king 3", "y"),
+    ]
     write(folder, "trivia_train", rows)
     kept, dropped = training_questions(folder)
     assert [q.question for q in kept] == ["Where was king 3?"]  # once
@@ -185,7 +210,13 @@ def test_trivia_holds_questions_out_and_says_what_it_left_out(folder, tiny):
 
 def some_examples(n, seed=0, most=40):
     r = random.Random(seed)
-    return [([r.randrange(1, 200) for _ in range(r.randint(5, most))], [r.randrange(1, 200) for _ in range(r.randint(2, 6))]) for _ in range(n)]
+    return [
+        (
+            [r.randrange(1, 200) for _ in range(r.randint(5, most))],
+            [r.randrange(1, 200) for _ in range(r.randint(2, 6))],
+        )
+        for _ in range(n)
+    ]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -204,7 +235,9 @@ def test_every_example_is_packed_once_and_whole():
     examples = some_examples(300)
     packed = pack(examples, 128, pad=0)
     found = []
-    for ids, targets, segments in zip(packed.ids.tolist(), packed.targets.tolist(), packed.segments.tolist(), strict=True):
+    for ids, targets, segments in zip(
+        packed.ids.tolist(), packed.targets.tolist(), packed.segments.tolist(), strict=True
+    ):
         for number in range(max(segments) + 1):
             at = [t for t in range(128) if segments[t] == number]
             assert at == list(range(at[0], at[-1] + 1))

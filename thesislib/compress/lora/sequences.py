@@ -87,7 +87,9 @@ class Split:
     facts: dict = field(default_factory=dict)
 
 
-def sequences(text: str, subject: Subject, data: str, *, length: int = 512, validation: int = 16, seed: int = 0) -> Split:
+def sequences(
+    text: str, subject: Subject, data: str, *, length: int = 512, validation: int = 16, seed: int = 0
+) -> Split:
     """Training text as sequences of `length` tokens, some of it held out for validation by document or by question.
 
     Args:
@@ -123,7 +125,11 @@ def training_text(data: str) -> tuple[Text, int]:
     Raises:
         BadInput: nothing is left.
     """
-    whole = corpus.calibration_text("wikipedia", data) if kind_of(data) == "embedded" else corpus._wikitext("WikiText-2 train", rows("wikitext_train", data))
+    whole = (
+        corpus.calibration_text("wikipedia", data)
+        if kind_of(data) == "embedded"
+        else corpus._wikitext("WikiText-2 train", rows("wikitext_train", data))
+    )
     evaluated = set().union(*map(_marks, documents(corpus.evaluation_text(data))))
     every = documents(whole)
     kept = [d for d in every if not evaluated & _marks(d)]
@@ -157,11 +163,22 @@ def _wikitext(subject: Subject, data: str, length: int, validation: int, seed: i
     total = len(corpus._encode(text, subject.tokenizer)[0])
     if total < length or tokens < validation * length or total - tokens < length:
         raise _too_short(text.name, total, length, validation)
-    train = corpus.windows(corpus.join(text.name, [d for i, d in enumerate(every) if i not in held]), subject.tokenizer, length).ids
-    facts = {"source": text.name, "documents": len(every) - len(held), "held_out_documents": len(held), "dropped": dropped}
+    train = corpus.windows(
+        corpus.join(text.name, [d for i, d in enumerate(every) if i not in held]), subject.tokenizer, length
+    ).ids
+    facts = {
+        "source": text.name,
+        "documents": len(every) - len(held),
+        "held_out_documents": len(held),
+        "dropped": dropped,
+    }
     rest = None
     if held:
-        rest = _running(corpus.windows(corpus.join(text.name, [every[i] for i in sorted(held)]), subject.tokenizer, length).ids[:validation])
+        rest = _running(
+            corpus.windows(corpus.join(text.name, [every[i] for i in sorted(held)]), subject.tokenizer, length).ids[
+                :validation
+            ]
+        )
     return Split(_running(train), rest, facts)
 
 

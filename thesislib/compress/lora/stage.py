@@ -86,7 +86,11 @@ class Lora(Stage):
     pattern: ClassVar[str] = r"[WT](-masked|-dense)?"
 
     def __post_init__(self):
-        for what, value, options in (("text", self.text, TEXTS), ("init", self.init, INITS), ("merge", self.merge, MERGES)):
+        for what, value, options in (
+            ("text", self.text, TEXTS),
+            ("init", self.init, INITS),
+            ("merge", self.merge, MERGES),
+        ):
             if value not in options:
                 raise unknown(f"{what} of LoRA", value, options)
         self._normalise(linears=patterns(self.linears))
@@ -94,7 +98,9 @@ class Lora(Stage):
             if getattr(self, name) < 1:
                 raise BadInput(f"{name} {getattr(self, name)} is too small: expected at least 1")
         if self.length < 2 or self.validation < 0 or not self.linears:
-            raise BadInput("LoRA needs sequences of a length of at least 2, a validation of at least 0 of them, and some linears")
+            raise BadInput(
+                "LoRA needs sequences of a length of at least 2, a validation of at least 0 of them, and some linears"
+            )
         for name, low, high in (("dropout", 0, 1), ("warmup", 0, 1), ("weight_decay", 0, math.inf)):
             if not low <= getattr(self, name) < high:
                 raise BadInput(f"{name} {getattr(self, name)}: expected a number in [{low}, {high})")
@@ -116,9 +122,13 @@ class Lora(Stage):
 
     def after(self, previous: Sequence[Stage], shape: Shape | None = None) -> Shape | None:
         """See `Stage`: `init: eora` needs a correction to train, and a rank is at most a projection's inputs."""
-        beside = (stage.merge == "beside" if isinstance(stage, Lora) else stage.family == "compensated" for stage in previous)
+        beside = (
+            stage.merge == "beside" if isinstance(stage, Lora) else stage.family == "compensated" for stage in previous
+        )
         if self.init == "eora" and not any(beside):
-            raise BadInput("init 'eora' trains the corrections that an EoRA stage made: put one before it, or use init 'default'")
+            raise BadInput(
+                "init 'eora' trains the corrections that an EoRA stage made: put one before it, or use init 'default'"
+            )
         if shape is not None:
             for name, inputs in shape.inputs.items():
                 if self.rank > inputs and any(fits(p, b, name) for p in self.linears for b in range(shape.depth)):
@@ -160,19 +170,25 @@ class Lora(Stage):
         for pattern in self.linears:
             if not any(fits(pattern, *place) for place in here):
                 names = sorted({name for _, name in here}, key=LINEARS.index)
-                raise BadInput(f"no projection of {subject.name} fits '{pattern}': it has {', '.join(names)} in blocks 0 to {subject.depth - 1}")
+                raise BadInput(
+                    f"no projection of {subject.name} fits '{pattern}': it has {', '.join(names)} in blocks 0 to {subject.depth - 1}"
+                )
         found: dict[nn.Module, list[Place]] = {}
         for place, module in here.items():
             least = min(module.out_features, module.in_features)
             if any(fits(pattern, *place) for pattern in self.linears):
                 if self.rank > least:
                     shape = f"({module.out_features}, {module.in_features})"
-                    raise BadInput(f"rank {self.rank} is larger than {place[1]} of block {place[0]}, of shape {shape}: expected at most {least}")
+                    raise BadInput(
+                        f"rank {self.rank} is larger than {place[1]} of block {place[0]}, of shape {shape}: expected at most {least}"
+                    )
                 # one set of weights in several places gets one adapter for all of them, whichever was named
                 found.setdefault(module, [p for p, m in here.items() if m is module])
         return list(found.values())
 
-    def apply(self, subject: Subject, *, data: str = "embedded", work: Path | None = None, initial: Factors | None = None) -> tuple[Subject, dict]:
+    def apply(
+        self, subject: Subject, *, data: str = "embedded", work: Path | None = None, initial: Factors | None = None
+    ) -> tuple[Subject, dict]:
         """A copy of the subject with the trained adapter beside its weights or merged into them, and a report.
 
         The report has the loss, the learning rate and validation by step, the best step, and what was trained on. With
@@ -198,9 +214,16 @@ class Lora(Stage):
         autocast = bfloat16_is_fast(subject.device) if self.autocast is None else self.autocast
         file = None
         if work is not None:
-            facts = {"autocast": autocast, "subject": subject.fingerprint, "text": split.train.sha256, "initial": _plain(initial)}
+            facts = {
+                "autocast": autocast,
+                "subject": subject.fingerprint,
+                "text": split.train.sha256,
+                "initial": _plain(initial),
+            }
             # what changes nothing about the training stays out: another merge can use the same checkpoint
-            facts["config"] = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("merge", "checkpoint_every")}
+            facts["config"] = {
+                k: v for k, v in dataclasses.asdict(self).items() if k not in ("merge", "checkpoint_every")
+            }
             file = Path(work) / f"lora-{_hash(json.dumps(facts, sort_keys=True).encode())[:16]}.safetensors"
         # packed weights stay packed where the adapter is kept beside them
         result = subject.copy(unpack=False)
@@ -208,7 +231,9 @@ class Lora(Stage):
             initial = self._begin(result, places, initial)
         with torch.random.fork_rng(devices=[subject.device] if subject.device.type == "cuda" else []):
             torch.manual_seed(self.seed)
-            settings = cast("Settings", self)  # a protocol's fields may be set and a frozen stage's may not: training only reads
+            settings = cast(
+                "Settings", self
+            )  # a protocol's fields may be set and a frozen stage's may not: training only reads
             factors, trained = Training(settings, result, places, autocast, initial).run(split, file)
         before, after = [], []
         for first, *rest in places:
@@ -235,7 +260,9 @@ class Lora(Stage):
                 A, B = (module.lora_A, module.lora_B) if isinstance(module, Adapted) else (None, None)
             if A is None or len(A) != self.rank:
                 has = "none" if A is None else f"one of rank {len(A)}"
-                raise BadInput(f"init 'eora' begins with corrections of rank {self.rank}: {first[1]} of block {first[0]} has {has}")
+                raise BadInput(
+                    f"init 'eora' begins with corrections of rank {self.rank}: {first[1]} of block {first[0]} has {has}"
+                )
             if given is None:
                 for block, name in (first, *rest):
                     replace(subject.blocks[block], name, cast("Adapted", module).base)
@@ -249,7 +276,10 @@ def _zeros(linear: Projection) -> float:
 
 def _plain(factors: Factors | None) -> list | Factors | None:
     """Something that JSON can hold and that differs where factors do."""
-    return factors and [[*place, *(_hash(t.detach().float().cpu().numpy().tobytes()) for t in pair)] for place, pair in sorted(factors.items())]
+    return factors and [
+        [*place, *(_hash(t.detach().float().cpu().numpy().tobytes()) for t in pair)]
+        for place, pair in sorted(factors.items())
+    ]
 
 
 def _hash(content: bytes) -> str:

@@ -126,7 +126,14 @@ class Training:
     Draws the adapters' first values from torch's generator.
     """
 
-    def __init__(self, config: Settings, subject: Subject, places: list[list[Place]], autocast: bool, initial: Factors | None = None):
+    def __init__(
+        self,
+        config: Settings,
+        subject: Subject,
+        places: list[list[Place]],
+        autocast: bool,
+        initial: Factors | None = None,
+    ):
         self.config, self.autocast = config, autocast
         self.subject = subject.copy()
         self.subject.model.float()
@@ -140,9 +147,21 @@ class Training:
                     base.weight.data = base.weight.data.bfloat16()
                     if base.bias is not None:
                         base.bias.data = base.bias.data.bfloat16()
-        self.parameters = {f"{b}.{name}.{ab}": m.weight for (b, name), layer in self.layers.items() for ab, m in _factors(layer)}
-        self.optimiser = torch.optim.AdamW(self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.state: dict[str, Any] = {"step": 0, "curve": [], "validation": [], "best_step": None, "best_loss": None, "seconds": 0.0, "tokens": 0}
+        self.parameters = {
+            f"{b}.{name}.{ab}": m.weight for (b, name), layer in self.layers.items() for ab, m in _factors(layer)
+        }
+        self.optimiser = torch.optim.AdamW(
+            self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.state: dict[str, Any] = {
+            "step": 0,
+            "curve": [],
+            "validation": [],
+            "best_step": None,
+            "best_loss": None,
+            "seconds": 0.0,
+            "tokens": 0,
+        }
         self.best: dict[str, torch.Tensor] = {}
 
     def _inject(self, places: list[list[Place]], initial: Factors) -> dict[Place, LoraLayer]:
@@ -155,14 +174,22 @@ class Training:
             inner[block, name] = names[module.base if isinstance(module, Adapted) else module]
         how: Any = config.init if config.init in ("gaussian", "orthogonal") else True
         alpha: Any = config.alpha  # PEFT takes any number and says int
-        lora = LoraConfig(r=config.rank, lora_alpha=alpha, lora_dropout=config.dropout, init_lora_weights=how, target_modules=list(inner.values()))
+        lora = LoraConfig(
+            r=config.rank,
+            lora_alpha=alpha,
+            lora_dropout=config.dropout,
+            init_lora_weights=how,
+            target_modules=list(inner.values()),
+        )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is about to change
             get_peft_model(model, lora)  # changes the model in place: the wrapper that it returns is not needed
         layers: dict[Place, Any] = {place: model.get_submodule(path) for place, path in inner.items()}
         for first, *rest in places:
             for block, name in rest:
-                if not isinstance(self.subject.linears(block)[name], Adapted):  # PEFT finds a shared module in its first place only
+                if not isinstance(
+                    self.subject.linears(block)[name], Adapted
+                ):  # PEFT finds a shared module in its first place only
                     replace(self.subject.blocks[block], name, layers[first])
         with torch.no_grad():
             for place, (A, B) in initial.items():
@@ -173,7 +200,9 @@ class Training:
     def nats(self, some: Sequences) -> torch.Tensor:
         """The summed loss of some sequences, in nats."""
         device = self.subject.device
-        ids, targets, positions, mask = (None if t is None else t.to(device) for t in (some.ids, some.targets, some.positions, some.mask))
+        ids, targets, positions, mask = (
+            None if t is None else t.to(device) for t in (some.ids, some.targets, some.positions, some.mask)
+        )
         with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
             _, states = next(final_states(self.subject.model, ids, positions=positions, mask=mask))
         here = targets != NOTHING
@@ -196,7 +225,9 @@ class Training:
             loss += part.item()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), c.clip).item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise _not_finite("loss" if not math.isfinite(loss) else "gradient", loss if not math.isfinite(loss) else norm, number)
+            raise _not_finite(
+                "loss" if not math.isfinite(loss) else "gradient", loss if not math.isfinite(loss) else norm, number
+            )
         for group in self.optimiser.param_groups:
             group["lr"] = rate(number, c)
         self.optimiser.step()
@@ -206,7 +237,10 @@ class Training:
         """Loss in nats a predicted token on held-out sequences, without dropout."""
         self.subject.model.eval()
         with torch.no_grad():
-            nats = sum(self.nats(held_out[at : at + self.config.batch]).item() for at in range(0, len(held_out), self.config.batch))
+            nats = sum(
+                self.nats(held_out[at : at + self.config.batch]).item()
+                for at in range(0, len(held_out), self.config.batch)
+            )
         self.subject.model.train()
         return nats / held_out.predicted
 
@@ -267,7 +301,9 @@ class Training:
 
     def _save(self, file: Path) -> None:
         """Everything that the next step depends on, in one file that is replaced as a whole."""
-        tensors = {f"adapter.{key}": p.detach() for key, p in self.parameters.items()} | {f"best.{key}": t for key, t in self.best.items()}
+        tensors = {f"adapter.{key}": p.detach() for key, p in self.parameters.items()} | {
+            f"best.{key}": t for key, t in self.best.items()
+        }
         for key, p in self.parameters.items():
             tensors |= {f"{moment}.{key}": self.optimiser.state[p][moment] for moment in MOMENTS}
         tensors |= dict(_random_state(self.subject.device))
@@ -286,20 +322,31 @@ class Training:
         try:
             state, held = read_checkpoint(file)
             taken = {
-                key: (held[f"adapter.{key}"], held[f"best.{key}"].to(p.device), *(held[f"{moment}.{key}"].to(p.device) for moment in MOMENTS))
+                key: (
+                    held[f"adapter.{key}"],
+                    held[f"best.{key}"].to(p.device),
+                    *(held[f"{moment}.{key}"].to(p.device) for moment in MOMENTS),
+                )
                 for key, p in self.parameters.items()
             }
             random: list[tuple[Callable[..., None], tuple]] = [(torch.set_rng_state, (held["random"],))]
             if self.subject.device.type == "cuda":
                 random.append((torch.cuda.set_rng_state, (held["random_cuda"], self.subject.device)))
         except (BadInput, KeyError) as error:
-            print(f"the checkpoint {file} cannot be used ({error}): the training begins again", file=sys.stderr, flush=True)
+            print(
+                f"the checkpoint {file} cannot be used ({error}): the training begins again",
+                file=sys.stderr,
+                flush=True,
+            )
             shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
             return 0
         with torch.no_grad():
             for key, p in self.parameters.items():
                 value, self.best[key], *moments = taken[key]
-                self.optimiser.state[p] = {"step": torch.tensor(float(state["step"])), **dict(zip(MOMENTS, moments, strict=True))}
+                self.optimiser.state[p] = {
+                    "step": torch.tensor(float(state["step"])),
+                    **dict(zip(MOMENTS, moments, strict=True)),
+                }
                 p.copy_(value)
         for put_back, given in random:
             put_back(*given)
