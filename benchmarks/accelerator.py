@@ -1,4 +1,5 @@
-"""One NVIDIA card checked and timed: `python -m benchmarks.accelerator [SUBJECT] [--quick]`, one line of JSON a part, minutes in all.
+"""One NVIDIA card checked and timed: `python -m benchmarks.accelerator [SUBJECT] [--quick]`, one line of JSON a part,
+minutes in all.
 
 SUBJECT is a checkpoint folder, a .gguf file or, by default, the embedded model. No other data is needed: the text is
 made up of random tokens. A part that fails says so in its line, the others go on, and the exit code is 1.
@@ -147,7 +148,8 @@ def loss_alone(subject: Subject, repeats: int) -> dict:
 
 
 def answers(subject: Subject, questions: int, batch: int, prompt: int, new: int) -> dict:
-    """Questions per second: looking at every token, running ahead step by step, and by recorded steps. No row ends early, which is the longest it can take."""
+    """Questions per second: looking at every token, running ahead step by step, and by recorded steps. No row ends
+    early, which is the longest it can take."""
     ids, mask = made_up(subject, questions, prompt), torch.ones(questions, prompt, dtype=torch.long)
     for row in range(questions):
         mask[row, : row % (prompt // 2)] = 0  # padding on the left
@@ -238,7 +240,8 @@ print("done", flush=True)
 
 
 def sharing(spec: str, counts: list[int], windows: int) -> dict:
-    """Perplexity at batch 4 by several processes on one card, each with its part of the memory: tokens per second of all together."""
+    """Perplexity at batch 4 by several processes on one card, each with its part of the memory: tokens per second of
+    all together."""
     rates = {}
     for count in counts:
         command = [sys.executable, "-c", CHILD, str(count), str(windows), spec]

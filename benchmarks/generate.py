@@ -1,4 +1,5 @@
-"""What it saves that a finished row leaves the batch: our loop against transformers' `generate`, on closed-book and open-book questions."""
+"""What it saves that a finished row leaves the batch: our loop against transformers' `generate`, on closed-book and
+open-book questions."""
 
 import statistics
 import time
@@ -12,7 +13,8 @@ from thesislib.sources.corpus import questions
 
 
 def leaving_against_generate(repeats: int = 3, batch: int = 16, new: int = 50) -> dict:
-    """Median seconds of one batch of each kind, in turns, and how many rows say the same (bfloat16 may round otherwise in a smaller batch)."""
+    """Median seconds of one batch of each kind, in turns, and how many rows say the same (bfloat16 may round otherwise
+    in a smaller batch)."""
     subject = load_subject(dtype="bfloat16")
     tokenizer, ends = subject.tokenizer, end_tokens(subject)
     config = GenerationConfig(
@@ -49,7 +51,11 @@ def leaving_against_generate(repeats: int = 3, batch: int = 16, new: int = 50) -
         ours_s, theirs_s = (statistics.median(column) for column in zip(*samples[1:], strict=True))
         same = sum(row == other[: len(row)] for row, other in zip(ours, theirs, strict=True))
         found[kind] = {
-            "ours_s": round(ours_s, 2), "generate_s": round(theirs_s, 2), "ratio": round(ours_s / theirs_s, 3), "same_rows": f"{same} of {batch}",
-            "prompt_tokens": ids.shape[1], "new_tokens": [min(map(len, ours)), int(statistics.median(map(len, ours))), max(map(len, ours))],
-        }  # fmt: skip
+            "ours_s": round(ours_s, 2),
+            "generate_s": round(theirs_s, 2),
+            "ratio": round(ours_s / theirs_s, 3),
+            "same_rows": f"{same} of {batch}",
+            "prompt_tokens": ids.shape[1],
+            "new_tokens": [min(map(len, ours)), int(statistics.median(map(len, ours))), max(map(len, ours))],
+        }
     return found

@@ -1,8 +1,9 @@
-"""GPTQ of the embedded model side by side with GPTQModel: the same 16 windows of 512, 4 bits, groups of 64, symmetric; seconds and perplexity.
+"""GPTQ of the embedded model side by side with GPTQModel: the same 16 windows of 512, 4 bits, groups of 64, symmetric;
+seconds and perplexity.
 
-Run it in the environment that CONTRIBUTING describes: `GPTQMODEL_CPU_WORKERS=2 python -m benchmarks.gptqmodel`. Ours is measured with
-GPTQModel's settings as far as they go (damping 0.05, no act-order, no clipping, tokens equal, sequential; its act_group_aware has no counterpart here)
-and with this study's defaults.
+Run it in the environment that CONTRIBUTING describes: `GPTQMODEL_CPU_WORKERS=2 python -m benchmarks.gptqmodel`. Ours is
+measured with GPTQModel's settings as far as they go (damping 0.05, no act-order, no clipping, tokens equal, sequential;
+its act_group_aware has no counterpart here) and with this study's defaults.
 """
 
 import importlib.util

@@ -1,4 +1,5 @@
-"""What packing costs in speed and saves in bytes: the embedded model masked 2:4, its linears packed, unpacked, and on sparse kernels."""
+"""What packing costs in speed and saves in bytes: the embedded model masked 2:4, its linears packed, unpacked, and on
+sparse kernels."""
 
 import statistics
 import tempfile
@@ -46,7 +47,8 @@ def tokens_per_second(subject: Subject) -> dict[str, float]:
 
 
 def packed_against_dense(dtype: str = "bfloat16", device: str = "cpu", repeats: int = 3) -> dict:
-    """Tokens per second (median, the kinds in turns) and bytes of a 2:4 model: dense, packed in memory, on sparse kernels."""
+    """Tokens per second (median, the kinds in turns) and bytes of a 2:4 model: dense, packed in memory, on sparse
+    kernels."""
     with tempfile.TemporaryDirectory() as folder:
         dense = masked_2_4(dtype, device)
         on_disk = {}

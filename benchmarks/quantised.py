@@ -1,4 +1,5 @@
-"""What 4 bits cost or save in speed: the embedded model rounded to an asymmetric grid in groups of 64, and dense, both as they are held."""
+"""What 4 bits cost or save in speed: the embedded model rounded to an asymmetric grid in groups of 64, and dense, both
+as they are held."""
 
 import statistics
 

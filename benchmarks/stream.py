@@ -1,4 +1,5 @@
-"""What the streaming engine and block ablation cost, and how much memory; run as a module for one peak: see benchmarks.__main__."""
+"""What the streaming engine and block ablation cost, and how much memory; run as a module for one peak: see
+benchmarks.__main__."""
 
 import argparse
 import json
@@ -36,7 +37,8 @@ def seconds(function) -> float:
 
 
 def wanda_against_bare_forward(repeats: int = 3) -> dict:
-    """A WANDA pass (statistics, masks, second run) over 8 windows of 512 against the model's own forward of the same tokens."""
+    """A WANDA pass (statistics, masks, second run) over 8 windows of 512 against the model's own forward of the same
+    tokens."""
     subject = load_subject(dtype="bfloat16")
     ids = calibration_windows(subject.tokenizer, "c4", "embedded", 8)
 
@@ -59,7 +61,8 @@ def wanda_against_bare_forward(repeats: int = 3) -> dict:
 
 
 def ablation_against_naive(repeats: int = 1) -> dict:
-    """Every one of the 30 blocks left out once over 4 windows of 512: activations shared, against one forward with loss for each."""
+    """Every one of the 30 blocks left out once over 4 windows of 512: activations shared, against one forward with loss
+    for each."""
     subject = load_subject(dtype="bfloat16")
     ids = calibration_windows(subject.tokenizer, "wikipedia", "embedded", 4)
     blocks = range(subject.depth)
@@ -92,8 +95,17 @@ def embedded_64_windows() -> dict:
 
 def one_billion(streamed: bool) -> dict:
     """Llama-3.2-1B's shapes with random weights, WANDA 2:4 over 16 windows of 512 in bfloat16."""
-    config = LlamaConfig(hidden_size=2048, num_hidden_layers=16, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8, head_dim=64,
-                         vocab_size=128_256, tie_word_embeddings=True, max_position_embeddings=4096)  # fmt: skip
+    config = LlamaConfig(
+        hidden_size=2048,
+        num_hidden_layers=16,
+        intermediate_size=8192,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        vocab_size=128_256,
+        tie_word_embeddings=True,
+        max_position_embeddings=4096,
+    )
     ids = torch.randint(0, config.vocab_size, (16, 512), generator=torch.Generator().manual_seed(0))
     if not streamed:
         torch.set_default_dtype(torch.bfloat16)
@@ -106,7 +118,8 @@ def one_billion(streamed: bool) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         # written by another process, whose memory does not count
         code = (
-            "import sys, torch; from transformers import LlamaConfig, LlamaForCausalLM; torch.set_default_dtype(torch.bfloat16);"
+            "import sys, torch; from transformers import LlamaConfig, LlamaForCausalLM; "
+            "torch.set_default_dtype(torch.bfloat16);"
             f"LlamaForCausalLM(LlamaConfig(**{config.to_diff_dict()!r})).save_pretrained(sys.argv[1])"
         )
         subprocess.run([sys.executable, "-c", code, f"{folder}/dense"], check=True, capture_output=True)

@@ -1,4 +1,5 @@
-"""How threads should wait: tokens per second of the bare forward pass on two threads, on a quiet machine and with one core kept busy.
+"""How threads should wait: tokens per second of the bare forward pass on two threads, on a quiet machine and with one
+core kept busy.
 
 Each way is a process of its own, in turns, since OpenMP reads its settings once.
 """

@@ -1,4 +1,5 @@
-"""Stand-ins that need no network: a tiny random model with a byte tokenizer, and the real ones where they can be had."""
+"""Stand-ins that need no network: a tiny random model with a byte tokenizer, and the real ones where they can be
+had."""
 
 import json
 import os

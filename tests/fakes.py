@@ -51,7 +51,8 @@ def accuracy(share, n=200, **changes):
 
 
 def processes():
-    """A context whose processes have everything imported already, so that a kill meets work and not imports, and none costs seconds."""
+    """A context whose processes have everything imported already, so that a kill meets work and not imports, and none
+    costs seconds."""
     context = multiprocessing.get_context("forkserver")
     llama = "transformers.models.llama."
     context.set_forkserver_preload(

@@ -1,5 +1,6 @@
 # ruff: noqa: E501 (a table)
-"""Calls that cannot work, over all commands: exit code 2, one line that says why, nothing on stdout, and no traceback. All of them together take seconds."""
+"""Calls that cannot work, over all commands: exit code 2, one line that says why, nothing on stdout, and no traceback.
+All of them together take seconds."""
 
 import json
 

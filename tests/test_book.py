@@ -89,8 +89,13 @@ def test_key_depends_on_the_records_that_a_chapter_reads_and_on_what_reads_them(
     (checkout / "thesislib" / "quiet.py").write_text("e = 1")
     key = cache_key(path, {}, checkout, reads=chapters_read)
     beside = checkout / "data" / "results" / "02_beside.json"
-    for file, changes in (("data/results/02_two.jsonl", True), ("data/results/02_beside.json", True), ("thesislib/unrelated.py", True),
-                          ("thesislib/quiet.py", False), ("data/results/04_four.jsonl", False)):  # fmt: skip
+    for file, changes in (
+        ("data/results/02_two.jsonl", True),
+        ("data/results/02_beside.json", True),
+        ("thesislib/unrelated.py", True),
+        ("thesislib/quiet.py", False),
+        ("data/results/04_four.jsonl", False),
+    ):
         before = (checkout / file).read_text() if (checkout / file).exists() else None
         (checkout / file).write_text("f = 1")
         assert (cache_key(path, {}, checkout, reads=chapters_read) != key) == changes, file
@@ -146,7 +151,10 @@ def test_the_kernel_dies_with_its_run(tmp_path):
         f"import os, pathlib\npathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\nx = 0\nwhile True: x += 1"
     ]
     nbformat.write(notebook(*cells), source)
-    code = f"from pathlib import Path; from thesislib.runner import execute; execute(Path({str(source)!r}), Path({str(tmp_path / 'out.ipynb')!r}), {{}})"
+    code = (
+        f"from pathlib import Path; from thesislib.runner import execute; execute(Path({str(source)!r}), "
+        f"Path({str(tmp_path / 'out.ipynb')!r}), {{}})"
+    )
     run = subprocess.Popen(
         [sys.executable, "-c", code],
         stdout=subprocess.DEVNULL,

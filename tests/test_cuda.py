@@ -101,7 +101,8 @@ def test_no_wait_within_a_batch(tiny):
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_answers_are_those_of_the_cpu(tiny, model_type, recwarn):
-    """float32, left-padded, rows that end at different steps; recorded steps and, for windows that slide, the other way."""
+    """float32, left-padded, rows that end at different steps; recorded steps and, for windows that slide, the other
+    way."""
     subject = tiny(model_type, layers=4, **({"sliding_window": 6} if model_type == "mistral" else {}))
     batch = subject.tokenizer(
         ["a", "What is the longest of these, by far?", "née", "x" * 40],

@@ -15,8 +15,8 @@ def test_the_readme_quotes_the_recorded_run_of_a_card():
     shares, rates = run["perplexity, bfloat16"]["batch 32"]["share_of_bare"], run["answers"]["questions_per_s"]
     text = " ".join((ROOT / "README.md").read_text("utf8").split())
     assert (
-        f"runs at {shares['now']} of the bare forward pass ({shares['before']} before), {rates['recorded']:.0f} questions"
-        in text
+        f"runs at {shares['now']} of the bare forward pass ({shares['before']} before), {rates['recorded']:.0f} "
+        "questions" in text
     )
     assert f"in a second ({rates['before']:.1f} before)" in text
 

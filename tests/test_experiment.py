@@ -1,4 +1,5 @@
-"""A configuration measured and noted, and the same once more from its record: what agrees, what does not, what is refused."""
+"""A configuration measured and noted, and the same once more from its record: what agrees, what does not, what is
+refused."""
 
 import dataclasses
 import json
@@ -300,7 +301,8 @@ def test_another_subject_is_refused(recorded, folder, other, data):
     ours, theirs = (load_subject(spec).fingerprint[:12] for spec in (folder, other))
     with pytest.raises(
         BadInput,
-        match=rf"began with tiny, fingerprint {ours}\.\.\.; '{other}' in float32 has {theirs}\.\.\.: name the record's subject",
+        match=rf"began with tiny, fingerprint {ours}\.\.\.; '{other}' in float32 has {theirs}\.\.\.: name the record's "
+        r"subject",
     ):
         again(recorded, other, data)
     with pytest.raises(BadInput, match=rf"fingerprint {ours}\.\.\.; .* in bfloat16 has (?!{ours})"):

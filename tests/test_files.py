@@ -434,18 +434,33 @@ def test_where_nothing_can_be_written_is_said(tmp_path, monkeypatch):
     )
     monkeypatch.chdir(tmp_path / "here" / "below")
     for path, message in {
-        ".": "is the current folder or above it", "..": "is the current folder or above it", "": "is the current folder or above it",
-        "/": "is the current folder or above it", tmp_path / "here": "is the current folder or above it", tmp_path / "mount": "is a mount point",
-        tmp_path / "full": "holds something", tmp_path / "full" / "notes": "a file stands there", tmp_path / "full" / "notes" / "x": "a file stands above",
-        tmp_path / "loop": "cannot be a folder or a file", "x" * 256: "File name too long", "a\0b": "null", "~nouser/x": "home", "/proc/x": "cannot be written",
-    }.items():  # fmt: skip
+        ".": "is the current folder or above it",
+        "..": "is the current folder or above it",
+        "": "is the current folder or above it",
+        "/": "is the current folder or above it",
+        tmp_path / "here": "is the current folder or above it",
+        tmp_path / "mount": "is a mount point",
+        tmp_path / "full": "holds something",
+        tmp_path / "full" / "notes": "a file stands there",
+        tmp_path / "full" / "notes" / "x": "a file stands above",
+        tmp_path / "loop": "cannot be a folder or a file",
+        "x" * 256: "File name too long",
+        "a\0b": "null",
+        "~nouser/x": "home",
+        "/proc/x": "cannot be written",
+    }.items():
         with pytest.raises(BadInput, match=message) as raised:
             free_folder(path)
         assert "\n" not in str(raised.value)
     for path, message in {
-        ".": "is a folder", tmp_path / "full": "is a folder: expected a file's name", "/dev/null": "is no ordinary file", "/proc/x": "cannot be written",
-        tmp_path / "loop": "cannot be", tmp_path / "full" / "notes" / "x": "a file stands above", "x" * 256: "File name too long",
-    }.items():  # fmt: skip
+        ".": "is a folder",
+        tmp_path / "full": "is a folder: expected a file's name",
+        "/dev/null": "is no ordinary file",
+        "/proc/x": "cannot be written",
+        tmp_path / "loop": "cannot be",
+        tmp_path / "full" / "notes" / "x": "a file stands above",
+        "x" * 256: "File name too long",
+    }.items():
         with pytest.raises(BadInput, match=message):
             free_file(path)
     assert open_folder(".") == tmp_path / "here" / "below" and open_folder(tmp_path / "mount") == tmp_path / "mount"

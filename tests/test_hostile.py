@@ -1,4 +1,5 @@
-"""Files that are far larger, deeper or more numerous than they may be: refused in one line, before memory is taken by what they say."""
+"""Files that are far larger, deeper or more numerous than they may be: refused in one line, before memory is taken by
+what they say."""
 
 import gzip
 import json

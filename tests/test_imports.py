@@ -77,8 +77,15 @@ def test_no_circles():
 
 def test_compress_and_evaluate_are_blind_to_each_other():
     """And then truly: not through a third either."""
-    blind = [("compress", "evaluate"), ("pipeline", "evaluate"), ("evaluate", "compress"), ("model", "records"), ("sources", "records"),
-             ("records", "compress"), ("records", "evaluate")]  # fmt: skip
+    blind = [
+        ("compress", "evaluate"),
+        ("pipeline", "evaluate"),
+        ("evaluate", "compress"),
+        ("model", "records"),
+        ("sources", "records"),
+        ("records", "compress"),
+        ("records", "evaluate"),
+    ]
     for one, other in blind:
         reached = {f.relative_to(PACKAGE).parts[0] for f in sources(m for m in MODULES if room(m) == one)}
         assert other not in reached

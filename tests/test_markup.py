@@ -1,4 +1,5 @@
-"""HTML, Markdown and formulas in names and records are shown as they were typed, wherever a page or a terminal shows them."""
+"""HTML, Markdown and formulas in names and records are shown as they were typed, wherever a page or a terminal shows
+them."""
 
 import dataclasses
 import json
@@ -25,9 +26,13 @@ from thesislib.records.store import Store
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = (
-    "<script>alert(1)</script>", "</script><script>alert(1)</script>", "<!--<script>", "<img src=x onerror=alert(1)>", "<https://x.org>", "&lt;b&gt; &#60;",
-    "[a](javascript:alert(1))", "![a](x.png)", "[a][b]", "*a* **b** _c_ __d__ e_f", "`code` ``more``", "a\\*b*", "{{ title }} {math}`x`", "$x^2$ and $$y$$",
-    "| a | b |", "~~gone~~", "# head", "> quote", "% comment", "(label)=", ":::{note}", "```{raw} html\n<script>1</script>\n```", "---", "a\n\n<b>b</b>", "a\\",
+    "<script>alert(1)</script>", "</script><script>alert(1)</script>", "<!--<script>", "<img src=x "
+        "onerror=alert(1)>", "<https://x.org>", "&lt;b&gt; &#60;",
+    "[a](javascript:alert(1))", "![a](x.png)", "[a][b]", "*a* **b** _c_ __d__ e_f", "`code` "
+        "``more``", "a\\*b*", "{{ "
+        "title }} {math}`x`", "$x^2$ and $$y$$",
+    "| a | b |", "~~gone~~", "# head", "> quote", "% comment", "(label)=", ":::{note}", "```{raw} "
+        "html\n<script>1</script>\n```", "---", "a\n\n<b>b</b>", "a\\",
 )  # fmt: skip
 
 

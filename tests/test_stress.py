@@ -1,4 +1,5 @@
-"""A small part of `make stress`: damage, kills and bad calls from a process of its own, which forks a child for each."""
+"""A small part of `make stress`: damage, kills and bad calls from a process of its own, which forks a child for
+each."""
 
 import json
 import os

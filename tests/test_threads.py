@@ -15,10 +15,14 @@ BEFORE_TORCH, AFTER = "import thesislib.cli", "import torch, thesislib"
 @pytest.mark.parametrize(
     ("code", "given", "expected"),
     [
-        (BEFORE_TORCH, {}, {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}), (AFTER, {}, {}),
-        *((BEFORE_TORCH, {name: value}, {name: value}) for name, value in zip(NAMES, ("active", "9", "5"), strict=True)),
+        (BEFORE_TORCH, {}, {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}),
+        (AFTER, {}, {}),
+        *(
+            (BEFORE_TORCH, {name: value}, {name: value})
+            for name, value in zip(NAMES, ("active", "9", "5"), strict=True)
+        ),
     ],
-)  # fmt: skip
+)
 def test_threads_spin_for_a_moment_unless_told_otherwise(code, given, expected):
     environment = {name: value for name, value in os.environ.items() if name not in NAMES} | given
     script = f"import os; {code}; print({{n: os.environ[n] for n in {NAMES} if n in os.environ}})"

@@ -31,7 +31,8 @@ def installed(tmp_path_factory):
     )
 
     def call(*commands):
-        """(exit code, stdout, stderr) of each command, all in one process: importing torch takes seconds. "data:" begins a file of the wheel's."""
+        """(exit code, stdout, stderr) of each command, all in one process: importing torch takes seconds. "data:"
+        begins a file of the wheel's."""
         code = f"""if True:
             import contextlib, io, json
             from thesislib import book, cli

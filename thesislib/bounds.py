@@ -1,4 +1,5 @@
-"""A checkpoint's config.json: sizes that no model has are refused before a module, or a list with an entry a block, is made."""
+"""A checkpoint's config.json: sizes that no model has are refused before a module, or a list with an entry a block, is
+made."""
 
 import json
 from collections.abc import Mapping
@@ -57,7 +58,8 @@ def check_sizes(plain: Mapping[str, Any], where: str = "config.json") -> None:
     heads, groups, width = (sizes.get(name) for name in ("num_attention_heads", "num_key_value_heads", "hidden_size"))
     if heads and groups and heads % groups:
         raise BadInput(
-            f"{where}: 'num_key_value_heads' is {groups}: expected a divisor of the {heads} heads in 'num_attention_heads'"
+            f"{where}: 'num_key_value_heads' is {groups}: expected a divisor of the {heads} heads in "
+            "'num_attention_heads'"
         )
     if heads and width and "head_dim" not in sizes and width % heads:
         raise BadInput(

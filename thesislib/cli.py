@@ -47,7 +47,8 @@ app = typer.Typer(cls=Commands, help="Compress a small language model step by st
 
 
 def _print_all() -> None:
-    """Let stdout and stderr take any text: what their encoding lacks as JSON's escapes, which leave a line of JSON the same.
+    """Let stdout and stderr take any text: what their encoding lacks as JSON's escapes, which leave a line of JSON the
+    same.
 
     A measurement of hours is not lost because a terminal knows ASCII only.
     """
@@ -182,7 +183,8 @@ def record(
         list[str] | None, typer.Option("-p", "--parameter", help="with --out: key=value, as often as needed")
     ] = None,
 ) -> None:
-    """Carry out a chapter's recorded run: what its record lacks is made. Run again it goes on; several processes share the work."""
+    """Carry out a chapter's recorded run: what its record lacks is made. Run again it goes on; several processes share
+    the work."""
     from thesislib.chapters import chapter_of
     from thesislib.chapters.record import parameters
     from thesislib.chapters.record import record as carry_out
@@ -274,8 +276,11 @@ def compress(
         folder = carry_out(subject, recipe, out, data=data, dtype=dtype, device=device, packed=not plain)
     made = read_json(folder / RECORD)
     sizes = made["sizes"]
-    typer.echo(f"{out}: {made['label']}, {sizes['parameters'] / 1e6:.1f} M parameters, {sizes['nonzero_parameters'] / 1e6:.1f} M of them not zero, "
-               f"{sizes['bytes_on_disk'] / 1e6:.1f} MB in {made['dtype']}, fingerprint {made['fingerprint']}")  # fmt: skip
+    typer.echo(
+        f"{out}: {made['label']}, {sizes['parameters'] / 1e6:.1f} M parameters, "
+        f"{sizes['nonzero_parameters'] / 1e6:.1f} M of them not zero, "
+        f"{sizes['bytes_on_disk'] / 1e6:.1f} MB in {made['dtype']}, fingerprint {made['fingerprint']}"
+    )
 
 
 @app.command()
@@ -316,7 +321,8 @@ def export(
         folder = export_gptq(loaded, place)
         beside = ", corrections as a PEFT adapter in adapter/" if (folder / "adapter").is_dir() else ""
         typer.echo(
-            f"{folder}: a GPTQ checkpoint of {loaded.name}, {_megabytes(folder):.1f} MB, what is not quantised in {held}{beside}"
+            f"{folder}: a GPTQ checkpoint of {loaded.name}, {_megabytes(folder):.1f} MB, what is not quantised "
+            f"in {held}{beside}"
         )
         return
     from thesislib.formats.gguf import export_gguf
@@ -369,7 +375,8 @@ def sweep(
     ] = "cpu",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only list what is missing")] = False,
 ) -> None:
-    """Measure a grid of configurations, or execute a notebook with many parameters. Run again, it does what is missing."""
+    """Measure a grid of configurations, or execute a notebook with many parameters. Run again, it does what is
+    missing."""
     from thesislib.chapters import parameters_of, reads
     from thesislib.formats.held import check_device, check_dtype
     from thesislib.notebooks import listed
@@ -393,8 +400,11 @@ def sweep(
             n for n in mine if (source := context.get_parameter_source(n)) is not None and source.name == "COMMANDLINE"
         ]
         if idle:
-            raise BadInput(f"with --chapter {', '.join('--' + ('with' if n == 'also' else n.replace('_', '-')) for n in idle)} would do nothing: "
-                           "a notebook takes its parameters by -p, such as -p subject=embedded")  # fmt: skip
+            raise BadInput(
+                f"with --chapter {', '.join('--' + ('with' if n == 'also' else n.replace('_', '-')) for n in idle)} "
+                "would do nothing: "
+                "a notebook takes its parameters by -p, such as -p subject=embedded"
+            )
         name, notebook = _notebook(chapter)
         axes = listed(notebook, map(_pair, parameter or []))
         table, failed = sweep_notebook(
@@ -452,7 +462,8 @@ def _is_artifact(subject: str) -> bool:
 
 
 def _held(subject: str, dtype: str | None, usual: str | None = None):
-    """A subject in the type given, else in its own; one that is no artifact, whose weights are packed as it keeps them, in its usual type, if there is one."""
+    """A subject in the type given, else in its own; one that is no artifact, whose weights are packed as it keeps them,
+    in its usual type, if there is one."""
     from thesislib.formats.held import check_dtype, own_dtype
     from thesislib.formats.load import load_subject
 
@@ -461,7 +472,8 @@ def _held(subject: str, dtype: str | None, usual: str | None = None):
 
 
 def _name(subject: str) -> str:
-    """What a subject's exports are called by default: its folder's or file's own name, also where the spec is '.' or ends in a slash."""
+    """What a subject's exports are called by default: its folder's or file's own name, also where the spec is '.' or
+    ends in a slash."""
     from thesislib.files import expanded, real
 
     if subject.startswith("hub:"):
@@ -491,7 +503,8 @@ def profile(
         bool, typer.Option("--json", help="one line of JSON, with the evidence of every number of the device")
     ] = False,
 ) -> None:
-    """Project a model onto a device: does it fit, how fast would it be, what would a token cost. Nothing is measured."""
+    """Project a model onto a device: does it fit, how fast would it be, what would a token cost. Nothing is
+    measured."""
     from thesislib.config import positive
     from thesislib.device import report
     from thesislib.device.hardware import device as read
@@ -521,7 +534,8 @@ def measure(
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="one line of JSON with every sample and provenance")] = False,
 ) -> None:
-    """Run a model in llama.cpp on this machine, one thread: time to first token, time per token, bytes. Measured, unlike `profile`."""
+    """Run a model in llama.cpp on this machine, one thread: time to first token, time per token, bytes. Measured,
+    unlike `profile`."""
     from thesislib.config import positive
     from thesislib.device import measured
     from thesislib.formats.gguf import TYPES
@@ -549,7 +563,8 @@ def emulate(
     jobs: Annotated[int, typer.Option(help="compilers at a time, the first time")] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="one line of JSON with every count and provenance")] = False,
 ) -> None:
-    """Run a model in llama.cpp on an emulated RISC-V: tokens and logits beside this machine's, instructions by class. No seconds."""
+    """Run a model in llama.cpp on an emulated RISC-V: tokens and logits beside this machine's, instructions by class.
+    No seconds."""
     from thesislib.config import positive
     from thesislib.device.emulate import readable, record
     from thesislib.formats.gguf import TYPES
@@ -583,7 +598,8 @@ def calibrate(
         found = read_device(temporary)
     bandwidth = found.tiers[0].read or 0.0
     typer.echo(
-        f"{out}: {found.title}, reads {bandwidth / 1e9:.1f} GB/s; `thesislib profile embedded --device {out}` projects onto it"
+        f"{out}: {found.title}, reads {bandwidth / 1e9:.1f} GB/s; `thesislib profile embedded --device {out}` "
+        "projects onto it"
     )
 
 
@@ -669,7 +685,8 @@ def records(
     if context.invoked_subcommand is not None:
         if store or label or task or metric or csv or as_json:
             raise BadInput(
-                f"options of the listing before '{context.invoked_subcommand}' would do nothing: expected its own behind it, see --help"
+                f"options of the listing before '{context.invoked_subcommand}' would do nothing: expected its "
+                "own behind it, see --help"
             )
         return
     from thesislib.records import store as stored
@@ -703,7 +720,8 @@ def verify(
         str | None, typer.Option(help="the model that it was held against; default the record's own")
     ] = None,
 ) -> None:
-    """Make a measurement again from its own record: does it agree within its stated tolerance? If not, the exit code is 1."""
+    """Make a measurement again from its own record: does it agree within its stated tolerance? If not, the exit code is
+    1."""
     from thesislib.experiment import again
     from thesislib.formats.held import check_device
     from thesislib.records import store as stored

@@ -23,9 +23,11 @@ LARGEST = {
 
 
 def settings(kind: type[T], namespace: Mapping[str, Any]) -> T:
-    """The parameters of a notebook as a `kind`: the values that a namespace (`globals()`) has under the names of its fields, the defaults of the rest.
+    """The parameters of a notebook as a `kind`: the values that a namespace (`globals()`) has under the names of its
+    fields, the defaults of the rest.
 
-    Other names are the notebook's own; a misspelt parameter is refused before a notebook runs (`thesislib.notebooks.check_names`).
+    Other names are the notebook's own; a misspelt parameter is refused before a notebook runs
+    (`thesislib.notebooks.check_names`).
 
     Raises:
         BadInput: a value of the wrong type, or one that its own check refuses.
@@ -45,7 +47,8 @@ def build(kind: type[T], values: Mapping[str, Any]) -> T:
     hints = {name: every[name] for name in fields_of(kind)}
     if not isinstance(values, Mapping):
         raise BadInput(
-            f"the settings of {kind.__name__} are {shown(values)}: expected a mapping, such as {{{next(iter(hints))}: value}}"
+            f"the settings of {kind.__name__} are {shown(values)}: expected a mapping, such as "
+            f"{{{next(iter(hints))}: value}}"
         )
     for name, value in values.items():
         if name not in hints:

@@ -1,4 +1,5 @@
-"""A configuration measured: stages carried out on a subject and the result measured; and the same once more from a record."""
+"""A configuration measured: stages carried out on a subject and the result measured; and the same once more from a
+record."""
 
 import dataclasses
 import hashlib
@@ -67,7 +68,8 @@ class Prepared:
 
     @cached_property
     def unpacked(self) -> Subject:
-        """The model with its packed weights unpacked once, the same numbers as at every use: one of 4 bits answers questions three times as fast."""
+        """The model with its packed weights unpacked once, the same numbers as at every use: one of 4 bits answers
+        questions three times as fast."""
         return (
             self.model.copy() if any(isinstance(m, ComputedLinear) for m in self.model.model.modules()) else self.model
         )
@@ -108,7 +110,8 @@ def prepare(subject: str, stages: Sequence, *, data: str, dtype: str = "bfloat16
 def described(
     m: Measurement, base: Subject | dict, data: str, stages: Sequence = (), label: str | None = None
 ) -> Measurement:
-    """A measurement of a subject that a chapter made by itself, noting what would make it again; its bytes were not counted.
+    """A measurement of a subject that a chapter made by itself, noting what would make it again; its bytes were not
+    counted.
 
     Args:
         m: made on the subject after `stages`, or under the plan in its provenance.
@@ -127,12 +130,14 @@ def described(
 
 
 def tolerance(m: Measurement) -> dict[str, float]:
-    """How far the same measurement may lie from this one on another machine: {"relative": share} or {"absolute": difference}.
+    """How far the same measurement may lie from this one on another machine: {"relative": share} or {"absolute":
+    difference}.
 
-    On the same processor with as many threads a record is made again to the last bit. Elsewhere matrix products add up in
-    another order: nothing to see in float32, some in bfloat16. Training, which follows its own rounding for hundreds of steps,
-    ends at another adapter, and GPTQ, which does so for hundreds of columns, at other codes (1.3 % of perplexity between one
-    thread and two). What a record states counts where it is more. Answers differ where two tokens were about equally likely.
+    On the same processor with as many threads a record is made again to the last bit. Elsewhere matrix products add up
+    in another order: nothing to see in float32, some in bfloat16. Training, which follows its own rounding for hundreds
+    of steps, ends at another adapter, and GPTQ, which does so for hundreds of columns, at other codes (1.3 % of
+    perplexity between one thread and two). What a record states counts where it is more. Answers differ where two
+    tokens were about equally likely.
     """
     made, stated = m.provenance, m.provenance.get("tolerance") or {}
     amplified = any(STAGES[word].amplifies for stage in m.stages for word in stage if word in STAGES)
@@ -146,8 +151,8 @@ def tolerance(m: Measurement) -> dict[str, float]:
 class Verdict:
     """A record beside the same measurement made again.
 
-    same_bits: the value is equal to the last bit. same_subject: so are the weights that were measured. agrees: the values lie
-    within the record's tolerance.
+    same_bits: the value is equal to the last bit. same_subject: so are the weights that were measured. agrees: the
+    values lie within the record's tolerance.
     """
 
     recorded: Measurement
@@ -203,7 +208,8 @@ def again(
         reference: a spec of the model that it was held against; by default the record's own.
 
     Raises:
-        BadInput: the subject, the reference or the text is another than the record's; stages or settings this version does not know.
+        BadInput: the subject, the reference or the text is another than the record's; stages or settings this version
+            does not know.
     """
     made, data = m.provenance, data or default_data()
     setup = setup_of(m)
@@ -217,8 +223,11 @@ def again(
     job = Job.prepare(subject, recipe_of(stages), data, made["dtype"], device)
     base = note.get("base", {}).get("fingerprint")
     if base is not None and job.base["fingerprint"] != base:
-        raise BadInput(f"the record began with {made['subject']}, fingerprint {base[:12]}...; '{subject}' in {made['dtype']} has "
-                       f"{job.base['fingerprint'][:12]}...: name the record's subject")  # fmt: skip
+        raise BadInput(
+            f"the record began with {made['subject']}, fingerprint {base[:12]}...; '{subject}' in {made['dtype']} "
+            "has "
+            f"{job.base['fingerprint'][:12]}...: name the record's subject"
+        )
     model, _ = job.after(len(stages))
     if made.get("plan") is not None and not stages:
         model = apply_plan(model, made["plan"])
@@ -227,14 +236,16 @@ def again(
         job.base["fingerprint"],
     )  # many plans are measured in one pass, under that of the whole
     if base is None and not same:  # measured directly, without `Prepared` or `described`
-        raise BadInput(f"the record is of {made['subject']}, fingerprint {made['fingerprint'][:12]}...; '{subject}' in {made['dtype']} has "
+        raise BadInput(f"the record is of {made['subject']}, fingerprint {made['fingerprint'][:12]}...; '{subject}' in "
+            f"{made['dtype']} has "
                        f"{model.fingerprint[:12]}...: name the record's subject")  # fmt: skip
     result = setup.measure(
         Prepared(model, {}).unpacked, data
     )  # as the record was: few rows of packed weights are multiplied by other kernels
     if [i["id"] for i in result.items] != [i["id"] for i in m.items]:
         raise BadInput(
-            f"data '{data}' gives {result.n} other items ({result.task}) than the record's {m.n} ({m.task}): name the data that it was made with"
+            f"data '{data}' gives {result.n} other items ({result.task}) than the record's {m.n} ({m.task}): "
+            "name the data that it was made with"
         )
     for key, now in (
         ("text_sha256", result.settings.get("text_sha256")),
@@ -243,16 +254,23 @@ def again(
         then = made["settings"].get(key, made.get(key))
         if then is not None and now is not None and then != now:
             raise BadInput(
-                f"data '{data}' has another text for {m.task} (sha256 {now[:12]}..., recorded {then[:12]}...): name the data that it was made with"
+                f"data '{data}' has another text for {m.task} (sha256 {now[:12]}..., recorded {then[:12]}...): "
+                "name the data that it was made with"
             )
     now, then = (x.settings.get("reference_fingerprint") for x in (result, m))
     if now != then:
-        raise BadInput(f"the record was held against a reference with fingerprint {str(then)[:12]}...; {shown(setup.reference)} has {str(now)[:12]}...: "
-                       "name the record's by --reference")  # fmt: skip
+        raise BadInput(
+            f"the record was held against a reference with fingerprint {str(then)[:12]}...; {shown(setup.reference)} "
+            f"has {str(now)[:12]}...: "
+            "name the record's by --reference"
+        )
     now, then = (x.settings.get("prompts_sha256") for x in (result, m))
     if then is not None and now != then:  # records made before prompts were hashed have none
-        raise BadInput(f"the questions are put in other words than the record's (sha256 of all prompts {str(now)[:12]}..., recorded {str(then)[:12]}...): "
-                       f"expected {made['subject']} with the tokenizer and chat template that it was measured with")  # fmt: skip
+        raise BadInput(
+            f"the questions are put in other words than the record's (sha256 of all prompts {str(now)[:12]}..., "
+            f"recorded {str(then)[:12]}...): "
+            f"expected {made['subject']} with the tokenizer and chat template that it was measured with"
+        )
     return Verdict(m, result, tolerance(m), same)
 
 

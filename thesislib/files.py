@@ -1,4 +1,5 @@
-"""Where files live, how one is written (to a temporary name first, renamed only when whole) and how one is known to be whole."""
+"""Where files live, how one is written (to a temporary name first, renamed only when whole) and how one is known to be
+whole."""
 
 import errno
 import functools
@@ -40,7 +41,8 @@ def expanded(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise BadInput(
-            f"'{path}': there is no such home folder: write the path out, or set HOME (the cache's place is THESISLIB_CACHE)"
+            f"'{path}': there is no such home folder: write the path out, or set HOME (the cache's place is "
+            "THESISLIB_CACHE)"
         ) from error
 
 
@@ -65,7 +67,8 @@ ROOT = (
 
 
 def shipped(name: str) -> Path:
-    """A file or folder of the project's that the package reads, e.g. "hw/devices": in a wheel inside the package, in a checkout beside it.
+    """A file or folder of the project's that the package reads, e.g. "hw/devices": in a wheel inside the package, in a
+    checkout beside it.
 
     Raises:
         BadInput: there is none of this name.
@@ -82,7 +85,8 @@ def data_file(name: str) -> Path:
 
 
 def check_checkout(what: str, root: Path = ROOT) -> None:
-    """Raises BadInput, which names `what`, unless `root` is a checkout of the project: an installed wheel has no notebooks and no book."""
+    """Raises BadInput, which names `what`, unless `root` is a checkout of the project: an installed wheel has no
+    notebooks and no book."""
     if not (root / "notebooks").is_dir() or not (root / "_toc.yml").is_file():
         raise BadInput(
             f"{what} needs a checkout of thesislib, with its notebooks/ and book/, and {root} is none: run it there"
@@ -90,7 +94,8 @@ def check_checkout(what: str, root: Path = ROOT) -> None:
 
 
 def check_ordinary(path: Path, most: int = LARGEST) -> None:
-    """Raises BadInput for what is no file (a pipe or a device has no end) or holds more bytes than `most`, before it is read; OSError if it is not there."""
+    """Raises BadInput for what is no file (a pipe or a device has no end) or holds more bytes than `most`, before it is
+    read; OSError if it is not there."""
     found = path.stat()
     if not stat.S_ISREG(found.st_mode):
         raise BadInput(f"{path} is no ordinary file")
@@ -132,7 +137,8 @@ def said(error: Exception, place: Path | str | None = None) -> Exception:
     where = getattr(error, "filename", None) or place or cache_dir()
     if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return BadInput(
-            f"the disk is full at {place or where}: free some space there or write elsewhere (the cache's place is THESISLIB_CACHE)"
+            f"the disk is full at {place or where}: free some space there or write elsewhere (the cache's place "
+            "is THESISLIB_CACHE)"
         )
     if code in (
         errno.EACCES,
@@ -167,7 +173,8 @@ def plain_errors(place: Path | str | None = None) -> Iterator[None]:
 
 
 def lock(path: Path) -> FileLock:
-    """The lock of a file or folder, in a file beside it; whoever may write there may take it, so that users can share a cache.
+    """The lock of a file or folder, in a file beside it; whoever may write there may take it, so that users can share a
+    cache.
 
     A killed process leaves no lock behind, only the empty file.
 
@@ -214,18 +221,20 @@ def free_folder(path: str | Path, replaces: str | None = None) -> Path:
         replaces: the file by which a folder is known that may be replaced, such as artifact.json.
 
     Raises:
-        BadInput: a file in the way, a folder that holds something else, a mount point, the current folder or one above it, a
-            place that cannot be written.
+        BadInput: a file in the way, a folder that holds something else, a mount point, the current folder or one above
+            it, a place that cannot be written.
     """
     folder = open_folder(path, above=True)
     if is_folder(folder):
         if Path.cwd().is_relative_to(folder):
             raise BadInput(
-                f"{path} is the current folder or above it, and would be replaced as a whole: expected a new folder's name"
+                f"{path} is the current folder or above it, and would be replaced as a whole: expected a new "
+                "folder's name"
             )
         if os.path.ismount(folder):
             raise BadInput(
-                f"{path} is a mount point, which cannot be replaced as a whole: expected a folder in it, such as {folder / 'new'}"
+                f"{path} is a mount point, which cannot be replaced as a whole: expected a folder in it, such as "
+                f"{folder / 'new'}"
             )
         held = os.listdir(folder)
         if held and (replaces is None or replaces not in held):
@@ -235,7 +244,8 @@ def free_folder(path: str | Path, replaces: str | None = None) -> Path:
 
 
 def open_folder(path: str | Path, above: bool = False) -> Path:
-    """Where files can be added to a folder, checked before any work: `path`, links followed. `above`: where it can be made anew, or replaced.
+    """Where files can be added to a folder, checked before any work: `path`, links followed. `above`: where it can be
+    made anew, or replaced.
 
     Raises:
         BadInput: a file in the way, a place that cannot be written.
@@ -248,7 +258,8 @@ def open_folder(path: str | Path, above: bool = False) -> Path:
 
 
 def free_file(path: str | Path, new: bool = False) -> Path:
-    """Where a file can be written, checked before any work: `path`, links followed. `new`: one that is there is not replaced.
+    """Where a file can be written, checked before any work: `path`, links followed. `new`: one that is there is not
+    replaced.
 
     Raises:
         BadInput: a folder or a device there, a file that is there already, a place that cannot be written.
@@ -258,7 +269,8 @@ def free_file(path: str | Path, new: bool = False) -> Path:
         raise BadInput(f"{path} is a folder: expected a file's name, such as {Path(path) / 'new'}")
     if file.exists() and (new or not file.is_file()):
         raise BadInput(
-            f"{path} cannot be written: {'it is there already' if file.is_file() else 'it is no ordinary file'}; expected a new file's name"
+            f"{path} cannot be written: {'it is there already' if file.is_file() else 'it is no ordinary file'}; "
+            "expected a new file's name"
         )
     if file.exists() and not os.access(file, os.W_OK):
         raise BadInput(f"{path} cannot be written: it is read-only; expected another file's name")
@@ -267,7 +279,8 @@ def free_file(path: str | Path, new: bool = False) -> Path:
 
 
 def _check_writable(folder: Path, path: str | Path) -> None:
-    """Raises BadInput unless a folder can be made in `folder`, or in the nearest one above that is there: tried, since modes do not say all."""
+    """Raises BadInput unless a folder can be made in `folder`, or in the nearest one above that is there: tried, since
+    modes do not say all."""
     above = next(place for place in (folder, *folder.parents) if place.exists())
     if not above.is_dir():
         raise BadInput(f"{path} cannot be written: {above} is a file")
@@ -308,8 +321,8 @@ def whole_folder(final: Path, alone: bool = False) -> Iterator[Path]:
 
     Args:
         final: links are followed.
-        alone: nobody else writes there now, as inside a lock: what any run has left is cleared, else only what one did of
-            which it is known that it ended.
+        alone: nobody else writes there now, as inside a lock: what any run has left is cleared, else only what one did
+            of which it is known that it ended.
 
     Raises:
         BadInput: the disk is full or cannot be written (said with the folder and the way out); nothing is left behind.
@@ -373,7 +386,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def clear_leftovers(final: Path, alone: bool = False) -> None:
-    """Remove what killed processes left of `final`; with `alone`, see `whole_folder`, whatever any has left, earlier versions too."""
+    """Remove what killed processes left of `final`; with `alone`, see `whole_folder`, whatever any has left, earlier
+    versions too."""
     own = re.compile(re.escape(f".{_short(final.name)}-") + r"([0-9a-f]{8})-(\d+)-[0-9a-f]{8}")
     earlier = re.compile(re.escape(f".{final.name}-") + r"[a-z0-9_]{8}")
     if not is_folder(final.parent):
@@ -410,11 +424,10 @@ def _temporary(final: Path) -> Path:
 def _short(name: str) -> str:
     """A name, or the beginning of a long one with a hash."""
     raw = os.fsencode(name)
-    return (
-        name
-        if len(raw) <= LONGEST
-        else f"{os.fsdecode(raw[: LONGEST - 20]).encode('ascii', 'ignore').decode()}-{hashlib.sha256(raw).hexdigest()[:16]}"
-    )
+    if len(raw) <= LONGEST:
+        return name
+    beginning = os.fsdecode(raw[: LONGEST - 20]).encode("ascii", "ignore").decode()
+    return f"{beginning}-{hashlib.sha256(raw).hexdigest()[:16]}"
 
 
 @functools.cache

@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parent
 
 
 def imported(code: str) -> set[str]:
-    """The modules of thesislib that a piece of code imports, and may: `from thesislib.a import b` names thesislib.a and thesislib.a.b.
+    """The modules of thesislib that a piece of code imports, and may: `from thesislib.a import b` names thesislib.a and
+    thesislib.a.b.
 
     `members("thesislib.a")` imports all of a folder, "thesislib.a.*" here.
 
@@ -37,7 +38,8 @@ def imported(code: str) -> set[str]:
 
 
 def members(package: str) -> list[ModuleType]:
-    """Every module of a folder of this package and of those in it, imported. Give its name as it is, not a variable: `imported` reads it."""
+    """Every module of a folder of this package and of those in it, imported. Give its name as it is, not a variable:
+    `imported` reads it."""
     return [import_module(m.name) for m in pkgutil.walk_packages(import_module(package).__path__, f"{package}.")]
 
 
@@ -47,7 +49,8 @@ def _imported_by(file: Path, _changed: int) -> frozenset[str]:
 
 
 def sources(names: Iterable[str], package: Path = PACKAGE) -> list[Path]:
-    """The files of modules, and of all that they import from this package, however far: what they compute depends on these alone.
+    """The files of modules, and of all that they import from this package, however far: what they compute depends on
+    these alone.
 
     Args:
         names: modules, e.g. "thesislib.compress.width".

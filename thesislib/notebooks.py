@@ -1,4 +1,5 @@
-"""A notebook's parameters before it runs: their defaults, what was given on the command line, and whether the chapter takes it."""
+"""A notebook's parameters before it runs: their defaults, what was given on the command line, and whether the chapter
+takes it."""
 
 import ast
 import json
@@ -52,7 +53,8 @@ def defaults(notebook: Path) -> dict[str, Any]:
                 lines = ast.parse(cell.source).body
             except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # ValueError: of a NUL
                 raise BadInput(
-                    f"the cell tagged '{TAG}' of {notebook} is not Python ({first_line(error)}): bring it back from a copy"
+                    f"the cell tagged '{TAG}' of {notebook} is not Python ({first_line(error)}): bring it back "
+                    "from a copy"
                 ) from error
             for line in lines:
                 if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
@@ -77,7 +79,8 @@ def check_names(notebook: Path, names: Iterable[str]) -> dict[str, Any]:
 
 
 def typed(notebook: Path, given: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Parameters as the command line gives them, key and text: the text as typed where the default is one, else what it says in YAML.
+    """Parameters as the command line gives them, key and text: the text as typed where the default is one, else what it
+    says in YAML.
 
     Raises:
         BadInput: a name that the notebook does not have or that is given twice, a text that is no YAML.
@@ -113,7 +116,8 @@ def listed(notebook: Path, given: Iterable[tuple[str, str]]) -> dict[str, list]:
 
 
 def texts(text: str) -> list[str]:
-    """What stands between commas, less spaces around it; whatever is in quotes from one comma to the next stands for itself.
+    """What stands between commas, less spaces around it; whatever is in quotes from one comma to the next stands for
+    itself.
 
     >>> texts('a: b, c # d,"e, f"')
     ['a: b', 'c # d', 'e, f']
@@ -134,7 +138,8 @@ def texts(text: str) -> list[str]:
 
 
 def ready(notebook: Path, given: Mapping[str, Any], kind: type | None = None) -> dict[str, Any]:
-    """The parameters given as the notebook can take them wherever it runs: paths are the user's, from where the command was typed.
+    """The parameters given as the notebook can take them wherever it runs: paths are the user's, from where the command
+    was typed.
 
     Args:
         notebook: the file.
@@ -142,8 +147,8 @@ def ready(notebook: Path, given: Mapping[str, Any], kind: type | None = None) ->
         kind: the class of its chapter's parameters; with `check_shape` it also says which subjects it takes.
 
     Raises:
-        BadInput: a name, type or value that the chapter does not take; a subject, data or device that is not there; a subject, in a folder, of
-            which what the chapter measures cannot be made. Nothing has run yet.
+        BadInput: a name, type or value that the chapter does not take; a subject, data or device that is not there; a
+            subject, in a folder, of which what the chapter measures cannot be made. Nothing has run yet.
     """
     known = check_names(notebook, given)
     found = {name: _in_full(value) if name in PATHS else value for name, value in given.items()}

@@ -1,4 +1,5 @@
-"""One notebook executed with papermill: what it depends on, whether it is as it was written, and the table that it shows."""
+"""One notebook executed with papermill: what it depends on, whether it is as it was written, and the table that it
+shows."""
 
 import hashlib
 import io
@@ -28,14 +29,16 @@ def chapters(root: Path = ROOT) -> dict[str, Path]:
 def cache_key(
     notebook: Path, parameters: Mapping[str, Any], root: Path = ROOT, *, reads: Mapping[str, str] | None = None
 ) -> str:
-    """sha256 over all that an executed notebook depends on: itself (code, prose and parameters cell, not its outputs), the parameters given, the
-    sources of thesislib that its cells import, directly or not, the data that it may read, and the lock file.
+    """sha256 over all that an executed notebook depends on: itself (code, prose and parameters cell, not its outputs),
+    the parameters given, the sources of thesislib that its cells import, directly or not, the data that it may read,
+    and the lock file.
 
     Args:
         notebook, parameters: what is executed.
         root: the checkout.
-        reads: {chapter: its module} of the chapters whose records it reads (see `thesislib.chapters.reads`). Of data/results the files of these
-            chapters' numbers and of its own count; a module counts too if a cell names its chapter, since that record is then read by it.
+        reads: {chapter: its module} of the chapters whose records it reads (see `thesislib.chapters.reads`). Of
+            data/results the files of these chapters' numbers and of its own count; a module counts too if a cell names
+            its chapter, since that record is then read by it.
     """
     cells = [(c.cell_type, c.source, dict(c.metadata)) for c in read_notebook(notebook).cells]
     code = "\n".join(source for kind, source, _ in cells if kind == "code")
@@ -74,7 +77,8 @@ def execute(notebook: Path, out: Path, parameters: Mapping[str, Any], kind: type
         out: where it is written.
 
     Raises:
-        BadInput: a parameter that it cannot take, before anything runs, or what a cell refused. RuntimeError: a cell raised, with its error.
+        BadInput: a parameter that it cannot take, before anything runs, or what a cell refused. RuntimeError: a cell
+            raised, with its error.
     """
     from papermill import execute_notebook
     from papermill.exceptions import PapermillExecutionError
@@ -119,7 +123,8 @@ def _checksum(plain: dict) -> str:
 
 
 def executed(name: str, notebook: Path, cache: Path, *, reads: Mapping[str, str] | None = None) -> Path:
-    """The notebook executed with its default parameters, from the cache if nothing it depends on has changed; see `cache_key`."""
+    """The notebook executed with its default parameters, from the cache if nothing it depends on has changed; see
+    `cache_key`."""
     out = cache / f"{name}-{cache_key(notebook, {}, reads=reads)[:16]}.ipynb"
     if intact(out):
         print(f"{name}: unchanged, not executed again", file=sys.stderr)

@@ -1,8 +1,9 @@
 """What plain data out of a file must look like, said in types, so that what is odd is named before it is used.
 
-A shape is one of: `str` (text that can be written), `int`, `float` (finite; an int fits), `bool`, `list`, `dict`, None; a tuple of shapes, one of which
-fits; [shape], a list of such; {str: shape}, such values under any names; {"name": shape, "name?": shape}, a dict with these
-fields, those with "?" optional, and any others; a compiled pattern, for a whole text; a function, for what is True of it.
+A shape is one of: `str` (text that can be written), `int`, `float` (finite; an int fits), `bool`, `list`, `dict`, None;
+a tuple of shapes, one of which fits; [shape], a list of such; {str: shape}, such values under any names; {"name":
+shape, "name?": shape}, a dict with these fields, those with "?" optional, and any others; a compiled pattern, for a
+whole text; a function, for what is True of it.
 """
 
 import math

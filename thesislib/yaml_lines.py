@@ -24,7 +24,8 @@ def compose(path: Path) -> yaml.Node:
     """The YAML document in a file, as nodes.
 
     Raises:
-        BadInput: no such file, not text, not YAML (with the line), empty, too large, nested too deeply, or with aliases.
+        BadInput: no such file, not text, not YAML (with the line), empty, too large, nested too deeply, or with
+            aliases.
     """
     if not is_file(path):
         raise BadInput(f"{path} is {'a folder' if path.is_dir() else 'not there'}: expected a .yaml file")
@@ -52,7 +53,8 @@ def _node(text: str, where: str | Path) -> yaml.Node | None:
             raise BadInput(f"{where}:{token.start_mark.line + 1}: nested more than {DEEPEST} deep")
         if isinstance(token, yaml.AliasToken):
             raise BadInput(
-                f"{where}:{token.start_mark.line + 1}: aliases such as '*{token.value}' are not understood: write the value out"
+                f"{where}:{token.start_mark.line + 1}: aliases such as '*{token.value}' are not understood: "
+                "write the value out"
             )
     return yaml.compose(text, yaml.BaseLoader)
 
@@ -84,7 +86,8 @@ def entries(
 
 
 def value(node: yaml.Node, path: Path) -> Any:
-    """What a node says. Plain texts are read as YAML 1.2 does: 1:8 is a text, not 68 as in YAML 1.1, and 1e-4 a number."""
+    """What a node says. Plain texts are read as YAML 1.2 does: 1:8 is a text, not 68 as in YAML 1.1, and 1e-4 a
+    number."""
     if node.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"):
         raise at(path, node, f"the tag '{node.tag}' is not understood: write the plain value")
     if isinstance(node, yaml.SequenceNode):

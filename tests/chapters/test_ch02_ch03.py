@@ -216,8 +216,8 @@ def test_sentences_of_width_turn_with_the_numbers():
     results |= {p.width("2:4", weighting="unit_norm"): loss(4.6)}
     said = width.halves_sentence(results, p)
     assert (
-        "2:4 is better than 1:2 (x 0.61, p < 0.001), 4:8 is better than 2:4 (x 0.61, p < 0.001), 8:16 is not told apart from 4:8"
-        in said
+        "2:4 is better than 1:2 (x 0.61, p < 0.001), 4:8 is better than 2:4 (x 0.61, p < 0.001), 8:16 is not "
+        "told apart from 4:8" in said
     )
     assert "below magnitude's for 1 of 2 patterns, above it for 0, not told apart for 1" in width.magnitude_sentence(
         results, p

@@ -1,4 +1,5 @@
-"""Chapter 4: what it measures on a tiny model, that a run killed goes on, and that its sentences turn with the numbers."""
+"""Chapter 4: what it measures on a tiny model, that a run killed goes on, and that its sentences turn with the
+numbers."""
 
 import pytest
 
@@ -21,9 +22,24 @@ def small(tiny, tiny_data, tmp_path_factory):
     patch.setenv("THESISLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
     folder = save_checkpoint(tiny(layers=8), tmp_path_factory.mktemp("subject") / "tiny")
     yield LoraChapter(
-        subject=str(folder), data=tiny_data, dtype="float32", pruned=["D1", "W2:4"], texts=["wikitext", "trivia"], steps=4, batch=2, length=64, rank=2,
-        validation=2, every=2, seeds=2, windows=4, questions=2, passages=2, tokens=4, learning_rate=1e-2,
-    )  # fmt: skip
+        subject=str(folder),
+        data=tiny_data,
+        dtype="float32",
+        pruned=["D1", "W2:4"],
+        texts=["wikitext", "trivia"],
+        steps=4,
+        batch=2,
+        length=64,
+        rank=2,
+        validation=2,
+        every=2,
+        seeds=2,
+        windows=4,
+        questions=2,
+        passages=2,
+        tokens=4,
+        learning_rate=1e-2,
+    )
     patch.undo()
 
 
@@ -41,10 +57,25 @@ def test_everything_is_measured_once(small, measured):
     assert len(found) == len(results)
     labels = {(c.label, c.seed) for c, what in results if what == PPL}
     assert labels == {
-        *((x, 0) for x in ("dense", "D1", "W2:4", "D1+W", "W2:4+W", "dense+W", "D1+T", "W2:4+T", "dense+T", "D1+W+W1:8", "D1+T+W1:8")),
+        *(
+            (x, 0)
+            for x in (
+                "dense",
+                "D1",
+                "W2:4",
+                "D1+W",
+                "W2:4+W",
+                "dense+W",
+                "D1+T",
+                "W2:4+T",
+                "dense+T",
+                "D1+W+W1:8",
+                "D1+T+W1:8",
+            )
+        ),
         *((f"W2:4+{x}-{way}", 0) for x in "WT" for way in ("masked", "dense")),
         ("D1+W", 1),
-    }  # fmt: skip
+    }
     assert {what for c, what in results if c == Configuration("D1", "wikitext")} == {PPL, CLOSED, OPEN}
     assert {what for c, what in results if c.seed == 1} == {PPL}
     assert (
@@ -121,9 +152,14 @@ def test_what_the_chapter_refuses():
 def loss(per_token, seed=0, **settings):
     """A made-up perplexity over 24 documents."""
     report = {
-        "curve": [{"step": 1, "loss": 3.0}], "validation": [{"step": 0, "loss": 3.5}, {"step": 4, "loss": 3.0}], "best_loss": 3.0, "best_step": 4,
-        "tokens": 1000, "parameters": 10**6, "tokens_per_second": 100.0,
-    }  # fmt: skip
+        "curve": [{"step": 1, "loss": 3.0}],
+        "validation": [{"step": 0, "loss": 3.5}, {"step": 4, "loss": 3.0}],
+        "best_loss": 3.0,
+        "best_step": 4,
+        "tokens": 1000,
+        "parameters": 10**6,
+        "tokens_per_second": 100.0,
+    }
     made = {
         "reports": [report],
         "bytes": {"parameters": 10, "nonzero_parameters": 8, "bytes_on_disk": 10**6},
@@ -134,18 +170,39 @@ def loss(per_token, seed=0, **settings):
 
 @pytest.fixture
 def story():
-    """Pruning costs 0.7 nats in D2 and 1 in W2:4; training wins back 0.6 and 0.8, of which the control gains 0.2 by itself."""
+    """Pruning costs 0.7 nats in D2 and 1 in W2:4; training wins back 0.6 and 0.8, of which the control gains 0.2 by
+    itself."""
     C = Configuration
     found = {
-        C("dense"): 3.3, C("D2"): 4.0, C("W2:4"): 4.3, C("D2", "wikitext"): 3.4, C("W2:4", "wikitext"): 3.5, C("dense", "wikitext"): 3.1,
-        C("D2", "trivia"): 3.9, C("W2:4", "trivia"): 4.2, C("dense", "trivia"): 3.3, C("W2:4", "wikitext", merge="masked"): 3.6,
-        C("W2:4", "wikitext", merge="dense"): 3.5, C("W2:4", "trivia", merge="masked"): 4.25, C("W2:4", "trivia", merge="dense"): 4.2,
-        C("D2+W1:8"): 4.1, C("D2+W1:8", "wikitext"): 3.5, C("D2", "wikitext", after="W1:8"): 3.7, C("D2", "wikitext", seed=1): 3.42,
-        C("D2+W1:8", "wikitext", merge="masked"): 3.5, C("D2+W1:8", "wikitext", merge="dense"): 3.5,
-    }  # fmt: skip
+        C("dense"): 3.3,
+        C("D2"): 4.0,
+        C("W2:4"): 4.3,
+        C("D2", "wikitext"): 3.4,
+        C("W2:4", "wikitext"): 3.5,
+        C("dense", "wikitext"): 3.1,
+        C("D2", "trivia"): 3.9,
+        C("W2:4", "trivia"): 4.2,
+        C("dense", "trivia"): 3.3,
+        C("W2:4", "wikitext", merge="masked"): 3.6,
+        C("W2:4", "wikitext", merge="dense"): 3.5,
+        C("W2:4", "trivia", merge="masked"): 4.25,
+        C("W2:4", "trivia", merge="dense"): 4.2,
+        C("D2+W1:8"): 4.1,
+        C("D2+W1:8", "wikitext"): 3.5,
+        C("D2", "wikitext", after="W1:8"): 3.7,
+        C("D2", "wikitext", seed=1): 3.42,
+        C("D2+W1:8", "wikitext", merge="masked"): 3.5,
+        C("D2+W1:8", "wikitext", merge="dense"): 3.5,
+    }
     results = {(c, PPL): loss(x, seed) for seed, (c, x) in enumerate(found.items())}
-    for c, share in ((C("dense"), 0.3), (C("D2"), 0.1), (C("D2", "wikitext"), 0.25), (C("D2", "trivia"), 0.15), (C("dense", "wikitext"), 0.3),
-                     (C("dense", "trivia"), 0.31)):  # fmt: skip
+    for c, share in (
+        (C("dense"), 0.3),
+        (C("D2"), 0.1),
+        (C("D2", "wikitext"), 0.25),
+        (C("D2", "trivia"), 0.15),
+        (C("dense", "wikitext"), 0.3),
+        (C("dense", "trivia"), 0.31),
+    ):
         results[c, CLOSED] = accuracy(share)
         results[c, OPEN] = accuracy(share + 0.3)
     return results

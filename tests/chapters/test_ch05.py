@@ -266,7 +266,8 @@ def test_what_is_measured_directly(small, tiny):
     shares = gptq.sink_shares(small, windows=3)
     assert len(shares) == 21 and all(0 < v < 0.5 for v in shares.values())  # one token of 64 in a random model
     assert quantisation.sink_sentence({"blocks.0.v_proj": 0.05, "blocks.28.down_proj": 0.8}, 64) == (
-        "The first of 64 tokens makes 80% of the trace of block 28's down_proj, its largest share, and over 10% at 1 of 2 projections; "
+        "The first of 64 tokens makes 80% of the trace of block 28's down_proj, its largest share, and over 10% "
+        "at 1 of 2 projections; "
         "at v_proj it makes 5.0% to 5.0%."
     )
     subject = tiny(hidden_size=64)
@@ -329,13 +330,20 @@ def test_names_are_for_readers_only(monkeypatch):
     """Whatever models are called, the same numbers are compared."""
     record, p, q = recorded("05_quantisation"), gptq.recorded_parameters(), gptq.ablation_parameters()
     said = [
-        lambda: quantisation.kinds_sentence(record, q), lambda: quantisation.worth_sentence(record, q), lambda: quantisation.bytes_sentence(record, p),
-        lambda: quantisation.more_sentence(record, p), lambda: quantisation.starts_sentence(record, q), lambda: quantisation.pruned_sentence(record, q),
-        lambda: quantisation.shapes_table(record, q).to_csv(), lambda: quantisation.starts_table(record, q).to_csv(),
-        lambda: quantisation.sizes_and_losses(record).to_csv(), lambda: quantisation.bars_table(record, p).to_csv(index=False),
-        lambda: quantisation.compensation_table(record, q).to_csv(index=False), lambda: quantisation.headline(record),
+        lambda: quantisation.kinds_sentence(record, q),
+        lambda: quantisation.worth_sentence(record, q),
+        lambda: quantisation.bytes_sentence(record, p),
+        lambda: quantisation.more_sentence(record, p),
+        lambda: quantisation.starts_sentence(record, q),
+        lambda: quantisation.pruned_sentence(record, q),
+        lambda: quantisation.shapes_table(record, q).to_csv(),
+        lambda: quantisation.starts_table(record, q).to_csv(),
+        lambda: quantisation.sizes_and_losses(record).to_csv(),
+        lambda: quantisation.bars_table(record, p).to_csv(index=False),
+        lambda: quantisation.compensation_table(record, q).to_csv(index=False),
+        lambda: quantisation.headline(record),
         lambda: sorted(c.p for c in quantisation.method_comparisons(record, quantisation.table(p), HELD_OUT).values()),
-    ]  # fmt: skip
+    ]
     before = [say() for say in said]
     for name in ("compensations", "kinds", "more", "pruned", "ranks", "shapes", "starts", "table", "without"):
         make = getattr(gptq, name)

@@ -37,9 +37,19 @@ def answers(share, megabytes, n=100):
 
 @pytest.fixture
 def story():
-    """D2 and W1:8 cost 0.3 and 0.1 nats, together 0.6; training gives 0.2 back, 4 bits cost 0.05, of which EoRA gives 0.02."""
-    nats = {"dense": (3.0, 270), "D2": (3.3, 250), "W1:8": (3.1, 265), "D2+W1:8": (3.6, 240), "W": (2.9, 271), "D2+W": (3.1, 251),
-            "D2+W1:8+W": (3.4, 241), "D2+W+Q": (3.15, 110), "D2+W+Q+E": (3.13, 130)}  # fmt: skip
+    """D2 and W1:8 cost 0.3 and 0.1 nats, together 0.6; training gives 0.2 back, 4 bits cost 0.05, of which EoRA gives
+    0.02."""
+    nats = {
+        "dense": (3.0, 270),
+        "D2": (3.3, 250),
+        "W1:8": (3.1, 265),
+        "D2+W1:8": (3.6, 240),
+        "W": (2.9, 271),
+        "D2+W": (3.1, 251),
+        "D2+W1:8+W": (3.4, 241),
+        "D2+W+Q": (3.15, 110),
+        "D2+W+Q+E": (3.13, 130),
+    }
     found = {(label, PPL): ppl(x, mb, seed) for seed, (label, (x, mb)) in enumerate(nats.items())}
     return found | {("dense", OPEN): answers(0.6, 270), ("D2", OPEN): answers(0.3, 250)}
 
@@ -98,8 +108,16 @@ def test_depth_and_width_together_cost_more_than_their_sum(story):
 
 def test_steps_go_from_the_model_before(story):
     found = {(a, b): c for _, a, b, c in evaluation.steps(story)}
-    assert set(found) == {("dense", "D2"), ("dense", "W1:8"), ("D2", "D2+W1:8"), ("dense", "W"), ("D2", "D2+W"), ("D2+W1:8", "D2+W1:8+W"), ("D2+W", "D2+W+Q"),
-                          ("D2+W+Q", "D2+W+Q+E")}  # fmt: skip
+    assert set(found) == {
+        ("dense", "D2"),
+        ("dense", "W1:8"),
+        ("D2", "D2+W1:8"),
+        ("dense", "W"),
+        ("D2", "D2+W"),
+        ("D2+W1:8", "D2+W1:8+W"),
+        ("D2+W", "D2+W+Q"),
+        ("D2+W+Q", "D2+W+Q+E"),
+    }
     assert found["D2+W", "D2+W+Q"].difference == pytest.approx(0.05, abs=0.01)
     table = evaluation.stage_table(story)
     trained = table.loc["+ LoRA"]
@@ -132,8 +150,8 @@ def test_findings_turn_with_the_records(story):
     )
     said = evaluation.top_findings(story)[1]
     assert (
-        "Of 2 pruned models trained on WikiText 0 end with a perplexity told apart below the untrained dense model's, 0 below that of"
-        in said
+        "Of 2 pruned models trained on WikiText 0 end with a perplexity told apart below the untrained dense "
+        "model's, 0 below that of" in said
     )
     better = {**story, ("D2+W", PPL): ppl(2.7, 251, 9)}
     assert (

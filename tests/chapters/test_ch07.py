@@ -1,4 +1,5 @@
-"""Chapter 7: its stand-ins, tables and sentences, from small made-up records, and the committed record against its bars."""
+"""Chapter 7: its stand-ins, tables and sentences, from small made-up records, and the committed record against its
+bars."""
 
 import json
 

@@ -1,4 +1,5 @@
-"""What a chapter is: its recorded run is what was recorded, is gone on with, and a new one is found by its file's name."""
+"""What a chapter is: its recorded run is what was recorded, is gone on with, and a new one is found by its file's
+name."""
 
 import dataclasses
 import json
@@ -188,7 +189,8 @@ def test_rows_of_another_subject_other_data_or_other_parameters_are_not_added_to
     assert record(chapter, dataclasses.replace(p, subject=str(other)), tmp_path / "elsewhere", limit=1).added == 1
     with pytest.raises(
         BadInput,
-        match=r"has a row, .* \(dense, perplexity, n = 3\), that this run does not make: expected the chapter and the parameters",
+        match=r"has a row, .* \(dense, perplexity, n = 3\), that this run does not make: expected the chapter and the "
+        r"parameters",
     ):
         record(chapter, dataclasses.replace(p, windows=2), tmp_path)
     for suffix in ("jsonl", "items.gz"):
@@ -286,8 +288,8 @@ class Counting:
 def parts(p, file):
     def make(missing, keep):
         for (label,) in missing:
-            keep(Measurement(task="counting", metric="count", value=float(p.n), low=0.0, high=9.0, n=1, unit="item", items=[{"id": 0}],
-                             provenance={"made": {"label": label}, "dtype": "float32"}))
+            keep(Measurement(task="counting", metric="count", value=float(p.n), low=0.0, high=9.0, n=1, unit="item",
+                             items=[{"id": 0}], provenance={"made": {"label": label}, "dtype": "float32"}))
     return [Part(label, {(label,): 1}, make) for label in ("one", "two")]
 
 def headline(rows):
@@ -297,7 +299,8 @@ def read(path):
     from thesislib.records.store import Store
     return list(Store(path).rows().values())
 
-CHAPTER = Chapter("42_counting", "counting", Counting, parts, lambda m: (m.provenance["made"]["label"],), read, headline, {"n": 5},
+CHAPTER = Chapter("42_counting", "counting", Counting, parts, lambda m: (m.provenance["made"]["label"],), read,
+                  headline, {"n": 5},
                   claims=lambda rows: (("counted " + m.provenance["made"]["label"], "count", m) for m in rows))
 '''
 

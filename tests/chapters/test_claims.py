@@ -143,9 +143,12 @@ def test_the_larger_measurement_of_a_pair_is_taken_where_both_have_it():
 def test_every_claim_is_shown_where_it_says():
     for claim in CLAIMS:
         headings = [
-            make_id(line.lstrip("# ")) for cell in nbformat.read(chapters()[claim.page], 4).cells if cell.cell_type == "markdown"
-            for line in cell.source.splitlines() if line.startswith("#")
-        ]  # fmt: skip
+            make_id(line.lstrip("# "))
+            for cell in nbformat.read(chapters()[claim.page], 4).cells
+            if cell.cell_type == "markdown"
+            for line in cell.source.splitlines()
+            if line.startswith("#")
+        ]
         assert claim.anchor in headings, f"{claim.page} has {headings}"
 
 

@@ -253,7 +253,8 @@ def test_taylor_on_weights_without_gradients(tiny):
     for subject in (pack_all(pruned), quantised):
         with pytest.raises(
             BadInput,
-            match="metric 'taylor' needs gradients, which packed or quantised weights do not carry: use perplexity, influence or magnitude",
+            match="metric 'taylor' needs gradients, which packed or quantised weights do not carry: use perplexity, "
+            "influence or magnitude",
         ):
             importance(subject, IDS, "taylor")
         assert set(importance(subject, IDS, "magnitude")) == {0, 1}

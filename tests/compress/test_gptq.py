@@ -36,7 +36,8 @@ def problem(rows=24, columns=96, tokens=400, seed=0):
 
 def gptq_by_elimination(w, h, bits, group, act_order="none", damping=0.01, pruned=None, stale=0):
     """OBQ with a fixed order in float64 numpy: after each column its row and column leave the inverse by a Gaussian
-    step. Symmetric, no clipping. `stale` reads grids from weights as they were at the last multiple of that many columns."""
+    step. Symmetric, no clipping. `stale` reads grids from weights as they were at the last multiple of that many
+    columns."""
     w, h = w.double().numpy().copy(), h.double().numpy()
     columns = w.shape[1]
     before, top = w.copy(), 2 ** (bits - 1)
@@ -99,7 +100,8 @@ def test_groups_inside_a_block_see_corrected_weights_unlike_the_papers_code():
 
 
 def test_more_settings_than_the_reference_has():
-    """Asymmetric grids and clipping use the grid's own, tested, code; here: they matter, and errors stay below rounding's."""
+    """Asymmetric grids and clipping use the grid's own, tested, code; here: they matter, and errors stay below
+    rounding's."""
     w, h = problem()
     for kind in ("symmetric", "asymmetric", "minimum"):
         for clip in ("none", "squared", "weighted"):
@@ -196,7 +198,8 @@ def test_statistics_that_say_nothing():
     w, h = problem()
     with pytest.raises(
         BadInput,
-        match="block 1's q_proj saw no tokens: all its inputs are zero on the calibration text; leave it out with 'linears'",
+        match="block 1's q_proj saw no tokens: all its inputs are zero on the calibration text; leave it out with "
+        "'linears'",
     ):
         gptq(w, torch.zeros_like(h), Grid(4, 32), where="block 1's q_proj")
     h[3, 5] = torch.nan

@@ -143,7 +143,8 @@ def test_all_zero_inputs_are_named_and_compared_by_magnitude(tiny):
     subject.linears(1)["v_proj"].weight.data.zero_()  # so nothing reaches o_proj
     with pytest.warns(
         UserWarning,
-        match="all inputs of block 1's o_proj are zero on the calibration text: its weights are compared by magnitude alone",
+        match="all inputs of block 1's o_proj are zero on the calibration text: its weights are compared by magnitude "
+        "alone",
     ):
         pruned, report = Width(2, 4).apply(subject)
     assert report["compared by magnitude"] == ["blocks.1.o_proj"]
@@ -161,7 +162,8 @@ def test_inputs_that_are_not_finite(tiny):
 def test_rows_that_the_pattern_does_not_divide(tiny):
     with pytest.raises(
         BadInput,
-        match="pattern 1:7 does not fit q_proj: its rows have 32 inputs, which 7 does not divide; all rows of this model are multiples of 2, 4, 8, 16, 32",
+        match="pattern 1:7 does not fit q_proj: its rows have 32 inputs, which 7 does not divide; all rows of this "
+        "model are multiples of 2, 4, 8, 16, 32",
     ):
         Width(1, 7).apply(tiny())
 

@@ -1,4 +1,5 @@
-"""Devices read, costs counted, models placed and timed: against sums by hand, and against figures that others published."""
+"""Devices read, costs counted, models placed and timed: against sums by hand, and against figures that others
+published."""
 
 import json
 from dataclasses import replace
@@ -242,7 +243,8 @@ def test_what_is_not_known_is_named(tiny):
 
 
 def test_a_weight_is_computed_in_what_it_is_held_in(tiny, tmp_path):
-    """Floating types as they are, codes of any bits as int8, attention as the norms; packed and corrected weights as the weights themselves."""
+    """Floating types as they are, codes of any bits as int8, attention as the norms; packed and corrected weights as
+    the weights themselves."""
     halves = tiny()
     halves.model.bfloat16()
     assert (
@@ -276,7 +278,8 @@ def test_a_sketch_costs_what_its_subject_does(tiny):
 
 
 def test_another_size_is_that_of_the_model_made_so(tiny, tmp_path):
-    """Bytes of sketches against those of models that were really cut, pruned and packed, or quantised (4 bits and 16 a group of 32: 4.5)."""
+    """Bytes of sketches against those of models that were really cut, pruned and packed, or quantised (4 bits and 16 a
+    group of 32: 4.5)."""
     subject = tiny()
     assert distinct_bytes(resized(subject, blocks=2).weights) == distinct_bytes(stored(apply_plan(subject, [0, 1])))
     pruned, _ = Width(remove=2, of=4, metric="magnitude").apply(subject, data="embedded", work=tmp_path)
@@ -296,7 +299,8 @@ def test_another_size_is_that_of_the_model_made_so(tiny, tmp_path):
         next(w for w in resized(subject, bits=2, pattern="1:16").weights if "proj" in w.name).bytes == 32 * 32 * 2 / 8
     )  # packed would be 2.125 bits
     for wrong, message in (
-        ({"blocks": 0}, "0 blocks: expected 1 to 6"), ({"blocks": 7}, "expected 1 to 6"), ({"bits": 0}, "bits 0: expected"),
+        ({"blocks": 0}, "0 blocks: expected 1 to 6"), ({"blocks": 7}, "expected 1 to 6"), ({"bits": 0}, "bits 0: "
+            "expected"),
         ({"table": 64}, "table 64: expected"), ({"pattern": "2:2"}, "removes 2 of 2"),
     ):  # fmt: skip
         with pytest.raises(BadInput, match=message):
@@ -399,7 +403,8 @@ FOUR = Sketch(
 
 
 def test_what_fits_by_hand():
-    """Four blocks of 1,000 weights and a tied table of 600 bytes, into 2,600: a block is 2,000 bytes at 16 bits, 1,000 at 8, 500 at 4.
+    """Four blocks of 1,000 weights and a tied table of 600 bytes, into 2,600: a block is 2,000 bytes at 16 bits, 1,000
+    at 8, 500 at 4.
 
     W2:4 packed takes (2 b + 3) / 4 bits: 8.75, 4.75 and 2.75, so 1,094, 594 and 344 bytes.
     """
@@ -472,7 +477,8 @@ def test_time_is_the_larger_of_arithmetic_and_traffic(tiny):
 
 
 def test_arithmetic_goes_at_the_rate_of_the_precision(tiny):
-    """int8 four times as fast as float32: the linears of a quantised model gain it, attention, which stays floating, does not."""
+    """int8 four times as fast as float32: the linears of a quantised model gain it, attention, which stays floating,
+    does not."""
     subject, memory = tiny(), [(1e9, 1e12, None, True)]
     engines = (
         Engine("f", 1e6, rates(10, 10, ("float32",)), None, None),
@@ -518,7 +524,8 @@ def test_a_rate_that_is_not_known_is_taken_from_the_nearest_precision_and_named(
 
 
 def test_rates_are_half_the_published_operations():
-    """FLOPS and OPS count two a MAC: K1 256 GFLOPS FP32 and 2.05 TOPS INT8, GAP9 150.8 GOPS, Pi 4 57.6 and Pi 5 153.6 GFLOPS."""
+    """FLOPS and OPS count two a MAC: K1 256 GFLOPS FP32 and 2.05 TOPS INT8, GAP9 150.8 GOPS, Pi 4 57.6 and Pi 5 153.6
+    GFLOPS."""
     k1, gap9, pi4, pi5 = map(device, ("k1", "gap9", "pi4", "pi5"))
     assert 2 * k1.rate("gemm", "float32")[0] == pytest.approx(256e9) and 2 * k1.rate("gemm", "int8")[
         0
@@ -532,11 +539,13 @@ def test_rates_are_half_the_published_operations():
 
 
 def test_what_each_lever_buys_by_hand():
-    """1e4 bytes a second, 4 blocks of 2,000 bytes and a head of 600: 8,600 bytes and one row of the table, all of it, a token."""
+    """1e4 bytes a second, 4 blocks of 2,000 bytes and a head of 600: 8,600 bytes and one row of the table, all of it, a
+    token."""
     d = made([(1e9, 1e4, None, True)], gemv=1e9, gemm=1e9)
     found = what_each_buys(FOUR, d, depths=(0.5, 0.1), patterns=("2:4",), bits=(8,)).set_index("setting")
     assert found.ceiling.to_dict() == pytest.approx({
-        "": 1e4 / 9200, "2 of 4 blocks": 1e4 / 5200, "1 of 4 blocks": 1e4 / 3200, "2:4 as zeros": 1e4 / 9200, "2:4 packed": 1e4 / 5576, "8 bits": 1e4 / 5200,
+        "": 1e4 / 9200, "2 of 4 blocks": 1e4 / 5200, "1 of 4 blocks": 1e4 / 3200, "2:4 as zeros": 1e4 / 9200, "2:4 "
+            "packed": 1e4 / 5576, "8 bits": 1e4 / 5200,
     })  # fmt: skip
     assert (found.high == found.ceiling).all() and found.low.to_numpy() == pytest.approx(
         found.ceiling / 2

@@ -1,4 +1,5 @@
-"""Emulation: what is counted and compared, and, where it was asked for and the tools are there, the whole of it on a tiny model."""
+"""Emulation: what is counted and compared, and, where it was asked for and the tools are there, the whole of it on a
+tiny model."""
 
 import json
 import os
@@ -38,7 +39,8 @@ RECORD = ROOT / "data" / "results" / "07_emulated.json"
 
 @pytest.fixture
 def known_tokenizer(monkeypatch):
-    """The tests' tokenizer cuts nothing, which llama.cpp has no name for, and merges nothing, which it does not load."""
+    """The tests' tokenizer cuts nothing, which llama.cpp has no name for, and merges nothing, which it does not
+    load."""
     monkeypatch.setattr("thesislib.formats.gguf.pre_tokenizer", lambda raw: "gpt-2")
     write = gguf.GGUFWriter.add_token_merges
     monkeypatch.setattr("gguf.GGUFWriter.add_token_merges", lambda writer, merges: write(writer, merges or ["a b"]))
@@ -162,7 +164,8 @@ def test_every_instruction_is_in_its_class(tmp_path):
         ["qemu-riscv64", "-plugin", "./count.so", "./program"], cwd=tmp_path, check=True, capture_output=True, text=True
     )
     _, (found,) = counted(done.stderr)
-    # three rounds; besides, in each: lla (two integers), what counts down and the loop's branch; then the second mark's li, li and call
+    # three rounds; besides, in each: lla (two integers), what counts down and the loop's branch; then the second mark's
+    # li, li and call
     wanted = {"load": 8, "store": 6, "jump": 6, "integer": 15, "multiply": 3, "float": 5, "other": 3}
     assert found == {name: 3 * n + {"integer": 2, "other": 1}.get(name, 0) for name, n in wanted.items()}
 
@@ -203,7 +206,8 @@ def test_missing_tools_are_named_with_their_packages(monkeypatch):
     }
     with pytest.raises(
         BadInput,
-        match="riscv64-linux-gnu-g.., qemu-riscv64, not found here: .* apt-get install g.. g..-riscv64-linux-gnu qemu-user",
+        match="riscv64-linux-gnu-g.., qemu-riscv64, not found here: .* apt-get install g.. g..-riscv64-linux-gnu "
+        "qemu-user",
     ):
         build()
 

@@ -40,7 +40,8 @@ has_engine = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def known_tokenizer(monkeypatch):
-    """The tests' tokenizer cuts nothing, which llama.cpp has no name for, and merges nothing, which it does not load."""
+    """The tests' tokenizer cuts nothing, which llama.cpp has no name for, and merges nothing, which it does not
+    load."""
     monkeypatch.setattr("thesislib.formats.gguf.pre_tokenizer", lambda raw: "gpt-2")
     write = gguf.GGUFWriter.add_token_merges
     monkeypatch.setattr("gguf.GGUFWriter.add_token_merges", lambda writer, merges: write(writer, merges or ["a b"]))

@@ -1,4 +1,5 @@
-"""Projections against what others published: the stand-ins have the published sizes, the sums are done by hand, and no gap is hidden."""
+"""Projections against what others published: the stand-ins have the published sizes, the sums are done by hand, and no
+gap is hidden."""
 
 import math
 from dataclasses import replace
@@ -53,7 +54,8 @@ def test_stand_ins_have_the_published_sizes():
 
 
 def test_decoding_on_a_k1_by_hand(table):
-    """Bytes a token over 10.66 GB/s, at 0.4 to 0.9 of it: weights, one row of the table, cache of 64 tokens and the new one, 4,096 bytes a block each."""
+    """Bytes a token over 10.66 GB/s, at 0.4 to 0.9 of it: weights, one row of the table, cache of 64 tokens and the new
+    one, 4,096 bytes a block each."""
     row = table[(table.model == "Qwen3-0.6B Q4_0") & (table.quantity == "decode, tokens/s")].iloc[0]
     read = distinct_bytes(qwen3_q4_0().weights) + 1024 * 6.5625 / 8 + 28 * 66 * 4096
     assert row.ceiling == pytest.approx(10.66e9 / read, rel=1e-3) and row["projected low"] == pytest.approx(
@@ -68,7 +70,8 @@ def test_decoding_on_a_k1_by_hand(table):
 
 
 def test_this_books_subject_on_a_jetson_by_hand(table):
-    """Weights, a row of the table and the cache of 2,177 tokens, 192 numbers of 16 bits twice in 30 blocks, over 102.4 GB/s at 0.4 to 0.9 of it; 7 to 25 W."""
+    """Weights, a row of the table and the cache of 2,177 tokens, 192 numbers of 16 bits twice in 30 blocks, over 102.4
+    GB/s at 0.4 to 0.9 of it; 7 to 25 W."""
     rows = table[table.model == "SmolLM2-135M-Instruct Q4_K_M"].set_index("quantity")
     speed, spent = rows.loc["decode, tokens/s"], rows.loc["decode, J/token"]
     read = 101 * 2**20 + 576 * 8.5 / 8 + 30 * 2178 * 2 * 192 * 2
@@ -97,7 +100,8 @@ def test_prompts_on_a_k1_are_far_off_and_the_table_says_so(table):
 
 
 def test_micro_llama_by_hand(table):
-    """Cores: 15.5 MAC/cycle for eight, an eighth for one; 656,384 MACs a token; mfu 0.1 to 0.7. With N-EUREKA 1,152 for linears, 32 for attention."""
+    """Cores: 15.5 MAC/cycle for eight, an eighth for one; 656,384 MACs a token; mfu 0.1 to 0.7. With N-EUREKA 1,152 for
+    linears, 32 for attention."""
     rows = table.set_index(["model", "quantity"])
     one, eight = (rows.loc[(f"microLlama, {n}", "decode, cycles")] for n in ("1 core", "8 cores"))
     assert eight.ceiling == pytest.approx(656_384 / 15.5) and one.ceiling == pytest.approx(8 * eight.ceiling)
@@ -133,7 +137,8 @@ def test_every_gap_is_shown_with_its_reason_and_source(table):
 
 
 def test_what_the_devices_readme_says_of_the_gaps(table):
-    """hw/README.md: decoding on three boards 1.1 to 2.4 times too good, prompts 2.8 to 14 times, Siracusa 4 to 79 times."""
+    """hw/README.md: decoding on three boards 1.1 to 2.4 times too good, prompts 2.8 to 14 times, Siracusa 4 to 79
+    times."""
     found = {}
     for device_name, quantity, factor in zip(table.device, table.quantity, table.optimistic, strict=True):
         key = device_name if device_name == "siracusa" else f"{device_name} {quantity.partition(',')[0]}"
@@ -181,7 +186,8 @@ def test_what_cannot_be_compared_is_said():
 
 
 def test_hosted_models_joules():
-    """6.7 Wh x 3,600 J / 300 = 80.4; 20.5 x 3,600 / 1,000 = 73.8. Every row says in words what it does, and the words differ by kind."""
+    """6.7 Wh x 3,600 J / 300 = 80.4; 20.5 x 3,600 / 1,000 = 73.8. Every row says in words what it does, and the words
+    differ by kind."""
     found = hosted({"SmolLM2 on k1": (0.1, 0.25)})
     assert (
         list(found["joules low"]) == pytest.approx([80.4, 73.8, 490e-6, 0.1]) and found["joules high"].iloc[-1] == 0.25

@@ -70,7 +70,8 @@ def padded(subject, prompts):
 
 
 def generated_to_many_ends(subject, ids, mask, monkeypatch):
-    """The 12 tokens at most of transformers' generate, where rows end at different steps: at tokens that some say early and some never."""
+    """The 12 tokens at most of transformers' generate, where rows end at different steps: at tokens that some say early
+    and some never."""
     free = subject.model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=12, min_new_tokens=12)[
         :, ids.shape[1] :
     ]

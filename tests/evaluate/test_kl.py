@@ -129,7 +129,8 @@ def test_another_vocabulary_is_refused_by_name(tiny, text, byte_tokenizer):
     other = Subject(subject.model, words, "striped")
     with pytest.raises(
         BadInput,
-        match=r"tiny llama has a vocabulary of \d+ tokens and 259 logits, the reference striped of \d+ and 259; 'zebra' is in one",
+        match=r"tiny llama has a vocabulary of \d+ tokens and 259 logits, the reference striped of \d+ and 259; "
+        r"'zebra' is in one",
     ) as raised:
         divergence(subject, other, text, length=32)
     assert "\n" not in str(raised.value)
@@ -145,7 +146,8 @@ def test_another_vocabulary_is_refused_by_name(tiny, text, byte_tokenizer):
     [
         (
             {},
-            "task 'kl' holds a subject against another, which is not said: expected a reference, such as --reference embedded",
+            "task 'kl' holds a subject against another, which is not said: expected a reference, such as "
+            "--reference embedded",
         ),
         ({"reference": "nowhere/to/be found"}, "nowhere/to/be found"),
         ({"reference": "embeded"}, "embeded"),

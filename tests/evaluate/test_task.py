@@ -1,4 +1,5 @@
-"""Setups: the words of a record make the same measurement again, and what no setup makes is refused. Tasks answer what is asked of them."""
+"""Setups: the words of a record make the same measurement again, and what no setup makes is refused. Tasks answer what
+is asked of them."""
 
 import dataclasses
 import hashlib
@@ -247,7 +248,8 @@ def test_names_of_multiple_choice_tasks(task):
 def test_what_no_protocol_makes(m):
     with pytest.raises(
         BadInput,
-        match=f"'{m.metric}' on '{m.task}' cannot be measured again from its record: expected one of {next(iter(TASKS))}, ",
+        match=f"'{m.metric}' on '{m.task}' cannot be measured again from its record: expected one of "
+        f"{next(iter(TASKS))}, ",
     ):
         setup_of(m)
 

@@ -534,8 +534,21 @@ def written(tiny, tmp_path_factory):
 
 
 FIELDS = (
-    "label", "name", "plan", "stages", "reports", "base", "fingerprint", "dtype", "sizes", "encodings", "repeats", "without", "versions", "files",
-)  # fmt: skip
+    "label",
+    "name",
+    "plan",
+    "stages",
+    "reports",
+    "base",
+    "fingerprint",
+    "dtype",
+    "sizes",
+    "encodings",
+    "repeats",
+    "without",
+    "versions",
+    "files",
+)
 
 
 @pytest.mark.parametrize("field", FIELDS)
@@ -613,8 +626,15 @@ def test_nothing_outside_the_folder_is_read(written, tmp_path, how):
 
 
 def test_files_that_would_be_read_and_are_not_in_the_list_are_refused(written, tmp_path):
-    for name in ("chat_template.jinja", "added_tokens.json", "more.safetensors", "adapter/adapter_config.json", "additional_chat_templates/tool.jinja",
-                 "tokenizer.model", "merges.txt"):  # fmt: skip
+    for name in (
+        "chat_template.jinja",
+        "added_tokens.json",
+        "more.safetensors",
+        "adapter/adapter_config.json",
+        "additional_chat_templates/tool.jinja",
+        "tokenizer.model",
+        "merges.txt",
+    ):
         folder = shutil.copytree(written, tmp_path / name.replace("/", "_"))
         if name in json.loads((folder / "artifact.json").read_text())["files"]:
             sign(folder, lambda record, name=name: record["files"].pop(name))

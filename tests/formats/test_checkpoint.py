@@ -1,8 +1,10 @@
-"""Every tensor and setting of a checkpoint is used, or refused by name; what a subject is, is asked of what was loaded."""
+"""Every tensor and setting of a checkpoint is used, or refused by name; what a subject is, is asked of what was
+loaded."""
 
 import json
 import math
 import shutil
+from functools import partial
 
 import peft
 import pytest
@@ -365,7 +367,8 @@ def by_hand(model, gone):
 def test_stages_do_not_depend_on_the_attention_of_a_configuration(
     tiny, tiny_data, tmp_path, model_type, implementation, monkeypatch
 ):
-    """Scores, masks, grids, corrections and training losses are those of a causal model, whatever config.json asks for."""
+    """Scores, masks, grids, corrections and training losses are those of a causal model, whatever config.json asks
+    for."""
     monkeypatch.setattr("thesislib.compress.stage.calibration_windows", lambda *_: IDS)
     plain = save_checkpoint(tiny(model_type, layers=4, **FAMILIES[model_type]), tmp_path / "plain")
     asks = edit(
@@ -513,13 +516,18 @@ def test_what_reads_back_otherwise_is_not_written(tiny, tmp_path, monkeypatch, w
     spoil = lambda tensors: {key: (t + 1 if key.endswith("norm.weight") else t) for key, t in tensors.items()}  # noqa: E731
     if way == "gguf":
         encoded = gguf_format._encoded
-        monkeypatch.setattr(gguf_format.gguf.GGUFWriter, "add_tensor", lambda self, name, tensor, *more, add=gguf_format.gguf.GGUFWriter.add_tensor: add(
-            self, name, tensor + 1 if name == "output_norm.weight" else tensor, *more))  # fmt: skip
+        monkeypatch.setattr(
+            gguf_format.gguf.GGUFWriter,
+            "add_tensor",
+            lambda self, name, tensor, *more, add=gguf_format.gguf.GGUFWriter.add_tensor: add(
+                self, name, tensor + 1 if name == "output_norm.weight" else tensor, *more
+            ),
+        )
         assert encoded is gguf_format._encoded
-        write = lambda: export_gguf(subject, tmp_path / "out.gguf")  # noqa: E731
+        write = partial(export_gguf, subject, tmp_path / "out.gguf")
     elif way == "gptq":
         monkeypatch.setattr(gptq_format, "plain_tensors", lambda s, real=formats.plain_tensors: spoil(real(s)))
-        write = lambda: export_gptq(Rtn(bits=4, group=32).apply(subject)[0], tmp_path / "out")  # noqa: E731
+        write = partial(export_gptq, Rtn(bits=4, group=32).apply(subject)[0], tmp_path / "out")
     else:
         for module in (formats, load):
             monkeypatch.setattr(module, "plain_tensors", lambda s, real=formats.plain_tensors: spoil(real(s)))
@@ -528,11 +536,10 @@ def test_what_reads_back_otherwise_is_not_written(tiny, tmp_path, monkeypatch, w
         )
         if way == "packed":
             subject = Width(remove=2, of=4, metric="magnitude").apply(subject)[0]
-        write = lambda: (
-            save_checkpoint(subject, tmp_path / "out")
-            if way == "checkpoint"
-            else save_artifact(subject, tmp_path / "out", packed=way == "packed")
-        )  # noqa: E731
+        if way == "checkpoint":
+            write = partial(save_checkpoint, subject, tmp_path / "out")
+        else:
+            write = partial(save_artifact, subject, tmp_path / "out", packed=way == "packed")
     with pytest.raises(BadInput, match="reads back"):
         write()
     assert not list(tmp_path.iterdir())

@@ -157,7 +157,8 @@ def test_cut_weights_are_converted_anew(tmp_path, cache, counted):
 
 
 def q4_1(raw):
-    """Per 32 weights: scale and minimum in fp16, then 16 bytes with weight i in the low and i + 16 in the high nibble."""
+    """Per 32 weights: scale and minimum in fp16, then 16 bytes with weight i in the low and i + 16 in the high
+    nibble."""
     blocks = raw.reshape(-1, 20)
     scale, minimum = blocks[:, :4].copy().view(np.float16).astype(np.float64).T
     nibbles = np.concatenate([blocks[:, 4:] & 15, blocks[:, 4:] >> 4], axis=1)

@@ -211,10 +211,26 @@ def test_the_embedded_file_comes_back(embedded_subject, tmp_path, monkeypatch):
         before, after = (dequantize(t.data, t.tensor_type) for t in (tensor, here[name]))
         assert np.abs(before - after).max() <= 2e-3 * np.abs(before).max(), name
     said = [
-        "general.architecture", "llama.block_count", "llama.context_length", "llama.embedding_length", "llama.feed_forward_length", "llama.vocab_size",
-        "llama.attention.head_count", "llama.attention.head_count_kv", "llama.rope.freq_base", "llama.rope.dimension_count", "general.file_type",
-        "tokenizer.ggml.model", "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges", "tokenizer.ggml.bos_token_id",
-        "tokenizer.ggml.eos_token_id", "tokenizer.ggml.padding_token_id", "tokenizer.ggml.add_bos_token", "tokenizer.chat_template",
-    ]  # fmt: skip
+        "general.architecture",
+        "llama.block_count",
+        "llama.context_length",
+        "llama.embedding_length",
+        "llama.feed_forward_length",
+        "llama.vocab_size",
+        "llama.attention.head_count",
+        "llama.attention.head_count_kv",
+        "llama.rope.freq_base",
+        "llama.rope.dimension_count",
+        "general.file_type",
+        "tokenizer.ggml.model",
+        "tokenizer.ggml.tokens",
+        "tokenizer.ggml.token_type",
+        "tokenizer.ggml.merges",
+        "tokenizer.ggml.bos_token_id",
+        "tokenizer.ggml.eos_token_id",
+        "tokenizer.ggml.padding_token_id",
+        "tokenizer.ggml.add_bos_token",
+        "tokenizer.chat_template",
+    ]
     for key in said:
         assert ours.fields[key].contents() == theirs.fields[key].contents(), key

@@ -1,4 +1,5 @@
-"""A linear whose parameters are not those of a matrix of its shape: what it says of itself is what is counted, kept and read back."""
+"""A linear whose parameters are not those of a matrix of its shape: what it says of itself is what is counted, kept and
+read back."""
 
 import json
 

@@ -182,7 +182,8 @@ def test_a_group_that_does_not_divide_says_what_does():
     with pytest.raises(BadInput) as error:
         Grid(4, 128).check(inputs)
     assert str(error.value) == (
-        "group 128 does not divide the rows of q_proj (576 inputs): 8, 12, 16, 24, 32, 48, 64, 96, 192 divide all rows here, and 'row' always fits"
+        "group 128 does not divide the rows of q_proj (576 inputs): 8, 12, 16, 24, 32, 48, 64, 96, 192 divide "
+        "all rows here, and 'row' always fits"
     )
     with pytest.raises(BadInput, match="unknown clip 'mse': expected one of none, squared, weighted"):
         Grid().fit(torch.ones(1, 4), "mse")

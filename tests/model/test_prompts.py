@@ -1,4 +1,5 @@
-"""Chat templates: not thinking, the same on every day, refused where they cannot put a question; and what a record says of its prompts."""
+"""Chat templates: not thinking, the same on every day, refused where they cannot put a question; and what a record says
+of its prompts."""
 
 import hashlib
 
@@ -13,17 +14,22 @@ from thesislib.sources.corpus import Question
 
 ASKED = Question("1", "Who made <b>it</b>?", ("x",))
 BARE = "Question: Who made <b>it</b>? Answer:"
-TURN = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+TURN = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}{% if "
+    "add_generation_prompt %}<|im_start|>assistant\n"
+)
 CHATML = TURN + "{% endif %}"
 SAID = f"<|im_start|>user\n{BARE}<|im_end|>\n<|im_start|>assistant\n"
 DATE = (
-    "{% if date_string is not defined %}{% if strftime_now is defined %}{% set date_string = strftime_now('%d %b %Y') %}{% endif %}{% endif %}"
+    "{% if date_string is not defined %}{% if strftime_now is defined %}{% set date_string = strftime_now('%d %b "
+    "%Y') %}{% endif %}{% endif %}"
     "Today: {{ date_string }}\n"
 )
 UNTHOUGHT = "<think>\n\n</think>\n\n"
 GOOD = {
     "plain": (CHATML, SAID),
-    "Qwen3's": (TURN + "{% if enable_thinking is defined and enable_thinking is false %}" + UNTHOUGHT + "{% endif %}{% endif %}", SAID + UNTHOUGHT),
+    "Qwen3's": (TURN + "{% if enable_thinking is defined and enable_thinking is false %}" + UNTHOUGHT + "{% endif "
+        "%}{% endif %}", SAID + UNTHOUGHT),
     "DeepSeek's": (TURN + "{% if thinking %}<think>{% else %}</think>{% endif %}{% endif %}", SAID + "</think>"),
     "SmolLM3's": (
         "{%- if enable_thinking is not defined -%}{%- set enable_thinking = true -%}{%- endif -%}"
@@ -31,7 +37,8 @@ GOOD = {
         "Today: 26 July 2024 /no_think\n" + SAID,
     ),
     "Llama 3.2's": (DATE + CHATML, "Today: 26 Jul 2024\n" + SAID),
-    "a date in a macro": ("{% macro day(x) %}{{ strftime_now('%A, %-d/%m/%y') }}{{ x }}{% endmacro %}{{ day('!') }}\n" + CHATML, "Friday, 26/07/24!\n" + SAID),
+    "a date in a macro": ("{% macro day(x) %}{{ strftime_now('%A, %-d/%m/%y') }}{{ x }}{% endmacro %}{{ day('!') "
+        "}}\n" + CHATML, "Friday, 26/07/24!\n" + SAID),
     "line ends": ("\n" + CHATML + "{{ strftime_now('') }}", "\n" + SAID),
 }  # fmt: skip
 

@@ -74,7 +74,8 @@ def test_a_group_with_more_zeros_than_its_pattern_keeps_some():
 
 
 def test_bytes_that_the_study_promises():
-    """Of the bfloat16 bytes: 4 bits in groups of 64 at most 0.29, 3 bits 0.23; W2:4 and 4 bits less than either alone."""
+    """Of the bfloat16 bytes: 4 bits in groups of 64 at most 0.29, 3 bits 0.23; W2:4 and 4 bits less than either
+    alone."""
     w = weight(576, 576)
     dense = 2 * w.numel()
     for kind in ("symmetric", "asymmetric"):

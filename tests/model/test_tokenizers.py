@@ -1,4 +1,5 @@
-"""What tokenizers add by themselves, tokens without a row, and contexts that are too long, against plain transformers."""
+"""What tokenizers add by themselves, tokens without a row, and contexts that are too long, against plain
+transformers."""
 
 import dataclasses
 import json
@@ -27,11 +28,21 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 FIRST, LAST = "<|im_start|>", "<|im_end|>"
 CLOSING = {
     "end": ((), processors.TemplateProcessing(single=f"$A {LAST}", pair=f"$A $B {LAST}", special_tokens=[(LAST, 256)])),
-    "both ends": ((258,), processors.TemplateProcessing(single=f"{FIRST} $A {LAST}", pair=f"{FIRST} $A $B {LAST}", special_tokens=[(FIRST, 258), (LAST, 256)])),
-    "two": ((), processors.TemplateProcessing(single=f"$A {LAST} {FIRST}", pair="$A $B", special_tokens=[(FIRST, 258), (LAST, 256)])),
+    "both ends": (
+        (258,),
+        processors.TemplateProcessing(
+            single=f"{FIRST} $A {LAST}", pair=f"{FIRST} $A $B {LAST}", special_tokens=[(FIRST, 258), (LAST, 256)]
+        ),
+    ),
+    "two": (
+        (),
+        processors.TemplateProcessing(
+            single=f"$A {LAST} {FIRST}", pair="$A $B", special_tokens=[(FIRST, 258), (LAST, 256)]
+        ),
+    ),
     "bert": ((258,), processors.BertProcessing((LAST, 256), (FIRST, 258))),
     "roberta": ((258,), processors.RobertaProcessing((LAST, 256), (FIRST, 258))),
-}  # fmt: skip
+}
 CLOSING["in a sequence"] = (
     (258,),
     processors.Sequence([processors.ByteLevel(trim_offsets=False), CLOSING["both ends"][1]]),
@@ -163,7 +174,10 @@ def test_a_token_without_a_row_is_named_wherever_it_comes_in(with_tokenizer, tmp
     subject = with_tokenizer(added=["zebra", "alpha"])
     number = subject.tokenizer.convert_tokens_to_ids("zebra")
     assert number >= subject.model.get_input_embeddings().num_embeddings
-    named = rf"token {number} 'zebra' of the text has no row in the model's embedding, which has {subject.model.get_input_embeddings().num_embeddings}"
+    named = (
+        rf"token {number} 'zebra' of the text has no row in the model's embedding, which has "
+        rf"{subject.model.get_input_embeddings().num_embeddings}"
+    )
     with pytest.raises(BadInput, match=named):
         perplexity(subject, join("t", ["a zebra " * 20]), length=32)
     for ask in (lambda s, p: greedy(s, [p], 4), lambda s, p: complete(s, p, 4)):
@@ -261,7 +275,10 @@ def test_endings_that_cannot_be_scored_are_named_in_both(tiny, tmp_path):
 def test_windows_beyond_the_context_are_refused(tiny, tiny_data, family):
     subject = tiny(family, layers=3, max_position_embeddings=32)
     assert perplexity(subject, TEXT, length=32).n > 1
-    refused = r"windows of 33 tokens are longer than the model's context \(max_position_embeddings 32\): use a length up to 32"
+    refused = (
+        r"windows of 33 tokens are longer than the model's context \(max_position_embeddings 32\): use a length up "
+        r"to 32"
+    )
     with pytest.raises(BadInput, match=refused):
         perplexity(subject, TEXT, length=33)
     depth = (

@@ -95,7 +95,8 @@ def own_zeros(folder):
 
 
 def check_every_stage(folder, stages, data, dtype, out):
-    """Parameters and bytes are those of each stage's artifact, to the last one; non-zero parameters, where they are foretold."""
+    """Parameters and bytes are those of each stage's artifact, to the last one; non-zero parameters, where they are
+    foretold."""
     job, own = Job.prepare(folder, of(*stages), data, dtype), own_zeros(folder)
     foreseen = job.forecast()
     compress(folder, of(*stages), out, data=data, dtype=dtype)
@@ -103,7 +104,8 @@ def check_every_stage(folder, stages, data, dtype, out):
         record = read_artifact(job.folder(n))
         sizes = record["sizes"]
         assert not row.cached and row.label == record["label"]
-        # a tiny model's headers outweigh its tensors, but they are foretold to the byte as well, so that 1 % needs no more room
+        # a tiny model's headers outweigh its tensors, but they are foretold to the byte as well, so that 1 % needs no
+        # more room
         assert (row.parameters, row.disk_bytes) == (sizes["parameters"], sizes["bytes_on_disk"]), row.label
         assert row.nonzero in (None, sizes["nonzero_parameters"] + own), row.label
     return foreseen
@@ -188,7 +190,8 @@ def test_a_budget_is_taken_to_be_spent(folder, place, budget, linears, dtype):
     spent = record["reports"][1]["bytes"]
     # what is left over buys no direction: at most of the dearest kind, which has 96 entries of 2 bytes
     assert abs(row.parameters - plain.parameters - spent // 2) < 96 and budget - spent < 192
-    # the corrections' own file differs by that, and by one line of 150 bytes for each factor of a projection that gets none
+    # the corrections' own file differs by that, and by one line of 150 bytes for each factor of a projection that gets
+    # none
     assert abs(row.disk_bytes - record["sizes"]["bytes_on_disk"]) < 96 * size + 2 * 56 * 150
     if linears == "q_proj":  # one direction, wherever it goes
         assert (row.parameters, row.disk_bytes) == (record["sizes"]["parameters"], record["sizes"]["bytes_on_disk"])
@@ -240,7 +243,8 @@ def test_what_cannot_be_foreseen_is_not_guessed(folder, stages, known):
 
 
 def test_an_entry_of_a_correction_takes_what_its_type_takes(folder):
-    """In bfloat16 a trained correction has 4 bytes an entry, and so has what is joined with it, wherever a budget puts that."""
+    """In bfloat16 a trained correction has 4 bytes an entry, and so has what is joined with it, wherever a budget puts
+    that."""
     assert rows_of(folder, W24, BUDGET, lora(), dtype="bfloat16")[2].parameters is None
     assert rows_of(folder, W24, BUDGET, lora(linears="*"), dtype="bfloat16")[2].parameters is not None
     assert rows_of(folder, lora(), W24, BUDGET, dtype="bfloat16")[2].parameters is None

@@ -17,10 +17,16 @@ from thesislib.pipeline.label import DENSE, Label, kind_of
 from thesislib.pipeline.recipe import parse_label
 
 WRITTEN = [
-    *(Depth(remove=n, part=part) for n in (1, 24) for part in ("block", "attention", "mlp")), Depth(blocks=[3, 4]),
-    *(Width(n, m) for n, m in ((1, 8), (12, 16))), *(Width(ratio=r) for r in (0.5, 0.25, 0.125, 1 / 3, 1e-6)), Width(ratios={"q_proj": 0.5}),
-    *(Lora(text=text, merge=merge) for text in TEXTS for merge in MERGES), *(kind(bits=b) for kind in (Rtn, Gptq) for b in (2, 3, 4, 8)), Eora(), Eora(rank=7),
-]  # fmt: skip
+    *(Depth(remove=n, part=part) for n in (1, 24) for part in ("block", "attention", "mlp")),
+    Depth(blocks=[3, 4]),
+    *(Width(n, m) for n, m in ((1, 8), (12, 16))),
+    *(Width(ratio=r) for r in (0.5, 0.25, 0.125, 1 / 3, 1e-6)),
+    Width(ratios={"q_proj": 0.5}),
+    *(Lora(text=text, merge=merge) for text in TEXTS for merge in MERGES),
+    *(kind(bits=b) for kind in (Rtn, Gptq) for b in (2, 3, 4, 8)),
+    Eora(),
+    Eora(rank=7),
+]
 WRITTEN += [kind() for kind in STAGES.values() if kind not in {type(stage) for stage in WRITTEN}]
 
 

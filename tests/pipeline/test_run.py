@@ -175,12 +175,22 @@ def test_a_key_depends_on_all_that_a_result_depends_on_and_on_nothing_else(folde
     ("kind", "changed"),
     [
         (Lora, ("compress/lora/train.py", "compress/lora/sequences.py", "sources/corpus.py", "model/layers.py")),
-        (Gptq, ("compress/calibration.py", "compress/layerwise.py", "compress/selection.py", "model/grid.py", "model/quantised.py")),
-        (Rtn, ("model/grid.py", "model/bits.py")), (Width, ("compress/calibration.py", "model/forward.py", "sources/corpus.py", "pipeline/run.py")),
+        (
+            Gptq,
+            (
+                "compress/calibration.py",
+                "compress/layerwise.py",
+                "compress/selection.py",
+                "model/grid.py",
+                "model/quantised.py",
+            ),
+        ),
+        (Rtn, ("model/grid.py", "model/bits.py")),
+        (Width, ("compress/calibration.py", "model/forward.py", "sources/corpus.py", "pipeline/run.py")),
         (Eora, ("compress/eora.py", "compress/calibration.py", "formats/artifact.py", "files.py")),
         (Depth, ("model/blocks.py", "model/tokenizers.py", "formats/load.py", "formats/gguf_reader.py")),
     ],
-)  # fmt: skip
+)
 def test_a_key_depends_on_every_source_that_a_result_depends_on(kind, changed, tmp_path):
     package = tmp_path / "thesislib"
     shutil.copytree(Path(thesislib.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -226,10 +236,17 @@ def test_every_setting_that_a_result_copies_is_in_its_key(folder, place):
 
     keys, changed = {key()}, 1
     for name, content in {
-        "generation_config.json": '{"eos_token_id": [2, 7]}', "special_tokens_map.json": "{}", "chat_template.json": "{}", "chat_template.jinja": "{{ 1 }}",
-        "additional_chat_templates/tool_use.jinja": "{{ 1 }}", "vocab.json": "{}", "merges.txt": "a b", "tokenizer.model": "x", "added_tokens.json": "{}",
+        "generation_config.json": '{"eos_token_id": [2, 7]}',
+        "special_tokens_map.json": "{}",
+        "chat_template.json": "{}",
+        "chat_template.jinja": "{{ 1 }}",
+        "additional_chat_templates/tool_use.jinja": "{{ 1 }}",
+        "vocab.json": "{}",
+        "merges.txt": "a b",
+        "tokenizer.model": "x",
+        "added_tokens.json": "{}",
         "preprocessor_config.json": "{}",
-    }.items():  # fmt: skip
+    }.items():
         for more in ("", " "):
             (mine / name).parent.mkdir(exist_ok=True)
             (mine / name).write_text(content + more)
@@ -459,7 +476,8 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written(folder, place, monkeypa
         patch.setattr(formats, "write_tensors", full)
         with pytest.raises(
             BadInput,
-            match="the disk is full at .*: free some space there or write elsewhere \\(the cache's place is THESISLIB_CACHE",
+            match="the disk is full at .*: free some space there or write elsewhere \\(the cache's place is "
+            "THESISLIB_CACHE",
         ) as caught:
             compress(folder, recipe, place / "out")
     assert "\n" not in str(caught.value)

@@ -148,7 +148,10 @@ def test_csv_has_the_rows(store, tmp_path):
     assert (result.exit_code, result.stdout) == (0, f"{file}: 4 records\n")
     with file.open(newline="", encoding="utf8") as lines:
         table = list(csv.DictReader(lines))
-    names = "id label recipe stage subject fingerprint task metric length limit prompt value low high n unit seed dtype device bytes_on_disk parameters "
+    names = (
+        "id label recipe stage subject fingerprint task metric length limit prompt value low high n unit seed dtype "
+        "device bytes_on_disk parameters "
+    )
     assert (
         list(table[0]) == (names + "nonzero_parameters threads peak_memory seconds torch thesislib commit time").split()
     )

@@ -111,8 +111,19 @@ def test_ids_are_stable_and_each_row_has_its_own(store, tmp_path):
         name
     ] * 3 and content(store) == before
     assert Store(tmp_path / "other.jsonl").append(row()) == name
-    changes = [{"task": "T"}, {"metric": "M"}, {"value": math.nextafter(0.0, 1)}, {"low": 1.5}, {"high": 2.5}, {"n": 4}, {"unit": "U"}, {"extra": {}},
-               {"provenance": {}}, {"items": []}, {"items": row().items[::-1]}]  # fmt: skip
+    changes = [
+        {"task": "T"},
+        {"metric": "M"},
+        {"value": math.nextafter(0.0, 1)},
+        {"low": 1.5},
+        {"high": 2.5},
+        {"n": 4},
+        {"unit": "U"},
+        {"extra": {}},
+        {"provenance": {}},
+        {"items": []},
+        {"items": row().items[::-1]},
+    ]
     assert len({name, *(store.append(row(**change)) for change in changes)}) == 1 + len(changes) == len(store.rows())
 
 
@@ -147,7 +158,8 @@ def test_found_by_how_the_id_begins(store, tmp_path):
     )  # 40 ids, 16 digits
     with pytest.raises(
         BadInput,
-        match=f"'{shared}' begins the ids of {sum(n.startswith(shared) for n in names)} records, .*: expected more of the id",
+        match=f"'{shared}' begins the ids of {sum(n.startswith(shared) for n in names)} records, .*: expected more of "
+        "the id",
     ):
         find(shared, [store, other])
     with pytest.raises(

@@ -217,7 +217,8 @@ def test_outcomes_whose_rows_are_gone_are_said(store, capsys):
         store.path.write_bytes(empty)
         with pytest.raises(
             BadInput,
-            match=r"r\.jsonl (is empty|has no row), though r\.items\.gz holds \d+ bytes of outcomes: rows are lost; bring it back",
+            match=r"r\.jsonl (is empty|has no row), though r\.items\.gz holds \d+ bytes of outcomes: rows are lost; "
+            r"bring it back",
         ):
             store.rows()
     store.path.write_bytes(whole.split(b"\n", 1)[1])  # the first line is gone
@@ -278,7 +279,8 @@ def test_a_newer_schema_is_refused(store, use):
     before = content(store)
     with pytest.raises(
         BadInput,
-        match=rf"r\.jsonl, line 2, has schema {SCHEMA + 1}: this version of thesislib reads up to {SCHEMA}; a newer one wrote it",
+        match=rf"r\.jsonl, line 2, has schema {SCHEMA + 1}: this version of thesislib reads up to {SCHEMA}; a newer "
+        r"one wrote it",
     ):
         use(store)
     assert content(store) == before

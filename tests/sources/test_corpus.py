@@ -154,9 +154,15 @@ ODD = [
     *(("wikitext", {"text": "x"}, "text", value) for value in (None, 3.5, NAN, ["a", "b"], {"a": 1}, True, HALF)),
     *(("calibration_c4", {"text": "x"}, "text", value) for value in (None, 7, HALF)),
     *(("trivia", ASKED, "question", value) for value in (None, 7, " ", HALF, ["a"])),
-    *(("trivia", ASKED, "answer", value) for value in (None, "x", 3, [], [" "], [None], {"value": 3}, {"value": "x", "aliases": ["x", None]}, [HALF], {})),
+    *(
+        ("trivia", ASKED, "answer", value)
+        for value in (None, "x", 3, [], [" "], [None], {"value": 3}, {"value": "x", "aliases": ["x", None]}, [HALF], {})
+    ),
     *(("trivia_open", ASKED | {"ctxs": [PASSAGE]}, "ctxs", value) for value in (None, ["x"], [{"text": "x"}])),
-    *(("trivia_open", ASKED | {"ctxs": [PASSAGE]}, "ctxs", [PASSAGE | value]) for value in ({"has_answer": "False"}, {"text": None})),
+    *(
+        ("trivia_open", ASKED | {"ctxs": [PASSAGE]}, "ctxs", [PASSAGE | value])
+        for value in ({"has_answer": "False"}, {"text": None})
+    ),
     ("trivia_open", ASKED | {"entity_pages": {"wiki_context": ["x"]}}, "entity_pages", {"wiki_context": [None]}),
     *(("hellaswag", HELLA, "label", value) for value in (True, NAN, 1.5, None, "x")),
     *(("hellaswag", HELLA, "endings", value) for value in (None, [], "ab", ["a", None], ["a", " "])),
@@ -167,7 +173,7 @@ ODD = [
     *(("arc_easy", EASY, "choices", TWO | {"text": value}) for value in (["a", NAN], ["a"], ["a", " "])),
     *(("winogrande", GAP, "answer", value) for value in (1, "", "3", None)),
     ("winogrande", GAP, "sentence", "no gap"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("task", "row", "column", "value"), ODD)
@@ -486,7 +492,8 @@ def test_questions_limit_is_seeded(folder):
 # ---------------------------------------------------------------- multiple choice
 
 HELLASWAG = {
-    "ind": 7, "activity_label": "Home", "ctx_a": "[header] How to paint [title] Get paint. [step] Buy it.", "ctx_b": "the Man paints",
+    "ind": 7, "activity_label": "Home", "ctx_a": "[header] How to paint [title] Get paint. [step] Buy "
+        "it.", "ctx_b": "the Man paints",
     "endings": ["[substeps] Red.", "a wall [title] Then rest.", "b", "c"], "label": "2",
 }  # fmt: skip
 KEYED = {"id": "k", "choices": {"text": ["one", "two", "three"], "label": ["A", "B", "C"]}, "answerKey": "B"}

@@ -204,7 +204,8 @@ def test_model_from_the_hub_and_again_without_it(tiny, tmp_path):
 
 @pytest.mark.parametrize("proxy", [None, "http://127.0.0.1:port"])
 def test_a_data_set_out_of_the_cache(no_hub, monkeypatch, tmp_path, proxy):
-    """One that was loaded before, as datasets keeps it, when nothing answers, a proxy that cannot be used or not; switches and proxy stay as they were."""
+    """One that was loaded before, as datasets keeps it, when nothing answers, a proxy that cannot be used or not;
+    switches and proxy stay as they were."""
     import datasets
     from huggingface_hub import constants
 

@@ -1,4 +1,5 @@
-"""Small real wheels and a changed manifest; pip is the real one where its own behaviour matters, else a copy of a file."""
+"""Small real wheels and a changed manifest; pip is the real one where its own behaviour matters, else a copy of a
+file."""
 
 import errno
 import hashlib
@@ -30,7 +31,8 @@ def wheel(tmp_path):
     info = "tinywheel-1.0.dist-info"
     parts = MEMBERS | {
         "pkg/__init__.py": b"raise SystemExit('never import me')\n",
-        f"{info}/METADATA": b"Metadata-Version: 2.1\nName: tinywheel\nVersion: 1.0\nRequires-Dist: no-such-dependency\n",
+        f"{info}/METADATA": b"Metadata-Version: 2.1\nName: tinywheel\nVersion: 1.0\nRequires-Dist: "
+        b"no-such-dependency\n",
         f"{info}/WHEEL": b"Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
     }
     record = "".join(f"{name},,\n" for name in parts) + f"{info}/RECORD,,\n"
@@ -157,13 +159,15 @@ def test_what_is_damaged_and_cannot_be_fetched_again_is_named(cache, pip, monkey
 
     def offline(*_):
         raise BadInput(
-            "pip could not download tinywheel==1.0: it needs network access, or a THESISLIB_CACHE filled on another machine"
+            "pip could not download tinywheel==1.0: it needs network access, or a THESISLIB_CACHE filled on "
+            "another machine"
         )
 
     monkeypatch.setattr(wheels, "_download", offline)
     with pytest.raises(
         BadInput,
-        match=r"pkg/a\.txt is missing or damaged, and fetching it again failed: .*THESISLIB_CACHE filled on another machine",
+        match=r"pkg/a\.txt is missing or damaged, and fetching it again failed: .*THESISLIB_CACHE filled on another "
+        r"machine",
     ):
         wheels.wheel_folder("tinywheel")
     assert "fetching it again" in capsys.readouterr().err and (folder / "pkg/deep/b.bin").exists()

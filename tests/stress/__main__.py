@@ -1,4 +1,5 @@
-"""`python -m tests.stress [--quick] [--seed N] [--only KIND] [--case N] [--json FILE]`: one line a kind; exit 1 if anything was lost or silently wrong."""
+"""`python -m tests.stress [--quick] [--seed N] [--only KIND] [--case N] [--json FILE]`: one line a kind; exit 1 if
+anything was lost or silently wrong."""
 
 import argparse
 import json
@@ -16,7 +17,8 @@ QUICK = {"kills": 3, "damage": 3, "calls": 30}  # kills a job, files a kind, and
 FULL = {"kills": 50, "damage": 200, "calls": 2}
 SHORT = {f"kills: {name}" for name in ("compress pruned", "conversion", "fetch")} | {
     f"damage {name}" for name in ("artifact.json", "packed.safetensors", "model.safetensors", "config.json", "tokenizer.json", "cached stage", "cached conversion",
-                                  "fingerprint", "records", "items of records", "recipe", "grid", "texts", "wheel's member")
+                                  "fingerprint", "records", "items of records", "recipe", "grid", "texts", "wheel's "
+                                      "member")
 }  # fmt: skip
 SHOWN = 3  # cases of one fault that are listed
 
@@ -40,7 +42,8 @@ def main() -> int:
             shutil.rmtree(root, ignore_errors=True)
     bad = sum(len(result["bad"]) for result in found.values())
     print(
-        f"{len(found)} kinds, {sum(r.get('cases', 0) + r.get('kills', 0) for r in found.values())} cases in {time.monotonic() - begun:.0f} s: {bad} lost or silently wrong"
+        f"{len(found)} kinds, {sum(r.get('cases', 0) + r.get('kills', 0) for r in found.values())} cases in "
+        f"{time.monotonic() - begun:.0f} s: {bad} lost or silently wrong"
     )
     if given.json:
         given.json.write_text(
@@ -131,7 +134,8 @@ def _say(name: str, result: dict) -> None:
         f"{value} {key}" for key, value in result.items() if key not in ("bad", "seconds", "cpu_seconds")
     )
     print(
-        f"{name}: {counts}; {len(result['bad'])} lost or silently wrong; {result.get('seconds', 0):.0f} s, {result.get('cpu_seconds', 0):.0f} s of a core",
+        f"{name}: {counts}; {len(result['bad'])} lost or silently wrong; {result.get('seconds', 0):.0f} s, "
+        f"{result.get('cpu_seconds', 0):.0f} s of a core",
         flush=True,
     )
     alike = defaultdict(list)

@@ -129,7 +129,8 @@ def good(here: Place) -> dict[tuple[str, ...], list]:
 
 
 def generated(here: Place) -> Iterator[list]:
-    """A bad value for every option of every command, an option that there is not, one value too many and one too few."""
+    """A bad value for every option of every command, an option that there is not, one value too many and one too
+    few."""
     base = good(here)
     for words, command in commands():
         assert words in base, f"no good call of {' '.join(words)} is known here"
@@ -302,7 +303,8 @@ def laid(here: Place, case: Path) -> None:
 
 
 def run(here: Place, part: int = 0, parts: int = 1, every: int = 1, seed: int = 0, only: int | None = None) -> dict:
-    """{"cases", "refused", "harmless" (exit 0, as without the option), "bad": [(what, the call)]}; each `every`th call from `seed` on."""
+    """{"cases", "refused", "harmless" (exit 0, as without the option), "bad": [(what, the call)]}; each `every`th call
+    from `seed` on."""
     counts, bad = {"cases": 0, "refused": 0, "harmless": 0}, []
     calls = [*tables(here), *generated(here)]
     chosen = [only] if only is not None else range(seed % every, len(calls), every)

@@ -1,7 +1,8 @@
-"""Files of every kind, damaged: refused in one line, healed, or the value is the right one; and nothing outside a folder is read.
+"""Files of every kind, damaged: refused in one line, healed, or the value is the right one; and nothing outside a
+folder is read.
 
-Right is what the undamaged file gives, or, for files that a user may write as they like (a checkpoint, texts, a recipe), what
-another program makes of the damaged file: plain transformers, plain YAML.
+Right is what the undamaged file gives, or, for files that a user may write as they like (a checkpoint, texts, a
+recipe), what another program makes of the damaged file: plain transformers, plain YAML.
 """
 
 import copy as copying
@@ -208,10 +209,11 @@ def signed(damage: Callable, folder: Callable[[Path], Path]) -> Callable:
 class Kind:
     """Files of one kind.
 
-    copies: {name in the case: what to copy there}. target: of the case's folder, the files of which one is damaged. ways: how.
-    use: what reads them. right: what must come of it, given how it ended; compared with the undamaged. judge: in place of that
-    comparison, what is wrong with an exit 0, or None. plain: an independent program's value, where right is another than the undamaged's.
-    resigned: a file whose record was made again to vouch for it may have another value.
+    copies: {name in the case: what to copy there}. target: of the case's folder, the files of which one is damaged.
+    ways: how. use: what reads them. right: what must come of it, given how it ended; compared with the undamaged.
+    judge: in place of that comparison, what is wrong with an exit 0, or None. plain: an independent program's value,
+    where right is another than the undamaged's. resigned: a file whose record was made again to vouch for it may have
+    another value.
     """
 
     name: str
@@ -328,7 +330,8 @@ def kinds(here: Place) -> list[Kind]:
 
 
 def prepared(here: Place, quick: bool = False) -> None:
-    """What the cases copy besides: shards, a fetched wheel, a converted file; unless quick, an executed notebook and a training that was killed halfway."""
+    """What the cases copy besides: shards, a fetched wheel, a converted file; unless quick, an executed notebook and a
+    training that was killed halfway."""
     from safetensors.torch import load_file, save_file
 
     copy(here / "subject", here / "shards")
@@ -355,7 +358,8 @@ def prepared(here: Place, quick: bool = False) -> None:
 
 
 def run(kind: Kind, here: Place, cases: range, seed: int) -> dict:
-    """{"cases", "refused", "right", "other" (another input, rightly measured), "bad": [(what, how to see it again)]}."""
+    """{"cases", "refused", "right", "other" (another input, rightly measured), "bad": [(what, how to see it
+    again)]}."""
     counts = {"cases": 0, "refused": 0, "right": 0, "other": 0}
     bad = []
     case = here.root / "damage" / kind.name.replace(" ", "-").replace("'", "")
@@ -369,7 +373,10 @@ def run(kind: Kind, here: Place, cases: range, seed: int) -> dict:
         _copied(kind, case)
         targets = kind.target(case)
         path = rng.choice(targets)
-        said = f"{path.relative_to(case)}: {rng.choice(kind.ways)(path, rng, [p for p in targets if p != path] or [here / 'other' / 'model.safetensors', here / 'F16.gguf'])}"
+        said = (
+            f"{path.relative_to(case)}: "
+            f"{rng.choice(kind.ways)(path, rng, [p for p in targets if p != path] or [here / 'other' / 'model.safetensors', here / 'F16.gguf'])}"
+        )
         how = f"--seed {seed} --only 'damage {kind.name}' --case {number}: {said}"
         ended = _used(kind, here, case)
         counts["cases"] += 1
@@ -488,9 +495,13 @@ def head_of(path: Path, rng: random.Random, others: list[Path]) -> str:
 
 def template_of(path: Path, rng: random.Random, others: list[Path]) -> str:
     """Templates that are odd, hostile or endless."""
-    odd = ["{{ raise_exception('no') }}", "{% for i in range(10**9) %}x{% endfor %}", "{{ ''.__class__.__mro__[1].__subclasses__() }}", "{{ messages[9].content }}",
-           "{{ undefined.x }}", "{%", "{{", "{% if %}", "{{ 'x' * 10**9 }}", "{% include '/etc/passwd' %}", "{{ messages }}", "", " ", "plain", "{{ 1 / 0 }}",
-           "{{ cycler.__init__.__globals__.os.popen('touch pwned').read() }}", "{{ bos_token }}{{ messages[0].content }}", "{{ lipsum.__globals__ }}",
+    odd = ["{{ raise_exception('no') }}", "{% for i in range(10**9) %}x{% endfor %}", "{{ "
+        "''.__class__.__mro__[1].__subclasses__() }}", "{{ messages[9].content }}",
+           "{{ undefined.x }}", "{%", "{{", "{% if %}", "{{ 'x' * 10**9 }}", "{% include '/etc/passwd' "
+               "%}", "{{ "
+               "messages }}", "", " ", "plain", "{{ 1 / 0 }}",
+           "{{ cycler.__init__.__globals__.os.popen('touch pwned').read() }}", "{{ bos_token }}{{ "
+               "messages[0].content }}", "{{ lipsum.__globals__ }}",
            "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(0) }}", "{{ messages[0]['content'] | upper }}", "\ufeff{{ messages[0].content }}"]  # fmt: skip
     text = rng.choice(odd)
     path.write_text(text, "utf8")

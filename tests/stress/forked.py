@@ -1,4 +1,5 @@
-"""A command in a process of its own that costs milliseconds: forked from one that has imported everything, under limits of time and memory."""
+"""A command in a process of its own that costs milliseconds: forked from one that has imported everything, under limits
+of time and memory."""
 
 import json
 import os
@@ -80,7 +81,8 @@ def thesislib(*args: str | Path) -> Callable[[], int]:
 def start(
     do: Callable[[], int | None], where: Path, environment: dict[str, str], seconds: float, room: int = ROOM
 ) -> int:
-    """Fork, and do it in a session of its own in the folder `where`, which takes what it says as `.out` and `.err`; its pid."""
+    """Fork, and do it in a session of its own in the folder `where`, which takes what it says as `.out` and `.err`; its
+    pid."""
     sys.stdout.flush()
     sys.stderr.flush()
     pid = os.fork()
@@ -96,9 +98,9 @@ def start(
             os.dup2(file, handle)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         sys.stdout, sys.stderr = (
-            open(handle, "w", encoding="utf8", errors="backslashreplace", buffering=1, closefd=False)
+            open(handle, "w", encoding="utf8", errors="backslashreplace", buffering=1, closefd=False)  # noqa: SIM115
             for handle in (1, 2)
-        )  # noqa: SIM115
+        )
         os.chdir(where)
         os.environ.update(environment)
         now = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")

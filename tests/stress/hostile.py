@@ -1,4 +1,5 @@
-"""Files that are far larger, deeper or more numerous than a model's: refused in one line or used, in bounded time and memory."""
+"""Files that are far larger, deeper or more numerous than a model's: refused in one line or used, in bounded time and
+memory."""
 
 import gzip
 import json
@@ -148,8 +149,10 @@ def cases(here: Place, case: Path) -> Iterator[tuple[str, Callable[[], object], 
         yield f"a terabyte of {name}", lambda name=name: sparse(case / name), [*use, case / name], False
         yield f"deep {name}", lambda name=name: (case / name).write_bytes(DEEP), [*use, case / name], False
     counts = {
-        "tensors": struct.pack("<QQ", 1 << 60, 0), "settings": struct.pack("<QQ", 0, 1 << 60), "bytes in a name": struct.pack("<QQQ", 0, 1, 1 << 60),
-        "numbers in a list": struct.pack("<QQQ1sIIQ", 0, 1, 1, b"x", 9, 4, 1 << 60), "texts in a list": struct.pack("<QQQ1sIIQ", 0, 1, 1, b"x", 9, 8, 1 << 60),
+        "tensors": struct.pack("<QQ", 1 << 60, 0), "settings": struct.pack("<QQ", 0, 1 << 60), "bytes in a "
+            "name": struct.pack("<QQQ", 0, 1, 1 << 60),
+        "numbers in a list": struct.pack("<QQQ1sIIQ", 0, 1, 1, b"x", 9, 4, 1 << 60), "texts in a "
+            "list": struct.pack("<QQQ1sIIQ", 0, 1, 1, b"x", 9, 8, 1 << 60),
         "lists in a list": struct.pack("<QQQ1sIIQ", 0, 1, 1, b"x", 9, 9, 1 << 60), "bytes in a text": struct.pack("<QQQ1sIQ", 0, 1, 1, b"x", 8, 1 << 60),
         "dimensions": struct.pack("<QQQ1sI", 1, 0, 1, b"x", (1 << 32) - 1), "elements": struct.pack("<QQQ1sIQIQ", 1, 0, 1, b"x", 1, 1 << 60, 0, 0),
     }  # fmt: skip

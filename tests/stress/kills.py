@@ -1,4 +1,5 @@
-"""Every long job, killed by SIGKILL at random moments: nothing half under a final name, the same result when run again, nothing left over.
+"""Every long job, killed by SIGKILL at random moments: nothing half under a final name, the same result when run again,
+nothing left over.
 
 A job is run once undisturbed. Then it is killed at a moment drawn from the whole of that time, one to three times in a
 row, and run to its end: what it made, and the list of files that it leaves, must be those of the undisturbed run.
@@ -29,8 +30,9 @@ PATIENCE = 15  # seconds in which kernels, workers and pip must follow who start
 
 @dataclass(frozen=True)
 class Job:
-    """do: what a forked process does, given the case's folder. made: what is under the final name there, comparable; None if
-    nothing is. It raises if that is not whole. worker: kill one of its workers instead of it. once: what is made already is refused.
+    """do: what a forked process does, given the case's folder. made: what is under the final name there, comparable;
+    None if nothing is. It raises if that is not whole. worker: kill one of its workers instead of it. once: what is
+    made already is refused.
     """
 
     name: str
@@ -148,7 +150,8 @@ def outlived(case: Path) -> list[str]:
 
 
 def family(pid: int, case: Path) -> list[int]:
-    """The processes that a forked one has started, and theirs: those of its session, and those with the case's cache in their environment."""
+    """The processes that a forked one has started, and theirs: those of its session, and those with the case's cache in
+    their environment."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, ProcessLookupError, OSError):

@@ -1,4 +1,5 @@
-"""HTML and code in names, parameters, records and texts, from the command line up to the built page: nothing runs, all of it is shown as it was typed."""
+"""HTML and code in names, parameters, records and texts, from the command line up to the built page: nothing runs, all
+of it is shown as it was typed."""
 
 import html.parser
 import json
@@ -26,20 +27,31 @@ HOSTILE = (
     "```{raw} html\n<script>1</script>\n```",
 )
 CELLS = (
-    ("", "import dataclasses, json\nfrom IPython.display import HTML, Markdown, display\nfrom thesislib.records import measurement as records; from thesislib.records import store; from thesislib.chapters import figures\n"
-         "from thesislib.chapters import recorded; from thesislib.chapters import ch00_measures as measures; from thesislib.chapters import pareto as trade_offs; from thesislib.chapters import ch01_franken as franken\nfrom thesislib.config import settings\nfrom thesislib.model.subject import load_subject"),
+    ("", "import dataclasses, json\nfrom IPython.display import HTML, Markdown, display\nfrom thesislib.records "
+        "import measurement as records; from thesislib.records import store; from thesislib.chapters import figures\n"
+         "from thesislib.chapters import recorded; from thesislib.chapters import ch00_measures as measures; "
+             "from thesislib.chapters import pareto as trade_offs; from thesislib.chapters import ch01_franken as "
+             "franken\nfrom thesislib.config import settings\nfrom thesislib.model.subject import load_subject"),
     ("parameters", "subject = 'x'\ntexts = ['x']\nmade = 'x'\nartifact = 'x'"),
-    ("", "p = settings(dataclasses.make_dataclass('P', [('subject', str), ('texts', list), ('made', str), ('artifact', str)]), globals())"),
-    ("", "model = load_subject(p.subject)\nprint(f'{model.name}: {model.depth} blocks')\nprint(load_subject(p.artifact).name)\nprint(p.texts)"),
-    ("", "for t in p.texts:\n    named = [dataclasses.replace(m, task=t, provenance={**m.provenance, 'subject': t}) for m in recorded('00_measures')]\n"
+    ("", "p = settings(dataclasses.make_dataclass('P', [('subject', str), ('texts', list), ('made', str), "
+        "('artifact', str)]), globals())"),
+    ("", "model = load_subject(p.subject)\nprint(f'{model.name}: {model.depth} "
+        "blocks')\nprint(load_subject(p.artifact).name)\nprint(p.texts)"),
+    ("", "for t in p.texts:\n    named = [dataclasses.replace(m, task=t, provenance={**m.provenance, 'subject': t}) "
+        "for m in recorded('00_measures')]\n"
          "    display(Markdown(measures.headline(named)))"),
     ("", "rows = list(store.Store(p.made).rows().values())\nMarkdown(f'*{records.cost(rows)}*')"),
-    ("", "found = [dataclasses.replace(m, task=t, unit=t, metric='perplexity ' + t) for t in p.texts for m in rows[:1]]\n"
-         "study = [dataclasses.replace(m, task=t) for m, t in zip(recorded('00_measures'), p.texts)]\nmeasures.readable(measures.table(study))"),
-    ("", "items = [{'tier': 'overlap', 'answer': t} for t in p.texts]\nmeasures.flattering(dataclasses.replace(rows[0], items=items), 20)"),
-    ("", "def sized(m, t):\n    return dataclasses.replace(m, provenance={**m.provenance, 'made': {**m.provenance['made'], 'label': t, 'bytes': {'bytes_on_disk': 10**6, 'nonzero_parameters': 10**6}}})\n"
+    ("", "found = [dataclasses.replace(m, task=t, unit=t, metric='perplexity ' + t) for t in p.texts for m in "
+        "rows[:1]]\n"
+         "study = [dataclasses.replace(m, task=t) for m, t in zip(recorded('00_measures'), "
+             "p.texts)]\nmeasures.readable(measures.table(study))"),
+    ("", "items = [{'tier': 'overlap', 'answer': t} for t in "
+        "p.texts]\nmeasures.flattering(dataclasses.replace(rows[0], items=items), 20)"),
+    ("", "def sized(m, t):\n    return dataclasses.replace(m, provenance={**m.provenance, 'made': "
+        "{**m.provenance['made'], 'label': t, 'bytes': {'bytes_on_disk': 10**6, 'nonzero_parameters': 10**6}}})\n"
          "HTML(trade_offs.explorer({(t, 'perplexity'): sized(rows[0], t) for t in p.texts}))"),
-    ("", "figures.style()\nfig, ax = figures.plt.subplots()\nfor t in p.texts:\n    ax.set_title(t)\nfigures.plt.show()"),
+    ("", "figures.style()\nfig, ax = figures.plt.subplots()\nfor t in p.texts:\n    "
+        "ax.set_title(t)\nfigures.plt.show()"),
     ("", f"raise_later = [repr(t) for t in p.texts]\nmodel.name, raise_later  # {HOSTILE[1]}"),
 )  # fmt: skip
 

@@ -1,4 +1,5 @@
-"""What the cases work on: a tiny random model in every form, texts, recipes, a grid, records, a notebook and a wheel."""
+"""What the cases work on: a tiny random model in every form, texts, recipes, a grid, records, a notebook and a
+wheel."""
 
 import contextlib
 import hashlib
@@ -19,7 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 from .forked import call, thesislib
 
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"  # LLaMA 3's
+# LLaMA 3's
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| "
+    r"?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -50,11 +55,14 @@ WORDS = [
 LENGTH, WINDOWS = 48, 4  # of every perplexity here
 RECIPES = {
     "pruned": "stages:\n- depth: {blocks: [1]}\n- width: {remove: 2, of: 4, metric: magnitude}\n",
-    "quantised": "stages:\n- width: {remove: 1, of: 8, metric: magnitude}\n- gptq: {bits: 4, group: 32, windows: 2, length: 48, grid: asymmetric, text: c4}\n"
+    "quantised": "stages:\n- width: {remove: 1, of: 8, metric: magnitude}\n- gptq: {bits: 4, group: 32, windows: 2, "
+    "length: "
+    "48, grid: asymmetric, text: c4}\n"
     "- eora: {rank: 4, windows: 2, length: 48, text: c4}\n",
     "streamed": "stages:\n- width: {remove: 1, of: 8, windows: 2, length: 48, text: c4}\n",
     "trained": "stages:\n- depth: {remove: 1, metric: influence, windows: 2, length: 48}\n"
-    "- lora: {text: wikitext, rank: 2, steps: 8, batch: 2, accumulate: 1, length: 48, every: 2, validation: 2, checkpoint_every: 1}\n",
+    "- lora: {text: wikitext, rank: 2, steps: 8, batch: 2, accumulate: 1, length: 48, every: 2, validation: 2, "
+    "checkpoint_every: 1}\n",
 }
 GRID = """name: small
 stages:
@@ -115,7 +123,8 @@ def save_texts(root: Path) -> Path:
         "wikitext2/train_head": [{"text": t} for i in range(6) for t in (f" = Other {i} = \n", prose(120, 200 + i) + "\n")],
         "c4/train_sample": [{"text": prose(150, 300 + i)} for i in range(8)],
         "wikipedia/train_sample": [{"text": prose(150, 400 + i)} for i in range(8)],
-        "trivia_qa/validation_closed_book": [{"question_id": str(i), "question": f"Which {prose(4 + i, i)}?", "answer": answer} for i in range(3)],
+        "trivia_qa/validation_closed_book": [{"question_id": str(i), "question": "Which "
+            f"{prose(4 + i, i)}?", "answer": answer} for i in range(3)],
         "ai2_arc/easy_validation": [
             {"id": str(i), "question": prose(6, 700 + i), "answerKey": "A", "choices": {"text": [prose(2, 800 + 4 * i + k) for k in range(4)], "label": list("ABCD")}}
             for i in range(3)
@@ -134,7 +143,8 @@ def save_notebook(path: Path) -> Path:
         metadata={"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     )
     prelude = "from dataclasses import make_dataclass\nfrom thesislib.config import settings"
-    cells = [("", prelude), ("parameters", "k = 1\nname = 'x'"), ("", "p = settings(make_dataclass('P', [('k', int), ('name', str)]), globals())"),
+    cells = [("", prelude), ("parameters", "k = 1\nname = 'x'"), ("", "p = settings(make_dataclass('P', [('k', int), "
+        "('name', str)]), globals())"),
              ("", "import time\nfor _ in range(10): time.sleep(0.03)"), ("", "print(p.k * p.k, p.name)")]  # fmt: skip
     nb.cells = [nbformat.v4.new_code_cell(source, metadata={"tags": [tag] if tag else []}) for tag, source in cells]
     nbformat.write(nb, path)
@@ -214,7 +224,8 @@ class Place:
 
     @classmethod
     def made(cls, root: Path) -> "Place":
-        """subject/, other/ (another model), data/, recipes, grid.yaml, artifacts pruned, quantised, trained; .gguf files; a store of records."""
+        """subject/, other/ (another model), data/, recipes, grid.yaml, artifacts pruned, quantised, trained; .gguf
+        files; a store of records."""
         root.mkdir(parents=True, exist_ok=True)
         save_model(root / "subject")
         save_model(root / "other", seed=1)
@@ -284,7 +295,8 @@ def plain_perplexity(subject: Path, data: Path) -> float:
 
 
 def prepared() -> None:
-    """Import what calls need, so that a forked one does not, and keep to one thread: a thread pool does not outlive a fork."""
+    """Import what calls need, so that a forked one does not, and keep to one thread: a thread pool does not outlive a
+    fork."""
     import importlib
 
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}

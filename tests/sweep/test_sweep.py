@@ -1,4 +1,5 @@
-"""Sweeps on real worker processes: what is measured, what a second start does, and what deaths, other versions and full disks leave."""
+"""Sweeps on real worker processes: what is measured, what a second start does, and what deaths, other versions and full
+disks leave."""
 
 import errno
 import json
@@ -232,7 +233,8 @@ def wait_for(what, seconds=60):
 
 def test_a_worker_killed_in_the_middle_is_replaced_and_its_kernel_dies(notebook, tmp_path):
     slow = notebook(
-        '(Path(folder) / f"{os.getpid()}.kernel").write_text(str(os.getppid()))\nif len(list(Path(folder).glob("*.kernel"))) == 1: time.sleep(600)'
+        '(Path(folder) / f"{os.getpid()}.kernel").write_text(str(os.getppid()))\nif '
+        'len(list(Path(folder).glob("*.kernel"))) == 1: time.sleep(600)'
     )
     one, kept = order(slow, tmp_path / "out" / "one.ipynb")
     (tmp_path / "out").mkdir()
@@ -319,7 +321,8 @@ def test_workers_that_share_a_card_take_equal_parts_of_it():
         Workers(4 * per_card, gpu=True, per_card=per_card).check_cards(4)
         with pytest.raises(
             BadInput,
-            match=rf"--workers is {2 * per_card + 1}, and this machine has 2 cards: expected at most {2 * per_card}, or --per-card {per_card + 1}",
+            match=rf"--workers is {2 * per_card + 1}, and this machine has 2 cards: expected at most {2 * per_card}, "
+            rf"or --per-card {per_card + 1}",
         ):
             Workers(2 * per_card + 1, gpu=True, per_card=per_card).check_cards(2)
     with pytest.raises(BadInput, match="this machine has 0 cards: expected at most 0$"):
@@ -398,8 +401,14 @@ def free_port():
 
 @contextmanager
 def running(*command, **environment):
-    process = subprocess.Popen([sys.executable, "-m", *command], env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL, start_new_session=True, cwd="/")  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command],
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        cwd="/",
+    )
     try:
         yield process
     finally:
@@ -591,8 +600,25 @@ def test_a_full_disk_stops_the_sweep_and_leaves_what_was_there(place, grid_file,
 
 def test_two_drivers_on_one_store(place, grid_file, tmp_path):
     store = tmp_path / "s.jsonl"
-    command = [sys.executable, "-m", "thesislib.cli", "sweep", str(grid_file), "--out", str(store), "--subject", place.subject, "--data", place.data,
-               "--dtype", "float32", "--workers", "1", "--threads", "1"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "thesislib.cli",
+        "sweep",
+        str(grid_file),
+        "--out",
+        str(store),
+        "--subject",
+        place.subject,
+        "--data",
+        place.data,
+        "--dtype",
+        "float32",
+        "--workers",
+        "1",
+        "--threads",
+        "1",
+    ]
     drivers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [d.communicate(timeout=240) for d in drivers]
     assert [d.returncode for d in drivers] == [0, 0], said

@@ -1,6 +1,7 @@
 """What each notebook measures: its parameters, its recorded run, and the claims it is held against.
 
-A chapter is found by its file's name: of the modules `chNN_*.py` of each number one has a CHAPTER, see `thesislib.chapters.chapter`.
+A chapter is found by its file's name: of the modules `chNN_*.py` of each number one has a CHAPTER, see
+`thesislib.chapters.chapter`.
 """
 
 import re
@@ -29,7 +30,8 @@ def _of(number: str) -> tuple[str, Chapter]:
     found = {name: c for name in names if (c := getattr(import_module(name), "CHAPTER", None)) is not None}
     if len(found) != 1 or not next(iter(found.values())).notebook.startswith(f"{number}_"):
         raise BadInput(
-            f"of {', '.join(names) or 'no module'} {len(found)} have a CHAPTER: expected one, whose notebook is named {number}_..."
+            f"of {', '.join(names) or 'no module'} {len(found)} have a CHAPTER: expected one, whose notebook is "
+            f"named {number}_..."
         )
     return next(iter(found.items()))
 
@@ -50,7 +52,8 @@ def chapter_of(notebook: str) -> Chapter:
     """
     if (found := _known(notebook)) is None:
         raise BadInput(
-            f"notebook {notebook} has no chapter: expected a CHAPTER named so in a module ch{notebook[:2]}_*.py of thesislib/chapters"
+            f"notebook {notebook} has no chapter: expected a CHAPTER named so in a module ch{notebook[:2]}_*.py "
+            "of thesislib/chapters"
         )
     return found[1]
 
@@ -61,7 +64,8 @@ def parameters_of(notebook: str) -> type | None:
 
 
 def reads(notebook: str) -> dict[str, str]:
-    """{chapter: its module} of a notebook's chapter, of those whose records it reads, and of those that these read; empty for a notebook of no chapter."""
+    """{chapter: its module} of a notebook's chapter, of those whose records it reads, and of those that these read;
+    empty for a notebook of no chapter."""
     found: dict[str, str] = {}
     open_ = [notebook]
     while open_:
@@ -100,7 +104,8 @@ def three_findings() -> str:
 
 
 def block(text: str, name: str) -> tuple[str, str]:
-    """What stands before and after the part of a text that is written from records, between <!-- NAME: ... --> and <!-- /NAME -->."""
+    """What stands before and after the part of a text that is written from records, between <!-- NAME: ... --> and <!--
+    /NAME -->."""
     found = re.search(rf"(?s)^(.*<!-- {name}: [^\n]*-->\n).*?(<!-- /{name} -->.*)$", text)
     if not found:
         raise ValueError(f"no part '{name}' between <!-- {name}: ... --> and <!-- /{name} -->")

@@ -149,7 +149,8 @@ def headline(found: Sequence[Measurement]) -> str:
     return in_markdown(
         f"{name} has perplexity {number(ppl[first], '.2f')} on {ppl[first].task} in windows of {first} tokens "
         f"and {number(ppl[last], '.2f')} in windows of {last}: a perplexity without its window means nothing. "
-        f"Asked in its own chat template it answers {share(trivia[False, 'chat'])} of TriviaQA closed book and {share(trivia[True, 'chat'])} "
+        f"Asked in its own chat template it answers {share(trivia[False, 'chat'])} of TriviaQA closed book and "
+        f"{share(trivia[True, 'chat'])} "
         f"with a passage that holds the answer; with the thesis's bare prompt {share(trivia[False, 'thesis'])} and "
         f"{share(trivia[True, 'thesis'])}. HellaSwag acc_norm is {share(hella)}."
     )
@@ -165,7 +166,8 @@ def flattering(m: Measurement, count: int = 3) -> pd.DataFrame:
 
 
 def recorded_parts(p: Measures, file: Path) -> Iterator[Part]:
-    """Every measure by itself: perplexity in float32, answers in `p.dtype`; HellaSwag always on its embedded items, which are all there are."""
+    """Every measure by itself: perplexity in float32, answers in `p.dtype`; HellaSwag always on its embedded items,
+    which are all there are."""
     load = functools.cache(load_subject)
 
     def make(missing: Collection[Key], keep: Keep) -> None:

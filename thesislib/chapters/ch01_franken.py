@@ -1,4 +1,5 @@
-"""Chapter 1, Franken-LLaMA: 25 ways to skip and repeat blocks, measured together, and what the original study claimed."""
+"""Chapter 1, Franken-LLaMA: 25 ways to skip and repeat blocks, measured together, and what the original study
+claimed."""
 
 import functools
 from collections import Counter
@@ -95,7 +96,8 @@ def single_block_plans(depth: int, blocks: Sequence[int]) -> tuple[dict[int, Pla
 
 
 def all_plans(depth: int, p: Franken) -> tuple[dict[str, Plan], dict[int, Plan], dict[int, Plan]]:
-    """The 25 by name, and by block those that leave it out and that run it twice, for `p.singles` blocks spread over the depth."""
+    """The 25 by name, and by block those that leave it out and that run it twice, for `p.singles` blocks spread over
+    the depth."""
     blocks = np.unique(np.linspace(0, depth - 1, min(p.singles, depth)).round().astype(int)).tolist()
     return franken_plans(depth), *single_block_plans(depth, blocks)
 
@@ -247,11 +249,15 @@ def headline(results: Results) -> str:
     said = Counter(claim.verdict for claim in claims(results))
     change = "raises" if again.difference > 0 else "lowers"
     return in_markdown(
-        f"On {base.task} (windows of {base.items[0]['tokens'] + 1} tokens, n = {base.n}) the whole model has perplexity {base.value:.1f} "
-        f"[{base.low:.1f}, {base.high:.1f}]. {ruined} of the {len(against)} ways to skip and repeat blocks multiply it by ten or more; the mildest, "
-        f"{best}, multiplies it by {np.exp(against[best][0].difference):.2f}. Running one block twice {change} it even where that does least harm "
+        f"On {base.task} (windows of {base.items[0]['tokens'] + 1} tokens, n = {base.n}) the whole model has "
+        f"perplexity {base.value:.1f} "
+        f"[{base.low:.1f}, {base.high:.1f}]. {ruined} of the {len(against)} ways to skip and repeat blocks "
+        "multiply it by ten or more; the mildest, "
+        f"{best}, multiplies it by {np.exp(against[best][0].difference):.2f}. Running one block twice {change} "
+        "it even where that does least harm "
         f"(block {mildest}: {ratio(again)}). {skip_or_repeat(results)} "
-        f"Of the original study's {said.total()} conclusions {said['holds']} hold here, {said['does not hold']} do not, and {said['undecided']} stay undecided."
+        f"Of the original study's {said.total()} conclusions {said['holds']} hold here, {said['does not hold']} "
+        f"do not, and {said['undecided']} stay undecided."
     )
 
 
@@ -273,7 +279,8 @@ def _few_late(results: Results, against) -> Claim:
     worst = max(names, key=lambda n: against[n][0].difference)
     c = against[worst][0]
     verdict = "does not hold" if c.low > np.log(1.1) else "holds" if c.high < np.log(1.1) else "undecided"
-    return Claim("Skipping one to three blocks leaves a usable, lighter model (read here as: perplexity up by less than 10 %).",
+    return Claim("Skipping one to three blocks leaves a usable, lighter model (read here as: perplexity up by less "
+        "than 10 %).",
                  verdict, f"Worst of the three, {worst}: {_ratio(c)}.")  # fmt: skip
 
 
@@ -299,7 +306,8 @@ def _middle(results: Results) -> Claim:
     rho, p = spearmanr([abs(b - middle) for b in results.skipped], loss)
     verdict = "undecided" if not p < 0.05 else "holds" if rho > 0 else "does not hold"
     return Claim("Skipping works best in the middle of the model.", verdict,
-                 f"Rank correlation of a block's distance from the middle with what leaving it out costs, over {len(loss)} blocks: "
+                 "Rank correlation of a block's distance from the middle with what leaving it out costs, over "
+                     f"{len(loss)} blocks: "
                  f"{rho:+.2f}, {p_value(p)}.")  # fmt: skip
 
 
@@ -308,7 +316,8 @@ def _gibberish(against) -> Claim:
     n = len(against)
     low, high = proportion(len(ruined), n)
     verdict = "holds" if len(ruined) > n / 2 else "does not hold"
-    return Claim("Most of the 25 configurations write gibberish (read here as: perplexity at least ten times the baseline's).", verdict,
+    return Claim("Most of the 25 configurations write gibberish (read here as: perplexity at least ten times the "
+        "baseline's).", verdict,
                  f"{len(ruined)} of {n} plans [{100 * low:.0f} %, {100 * high:.0f} %].")  # fmt: skip
 
 
@@ -355,7 +364,8 @@ def from_measurements(found: Sequence[Measurement]) -> Results:
         ppl, hella = ({n: by_plan[metric, plan] for n, plan in plans.items()} for metric in ("perplexity", "acc_norm"))
     except KeyError as error:
         raise BadInput(
-            f"these are not the results of chapter 1: {error.args[0][0]} of plan {format_plan(error.args[0][1])} is missing"
+            f"these are not the results of chapter 1: {error.args[0][0]} of plan {format_plan(error.args[0][1])} "
+            "is missing"
         ) from error
     single = [
         {b: by_plan["perplexity", q] for b, q in group.items() if ("perplexity", q) in by_plan}
@@ -370,7 +380,8 @@ def read_recorded(path: Path) -> Results:
 
 
 def recorded_parts(p: Franken, file: Path) -> Iterator[Part]:
-    """Two trees of plans, perplexity's and HellaSwag's: blocks that plans share run once, so what a tree lacks is made at one go."""
+    """Two trees of plans, perplexity's and HellaSwag's: blocks that plans share run once, so what a tree lacks is made
+    at one go."""
     load = functools.cache(load_subject)
     plans, skipped, repeated = all_plans(shape(p.subject).depth, p)
     by_name = {f"plan {format_plan(plan)}": plan for plan in (*plans.values(), *skipped.values(), *repeated.values())}
@@ -405,12 +416,22 @@ def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurem
 
 
 def plan_name(plan: Sequence[int] | None, depth: int) -> str:
-    """What a plan of a model with `depth` blocks is called among claims: dense, a block that runs twice, or its numbers."""
+    """What a plan of a model with `depth` blocks is called among claims: dense, a block that runs twice, or its
+    numbers."""
     if plan is None or list(plan) == list(range(depth)):
         return DENSE
     _, repeated = single_block_plans(depth, range(depth))
     return next((f"block {b} twice" for b, p in repeated.items() if list(p) == list(plan)), f"plan {plan}")
 
 
-CHAPTER = Chapter("01_franken_llama", "skipping and repeating blocks", Franken, recorded_parts, key, read_recorded, headline,
-                  recorded={"windows": 32, "items": 200, "singles": 15}, claims=for_claims)  # fmt: skip
+CHAPTER = Chapter(
+    "01_franken_llama",
+    "skipping and repeating blocks",
+    Franken,
+    recorded_parts,
+    key,
+    read_recorded,
+    headline,
+    recorded={"windows": 32, "items": 200, "singles": 15},
+    claims=for_claims,
+)

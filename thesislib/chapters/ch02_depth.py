@@ -1,4 +1,5 @@
-"""Chapter 2, depth pruning: what each metric thinks of each block, and what is left when the least important ones go."""
+"""Chapter 2, depth pruning: what each metric thinks of each block, and what is left when the least important ones
+go."""
 
 import json
 import time
@@ -41,10 +42,11 @@ THESIS = (2, 4, 6, 8)
 class DepthChapter:
     """Parameters of chapter 2.
 
-    subject, data: specs. dtype, device: see `load_subject`. calibration: windows of length tokens that blocks are scored
-    on, of the calibration text. windows: that what is left is measured on. metrics: how to score. greedy: also score by
-    perplexity again after each removal, up to this many. counts: how many blocks go. seeds: of random removal.
-    questions, passages: of TriviaQA, closed and open book, for the thesis's D2, D4, D6, D8. tokens: of a completion of prompt.
+    subject, data: specs. dtype, device: see `load_subject`. calibration: windows of length tokens that blocks are
+    scored on, of the calibration text. windows: that what is left is measured on. metrics: how to score. greedy: also
+    score by perplexity again after each removal, up to this many. counts: how many blocks go. seeds: of random removal.
+    questions, passages: of TriviaQA, closed and open book, for the thesis's D2, D4, D6, D8. tokens: of a completion of
+    prompt.
     """
 
     subject: str = "embedded"
@@ -98,7 +100,8 @@ class DepthChapter:
         if not found:
             some = f"expected e.g. counts=[{free}]" if free else "expected a subject with more blocks"
             raise BadInput(
-                f"parameter 'counts' is {self.counts}: of this subject's {blocks} blocks {free} can go, since the first and the last stay; {some}"
+                f"parameter 'counts' is {self.counts}: of this subject's {blocks} blocks {free} can go, since "
+                f"the first and the last stay; {some}"
             )
         return found
 
@@ -148,7 +151,8 @@ def score(subject: Subject, p: DepthChapter) -> Scores:
     counts = p.possible(subject.depth)
     if left := [str(k) for k in p.counts if k not in counts]:
         print(
-            f"not possible for this subject: to remove {', '.join(left)} of its {subject.depth} blocks, since the first and the last stay"
+            f"not possible for this subject: to remove {', '.join(left)} of its {subject.depth} blocks, since "
+            "the first and the last stay"
         )
     free = range(Depth.protect_first, subject.depth - Depth.protect_last)
     metrics: dict[str, dict[int, float]] = {}
@@ -184,8 +188,8 @@ def score(subject: Subject, p: DepthChapter) -> Scores:
 class Results:
     """What is left after each removal.
 
-    scores: see `Scores`. perplexity: {(method, k): measurement}, (NOTHING, 0) the whole model. trivia: {(k, open book): accuracy} with the
-    perplexity metric's removals, 0 the whole model. texts: {k: completion}.
+    scores: see `Scores`. perplexity: {(method, k): measurement}, (NOTHING, 0) the whole model. trivia: {(k, open book):
+    accuracy} with the perplexity metric's removals, 0 the whole model. texts: {k: completion}.
     """
 
     scores: Scores
@@ -225,7 +229,8 @@ def answers(model: Subject, p: DepthChapter, open_book: bool) -> Measurement:
 
 
 def measure(subject: Subject, scores: Scores, p: DepthChapter) -> Results:
-    """Perplexity of every method at every count, all in one tree; TriviaQA and a text of the thesis's configurations."""
+    """Perplexity of every method at every count, all in one tree; TriviaQA and a text of the thesis's
+    configurations."""
     found = perplexity.perplexities(
         subject, evaluation_text(p.data), plans_of(subject, scores), length=p.length, limit=p.windows
     )
@@ -303,13 +308,17 @@ def thesis_table(results: Results) -> pd.DataFrame:
         closed, opened, theirs = results.trivia[k, False], results.trivia[k, True], thesis_row(label)
         rows.append(
             {
-                "configuration": label, "blocks removed": ", ".join(map(str, results.scores.removed[results.scores.main][k])) if k else "none",
-                "perplexity": number(ppl), "x dense": f"{ppl.value / results.dense.value:.2f}",
-                "closed book": share(closed), "open book": share(opened),
-                "thesis: perplexity": f"{theirs.perplexity:,.2f}", "x dense ": f"{theirs.perplexity / thesis_row('dense').perplexity:,.2f}",
+                "configuration": label,
+                "blocks removed": ", ".join(map(str, results.scores.removed[results.scores.main][k])) if k else "none",
+                "perplexity": number(ppl),
+                "x dense": f"{ppl.value / results.dense.value:.2f}",
+                "closed book": share(closed),
+                "open book": share(opened),
+                "thesis: perplexity": f"{theirs.perplexity:,.2f}",
+                "x dense ": f"{theirs.perplexity / thesis_row('dense').perplexity:,.2f}",
                 "thesis: closed, open": f"{theirs.closed:.1f} %, {theirs.open:.1f} %",
             }
-        )  # fmt: skip
+        )
     return pd.DataFrame(rows).set_index("configuration")
 
 
@@ -320,7 +329,10 @@ def verdict(results: Results, k: int) -> str:
         f"{word}: {listed([f'{m} (x {np.exp(c.difference):.2f})' for m, c in found.items() if c.verdict() == word])}"
         for word in VERDICTS
     ]
-    return f"With {k} blocks removed, against one-shot perplexity ({results.perplexity['perplexity', k].value:.3g}): {'; '.join(groups)}."
+    return (
+        f"With {k} blocks removed, against one-shot perplexity ({results.perplexity['perplexity', k].value:.3g}): "
+        f"{'; '.join(groups)}."
+    )
 
 
 def best(results: Results, k: int) -> str:
@@ -342,10 +354,14 @@ def headline(results: Results) -> str:
     last, trivia = counts[-1], results.trivia
     depth = len(results.scores.metrics["perplexity"])
     return in_markdown(
-        f"Removing the blocks whose removal costs least takes perplexity on {dense.task} from {number(dense, '.3g')} to {grow}; "
-        f"the thesis's subject, which has 16 blocks and not {depth}, lost more: {theirs}. Of the other scores {near} ranks blocks most like perplexity "
-        f"does (rank correlation {correlation[near]:.2f}), {far} least ({correlation[far]:.2f}). {verdict(results, last)} Closed-book TriviaQA goes "
-        f"from {share(trivia[0, False])} to {share(trivia[2, False])} at D2 and {share(trivia[last, False])} at D{last}."
+        f"Removing the blocks whose removal costs least takes perplexity on {dense.task} from "
+        f"{number(dense, '.3g')} to {grow}; "
+        f"the thesis's subject, which has 16 blocks and not {depth}, lost more: {theirs}. Of the other scores "
+        f"{near} ranks blocks most like perplexity "
+        f"does (rank correlation {correlation[near]:.2f}), {far} least ({correlation[far]:.2f}). "
+        f"{verdict(results, last)} Closed-book TriviaQA goes "
+        f"from {share(trivia[0, False])} to {share(trivia[2, False])} at D2 and {share(trivia[last, False])} at "
+        f"D{last}."
     )
 
 
@@ -392,7 +408,8 @@ def _scores_file(path: Path) -> Path:
 
 
 def recorded_parts(p: DepthChapter, file: Path) -> Iterator[Part]:
-    """One part, since all of it follows from the scores, which lie in a file beside the record; all perplexities are one tree of plans."""
+    """One part, since all of it follows from the scores, which lie in a file beside the record; all perplexities are
+    one tree of plans."""
     counts = p.possible(shape(p.subject).depth)
     methods = [*p.metrics, *(f"{RANDOM} {seed}" for seed in range(p.seeds))]
     removed = [
@@ -452,8 +469,22 @@ def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurem
 
 
 CHAPTER = Chapter(
-    "02_depth_pruning", "depth pruning", DepthChapter, recorded_parts, key, read_recorded, headline, claims=for_claims,
+    "02_depth_pruning",
+    "depth pruning",
+    DepthChapter,
+    recorded_parts,
+    key,
+    read_recorded,
+    headline,
+    claims=for_claims,
     recorded={
-        "calibration": 8, "windows": 24, "greedy": 12, "counts": [1, 2, 3, 4, 5, 6, 7, 8, 10, 12], "seeds": 3, "questions": 200, "passages": 64, "tokens": 40,
+        "calibration": 8,
+        "windows": 24,
+        "greedy": 12,
+        "counts": [1, 2, 3, 4, 5, 6, 7, 8, 10, 12],
+        "seeds": 3,
+        "questions": 200,
+        "passages": 64,
+        "tokens": 40,
     },
-)  # fmt: skip
+)

@@ -1,4 +1,5 @@
-"""Chapter 3, width pruning: nine patterns and some ratios, by magnitude and WANDA, and what calibration has to do with it."""
+"""Chapter 3, width pruning: nine patterns and some ratios, by magnitude and WANDA, and what calibration has to do with
+it."""
 
 import dataclasses
 import functools
@@ -40,8 +41,9 @@ HALVES = ("1:2", "2:4", "4:8", "8:16")
 class WidthChapter:
     """Parameters of chapter 3.
 
-    subject, data: specs. dtype, device: see `load_subject`. patterns: by WANDA; by_magnitude: those also by magnitude; ratios: unstructured.
-    calibration: windows of length tokens of text, which WANDA sees. windows: that what is left is measured on.
+    subject, data: specs. dtype, device: see `load_subject`. patterns: by WANDA; by_magnitude: those also by magnitude;
+    ratios: unstructured. calibration: windows of length tokens of text, which WANDA sees. windows: that what is left is
+    measured on.
     """
 
     subject: str = "embedded"
@@ -89,7 +91,8 @@ class WidthChapter:
 
 
 def configurations(p: WidthChapter) -> list[Width]:
-    """What the chapter measures, in order: patterns and ratios by WANDA, some by magnitude, some with other token weights."""
+    """What the chapter measures, in order: patterns and ratios by WANDA, some by magnitude, some with other token
+    weights."""
     return [
         *(p.width(pattern) for pattern in p.patterns),
         *(p.width(str(ratio)) for ratio in p.ratios),
@@ -165,10 +168,14 @@ def conventions() -> pd.DataFrame:
         share = packing.predicted_bytes((1, 16 * m * 8), torch.bfloat16, str(pattern)) / (16 * m * 8 * 2)
         rows.append(
             {
-                "here and in WANDA (removed:of)": str(pattern), "NVIDIA's reading (kept:of)": f"{m - n}:{m}", "zeros": f"{n / m:.1%}",
-                "ways to place": f"{pattern.states:,}", "bits a group": pattern.bits, "bytes packed, bfloat16": f"{share:.1%}",
+                "here and in WANDA (removed:of)": str(pattern),
+                "NVIDIA's reading (kept:of)": f"{m - n}:{m}",
+                "zeros": f"{n / m:.1%}",
+                "ways to place": f"{pattern.states:,}",
+                "bits a group": pattern.bits,
+                "bytes packed, bfloat16": f"{share:.1%}",
             }
-        )  # fmt: skip
+        )
     return pd.DataFrame(rows).set_index("here and in WANDA (removed:of)")
 
 
@@ -200,10 +207,14 @@ def pattern_table(results: Results, p: WidthChapter) -> pd.DataFrame:
         share = shares(wanda)[pattern]
         rows.append(
             {
-                "pattern": pattern, "zeros": f"{share:.1%}", "WANDA": with_thousands(m), "x dense": f"{m.value / dense.value:,.2f}",
-                "magnitude": with_thousands(magnitude[pattern]) if pattern in magnitude else "", "linears' bytes": f"{size['packed'] / size['dense']:.1%}",
+                "pattern": pattern,
+                "zeros": f"{share:.1%}",
+                "WANDA": with_thousands(m),
+                "x dense": f"{m.value / dense.value:,.2f}",
+                "magnitude": with_thousands(magnitude[pattern]) if pattern in magnitude else "",
+                "linears' bytes": f"{size['packed'] / size['dense']:.1%}",
             }
-        )  # fmt: skip
+        )
     for row in rows:
         if ":" in row["pattern"] or row["pattern"] == DENSE:
             theirs = thesis_row("dense" if row["pattern"] == DENSE else f"W{row['pattern']}")
@@ -266,7 +277,8 @@ def magnitude_sentence(results: Results, p: WidthChapter) -> str:
     better, worse, undecided = ([c.verdict() for c in tests.values()].count(word) for word in VERDICTS)
     widest = min(tests, key=lambda x: tests[x].difference)
     return (
-        f"WANDA's perplexity is below magnitude's for {better} of {len(tests)} patterns, above it for {worse}, not told apart for {undecided} "
+        f"WANDA's perplexity is below magnitude's for {better} of {len(tests)} patterns, above it for {worse}, "
+        f"not told apart for {undecided} "
         f"(paired t test, Holm); most for {widest} (x {np.exp(tests[widest].difference):.2g})."
     )
 
@@ -291,7 +303,8 @@ def calibration_sentence(results: Results, p: WidthChapter) -> str:
     counts = sorted({n for _, n in table.index})
     gains = ", ".join(f"{t} {mean[t, counts[0]]:.1f} to {mean[t, counts[-1]]:.1f}" for t in texts)
     return (
-        f"From {counts[0]} to {counts[-1]} calibration windows the mean over {table.shape[1]} seeds goes, by text: {gains}. "
+        f"From {counts[0]} to {counts[-1]} calibration windows the mean over {table.shape[1]} seeds goes, by "
+        f"text: {gains}. "
         f"Seeds differ by {spread.min():.1%} to {spread.max():.1%} (standard deviation)."
     )
 
@@ -306,10 +319,13 @@ def headline(results: Results) -> str:
         f"{x} x {thesis_row(f'W{x}').perplexity / thesis_row('dense').perplexity:.3g}" for x in ("1:8", "2:4")
     )
     return in_markdown(
-        f"Removing 1 of 8 weights by WANDA multiplies perplexity on {dense.task} ({dense.value:.3g}) by {ratio(mild).removeprefix('x ')}, "
+        f"Removing 1 of 8 weights by WANDA multiplies perplexity on {dense.task} ({dense.value:.3g}) by "
+        f"{ratio(mild).removeprefix('x ')}, "
         f"2 of 4 by {found['2:4'].value / dense.value:.2f} (the thesis's subject: {theirs}). "
-        f"{halves_sentence(results, p)} {magnitude_sentence(results, p)} Packed, 1:8 takes {shares['1:8']['packed'] / shares['1:8']['dense']:.1%} of the "
-        f"linears' bytes and 2:4 {shares['2:4']['packed'] / shares['2:4']['dense']:.1%}; the thesis's files stayed as large as they were."
+        f"{halves_sentence(results, p)} {magnitude_sentence(results, p)} Packed, 1:8 takes "
+        f"{shares['1:8']['packed'] / shares['1:8']['dense']:.1%} of the "
+        f"linears' bytes and 2:4 {shares['2:4']['packed'] / shares['2:4']['dense']:.1%}; the thesis's files "
+        "stayed as large as they were."
     )
 
 
@@ -317,7 +333,8 @@ def headline(results: Results) -> str:
 
 
 def packed_speed(subject: Subject, pattern: str = "2:4") -> pd.DataFrame:
-    """A pruned subject with dense and with packed weights: bytes held, tokens per second of a prefill and one at a time."""
+    """A pruned subject with dense and with packed weights: bytes held, tokens per second of a prefill and one at a
+    time."""
     remove, of = packing.Pattern.parse(pattern)
     dense, _ = Width(remove, of, metric="magnitude").apply(subject)
     return speeds({f"{pattern}, held dense": dense, f"{pattern}, held packed": pack_all(dense)})
@@ -350,8 +367,12 @@ def read_recorded(path: Path) -> Results:
 
 
 RECORDED = {
-    "calibration": 32, "windows": 24, "ratios": [0.125, 0.25, 0.5, 0.75], "by_magnitude": [*NINE], "weightings": ["unit_norm", "first_16", "skip_1"],
-}  # fmt: skip
+    "calibration": 32,
+    "windows": 24,
+    "ratios": [0.125, 0.25, 0.5, 0.75],
+    "by_magnitude": [*NINE],
+    "weightings": ["unit_norm", "first_16", "skip_1"],
+}
 
 
 def recorded_parameters(**settings) -> WidthChapter:

@@ -1,4 +1,5 @@
-"""Chapter 4, LoRA recovery: what training wins back of what pruning cost, on which text, and what of it is only adaptation."""
+"""Chapter 4, LoRA recovery: what training wins back of what pruning cost, on which text, and what of it is only
+adaptation."""
 
 import dataclasses
 import json
@@ -116,8 +117,10 @@ def control_sentence(results: Results, text: str = "wikitext") -> str:
     shares = ", ".join(f"{model} {row.naive:.0%} ({row.fair:.0%})" for model, row in table.iterrows())
     moved = "changes" if c.told else "does not measurably change"
     return (
-        f"The same training on {text} {moved} the dense model's perplexity ({ratio(c)}, paired t test, {p_value(c.p)}). "
-        f"Of the loss that pruning caused, training wins back, counted naively (and against the dense model trained alike): {shares}."
+        f"The same training on {text} {moved} the dense model's perplexity ({ratio(c)}, paired t test, "
+        f"{p_value(c.p)}). "
+        "Of the loss that pruning caused, training wins back, counted naively (and against the dense model "
+        f"trained alike): {shares}."
     )
 
 
@@ -132,7 +135,8 @@ def _against_untrained(results: Results, what: str) -> dict[Configuration, Compa
 
 
 def answers_table(results: Results) -> pd.DataFrame:
-    """TriviaQA closed and open book, untrained and after each training; * where the paired test tells it from untrained."""
+    """TriviaQA closed and open book, untrained and after each training; * where the paired test tells it from
+    untrained."""
     told = {(what, c): found.told for what in (CLOSED, OPEN) for c, found in _against_untrained(results, what).items()}
     rows = []
     for model in _models(results):
@@ -148,7 +152,8 @@ def answers_table(results: Results) -> pd.DataFrame:
 
 
 def _texts_compared(results: Results, what: str) -> tuple[list, dict[str, list[str]]]:
-    """[(model, trained on questions, trained on WikiText)], and the models for which WikiText is told better or worse."""
+    """[(model, trained on questions, trained on WikiText)], and the models for which WikiText is told better or
+    worse."""
     pairs = [(m, _get(results, what, m, "trivia"), _get(results, what, m, "wikitext")) for m in _models(results)]
     pairs = [(name, t, w) for name, t, w in pairs if t is not None and w is not None]
     tests = holm_adjusted({name: triviaqa.compare(t, w) for name, t, w in pairs})
@@ -164,8 +169,10 @@ def texts_sentence(results: Results, what: str = CLOSED) -> str:
     better, worse = told["better"], told["worse"]
     sums = ", ".join(f"{name} {w.value:.1%} against {t.value:.1%}" for name, t, w in pairs)
     return (
-        f"{what.capitalize()}, trained on WikiText against trained on questions: {sums}. By exact McNemar tests, Holm-adjusted, WikiText is better for "
-        f"{listed(better)}, worse for {listed(worse)}, and within noise for the other {len(pairs) - len(better) - len(worse)}."
+        f"{what.capitalize()}, trained on WikiText against trained on questions: {sums}. By exact McNemar tests, "
+        "Holm-adjusted, WikiText is better for "
+        f"{listed(better)}, worse for {listed(worse)}, and within noise for the other "
+        f"{len(pairs) - len(better) - len(worse)}."
     )
 
 
@@ -173,7 +180,10 @@ def other_measure_sentence(results: Results, text: str = "trivia") -> str:
     """What training on questions does to perplexity, against the untrained models."""
     found = [(c, t) for c, t in _against_untrained(results, PPL).items() if c.text == text]
     told = ", ".join(f"{c.pruned} {ratio(t)}{'' if t.told else ' (within noise)'}" for c, t in found)
-    return f"Perplexity on Wikipedia text after training on {text}, against untrained: {told or 'not run'} (paired t tests, Holm-adjusted over all trainings)."
+    return (
+        f"Perplexity on Wikipedia text after training on {text}, against untrained: {told or 'not run'} (paired t "
+        "tests, Holm-adjusted over all trainings)."
+    )
 
 
 def order_sentence(results: Results) -> str:
@@ -184,13 +194,15 @@ def order_sentence(results: Results) -> str:
         if early is not None:
             test = perplexity.compare(early, late)
             said.append(
-                f"{c.label} ({late.value:.4g}) is {versus(test)} {c.pruned}+{c.after}+{LETTERS[c.text]} ({early.value:.4g}; {ratio(test)}, {p_value(test.p)})"
+                f"{c.label} ({late.value:.4g}) is {versus(test)} {c.pruned}+{c.after}+{LETTERS[c.text]} "
+                f"({early.value:.4g}; {ratio(test)}, {p_value(test.p)})"
             )
     return "Paired t tests over documents: " + "; ".join(said) + "."
 
 
 def merge_table(results: Results) -> pd.DataFrame:
-    """The same adapter kept beside the weights, merged under the mask, and merged dense: perplexity, zeros and bytes."""
+    """The same adapter kept beside the weights, merged under the mask, and merged dense: perplexity, zeros and
+    bytes."""
     rows = []
     for (c, what), m in results.items():
         if what == PPL and c.merge == "beside" and merges(c):
@@ -200,8 +212,10 @@ def merge_table(results: Results) -> pd.DataFrame:
                 test = "" if one == c else ratio(perplexity.compare(m, found))
                 rows.append(
                     {
-                        "model": c.label, "adapter": one.merge, "perplexity": number(found), "against beside, paired": test,
-                        "zeros": f"{1 - size['nonzero_parameters'] / size['parameters']:.1%}", "MB on disk": f"{size['bytes_on_disk'] / 1e6:.1f}",
+                        "model": c.label, "adapter": one.merge, "perplexity": number(found), "against beside, "
+                            "paired": test,
+                        "zeros": f"{1 - size['nonzero_parameters'] / size['parameters']:.1%}", "MB on "
+                            "disk": f"{size['bytes_on_disk'] / 1e6:.1f}",
                     }
                 )  # fmt: skip
     return pd.DataFrame(rows).set_index(["model", "adapter"])
@@ -217,7 +231,8 @@ def merge_sentence(results: Results) -> str:
         grown.append(larger / size - 1)
         moved.append(dense.value / beside.value)
     return (
-        f"Merged under the mask, perplexity changes by {', '.join(masked)} (paired t tests). Merged dense it stays where it was "
+        f"Merged under the mask, perplexity changes by {', '.join(masked)} (paired t tests). Merged dense it "
+        "stays where it was "
         f"(x {min(moved):.3f} to x {max(moved):.3f}), and the file grows by {min(grown):.1%} to {max(grown):.1%}."
     )
 
@@ -237,7 +252,10 @@ def seeds_sentence(results: Results) -> str:
     told = ""
     if len(runs) > 2:
         test = friedman({str(i): m.column("nats") for i, m in enumerate(runs)}, runs[0].column("document"))
-        told = f" A Friedman test over {test.n} documents {'tells the seeds apart' if test.p < 0.05 else 'does not tell the seeds apart'} ({p_value(test.p)})."
+        told = (
+            f" A Friedman test over {test.n} documents "
+            f"{'tells the seeds apart' if test.p < 0.05 else 'does not tell the seeds apart'} ({p_value(test.p)})."
+        )
     return (
         f"{config.label} with {len(runs)} seeds: {listed}; standard deviation {values.std(ddof=1):.2f}, "
         f"{values.std(ddof=1) / (base - values.mean()):.1%} of what training gains.{told}"
@@ -245,7 +263,8 @@ def seeds_sentence(results: Results) -> str:
 
 
 def tests_table(results: Results) -> pd.DataFrame:
-    """Some of the chapter's comparisons by three paired tests that assume different things of the losses, ratios of perplexity."""
+    """Some of the chapter's comparisons by three paired tests that assume different things of the losses, ratios of
+    perplexity."""
     C = Configuration
     asked_of = {
         "D2 to D2+W": (C("D2"), C("D2", "wikitext")),
@@ -282,8 +301,10 @@ def training_table(results: Results) -> pd.DataFrame:
             first = r["validation"][0]["loss"] if r["validation"] else math.nan
             rows.append(
                 {
-                    "model": c.label, "seed": c.seed, "learning rate": f"{rate:g}", "tokens": r["tokens"], "M trained": f"{r['parameters'] / 1e6:.2f}",
-                    "held-out loss before": f"{first:.3f}", "best": f"{r['best_loss']:.3f}", "at step": r["best_step"], "tokens/s": r["tokens_per_second"],
+                    "model": c.label, "seed": c.seed, "learning rate": f"{rate:g}", "tokens": r["tokens"], "M "
+                        "trained": f"{r['parameters'] / 1e6:.2f}",
+                    "held-out loss before": f"{first:.3f}", "best": f"{r['best_loss']:.3f}", "at "
+                        "step": r["best_step"], "tokens/s": r["tokens_per_second"],
                 }
             )  # fmt: skip
     return pd.DataFrame(rows).set_index("model")
@@ -307,15 +328,25 @@ def cost_sentence(results: Results) -> str:
 
 def rates_sentence(results: Results, p: LoraChapter) -> str:
     """Which learning rate did best on held-out text."""
-    tried = {c.learning_rate or p.learning_rate: training_report(m)["best_loss"] for c in [Configuration(p.pruned[0], p.texts[0]), *rates(p)]
-             if (m := results.get((c, PPL)))}  # fmt: skip
+    tried = {
+        c.learning_rate or p.learning_rate: training_report(m)["best_loss"]
+        for c in [Configuration(p.pruned[0], p.texts[0]), *rates(p)]
+        if (m := results.get((c, PPL)))
+    }
     best = min(tried, key=tried.get)
     listed = ", ".join(f"{rate:g}: {tried[rate]:.3f}" for rate in sorted(tried))
     name = f"{p.pruned[0]}+{LETTERS[p.texts[0]]}"
-    test = ", ".join(f"{rate:g}: {m.value:.2f}" for rate, m in sorted((c.learning_rate or p.learning_rate, results[c, PPL]) for c in
-                                                                    [Configuration(p.pruned[0], p.texts[0]), *rates(p)] if (c, PPL) in results))  # fmt: skip
+    test = ", ".join(
+        f"{rate:g}: {m.value:.2f}"
+        for rate, m in sorted(
+            (c.learning_rate or p.learning_rate, results[c, PPL])
+            for c in [Configuration(p.pruned[0], p.texts[0]), *rates(p)]
+            if (c, PPL) in results
+        )
+    )
     return (
-        f"Held-out loss of {name} by learning rate: {listed}. Best of these: {best:g}; the chapter trains with {p.learning_rate:g}. Perplexity on the test "
+        f"Held-out loss of {name} by learning rate: {listed}. Best of these: {best:g}; the chapter trains with "
+        f"{p.learning_rate:g}. Perplexity on the test "
         f"text, which decided nothing: {test}."
     )
 
@@ -356,7 +387,10 @@ def headline(results: Results) -> str:
     before, after, dense, control = (
         _get(results, PPL, *c) for c in (("D2",), ("D2", "wikitext"), (DENSE,), (DENSE, "wikitext"))
     )
-    theirs = f"{thesis_row('D2').perplexity:.1f} to {thesis_row('D2', 'W').perplexity:.1f}, dense {thesis_row('dense').perplexity:.1f}"
+    theirs = (
+        f"{thesis_row('D2').perplexity:.1f} to {thesis_row('D2', 'W').perplexity:.1f}, dense "
+        f"{thesis_row('dense').perplexity:.1f}"
+    )
     tokens, test = training_report(after)["tokens"], perplexity.compare(dense, after)
     word = {"worse": "above", "better": "below"}.get(test.verdict(), "within noise of")
     shares, (pairs, told) = recovered(results), _texts_compared(results, CLOSED)
@@ -369,10 +403,14 @@ def headline(results: Results) -> str:
         or "told from it for none"
     )
     return in_markdown(
-        f"LoRA on {tokens:,} tokens of WikiText takes D2 from perplexity {before.value:.1f} to {after.value:.1f}, {word} the dense model's "
-        f"{dense.value:.1f} (the thesis's subject: {theirs}). But the dense model, trained alike, goes to {control.value:.1f}: of the loss that "
-        f"pruning caused, D2 seems to win back {shares.naive['D2']:.0%}, and against that control it is {shares.fair['D2']:.0%}; over all "
-        f"{len(shares)} pruned models {shares.fair.min():.0%} to {shares.fair.max():.0%}. On closed-book questions, training on WikiText against training "
+        f"LoRA on {tokens:,} tokens of WikiText takes D2 from perplexity {before.value:.1f} to "
+        f"{after.value:.1f}, {word} the dense model's "
+        f"{dense.value:.1f} (the thesis's subject: {theirs}). But the dense model, trained alike, goes to "
+        f"{control.value:.1f}: of the loss that "
+        f"pruning caused, D2 seems to win back {shares.naive['D2']:.0%}, and against that control it is "
+        f"{shares.fair['D2']:.0%}; over all "
+        f"{len(shares)} pruned models {shares.fair.min():.0%} to {shares.fair.max():.0%}. On closed-book "
+        "questions, training on WikiText against training "
         f"on questions is {answers}, of {len(pairs)} models. {order_sentence(results)}"
     )
 

@@ -31,12 +31,12 @@ PPL = "perplexity"
 class LoraChapter:
     """Parameters of chapter 4.
 
-    subject, data: specs. dtype, device: see `load_subject`. pruned: labels of the models to recover; the dense one is always
-    trained too, as the control. texts: to train on. steps: of the optimiser, each on batch sequences of length tokens.
-    learning_rate, rank, validation (held-out sequences, every so many steps): see `thesislib.compress.lora.stage.Lora`. seeds:
-    how many, for the first pruned model on the first text. answering: how many of the pruned models, and the dense one, are also
-    asked questions. windows, questions, passages: that is measured on.
-    tokens: of a completion of prompt.
+    subject, data: specs. dtype, device: see `load_subject`. pruned: labels of the models to recover; the dense one is
+    always trained too, as the control. texts: to train on. steps: of the optimiser, each on batch sequences of length
+    tokens. learning_rate, rank, validation (held-out sequences, every so many steps): see
+    `thesislib.compress.lora.stage.Lora`. seeds: how many, for the first pruned model on the first text. answering: how
+    many of the pruned models, and the dense one, are also asked questions. windows, questions, passages: that is
+    measured on. tokens: of a completion of prompt.
     """
 
     subject: str = "embedded"
@@ -70,7 +70,8 @@ class LoraChapter:
                 raise unknown("training text", text, TEXTS)
         if not self.pruned or not self.texts:
             raise BadInput(
-                "parameters 'pruned' and 'texts' must name at least one model and one text: expected e.g. ['D2'] and ['wikitext']"
+                "parameters 'pruned' and 'texts' must name at least one model and one text: expected e.g. ['D2'] "
+                "and ['wikitext']"
             )
         names = (
             "steps",
@@ -96,7 +97,8 @@ class LoraChapter:
                 recipe_of(c.stages(self)).check(shape)
             except BadInput as error:
                 raise BadInput(
-                    f"parameter 'pruned' has {shown(c.pruned)}, which is not possible for this subject ({error}): expected others"
+                    f"parameter 'pruned' has {shown(c.pruned)}, which is not possible for this subject "
+                    f"({error}): expected others"
                 ) from error
 
     def training(self, text: str = "wikitext", **settings) -> Lora:
@@ -123,9 +125,9 @@ class LoraChapter:
 class Configuration:
     """One model of the chapter.
 
-    pruned: label of what was pruned before training, or dense. text: trained on; None for no training. after: label of what was
-    pruned after training, as in the thesis's order experiment. merge: see `thesislib.compress.lora.stage.MERGES`. seed: of training.
-    learning_rate: None for the chapter's.
+    pruned: label of what was pruned before training, or dense. text: trained on; None for no training. after: label of
+    what was pruned after training, as in the thesis's order experiment. merge: see
+    `thesislib.compress.lora.stage.MERGES`. seed: of training. learning_rate: None for the chapter's.
     """
 
     pruned: str
@@ -154,7 +156,8 @@ class Configuration:
 
 
 def configurations(p: LoraChapter) -> list[Configuration]:
-    """What the chapter measures, the dense model first: each model untrained and trained on each text, more seeds of one."""
+    """What the chapter measures, the dense model first: each model untrained and trained on each text, more seeds of
+    one."""
     models = [DENSE, *p.pruned]
     trained = [Configuration(m, text) for text in p.texts for m in (*p.pruned, DENSE)]
     seeds = [Configuration(p.pruned[0], p.texts[0], seed=seed) for seed in range(1, p.seeds)]
@@ -177,7 +180,8 @@ Results = Mapping[tuple[Configuration, str], Measurement]
 def measure(
     configs: Iterable[Configuration], p: LoraChapter, done: Results | None = None, found: Callable | None = None
 ) -> dict:
-    """{(configuration, what): measurement}: perplexity of all, answers of those that `asked_of` names, merges of trained sparse models.
+    """{(configuration, what): measurement}: perplexity of all, answers of those that `asked_of` names, merges of
+    trained sparse models.
 
     Args:
         configs: in order.
@@ -229,7 +233,8 @@ def merges(c: Configuration) -> list[Configuration]:
 
 
 def merged(ready: Prepared, c: Configuration, p: LoraChapter) -> Prepared:
-    """A trained configuration whose adapter was kept beside its weights, merged as `c` says; as if it had been trained so."""
+    """A trained configuration whose adapter was kept beside its weights, merged as `c` says; as if it had been trained
+    so."""
     model = ready.model.copy(unpack=False)
     merge_all(model.model, c.merge)
     size = {**sizes(model), "bytes_on_disk": predicted_disk_bytes(model)}
@@ -268,9 +273,17 @@ def read_recorded(path: Path) -> Results:
 
 
 RECORDED = {
-    "pruned": ["D2", "W2:4", "D2+W1:8", "D4", "W8:16"], "texts": ["wikitext", "trivia"], "steps": 48, "validation": 8, "every": 16, "seeds": 3, "windows": 24,
-    "questions": 200, "passages": 64, "tokens": 40,
-}  # fmt: skip
+    "pruned": ["D2", "W2:4", "D2+W1:8", "D4", "W8:16"],
+    "texts": ["wikitext", "trivia"],
+    "steps": 48,
+    "validation": 8,
+    "every": 16,
+    "seeds": 3,
+    "windows": 24,
+    "questions": 200,
+    "passages": 64,
+    "tokens": 40,
+}
 
 
 def recorded_parameters(**settings) -> LoraChapter:

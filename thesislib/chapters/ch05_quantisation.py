@@ -1,4 +1,5 @@
-"""Chapter 5, quantisation and compensation: why the textbook recipe loses to rounding on a small model, and what repairs it."""
+"""Chapter 5, quantisation and compensation: why the textbook recipe loses to rounding on a small model, and what
+repairs it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,7 +52,8 @@ from thesislib.model.subject import Subject
 from thesislib.records import measurement
 from thesislib.records.measurement import Measurement, in_markdown
 
-# what the chapter set itself before it was run: perplexity on the whole of WikiText-2 test, windows of 512, groups of 64
+# what the chapter set itself before it was run: perplexity on the whole of WikiText-2 test, windows of 512, groups of
+# 64
 BARS = {(4, False): 35.0, (4, True): 32.8, (3, False): 48.0, (3, True): 40.5}  # by bits, and whether EoRA follows; GPTQ
 
 
@@ -83,9 +85,11 @@ def main_table(results: Results, configs: Sequence[Configuration]) -> pd.DataFra
         times = f"{found[PPL].value / dense.value:.2f}" if found[PPL] and dense else ""
         rows.append(
             {
-                "model": c.name, "WikiText-2": number(found[PPL]), "x dense": times, "held-out Wikipedia": number(found[HELD_OUT]),
+                "model": c.name, "WikiText-2": number(found[PPL]), "x dense": times, "held-out "
+                    "Wikipedia": number(found[HELD_OUT]),
                 "closed book": share(found[CLOSED]), "open book": share(found[OPEN]),
-                "MB": f"{size.get('bytes_on_disk', size.get('bytes_in_memory', 0)) / 1e6:.1f}", "linears, of bfloat16": _share_of_bfloat16(c, found),
+                "MB": f"{size.get('bytes_on_disk', size.get('bytes_in_memory', 0)) / 1e6:.1f}", "linears, of "
+                    "bfloat16": _share_of_bfloat16(c, found),
             }
         )  # fmt: skip
     return _framed(rows, "model", "held-out Wikipedia", "MB")
@@ -189,7 +193,8 @@ def ingredient_table(results: Results, configs: Sequence[Configuration], base: i
 
 
 def textbook_sentence(results: Results, p: QuantChapter, bits: int = 4, brief: bool = False) -> str:
-    """Does GPTQ by the plain recipe beat rounding here, and which single change helps most? Unless brief, which others move it."""
+    """Does GPTQ by the plain recipe beat rounding here, and which single change helps most? Unless brief, which others
+    move it."""
     rounding, plain, *others, asymmetric = alone(p, bits)
     own = pick(others, varied="integer zero-point")
     compared = _pairs(results, [("plain", rounding, plain), ("own", asymmetric, own)], HELD_OUT)
@@ -202,7 +207,8 @@ def textbook_sentence(results: Results, p: QuantChapter, bits: int = 4, brief: b
     also = f", with an integer zero-point {versus(second)} it ({ratio(second)}, {p_value(second.p)})" if second else ""
     others_too = "" if brief else f"; also gaining: {listed(gain)}; harming: {listed(harm)}"
     return (
-        f"At {bits} bits, on held-out text, GPTQ by the plain recipe (symmetric, no act-order, no clipping, all tokens equal) is {versus(first)} "
+        f"At {bits} bits, on held-out text, GPTQ by the plain recipe (symmetric, no act-order, no clipping, all "
+        f"tokens equal) is {versus(first)} "
         f"plain rounding ({ratio(first)}, {p_value(first.p)}){also}. Of the single changes {most}{others_too}."
     )
 
@@ -231,7 +237,8 @@ def _by_kind(results: Results, p: QuantChapter) -> dict[str, Comparison]:
 
 
 def kinds_table(results: Results, p: QuantChapter) -> pd.DataFrame:
-    """One kind of projection quantised at a time: GPTQ by the plain recipe against rounding, paired and Holm-adjusted."""
+    """One kind of projection quantised at a time: GPTQ by the plain recipe against rounding, paired and
+    Holm-adjusted."""
     rows = []
     for kind, c in _by_kind(results, p).items():
         rounding, gptq = (
@@ -255,7 +262,10 @@ def kinds_sentence(results: Results, p: QuantChapter) -> str:
     for kind, c in _by_kind(results, p).items():
         told[versus(c)].append(kind)
     said = "; ".join(f"{word} rounding for {', '.join(names)}" for word, names in told.items() if names)
-    return f"One kind of projection at a time, GPTQ by the plain recipe is {said or 'not run'} (paired t tests, Holm-adjusted)."
+    return (
+        f"One kind of projection at a time, GPTQ by the plain recipe is {said or 'not run'} (paired t tests, "
+        "Holm-adjusted)."
+    )
 
 
 def shapes_table(results: Results, p: QuantChapter) -> pd.DataFrame:
@@ -289,8 +299,14 @@ def calibration_sentence(results: Results, p: QuantChapter) -> str:
     if len(seeds) < 2:
         return "Other windows of calibration text were not run."
     amounts = [f"{v:.2f} with {c.name}" for c, v in found if c.varied != "seed"]
-    spread = f"{len(seeds)} choices of {p.calibration} windows give {', '.join(f'{v:.2f}' for v in seeds)}: {max(seeds) / min(seeds) - 1:.1%} apart"
-    return f"Held-out perplexity, 4 bits: {spread}; {', '.join(amounts)}. Differences of that size between settings are the calibration's noise."
+    spread = (
+        f"{len(seeds)} choices of {p.calibration} windows give {', '.join(f'{v:.2f}' for v in seeds)}: "
+        f"{max(seeds) / min(seeds) - 1:.1%} apart"
+    )
+    return (
+        f"Held-out perplexity, 4 bits: {spread}; {', '.join(amounts)}. Differences of that size between settings are "
+        "the calibration's noise."
+    )
 
 
 def compensation_table(results: Results, p: QuantChapter) -> pd.DataFrame:
@@ -328,13 +344,15 @@ def bytes_sentence(results: Results, p: QuantChapter) -> str:
     c = perplexity.compare(b, a)
     sizes = [m.disk_bytes / 1e6 for m in (a, b)]
     return (
-        f"3 bits with EoRA of rank {p.rank} take {sizes[0]:.1f} MB, 4 bits without {sizes[1]:.1f} MB; in perplexity the first are {versus(c)} the second "
+        f"3 bits with EoRA of rank {p.rank} take {sizes[0]:.1f} MB, 4 bits without {sizes[1]:.1f} MB; in "
+        f"perplexity the first are {versus(c)} the second "
         f"({a.value:.1f} and {b.value:.1f}, {ratio(c)}, {p_value(c.p)})."
     )
 
 
 def sizes_and_losses(results: Results) -> pd.DataFrame:
-    """(method, bits, MB on disk, held-out perplexity, low, high) of the models of the chapter's tables of methods, shapes and ranks."""
+    """(method, bits, MB on disk, held-out perplexity, low, high) of the models of the chapter's tables of methods,
+    shapes and ranks."""
     rows, seen = [], set()
     p, q = recorded_parameters(), ablation_parameters()
     for c in (*table(p), *table(q, ("symmetric",)), *shapes(q), *ranks(q)):
@@ -362,7 +380,8 @@ def _tried(p: QuantChapter, bits: int, corrected: bool) -> list[Configuration]:
 
 
 def bars_table(results: Results, p: QuantChapter) -> pd.DataFrame:
-    """What chapter 5 set itself before it was run, on the whole of WikiText-2 test, and what came out, by the table's calibration and by `MORE`."""
+    """What chapter 5 set itself before it was run, on the whole of WikiText-2 test, and what came out, by the table's
+    calibration and by `MORE`."""
     rows = []
     for (bits, corrected), bar in BARS.items():
         for c in _tried(p, bits, corrected):
@@ -387,7 +406,10 @@ def more_sentence(results: Results, p: QuantChapter) -> str:
                 if found
             ]
             said += [f"{first.short} {' and '.join(shown)}"] if shown else []
-    return f"Calibrated on {MORE['windows']} windows of Wikipedia instead of {p.calibration} of web text: {'; '.join(said) or 'not run'}."
+    return (
+        f"Calibrated on {MORE['windows']} windows of Wikipedia instead of {p.calibration} of web text: "
+        f"{'; '.join(said) or 'not run'}."
+    )
 
 
 def sink_sentence(shares: Mapping[str, float], length: int) -> str:
@@ -396,13 +418,16 @@ def sink_sentence(shares: Mapping[str, float], length: int) -> str:
     block, kind = place.split(".")[1:]
     many, values = sum(v > 0.1 for v in shares.values()), [v for at, v in shares.items() if at.endswith("v_proj")]
     return (
-        f"The first of {length} tokens makes {shares[place]:.0%} of the trace of block {block}'s {kind}, its largest share, "
-        f"and over 10% at {many} of {len(shares)} projections; at v_proj it makes {min(values):.1%} to {max(values):.1%}."
+        f"The first of {length} tokens makes {shares[place]:.0%} of the trace of block {block}'s {kind}, its "
+        "largest share, "
+        f"and over 10% at {many} of {len(shares)} projections; at v_proj it makes {min(values):.1%} to "
+        f"{max(values):.1%}."
     )
 
 
 def grid_sentence(subject: Subject, blocks: Sequence[int] = (0, 1)) -> str:
-    """What the subject's own 4-bit grid does to rounding: nothing is lost on that grid, the usual quarter step on an integer zero-point's."""
+    """What the subject's own 4-bit grid does to rounding: nothing is lost on that grid, the usual quarter step on an
+    integer zero-point's."""
     own, other = Grid(4, 32, "minimum"), Grid(4, 32, "asymmetric")
     lost, steps = 0.0, []
     linears = [m for b in blocks for m in subject.linears(b).values()]
@@ -412,7 +437,8 @@ def grid_sentence(subject: Subject, blocks: Sequence[int] = (0, 1)) -> str:
         q = round_to_nearest(w, other)
         steps.append(float(((q.weight - w).abs() / q.scale.repeat_interleave(32, 1)).mean()))
     return (
-        f"Rounded to its own grid (groups of 32, a floating minimum), the largest change of a weight in {len(linears)} linears is {lost:g}; "
+        "Rounded to its own grid (groups of 32, a floating minimum), the largest change of a weight in "
+        f"{len(linears)} linears is {lost:g}; "
         f"with an integer zero-point instead, the mean change is {np.mean(steps):.2f} steps."
     )
 
@@ -443,7 +469,8 @@ def layer_sentence(errors: Mapping[str, Mapping[str, float]], base: str = "round
 
 
 def cost_sentence(results: Results) -> str:
-    """How long this chapter's own measurements took; the dense model's on the test text and its answers are other chapters'."""
+    """How long this chapter's own measurements took; the dense model's on the test text and its answers are other
+    chapters'."""
     return measurement.cost(m for m in results.values() if "cell" in m.chapter)
 
 
@@ -474,7 +501,8 @@ def rank_table(results: Results, p: QuantChapter) -> pd.DataFrame:
 
 
 def starts_table(results: Results, p: QuantChapter) -> pd.DataFrame:
-    """Held-out perplexity after LoRA from either start at each learning rate, a column a seed, and what it was before training."""
+    """Held-out perplexity after LoRA from either start at each learning rate, a column a seed, and what it was before
+    training."""
     before = {c.rank: results.get((c.key, HELD_OUT)) for c in ranks(p)}
     rows: dict[tuple[str, float], dict] = {}
     for c in starts(p):
@@ -489,7 +517,8 @@ def starts_table(results: Results, p: QuantChapter) -> pd.DataFrame:
 
 
 def starts_sentence(results: Results, p: QuantChapter) -> str:
-    """LoRA begun at EoRA's correction against LoRA begun at zero, each at the rate that is better for its first seed: equal rank, steps and seeds."""
+    """LoRA begun at EoRA's correction against LoRA begun at zero, each at the rate that is better for its first seed:
+    equal rank, steps and seeds."""
     found = {(c.corrected, c.rate, c.seed): c for c in starts(p) if (c.key, HELD_OUT) in results}
     value = {one: results[c.key, HELD_OUT].value for one, c in found.items()}
     best = {}
@@ -507,9 +536,12 @@ def starts_sentence(results: Results, p: QuantChapter) -> str:
     before = {c.rank: f", from {results[c.key, HELD_OUT].value:.2f}" for c in ranks(p) if (c.key, HELD_OUT) in results}
     begun = f"{before[0]} before training" if 0 in before else "", before.get(p.rank, "")
     return (
-        f"At 3 bits, learning rate {best[True]:g}, LoRA started from EoRA's correction ends at {', '.join(f'{x:.2f}' for x in eora)} (mean "
-        f"{np.mean(eora):.2f}{begun[1]}); started as usual, learning rate {best[False]:g}, at {', '.join(f'{x:.2f}' for x in usual)} (mean "
-        f"{np.mean(usual):.2f}{begun[0]}). By paired t tests, Holm-adjusted, EoRA's start is better for {told['better']} of {len(seeds)} seeds, worse for "
+        f"At 3 bits, learning rate {best[True]:g}, LoRA started from EoRA's correction ends at "
+        f"{', '.join(f'{x:.2f}' for x in eora)} (mean "
+        f"{np.mean(eora):.2f}{begun[1]}); started as usual, learning rate {best[False]:g}, at "
+        f"{', '.join(f'{x:.2f}' for x in usual)} (mean "
+        f"{np.mean(usual):.2f}{begun[0]}). By paired t tests, Holm-adjusted, EoRA's start is better for "
+        f"{told['better']} of {len(seeds)} seeds, worse for "
         f"{told['worse']}, within noise for {told['not told apart']}."
     )
 
@@ -529,9 +561,12 @@ def headline(results: Results) -> str:
     gptq, rounding = (pick(table(p), method=method, bits=4, corrected=True) for method in ("GPTQ", "rounding"))
     with_eora = method_comparisons(results, table(p), HELD_OUT)[against(gptq, rounding)]
     return in_markdown(
-        f"{textbook_sentence(results, q, brief=True)} {kinds_sentence(results, q)} All of the chapter's changes together multiply the "
-        f"plain recipe's perplexity by {np.exp(change.difference):.2f}. With EoRA on top, GPTQ is {versus(with_eora)} rounding ({ratio(with_eora)}). "
-        f"On WikiText-2 test (dense, in {results[None, PPL].provenance['dtype']}, {results[None, PPL].value:.1f}), groups of "
+        f"{textbook_sentence(results, q, brief=True)} {kinds_sentence(results, q)} All of the chapter's changes "
+        "together multiply the "
+        f"plain recipe's perplexity by {np.exp(change.difference):.2f}. With EoRA on top, GPTQ is "
+        f"{versus(with_eora)} rounding ({ratio(with_eora)}). "
+        f"On WikiText-2 test (dense, in {results[None, PPL].provenance['dtype']}, "
+        f"{results[None, PPL].value:.1f}), groups of "
         f"{p.group}: {reached}. {bytes_sentence(results, p)} {starts_sentence(results, q)}"
     )
 
@@ -570,7 +605,8 @@ def samples(results: Results) -> pd.DataFrame:
 
 
 def answers_sentence(results: Results, p: QuantChapter) -> str:
-    """Questions answered by the quantised models against the dense one, and with EoRA against without, exact McNemar tests."""
+    """Questions answered by the quantised models against the dense one, and with EoRA against without, exact McNemar
+    tests."""
     said, (dense, *configs) = [], table(p)
     pairs = [(f"{c.name} against dense", dense, c) for c in configs]
     pairs += [
@@ -588,5 +624,15 @@ def answers_sentence(results: Results, p: QuantChapter) -> str:
     return ". ".join(x[0].upper() + x[1:] for x in said) + ". Exact McNemar tests, Holm-adjusted."
 
 
-CHAPTER = Chapter("05_quantisation", "quantisation and compensation", QuantChapter, recorded_parts, key, read_recorded, headline, RECORDED,
-                  reads=("00_measures", "04_lora_recovery"), claims=for_claims)  # fmt: skip
+CHAPTER = Chapter(
+    "05_quantisation",
+    "quantisation and compensation",
+    QuantChapter,
+    recorded_parts,
+    key,
+    read_recorded,
+    headline,
+    RECORDED,
+    reads=("00_measures", "04_lora_recovery"),
+    claims=for_claims,
+)

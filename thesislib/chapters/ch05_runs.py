@@ -1,4 +1,5 @@
-"""Chapter 5, quantisation and compensation: which settings are tried, in which cell of the chapter, and what is measured of each."""
+"""Chapter 5, quantisation and compensation: which settings are tried, in which cell of the chapter, and what is
+measured of each."""
 
 import dataclasses
 import json
@@ -31,7 +32,8 @@ from thesislib.records.store import Store
 from thesislib.sources import corpus
 
 PPL, HELD_OUT = "perplexity", "held-out perplexity"
-# GPTQ as it is usually set up. Its paper's code has an integer zero-point by default, whole rows, and 128 windows of 2,048 tokens
+# GPTQ as it is usually set up. Its paper's code has an integer zero-point by default, whole rows, and 128 windows of
+# 2,048 tokens
 PLAIN: dict = {
     "grid": "symmetric",
     "clip": "none",
@@ -78,10 +80,10 @@ SHAPES = {8: (64,), 4: (32, 64, "row"), 3: (32, 64), 2: (64,)}  # groups tried a
 class QuantChapter:
     """Parameters of chapter 5.
 
-    subject, data: specs. dtype, device: see `load_subject`. bits: of the chapter's table; group: weights that share a scale.
-    calibration: windows of length tokens of web text that GPTQ and EoRA see. rank: of EoRA. windows: that perplexity is measured on
-    (None: the whole text); held_out: windows of embedded Wikipedia text, on which settings are compared and chosen.
-    questions, passages: of TriviaQA. tokens: of a completion of prompt.
+    subject, data: specs. dtype, device: see `load_subject`. bits: of the chapter's table; group: weights that share a
+    scale. calibration: windows of length tokens of web text that GPTQ and EoRA see. rank: of EoRA. windows: that
+    perplexity is measured on (None: the whole text); held_out: windows of embedded Wikipedia text, on which settings
+    are compared and chosen. questions, passages: of TriviaQA. tokens: of a completion of prompt.
     """
 
     subject: str = "embedded"
@@ -155,7 +157,8 @@ class Configuration:
         name: what it is called there.
         stages: how it is made.
         measured: what is measured of it.
-        varied: what the cell varies where the stages do not say: an ingredient, a kind of projection, a pruned model, the seed of calibration.
+        varied: what the cell varies where the stages do not say: an ingredient, a kind of projection, a pruned model,
+            the seed of calibration.
     """
 
     cell: str
@@ -224,7 +227,8 @@ def pick(configs: Iterable["Configuration"], **wanted: object) -> "Configuration
     return next(c for c in configs if all(getattr(c, name) == value for name, value in wanted.items()))
 
 
-# ---------------------------------------------------------------- the chapter's questions, each a list of configurations
+# ---------------------------------------------------------------- the chapter's questions, each a list of
+# configurations
 
 
 def table(
@@ -320,7 +324,8 @@ def search(p: QuantChapter, bits: int = 3) -> list[Configuration]:
 
 
 def more(p: QuantChapter, bits: int = 3) -> list[Configuration]:
-    """The best settings on more and nearer calibration text, GPTQ's and EoRA's: what the table's bars at 3 bits needed."""
+    """The best settings on more and nearer calibration text, GPTQ's and EoRA's: what the table's bars at 3 bits
+    needed."""
     stage, name = (
         p.gptq(bits, **MORE),
         f"GPTQ {bits}-bit asymmetric, {MORE['windows']} windows of {MORE['text'].capitalize()}",
@@ -332,7 +337,8 @@ def more(p: QuantChapter, bits: int = 3) -> list[Configuration]:
 
 
 def compensations(p: QuantChapter, bits: int = 4) -> list[Configuration]:
-    """EoRA's own choices: whose inputs, how tokens count, a byte budget instead of one rank; on GPTQ and on rounding."""
+    """EoRA's own choices: whose inputs, how tokens count, a byte budget instead of one rank; on GPTQ and on
+    rounding."""
     found = []
     for name, base in (("GPTQ", p.gptq(bits)), ("rounding", p.rtn(bits))):
         found += [
@@ -363,7 +369,8 @@ def pruned(p: QuantChapter, labels: Iterable[str] = ("W2:4", "D4"), bits: int = 
     for label in labels:
         before = parse_label(label).stages
         grid = "symmetric" if any(stage.word == "width" for stage in before) else "asymmetric"  # which keeps zeros
-        for name, stages in ((label, ()), (f"{label}, rounding", (p.rtn(bits, grid=grid),)), (f"{label}, GPTQ", (p.gptq(bits, grid=grid),)),
+        for name, stages in ((label, ()), (f"{label}, rounding", (p.rtn(bits, grid=grid),)), (f"{label}, "
+            "GPTQ", (p.gptq(bits, grid=grid),)),
                              (f"{label}, GPTQ + EoRA", (p.gptq(bits, grid=grid), p.eora()))):  # fmt: skip
             found.append(Configuration("pruned", name, (*before, *stages), varied=label))
     return found
@@ -372,12 +379,24 @@ def pruned(p: QuantChapter, labels: Iterable[str] = ("W2:4", "D4"), bits: int = 
 def starts(
     p: QuantChapter, bits: int = 3, steps: int = 16, seeds: Iterable[int] = (0, 1, 2), rates: Iterable[float] = RATES
 ) -> list[Configuration]:
-    """LoRA on a quantised model, started as usual and from EoRA's correction, at equal rank and steps; each at two learning rates."""
+    """LoRA on a quantised model, started as usual and from EoRA's correction, at equal rank and steps; each at two
+    learning rates."""
     found = []
     for rate in rates:
         for seed in seeds:
-            training = Lora(rank=p.rank, alpha=p.rank, linears="*", learning_rate=rate, steps=steps, batch=2, accumulate=1, every=8, validation=8,
-                            checkpoint_every=8, seed=seed)  # fmt: skip
+            training = Lora(
+                rank=p.rank,
+                alpha=p.rank,
+                linears="*",
+                learning_rate=rate,
+                steps=steps,
+                batch=2,
+                accumulate=1,
+                every=8,
+                validation=8,
+                checkpoint_every=8,
+                seed=seed,
+            )
             found += [
                 Configuration("start", f"usual, rate {rate:g}, seed {seed}", (p.gptq(bits), training)),
                 Configuration(
@@ -418,7 +437,8 @@ def models(p: QuantChapter, configs: Iterable[Configuration]) -> dict[str, Subje
 
 
 def layers(p: QuantChapter, configs: Iterable[Configuration], windows: int = 8) -> dict[str, dict[str, float]]:
-    """{name: {"blocks.B.PROJECTION": relative error of its output}} on held-out text, each projection by itself on the original's inputs."""
+    """{name: {"blocks.B.PROJECTION": relative error of its output}} on held-out text, each projection by itself on the
+    original's inputs."""
     (original,) = models(p, [Configuration("layers", DENSE)]).values()
     ids = corpus.windows(corpus.evaluation_text("embedded"), original.tokenizer, p.length, windows).ids
     found = layer_errors(original, models(p, configs), ids)
@@ -429,7 +449,8 @@ def layers(p: QuantChapter, configs: Iterable[Configuration], windows: int = 8) 
 
 
 def sink_shares(p: QuantChapter, windows: int = 4) -> dict[str, float]:
-    """{"blocks.B.PROJECTION": the share of the trace of X^T X that the first tokens of windows of calibration text have}."""
+    """{"blocks.B.PROJECTION": the share of the trace of X^T X that the first tokens of windows of calibration text
+    have}."""
     (original,) = models(p, [Configuration("sinks", DENSE)]).values()
     ids = corpus.calibration_windows(original.tokenizer, BEST["text"], p.data, windows, p.length)
     both = []
@@ -465,7 +486,8 @@ def from_measurements(found: Iterable[Measurement]) -> dict[tuple[str | None, st
 
 
 def read_recorded(path: Path) -> Results:
-    """A recorded run; the dense model on the test text and its answers are chapter 0's and chapter 4's, on the same items."""
+    """A recorded run; the dense model on the test text and its answers are chapter 0's and chapter 4's, on the same
+    items."""
     found = from_measurements(Store(path).rows().values())
     measures, lora = (
         list(Store(path.with_name(f"{name}.jsonl")).rows().values()) for name in ("00_measures", "04_lora_recovery")

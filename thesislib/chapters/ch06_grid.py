@@ -44,8 +44,8 @@ READS = (
 class EvaluationChapter:
     """Parameters of chapter 6.
 
-    subject, data, dtype, device: see `thesislib.sweep.run.Place`. size: of the grid in data/grid.yaml. workers, threads: processes
-    on this machine, and threads of each.
+    subject, data, dtype, device: see `thesislib.sweep.run.Place`. size: of the grid in data/grid.yaml. workers,
+    threads: processes on this machine, and threads of each.
     """
 
     subject: str = "embedded"
@@ -74,7 +74,8 @@ def grid(size: str) -> Grid:
 
 
 def run(p: EvaluationChapter) -> Results:
-    """The grid measured on this machine, less what cannot be made of the subject; what an earlier run measured is kept in the cache.
+    """The grid measured on this machine, less what cannot be made of the subject; what an earlier run measured is kept
+    in the cache.
 
     Raises:
         RuntimeError: configurations that failed, each with its reason.
@@ -91,7 +92,8 @@ def run(p: EvaluationChapter) -> Results:
 
 
 def collect(g: Grid, rows: Iterable[Measurement], at: Setting) -> Results:
-    """{(label, measure): measurement} of a grid on one subject; other subjects' and types' rows, and what is no part of the grid, stay out."""
+    """{(label, measure): measurement} of a grid on one subject; other subjects' and types' rows, and what is no part of
+    the grid, stay out."""
     by_identity = {name: m for m in rows if m.metric != FAILED and (name := identity_of(m))}
     found = {}
     for c in g.configurations:
@@ -102,7 +104,8 @@ def collect(g: Grid, rows: Iterable[Measurement], at: Setting) -> Results:
 
 
 def read_recorded(path: Path, size: str = RECORDED, dtype: str = "bfloat16") -> Results:
-    """The recorded run of a size of the grid: its own rows, and those of the chapters before it that are the same measurements."""
+    """The recorded run of a size of the grid: its own rows, and those of the chapters before it that are the same
+    measurements."""
     own = list(Store(path).rows().values())
     before = [m for store in _before(path) for m in store.rows().values()]
     return collect(grid(size), [*before, *own], Setting.recorded(own, dtype))
@@ -123,7 +126,8 @@ def _number(m: Measurement | None, percent: bool) -> str:
 def grid_table(
     results: Results, groups: Sequence[str] | None = None, size: str = RECORDED, run: bool = False
 ) -> pd.DataFrame:
-    """One row a configuration of the grid: measures with intervals, sizes, and the thesis's own figures for its subject.
+    """One row a configuration of the grid: measures with intervals, sizes, and the thesis's own figures for its
+    subject.
 
     Args:
         results: of that size.
@@ -184,13 +188,15 @@ def coverage_sentence(results: Results, size: str = RECORDED) -> str:
         else ""
     )
     return (
-        f"Of the {len(g.configurations)} configurations of size {size}, {len(done)} are measured by all of its measures and {len(have)} by at least one; "
+        f"Of the {len(g.configurations)} configurations of size {size}, {len(done)} are measured by all of its "
+        f"measures and {len(have)} by at least one; "
         f"the whole grid, size full, has {len(whole.configurations)}.{listed}"
     )
 
 
 def cost_table(results: Results) -> pd.DataFrame:
-    """Seconds of a configuration, by what was done last: to make it from what the cache held of the one before, and to measure it."""
+    """Seconds of a configuration, by what was done last: to make it from what the cache held of the one before, and to
+    measure it."""
     rows = []
     for name in FAMILIES:
         here = {key: m for key, m in results.items() if family(key[0]) == name}
@@ -223,7 +229,8 @@ def cost_sentence(results: Results) -> str:
     total = sum(m.provenance["seconds"] for m in results.values()) / 3600
     made = {label: note["seconds_to_make"] for (label, _), m in results.items() if (note := m.provenance.get("sweep"))}
     return in_markdown(
-        f"Measured on {place}: {len(results)} measurements, {total:.1f} hours of one process, and {sum(made.values()) / 3600:.1f} to make the models."
+        f"Measured on {place}: {len(results)} measurements, {total:.1f} hours of one process, and "
+        f"{sum(made.values()) / 3600:.1f} to make the models."
     )
 
 
@@ -231,7 +238,8 @@ def cost_sentence(results: Results) -> str:
 
 
 def against_dense(results: Results, size: str = FULL) -> pd.DataFrame:
-    """Every model that was measured beside the dense one on the same items: the ratio of perplexities, or the difference in points, with its interval.
+    """Every model that was measured beside the dense one on the same items: the ratio of perplexities, or the
+    difference in points, with its interval.
 
     A star: told apart by a paired test, Holm-adjusted over the table.
     """
@@ -290,7 +298,8 @@ def shown_steps(results: Results) -> list[tuple[str, str, str, Comparison]]:
 
 
 def stage_table(results: Results) -> pd.DataFrame:
-    """What each stage does to the model before it: how many pairs, the lowest, median and highest effect, how many are told apart."""
+    """What each stage does to the model before it: how many pairs, the lowest, median and highest effect, how many are
+    told apart."""
     rows = []
     for measure, task in MEASURES.items():
         found = steps(results, measure)
@@ -304,14 +313,23 @@ def stage_table(results: Results) -> pd.DataFrame:
                 ]
                 told = [c.verdict(task.higher_is_better) for c in here]
                 rows.append(
-                    {"stage": name, "measure": measure, "pairs": len(here), "lowest": shown[0], "median": shown[1], "highest": shown[2],
-                     "told worse": told.count("worse"), "told better": told.count("better")}
-                )  # fmt: skip
+                    {
+                        "stage": name,
+                        "measure": measure,
+                        "pairs": len(here),
+                        "lowest": shown[0],
+                        "median": shown[1],
+                        "highest": shown[2],
+                        "told worse": told.count("worse"),
+                        "told better": told.count("better"),
+                    }
+                )
     return pd.DataFrame(rows).set_index("stage")
 
 
 def interaction(results: Results, depth: str, width: str) -> Comparison | None:
-    """log perplexity of both prunings together, less what each costs alone: paired t test over documents. Above 0, together they cost more."""
+    """log perplexity of both prunings together, less what each costs alone: paired t test over documents. Above 0,
+    together they cost more."""
     four = [results.get((label, PPL)) for label in (DENSE, depth, width, f"{depth}+{width}")]
     if any(m is None for m in four):
         return None
@@ -345,8 +363,10 @@ def interaction_sentence(results: Results) -> str:
         f"and are not told apart from it for {rest}",
     ]
     return (
-        f"If pruning depth and width acted apart, their losses in nats a token would add up. Of {len(found)} pairs, they lose {', '.join(sides)}; "
-        f"furthest off is {name}, perplexity {ratio(most, '.3g')} of the sum's (paired t tests over documents, Holm-adjusted)."
+        f"If pruning depth and width acted apart, their losses in nats a token would add up. Of {len(found)} "
+        f"pairs, they lose {', '.join(sides)}; "
+        f"furthest off is {name}, perplexity {ratio(most, '.3g')} of the sum's (paired t tests over documents, "
+        "Holm-adjusted)."
     )
 
 
@@ -393,7 +413,8 @@ def precision_sentence(exact: Results, rounded: Results) -> str:
     shifts = [rounded[x, PPL].value / exact[x, PPL].value - 1 for x in labels]
     differ = sum(int(a != b) for a, b in zip(words["float32"], words["bfloat16"], strict=True))
     return (
-        f"{len(labels)} models in both types: perplexity in bfloat16 is off by {min(shifts):+.2%} to {max(shifts):+.2%}, and of "
+        f"{len(labels)} models in both types: perplexity in bfloat16 is off by {min(shifts):+.2%} to "
+        f"{max(shifts):+.2%}, and of "
         f"{len(words['float32'])} comparisons between them {differ} come{'s' * (differ == 1)} out otherwise."
     )
 
@@ -428,7 +449,8 @@ def _control_finding(results: Results) -> str:
         else f"{control} below that of the dense model trained alike"
     )
     return (
-        f"**Recovery or adaptation.** Of {len(trained)} pruned models trained on WikiText {dense} end with a perplexity told apart below the untrained dense "
+        f"**Recovery or adaptation.** Of {len(trained)} pruned models trained on WikiText {dense} end with a "
+        "perplexity told apart below the untrained dense "
         f"model's, {fair} (paired t tests, Holm-adjusted)."
     )
 
@@ -440,7 +462,8 @@ def _times(results: Results, labels: Iterable[str]) -> str:
 
 def _width_finding(results: Results) -> str:
     return (
-        f"**Which zeros.** With half of the linears' weights gone, perplexity by the width of the group: {_times(results, ('W1:2', 'W2:4', 'W4:8', 'W8:16'))}; "
+        "**Which zeros.** With half of the linears' weights gone, perplexity by the width of the group: "
+        f"{_times(results, ('W1:2', 'W2:4', 'W4:8', 'W8:16'))}; "
         f"with one of eight or of sixteen gone: {_times(results, ('W1:8', 'W1:16'))}."
     )
 
@@ -465,7 +488,8 @@ RUNS = (
 
 
 def recorded_parts(p: EvaluationChapter, file: Path) -> Iterator[Part]:
-    """Each configuration by itself: of the recorded sizes, or of `p.size` alone where that is another. What the chapters before have is not made again."""
+    """Each configuration by itself: of the recorded sizes, or of `p.size` alone where that is another. What the
+    chapters before have is not made again."""
     for size, dtype in RUNS if p.size == RECORDED else [(p.size, p.dtype)]:
         place = replace(p.place, dtype=dtype)
         g = grid(size)

@@ -1,4 +1,5 @@
-"""Chapter 7, on a device: what compressed models would do on eight devices, what they do on this one, and how wrong the projection is."""
+"""Chapter 7, on a device: what compressed models would do on eight devices, what they do on this one, and how wrong the
+projection is."""
 
 import dataclasses
 import re
@@ -61,10 +62,11 @@ Results = Mapping[tuple[str, str], Measurement]  # by model and engine
 
 
 def stand_in(subject: Subject, label: str) -> Subject:
-    """A model with the shapes, zeros and bits of a label, made in seconds: which blocks, weights and values are kept changes no cost.
+    """A model with the shapes, zeros and bits of a label, made in seconds: which blocks, weights and values are kept
+    changes no cost.
 
-    D2: the blocks before the last are left out. W2:4: by magnitude. Q: rounded to 4 bits in groups of 64. W: nothing, since a merged adapter
-    costs nothing.
+    D2: the blocks before the last are left out. W2:4: by magnitude. Q: rounded to 4 bits in groups of 64. W: nothing,
+    since a merged adapter costs nothing.
 
     Raises:
         BadInput: a part of the label that is none of these.
@@ -114,7 +116,8 @@ MODELS = (DENSE, "D4+W", "D8", "W2:4+W", "W+Q", "D4+W+Q", "W2:4+W+Q", "D4+W2:4+W
 
 
 def cases(depth: int) -> list[Case]:
-    """All that is measured, for a subject of `depth` blocks: four formats by four depths, the chapter's models, and transformers beside them."""
+    """All that is measured, for a subject of `depth` blocks: four formats by four depths, the chapter's models, and
+    transformers beside them."""
     found = [Case(depth_label(depth, d), kind) for kind in TYPES for d in depths(depth)]
     found += [Case(label, "Q8_0") for label in MODELS[1:]] + [Case("W2:4+W", "F16"), Case("W2:4+W", "Q4_0")]
     found += [Case(label, kind) for label in (DENSE, "D8", "W2:4+W", "W+Q") for kind in ("float32", "bfloat16")]
@@ -147,7 +150,8 @@ def measure(p: "DeviceChapter", store: Callable[[Measurement], object], done: It
 
 
 def same_text(subject: Subject, tokens: int = TOKENS) -> Measurement:
-    """On how many of ten questions the F16 file in llama.cpp writes what the subject writes in transformers, token by token."""
+    """On how many of ten questions the F16 file in llama.cpp writes what the subject writes in transformers, token by
+    token."""
     started = time.perf_counter()
     asked = questions("embedded", open_book=False, limit=PROMPTS, seed=0)
     texts = [prompt_for(subject, q, default_prompt(subject)) for q in asked]
@@ -158,9 +162,16 @@ def same_text(subject: Subject, tokens: int = TOKENS) -> Measurement:
     items = [{"id": q.id, **dataclasses.asdict(a)} for q, a in zip(asked, found, strict=True)]
     made = provenance(subject, started, tokens=tokens, file="F16", cache="F32")
     return Measurement(
-        task="greedy text, llama.cpp F16 against transformers float32", metric=SAME, value=same / len(found), low=low, high=high, n=len(found),
-        unit="prompt", items=items, provenance=made,
-    )  # fmt: skip
+        task="greedy text, llama.cpp F16 against transformers float32",
+        metric=SAME,
+        value=same / len(found),
+        low=low,
+        high=high,
+        n=len(found),
+        unit="prompt",
+        items=items,
+        provenance=made,
+    )
 
 
 def _noted(m: Measurement, label: str, engine: str, blocks: int) -> Measurement:
@@ -172,8 +183,8 @@ def _noted(m: Measurement, label: str, engine: str, blocks: int) -> Measurement:
 class DeviceChapter:
     """Parameters of chapter 7.
 
-    subject: a subject spec. devices: names of files in hw/devices, or paths of others. prompt: tokens that are read at once. context: tokens in the cache
-    when one is generated.
+    subject: a subject spec. devices: names of files in hw/devices, or paths of others. prompt: tokens that are read at
+    once. context: tokens in the cache when one is generated.
     """
 
     subject: str = "embedded"
@@ -195,25 +206,35 @@ class DeviceChapter:
 
 
 def models(p: DeviceChapter) -> dict[str, Subject]:
-    """The chapter's models in bfloat16, by label: stand-ins with the shapes, zeros and bits of what the chapters before made."""
+    """The chapter's models in bfloat16, by label: stand-ins with the shapes, zeros and bits of what the chapters before
+    made."""
     subject = load_subject(p.subject, "bfloat16")
     fitting = [label for label in MODELS if not (found := re.match(r"D(\d+)", label)) or int(found[1]) < subject.depth]
     return {label: stand_in(subject, label) for label in fitting}
 
 
 def projections(found: Mapping[str, Subject], p: DeviceChapter) -> pd.DataFrame:
-    """One row a model and device: verdict, MB of weights, what binds, tokens per second and joules per token as [low, high], None where not known."""
+    """One row a model and device: verdict, MB of weights, what binds, tokens per second and joules per token as [low,
+    high], None where not known."""
     rows = []
     for name in p.devices:
         on = device(name)
         for label, subject in found.items():
             plain = profile_report(subject, on, p.prompt, p.context)
             speed, spent = plain.get("tokens_per_second") or {}, plain.get("joules_per_token") or {}
-            rows.append({
-                "device": on.name, "model": label, "verdict": plain["verdict"], "MB": plain["bytes"]["weights"] / 1e6,
-                "binds": plain["seconds_per_token"]["binds"] if speed else "", "low": speed.get("low"), "high": speed.get("high"),
-                "joules low": spent.get("low"), "joules high": spent.get("high"),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "device": on.name,
+                    "model": label,
+                    "verdict": plain["verdict"],
+                    "MB": plain["bytes"]["weights"] / 1e6,
+                    "binds": plain["seconds_per_token"]["binds"] if speed else "",
+                    "low": speed.get("low"),
+                    "high": speed.get("high"),
+                    "joules low": spent.get("low"),
+                    "joules high": spent.get("high"),
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -232,7 +253,8 @@ def projection_table(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def energy_table(rows: pd.DataFrame) -> pd.DataFrame:
-    """Millijoules per token, low to high, of each model on each device where they are known for any; what does not fit says so."""
+    """Millijoules per token, low to high, of each model on each device where they are known for any; what does not fit
+    says so."""
 
     def cell(row) -> str:
         if pd.notna(row["joules low"]):
@@ -272,7 +294,8 @@ def binding_sentence(rows: pd.DataFrame) -> str:
 
 
 def fitting_table(subject: Subject, p: DeviceChapter, measured: Mapping) -> pd.DataFrame:
-    """For each device the least compressed model of chapter 6 that fits it, and what quality is left; or how far off it is.
+    """For each device the least compressed model of chapter 6 that fits it, and what quality is left; or how far off it
+    is.
 
     Args:
         subject: the dense model.
@@ -292,10 +315,13 @@ def fitting_table(subject: Subject, p: DeviceChapter, measured: Mapping) -> pd.D
         best = None if fitting.empty else (fitting if whole.empty else whole).iloc[0]
         rows[on.name] = {
             "memory, MB": f"{sum(tier.size for tier in on.tiers) / 1e6:,.1f}",
-            "least compressed that fits": f"none of {len(known)}: at 8 bits the embedding alone has {table / 1e6:.1f} MB" if best is None else best["label"],
+            "least compressed that fits": f"none of {len(known)}: at 8 bits the embedding alone has "
+                f"{table / 1e6:.1f} MB" if best is None else best["label"],
             "MB": "" if best is None else f"{best['MB']:.0f}",
-            "perplexity": "" if best is None else f"{best[PPL]:.3g} [{best[f'{PPL} low']:.3g}, {best[f'{PPL} high']:.3g}]",
-            "combinations that fit": f"{len(what_fits(subject, on, context=p.context))} of {subject.depth * len(PATTERNS) * len(BITS)}",
+            "perplexity": "" if best is None else f"{best[PPL]:.3g} [{best[f'{PPL} low']:.3g}, "
+                f"{best[f'{PPL} high']:.3g}]",
+            "combinations that fit": f"{len(what_fits(subject, on, context=p.context))} of "
+                f"{subject.depth * len(PATTERNS) * len(BITS)}",
         }  # fmt: skip
     return pd.DataFrame(rows).T.rename_axis("device")
 
@@ -307,8 +333,15 @@ def lever_table(subject: Subject, p: DeviceChapter, name: str) -> pd.DataFrame:
         f"{low:.3g} to {high:.3g}" if pd.notna(low) else verdict
         for low, high, verdict in zip(found["low"], found["high"], found["verdict"], strict=True)
     ]
-    return pd.DataFrame({"lever": found["lever"], "setting": found["setting"], "MB": (found["bytes"] / 1e6).round(1), "tokens/s": text,
-                         "limited by": found["binds"]}).set_index("lever")  # fmt: skip
+    return pd.DataFrame(
+        {
+            "lever": found["lever"],
+            "setting": found["setting"],
+            "MB": (found["bytes"] / 1e6).round(1),
+            "tokens/s": text,
+            "limited by": found["binds"],
+        }
+    ).set_index("lever")
 
 
 def published_table() -> pd.DataFrame:
@@ -327,7 +360,8 @@ def published_table() -> pd.DataFrame:
 
 
 def hosted_table(rows: pd.DataFrame | None = None) -> pd.DataFrame:
-    """Joules of hosted models and what they do; beside them the projections of `rows` for the first model, see `projections`."""
+    """Joules of hosted models and what they do; beside them the projections of `rows` for the first model, see
+    `projections`."""
     known = pd.DataFrame() if rows is None else rows.dropna(subset=["joules low"])
     ours: Any = {} if known.empty else known[known["model"] == known["model"].iloc[0]].set_index("device")
     found = hosted(
@@ -345,16 +379,28 @@ def hosted_table(rows: pd.DataFrame | None = None) -> pd.DataFrame:
 
 
 def emulated_table(path: Path | None = None) -> pd.DataFrame:
-    """The recorded emulation: millions of instructions of a token by class, a weight, and whether tokens and logits are the host's."""
+    """The recorded emulation: millions of instructions of a token by class, a weight, and whether tokens and logits are
+    the host's."""
     found = read_json(path or data_file("results/07_emulated.json"))
     rows = []
     for row in found["rows"]:
         counts, logits = row["instructions"], row["logits"]
         by_class = {name: f"{n / 1e6:,.0f}" for name, n in counts["per token"].items()}
-        rows.append({"format": row["type"], "blocks": row["blocks"], **by_class, "all": f"{counts['per token, all'] / 1e6:,.0f}",
-                     "a weight": f"{counts['per weight']:.2f}", "same tokens": f"{row['same']} of {row['of']}",
-                     "lead where they part": "" if row.get("margin where they part") is None else f"{row['margin where they part']:.2f}",
-                     "logits apart": f"{logits['share']:.2%}", "host without vectors": f"{row[PLAIN]['share']:.2%}"})  # fmt: skip
+        rows.append(
+            {
+                "format": row["type"],
+                "blocks": row["blocks"],
+                **by_class,
+                "all": f"{counts['per token, all'] / 1e6:,.0f}",
+                "a weight": f"{counts['per weight']:.2f}",
+                "same tokens": f"{row['same']} of {row['of']}",
+                "lead where they part": ""
+                if row.get("margin where they part") is None
+                else f"{row['margin where they part']:.2f}",
+                "logits apart": f"{logits['share']:.2%}",
+                "host without vectors": f"{row[PLAIN]['share']:.2%}",
+            }
+        )
     return pd.DataFrame(rows).set_index("format")
 
 
@@ -391,17 +437,25 @@ def measured_table(record: Results) -> pd.DataFrame:
         if engine == SAME:
             continue
         size = m.extra["bytes"]
-        rows.append({
-            "engine": engine, "model": label, "ms per token": f"{1e3 * m.value:.2f} [{1e3 * m.low:.2f}, {1e3 * m.high:.2f}]",
-            "tokens/s": f"{m.extra['tokens per second']:.1f}", "ms to first token": f"{1e3 * m.extra['seconds to first token']:.0f}",
-            "MB weights": f"{size['weights'] / 1e6:.1f}", "MB cache": f"{size['cache'] / 1e6:.1f}" if "cache" in size else "",
-            "MB process": f"{size['resident'] / 1e6:.0f}" if "resident" in size else "", "machine": m.extra["verdict"],
-        })  # fmt: skip
+        rows.append(
+            {
+                "engine": engine,
+                "model": label,
+                "ms per token": f"{1e3 * m.value:.2f} [{1e3 * m.low:.2f}, {1e3 * m.high:.2f}]",
+                "tokens/s": f"{m.extra['tokens per second']:.1f}",
+                "ms to first token": f"{1e3 * m.extra['seconds to first token']:.0f}",
+                "MB weights": f"{size['weights'] / 1e6:.1f}",
+                "MB cache": f"{size['cache'] / 1e6:.1f}" if "cache" in size else "",
+                "MB process": f"{size['resident'] / 1e6:.0f}" if "resident" in size else "",
+                "machine": m.extra["verdict"],
+            }
+        )
     return pd.DataFrame(rows).set_index("engine")
 
 
 def utilisation_table(subject: Subject, record: Results, on: Device) -> pd.DataFrame:
-    """Which shares of a device's bandwidth (MBU) and arithmetic (MFU) the dense model's timings are, with their denominators.
+    """Which shares of a device's bandwidth (MBU) and arithmetic (MFU) the dense model's timings are, with their
+    denominators.
 
     Args:
         subject: the dense model.
@@ -417,8 +471,17 @@ def utilisation_table(subject: Subject, record: Results, on: Device) -> pd.DataF
         rate, precision = on.rate("gemm", computed_in(kind))
         macs = costs(subject, given["prompt"], 0).macs / m.extra["seconds to first token"]
         moved = (m.extra["bytes"]["weights"] + cache) / m.value
-        rows.append({"engine": engine, "GB/s": f"{moved / 1e9:.1f}", "MBU": f"{moved / read:.0%}", "of, GB/s": f"{read / 1e9:.1f}",
-                     "GMAC/s of the prompt": f"{macs / 1e9:.1f}", "MFU": f"{macs / rate:.0%}", "of, GMAC/s": f"{rate / 1e9:.0f} ({precision})"})  # fmt: skip
+        rows.append(
+            {
+                "engine": engine,
+                "GB/s": f"{moved / 1e9:.1f}",
+                "MBU": f"{moved / read:.0%}",
+                "of, GB/s": f"{read / 1e9:.1f}",
+                "GMAC/s of the prompt": f"{macs / 1e9:.1f}",
+                "MFU": f"{macs / rate:.0%}",
+                "of, GMAC/s": f"{rate / 1e9:.0f} ({precision})",
+            }
+        )
     return pd.DataFrame(rows).set_index("engine")
 
 
@@ -433,13 +496,15 @@ def zeros_sentence(record: Results) -> str:
     if not said:
         return NOT_RUN
     return (
-        f"A token of the dense model and of W2:4, half of whose linears' weights are zeros, takes in {'; '.join(said)}: "
+        "A token of the dense model and of W2:4, half of whose linears' weights are zeros, takes in "
+        f"{'; '.join(said)}: "
         f"{'no kernel skips them' if max(gains) < SKIPPED else 'some kernel gains by them'}."
     )
 
 
 def drift(record: Results) -> float:
-    """The largest ratio, less 1, between timings of files of the same size in the same engine: the same bytes and products, at other times."""
+    """The largest ratio, less 1, between timings of files of the same size in the same engine: the same bytes and
+    products, at other times."""
     alike: dict[tuple[str, int], list[float]] = {}
     for (_, engine), m in record.items():
         if engine.startswith("llama.cpp"):
@@ -457,7 +522,8 @@ def blocks_of(record: Results) -> int:
 
 
 def predictions(record: Results) -> dict[str, pd.DataFrame]:
-    """Predicted against measured by format, see `thesislib.device.time_line.held_out`; formats without all depths are left out."""
+    """Predicted against measured by format, see `thesislib.device.time_line.held_out`; formats without all depths are
+    left out."""
     most, result = blocks_of(record), {}
     chosen = depths(most)
     for kind in TYPES:
@@ -468,7 +534,8 @@ def predictions(record: Results) -> dict[str, pd.DataFrame]:
 
 
 def point(m: Measurement) -> Point:
-    """A timing as the line is fitted to it. Every byte of these files is read at every token, since head and embedding are one."""
+    """A timing as the line is fitted to it. Every byte of these files is read at every token, since head and embedding
+    are one."""
     runs: dict[str, list[float]] = {}
     for item in m.items:
         runs.setdefault(item["id"].split(".")[0], []).append(item["seconds"])
@@ -477,9 +544,20 @@ def point(m: Measurement) -> Point:
 
 def prediction_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """All formats, fitted depths left out."""
-    rows = [{"format": kind, "blocks": depth, "where": r["where"], "MB per token": f"{r['MB per token']:.1f}", "measured, ms": f"{r['measured']:.2f}",
-             "predicted, ms": f"{r['predicted']:.2f} [{r['low']:.2f}, {r['high']:.2f}]", "error": f"{r['error']:+.1%}"}
-            for kind, table in tables.items() for depth, r in table.iterrows() if r["where"] != "fitted"]  # fmt: skip
+    rows = [
+        {
+            "format": kind,
+            "blocks": depth,
+            "where": r["where"],
+            "MB per token": f"{r['MB per token']:.1f}",
+            "measured, ms": f"{r['measured']:.2f}",
+            "predicted, ms": f"{r['predicted']:.2f} [{r['low']:.2f}, {r['high']:.2f}]",
+            "error": f"{r['error']:+.1%}",
+        }
+        for kind, table in tables.items()
+        for depth, r in table.iterrows()
+        if r["where"] != "fitted"
+    ]
     return pd.DataFrame(rows).set_index("format")
 
 
@@ -502,8 +580,10 @@ def prediction_sentence(record: Results) -> str:
             f" Files of the same size differed by up to {spread:.0%} between sessions: an error below that says little."
         )
     first, middle, second, last = depths(blocks_of(record))
-    return (f"A line through {first} and {second} blocks predicts the time per token of {middle} blocks, in {len(tables)} formats, with a mean error of "
-            f"{statistics.mean(between):.1%} (from {min(between):.1%} to {max(between):.1%}), and that of {last}, beyond both, with "
+    return (f"A line through {first} and {second} blocks predicts the time per token of {middle} blocks, in "
+        f"{len(tables)} formats, with a mean error of "
+            f"{statistics.mean(between):.1%} (from {min(between):.1%} to {max(between):.1%}), and that of "
+                f"{last}, beyond both, with "
             f"{statistics.mean(beyond):.1%} (up to {max(beyond):.1%}).{caution}")  # fmt: skip
 
 
@@ -517,8 +597,11 @@ def same_sentence(record: Results) -> str:
         f"{i['id']} parts after {i['same']} tokens, at a margin of {i['margin']:.4f} in the logits" for i in parted
     )
     least = min(i["gap"] for i in m.items)
-    return (f"On {round(m.value * m.n)} of {m.n} questions the F16 file in llama.cpp writes the same {m.items[0]['of']} tokens as transformers in float32"
-            f"{': ' + rest if rest else f'; the closest call on the way was decided by {least:.4f} in the logits'}.")  # fmt: skip
+    return (
+        f"On {round(m.value * m.n)} of {m.n} questions the F16 file in llama.cpp writes the same {m.items[0]['of']} "
+        "tokens as transformers in float32"
+        f"{': ' + rest if rest else f'; the closest call on the way was decided by {least:.4f} in the logits'}."
+    )
 
 
 def headline(record: Results) -> str:

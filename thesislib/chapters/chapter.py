@@ -1,4 +1,5 @@
-"""What a chapter is: its notebook, its recorded run, and what others may ask of it. `thesislib.chapters.record` carries the run out."""
+"""What a chapter is: its notebook, its recorded run, and what others may ask of it. `thesislib.chapters.record` carries
+the run out."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -25,8 +26,8 @@ class Part:
     Attributes:
         name: tells it from the run's other parts.
         rows: {key: n}, all its rows, each with the number of items that it is measured on, or None for all there are.
-        make: called with the keys to make and with what keeps a row as soon as it is made. It may keep fewer: those that this subject cannot have, or
-            that another chapter's record has.
+        make: called with the keys to make and with what keeps a row as soon as it is made. It may keep fewer: those
+            that this subject cannot have, or that another chapter's record has.
         file: a file beside the record, which `make` writes too.
     """
 
@@ -38,7 +39,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Chapter:
-    """A notebook and its recorded run. Of each number one module `chNN_name.py` of `thesislib.chapters` has it as CHAPTER.
+    """A notebook and its recorded run. Of each number one module `chNN_name.py` of `thesislib.chapters` has it as
+    CHAPTER.
 
     Attributes:
         notebook: its name, e.g. 03_width_pruning; its record is data/results/03_width_pruning.jsonl.

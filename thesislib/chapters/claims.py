@@ -1,9 +1,10 @@
 """The thesis's conclusions, each held against the recorded runs: holds, does not hold, undecided, or not measured.
 
-A claim names paired comparisons of records and which way they should point. It **holds** if every one, Holm-adjusted within the
-claim, is told apart in the claim's direction at the 5 % level; it **does not hold** if one is told apart in the other direction; else it
-is **undecided**. A claim of "often" holds, or does not, if more than half of its comparisons say so. A claim about a size ("3 to 6
-points") holds if the whole 95 % interval lies in the claimed range, and does not if the interval misses it.
+A claim names paired comparisons of records and which way they should point. It **holds** if every one, Holm-adjusted
+within the claim, is told apart in the claim's direction at the 5 % level; it **does not hold** if one is told apart in
+the other direction; else it is **undecided**. A claim of "often" holds, or does not, if more than half of its
+comparisons say so. A claim about a size ("3 to 6 points") holds if the whole 95 % interval lies in the claimed range,
+and does not if the interval misses it.
 """
 
 import math
@@ -58,7 +59,8 @@ class Claim:
         says: the claim, and how it is read here where it leaves room.
         pairs: (name, first, second): labels and measure to compare; the difference is the second's less the first's.
         up: whether the claim says that the second's value is higher; None for a claim about a size.
-        within: the range that a size should lie in, in the measure's own unit (a ratio for perplexity, a share for answers).
+        within: the range that a size should lie in, in the measure's own unit (a ratio for perplexity, a share for
+            answers).
         page, anchor: where in the book the records are shown.
         thesis: its own figures.
         often: whether more than half of the comparisons are enough.
@@ -78,7 +80,8 @@ class Claim:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a claim: the word, and the comparisons behind it (those about perplexity as logarithms of ratios)."""
+    """What became of a claim: the word, and the comparisons behind it (those about perplexity as logarithms of
+    ratios)."""
 
     claim: Claim
     word: str
@@ -87,7 +90,8 @@ class Verdict:
 
 
 def judge(claim: Claim, records: Records) -> Verdict:
-    """The verdict on a claim; comparisons whose records are missing are named, and with any missing a claim cannot hold."""
+    """The verdict on a claim; comparisons whose records are missing are named, and with any missing a claim cannot
+    hold."""
     ratios: dict[str, bool] = {}
     tests: dict[str, Comparison] = {}
     missing = []
@@ -121,7 +125,8 @@ def judge(claim: Claim, records: Records) -> Verdict:
 
 
 def _trained(base: str | None) -> Callable[[Records], list]:
-    """Chapter 4's pruned models and all others that were trained on WikiText, each against what it was before, or against `base`."""
+    """Chapter 4's pruned models and all others that were trained on WikiText, each against what it was before, or
+    against `base`."""
 
     def pairs(records: Records) -> list:
         trained = [of(label).before() for label, what in records if what == WIKITEXT and of(label).parts[-1:] == ("W",)]
@@ -132,7 +137,8 @@ def _trained(base: str | None) -> Callable[[Records], list]:
 
 
 def _on(what: str, *pairs: tuple[str, str]) -> Callable[[Records], list]:
-    """Each pair at the grid's size full where both were measured so; else as the chapters measured it, under their names."""
+    """Each pair at the grid's size full where both were measured so; else as the chapters measured it, under their
+    names."""
 
     def chosen(records: Records) -> list:
         found = []
@@ -162,64 +168,104 @@ _NAMES = {"Q": "GPTQ 4-bit asymmetric", "Q+E": "GPTQ 4-bit asymmetric + EoRA"}  
 
 CLAIMS = (
     Claim(
-        "Removing blocks hurts more than removing about as many weights singly (here, of the blocks' weights: D2 6.7 % and W1:16 6.3 %, D4 13.3 % "
+        "Removing blocks hurts more than removing about as many weights singly (here, of the blocks' weights: D2 "
+        "6.7 % and W1:16 6.3 %, D4 13.3 % "
         "and W1:8 12.5 %, D8 26.7 % and unstructured pruning 25 %).",
         _on(WIKITEXT, ("W1:16", "D2"), ("W1:8", "D4"), ("W0.25", "D8")),
-        "03_width_pruning", "nine-patterns-and-some-ratios", f"{_ppl(('W1:8',), ('D2',))} (2 of its 16 blocks are 12.5 %)",
+        "03_width_pruning",
+        "nine-patterns-and-some-ratios",
+        f"{_ppl(('W1:8',), ('D2',))} (2 of its 16 blocks are 12.5 %)",
     ),
     Claim(
         "W1:8 is nearly free (read here as: perplexity up by less than 10 %).",
-        _on(WIKITEXT, ("dense", "W1:8")), "03_width_pruning", "nine-patterns-and-some-ratios", _ppl(("dense",), ("W1:8",)), None, (0, 1.1),
+        _on(WIKITEXT, ("dense", "W1:8")),
+        "03_width_pruning",
+        "nine-patterns-and-some-ratios",
+        _ppl(("dense",), ("W1:8",)),
+        None,
+        (0, 1.1),
     ),
     Claim(
         "With half the weights gone, wider groups are better: 8:16 beats 4:8 beats 2:4 beats 1:2.",
         _on(WIKITEXT, ("W1:2", "W2:4"), ("W2:4", "W4:8"), ("W4:8", "W8:16")),
-        "03_width_pruning", "nine-patterns-and-some-ratios", _ppl(("W1:2",), ("W2:4",), ("W4:8",), ("W8:16",)), False,
+        "03_width_pruning",
+        "nine-patterns-and-some-ratios",
+        _ppl(("W1:2",), ("W2:4",), ("W4:8",), ("W8:16",)),
+        False,
     ),
     Claim(
         "LoRA on WikiText takes a pruned model's perplexity below what it was.",
-        _trained(None), "04_lora_recovery", "before-and-after",
-        _ppl(("D2",), ("D2", "W"), ("W2:4",), ("W2:4", "W")), False,
+        _trained(None),
+        "04_lora_recovery",
+        "before-and-after",
+        _ppl(("D2",), ("D2", "W"), ("W2:4",), ("W2:4", "W")),
+        False,
     ),
     Claim(
         "LoRA on WikiText often takes pruned models below the dense model's perplexity.",
-        _trained("dense"), "04_lora_recovery", "before-and-after", _ppl(("dense",), ("D2", "W"), ("W2:4", "W")), False,
+        _trained("dense"),
+        "04_lora_recovery",
+        "before-and-after",
+        _ppl(("dense",), ("D2", "W"), ("W2:4", "W")),
+        False,
         often=True,
     ),
     Claim(
         "The same, against the dense model trained alike (not in the thesis: the control it lacked).",
-        _trained("W"), "04_lora_recovery", "recovery-or-adaptation", "", False, ours=True,
+        _trained("W"),
+        "04_lora_recovery",
+        "recovery-or-adaptation",
+        "",
+        False,
+        ours=True,
     ),
     Claim(
         "Training on WikiText answers more of TriviaQA, closed book, than training on TriviaQA does.",
-        _on(CLOSED, *((f"{m}+T", f"{m}+W") for m in _ASKED), ("T", "W")), "04_lora_recovery", "what-training-on-one-text-does-to-the-other-measure",
+        _on(CLOSED, *((f"{m}+T", f"{m}+W") for m in _ASKED), ("T", "W")),
+        "04_lora_recovery",
+        "what-training-on-one-text-does-to-the-other-measure",
         f"D2+W {thesis_row('D2', 'W').closed} %, D2+T {thesis_row('D2', 'T').closed} %",
     ),
     Claim(
         "The same, open book.",
-        _on(OPEN, *((f"{m}+T", f"{m}+W") for m in _ASKED), ("T", "W")), "04_lora_recovery", "what-training-on-one-text-does-to-the-other-measure",
+        _on(OPEN, *((f"{m}+T", f"{m}+W") for m in _ASKED), ("T", "W")),
+        "04_lora_recovery",
+        "what-training-on-one-text-does-to-the-other-measure",
         ", ".join(f"{m}+{t} {thesis_row(m, t).open} %" for m in ("D2", "D2+W1:8") for t in "WT"),
     ),
     Claim(
-        "Pruning depth and width and then training beats training between the two (single trainings: the test is over documents, not over seeds).",
-        _on(WIKITEXT, ("D2+W1:8+W", "D2+W+W1:8"), ("D2+W1:8+T", "D2+T+W1:8")), "04_lora_recovery", "prune-recover-prune",
+        "Pruning depth and width and then training beats training between the two (single trainings: the test is "
+        "over documents, not over seeds).",
+        _on(WIKITEXT, ("D2+W1:8+W", "D2+W+W1:8"), ("D2+W1:8+T", "D2+T+W1:8")),
+        "04_lora_recovery",
+        "prune-recover-prune",
     ),
     Claim(
         "4 bits by GPTQ cost 3 to 6 points of TriviaQA, closed book.",
-        _on(CLOSED, ("dense", "Q")), "05_quantisation", "answers-and-text",
-        f"D2+W {thesis_row('D2', 'W').closed} %, quantised {thesis_row('D2', 'W', 'Q').closed} %; its models were pruned and trained, ours is the dense one",
-        None, (-0.06, -0.03),
+        _on(CLOSED, ("dense", "Q")),
+        "05_quantisation",
+        "answers-and-text",
+        f"D2+W {thesis_row('D2', 'W').closed} %, quantised {thesis_row('D2', 'W', 'Q').closed} %; its models "
+        "were pruned and trained, ours is the dense one",
+        None,
+        (-0.06, -0.03),
     ),
     Claim(
         "EoRA gives 1 to 2 points back.",
-        _on(CLOSED, ("Q", "Q+E")), "05_quantisation", "answers-and-text",
-        f"D2+W, quantised {thesis_row('D2', 'W', 'Q').closed} %, with EoRA {thesis_row('D2', 'W', 'E').closed} %", None, (0.01, 0.02),
+        _on(CLOSED, ("Q", "Q+E")),
+        "05_quantisation",
+        "answers-and-text",
+        f"D2+W, quantised {thesis_row('D2', 'W', 'Q').closed} %, with EoRA {thesis_row('D2', 'W', 'E').closed} %",
+        None,
+        (0.01, 0.02),
     ),
     Claim(
         "Repeating a block never helps (read here as: one block run twice, each of those tried on its own).",
-        _repeats, "01_franken_llama", "one-block-at-a-time",
+        _repeats,
+        "01_franken_llama",
+        "one-block-at-a-time",
     ),
-)  # fmt: skip
+)
 
 
 # ---------------------------------------------------------------- the page
@@ -240,7 +286,8 @@ def page(records: Records) -> str:
         f"On SmolLM2-135M-Instruct, of the thesis's {len(theirs)} claims: {counts}{controls}. "
         "A claim may hold for the thesis's own subject, Llama-3.2-1B-Instruct, and not here, and the other way round. "
         "Effects are paired, on the same items: for perplexity the ratio of the second to the first, for answers the "
-        "difference in points; n counts documents for perplexity, questions for answers. Intervals are those of each comparison alone; "
+        "difference in points; n counts documents for perplexity, questions for answers. Intervals are those of "
+            "each comparison alone; "
         "p values are adjusted for all of a claim's.", "",
         "| claim | on this subject |", "| --- | --- |",
         *(f"| {v.claim.says} | **{v.word}** |" for v in verdicts), "",

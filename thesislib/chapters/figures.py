@@ -72,7 +72,8 @@ def plan_chart(plans: Mapping[str, Sequence[int]], table: pd.DataFrame, baseline
 def single_blocks(
     baseline: Measurement, skipped: Mapping[int, Measurement], repeated: Mapping[int, Measurement]
 ) -> plt.Figure:
-    """By how many percent perplexity changes with one block left out or run twice. Linear to 10 %, logarithmic beyond."""
+    """By how many percent perplexity changes with one block left out or run twice. Linear to 10 %, logarithmic
+    beyond."""
     figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
     bounds = []
     for runs, marker, colour, label, shift in (
@@ -81,8 +82,17 @@ def single_blocks(
     ):
         c = [compare(baseline, m) for m in runs.values()]
         middle, low, high = (100 * np.expm1([getattr(x, name) for x in c]) for name in ("difference", "low", "high"))
-        axis.errorbar(np.array(list(runs)) + shift, middle, yerr=[middle - low, high - middle], fmt=marker, color=colour,
-                      markersize=5, capsize=2, linewidth=1, label=label)  # fmt: skip
+        axis.errorbar(
+            np.array(list(runs)) + shift,
+            middle,
+            yerr=[middle - low, high - middle],
+            fmt=marker,
+            color=colour,
+            markersize=5,
+            capsize=2,
+            linewidth=1,
+            label=label,
+        )
         bounds += [*low, *high]
     axis.axhline(0, color=GREY, linestyle="--", linewidth=1)
     axis.set_yscale("symlog", linthresh=10)
@@ -129,9 +139,13 @@ def attention_and_spectrum(
 
 
 METHOD_LOOKS = {
-    "perplexity": ("o", BLUE), "perplexity, greedy": ("D", "#56B4E9"), "taylor": ("^", GREEN), "magnitude": ("s", ORANGE),
-    "influence": ("v", "#CC79A7"), "angular": ("P", "#E69F00"),
-}  # fmt: skip
+    "perplexity": ("o", BLUE),
+    "perplexity, greedy": ("D", "#56B4E9"),
+    "taylor": ("^", GREEN),
+    "magnitude": ("s", ORANGE),
+    "influence": ("v", "#CC79A7"),
+    "angular": ("P", "#E69F00"),
+}
 
 
 def block_ranks(table: pd.DataFrame, protected: Sequence[int]) -> plt.Figure:
@@ -279,7 +293,8 @@ LOOKS = {"untrained": ("o", GREY, "none"), "+W": ("s", BLUE, BLUE), "+T": ("^", 
 
 
 def recovery_chart(points: Mapping[str, Mapping[str, Measurement]], dense: str = "dense") -> plt.Figure:
-    """Perplexity of each model untrained and trained on each text; lines mark the dense model untrained and trained alike.
+    """Perplexity of each model untrained and trained on each text; lines mark the dense model untrained and trained
+    alike.
 
     Args:
         points: {model: {"untrained", "+W" or "+T": measurement}}.
@@ -293,8 +308,17 @@ def recovery_chart(points: Mapping[str, Mapping[str, Measurement]], dense: str =
             value = np.array([m.value for _, m in rows])
             error = [value - [m.low for _, m in rows], [m.high for _, m in rows] - value]
             axis.errorbar(
-                value, [y for y, _ in rows], xerr=error, fmt=marker, color=colour, mfc=fill, markersize=7, capsize=3, linewidth=1, label=name,
-            )  # fmt: skip
+                value,
+                [y for y, _ in rows],
+                xerr=error,
+                fmt=marker,
+                color=colour,
+                mfc=fill,
+                markersize=7,
+                capsize=3,
+                linewidth=1,
+                label=name,
+            )
         if name in points.get(dense, {}):
             axis.axvline(
                 points[dense][name].value, color=colour, linestyle="--" if name == "untrained" else ":", linewidth=1
@@ -350,10 +374,12 @@ QUANTISED_LOOKS = {
 
 
 def bytes_chart(table: pd.DataFrame, dense: float, most: float = 150) -> plt.Figure:
-    """Perplexity over megabytes on disk, a marker a method, bits beside it; what lies above `most` is left out and counted.
+    """Perplexity over megabytes on disk, a marker a method, bits beside it; what lies above `most` is left out and
+    counted.
 
     Args:
-        table: columns method, bits, MB, perplexity, low, high (see `thesislib.chapters.ch05_quantisation.sizes_and_losses`).
+        table: columns method, bits, MB, perplexity, low, high (see
+            `thesislib.chapters.ch05_quantisation.sizes_and_losses`).
         dense: the whole model's perplexity.
         most: the highest perplexity drawn.
     """
@@ -429,7 +455,8 @@ def pareto_chart(
     measures: Mapping[str, bool],
     most: float = 100,
 ) -> plt.Figure:
-    """Each measure over bytes and over parameters that are not zero; the line joins the models that none beats at once in size and measure.
+    """Each measure over bytes and over parameters that are not zero; the line joins the models that none beats at once
+    in size and measure.
 
     Args:
         table: see `thesislib.chapters.pareto.points`.
@@ -482,18 +509,27 @@ def pareto_chart(
 
 
 def _label_front(axis: plt.Axes, front: pd.DataFrame, size: str, measure: str, below: bool) -> None:
-    """Labels on the side where nothing lies, since nothing is smaller and better; those that would cover another's are left out."""
+    """Labels on the side where nothing lies, since nothing is smaller and better; those that would cover another's are
+    left out."""
     placed: list[np.ndarray] = []
     for _, point in front.iterrows():
         at = axis.transData.transform((point[size], point[measure]))
         if all(abs(at[1] - other[1]) > 11 or abs(at[0] - other[0]) > 90 for other in placed):
             placed.append(at)
-            axis.annotate(point["label"], (point[size], point[measure]), textcoords="offset points", xytext=(-4, -4 if below else 3),
-                          ha="right", va="top" if below else "bottom", fontsize=7)  # fmt: skip
+            axis.annotate(
+                point["label"],
+                (point[size], point[measure]),
+                textcoords="offset points",
+                xytext=(-4, -4 if below else 3),
+                ha="right",
+                va="top" if below else "bottom",
+                fontsize=7,
+            )
 
 
 def interaction_chart(table: pd.DataFrame) -> plt.Figure:
-    """Perplexity by blocks removed, a line a width pattern: parallel lines, on the logarithmic scale, would mean that losses add up.
+    """Perplexity by blocks removed, a line a width pattern: parallel lines, on the logarithmic scale, would mean that
+    losses add up.
 
     Args:
         table: columns removed (blocks), width ("none" or a pattern), perplexity, low, high.
@@ -525,7 +561,8 @@ def interaction_chart(table: pd.DataFrame) -> plt.Figure:
 
 
 def steps_chart(steps: Sequence[tuple[str, str, str, Comparison]]) -> plt.Figure:
-    """By what factor each stage changes perplexity, a row a model before it, a panel a stage; hollow where a paired test tells nothing.
+    """By what factor each stage changes perplexity, a row a model before it, a panel a stage; hollow where a paired
+    test tells nothing.
 
     Args:
         steps: see `thesislib.chapters.ch06_grid.steps`.
@@ -575,7 +612,8 @@ def steps_chart(steps: Sequence[tuple[str, str, str, Comparison]]) -> plt.Figure
 
 
 def throughput_chart(rows: pd.DataFrame, measured: Mapping[str, float] | None = None) -> plt.Figure:
-    """Projected tokens per second, a panel a device that holds any model, an interval a model; crosses: measured on the host.
+    """Projected tokens per second, a panel a device that holds any model, an interval a model; crosses: measured on the
+    host.
 
     Args:
         rows: with device, model, low and high, as `thesislib.chapters.ch07_device.projections` has them.
@@ -600,7 +638,8 @@ def throughput_chart(rows: pd.DataFrame, measured: Mapping[str, float] | None = 
 
 
 def prediction_chart(tables: Mapping[str, pd.DataFrame]) -> plt.Figure:
-    """Measured milliseconds per token over MB per token, a panel a format, with the line through the fitted depths; hollow marks were held out."""
+    """Measured milliseconds per token over MB per token, a panel a format, with the line through the fitted depths;
+    hollow marks were held out."""
     figure, axes = plt.subplots(1, len(tables), figsize=(3.2 * len(tables), 3.2), layout="constrained", squeeze=False)
     for axis, (kind, table) in zip(axes[0], tables.items(), strict=True):
         table = table.sort_values("MB per token")
@@ -620,7 +659,8 @@ def prediction_chart(tables: Mapping[str, pd.DataFrame]) -> plt.Figure:
 
 
 def roofline_chart(device_name: str, rate: float, bandwidth: float, operations: pd.DataFrame) -> plt.Figure:
-    """MACs per second that a device could reach over MACs per byte (Williams et al. 2009), with operations where they lie on it.
+    """MACs per second that a device could reach over MACs per byte (Williams et al. 2009), with operations where they
+    lie on it.
 
     Args:
         device_name: for the title.

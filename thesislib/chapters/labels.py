@@ -35,12 +35,14 @@ def step_family(part: str) -> str:
 
 
 def training(label: str) -> tuple[str, ...]:
-    """What a model was trained on: perplexities of models that were trained differently do not compare methods of making them small."""
+    """What a model was trained on: perplexities of models that were trained differently do not compare methods of
+    making them small."""
     return of(label).training
 
 
 def thesis_of(label: str):
-    """The thesis's row of a label, or None: it has GPTQ at 4 bits only, EoRA only after it, and one order of pruning and training."""
+    """The thesis's row of a label, or None: it has GPTQ at 4 bits only, EoRA only after it, and one order of pruning
+    and training."""
     said = of(label)
     if (
         said.of("rtn")

@@ -1,4 +1,5 @@
-"""Which models are worth their bytes: size against quality, the models that none beats in both, and a widget to choose by."""
+"""Which models are worth their bytes: size against quality, the models that none beats in both, and a widget to choose
+by."""
 
 import hashlib
 import json
@@ -53,7 +54,8 @@ def points(results: Results) -> pd.DataFrame:
 
 
 def front(table: pd.DataFrame, size: str, measure: str) -> list[str]:
-    """Labels of the models that no other is at once smaller than and better than or as good as: the Pareto front, smallest first."""
+    """Labels of the models that no other is at once smaller than and better than or as good as: the Pareto front,
+    smallest first."""
     up = MEASURES[measure].higher_is_better
     rows = table.dropna(subset=[size, measure]).sort_values([size, measure], ascending=[True, not up])
     best, kept = None, []
@@ -86,7 +88,8 @@ def fronts(table: pd.DataFrame) -> dict[tuple[str, str], list[str]]:
 
 
 def equal_bytes_sentence(results: Results) -> str:
-    """How many models that are not quantised have a quantised one that is no larger, was trained alike and is, by a paired test, better."""
+    """How many models that are not quantised have a quantised one that is no larger, was trained alike and is, by a
+    paired test, better."""
     rows = points(results).dropna(subset=["MB", PPL]).set_index("label")
     plain, packed = (rows[rows["family"].isin(names)].index for names in (FAMILIES[:2], FAMILIES[2:]))
     if not len(plain) or not len(packed):
@@ -103,7 +106,8 @@ def equal_bytes_sentence(results: Results) -> str:
         if (here := [x for x in plain if bool(training(x)) == trained])
     ]
     return (
-        f"Of models that are not quantised, {' and '.join(said)} are beaten in perplexity by a quantised one that was trained alike and is no larger "
+        f"Of models that are not quantised, {' and '.join(said)} are beaten in perplexity by a quantised one "
+        "that was trained alike and is no larger "
         "(each against the best such; paired t tests, Holm-adjusted)."
     )
 
@@ -121,11 +125,14 @@ def bytes_finding(results: Results) -> str:
         ):
             found = usable.loc[usable["MB"].idxmin()]
             smallest.append(
-                f"{name} {found.name} ({found['MB']:.0f} MB, perplexity {found[PPL]:.3g} against {table.loc[base, PPL]:.3g})"
+                f"{name} {found.name} ({found['MB']:.0f} MB, perplexity {found[PPL]:.3g} against "
+                f"{table.loc[base, PPL]:.3g})"
             )
     return (
-        f"**Bits or weights.** Of the {len(labels)} models on the front of perplexity against bytes {len(quantised)} are quantised. "
-        f"{equal_bytes_sentence(results)} The smallest whose perplexity is at most {USABLE:g} times that of the dense model trained alike: "
+        f"**Bits or weights.** Of the {len(labels)} models on the front of perplexity against bytes "
+        f"{len(quantised)} are quantised. "
+        f"{equal_bytes_sentence(results)} The smallest whose perplexity is at most {USABLE:g} times that of the "
+        "dense model trained alike: "
         f"{', '.join(smallest)}; the dense model has {table.loc[DENSE, 'MB']:.0f} MB in bfloat16.{_as_it_came(results)}"
     )
 
@@ -141,7 +148,10 @@ def _as_it_came(results: Results) -> str:
     size = next((n for file, n in files.items() if name and file.startswith(name) and file.endswith("Q4_1.gguf")), None)
     if size is None:
         return ""
-    return f" It came as a file of {size / 1e6:.0f} MB in Q4_1, from which its weights are recovered exactly: sizes compare methods, none saves over that file."
+    return (
+        f" It came as a file of {size / 1e6:.0f} MB in Q4_1, from which its weights are recovered exactly: sizes "
+        "compare methods, none saves over that file."
+    )
 
 
 def trade_offs(results: Results) -> list[dict]:
@@ -156,7 +166,8 @@ def digest(results: Results) -> str:
 
 
 def explorer(results: Results) -> str:
-    """A page's widget as HTML: a size budget, a measure, and which models win. Everything is in the text; no server and no network."""
+    """A page's widget as HTML: a size budget, a measure, and which models win. Everything is in the text; no server and
+    no network."""
     script = files("thesislib.chapters").joinpath("explorer.js").read_text("utf8")
     data = json.dumps(trade_offs(results)).replace(
         "<", "\\u003c"

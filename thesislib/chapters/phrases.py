@@ -31,7 +31,8 @@ def share(m: Measurement | None) -> str:
 
 
 def ratio(c: Comparison, form: str = ".3f") -> str:
-    """The ratio of two perplexities, whose logarithms are compared, with its interval; its end may be beyond what a float holds."""
+    """The ratio of two perplexities, whose logarithms are compared, with its interval; its end may be beyond what a
+    float holds."""
     value, low, high = (np.exp(min(x, 50)) for x in (c.difference, c.low, c.high))
     return f"x {interval(value, low, high, form)}"
 
@@ -52,7 +53,8 @@ def p_number(p: float) -> str:
 
 
 def difference(c: Comparison, task: Task) -> str:
-    """A comparison with its interval as its task has it: a ratio, points of percent, or a difference in the task's unit."""
+    """A comparison with its interval as its task has it: a ratio, points of percent, or a difference in the task's
+    unit."""
     if task.ratio:
         return ratio(c)
     factor, form = (100, "+.1f") if task.unit == SHARE else (1, "+.4g")
@@ -76,5 +78,6 @@ def listed(names: Sequence[str]) -> str:
 
 
 def expect(holds: bool, said: str) -> None:
-    """Print whether a sentence holds in this run. It was found with the embedded model: that another one differs is a result and no error."""
+    """Print whether a sentence holds in this run. It was found with the embedded model: that another one differs is a
+    result and no error."""
     print(f"{'holds' if holds else 'does not hold for this subject'}: {said}")

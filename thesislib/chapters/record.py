@@ -45,7 +45,8 @@ def parameters(chapter: Chapter, given: Mapping[str, Any], data: str | None = No
     takes = {f.name for f in dataclasses.fields(chapter.parameters)}
     if data is not None and ("data" not in takes or "data" in given):
         raise BadInput(
-            f"{'-p data=... is given too' if 'data' in takes else f'chapter {chapter.notebook} reads no data'}: expected no --data"
+            f"{'-p data=... is given too' if 'data' in takes else f'chapter {chapter.notebook} reads no data'}: "
+            "expected no --data"
         )
     where = {"data": default_data() if data is None else data} if "data" in takes else {}
     try:
@@ -64,7 +65,8 @@ def parameters(chapter: Chapter, given: Mapping[str, Any], data: str | None = No
 
 
 def record(chapter: Chapter, p: Any, folder: Path, limit: int | None = None) -> Recorded:
-    """Carry out a chapter's recorded run: make the rows and files that a folder lacks, in order. A run that was killed goes on where it was.
+    """Carry out a chapter's recorded run: make the rows and files that a folder lacks, in order. A run that was killed
+    goes on where it was.
 
     Of several processes each takes the parts that no other is at.
 
@@ -118,7 +120,8 @@ def _lacks(part: Part, missing: Callable[[Iterable[Key]], list[Key]]) -> bool:
 
 
 def _check_parameters(store: Store, chapter: Chapter, wanted: Mapping[Key, int | None]) -> None:
-    """Raises BadInput if a store has rows that the recorded run, {key: n}, does not have, or has on more items or by another limit."""
+    """Raises BadInput if a store has rows that the recorded run, {key: n}, does not have, or has on more items or by
+    another limit."""
     for name, m in (store.rows(items=False) if store.path.exists() else {}).items():
         try:
             key = chapter.key(m)
@@ -127,17 +130,22 @@ def _check_parameters(store: Store, chapter: Chapter, wanted: Mapping[Key, int |
         limits = m.provenance.get("protocol") or m.settings
         n = wanted.get(key)
         if key not in wanted or (n is not None and (m.n > n or limits.get("limit", n) != n)):
-            raise BadInput(f"{store.path} has a row, {name} ({m.label}, {m.metric}, n = {m.n}), that this run does not make: "
-                           "expected the chapter and the parameters that it was made with, or another --out FOLDER")  # fmt: skip
+            raise BadInput(
+                f"{store.path} has a row, {name} ({m.label}, {m.metric}, n = {m.n}), that this run does "
+                "not make: "
+                "expected the chapter and the parameters that it was made with, or another --out FOLDER"
+            )
 
 
 def _check_alike(store: Store, p: Any) -> None:
-    """Raises BadInput if a store has rows of another subject than these parameters', or rows that were made with another kind of data."""
+    """Raises BadInput if a store has rows of another subject than these parameters', or rows that were made with
+    another kind of data."""
     rows = list(store.rows(items=False).values()) if store.path.exists() else []
     kinds = {kind for m in rows if (kind := m.made.get("data"))}
     if kinds and (kind := kind_of(p.data)) not in kinds:
         raise BadInput(
-            f"{store.path} was made with data of kind {', '.join(sorted(kinds))}, this is {kind}: expected --data as then, or another --out FOLDER"
+            f"{store.path} was made with data of kind {', '.join(sorted(kinds))}, this is {kind}: expected "
+            "--data as then, or another --out FOLDER"
         )
     for dtype in dict.fromkeys(m.provenance["dtype"] for m in rows if hasattr(p, "subject")):
         base = Job.prepare(p.subject, recipe_of(()), "embedded", dtype).base
@@ -151,5 +159,8 @@ def _check_alike(store: Store, p: Any) -> None:
                 else base["fingerprint"]
             )
             if then != base["fingerprint"]:
-                raise BadInput(f"{store.path} holds rows of {m.provenance['subject']}, fingerprint {then[:12]}..., and this subject is {base['name']}, "
-                               f"{base['fingerprint'][:12]}...: expected another --out FOLDER")  # fmt: skip
+                raise BadInput(
+                    f"{store.path} holds rows of {m.provenance['subject']}, fingerprint {then[:12]}..., and this "
+                    f"subject is {base['name']}, "
+                    f"{base['fingerprint'][:12]}...: expected another --out FOLDER"
+                )

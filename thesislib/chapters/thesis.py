@@ -12,8 +12,8 @@ from thesislib.files import data_file
 class ThesisRow:
     """One configuration as the thesis reports it: single runs, no intervals.
 
-    closed, open: TriviaQA in percent, all three tiers together. perplexity: WikiText-2 in pieces of 512 tokens, by a protocol that gives
-    the dense model 26.61, where others measure 14.01. gigabytes: as reported; None where it is not.
+    closed, open: TriviaQA in percent, all three tiers together. perplexity: WikiText-2 in pieces of 512 tokens, by a
+    protocol that gives the dense model 26.61, where others measure 14.01. gigabytes: as reported; None where it is not.
     """
 
     label: str

@@ -103,7 +103,8 @@ class Resident:
         weights = [cast("Any", block).input_layernorm.weight.data_ptr() for block in subject.blocks]
         if len(set(weights)) < len(weights):
             raise BadInput(
-                "a plan that runs a block twice cannot be calibrated block by block: the second visit would change the first again"
+                "a plan that runs a block twice cannot be calibrated block by block: the second visit would "
+                "change the first again"
             )
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
@@ -127,8 +128,8 @@ def token_weights(weighting: str, x: torch.Tensor) -> torch.Tensor:
     heads read its value at every step, yet X^T X counts it once in T.
 
     Args:
-        weighting: 'equal' (the originals), 'unit_norm' (x over its norm), 'first_N' (the first token of each window counted N
-            times), 'skip_N' (the first N tokens left out).
+        weighting: 'equal' (the originals), 'unit_norm' (x over its norm), 'first_N' (the first token of each window
+            counted N times), 'skip_N' (the first N tokens left out).
         x: the inputs.
 
     Raises:
@@ -182,8 +183,8 @@ def stream(
         title: what the progress bar says.
 
     Raises:
-        BadInput: no windows, or windows that the model cannot read; inputs of a projection that are not finite; a block that
-            runs twice.
+        BadInput: no windows, or windows that the model cannot read; inputs of a projection that are not finite; a block
+            that runs twice.
     """
     if feed not in FEEDS:
         raise BadInput(f"feed '{feed}' is not known: expected {' or '.join(FEEDS)}")
@@ -217,7 +218,8 @@ def stream(
 
 
 def _embedded(blocks: Blocks, windows: torch.Tensor, batch: int, on_disk: bool) -> torch.Tensor:
-    """(N, T, D) embedded windows, on the CPU, in memory or in a file that has no name any more, so that not even a kill leaves it."""
+    """(N, T, D) embedded windows, on the CPU, in memory or in a file that has no name any more, so that not even a kill
+    leaves it."""
     parts = (blocks.embed(windows[at : at + batch]).cpu() for at in range(0, len(windows), batch))
     first = next(parts)
     shape = (*windows.shape, first.shape[-1])
@@ -250,7 +252,8 @@ class _Run:
     weighting: str
 
     def collect(self, names: Sequence[str], visitor: Visitor, advance: bool = True) -> dict[str, Statistics]:
-        """Statistics of the inputs of the projections `names`; with `advance` the activations move on to the block's output."""
+        """Statistics of the inputs of the projections `names`; with `advance` the activations move on to the block's
+        output."""
         linears = projections(self.block)
         heads = {INPUTS[n]: n for n in reversed(names)}  # of projections with one input, the first listens for all
         found: dict[str, Statistics] = {}
@@ -293,7 +296,8 @@ class _Run:
         squares = moment.diagonal().clone() if moments else weighted.square().sum(0)
         if not torch.isfinite(squares).all():
             raise BadInput(
-                f"the inputs of block {self.number}'s {name} are not finite: the model or its compression before this block is broken"
+                f"the inputs of block {self.number}'s {name} are not finite: the model or its compression before "
+                "this block is broken"
             )
         tokens = float(x.shape[0] * x.shape[1]) if self.weighting == "unit_norm" else float(w.sum())
         if sofar is None:

@@ -1,4 +1,5 @@
-"""Depth pruning: how much each block matters, and a subject without the blocks, attentions or MLPs that matter least."""
+"""Depth pruning: how much each block matters, and a subject without the blocks, attentions or MLPs that matter
+least."""
 
 import dataclasses
 import math
@@ -37,9 +38,9 @@ class Depth(Calibrated):
     Attributes:
         remove: how many go; either this or `blocks`.
         blocks: exactly which go, as indices into the subject's.
-        metric: how a block's importance is measured. perplexity: leave it out and measure. taylor: sum of abs(weight * gradient).
-            magnitude: sum of abs(weight). influence: 1 - mean cosine of its input and output. angular: the run of `remove`
-            neighbours whose input and output point most alike.
+        metric: how a block's importance is measured. perplexity: leave it out and measure. taylor: sum of abs(weight *
+            gradient). magnitude: sum of abs(weight). influence: 1 - mean cosine of its input and output. angular: the
+            run of `remove` neighbours whose input and output point most alike.
         greedy: measure again after each removal.
         protect_first: blocks at the beginning that always stay; the thesis's four.
         protect_last: blocks at the end that always stay; the thesis's two.
@@ -138,7 +139,8 @@ class Depth(Calibrated):
         free = depth - self.protect_first - self.protect_last
         if self.remove > free:
             raise BadInput(
-                f"cannot remove {self.remove} of {depth} blocks: {self.protect_first} at the beginning and {self.protect_last} at the end "
+                f"cannot remove {self.remove} of {depth} blocks: {self.protect_first} at the beginning and "
+                f"{self.protect_last} at the end "
                 f"are protected, which leaves {max(free, 0)}"
             )
 
@@ -152,7 +154,8 @@ class Depth(Calibrated):
         lost = removed_parts(subject).get(self.part, [])
         if again := sorted({*lost} & {*(self.blocks or ())}):
             raise BadInput(
-                f"the {self.part} of block {', '.join(map(str, again))} is gone already: expected blocks that still have one"
+                f"the {self.part} of block {', '.join(map(str, again))} is gone already: expected blocks that "
+                "still have one"
             )
         # what is gone costs nothing to leave out, and would be chosen again
         free = [b for b in range(self.protect_first, subject.depth - self.protect_last) if b not in lost]
@@ -230,7 +233,8 @@ def importance(
     if metric == "influence":
         if part != "block":
             raise BadInput(
-                f"metric 'influence' compares a block's input and output: for part '{part}' use perplexity, taylor or magnitude"
+                f"metric 'influence' compares a block's input and output: for part '{part}' use perplexity, "
+                "taylor or magnitude"
             )
         scores = influence(subject, ids)
         return {b: scores[b] for b in blocks}
@@ -313,7 +317,8 @@ def angular_distances(subject: Subject, ids: torch.Tensor) -> np.ndarray:
 def taylor(
     subject: Subject, ids: torch.Tensor, blocks: Sequence[int], part: str = "block", batch: int = 2
 ) -> dict[int, float]:
-    """Sum over a block's weights of abs(w * g), g the gradient of the mean loss over all windows (Kim et al. 2024, eq. 3).
+    """Sum over a block's weights of abs(w * g), g the gradient of the mean loss over all windows (Kim et al. 2024, eq.
+    3).
 
     Raises:
         BadInput: weights that carry no gradient, such as packed or quantised ones.
@@ -321,7 +326,8 @@ def taylor(
     own = {b: list(_weights(subject, b, part)) for b in blocks}
     if any(not isinstance(w, nn.Parameter) or not w.is_floating_point() for weights in own.values() for w in weights):
         raise BadInput(
-            "metric 'taylor' needs gradients, which packed or quantised weights do not carry: use perplexity, influence or magnitude"
+            "metric 'taylor' needs gradients, which packed or quantised weights do not carry: use perplexity, "
+            "influence or magnitude"
         )
     try:
         for weights in own.values():

@@ -1,4 +1,5 @@
-"""EoRA: what compression took from each projection, given back as a low-rank correction where the layer's inputs are large."""
+"""EoRA: what compression took from each projection, given back as a low-rank correction where the layer's inputs are
+large."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,8 +30,8 @@ class Eora(Weighted):
     Attributes:
         rank: of every correction, at most the projection's smaller side; 32 if no budget is given.
         ranks: {pattern: rank} for some projections; of several that fit, the last counts.
-        bytes: instead of ranks a budget for all corrections at 2 bytes an entry, spent on the directions that lessen the
-            projections' relative errors most for a byte.
+        bytes: instead of ranks a budget for all corrections at 2 bytes an entry, spent on the directions that lessen
+            the projections' relative errors most for a byte.
         inputs: in whose activations the error is measured: original, or compressed, which the corrected layer will see.
         linears: names or patterns of projections; all seven by default.
     """
@@ -134,7 +135,8 @@ class Eora(Weighted):
         """
         if original is None:
             raise BadInput(
-                "eora corrects the difference to the original weights and needs them at hand: apply(..., original=SUBJECT), or a recipe"
+                "eora corrects the difference to the original weights and needs them at hand: apply(..., "
+                "original=SUBJECT), or a recipe"
             )
         check_same_shapes(original, subject)
         check_all_fit(self.linears, subject.depth)
@@ -169,10 +171,11 @@ def start(
     inputs: str = "compressed",
     weighting: str = "equal",
 ) -> dict[Place, tuple[torch.Tensor, torch.Tensor]]:
-    """EoRA's factors as the start of a trainable LoRA: {(block, projection): (A (rank, inputs), B (outputs, rank))}, float32.
+    """EoRA's factors as the start of a trainable LoRA: {(block, projection): (A (rank, inputs), B (outputs, rank))},
+    float32.
 
-    Every chosen projection gets factors of the full rank: where the difference has less, or there is none, the rest of B
-    is zero and the rest of A random, as in LoRA's own start. See `Eora` for the arguments; ids are (N, T) windows.
+    Every chosen projection gets factors of the full rank: where the difference has less, or there is none, the rest of
+    B is zero and the rest of A random, as in LoRA's own start. See `Eora` for the arguments; ids are (N, T) windows.
     """
     config = Eora(rank=rank, linears=linears, inputs=inputs, weighting=weighting)
     check_same_shapes(original, subject)
@@ -278,10 +281,10 @@ class Correction:
 def square_root(moment: torch.Tensor, where: str = "the projection") -> tuple[torch.Tensor, torch.Tensor]:
     """S (D, k) with S S^T = X^T X, and its pseudo-inverse (k, D), float64.
 
-    Directions whose eigenvalue is below float32's epsilon of the largest are left out: statistics were summed in float32,
-    and what is below is rounding, of either sign. (EoRA's code lifts negative ones to the smallest positive one, and
-    divides by its root.) The usual D times epsilon would be too much: an attention sink makes the largest eigenvalue
-    so large that 1,455 of the 1,536 directions of SmolLM2-135M's last down_proj but one lie below it.
+    Directions whose eigenvalue is below float32's epsilon of the largest are left out: statistics were summed in
+    float32, and what is below is rounding, of either sign. (EoRA's code lifts negative ones to the smallest positive
+    one, and divides by its root.) The usual D times epsilon would be too much: an attention sink makes the largest
+    eigenvalue so large that 1,455 of the 1,536 directions of SmolLM2-135M's last down_proj but one lie below it.
 
     Raises:
         BadInput: statistics that are not finite, or all zero.
@@ -303,7 +306,8 @@ def square_root(moment: torch.Tensor, where: str = "the projection") -> tuple[to
 def correction(
     missing: torch.Tensor, root: torch.Tensor, inverse: torch.Tensor, rank: int, whole: float = 1.0
 ) -> Correction:
-    """The B A of the given rank with the least norm of (missing - B A) X (EoRA, section 3): the SVD of missing S, and back.
+    """The B A of the given rank with the least norm of (missing - B A) X (EoRA, section 3): the SVD of missing S, and
+    back.
 
     Args:
         missing: (outputs, inputs) W - W_compressed.
@@ -313,8 +317,8 @@ def correction(
         whole: squared norm of W X, which gains are relative to.
     """
     m = missing.double() @ root
-    # the singular vectors of the shorter side are the eigenvectors of its Gram matrix, in a quarter of an SVD's time; with them
-    # orthonormal, u u^T m is a projection of m however small a singular value is
+    # the singular vectors of the shorter side are the eigenvectors of its Gram matrix, in a quarter of an SVD's time;
+    # with them orthonormal, u u^T m is a projection of m however small a singular value is
     tall = m.shape[0] > m.shape[1]
     short = torch.linalg.eigh(m.T @ m if tall else m @ m.T).eigenvectors.flip(1)[:, :rank]
     long = m @ short if tall else m.T @ short  # times the singular values

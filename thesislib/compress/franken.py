@@ -113,7 +113,8 @@ def franken_plans(depth: int) -> dict[str, Plan]:
     plans, most = {}, max(len(_runs(*settings)) for name, settings in _ORIGINAL.items() if name not in _STRIDES)
     if depth < most:
         raise BadInput(
-            f"the {len(_ORIGINAL)} plans need a model of at least {most} blocks, a block for each run that they treat alike: this one has {depth}"
+            f"the {len(_ORIGINAL)} plans need a model of at least {most} blocks, a block for each run that they "
+            f"treat alike: this one has {depth}"
         )
     for name, (skipped, repeated, times) in _ORIGINAL.items():
         if name in _STRIDES:

@@ -1,4 +1,5 @@
-"""Quantisation of the projections: round-to-nearest, and GPTQ, which moves each rounding error onto the weights not yet rounded."""
+"""Quantisation of the projections: round-to-nearest, and GPTQ, which moves each rounding error onto the weights not yet
+rounded."""
 
 import math
 import re
@@ -37,9 +38,11 @@ class Rtn(Stage):
         bits: 2, 3, 4 or 8.
         group: weights of a row that share a scale, or 'row'.
         grid: symmetric, asymmetric or minimum, see `thesislib.model.grid.Grid`.
-        clip: none: levels span the whole range. squared: the part of the range with the least squared error of the weights.
+        clip: none: levels span the whole range. squared: the part of the range with the least squared error of the
+            weights.
         linears: names or patterns of projections, e.g. 'q_proj', 'blocks.3.*'; all seven by default.
-        embedding_bits: 8 rounds the embedding and the head too, in groups of the same size; by default they stay as they are.
+        embedding_bits: 8 rounds the embedding and the head too, in groups of the same size; by default they stay as
+            they are.
     """
 
     bits: int = 4
@@ -61,7 +64,8 @@ class Rtn(Stage):
             raise unknown("clip", self.clip, self.clips)
         if self.embedding_bits not in (None, 8):
             raise BadInput(
-                f"embedding_bits is {self.embedding_bits}: expected 8, or nothing to leave embedding and head as they are"
+                f"embedding_bits is {self.embedding_bits}: expected 8, or nothing to leave embedding and head as "
+                "they are"
             )
         self._normalise(linears=patterns(self.linears))
 
@@ -86,7 +90,8 @@ class Rtn(Stage):
         return any(fits(pattern, block, name) for pattern in self.linears)
 
     def after(self, previous: Sequence[Stage], shape: Shape | None = None) -> Shape | None:
-        """See `Stage`: no stage before it may have quantised, and groups must divide the rows of all projections that take part."""
+        """See `Stage`: no stage before it may have quantised, and groups must divide the rows of all projections that
+        take part."""
         for earlier in previous:
             if earlier.family == "quantised":
                 raise BadInput(
@@ -166,12 +171,14 @@ class Rtn(Stage):
         for (i, name), module in chosen.items():
             if is_quantised(module):
                 raise BadInput(
-                    f"block {i}'s {name} is quantised already ({getattr(module, 'base', module).encoding}): start from the subject before that"
+                    f"block {i}'s {name} is quantised already ({getattr(module, 'base', module).encoding}): "
+                    "start from the subject before that"
                 )
             self.levels.check({n: m.in_features for n, m in subject.linears(i).items() if self.takes(i, n)})
             if not self.levels.holds_zero and (share := float((module.weight == 0).float().mean())) > PRUNED:
                 raise BadInput(
-                    f"grid 'minimum' has no exact zero, and {share:.0%} of block {i}'s {name} are zeros: use symmetric or asymmetric"
+                    f"grid 'minimum' has no exact zero, and {share:.0%} of block {i}'s {name} are zeros: use "
+                    "symmetric or asymmetric"
                 )
         if self.embedding_bits and is_quantised(embedding):
             raise BadInput("the embedding is quantised already: start from the subject before that")
@@ -199,16 +206,19 @@ class Rtn(Stage):
 class Gptq(Weighted, Rtn):
     """GPTQ (Frantar et al. 2023), by default with the settings that suit this study's subject.
 
-    The grid is symmetric by default, which every loader of GPTQ checkpoints reads. An integer zero-point (grid asymmetric)
-    gives this study's subject 4 % less perplexity. With clip none, act_order none and weighting equal, as in the paper's
-    code, a symmetric grid at 4 bits is worse there than rounding: chapter 5.
+    The grid is symmetric by default, which every loader of GPTQ checkpoints reads. An integer zero-point (grid
+    asymmetric) gives this study's subject 4 % less perplexity. With clip none, act_order none and weighting equal, as
+    in the paper's code, a symmetric grid at 4 bits is worse there than rounding: chapter 5.
 
     Attributes:
         clip: also weighted: squared errors weighed by the inputs' mean squares.
-        act_order: the order in which columns are rounded. none: as they stand. static: large inputs first, on grids fitted to
-            neighbours beforehand. index: large inputs first; neighbours in that order share a grid, and each column's group is kept.
-        damping: this times the mean of the Hessian's diagonal is added to it; raised, with a warning, if Cholesky fails.
-        sequential: k, v, q, then o, then up, gate, then down, each on inputs from quantised predecessors; otherwise all at once.
+        act_order: the order in which columns are rounded. none: as they stand. static: large inputs first, on grids
+            fitted to neighbours beforehand. index: large inputs first; neighbours in that order share a grid, and each
+            column's group is kept.
+        damping: this times the mean of the Hessian's diagonal is added to it; raised, with a warning, if Cholesky
+            fails.
+        sequential: k, v, q, then o, then up, gate, then down, each on inputs from quantised predecessors; otherwise all
+            at once.
         weighting: how tokens count, see `thesislib.compress.calibration.token_weights`.
     """
 
@@ -238,7 +248,8 @@ class Gptq(Weighted, Rtn):
             )
 
     def stream_weights(self, blocks: Blocks, windows: torch.Tensor) -> dict:
-        """The same on blocks that are in memory one at a time, whose weights become dense ones on the grid; the report."""
+        """The same on blocks that are in memory one at a time, whose weights become dense ones on the grid; the
+        report."""
         visitor = Quantise(self, keep=False)
         stream(blocks, windows, visitor, weighting=self.weighting, title=self.label)
         return visitor.report()
@@ -267,7 +278,8 @@ class Quantise(Visitor):
         return self.config.takes(block, name)
 
     def change(self, block: int, linears: Mapping[str, Projection], statistics: Mapping[str, Statistics]) -> None:
-        """See `Visitor`. Projections that read the same inputs are rounded together: their rows do not know of each other."""
+        """See `Visitor`. Projections that read the same inputs are rounded together: their rows do not know of each
+        other."""
         c = self.config
         for key in dict.fromkeys(INPUTS[name] for name in linears):
             together = {name: linear for name, linear in linears.items() if INPUTS[name] == key}
@@ -290,7 +302,8 @@ class Quantise(Visitor):
                 linear.weight.data.copy_(after)
 
     def report(self) -> dict:
-        """Relative output error of each projection on the calibration text, and where damping had to be raised to what."""
+        """Relative output error of each projection on the calibration text, and where damping had to be raised to
+        what."""
         errors = {name: round(error, 6) for name, error in self.errors.items()}
         return {"relative_errors": errors, **({"damping_raised": self.raised} if self.raised else {})}
 
@@ -306,7 +319,8 @@ def gptq(
     block: int = BLOCK,
     where: str = "the weight",
 ) -> tuple[Quantised, float]:
-    """Round a weight column by column, each column's error made good by those that follow (Frantar et al. 2023, algorithm 1).
+    """Round a weight column by column, each column's error made good by those that follow (Frantar et al. 2023,
+    algorithm 1).
 
     A weight that is exactly zero stays so; what the columns before would have made of it is passed on as an error. An
     input that is always zero neither gives nor takes a correction, so that its column is rounded (GPTQ's code sets
@@ -338,7 +352,8 @@ def gptq(
         )
     if not squares.any():
         raise BadInput(
-            f"{where} saw no tokens: all its inputs are zero on the calibration text; leave it out with 'linears', or round it with rtn"
+            f"{where} saw no tokens: all its inputs are zero on the calibration text; leave it out with "
+            "'linears', or round it with rtn"
         )
     moment = moment / squares[squares > 0].mean()  # damping is relative, and nothing else depends on the size
     importance = moment.diagonal().clone()
@@ -391,8 +406,9 @@ def gptq(
 def inverse_factor(moment: torch.Tensor, damping: float, where: str = "the weight") -> tuple[torch.Tensor, float]:
     """The upper triangular R with R^T R = (moment + damping * mean diagonal * I)^-1, and the damping.
 
-    With J the reversal of order and J H J = L L^T, U = J L J is upper triangular with H = U U^T, so R = U^-1: one Cholesky
-    instead of two with an inverse between them. In float32, then float64; if both fail, ten times the damping, and a warning.
+    With J the reversal of order and J H J = L L^T, U = J L J is upper triangular with H = U U^T, so R = U^-1: one
+    Cholesky instead of two with an inverse between them. In float32, then float64; if both fail, ten times the damping,
+    and a warning.
     """
     asked, mean = damping, moment.diagonal().mean()
     while True:

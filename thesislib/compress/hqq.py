@@ -47,7 +47,8 @@ class Hqq(Rtn):
             raise BadInput(f"p is {self.p}: expected a norm in (0, 1], e.g. 0.7")
         if not (0 < self.beta < 1e6 and 1 <= self.growth < 10):
             raise BadInput(
-                f"beta is {self.beta} and growth {self.growth}: expected a positive number below a million, and one in [1, 10), e.g. 10 and 1.01"
+                f"beta is {self.beta} and growth {self.growth}: expected a positive number below a million, and "
+                "one in [1, 10), e.g. 10 and 1.01"
             )
 
     def rounded(self, weight: torch.Tensor) -> Quantised:
@@ -96,7 +97,8 @@ def fit_offset(w: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, confi
 
 
 def shrink(error: torch.Tensor, beta: float, p: float) -> torch.Tensor:
-    """The generalised soft threshold sign(x) max(abs(x) - abs(x)^(p-1) / beta, 0), the minimiser of abs(e)^p + beta / 2 (e - x)^2 nearly.
+    """The generalised soft threshold sign(x) max(abs(x) - abs(x)^(p-1) / beta, 0), the minimiser of abs(e)^p + beta / 2
+    (e - x)^2 nearly.
 
     >>> shrink(torch.tensor([-2.0, 0.05, 1.0]), 10.0, 1.0)
     tensor([-1.9000,  0.0000,  0.9000])

@@ -23,7 +23,8 @@ def effective_weight(module: Projection) -> torch.Tensor:
 
 
 def relative_error(difference: torch.Tensor, weight: torch.Tensor, moment: torch.Tensor) -> float:
-    """``|difference X| / |weight X|`` in the Frobenius norm, out of X^T X (D, D) alone: ``|A X|^2 = tr(A X X^T A^T)``."""
+    """``|difference X| / |weight X|`` in the Frobenius norm, out of X^T X (D, D) alone: ``|A X|^2 = tr(A X X^T
+    A^T)``."""
     wrong, whole = (float(((a @ moment) * a).sum(dtype=torch.float64)) for a in (difference, weight))
     return (max(wrong, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
 
@@ -32,7 +33,8 @@ def check_same_shapes(original: Subject, compressed: Subject) -> None:
     """Raises BadInput unless both subjects have the same blocks with projections of the same shapes."""
     if original.depth != compressed.depth:
         raise BadInput(
-            f"the original has {original.depth} blocks and the compressed subject {compressed.depth}: compare what differs by weights only"
+            f"the original has {original.depth} blocks and the compressed subject {compressed.depth}: compare "
+            "what differs by weights only"
         )
     for i in range(original.depth):
         a, b = ({n: (m.out_features, m.in_features) for n, m in s.linears(i).items()} for s in (original, compressed))

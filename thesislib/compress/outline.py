@@ -26,14 +26,16 @@ class SizeUnknown(Exception):
 
 @dataclass(frozen=True)
 class Zeros:
-    """Where pruning put zeros: exactly `remove` into each `of` consecutive inputs, and at least `least` into each 2, 4, 8 and 16."""
+    """Where pruning put zeros: exactly `remove` into each `of` consecutive inputs, and at least `least` into each 2, 4,
+    8 and 16."""
 
     remove: int = 0
     of: int = 1
     least: tuple[int, ...] = (0,) * len(RUNS)
 
     def pruned(self, remove: int, of: int, columns: int) -> "Zeros | None":
-        """After a width stage, which counts zeros that are there among the weights to remove; None if their number then depends on places."""
+        """After a width stage, which counts zeros that are there among the weights to remove; None if their number then
+        depends on places."""
         fewest, most = spread(self.remove, self.of, of)
         if fewest >= remove:
             return self
@@ -104,7 +106,8 @@ class Outlined(ComputedLinear):
 
 
 def empty(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, torch.Tensor]:
-    """Tensors of these shapes, each one element in a place of its own, since tensors are told apart by where they lie."""
+    """Tensors of these shapes, each one element in a place of its own, since tensors are told apart by where they
+    lie."""
     return {name: torch.empty(1, dtype=dtype).expand(shape) for name, (shape, dtype) in shapes.items()}
 
 
@@ -118,7 +121,8 @@ def corrected(module: Projection, rank: int, dtype: torch.dtype) -> Adapted:
 
 
 class Outline:
-    """A subject of which only shapes are known, taken through stages: each one's `outline` changes it as its `apply` does a subject.
+    """A subject of which only shapes are known, taken through stages: each one's `outline` changes it as its `apply`
+    does a subject.
 
     Args:
         subject: without weights; it is used up.

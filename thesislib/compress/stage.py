@@ -1,4 +1,5 @@
-"""What a compression stage is: settings under the word that a recipe calls it by, which make a smaller or better subject of a subject.
+"""What a compression stage is: settings under the word that a recipe calls it by, which make a smaller or better
+subject of a subject.
 
 A stage of one's own is one file in this folder: a frozen dataclass derived from `Stage` and registered by `@stage`.
 """
@@ -49,7 +50,8 @@ class Stage:
         pattern: a regular expression that all of its labels match, and no other stage's.
         correctable: whether it changes weights and keeps their shapes, so that EoRA may follow.
         needs_original: whether `apply` also takes `original`, the subject that the stage right before it was given.
-        amplifies: whether it follows its own rounding for many steps, so that sums in another order end at other weights.
+        amplifies: whether it follows its own rounding for many steps, so that sums in another order end at other
+            weights.
     """
 
     word: ClassVar[str] = ""
@@ -71,7 +73,8 @@ class Stage:
 
     @classmethod
     def from_label(cls, part: str) -> "Stage | None":
-        """The settings that a part of a label fixes, all others at their defaults; None for a label that fixes too little, or another stage's."""
+        """The settings that a part of a label fixes, all others at their defaults; None for a label that fixes too
+        little, or another stage's."""
         return None
 
     def after(self, previous: Sequence["Stage"], shape: Shape | None = None) -> Shape | None:
@@ -163,7 +166,8 @@ def stage(word: str) -> Callable[[Kind], Kind]:
             )
         if kind.family not in FAMILIES or not kind.pattern:
             raise ValueError(
-                f"stage '{word}' has family '{kind.family}' and pattern '{kind.pattern}': expected one of {', '.join(FAMILIES)}, and a pattern of its labels"
+                f"stage '{word}' has family '{kind.family}' and pattern '{kind.pattern}': expected one of "
+                f"{', '.join(FAMILIES)}, and a pattern of its labels"
             )
         re.compile(kind.pattern)
         kind.word, STAGES[word] = word, kind

@@ -31,7 +31,8 @@ class Width(Weighted):
         of: consecutive inputs that lose `remove`.
         ratio: the share of each row that goes, instead of `remove` and `of`.
         ratios: {pattern: ratio} for some projections; of several that fit, the last counts.
-        metric: wanda: abs(weight) times the root mean square of its input (Sun et al. 2023, eq. 1). magnitude: abs(weight).
+        metric: wanda: abs(weight) times the root mean square of its input (Sun et al. 2023, eq. 1). magnitude:
+            abs(weight).
         linears: names or patterns of projections, e.g. 'q_proj', '*_proj', 'blocks.3.*'; all seven by default.
     """
 
@@ -54,7 +55,8 @@ class Width(Weighted):
             raise BadInput("width needs either 'remove' and 'of' (n of each m inputs), or 'ratio' or 'ratios'")
         if self.of is not None and not 0 < self.remove < self.of:
             raise BadInput(
-                f"pattern {self.remove}:{self.of} removes {'none' if self.remove <= 0 else 'all'}: expected 0 < removed < {self.of}"
+                f"pattern {self.remove}:{self.of} removes {'none' if self.remove <= 0 else 'all'}: expected 0 < "
+                f"removed < {self.of}"
             )
         for ratio in (self.ratio, *(self.ratios or {}).values()):
             if ratio is not None and not (isinstance(ratio, (int, float)) and 0 <= ratio < 1):
@@ -111,12 +113,14 @@ class Width(Weighted):
         return found or None
 
     def check(self, inputs: Mapping[str, int], depth: int) -> None:
-        """Raises BadInput if some projection's row length ({name: inputs}) in `depth` blocks is no multiple of `of`, with those that fit."""
+        """Raises BadInput if some projection's row length ({name: inputs}) in `depth` blocks is no multiple of `of`,
+        with those that fit."""
         for name, length in inputs.items():
             if self.of and length % self.of and any(self.share(i, name) for i in range(depth)):
                 fit = [m for m in range(2, 33) if all(n % m == 0 for n in inputs.values())]
                 raise BadInput(
-                    f"pattern {self.remove}:{self.of} does not fit {name}: its rows have {length} inputs, which {self.of} does not divide; "
+                    f"pattern {self.remove}:{self.of} does not fit {name}: its rows have {length} inputs, which "
+                    f"{self.of} does not divide; "
                     f"all rows of this model are multiples of {', '.join(map(str, fit)) or 'no m up to 32'}"
                 )
 
@@ -172,7 +176,10 @@ class Prune(Visitor):
                     score *= rms
                 else:
                     self.dead.append(f"blocks.{block}.{name}")
-                    said = f"all inputs of block {block}'s {name} are zero on the calibration text: its weights are compared by magnitude alone"
+                    said = (
+                        f"all inputs of block {block}'s {name} are zero on the calibration text: its weights are "
+                        "compared by magnitude alone"
+                    )
                     warnings.warn(said, stacklevel=2)
             c = self.config
             gone = least_of_each(score, c.remove, c.of) if c.of else least_share(score, c.share(block, name))

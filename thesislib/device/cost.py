@@ -1,4 +1,5 @@
-"""What a model asks of a device: MACs and bytes of every operation, for a prompt and for each token after it, weights as they are stored."""
+"""What a model asks of a device: MACs and bytes of every operation, for a prompt and for each token after it, weights
+as they are stored."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -22,9 +23,10 @@ NORMS = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "nor
 class Operation:
     """One operation of one forward pass.
 
-    name: "blocks.3.q_proj", "blocks.3.attention", "embedding", "head", ... kind: gemv, gemm (many tokens), attention, or move for what only moves
-    bytes. macs: multiply-accumulates. weights: bytes of stored weights that are read. params: how many numbers these stand for.
-    cache: bytes of the KV cache that are read and written. precision: what it is computed in, see `Stored`.
+    name: "blocks.3.q_proj", "blocks.3.attention", "embedding", "head", ... kind: gemv, gemm (many tokens), attention,
+    or move for what only moves bytes. macs: multiply-accumulates. weights: bytes of stored weights that are read.
+    params: how many numbers these stand for. cache: bytes of the KV cache that are read and written. precision: what it
+    is computed in, see `Stored`.
     """
 
     name: str
@@ -46,9 +48,9 @@ class Stored:
         params: how many numbers it stands for.
         tensors: where it lies.
         beside: bytes of these, and how many numbers, that are a low-rank correction's.
-        precision: what a product with it is computed in: its own floating type, or int8 for whatever is held in codes of 8 bits or
-            fewer, since that is what llama.cpp's and Deeploy's kernels turn them into, with inputs in 8 bits. (This study's own runtime
-            computes them in the model's type.) A correction goes with its projection.
+        precision: what a product with it is computed in: its own floating type, or int8 for whatever is held in codes
+            of 8 bits or fewer, since that is what llama.cpp's and Deeploy's kernels turn them into, with inputs in 8
+            bits. (This study's own runtime computes them in the model's type.) A correction goes with its projection.
         multiplied: multiply-accumulates for one token; None: one for each number.
     """
 
@@ -68,10 +70,11 @@ class Stored:
 
 @dataclass(frozen=True)
 class Sketch:
-    """What costs are counted from: a model's weights and sizes without its tensors, so that another depth, width or bits is made in no time.
+    """What costs are counted from: a model's weights and sizes without its tensors, so that another depth, width or
+    bits is made in no time.
 
-    heads, kv: of queries; of keys and values. width: numbers a head. rows: of the embedding. activations: the type of the norms and of what
-    attention multiplies.
+    heads, kv: of queries; of keys and values. width: numbers a head. rows: of the embedding. activations: the type of
+    the norms and of what attention multiplies.
     """
 
     name: str
@@ -117,15 +120,16 @@ def resized(
     pattern: str | None = None,
     table: float | None = None,
 ) -> Sketch:
-    """A model as it would be with fewer blocks, or with its linears held in other bits. What it would then answer is another question.
+    """A model as it would be with fewer blocks, or with its linears held in other bits. What it would then answer is
+    another question.
 
     Args:
         subject: where it starts from; for a pattern, one that is not packed already.
         blocks: how many are kept, the largest ones; None for all.
         bits: of a linear's weight, scales included: 4.5 is Q4_0's, 16 is bfloat16, 32 float32. None: as it is held.
-        pattern: removed:of, such as "2:4", packed as an artifact packs it (the places cost bits too) if that is smaller; None: nothing is
-            left out. A little too small for a quantised linear, whose scales all stay. Zeros that are not packed change nothing here: they
-            are stored and multiplied like any weight.
+        pattern: removed:of, such as "2:4", packed as an artifact packs it (the places cost bits too) if that is
+            smaller; None: nothing is left out. A little too small for a quantised linear, whose scales all stay. Zeros
+            that are not packed change nothing here: they are stored and multiplied like any weight.
         table: bits of the embedding and the head; None: as they are held.
 
     Raises:
@@ -174,7 +178,8 @@ def _block(weight: Stored) -> int | None:
 
 
 def _precision(tensors: Iterable[torch.Tensor]) -> str:
-    """Of tensors that hold a weight: scales of codes are kept as the bits of int16, so that whatever floats is the weight itself."""
+    """Of tensors that hold a weight: scales of codes are kept as the bits of int16, so that whatever floats is the
+    weight itself."""
     return next((str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()), "int8")
 
 
@@ -225,7 +230,8 @@ def stored(subject: Subject | Sketch) -> list[Stored]:
         for path, module in block.named_modules():
             if module not in seen and (own := _own(module)):
                 if path.rpartition(".")[2] not in NORMS:
-                    raise BadInput(f"block {b} has an operation that the cost model does not know, '{path}' ({type(module).__name__}): "
+                    raise BadInput(f"block {b} has an operation that the cost model does not know, '{path}' "
+                        f"({type(module).__name__}): "
                                    f"expected {', '.join(LINEARS)} and norms")  # fmt: skip
                 add(f"blocks.{b}.{path}", *own, size=_plain(own))
     for path, module in core.named_modules():
@@ -265,7 +271,8 @@ def distinct_bytes(weights: Iterable[Stored]) -> int:
 
 @dataclass(frozen=True)
 class Costs:
-    """The operations of one forward pass over `tokens` tokens after `context` others; `kept` bytes of weights in all, KV cache apart."""
+    """The operations of one forward pass over `tokens` tokens after `context` others; `kept` bytes of weights in all,
+    KV cache apart."""
 
     operations: tuple[Operation, ...]
     tokens: int
@@ -285,10 +292,11 @@ class Costs:
 
 
 def costs(subject: Subject | Sketch, tokens: int = 1, context: int = 128, cache_bits: int = 16) -> Costs:
-    """What a pass over `tokens` new tokens costs when `context` are in the cache: decoding with tokens 1, a prompt with context 0.
+    """What a pass over `tokens` new tokens costs when `context` are in the cache: decoding with tokens 1, a prompt with
+    context 0.
 
-    Every new token reads one row of the embedding, and only the last goes through the head, whose whole table is read: tied to the
-    embedding it is kept once and charged at every token. Masked zeros are multiplied like any weight.
+    Every new token reads one row of the embedding, and only the last goes through the head, whose whole table is read:
+    tied to the embedding it is kept once and charged at every token. Masked zeros are multiplied like any weight.
 
     Raises:
         BadInput: no token; a model with an operation that is not known.

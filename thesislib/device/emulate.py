@@ -1,7 +1,9 @@
-"""The engine on riscv64 without such a machine: llama.cpp cross-compiled, run under qemu-user, beside the same program on this machine.
+"""The engine on riscv64 without such a machine: llama.cpp cross-compiled, run under qemu-user, beside the same program
+on this machine.
 
-What comes of it: whether the tokens and logits are the host's, and how many instructions of which class a token takes. What an emulator needs in
-seconds says nothing about any device: it is neither kept nor shown. Opt-in, since the first build takes minutes:
+What comes of it: whether the tokens and logits are the host's, and how many instructions of which class a token takes.
+What an emulator needs in seconds says nothing about any device: it is neither kept nor shown. Opt-in, since the first
+build takes minutes:
 
     python -m thesislib.device.emulate --out data/results/07_emulated.json
 """
@@ -47,37 +49,63 @@ PARTS = (
 )  # of llama.cpp: without models, tools and tests
 OWN = "hw/emulate"  # see `thesislib.files.shipped`
 TOOLS = {  # and Debian's packages of them; qemu-user-static's emulator takes no plugins
-    "cmake": "cmake", "make": "make", "gcc": "gcc", "g++": "g++",
-    "riscv64-linux-gnu-gcc": "gcc-riscv64-linux-gnu", "riscv64-linux-gnu-g++": "g++-riscv64-linux-gnu", "qemu-riscv64": "qemu-user",
-}  # fmt: skip
+    "cmake": "cmake",
+    "make": "make",
+    "gcc": "gcc",
+    "g++": "g++",
+    "riscv64-linux-gnu-gcc": "gcc-riscv64-linux-gnu",
+    "riscv64-linux-gnu-g++": "g++-riscv64-linux-gnu",
+    "qemu-riscv64": "qemu-user",
+}
 COMMON = (
-    "-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=OFF", "-DGGML_OPENMP=OFF", "-DGGML_CCACHE=OFF", "-DLLAMA_BUILD_COMMON=OFF", "-DLLAMA_BUILD_TESTS=OFF",
-    "-DLLAMA_BUILD_TOOLS=OFF", "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_SERVER=OFF", "-DLLAMA_BUILD_APP=OFF", "-DLLAMA_OPENSSL=OFF",
-)  # fmt: skip
+    "-DCMAKE_BUILD_TYPE=Release",
+    "-DBUILD_SHARED_LIBS=OFF",
+    "-DGGML_OPENMP=OFF",
+    "-DGGML_CCACHE=OFF",
+    "-DLLAMA_BUILD_COMMON=OFF",
+    "-DLLAMA_BUILD_TESTS=OFF",
+    "-DLLAMA_BUILD_TOOLS=OFF",
+    "-DLLAMA_BUILD_EXAMPLES=OFF",
+    "-DLLAMA_BUILD_SERVER=OFF",
+    "-DLLAMA_BUILD_APP=OFF",
+    "-DLLAMA_OPENSSL=OFF",
+)
 FLAGS = {
     "host": (*COMMON, "-DCMAKE_C_COMPILER=gcc", "-DCMAKE_CXX_COMPILER=g++", "-DGGML_NATIVE=ON"),
     # the control: the host without its vector instructions, as far as ggml can do without
-    "plain host": (*COMMON, "-DCMAKE_C_COMPILER=gcc", "-DCMAKE_CXX_COMPILER=g++",
-                   *(f"-DGGML_{name}=OFF" for name in ("NATIVE", "SSE42", "AVX", "AVX2", "BMI2", "FMA", "F16C", "LLAMAFILE"))),
+    "plain host": (
+        *COMMON,
+        "-DCMAKE_C_COMPILER=gcc",
+        "-DCMAKE_CXX_COMPILER=g++",
+        *(f"-DGGML_{name}=OFF" for name in ("NATIVE", "SSE42", "AVX", "AVX2", "BMI2", "FMA", "F16C", "LLAMAFILE")),
+    ),
     # GCC 12 knows no vector extension and qemu 7.2 not all of it: off, as are the small ones that ggml would assume
-    "riscv64": (*COMMON, "-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=riscv64", "-DCMAKE_C_COMPILER=riscv64-linux-gnu-gcc",
-                "-DCMAKE_CXX_COMPILER=riscv64-linux-gnu-g++",
-                *(f"-DGGML_{name}=OFF" for name in ("RVV", "RV_ZFH", "RV_ZVFH", "RV_ZICBOP", "RV_ZIHINTPAUSE"))),
-}  # fmt: skip
+    "riscv64": (
+        *COMMON,
+        "-DCMAKE_SYSTEM_NAME=Linux",
+        "-DCMAKE_SYSTEM_PROCESSOR=riscv64",
+        "-DCMAKE_C_COMPILER=riscv64-linux-gnu-gcc",
+        "-DCMAKE_CXX_COMPILER=riscv64-linux-gnu-g++",
+        *(f"-DGGML_{name}=OFF" for name in ("RVV", "RV_ZFH", "RV_ZVFH", "RV_ZICBOP", "RV_ZIHINTPAUSE")),
+    ),
+}
 CLASSES = ("load", "store", "jump", "integer", "multiply", "float", "other")  # as count.c prints them
 
-# By how much emulated logits may differ from the host's: root mean square, as a share of their spread. Chosen after data/results/07_emulated.json, at
-# under three times the largest share there. Sums are taken in another order, so last digits differ, and with float16 weights nothing more comes of it:
-# 0.0018 was seen. For any other type llama.cpp rounds activations to 8 bits before every product, where a last digit decides a whole step: 0.033 to 0.088
-# was seen, and no less, 0.042 to 0.089, between the host with and without its own vector instructions. So F16 is the sharp test of the build; the wide
-# bound finds kernels that are wrong, not ones that are a little worse. (Rounding the weights themselves to Q4_0 moved the host's own logits by 0.6.)
+# By how much emulated logits may differ from the host's: root mean square, as a share of their spread. Chosen after
+# data/results/07_emulated.json, at under three times the largest share there. Sums are taken in another order, so last
+# digits differ, and with float16 weights nothing more comes of it: 0.0018 was seen. For any other type llama.cpp rounds
+# activations to 8 bits before every product, where a last digit decides a whole step: 0.033 to 0.088 was seen, and no
+# less, 0.042 to 0.089, between the host with and without its own vector instructions. So F16 is the sharp test of the
+# build; the wide bound finds kernels that are wrong, not ones that are a little worse. (Rounding the weights themselves
+# to Q4_0 moved the host's own logits by 0.6.)
 TOLERANCE = {"F32": 0.005, "F16": 0.005}
 ROUNDED_TOLERANCE = 0.15
 
 
 @dataclass(frozen=True)
 class Programs:
-    """What `build` makes: probe.cpp for this machine, for it without vector instructions and for riscv64, and the plugin that counts."""
+    """What `build` makes: probe.cpp for this machine, for it without vector instructions and for riscv64, and the
+    plugin that counts."""
 
     host: Path
     plain_host: Path
@@ -89,8 +117,8 @@ class Programs:
 class Distance:
     """Of two runs' logits, as long as both read the same tokens.
 
-    largest: absolute difference. typical: root mean square of the differences. spread: standard deviation of the first's logits over the vocabulary,
-    mean over steps.
+    largest: absolute difference. typical: root mean square of the differences. spread: standard deviation of the
+    first's logits over the vocabulary, mean over steps.
     """
 
     largest: float
@@ -107,10 +135,11 @@ class Distance:
 class Emulated:
     """One GGUF file on the host and emulated, greedily, one thread.
 
-    host, emulated: tokens chosen. agreement: until where they are the same, and by what margin of the host's logits they part. distance: of the
-    emulated logits from the host's. control: of those of the host without vector instructions from the host's. tolerance: of the distance's share.
-    loading: instructions of all that comes before the prompt's pass. prompt: of that pass by class (`CLASSES`). later: of each pass of one token after it.
-    weights: how many numbers decoding one token multiplies by.
+    host, emulated: tokens chosen. agreement: until where they are the same, and by what margin of the host's logits
+    they part. distance: of the emulated logits from the host's. control: of those of the host without vector
+    instructions from the host's. tolerance: of the distance's share. loading: instructions of all that comes before the
+    prompt's pass. prompt: of that pass by class (`CLASSES`). later: of each pass of one token after it. weights: how
+    many numbers decoding one token multiplies by.
     """
 
     host: tuple[int, ...]
@@ -152,11 +181,13 @@ def build(jobs: int = 1) -> Programs:
         jobs: compilers at a time. One takes about 10 minutes.
 
     Raises:
-        BadInput: a program is missing (said with its Debian package); no hw/emulate; no network; another sha256; a compiler fails.
+        BadInput: a program is missing (said with its Debian package); no hw/emulate; no network; another sha256; a
+            compiler fails.
     """
     if missing := missing_tools():
         raise BadInput(
-            f"emulation needs {', '.join(missing)}, not found here: on Debian, apt-get install {' '.join(sorted(set(missing.values())))}"
+            f"emulation needs {', '.join(missing)}, not found here: on Debian, apt-get install "
+            f"{' '.join(sorted(set(missing.values())))}"
         )
     shipped(OWN)
     root = cache_dir() / "emulate"
@@ -194,7 +225,8 @@ def _sources(final: Path) -> Path:
 
 
 def _probe(target: str, sources: Path, root: Path, jobs: int) -> Path:
-    """Our program for a target, on static libraries that are built once for these flags, this compiler and, where it is native, this processor."""
+    """Our program for a target, on static libraries that are built once for these flags, this compiler and, where it is
+    native, this processor."""
     compiler = next(f.split("=")[1] for f in FLAGS[target] if "CXX_COMPILER" in f)
     key = _digest(*FLAGS[target], SHA256, _version(compiler), hardware()["cpu"] if target == "host" else "")
     folder = root / f"{target.replace(' ', '-')}-{key}"
@@ -268,12 +300,14 @@ def _run(
 def emulate(
     file: str | Path, ids: Sequence[int], new_tokens: int = 8, programs: Programs | None = None, timeout: float = 3600
 ) -> Emulated:
-    """Run a GGUF file on this machine, with and without its vector instructions, and on an emulated riscv64, and compare.
+    """Run a GGUF file on this machine, with and without its vector instructions, and on an emulated riscv64, and
+    compare.
 
     Args:
         file: GGUF.
         ids: the prompt's tokens.
-        new_tokens: to decode greedily; the first comes from the prompt's own pass, so at least two for a count of what one costs.
+        new_tokens: to decode greedily; the first comes from the prompt's own pass, so at least two for a count of what
+            one costs.
         programs: what `build` made; made if need be.
         timeout: seconds that each run may take.
 
@@ -295,9 +329,17 @@ def emulate(
     )
     loading, (prompt, *later) = counted(said)
     return Emulated(
-        tuple(host), tuple(emulated), agreed(host, emulated, list(torch.from_numpy(theirs))), distance(host, theirs, emulated, ours),
-        distance(host, theirs, control, plain), TOLERANCE.get(file_type(file), ROUNDED_TOLERANCE), loading, prompt, tuple(later), multiplied(file),
-    )  # fmt: skip
+        tuple(host),
+        tuple(emulated),
+        agreed(host, emulated, list(torch.from_numpy(theirs))),
+        distance(host, theirs, emulated, ours),
+        distance(host, theirs, control, plain),
+        TOLERANCE.get(file_type(file), ROUNDED_TOLERANCE),
+        loading,
+        prompt,
+        tuple(later),
+        multiplied(file),
+    )
 
 
 def _decode(
@@ -316,7 +358,8 @@ def _decode(
 
 
 def counted(said: str) -> tuple[int, list[dict[str, int]]]:
-    """The plugin's lines as instructions before the first pass, and of each pass by class; a pass stands between two marks.
+    """The plugin's lines as instructions before the first pass, and of each pass by class; a pass stands between two
+    marks.
 
     >>> counted("count 1 5 0 0 0 0 0 0\\ncount 1 7 1 0 3 0 0 0\\n")[1]
     [{'load': 2, 'store': 1, 'jump': 0, 'integer': 3, 'multiply': 0, 'float': 0, 'other': 0}]
@@ -327,7 +370,8 @@ def counted(said: str) -> tuple[int, list[dict[str, int]]]:
     marks = [[int(x) for x in line.split()[1:]] for line in said.splitlines() if line.startswith("count ")]
     if not marks or len(marks) % 2 or any(len(mark) != 1 + len(CLASSES) for mark in marks):
         raise BadInput(
-            f"the plugin printed {len(marks)} marks: expected two for every pass; is this qemu older than 4.2 or newer than 8.2?"
+            f"the plugin printed {len(marks)} marks: expected two for every pass; is this qemu older than 4.2 or "
+            "newer than 8.2?"
         )
     if (threads := max(mark[0] for mark in marks)) != 1:
         raise BadInput(f"instructions were counted on {threads} threads: expected one, since the counters are shared")
@@ -338,14 +382,16 @@ def counted(said: str) -> tuple[int, list[dict[str, int]]]:
 
 
 def distance(tokens: Sequence[int], logits: np.ndarray, others: Sequence[int], theirs: np.ndarray) -> Distance:
-    """Between two runs' logits (steps, vocabulary), up to the step where they first choose another token: it still read the same, those beyond it do not."""
+    """Between two runs' logits (steps, vocabulary), up to the step where they first choose another token: it still read
+    the same, those beyond it do not."""
     until = 1 + next((i for i, (a, b) in enumerate(zip(tokens, others, strict=True)) if a != b), len(tokens))
     ours, off = logits[:until], logits[:until] - theirs[:until]
     return Distance(float(np.abs(off).max()), float(np.sqrt((off**2).mean())), float(ours.std(1).mean()))
 
 
 def multiplied(file: str | Path) -> int:
-    """How many numbers of a GGUF file's matrices decoding one token multiplies by: all, but the embedding's only where it is the head too."""
+    """How many numbers of a GGUF file's matrices decoding one token multiplies by: all, but the embedding's only where
+    it is the head too."""
     sizes = {t.name: int(t.n_elements) for t in gguf.GGUFReader(file).tensors if len(t.shape) > 1}
     if "output.weight" in sizes:
         del sizes["token_embd.weight"]
@@ -386,7 +432,8 @@ def _plain(off: Distance) -> dict[str, float]:
 def record(
     subject: Subject, runs: Iterable[tuple[str, Sequence[int] | None]], prompt: int = 8, tokens: int = 8, jobs: int = 1
 ) -> dict[str, Any]:
-    """Emulate a subject in several GGUF types, whole or with some blocks only, as JSON's types with what is needed to do it again.
+    """Emulate a subject in several GGUF types, whole or with some blocks only, as JSON's types with what is needed to
+    do it again.
 
     Args:
         subject: the model.
@@ -411,7 +458,8 @@ def record(
             }
         )
         print(
-            f"{kind}, {model.depth} blocks: {row['same']} of {row['of']} tokens, {row['instructions']['per token, all'] / 1e6:.0f} M a token",
+            f"{kind}, {model.depth} blocks: {row['same']} of {row['of']} tokens, "
+            f"{row['instructions']['per token, all'] / 1e6:.0f} M a token",
             file=sys.stderr,
         )
     made = provenance(subject, started, prompt=ids, tokens=tokens, threads=1, classes=list(CLASSES))
@@ -420,14 +468,20 @@ def record(
     made["versions"] |= {"llama.cpp": {"sdist": SOURCE, "sha256": SHA256}, **{tool: _version(tool) for tool in TOOLS}}
     made["flags"] = {target: [f.removeprefix("-D") for f in flags] for target, flags in FLAGS.items()}
     made["own sources"] = {name: sha256_of(shipped(f"{OWN}/{name}")) for name in ("probe.cpp", "count.c")}
-    return {"what": "llama.cpp emulated: riscv64 without vectors under qemu-user beside the host; instructions are counted, seconds are not",
-            "rows": rows, "provenance": made}  # fmt: skip
+    return {
+        "what": "llama.cpp emulated: riscv64 without vectors under qemu-user beside the host; instructions are "
+        "counted, "
+        "seconds are not",
+        "rows": rows,
+        "provenance": made,
+    }
 
 
 def readable(plain: dict[str, Any]) -> str:
     """A few lines of what `record` says."""
     lines = [
-        f"{plain['provenance']['subject']}, llama.cpp on an emulated riscv64: instructions are counted, no time is taken"
+        f"{plain['provenance']['subject']}, llama.cpp on an emulated riscv64: instructions are counted, no time "
+        "is taken"
     ]
     for row in plain["rows"]:
         counts, logits = row["instructions"], row["logits"]
@@ -435,16 +489,22 @@ def readable(plain: dict[str, Any]) -> str:
             ", ".join(f"{name} {n / 1e6:,.0f}" for name, n in counts["per token"].items() if n >= 1e6)
             or "each class less than one"
         )
-        lines.append(f"  {row['type']}, {row['blocks']} blocks: {counts['per token, all'] / 1e6:,.1f} M a decoded token, {counts['per weight']:.2f} a weight; "
-                     f"by class, in M: {by_class}")  # fmt: skip
+        lines.append(
+            f"  {row['type']}, {row['blocks']} blocks: {counts['per token, all'] / 1e6:,.1f} M a decoded token, "
+            f"{counts['per weight']:.2f} a weight; "
+            f"by class, in M: {by_class}"
+        )
         parted = (
             ""
             if row["margin where they part"] is None
             else f", where they part the host's lead is {row['margin where they part']:.3g}"
         )
         within = "within" if logits["within"] else "NOT within"
-        lines.append(f"    {row['same']} of {row['of']} tokens are the host's{parted}; logits {logits['share']:.2%} of their spread apart, "
-                     f"{within} {logits['tolerance']:.1%}")  # fmt: skip
+        lines.append(
+            f"    {row['same']} of {row['of']} tokens are the host's{parted}; logits {logits['share']:.2%} of their "
+            "spread apart, "
+            f"{within} {logits['tolerance']:.1%}"
+        )
     return "\n".join(lines)
 
 

@@ -1,4 +1,5 @@
-"""Joules of a pass, modelled and never measured: the whole device's power for as long as it takes where that is known, else the sum of what is known.
+"""Joules of a pass, modelled and never measured: the whole device's power for as long as it takes where that is known,
+else the sum of what is known.
 
 That sum: bytes by the memory they come from, multiplications, and idle power for as long as it takes.
 """
@@ -21,7 +22,8 @@ WHOLE, SUM = (
 class Energy:
     """Joules. low, high: with the lower power over the shorter time, and the higher over the longer.
 
-    how: `WHOLE` or `SUM`. parts: of the sum, idling apart. unknown: what was left out of it, so that the true figure is higher.
+    how: `WHOLE` or `SUM`. parts: of the sum, idling apart. unknown: what was left out of it, so that the true figure is
+    higher.
     """
 
     low: float

@@ -1,7 +1,8 @@
-"""llama.cpp on one pinned thread, in a process of its own: `python -m thesislib.device.engine` takes a request as JSON and answers with every sample.
+"""llama.cpp on one pinned thread, in a process of its own: `python -m thesislib.device.engine` takes a request as JSON
+and answers with every sample.
 
-A process of its own, because its peak memory is to be the engine's, its thread must not share a core with ours, and a file that makes the
-engine abort must not take us along. It imports neither torch nor the rest of thesislib.
+A process of its own, because its peak memory is to be the engine's, its thread must not share a core with ours, and a
+file that makes the engine abort must not take us along. It imports neither torch nor the rest of thesislib.
 """
 
 import json
@@ -30,9 +31,10 @@ HOW_TO_GET_IT = (
 class Request:
     """What to run.
 
-    file: a GGUF file. prompts: token ids of each. tokens: how many to decode greedily after each prompt, the first from the prompt's own
-    pass. repeats: how often each prompt runs. warm_up: runs before that do not count. core: to which the thread is pinned, None for any.
-    exact: keys and values in float32 and attention in steps, as transformers has them, instead of llama.cpp's float16 and fused.
+    file: a GGUF file. prompts: token ids of each. tokens: how many to decode greedily after each prompt, the first from
+    the prompt's own pass. repeats: how often each prompt runs. warm_up: runs before that do not count. core: to which
+    the thread is pinned, None for any. exact: keys and values in float32 and attention in steps, as transformers has
+    them, instead of llama.cpp's float16 and fused.
     """
 
     file: str
@@ -48,13 +50,14 @@ def run_engine(request: Request, timeout: float = 3600) -> dict[str, Any]:
     """Run a request in a new process.
 
     Returns:
-        {"samples": for each prompt and repetition {"prompt": which, "ids": tokens chosen, "seconds": of the prompt's pass and of each token
-        after it, "cpu": the same in seconds of the thread, "others": how many cores other processes kept busy meanwhile}, "bytes": {"weights",
-        "cache", "resident before", "resident"}, in bytes, the last at its highest, "versions": {...}}.
+        {"samples": for each prompt and repetition {"prompt": which, "ids": tokens chosen, "seconds": of the prompt's
+        pass and of each token after it, "cpu": the same in seconds of the thread, "others": how many cores other
+        processes kept busy meanwhile}, "bytes": {"weights", "cache", "resident before", "resident"}, in bytes, the last
+        at its highest, "versions": {...}}.
 
     Raises:
-        BadInput: llama.cpp is not installed; there is no such file; the engine cannot load it or run out of context; it takes longer than
-            `timeout` seconds.
+        BadInput: llama.cpp is not installed; there is no such file; the engine cannot load it or run out of context; it
+            takes longer than `timeout` seconds.
     """
     if find_spec("llama_cpp") is None:
         raise BadInput(HOW_TO_GET_IT)
@@ -64,7 +67,8 @@ def run_engine(request: Request, timeout: float = 3600) -> dict[str, Any]:
         )
     if not request.prompts or any(not p for p in request.prompts) or request.tokens < 1 or request.repeats < 1:
         raise BadInput(
-            f"{len(request.prompts)} prompts, {request.tokens} tokens, {request.repeats} repeats: expected at least one each, and no empty prompt"
+            f"{len(request.prompts)} prompts, {request.tokens} tokens, {request.repeats} repeats: expected at "
+            "least one each, and no empty prompt"
         )
     try:
         done = subprocess.run(
@@ -98,7 +102,8 @@ def busy_seconds() -> float | None:
 
 
 def watched() -> Callable[[], float | None]:
-    """Begin to watch the machine; what is returned says, when called, how many cores other processes kept busy since, None where nothing says."""
+    """Begin to watch the machine; what is returned says, when called, how many cores other processes kept busy since,
+    None where nothing says."""
     began, all_cores, mine = time.perf_counter(), busy_seconds(), time.process_time()
 
     def others() -> float | None:
@@ -119,7 +124,8 @@ def _resident() -> int:
 
 
 def _peak() -> int:
-    """Bytes that this program has held at most. Not getrusage's, which Linux hands down from the process that started us."""
+    """Bytes that this program has held at most. Not getrusage's, which Linux hands down from the process that started
+    us."""
     try:
         return 1024 * int(
             next(

@@ -1,4 +1,5 @@
-"""Devices as `hw/devices/*.yaml` describe them: every number with its evidence, what is unknown as null and never as a guess."""
+"""Devices as `hw/devices/*.yaml` describe them: every number with its evidence, what is unknown as null and never as a
+guess."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -11,8 +12,9 @@ from thesislib.yaml_lines import compose, value
 
 KINDS = ("published", "derived", "measured", "assumed")
 OPERATIONS = ("gemv", "gemm")  # one token at a time, many tokens at a time
-# what a product is computed in, and where a device's file has no rate for it: floating numbers can be computed in wider ones, at that rate;
-# where there is none in narrower ones, whose rate is too good. Integers on a device that only knows floating ones are turned into these.
+# what a product is computed in, and where a device's file has no rate for it: floating numbers can be computed in wider
+# ones, at that rate; where there is none in narrower ones, whose rate is too good. Integers on a device that only knows
+# floating ones are turned into these.
 NEAREST = {
     "float32": ("float32", "float16", "bfloat16", "int8"),
     "float16": ("float16", "float32", "bfloat16", "int8"),
@@ -24,7 +26,8 @@ PRECISIONS = tuple(NEAREST)
 
 @dataclass(frozen=True)
 class Evidence:
-    """Where a number is from. kind: one of `KINDS`. source: a document, a formula over other numbers, a measurement, or why it is assumed."""
+    """Where a number is from. kind: one of `KINDS`. source: a document, a formula over other numbers, a measurement, or
+    why it is assumed."""
 
     kind: str
     source: str
@@ -34,8 +37,8 @@ class Evidence:
 class Engine:
     """What multiplies.
 
-    clock: Hz. macs_per_cycle: {gemv or gemm: {one of `PRECISIONS`: number}}; None where it is not known. stored_bits: the least bits that a
-    weight of a linear takes where this engine reads it: fewer are padded. joules_per_mac.
+    clock: Hz. macs_per_cycle: {gemv or gemm: {one of `PRECISIONS`: number}}; None where it is not known. stored_bits:
+    the least bits that a weight of a linear takes where this engine reads it: fewer are padded. joules_per_mac.
     """
 
     name: str
@@ -52,7 +55,8 @@ class Engine:
 
 @dataclass(frozen=True)
 class Tier:
-    """A memory. size: bytes. read: bytes per second. joules_per_byte. on_chip. holds_cache: whether it can be written at every token."""
+    """A memory. size: bytes. read: bytes per second. joules_per_byte. on_chip. holds_cache: whether it can be written
+    at every token."""
 
     name: str
     size: float
@@ -66,8 +70,9 @@ class Tier:
 class Device:
     """A device: engines, best first; tiers, nearest first.
 
-    overhead: seconds that each operation costs besides. mbu, mfu: (low, high) shares of bandwidth and of MACs that programs reach. idle:
-    W. power: (low, high) W of the whole device while it works. notes: what a reader must know. evidence: {place of a number: its evidence}.
+    overhead: seconds that each operation costs besides. mbu, mfu: (low, high) shares of bandwidth and of MACs that
+    programs reach. idle: W. power: (low, high) W of the whole device while it works. notes: what a reader must know.
+    evidence: {place of a number: its evidence}.
     """
 
     name: str
@@ -83,7 +88,8 @@ class Device:
     evidence: Mapping[str, Evidence] = field(default_factory=dict)
 
     def rate(self, operation: str, precision: str) -> tuple[float, str] | None:
-        """MACs per second of its fastest engine, and the precision of that rate: the one asked for, or the nearest with a rate; None without any.
+        """MACs per second of its fastest engine, and the precision of that rate: the one asked for, or the nearest with
+        a rate; None without any.
 
         Raises:
             BadInput: a precision that is not known.
@@ -120,7 +126,8 @@ def read_device(path: Path) -> Device:
     """A device from its file.
 
     Raises:
-        BadInput: a key that is not known or is missing, a number without evidence or with a unit of another kind, a negative one.
+        BadInput: a key that is not known or is missing, a number without evidence or with a unit of another kind, a
+            negative one.
     """
     reader = _Reader(path)
     top = reader.mapping(
@@ -157,14 +164,30 @@ def read_device(path: Path) -> Device:
         for name in ("on_chip", "holds_cache"):
             if not isinstance(keys[name], bool):
                 raise BadInput(f"{path}, {at}.{name} is {keys[name]!r}: expected true or false")
-        tiers.append(Tier(str(keys["name"]), size, reader.number(keys["read"], f"{at}.read", "B/s"),
-                          reader.number(keys["energy"], f"{at}.energy", "J/B"), keys["on_chip"], keys["holds_cache"]))  # fmt: skip
+        tiers.append(
+            Tier(
+                str(keys["name"]),
+                size,
+                reader.number(keys["read"], f"{at}.read", "B/s"),
+                reader.number(keys["energy"], f"{at}.energy", "J/B"),
+                keys["on_chip"],
+                keys["holds_cache"],
+            )
+        )
     notes = reader.listed(top.get("notes") or ["-"], "notes") if top.get("notes") else []
     return Device(
-        str(top["name"]), str(top["title"]), tuple(engines), tuple(tiers), reader.number(top["overhead"], "overhead", "s"), reader.band(top["mbu"], "mbu"),
-        reader.band(top["mfu"], "mfu"), reader.number(top["idle"], "idle", "W"), reader.span(top["power"], "power", "W"), tuple(map(str, notes)),
+        str(top["name"]),
+        str(top["title"]),
+        tuple(engines),
+        tuple(tiers),
+        reader.number(top["overhead"], "overhead", "s"),
+        reader.band(top["mbu"], "mbu"),
+        reader.band(top["mfu"], "mfu"),
+        reader.number(top["idle"], "idle", "W"),
+        reader.span(top["power"], "power", "W"),
+        tuple(map(str, notes)),
         reader.evidence,
-    )  # fmt: skip
+    )
 
 
 @dataclass
@@ -197,7 +220,8 @@ class _Reader:
             raise unknown(f"kind of evidence in {self.path}, {at}", keys["kind"], KINDS)
         if not isinstance(keys["source"], str) or not keys["source"].strip():
             raise BadInput(
-                f"{self.path}, {at}: its source is empty: expected where the number is from, or null for the whole entry"
+                f"{self.path}, {at}: its source is empty: expected where the number is from, or null for the "
+                "whole entry"
             )
         self.evidence[at] = Evidence(keys["kind"], keys["source"])
         return keys["value"]

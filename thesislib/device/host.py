@@ -1,4 +1,5 @@
-"""This machine as a device: what one thread of it reads and multiplies in a second, measured, and a device file made of that."""
+"""This machine as a device: what one thread of it reads and multiplies in a second, measured, and a device file made of
+that."""
 
 import os
 import re
@@ -41,7 +42,8 @@ def _seconds(function: Callable[[], object], repeats: int) -> list[float]:
 
 
 def read_bandwidth(repeats: int = 9, size: int = READ) -> list[float]:
-    """Bytes per second that one thread reads, once a repetition: a sum over `size` bytes of float32, where reading takes longer than adding."""
+    """Bytes per second that one thread reads, once a repetition: a sum over `size` bytes of float32, where reading
+    takes longer than adding."""
     numbers = torch.ones(size // 4)
     with one_thread():
         return [size / s for s in _seconds(numbers.sum, repeats)]
@@ -52,8 +54,9 @@ def mac_rate(precision: str, kind: str, repeats: int = 9) -> list[float]:
 
     Args:
         precision: one of `TYPES`.
-        kind: gemm, a matrix product of 512 tokens by 576 by 1,536, the MLP's of the embedded model; or gemv, one token by a matrix of
-            256 KiB, which stays in the second cache, so that it is arithmetic that is timed and not memory. torch has no int8 product for one token.
+        kind: gemm, a matrix product of 512 tokens by 576 by 1,536, the MLP's of the embedded model; or gemv, one token
+            by a matrix of 256 KiB, which stays in the second cache, so that it is arithmetic that is timed and not
+            memory. torch has no int8 product for one token.
         repeats: how often.
 
     Raises:
@@ -80,7 +83,8 @@ def mac_rate(precision: str, kind: str, repeats: int = 9) -> list[float]:
 
 
 def host_file(name: str = "host", repeats: int = 9) -> str:
-    """This machine, one thread of it, as a device file: bandwidth and rates are medians of what was measured, what was not is null.
+    """This machine, one thread of it, as a device file: bandwidth and rates are medians of what was measured, what was
+    not is null.
 
     Raises:
         BadInput: the system does not say its clock or its memory.

@@ -1,4 +1,5 @@
-"""How fast a model decodes on this machine, in llama.cpp and in transformers: one pinned thread, every sample kept, and whether the machine was quiet."""
+"""How fast a model decodes on this machine, in llama.cpp and in transformers: one pinned thread, every sample kept, and
+whether the machine was quiet."""
 
 import statistics
 import time
@@ -24,7 +25,10 @@ LOADED = 0.25  # cores that others kept busy: from there on memory and the last 
 NOISY = 0.15  # spread of the repetitions' medians, as a share of their median
 METRIC = "seconds per token"
 QUIET, NOISY_HOST = "quiet", "inconclusive: noisy host"
-SAMPLE = "The history of engineering is full of machines that were made smaller, cheaper and slower, and were used by more people for it. "
+SAMPLE = (
+    "The history of engineering is full of machines that were made smaller, cheaper and slower, and were used by "
+    "more people for it. "
+)
 
 
 def engine_name(kind: str) -> str:
@@ -33,7 +37,8 @@ def engine_name(kind: str) -> str:
 
 
 def computed_in(kind: str) -> str:
-    """The precision in which an engine multiplies by matrices of a GGUF type or of one of torch: what its arithmetic is a share of."""
+    """The precision in which an engine multiplies by matrices of a GGUF type or of one of torch: what its arithmetic is
+    a share of."""
     return {"F16": "float32", "F32": "float32", "BF16": "bfloat16", "float32": "float32", "bfloat16": "bfloat16"}.get(
         kind, "int8"
     )
@@ -43,9 +48,10 @@ def computed_in(kind: str) -> str:
 class Timing:
     """One model in one engine.
 
-    engine: see `engine_name`. prompt: tokens that were read at once. first: seconds from the prompt to the first token, one a
-    repetition. later: seconds of each token after it, by repetition. others: cores that other processes kept busy, by repetition; None where the system
-    does not say. bytes: of weights, cache and the process, as far as the engine tells. versions: of the engine.
+    engine: see `engine_name`. prompt: tokens that were read at once. first: seconds from the prompt to the first token,
+    one a repetition. later: seconds of each token after it, by repetition. others: cores that other processes kept
+    busy, by repetition; None where the system does not say. bytes: of weights, cache and the process, as far as the
+    engine tells. versions: of the engine.
     """
 
     engine: str
@@ -104,9 +110,14 @@ def time_llama_cpp(
     answer = run_engine(Request(str(file), [list(ids)], tokens + 1, repeats, warm_up=1, core=core))
     samples = answer["samples"]
     return Timing(
-        engine_name(file_type(file)), len(ids), tuple(s["seconds"][0] for s in samples), tuple(tuple(s["seconds"][1:]) for s in samples),
-        tuple(s["others"] for s in samples), answer["bytes"], answer["versions"],
-    )  # fmt: skip
+        engine_name(file_type(file)),
+        len(ids),
+        tuple(s["seconds"][0] for s in samples),
+        tuple(tuple(s["seconds"][1:]) for s in samples),
+        tuple(s["others"] for s in samples),
+        answer["bytes"],
+        answer["versions"],
+    )
 
 
 def prompt_ids(subject: Subject, n: int) -> list[int]:
@@ -127,7 +138,8 @@ def file_type(file: str | Path) -> str:
 
 
 def bytes_per_token(file: str | Path) -> int:
-    """Bytes of weights that decoding one token reads from a GGUF file: all but the embedding, of which it reads a row, unless it is the head too."""
+    """Bytes of weights that decoding one token reads from a GGUF file: all but the embedding, of which it reads a row,
+    unless it is the head too."""
     tensors = {t.name: t for t in gguf.GGUFReader(file).tensors}
     sizes = {name: int(t.n_bytes) for name, t in tensors.items()}
     if "output.weight" in sizes:
@@ -136,7 +148,8 @@ def bytes_per_token(file: str | Path) -> int:
 
 
 def time_transformers(subject: Subject, ids: Sequence[int], tokens: int = 32, repeats: int = 5) -> Timing:
-    """Time the same greedy decoding by transformers with its KV cache, one thread of this process, after one run that does not count."""
+    """Time the same greedy decoding by transformers with its KV cache, one thread of this process, after one run that
+    does not count."""
     with one_thread():
         greedy_steps(subject, ids, 2)
         runs = []
@@ -144,15 +157,21 @@ def time_transformers(subject: Subject, ids: Sequence[int], tokens: int = 32, re
             others = watched()
             runs.append((greedy_steps(subject, ids, tokens + 1)[2], others()))
     return Timing(
-        engine_name(str(subject.dtype).removeprefix("torch.")), len(ids), tuple(s[0] for s, _ in runs), tuple(tuple(s[1:]) for s, _ in runs),
-        tuple(others for _, others in runs), {"weights": distinct_bytes(stored(subject))}, {"torch": torch.__version__},
-    )  # fmt: skip
+        engine_name(str(subject.dtype).removeprefix("torch.")),
+        len(ids),
+        tuple(s[0] for s, _ in runs),
+        tuple(tuple(s[1:]) for s, _ in runs),
+        tuple(others for _, others in runs),
+        {"weights": distinct_bytes(stored(subject))},
+        {"torch": torch.__version__},
+    )
 
 
 def greedy_steps(
     subject: Subject, ids: Sequence[int], tokens: int
 ) -> tuple[list[int], list[torch.Tensor], list[float]]:
-    """Greedy decoding past any end token: the tokens chosen, the logits (vocabulary,) each was chosen from, and seconds of each."""
+    """Greedy decoding past any end token: the tokens chosen, the logits (vocabulary,) each was chosen from, and seconds
+    of each."""
     cache, feed = DynamicCache(config=subject.model.config), torch.tensor([list(ids)])
     chosen, seen, seconds = [], [], []
     with torch.inference_mode():
@@ -172,8 +191,9 @@ def greedy_steps(
 class Agreement:
     """How far two engines choose the same tokens after a prompt.
 
-    same: tokens until they part; all of them if they never do. margin: by how much the reference's logit of its own token exceeds that of the other's
-    token where they part, None if they never do. gap: the smallest lead of the reference's first token over its second anywhere before.
+    same: tokens until they part; all of them if they never do. margin: by how much the reference's logit of its own
+    token exceeds that of the other's token where they part, None if they never do. gap: the smallest lead of the
+    reference's first token over its second anywhere before.
     """
 
     same: int
@@ -185,7 +205,8 @@ class Agreement:
 def agreement(
     subject: Subject, file: str | Path, prompts: Sequence[Sequence[int]], tokens: int = 32
 ) -> list[Agreement]:
-    """Greedy decoding of a GGUF file in llama.cpp, its cache in float32, against the subject's in transformers, prompt by prompt.
+    """Greedy decoding of a GGUF file in llama.cpp, its cache in float32, against the subject's in transformers, prompt
+    by prompt.
 
     Raises:
         BadInput: see `thesislib.device.engine.run_engine`.
@@ -217,7 +238,8 @@ def gguf_file(subject: Subject, kind: str) -> Path:
 
 
 def as_measurement(subject: Subject, timing: Timing, started: float, **settings: Any) -> Measurement:
-    """A record of a timing: the median over tokens and, as its interval, the quartiles of what was seen (no confidence interval).
+    """A record of a timing: the median over tokens and, as its interval, the quartiles of what was seen (no confidence
+    interval).
 
     It depends on the machine and on what else runs there, so a record of it cannot be made again.
     """
@@ -236,10 +258,27 @@ def as_measurement(subject: Subject, timing: Timing, started: float, **settings:
         "spread": timing.spread,
         "cores that others kept busy": list(timing.others),
     }
-    made = provenance(subject, started, engine=timing.engine, prompt=timing.prompt, tokens=len(timing.later[0]), repeats=len(timing.later),
-                      threads=1, interval="quartiles", **settings)  # fmt: skip
+    made = provenance(
+        subject,
+        started,
+        engine=timing.engine,
+        prompt=timing.prompt,
+        tokens=len(timing.later[0]),
+        repeats=len(timing.later),
+        threads=1,
+        interval="quartiles",
+        **settings,
+    )
     made["versions"] = {**made["versions"], **timing.versions}
     return Measurement(
-        task=f"{timing.engine}, after {timing.prompt} tokens", metric=METRIC, value=middle, low=low, high=high, n=len(seconds), unit="token",
-        items=items, extra=extra, provenance=made,
-    )  # fmt: skip
+        task=f"{timing.engine}, after {timing.prompt} tokens",
+        metric=METRIC,
+        value=middle,
+        low=low,
+        high=high,
+        n=len(seconds),
+        unit="token",
+        items=items,
+        extra=extra,
+        provenance=made,
+    )

@@ -1,4 +1,5 @@
-"""A measurement on this machine in words and as JSON: times, bytes, and which shares of what the machine can do they are."""
+"""A measurement on this machine in words and as JSON: times, bytes, and which shares of what the machine can do they
+are."""
 
 import json
 import os
@@ -43,7 +44,8 @@ def measured_report(
         beside: measure transformers' own generation too, in the type in which the subject is held.
 
     Returns:
-        llama.cpp, transformers: records with every sample (see `thesislib.device.measure.as_measurement`). utilisation: MBU and MFU, llama.cpp's, each with its
+        llama.cpp, transformers: records with every sample (see `thesislib.device.measure.as_measurement`). utilisation:
+            MBU and MFU, llama.cpp's, each with its
         denominator, measured just before. notes: what a reader must know.
 
     Raises:
@@ -52,7 +54,8 @@ def measured_report(
     most = subject.model.config.max_position_embeddings
     if prompt + tokens + 1 > most:
         raise BadInput(
-            f"a prompt of {prompt} and {tokens + 1} tokens after it are more than {subject.name}'s context of {most}: expected fewer"
+            f"a prompt of {prompt} and {tokens + 1} tokens after it are more than {subject.name}'s context of "
+            f"{most}: expected fewer"
         )
     own = Path(spec).suffix == ".gguf"
     if core not in _cores():
@@ -70,13 +73,23 @@ def measured_report(
         "subject": subject.name,
         "llama.cpp": json.loads(as_measurement(subject, timing, started).to_json(items=True)),
         "utilisation": {
-            "MBU": {"value": read / timing.seconds_per_token / bandwidth, "bytes per token": read, "bytes per second": bandwidth,
-                    "denominator": "what one thread of this machine reads from memory, measured just before by a sum over 256 MiB"},
-            "MFU": {"value": macs / timing.seconds_to_first_token / arithmetic, "MACs of the prompt": macs, "MACs per second": arithmetic,
-                    "denominator": f"one thread's {precision} matrix product in torch, measured just before"},
+            "MBU": {
+                "value": read / timing.seconds_per_token / bandwidth,
+                "bytes per token": read,
+                "bytes per second": bandwidth,
+                "denominator": "what one thread of this machine reads from memory, measured just before by a sum "
+                "over 256 "
+                "MiB",
+            },
+            "MFU": {
+                "value": macs / timing.seconds_to_first_token / arithmetic,
+                "MACs of the prompt": macs,
+                "MACs per second": arithmetic,
+                "denominator": f"one thread's {precision} matrix product in torch, measured just before",
+            },
         },
         "notes": _notes(timing.verdict, own, kind),
-    }  # fmt: skip
+    }
     if beside:
         started = time.perf_counter()
         plain["transformers"] = json.loads(
@@ -97,7 +110,8 @@ def _notes(verdict: str, own: bool, kind: str) -> list[str]:
     )
     if not own and kind != "F16":
         notes.append(
-            f"The file rounds every matrix to {kind}'s own grid, also those that were quantised before; zeros are stored and multiplied."
+            f"The file rounds every matrix to {kind}'s own grid, also those that were quantised before; zeros "
+            "are stored and multiplied."
         )
     return notes
 
@@ -110,9 +124,13 @@ def readable(plain: dict) -> str:
             continue
         extra, size = m["extra"], m["extra"]["bytes"]
         value, low, high = (f"{1e3 * m[key]:.2f}" for key in ("value", "low", "high"))
-        lines.append(f"  {m['task']}: {value} ms per token [{low}, {high}] (quartiles), {extra['tokens per second']:.1f} tokens/s; first in "
-                     f"{1e3 * extra['seconds to first token']:.0f} ms, prompt {extra['prompt tokens per second']:.0f} tokens/s; "
-                     f"{extra['verdict']}")  # fmt: skip
+        lines.append(
+            f"  {m['task']}: {value} ms per token [{low}, {high}] (quartiles), {extra['tokens per second']:.1f} "
+            "tokens/s; first in "
+            f"{1e3 * extra['seconds to first token']:.0f} ms, prompt "
+            f"{extra['prompt tokens per second']:.0f} tokens/s; "
+            f"{extra['verdict']}"
+        )
         rest = (
             f", cache {size['cache'] / 1e6:.1f} MB, process {size['resident'] / 1e6:.0f} MB at its highest"
             if "cache" in size

@@ -20,9 +20,9 @@ PATTERNS, BITS = (None, "1:8", "2:4"), (16, 8, 4, 3, 2)  # what is tried when it
 class Plan:
     """Where weights live.
 
-    verdict: fits, if all weights and the cache lie on the chip, or in the only memory there is; streams, if some come from further away at every token; does
-    not fit. places: {weight: tier}. bytes: {tier: bytes of weights}. cache: tier of the KV cache, the nearest with room, None without room. missing: bytes
-    without a place.
+    verdict: fits, if all weights and the cache lie on the chip, or in the only memory there is; streams, if some come
+    from further away at every token; does not fit. places: {weight: tier}. bytes: {tier: bytes of weights}. cache: tier
+    of the KV cache, the nearest with room, None without room. missing: bytes without a place.
     """
 
     verdict: str
@@ -33,7 +33,8 @@ class Plan:
 
 
 def padded(weight: Stored, device: Device) -> int:
-    """Bytes of a weight on a device whose engine reads no fewer than so many bits a number; only linears and the head are padded."""
+    """Bytes of a weight on a device whose engine reads no fewer than so many bits a number; only linears and the head
+    are padded."""
     least = device.engines[0].stored_bits
     if least is None or not ("proj" in weight.name or weight.name in ("head", "embedding")):
         return weight.bytes
@@ -44,7 +45,8 @@ def padded(weight: Stored, device: Device) -> int:
 
 
 def plan(subject: Subject | Sketch, device: Device, cache_bytes: int = 0) -> Plan:
-    """Place the KV cache, then weights in the order in which they are used, each in the nearest tier with room for it whole."""
+    """Place the KV cache, then weights in the order in which they are used, each in the nearest tier with room for it
+    whole."""
     weights = stored(subject)
     room = {tier.name: tier.size for tier in device.tiers}
     nearest = next((tier.name for tier in device.tiers if tier.holds_cache and tier.size >= cache_bytes), None)
@@ -72,14 +74,16 @@ def plan(subject: Subject | Sketch, device: Device, cache_bytes: int = 0) -> Pla
 def blocks_that_fit(
     subject: Subject | Sketch, device: Device, bits: float, on_chip: bool = True, kept: float = 1, cache_bytes: int = 0
 ) -> int | None:
-    """How many of the model's blocks would fit a device at `bits` a weight of a linear, all else as it is held; None if not even none do.
+    """How many of the model's blocks would fit a device at `bits` a weight of a linear, all else as it is held; None if
+    not even none do.
 
     Args:
         subject: its largest block counts.
         device: its engine pads bits.
         bits: of a weight, scales included.
         on_chip: within the memories on the chip, else within all.
-        kept: the share of weights that are stored, as an N:M pattern's packing would; an engine that pads knows no pattern and stores all.
+        kept: the share of weights that are stored, as an N:M pattern's packing would; an engine that pads knows no
+            pattern and stores all.
         cache_bytes: of the KV cache.
 
     Raises:
@@ -115,18 +119,20 @@ def what_fits(
 
     Args:
         subject: where they start from.
-        device: an engine that pads stores every weight at its least bits: there neither fewer bits nor a pattern gain anything.
+        device: an engine that pads stores every weight at its least bits: there neither fewer bits nor a pattern gain
+            anything.
         blocks: how many are kept, None for every number up to all.
         patterns: removed:of, None for none.
         bits: a weight of a linear, scales included; a packed pattern's places come on top.
         table: bits of the embedding and the head, None as they are held.
         context: tokens in the cache.
-        packed: whether the device's kernels unpack patterns as they read. False: zeros are stored like any weight and gain nothing.
+        packed: whether the device's kernels unpack patterns as they read. False: zeros are stored like any weight and
+            gain nothing.
 
     Returns:
-        A row for each combination that fits, most blocks first, then most bits, then fewest zeros: blocks, pattern ("" for none), bits, bytes (as the
-        device stores them), weights (share of the model's linears that are kept), on_chip (all of it; where a device has memory on a chip).
-        No row: nothing fits.
+        A row for each combination that fits, most blocks first, then most bits, then fewest zeros: blocks, pattern (""
+        for none), bits, bytes (as the device stores them), weights (share of the model's linears that are kept),
+        on_chip (all of it; where a device has memory on a chip). No row: nothing fits.
 
     Raises:
         BadInput: see `thesislib.device.cost.resized`.

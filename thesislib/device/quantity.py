@@ -35,7 +35,8 @@ def parse(text: object, unit: str, where: str) -> float:
         number = math.nan
     if not math.isfinite(number):
         raise BadInput(
-            f"{where} is {text!r}: expected a number{f' with one of the units {_listed(unit)}' if unit else ' without a unit'}"
+            f"{where} is {text!r}: expected a "
+            f"number{f' with one of the units {_listed(unit)}' if unit else ' without a unit'}"
         )
     if found[2] not in UNITS[unit]:
         if not unit:

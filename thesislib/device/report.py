@@ -71,8 +71,11 @@ def readable(plain: dict) -> str:
     lines.append(f"  weights {weights}; cache {cache}; in {tiers or 'no memory'}{outside}")
     if "seconds_per_token" in plain:
         first, token, rate = plain["seconds_to_first_token"], plain["seconds_per_token"], plain["tokens_per_second"]
-        lines.append(f"  first token of a prompt of {plain['prompt']}: {first['low'] * 1e3:.0f} to {first['high'] * 1e3:.0f} ms; then {rate['low']:.3g} to "
-                     f"{rate['high']:.3g} tokens/s (ceiling {1 / token['ceiling']:.3g}), limited by {token['binds']}")  # fmt: skip
+        lines.append(
+            f"  first token of a prompt of {plain['prompt']}: {first['low'] * 1e3:.0f} to {first['high'] * 1e3:.0f} "
+            f"ms; then {rate['low']:.3g} to "
+            f"{rate['high']:.3g} tokens/s (ceiling {1 / token['ceiling']:.3g}), limited by {token['binds']}"
+        )
         joules = plain["joules_per_token"]
         spent = f"{joules['low']:.2g} to {joules['high']:.2g} ({joules['how']})" if joules else "not known"
         lines.append(f"  joules per token: {spent}")

@@ -1,9 +1,10 @@
-"""How long a pass would take: for each operation the larger of arithmetic and traffic, plus what it costs to start it (Williams et al. 2009).
+"""How long a pass would take: for each operation the larger of arithmetic and traffic, plus what it costs to start it
+(Williams et al. 2009).
 
-All of it is projection. An interval is between the shares of bandwidth and arithmetic that programs are assumed to reach on such a
-device (its `mbu` and `mfu`); the ceiling is what the device file's rates give without loss, one operation after the other. Arithmetic
-goes at the rate of the precision that an operation is computed in (see `thesislib.device.cost.Stored`); where a device has none for
-it, at the nearest precision's, and the projection says so.
+All of it is projection. An interval is between the shares of bandwidth and arithmetic that programs are assumed to
+reach on such a device (its `mbu` and `mfu`); the ceiling is what the device file's rates give without loss, one
+operation after the other. Arithmetic goes at the rate of the precision that an operation is computed in (see
+`thesislib.device.cost.Stored`); where a device has none for it, at the nearest precision's, and the projection says so.
 """
 
 import math
@@ -23,7 +24,8 @@ ARITHMETIC, TRAFFIC, OVERHEAD, UNKNOWN = "arithmetic", "traffic", "overhead", "u
 
 @dataclass(frozen=True)
 class Span:
-    """Seconds: at the ceiling, and between the best and the worst share that is expected. binds: arithmetic, traffic or overhead, at the worst."""
+    """Seconds: at the ceiling, and between the best and the worst share that is expected. binds: arithmetic, traffic or
+    overhead, at the worst."""
 
     ceiling: float
     low: float
@@ -35,8 +37,8 @@ class Span:
 class Projection:
     """One pass on one device.
 
-    spans: {operation: its span}. seconds: the sum. unknown: what the device's file does not say and was therefore left out: the true time is
-    longer. taken: rates that it does not say either, and the precision whose rate stands in.
+    spans: {operation: its span}. seconds: the sum. unknown: what the device's file does not say and was therefore left
+    out: the true time is longer. taken: rates that it does not say either, and the precision whose rate stands in.
     """
 
     spans: dict[str, Span]
@@ -57,7 +59,8 @@ def project(
     found = found or plan(subject, device, c.cache_bytes)
     if found.verdict == TOO_LARGE:
         raise BadInput(
-            f"{subject.name} does not fit {device.name}: {found.missing / 1e6:.1f} MB have no place. `thesislib.device.placement.what_fits` says what would"
+            f"{subject.name} does not fit {device.name}: {found.missing / 1e6:.1f} MB have no place. "
+            "`thesislib.device.placement.what_fits` says what would"
         )
     sizes = {w.name: padded(w, device) / max(w.bytes, 1) for w in stored(subject)}
     tiers = {tier.name: tier for tier in device.tiers}
@@ -116,7 +119,8 @@ def _span(
 
 @dataclass(frozen=True)
 class Profile:
-    """A model on a device: its plan, and, if it fits, time to first token and per token, each (ceiling, low, high) in seconds."""
+    """A model on a device: its plan, and, if it fits, time to first token and per token, each (ceiling, low, high) in
+    seconds."""
 
     plan: Plan
     prefill: Projection | None
@@ -146,20 +150,21 @@ def what_each_buys(
     bits: Sequence[float] = (8, 4, 2),
     context: int = 128,
 ) -> pd.DataFrame:
-    """What depth, width and bits each buy in tokens per second, one at a time, all else as the subject has it. Projected from sizes, no model is made.
+    """What depth, width and bits each buy in tokens per second, one at a time, all else as the subject has it.
+    Projected from sizes, no model is made.
 
     Args:
         subject: where each starts from.
         device: where it would run.
         depths: shares of the blocks that are kept, at least one.
-        patterns: removed:of. Each stands twice, as zeros, which buy nothing since they are stored and multiplied like any weight, and packed,
-            for a kernel that unpacks as it reads. No engine here is taken to skip the products.
+        patterns: removed:of. Each stands twice, as zeros, which buy nothing since they are stored and multiplied like
+            any weight, and packed, for a kernel that unpacks as it reads. No engine here is taken to skip the products.
         bits: a weight of a linear, scales included.
         context: tokens before.
 
     Returns:
-        lever ("as it is", depth, width, bits), setting, bytes (of weights, as stored), verdict (see `Plan`), tokens per second: low, high,
-        ceiling, NaN where the model does not fit; binds.
+        lever ("as it is", depth, width, bits), setting, bytes (of weights, as stored), verdict (see `Plan`), tokens per
+        second: low, high, ceiling, NaN where the model does not fit; binds.
 
     Raises:
         BadInput: see `resized`; a share that is not above 0 and up to 1.

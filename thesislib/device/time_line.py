@@ -1,4 +1,5 @@
-"""Time per token as a line over the bytes that a token reads, fitted on some models in one format and held against others that it has not seen."""
+"""Time per token as a line over the bytes that a token reads, fitted on some models in one format and held against
+others that it has not seen."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,8 @@ BETWEEN, BEYOND, FITTED = "between", "beyond", "fitted"
 
 @dataclass(frozen=True)
 class Point:
-    """A measured model: bytes of weights that decoding a token reads, and the median seconds per token of each repetition."""
+    """A measured model: bytes of weights that decoding a token reads, and the median seconds per token of each
+    repetition."""
 
     bytes: int
     seconds: tuple[float, ...]
@@ -29,8 +31,8 @@ class Point:
 class Line:
     """seconds per token = start + bytes / rate.
 
-    start: seconds that a token costs whatever is read. rate: bytes per second of this format's kernels, which unpack as they read: not the
-    memory's bandwidth.
+    start: seconds that a token costs whatever is read. rate: bytes per second of this format's kernels, which unpack as
+    they read: not the memory's bandwidth.
     """
 
     start: float
@@ -45,7 +47,8 @@ def fit(points: Sequence[Point]) -> Line:
     """The line of least squares through the points' medians.
 
     Raises:
-        BadInput: fewer than two sizes; or larger models that are not slower, which no machine that was left alone shows.
+        BadInput: fewer than two sizes; or larger models that are not slower, which no machine that was left alone
+            shows.
     """
     if len({p.bytes for p in points}) < 2:
         raise BadInput(
@@ -54,7 +57,8 @@ def fit(points: Sequence[Point]) -> Line:
     slope, start = np.polyfit([p.bytes for p in points], [p.middle for p in points], 1)
     if slope <= 0:
         raise BadInput(
-            "larger models were not slower: the machine was busy with something else while it was measured; measure again when it is quiet"
+            "larger models were not slower: the machine was busy with something else while it was measured; "
+            "measure again when it is quiet"
         )
     return Line(float(start), float(1 / slope))
 
@@ -62,8 +66,8 @@ def fit(points: Sequence[Point]) -> Line:
 def predict(points: Sequence[Point], size: float, draws: int = 1000, seed: int = 0) -> tuple[float, float, float]:
     """Seconds per token of a model that reads `size` bytes a token: low, middle, high.
 
-    The middle is the fitted line's. The interval holds 95 % of the lines through one repetition of each point, drawn with replacement: what repetitions
-    differ by, not what another machine or format would.
+    The middle is the fitted line's. The interval holds 95 % of the lines through one repetition of each point, drawn
+    with replacement: what repetitions differ by, not what another machine or format would.
     """
     middle = fit(points).seconds(size)
     draw = np.random.default_rng(seed)
@@ -82,8 +86,8 @@ def held_out(points: Mapping[int, Point], fitted: Sequence[int]) -> pd.DataFrame
         fitted: the depths that the line is fitted on.
 
     Returns:
-        Indexed by depth; where: fitted, between or beyond the fitted depths; MB per token; measured, low, predicted and high in ms; error: of the
-        prediction, as a share of what was measured.
+        Indexed by depth; where: fitted, between or beyond the fitted depths; MB per token; measured, low, predicted and
+        high in ms; error: of the prediction, as a share of what was measured.
 
     Raises:
         BadInput: a depth that was not measured; see also `fit`.
@@ -94,8 +98,18 @@ def held_out(points: Mapping[int, Point], fitted: Sequence[int]) -> pd.DataFrame
     for depth, p in sorted(points.items(), reverse=True):
         low, middle, high = predict(known, p.bytes)
         where = FITTED if depth in fitted else BETWEEN if min(fitted) < depth < max(fitted) else BEYOND
-        rows.append({"depth": depth, "where": where, "MB per token": p.bytes / 1e6, "measured": 1e3 * p.middle, "low": 1e3 * low, "predicted": 1e3 * middle,
-                     "high": 1e3 * high, "error": middle / p.middle - 1})  # fmt: skip
+        rows.append(
+            {
+                "depth": depth,
+                "where": where,
+                "MB per token": p.bytes / 1e6,
+                "measured": 1e3 * p.middle,
+                "low": 1e3 * low,
+                "predicted": 1e3 * middle,
+                "high": 1e3 * high,
+                "error": middle / p.middle - 1,
+            }
+        )
     return pd.DataFrame(rows).set_index("depth")
 
 

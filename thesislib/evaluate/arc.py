@@ -1,4 +1,5 @@
-"""ARC: questions of school science with several answers, easy ones and a challenge set (Clark et al. 2018); OpenBookQA is laid out alike."""
+"""ARC: questions of school science with several answers, easy ones and a challenge set (Clark et al. 2018); OpenBookQA
+is laid out alike."""
 
 from thesislib.evaluate.choice import MultipleChoice
 from thesislib.sources.corpus import Choice, name_of

@@ -27,6 +27,7 @@ class BoolQ(MultipleChoice):
         return {"question": row["question"], "passage": row["passage"], "label": int(row["answer"])}
 
     def chance(self, items: list[Choice]) -> float:
-        """What the more frequent answer gets on these items: more than a coin, and a model that always says the same is no better."""
+        """What the more frequent answer gets on these items: more than a coin, and a model that always says the same is
+        no better."""
         yes = sum(item.label for item in items) / len(items)
         return max(yes, 1 - yes)

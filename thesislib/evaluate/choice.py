@@ -34,7 +34,8 @@ OTHER = {"acc_norm": ("acc", "correct_unnormalised"), "acc": ("acc_norm", "corre
 
 
 class _Packed:
-    """A context and some endings of an item as a sequence: the context is branch 0, each ending a branch that starts at the context's end."""
+    """A context and some endings of an item as a sequence: the context is branch 0, each ending a branch that starts at
+    the context's end."""
 
     def __init__(self, context: list[int], endings: Mapping[int, list[int]]):
         self.ids, self.branch, self.position = list(context), [0] * len(context), list(range(len(context)))
@@ -50,7 +51,8 @@ class _Packed:
 
 
 def _packed(subject: Subject, item: Choice) -> tuple[list[_Packed], bool]:
-    """The item as one sequence, or, where an ending leaves no room for the whole context, as one an ending; whether a context was cut.
+    """The item as one sequence, or, where an ending leaves no room for the whole context, as one an ending; whether a
+    context was cut.
 
     As lm-evaluation-harness does: white space at the context's end belongs to the endings, and what the model has no
     positions for is cut off the context's left. The last token of an ending is predicted and needs no position.
@@ -71,8 +73,11 @@ def _packed(subject: Subject, item: Choice) -> tuple[list[_Packed], bool]:
     most = longest_context(subject.model) or math.inf
     for k, tokens in endings.items():
         if not 1 <= len(tokens) <= most:
-            raise BadInput(f"ending {k + 1} of item {item.id}, '{item.endings[k][:40]}', has {len(tokens)} tokens after its context: "
-                           f"expected at least one, and at most the {most} of the model's context")  # fmt: skip
+            raise BadInput(
+                f"ending {k + 1} of item {item.id}, '{item.endings[k][:40]}', has {len(tokens)} tokens after its "
+                "context: "
+                f"expected at least one, and at most the {most} of the model's context"
+            )
     if all(len(context) + len(tokens) <= most for tokens in endings.values()):
         return [_Packed(context, endings)], False
     alone = []
@@ -86,11 +91,12 @@ def _packed(subject: Subject, item: Choice) -> tuple[list[_Packed], bool]:
 def multiple_choice(
     subject: Subject, items: list[Choice], *, task: str, metric: str = "acc_norm", batch: int | None = None
 ) -> Measurement:
-    """Share of items whose right ending has the highest log-probability per character (`acc_norm`), or the highest at all (`acc`).
+    """Share of items whose right ending has the highest log-probability per character (`acc_norm`), or the highest at
+    all (`acc`).
 
-    `extra` has the other of the two; `extra["contexts cut"]` counts the items whose context was cut from the left, because
-    the model has no positions for all of it. `batch`: sequences at a time, by default 8 on a CPU and what fills a card;
-    rounding apart, it changes nothing.
+    `extra` has the other of the two; `extra["contexts cut"]` counts the items whose context was cut from the left,
+    because the model has no positions for all of it. `batch`: sequences at a time, by default 8 on a CPU and what fills
+    a card; rounding apart, it changes nothing.
 
     Raises:
         BadInput: no items; a context or an ending that has no tokens, or one that the model has no row for; an ending
@@ -202,12 +208,14 @@ compare = compare_answers
 
 
 class MultipleChoice(Answers):
-    """A multiple-choice task that lm-evaluation-harness has: measured by it, or with the same scores by `multiple_choice` (fast).
+    """A multiple-choice task that lm-evaluation-harness has: measured by it, or with the same scores by
+    `multiple_choice` (fast).
 
     Attributes:
         source: where its rows lie.
         stock: the harness's own file for it, below lm_eval/tasks.
-        metric: what the harness calls the score to lead with: acc_norm, by log-probability per character of an ending, or acc, without.
+        metric: what the harness calls the score to lead with: acc_norm, by log-probability per character of an ending,
+            or acc, without.
     """
 
     source: ClassVar[Source]
@@ -246,7 +254,8 @@ class MultipleChoice(Answers):
             )
         if empty := [ending for ending in item.endings if not ending.strip()]:
             raise BadInput(
-                f"row {i + 1} of task '{self.name}' has {len(empty)} of {len(item.endings)} endings without words: expected some in each"
+                f"row {i + 1} of task '{self.name}' has {len(empty)} of {len(item.endings)} endings without "
+                "words: expected some in each"
             )
         return item
 
@@ -255,7 +264,8 @@ class MultipleChoice(Answers):
         return super().sha256(items, options) if options.fast else None
 
     def measure(self, subject: Subject, items: list, options: Options) -> Measurement:
-        """See `multiple_choice` and `thesislib.evaluate.harness.lm_eval_task`; `extra["chance"]` is what guessing gets."""
+        """See `multiple_choice` and `thesislib.evaluate.harness.lm_eval_task`; `extra["chance"]` is what guessing
+        gets."""
         if options.fast:
             m = multiple_choice(subject, items, task=self.name, metric=self.metric, batch=options.batch)
         else:

@@ -14,6 +14,7 @@ def compare(a: Measurement, b: Measurement) -> Comparison:
     """
     if (a.metric, a.unit) != (b.metric, b.unit):
         raise BadInput(
-            f"'{a.metric}' ({a.unit}) and '{b.metric}' ({b.unit}) do not compare: expected two measurements of one measure"
+            f"'{a.metric}' ({a.unit}) and '{b.metric}' ({b.unit}) do not compare: expected two measurements of "
+            "one measure"
         )
     return task_of(a).compare(a, b)

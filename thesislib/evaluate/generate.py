@@ -19,7 +19,8 @@ from thesislib.model.prompts import adds_bos, control_tokens, end_tokens
 from thesislib.model.subject import Subject
 from thesislib.model.tokenizers import check_tokens, longest_context
 
-WORTH = 0.9  # finished rows leave the batch when at most this share goes on: to leave copies the keys and values of the others
+# finished rows leave the batch when at most this share goes on: to leave copies the keys and values of the others
+WORTH = 0.9
 AHEAD = 8  # steps between two looks at what has ended, where a look waits for the card
 
 
@@ -39,8 +40,8 @@ def greedy(
         names: what an error calls the prompts; by default their numbers.
 
     Raises:
-        BadInput: an empty prompt, one that leaves no room for an answer in the model's context, or one with a token that
-            the model has no row for.
+        BadInput: an empty prompt, one that leaves no room for an answer in the model's context, or one with a token
+            that the model has no row for.
     """
     if max_new_tokens < 1 or batch < 1:
         raise BadInput(f"max_new_tokens {max_new_tokens} and batch {batch}: expected at least 1 each")
@@ -71,8 +72,11 @@ def _check_prompt(subject: Subject, ids: list[int], max_new_tokens: int, name: o
     check_tokens(subject.model, subject.tokenizer, [ids])
     most = longest_context(subject.model)
     if most is not None and len(ids) + max_new_tokens > most:
-        raise BadInput(f"prompt {name} has {len(ids)} tokens, and with {max_new_tokens} new ones exceeds the model's context of {most} "
-                       "(max_position_embeddings): leave the question out, or use a model with a longer context")  # fmt: skip
+        raise BadInput(
+            f"prompt {name} has {len(ids)} tokens, and with {max_new_tokens} new ones exceeds the model's context of "
+            f"{most} "
+            "(max_position_embeddings): leave the question out, or use a model with a longer context"
+        )
 
 
 def _answer(tokens: list[int], over: set[int]) -> list[int]:
@@ -86,16 +90,17 @@ def continuations(
 ) -> list[list[int]]:
     """The 1 to `max_new_tokens` greedy tokens after each row, the end token included where it came.
 
-    The tokens of transformers' `generate`, which runs every row on until the last has ended; on a CPU a row that has ended
-    leaves the batch, its keys and values with it. A card would be waited for at each look at what has ended, so there
-    it runs ahead, see `_run_ahead`. The first token is never an end token.
+    The tokens of transformers' `generate`, which runs every row on until the last has ended; on a CPU a row that has
+    ended leaves the batch, its keys and values with it. A card would be waited for at each look at what has ended, so
+    there it runs ahead, see `_run_ahead`. The first token is never an end token.
 
     Args:
         subject: the model; its end tokens are those of `end_tokens`.
         ids: (B, T) tokens, padded on the left.
         mask: (B, T) integers, 0 at padding and 1 elsewhere.
         max_new_tokens: at least 1.
-        ahead: steps without a look; 0 looks at each, and so does a model with sliding windows. By default 0 on a CPU, elsewhere `AHEAD`.
+        ahead: steps without a look; 0 looks at each, and so does a model with sliding windows. By default 0 on a CPU,
+            elsewhere `AHEAD`.
     """
     model, device = subject.model, subject.device
     ahead = (0 if device.type == "cpu" else AHEAD) if ahead is None else ahead
@@ -132,10 +137,12 @@ def continuations(
 def _run_ahead(
     subject: Subject, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, ahead: int, cache: StaticCache
 ) -> list[list[int]]:
-    """`continuations` with room for all keys and values from the start, and a look at what has ended every `ahead` steps.
+    """`continuations` with room for all keys and values from the start, and a look at what has ended every `ahead`
+    steps.
 
     Rows that have ended run on, and what they say is cut off. A step does the same to the same memory each time, so on
-    an NVIDIA card it is recorded once and played again: to start its thousand kernels one by one takes longer than they do.
+    an NVIDIA card it is recorded once and played again: to start its thousand kernels one by one takes longer than they
+    do.
     """
     model, (rows, length) = subject.model, ids.shape
     ends = torch.tensor(end_tokens(subject), dtype=torch.long, device=ids.device)
@@ -181,7 +188,8 @@ def _run_ahead(
 
 
 def _recordable(model: PreTrainedModel) -> bool:
-    """Whether a step of a model never waits for the card: plain linears, on an NVIDIA card, and rotary angles that do not depend on the length."""
+    """Whether a step of a model never waits for the card: plain linears, on an NVIDIA card, and rotary angles that do
+    not depend on the length."""
     rope = getattr(model.config, "rope_parameters", None) or {}
     kinds = {part.get("rope_type", "default") for part in (rope, *rope.values()) if isinstance(part, dict)}
     plain = not any(isinstance(m, ComputedLinear) for m in model.modules())
@@ -194,7 +202,8 @@ def _recordable(model: PreTrainedModel) -> bool:
 
 
 def _recorded(step: Callable[[], None]) -> Callable[[], None]:
-    """A step as one piece that the card repeats by itself; the step as it is, with a warning, if it cannot be recorded."""
+    """A step as one piece that the card repeats by itself; the step as it is, with a warning, if it cannot be
+    recorded."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):

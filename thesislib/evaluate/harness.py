@@ -52,8 +52,8 @@ def lm_eval_task(
 ) -> Measurement:
     """One stock task of lm-evaluation-harness, 0-shot, on local rows.
 
-    A context that the model has no positions for is cut from the left; `extra["contexts cut"]` counts the items to which
-    that happened.
+    A context that the model has no positions for is cut from the left; `extra["contexts cut"]` counts the items to
+    which that happened.
 
     Args:
         subject: the model and tokenizer.
@@ -64,8 +64,8 @@ def lm_eval_task(
         batch: requests at a time.
 
     Raises:
-        BadInput: harness not installed; a context or an ending without tokens or with one that the model has no row for, an
-            ending longer than the model's context.
+        BadInput: harness not installed; a context or an ending without tokens or with one that the model has no row
+            for, an ending longer than the model's context.
     """
     samples, cut, made = _run(subject, stock, chosen, limit, seed, batch)
     items: list[dict[str, Any]] = [
@@ -97,7 +97,8 @@ def lm_eval_task(
 def _run(
     subject: Subject, stock: Stock, chosen: list[Row], limit: int | None, seed: int, batch: int
 ) -> tuple[list[dict], set[tuple], dict]:
-    """The harness's samples of a task in order, the (context, ending) pairs whose context was cut, and the provenance; see `lm_eval_task`."""
+    """The harness's samples of a task in order, the (context, ending) pairs whose context was cut, and the provenance;
+    see `lm_eval_task`."""
     try:
         import lm_eval
         from lm_eval import evaluator
@@ -154,13 +155,22 @@ def _word_perplexity(samples: list[dict], made: dict) -> Measurement:
     extra |= {"bits_per_byte": -sum(loglikelihood) / sum(s["bits_per_byte"][1] for s in samples) / float(np.log(2))}
     value, low, high = np.exp([value, low, high]).tolist()
     return Measurement(
-        task="wikitext (lm-eval)", metric="word_perplexity", value=value, low=low, high=high, n=len(items), unit="article", items=items,
-        extra=extra, provenance=made,
-    )  # fmt: skip
+        task="wikitext (lm-eval)",
+        metric="word_perplexity",
+        value=value,
+        low=low,
+        high=high,
+        n=len(items),
+        unit="article",
+        items=items,
+        extra=extra,
+        provenance=made,
+    )
 
 
 def _watched(subject: Subject, batch: int):
-    """The harness's model of a subject, which looks at tokens before they run and keeps in `cut` the (context, ending) pairs that it cuts."""
+    """The harness's model of a subject, which looks at tokens before they run and keeps in `cut` the (context, ending)
+    pairs that it cuts."""
     from lm_eval.models.huggingface import HFLM
 
     class Watched(HFLM):
@@ -169,8 +179,11 @@ def _watched(subject: Subject, batch: int):
                 check_tokens(subject.model, subject.tokenizer, [context, ending])
                 if not context or not 1 <= len(ending) <= self.max_length:
                     where = repr(" ".join(pair)[-60:]) if pair else "a page"
-                    raise BadInput(f"{where} has {len(context)} tokens of context and {len(ending)} of an ending: "
-                                   f"expected at least one each, and an ending of at most the {self.max_length} of the model's context")  # fmt: skip
+                    raise BadInput(
+                        f"{where} has {len(context)} tokens of context and {len(ending)} of an ending: "
+                        f"expected at least one each, and an ending of at most the {self.max_length} of the "
+                        "model's context"
+                    )
                 if pair and len(context) + len(ending) > self.max_length + 1:
                     self.cut.add(pair)
             return super()._loglikelihood_tokens(requests, *args, **kwargs)
@@ -188,7 +201,8 @@ def _watched(subject: Subject, batch: int):
 
 
 class LmEvalWikitext(Task):
-    """The harness's word perplexity of detokenised WikiText-2 articles, another number than `thesislib.evaluate.perplexity`.
+    """The harness's word perplexity of detokenised WikiText-2 articles, another number than
+    `thesislib.evaluate.perplexity`.
 
     It needs a folder or the Hub: embedded text is not WikiText.
     """
@@ -204,7 +218,8 @@ class LmEvalWikitext(Task):
         """Articles as the harness wants them, one `page` each, in the official line layout."""
         if kind_of(data) == "embedded":
             raise BadInput(
-                "the harness's wikitext task needs WikiText-2 itself: give a folder with wikitext2/test.jsonl or 'hub' as data"
+                "the harness's wikitext task needs WikiText-2 itself: give a folder with wikitext2/test.jsonl or "
+                "'hub' as data"
             )
         text = "".join(
             line if line.endswith("\n") else f"{line or ' '}\n" for line in wikitext_lines(rows("wikitext", data))
@@ -224,7 +239,8 @@ class LmEvalWikitext(Task):
         return _word_perplexity(samples, made)
 
     def compare(self, a: Measurement, b: Measurement) -> Comparison:
-        """Paired t test of b's loss against a's in nats a word, over articles; exp(difference) is a ratio of word perplexities."""
+        """Paired t test of b's loss against a's in nats a word, over articles; exp(difference) is a ratio of word
+        perplexities."""
         nats_a, nats_b = (np.asarray(x) for x in a.paired_with(b, "nats"))
         words = np.asarray(a.column("words"))
         return paired_means(nats_a / words, nats_b / words)

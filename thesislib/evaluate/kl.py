@@ -1,7 +1,8 @@
-"""How far a subject's next-token distributions are from a reference's: the mean Kullback-Leibler divergence over a text.
+"""How far a subject's next-token distributions are from a reference's: the mean Kullback-Leibler divergence over a
+text.
 
-Perplexity sees the probability of one word a token, and a compressed model can lose and win there by turns; the divergence
-sees all words, and is 0 only for a model that predicts as the reference does.
+Perplexity sees the probability of one word a token, and a compressed model can lose and win there by turns; the
+divergence sees all words, and is 0 only for a model that predicts as the reference does.
 """
 
 import time
@@ -38,8 +39,8 @@ def divergence(
 ) -> Measurement:
     """Mean KL(reference || subject) of the next token, in nats a token, over the windows that `perplexity` uses.
 
-    In each window the distributions after all tokens but the last are compared: those whose next token perplexity scores.
-    The interval is a bootstrap over the text's documents.
+    In each window the distributions after all tokens but the last are compared: those whose next token perplexity
+    scores. The interval is a bootstrap over the text's documents.
 
     Args:
         subject: what is held against the reference.
@@ -75,9 +76,17 @@ def divergence(
         for i, (d, x) in enumerate(zip(documents, nats.tolist(), strict=True))
     ]
     return Measurement(
-        task=text.name, metric=Kl.metric, value=float(nats.sum() / tokens.sum()), low=low, high=high, n=n, unit=f"window of {length} tokens",
-        items=items, extra=extra, provenance=provenance(subject, started, **settings),
-    )  # fmt: skip
+        task=text.name,
+        metric=Kl.metric,
+        value=float(nats.sum() / tokens.sum()),
+        low=low,
+        high=high,
+        n=n,
+        unit=f"window of {length} tokens",
+        items=items,
+        extra=extra,
+        provenance=provenance(subject, started, **settings),
+    )
 
 
 @torch.inference_mode()
@@ -110,8 +119,12 @@ def _check_vocabularies(subject: Subject, reference: Subject) -> None:
     if words != others or rows != other_rows:
         odd = sorted(words.items() ^ others.items())
         which = f"; '{odd[0][0]}' is in one of them or numbered otherwise" if odd else ""
-        raise BadInput(f"{subject.name} has a vocabulary of {len(words):,} tokens and {rows:,} logits, the reference {reference.name} of {len(others):,} "
-                       f"and {other_rows:,}{which}: expected a reference with the subject's own vocabulary, such as what it was made from")  # fmt: skip
+        raise BadInput(
+            f"{subject.name} has a vocabulary of {len(words):,} tokens and {rows:,} logits, the reference "
+            f"{reference.name} of {len(others):,} "
+            f"and {other_rows:,}{which}: expected a reference with the subject's own vocabulary, such as what it "
+            "was made from"
+        )
 
 
 class Kl(Task):
@@ -147,6 +160,7 @@ class Kl(Task):
         one, other = (m.settings for m in (a, b))
         if one["reference_fingerprint"] != other["reference_fingerprint"]:
             raise BadInput(
-                f"one is held against {one['reference']} and the other against {other['reference']}, of another fingerprint: expected one reference"
+                f"one is held against {one['reference']} and the other against {other['reference']}, of another "
+                "fingerprint: expected one reference"
             )
         return perplexity.compare(a, b)

@@ -77,7 +77,8 @@ def perplexities(
 
 @torch.inference_mode()
 def _nats(subject: Subject, ids: torch.Tensor, orders: list[Plan] | None, batch: int) -> np.ndarray:
-    """(plans, windows) float64: the loss of each window of ids (windows, length). A card is waited for once, at the end."""
+    """(plans, windows) float64: the loss of each window of ids (windows, length). A card is waited for once, at the
+    end."""
     ids = ids.to(subject.device)
     nats = torch.zeros(len(orders or [None]), len(ids), dtype=torch.float64, device=ids.device)
     for at in tqdm(range(0, len(ids), batch), desc="perplexity", unit="batch", disable=None, leave=False):
@@ -109,7 +110,8 @@ def _measurement(task: str, cut: Windows, nats: np.ndarray, made: dict) -> Measu
         for i, (d, v) in enumerate(zip(cut.document, nats, strict=True))
     ]
     return Measurement(
-        task=task, metric="perplexity", value=_exp(mean), low=_exp(low), high=_exp(high), n=n, unit=f"window of {length} tokens", items=items,
+        task=task, metric="perplexity", value=_exp(mean), low=_exp(low), high=_exp(high), n=n, unit="window of "
+            f"{length} tokens", items=items,
         extra=extra, provenance=made,
     )  # fmt: skip
 
@@ -128,8 +130,9 @@ def _exp(x: float) -> float:
 def compare(a: Measurement, b: Measurement) -> Comparison:
     """Paired t test of b's loss against a's in nats per token, windows of one document averaged.
 
-    exp(difference) is the ratio of two geometric means over documents: the ratio of the perplexities where every document has
-    as many windows, and close to it elsewhere. `thesislib.evaluate.stats.paired_bootstrap` with tokens as weights is exact.
+    exp(difference) is the ratio of two geometric means over documents: the ratio of the perplexities where every
+    document has as many windows, and close to it elsewhere. `thesislib.evaluate.stats.paired_bootstrap` with tokens as
+    weights is exact.
     """
     nats_a, nats_b = (np.asarray(x) for x in a.paired_with(b, "nats"))
     tokens = np.asarray(a.column("tokens"))

@@ -1,4 +1,5 @@
-"""What to measure and how, in words that a record can hold: the same words make the same measurement again. The tasks there are."""
+"""What to measure and how, in words that a record can hold: the same words make the same measurement again. The tasks
+there are."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ class Setup(Options):
         return self.task.items(data, self)
 
     def measure(self, subject: Subject, data: str) -> Measurement:
-        """The measurement; its provenance has this setup, as "protocol", and the sha256 of the text or items that were used.
+        """The measurement; its provenance has this setup, as "protocol", and the sha256 of the text or items that were
+        used.
 
         Raises:
             BadInput: whatever the measure refuses.
@@ -55,7 +57,8 @@ class Setup(Options):
         return m.with_provenance(protocol=self.plain(), corpus_sha256=self.task.sha256(items, self))
 
     def corpus_sha256(self, data: str) -> str | None:
-        """Of the text or the items that a measurement on these data uses; None for lm-eval's rows, which the ids in its items name."""
+        """Of the text or the items that a measurement on these data uses; None for lm-eval's rows, which the ids in its
+        items name."""
         return self.task.sha256(self.items(data), self)
 
 
@@ -79,7 +82,8 @@ def setup_of(m: Measurement) -> Setup:
 
 
 def task_of(m: Measurement) -> Task:
-    """The task whose measurement this is: the one that its record names or whose settings it has, else the first that calls its number so.
+    """The task whose measurement this is: the one that its record names or whose settings it has, else the first that
+    calls its number so.
 
     Raises:
         BadInput: it is no task's.
@@ -93,7 +97,8 @@ def task_of(m: Measurement) -> Task:
         if task.metric == m.metric:
             return task
     raise BadInput(
-        f"'{m.metric}' on '{m.task}' is no task's measurement: expected one of {', '.join(sorted({t.metric for t in TASKS.values()}))}"
+        f"'{m.metric}' on '{m.task}' is no task's measurement: expected one of "
+        f"{', '.join(sorted({t.metric for t in TASKS.values()}))}"
     )
 
 

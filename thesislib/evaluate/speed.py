@@ -15,7 +15,8 @@ SECONDS_PER_TOKEN = "seconds per token"
 
 
 def speeds(models: Mapping[str, Subject], tokens: int = 512, repeats: int = 3) -> pd.DataFrame:
-    """One row a model: MB its tensors take in memory, and median tokens per second of a prefill and of single tokens without a cache."""
+    """One row a model: MB its tensors take in memory, and median tokens per second of a prefill and of single tokens
+    without a cache."""
     rows = []
     for name, model in models.items():
         ids = torch.arange(tokens)[None] % model.model.config.vocab_size
@@ -48,7 +49,8 @@ def _seconds(subject: Subject, ids: torch.Tensor) -> float:
 
 
 def token_seconds(subject: Subject, repeats: int = 32) -> Measurement:
-    """Seconds of one token without a cache: the median, and as its interval the quartiles of what was seen (no confidence interval).
+    """Seconds of one token without a cache: the median, and as its interval the quartiles of what was seen (no
+    confidence interval).
 
     It depends on the machine and on what else runs there; a record of it cannot be made again.
     """
@@ -59,6 +61,13 @@ def token_seconds(subject: Subject, repeats: int = 32) -> Measurement:
     items = [{"id": str(i), "seconds": s} for i, s in enumerate(seen)]
     settings = {"repeats": repeats, "interval": "quartiles"}
     return Measurement(
-        task="one token, no cache", metric=SECONDS_PER_TOKEN, value=middle, low=low, high=high, n=repeats, unit="repetition", items=items,
+        task="one token, no cache",
+        metric=SECONDS_PER_TOKEN,
+        value=middle,
+        low=low,
+        high=high,
+        n=repeats,
+        unit="repetition",
+        items=items,
         provenance=provenance(subject, started, **settings),
-    )  # fmt: skip
+    )

@@ -84,7 +84,8 @@ def _aligned(samples: Mapping[str, Floats], groups: Groups | None) -> tuple[list
     if len({x.shape for x in rows}) > 1:
         sides = "both sides" if len(rows) == 2 else "every side"
         raise BadInput(
-            f"a paired test needs the same items on {sides}: got {' and '.join(str(len(x)) for x in rows)} ({', '.join(samples)})"
+            f"a paired test needs the same items on {sides}: got {' and '.join(str(len(x)) for x in rows)} "
+            f"({', '.join(samples)})"
         )
     n = len(rows[0])
     if groups is not None and len(groups) != n:
@@ -93,12 +94,14 @@ def _aligned(samples: Mapping[str, Floats], groups: Groups | None) -> tuple[list
     if any(broken.values()):
         counts = ", ".join(f"{k} in {name}" for name, k in broken.items() if k)
         raise BadInput(
-            f"NaN or infinite values ({counts}, of {n} items): a paired test needs finite ones; leave those items out on every side and say so"
+            f"NaN or infinite values ({counts}, of {n} items): a paired test needs finite ones; leave those "
+            "items out on every side and say so"
         )
     index = np.arange(n) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
     if index.max(initial=0) < 1:
         raise BadInput(
-            f"a paired test needs at least two independent items or documents: got {n} items{'' if groups is None else ' in one group'}"
+            f"a paired test needs at least two independent items or documents: got {n} "
+            f"items{'' if groups is None else ' in one group'}"
         )
     return rows, index
 
@@ -131,13 +134,14 @@ def paired_bootstrap(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Comparison:
-    """Bootstrap of mean(b) - mean(a) over the same items, whole groups resampled (Efron 1979; for two systems Koehn 2004).
+    """Bootstrap of mean(b) - mean(a) over the same items, whole groups resampled (Efron 1979; for two systems Koehn
+    2004).
 
-    `a`, `b`, `groups` and `weights` have one value an item. Nothing is averaged within a group: every item counts by its
-    weight, so for nats per token with tokens as weights this is the difference of two perplexities' logarithms. The interval
-    is the percentile one, too short for few groups (ten: it covers some 91 %). The p value is twice the smaller of the shares
-    of resamples on either side of zero (zero counts for both), with one added above and below so that it is never 0
-    (Davison and Hinkley 1997).
+    `a`, `b`, `groups` and `weights` have one value an item. Nothing is averaged within a group: every item counts by
+    its weight, so for nats per token with tokens as weights this is the difference of two perplexities' logarithms. The
+    interval is the percentile one, too short for few groups (ten: it covers some 91 %). The p value is twice the
+    smaller of the shares of resamples on either side of zero (zero counts for both), with one added above and below so
+    that it is never 0 (Davison and Hinkley 1997).
 
     Raises:
         BadInput: different lengths, NaN or infinite values, fewer than two groups, or a weight that is not above 0.
@@ -160,8 +164,8 @@ def signed_rank(a: Floats, b: Floats, groups: Groups | None = None) -> Compariso
     """Wilcoxon's signed-rank test of b - a, each group's pairs first averaged (Wilcoxon 1945).
 
     It asks whether the differences lie symmetrically about zero, so a few enormous ones weigh no more than their ranks.
-    The difference is the Hodges-Lehmann estimate, the median of the n (n + 1) / 2 means of two differences, and the interval
-    two of those means in order (Hodges and Lehmann 1963): by the exact null distribution for n up to 50 and
+    The difference is the Hodges-Lehmann estimate, the median of the n (n + 1) / 2 means of two differences, and the
+    interval two of those means in order (Hodges and Lehmann 1963): by the exact null distribution for n up to 50 and
     its normal approximation above, as scipy chooses for p. Below 6 groups no such interval reaches 95 %, so it is
     (-inf, inf). p leaves out differences of zero, n counts them; ties make the interval longer than need be. The means
     are held in memory: 400 MB for 10,000 groups.
@@ -218,8 +222,8 @@ def holm_adjusted(pairs: Mapping[K, Comparison]) -> dict[K, Comparison]:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Friedman's statistic, its p value, the number of items or groups, each name's mean rank (1 is the smallest value) and
-    Kendall's coefficient of concordance W, from 0 (the rankings cancel) to 1 (all alike)."""
+    """Friedman's statistic, its p value, the number of items or groups, each name's mean rank (1 is the smallest value)
+    and Kendall's coefficient of concordance W, from 0 (the rankings cancel) to 1 (all alike)."""
 
     statistic: float
     p: float
@@ -231,8 +235,8 @@ class Ranking:
 def friedman(table: Mapping[str, Floats], groups: Groups | None = None) -> Ranking:
     """Friedman's test that at least three configurations rank alike over the same items (Friedman 1937).
 
-    Each group's items are first averaged. p is from the chi-squared approximation, rough below ten items; if everything is
-    tied the statistic is 0 and p 1. Which pairs differ is for `signed_rank`, with `holm`.
+    Each group's items are first averaged. p is from the chi-squared approximation, rough below ten items; if everything
+    is tied the statistic is 0 and p 1. Which pairs differ is for `signed_rank`, with `holm`.
 
     Raises:
         BadInput: fewer than three configurations, different lengths, NaN or infinite values, or fewer than two groups.

@@ -1,4 +1,5 @@
-"""What a task is: one measure of a subject, which answers whatever others ask of it. A task is a file in this folder."""
+"""What a task is: one measure of a subject, which answers whatever others ask of it. A task is a file in this
+folder."""
 
 import hashlib
 import json
@@ -25,8 +26,8 @@ class Options:
         prompt: of trivia, None for the subject's own.
         seed: of the choice of questions or items under a limit.
         fast: multiple choice with shared contexts instead of lm-eval, with the same scores.
-        batch: at a time, None for 32 questions and, on a CPU, 4 windows and 8 items (on a card as many as fill it); rounding
-            apart, it changes nothing.
+        batch: at a time, None for 32 questions and, on a CPU, 4 windows and 8 items (on a card as many as fill it);
+            rounding apart, it changes nothing.
         reference: a spec of the subject that another is held against, for a task of two models.
     """
 
@@ -53,8 +54,8 @@ class Task:
         unit: what the number is in: `SHARE`, "nats a token", ...
         higher_is_better: which way is better.
         ratio: whether the difference of a comparison is the logarithm of a ratio of two numbers.
-        tolerance: "relative" or "absolute", and how far the same measurement may lie from a record on another machine: of a
-            model in float32, in 16 bits, and of one that was trained.
+        tolerance: "relative" or "absolute", and how far the same measurement may lie from a record on another machine:
+            of a model in float32, in 16 bits, and of one that was trained.
         two_models: whether it holds a subject against a reference.
     """
 
@@ -70,11 +71,13 @@ class Task:
         """Raises BadInput for options that this task cannot work with; asked before a model is loaded."""
         if self.two_models and options.reference is None:
             raise BadInput(
-                f"task '{self.name}' holds a subject against another, which is not said: expected a reference, such as --reference embedded"
+                f"task '{self.name}' holds a subject against another, which is not said: expected a reference, "
+                "such as --reference embedded"
             )
         if not self.two_models and options.reference is not None:
             raise BadInput(
-                f"task '{self.name}' measures one model, the reference {shown(options.reference)} would do nothing: leave it out"
+                f"task '{self.name}' measures one model, the reference {shown(options.reference)} would do "
+                "nothing: leave it out"
             )
 
     def items(self, data: str, options: Options) -> Any:
@@ -110,12 +113,14 @@ class Task:
         return None
 
     def options_of(self, m: Measurement) -> dict[str, Any] | None:
-        """The options of a measurement of this task that was made directly and does not say its setup; None for any other."""
+        """The options of a measurement of this task that was made directly and does not say its setup; None for any
+        other."""
         return None
 
 
 class Answers(Task):
-    """A task whose items are right or wrong: the number is the share of the right ones, and a pair is tested by McNemar's test, exactly."""
+    """A task whose items are right or wrong: the number is the share of the right ones, and a pair is tested by
+    McNemar's test, exactly."""
 
     unit = SHARE
     higher_is_better = True

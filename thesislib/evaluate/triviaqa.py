@@ -62,8 +62,8 @@ def triviaqa(
         max_new_tokens: the longest answer; the thesis allows 50.
 
     Raises:
-        BadInput: no questions, unknown prompt, 'chat' for a subject without a chat template or with one that cannot put a
-            question, or a question that does not fit into the model's context (see `greedy`).
+        BadInput: no questions, unknown prompt, 'chat' for a subject without a chat template or with one that cannot put
+            a question, or a question that does not fit into the model's context (see `greedy`).
     """
     if not items:
         raise BadInput("no questions to ask: expected at least one")
@@ -90,9 +90,17 @@ def triviaqa(
     settings = {"prompt": prompt, "source": source, "max_new_tokens": max_new_tokens, "batch": batch,
                 "open_book": items[0].context is not None, **asked(subject, prompts, prompt)}  # fmt: skip
     return Measurement(
-        task=source, metric="accuracy", value=correct / n, low=low, high=high, n=n, unit="question", items=outcomes, extra=extra,
+        task=source,
+        metric="accuracy",
+        value=correct / n,
+        low=low,
+        high=high,
+        n=n,
+        unit="question",
+        items=outcomes,
+        extra=extra,
         provenance=provenance(subject, started, **settings),
-    )  # fmt: skip
+    )
 
 
 compare = compare_answers

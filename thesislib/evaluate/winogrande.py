@@ -1,6 +1,7 @@
 """WinoGrande: which of two names fills a gap (Sakaguchi et al. 2020), by lm-evaluation-harness alone.
 
-It scores one ending, what follows the gap, after two contexts: the fast way, many endings after one context, has no place for that.
+It scores one ending, what follows the gap, after two contexts: the fast way, many endings after one context, has no
+place for that.
 """
 
 from thesislib.errors import BadInput
@@ -19,18 +20,23 @@ class WinoGrande(MultipleChoice):
     source = Source(
         name,
         {
-            "sentence": (lambda value: TEXT[0](value) and "_" in value, "a text with a gap, _"), "option1": WORDS, "option2": WORDS,
+            "sentence": (lambda value: TEXT[0](value) and "_" in value, "a text with a gap, _"),
+            "option1": WORDS,
+            "option2": WORDS,
             "answer": (lambda value: value in ("1", "2"), '"1" or "2"'),
         },
-        "winogrande/validation", ARROW.format("winogrande/winogrande_xl"), ("allenai/winogrande", "winogrande_xl", "validation"),
-    )  # fmt: skip
+        "winogrande/validation",
+        ARROW.format("winogrande/winogrande_xl"),
+        ("allenai/winogrande", "winogrande_xl", "validation"),
+    )
 
     def check(self, options: Options) -> None:
         """See `Task.check`."""
         super().check(options)
         if options.fast:
             raise BadInput(
-                "task 'winogrande' has no fast way, which wants one context before all endings: leave out --fast (in a grid, fast: true)"
+                "task 'winogrande' has no fast way, which wants one context before all endings: leave out --fast "
+                "(in a grid, fast: true)"
             )
 
     def item(self, i: int, row: Row) -> Choice:

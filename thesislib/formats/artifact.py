@@ -2,8 +2,8 @@
 
 `artifact.json` says what it is (see `thesislib.formats.artifact_json`). Beside it lie
 either a plain Hugging Face checkpoint, where packing would save nothing or was not asked for, or `packed.safetensors`,
-in which each projection stands in its smallest encoding (see `thesislib.model.packing`) and blocks that a plan repeats stand
-once. Low-rank corrections are a PEFT adapter in `adapter/`.
+in which each projection stands in its smallest encoding (see `thesislib.model.packing`) and blocks that a plan repeats
+stand once. Low-rank corrections are a PEFT adapter in `adapter/`.
 """
 
 import copy
@@ -51,8 +51,17 @@ from thesislib.model.tokenizers import prepared, rows_of
 
 # tensors lie in a safetensors file by type, in this order from the last to the first, then by name
 TYPES = (
-    torch.bool, torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16, torch.int32, torch.float32, torch.float64, torch.int64,
-)  # fmt: skip
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.float16,
+    torch.bfloat16,
+    torch.int32,
+    torch.float32,
+    torch.float64,
+    torch.int64,
+)
 PACKED, ADAPTER = "packed.safetensors", "adapter"
 BLOCKS = "model.layers."
 
@@ -144,8 +153,8 @@ def packed_tensors(subject: Subject) -> tuple[dict[str, torch.Tensor], dict[str,
 
 
 def plain_tensors(subject: Subject) -> dict[str, torch.Tensor]:
-    """What a plain Hugging Face checkpoint of the subject holds: repeated blocks once for each place, zeros for attentions
-    and MLPs that were removed (which then add nothing), corrections left out."""
+    """What a plain Hugging Face checkpoint of the subject holds: repeated blocks once for each place, zeros for
+    attentions and MLPs that were removed (which then add nothing), corrections left out."""
     state = {
         key: tensor for key, tensor in subject.model.state_dict().items() if not key.endswith((".lora_A", ".lora_B"))
     }
@@ -166,7 +175,8 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 def write_adapter(subject: Subject, folder: Path) -> None:
-    """The corrections as an adapter that `peft.PeftModel.from_pretrained` loads onto the plain model; nothing if there are none."""
+    """The corrections as an adapter that `peft.PeftModel.from_pretrained` loads onto the plain model; nothing if there
+    are none."""
     adapted = {path: module for path, module in projection_paths(subject) if isinstance(module, Adapted)}
     if not adapted:
         return
@@ -201,12 +211,21 @@ def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
         BadInput: a kind of adapter other than plain LoRA of projections, or factors that cannot be read.
     """
     said = read_json(folder / "adapter_config.json")
-    neutral = {"peft_type": ("LORA",), "bias": ("none", None), "lora_bias": (False, None), "fan_in_fan_out": (False, None), "use_dora": (False, None),
-               "modules_to_save": (None, []), "trainable_token_indices": (None,), "layer_replication": (None,)}  # fmt: skip
+    neutral = {
+        "peft_type": ("LORA",),
+        "bias": ("none", None),
+        "lora_bias": (False, None),
+        "fan_in_fan_out": (False, None),
+        "use_dora": (False, None),
+        "modules_to_save": (None, []),
+        "trainable_token_indices": (None,),
+        "layer_replication": (None,),
+    }
     for key, options in neutral.items():
         if said.get(key) not in options:
             raise BadInput(
-                f"{folder} is an adapter with {key} = {said.get(key)!r}, which is not read here: merge it first (peft's merge_and_unload)"
+                f"{folder} is an adapter with {key} = {said.get(key)!r}, which is not read here: merge it first "
+                "(peft's merge_and_unload)"
             )
     if not (folder / "adapter_model.safetensors").is_file():
         raise BadInput(
@@ -241,7 +260,8 @@ def check_same(written: Subject, read: Subject, where: Path) -> None:
     ]
     for name in differ[:1]:
         raise BadInput(
-            f"what was written to {where.name} reads back with another '{name}': {written.name} cannot be kept in this form; nothing was written"
+            f"what was written to {where.name} reads back with another '{name}': {written.name} cannot be kept "
+            "in this form; nothing was written"
         )
     skip = (
         "dtype",
@@ -259,7 +279,8 @@ def check_same(written: Subject, read: Subject, where: Path) -> None:
     for key in sorted(one.keys() | two.keys()):
         if _plain(one.get(key)) != _plain(two.get(key)):
             raise BadInput(
-                f"what was written to {where.name} reads back with {key} = {two.get(key)!r} for {one.get(key)!r}; nothing was written"
+                f"what was written to {where.name} reads back with {key} = {two.get(key)!r} for "
+                f"{one.get(key)!r}; nothing was written"
             )
     one, two = (s.model.generation_config.eos_token_id for s in (written, read))
     if one != two:
@@ -410,10 +431,12 @@ def load_artifact(folder: str | Path, dtype: str | None = None, device: str = "c
 
 
 def load_plain(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a plain checkpoint, all of it and nothing else; a LoRA adapter that lies beside the weights stays beside them.
+    """The model of a plain checkpoint, all of it and nothing else; a LoRA adapter that lies beside the weights stays
+    beside them.
 
     Raises:
-        BadInput: see `thesislib.formats.checkpoint.read_tensors` and `read_adapter`; generation settings that cannot be read.
+        BadInput: see `thesislib.formats.checkpoint.read_tensors` and `read_adapter`; generation settings that cannot be
+            read.
     """
     tensors = read_tensors(folder, config, dtype)
     subject = Subject(empty_model(config, dtype), None, folder.name)
@@ -430,7 +453,8 @@ def load_plain(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> Pr
 def fill(
     subject: Subject, tensors: Mapping[str, torch.Tensor], encodings: Mapping[str, str], repeats: Mapping[int, int]
 ) -> None:
-    """Put tensors into a subject whose weights are empty, packed projections packed, in blocks that repeat another that one's.
+    """Put tensors into a subject whose weights are empty, packed projections packed, in blocks that repeat another that
+    one's.
 
     Raises:
         BadInput: a tensor that is missing, of another shape, or that has no place.
@@ -494,7 +518,8 @@ def fill(
 
 
 def _check_numbers(key: str, tensor: torch.Tensor, dtype: str, folder: Path) -> None:
-    """Raises BadInput for a stored tensor that is not finite, or of another type than the artifact says; corrections may have their own."""
+    """Raises BadInput for a stored tensor that is not finite, or of another type than the artifact says; corrections
+    may have their own."""
     if tensor.dtype == torch.int16 and key.endswith((".scales", ".minima")):
         tensor = tensor.view(torch.float16)  # their bits, see `thesislib.model.quantised`
     elif tensor.is_floating_point() and tensor.dtype not in (

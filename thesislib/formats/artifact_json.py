@@ -1,4 +1,5 @@
-"""artifact.json: what an artifact says of itself, written when all else is there, and believed only once every field and file is found right.
+"""artifact.json: what an artifact says of itself, written when all else is there, and believed only once every field
+and file is found right.
 
 It holds the recipe, the subject's fingerprint, sizes, versions and a checksum of every file.
 """
@@ -27,7 +28,8 @@ MOST_BLOCKS = 10_000
 
 
 def write_record(folder: Path, *, sizes: Mapping[str, int], **facts: Any) -> None:
-    """artifact.json of a folder that is whole but for it: the facts given, what lies there with checksums, and versions."""
+    """artifact.json of a folder that is whole but for it: the facts given, what lies there with checksums, and
+    versions."""
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     for path in files.values():
         path.chmod(0o644)  # safetensors makes its files private
@@ -64,20 +66,36 @@ def _number(value: Any) -> bool:
 
 
 SAYS = {  # what artifact.json says
-    "thesislib_artifact": natural, "label": str, "name": str, "plan": (None, [_number]), "stages": [dict], "reports": [dict],
-    "base": {"name?": str, "fingerprint?": str, "label?": str}, "fingerprint": SHA256, "dtype": tuple(map(re.compile, DTYPES)),
-    "sizes": {"parameters": natural, "nonzero_parameters": natural, "bytes_on_disk": natural, "other_bytes_on_disk": natural, "bytes_in_memory?": natural},
-    "encodings": {str: _encoding}, "repeats": {str: _number}, "without": {"attention?": [_number], "mlp?": [_number]},
-    "versions": {str: str}, "files": {str: SHA256},
-}  # fmt: skip
+    "thesislib_artifact": natural,
+    "label": str,
+    "name": str,
+    "plan": (None, [_number]),
+    "stages": [dict],
+    "reports": [dict],
+    "base": {"name?": str, "fingerprint?": str, "label?": str},
+    "fingerprint": SHA256,
+    "dtype": tuple(map(re.compile, DTYPES)),
+    "sizes": {
+        "parameters": natural,
+        "nonzero_parameters": natural,
+        "bytes_on_disk": natural,
+        "other_bytes_on_disk": natural,
+        "bytes_in_memory?": natural,
+    },
+    "encodings": {str: _encoding},
+    "repeats": {str: _number},
+    "without": {"attention?": [_number], "mlp?": [_number]},
+    "versions": {str: str},
+    "files": {str: SHA256},
+}
 
 
 def read_artifact(folder: str | Path) -> dict[str, Any]:
     """What an artifact says about itself, once every field is found as it is written and every checksum right.
 
     Raises:
-        BadInput: not an artifact, a newer one than this thesislib knows, a file missing, damaged or outside the folder, a file
-            that would be read and is not in the list, a field that is odd.
+        BadInput: not an artifact, a newer one than this thesislib knows, a file missing, damaged or outside the folder,
+            a file that would be read and is not in the list, a field that is odd.
     """
     folder = Path(folder)
     if not (folder / RECORD).is_file():
@@ -88,7 +106,8 @@ def read_artifact(folder: str | Path) -> dict[str, Any]:
     if record["thesislib_artifact"] > SCHEMA:
         made = f"artifact of format {record['thesislib_artifact']}"
         raise BadInput(
-            f"{folder} is an {made}: this thesislib {thesislib.__version__} reads up to format {SCHEMA}; a newer one is needed"
+            f"{folder} is an {made}: this thesislib {thesislib.__version__} reads up to format {SCHEMA}; a newer "
+            "one is needed"
         )
     if record.pop("sha256", None) != checksum(record):
         raise BadInput(f"{folder / RECORD} is damaged or was edited: its checksum is wrong; make the artifact again")
@@ -106,7 +125,8 @@ def read_artifact(folder: str | Path) -> dict[str, Any]:
     for name in _read_besides(folder):
         if name not in record["files"]:
             raise BadInput(
-                f"{folder / name} is not in the list of {RECORD}, and would be read with the artifact: remove it, or make the artifact again"
+                f"{folder / name} is not in the list of {RECORD}, and would be read with the artifact: remove "
+                "it, or make the artifact again"
             )
     return record
 

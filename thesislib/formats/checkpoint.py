@@ -1,4 +1,5 @@
-"""A Hugging Face checkpoint folder, read so that every tensor and setting in it is used, known to be harmless, or refused by name."""
+"""A Hugging Face checkpoint folder, read so that every tensor and setting in it is used, known to be harmless, or
+refused by name."""
 
 import math
 import os
@@ -41,8 +42,8 @@ POSITIVE = (
 )
 # Older checkpoints hold the rotary frequencies, which the configuration says too
 DERIVED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
-# Settings of other architectures that change what is computed, with the values that change nothing. A class that does not know
-# one ignores it, and computes something else than the file was made for.
+# Settings of other architectures that change what is computed, with the values that change nothing. A class that does
+# not know one ignores it, and computes something else than the file was made for.
 NEUTRAL: dict[str, tuple] = {
     "attention_multiplier": (None,),
     "attn_logit_softcapping": (None,),
@@ -86,7 +87,8 @@ def read_config(folder: Path) -> PretrainedConfig:
     said = read_json(folder / "config.json")
     if said.get("transformers_weights"):
         raise BadInput(
-            f"{folder}: 'transformers_weights' names another file of weights, {said['transformers_weights']!r}: expected {SINGLE} or {INDEX}"
+            f"{folder}: 'transformers_weights' names another file of weights, {said['transformers_weights']!r}: "
+            f"expected {SINGLE} or {INDEX}"
         )
     with quiet_transformers():
         try:
@@ -115,12 +117,14 @@ def check_memory(size: int, what: object) -> None:
     has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > has:
         raise BadInput(
-            f"{what} takes {size / 1e9:,.1f} GB of memory, and this machine has {has / 1e9:,.1f}: expected a smaller model, or bfloat16"
+            f"{what} takes {size / 1e9:,.1f} GB of memory, and this machine has {has / 1e9:,.1f}: expected a "
+            "smaller model, or bfloat16"
         )
 
 
 def check_settings(config: PretrainedConfig, said: dict[str, Any], folder: Path) -> None:
-    """Raises BadInput for a setting in a config.json that this architecture's class would ignore, or that contradicts another."""
+    """Raises BadInput for a setting in a config.json that this architecture's class would ignore, or that contradicts
+    another."""
     known = vars(type(config)())
     ignored = {
         key: said[key]
@@ -140,7 +144,8 @@ def check_settings(config: PretrainedConfig, said: dict[str, Any], folder: Path)
             )
     for key, value in ignored.items():
         raise BadInput(
-            f"{folder}: config.json says {key} = {str(value)[:40]}, which {config.model_type} models ignore: another model would be measured"
+            f"{folder}: config.json says {key} = {str(value)[:40]}, which {config.model_type} models ignore: "
+            "another model would be measured"
         )
     rotary = getattr(config, "rope_parameters", None) or {}
     numbers = {
@@ -153,11 +158,13 @@ def check_settings(config: PretrainedConfig, said: dict[str, Any], folder: Path)
     types = set(getattr(config, "layer_types", None) or ())
     if odd := types - {"full_attention", "sliding_attention"}:
         raise BadInput(
-            f"{folder}: layer type '{min(odd)}' in config.json is not known here: expected full_attention or sliding_attention"
+            f"{folder}: layer type '{min(odd)}' in config.json is not known here: expected full_attention or "
+            "sliding_attention"
         )
     if "sliding_attention" in types and not config.sliding_window:
         raise BadInput(
-            f"{folder}: config.json has blocks of sliding_attention and no sliding_window in use: expected its number of tokens"
+            f"{folder}: config.json has blocks of sliding_attention and no sliding_window in use: expected its "
+            "number of tokens"
         )
 
 
@@ -168,10 +175,12 @@ def is_gptq(config: PretrainedConfig) -> bool:
 
 
 def headers(folder: Path) -> dict[str, Header]:
-    """What is stored of each tensor, from the files that transformers would load: model.safetensors, else the shards of an index.
+    """What is stored of each tensor, from the files that transformers would load: model.safetensors, else the shards of
+    an index.
 
     Raises:
-        BadInput: neither is there; a shard that is missing, damaged, or outside the folder; a tensor that its shard lacks.
+        BadInput: neither is there; a shard that is missing, damaged, or outside the folder; a tensor that its shard
+            lacks.
     """
     single, index = folder / SINGLE, folder / INDEX
     if single.is_file():
@@ -225,7 +234,8 @@ def full_name(key: str) -> str:
 
 
 def check_tensors(folder: Path, stored: dict[str, Header], expected: dict[str, tuple[int, ...]], tied: bool) -> None:
-    """Raises BadInput where what is stored is not what a model has: a tensor too few, too many, of another shape, or no floating numbers.
+    """Raises BadInput where what is stored is not what a model has: a tensor too few, too many, of another shape, or no
+    floating numbers.
 
     Args:
         folder: for the message.
@@ -244,18 +254,21 @@ def check_tensors(folder: Path, stored: dict[str, Header], expected: dict[str, t
         if key not in expected:
             block = re.match(r"model\.layers\.(\d+)\.", key)
             depth = 1 + max(int(name.split(".")[2]) for name in expected if name.startswith("model.layers."))
-            hint = f"config.json describes {depth} blocks; to leave blocks out, use --plan or a depth stage" if block and int(block[1]) >= depth else (
+            hint = (f"config.json describes {depth} blocks; to leave blocks out, use --plan or a depth "
+                "stage") if block and int(block[1]) >= depth else (
                 "the configuration has no place for it")  # fmt: skip
             raise BadInput(
                 f"{folder} holds the weight '{key}', which would not be used ({hint}): another model would be measured"
             )
         if header.dtype not in FLOATING:
             raise BadInput(
-                f"the weight '{key}' of {folder} is stored as {header.dtype}: codes of a quantised checkpoint are not weights; expected floating numbers"
+                f"the weight '{key}' of {folder} is stored as {header.dtype}: codes of a quantised checkpoint "
+                "are not weights; expected floating numbers"
             )
         if header.shape != tuple(expected[key]):
             raise BadInput(
-                f"the weight '{key}' of {folder} has shape {header.shape}, and config.json describes {tuple(expected[key])}"
+                f"the weight '{key}' of {folder} has shape {header.shape}, and config.json describes "
+                f"{tuple(expected[key])}"
             )
     for key in expected:
         if key not in stored and key not in either:
@@ -266,7 +279,8 @@ def read_tensors(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> 
     """All tensors of a plain checkpoint under the names of its model's state dict, in one type.
 
     Where the head is the embedding it is left out. Where the configuration says so and the file holds another head, the
-    configuration is told: transformers leaves such a head alone, and everything that writes a model goes by the configuration.
+    configuration is told: transformers leaves such a head alone, and everything that writes a model goes by the
+    configuration.
 
     Raises:
         BadInput: codes of a quantiser; see `headers` and `check_tensors`.
@@ -274,7 +288,8 @@ def read_tensors(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> 
     if quantiser := getattr(config, "quantization_config", None):
         said = quantiser if isinstance(quantiser, dict) else quantiser.to_dict()
         raise BadInput(
-            f"{folder} holds weights quantised by '{said.get('quant_method', 'an unnamed method')}': expected plain ones, GPTQ's (2, 3, 4 or 8 bits), "
+            f"{folder} holds weights quantised by '{said.get('quant_method', 'an unnamed method')}': expected "
+            "plain ones, GPTQ's (2, 3, 4 or 8 bits), "
             "a GGUF file or an artifact"
         )
     stored = headers(folder)

@@ -22,8 +22,8 @@ SUMS = "sha256.json"  # beside the converted files: of each one
 def safetensors_folder(gguf: Path, sha256: str | None = None, cut: str | None = None) -> Path:
     """The Hugging Face folder (float32 safetensors, tokenizer, chat template) made from `gguf`, converted if need be.
 
-    Every weight is exact, since a Q4_1 or Q8_0 value (an fp16 scale times a small integer, plus an fp16 minimum) fits float32.
-    Takes seconds, once; loading the result takes under a second.
+    Every weight is exact, since a Q4_1 or Q8_0 value (an fp16 scale times a small integer, plus an fp16 minimum) fits
+    float32. Takes seconds, once; loading the result takes under a second.
 
     Args:
         gguf: the file, or one of the parts that llama.cpp's gguf-split made.

@@ -49,19 +49,20 @@ NORMAL, UNUSED = 1, 5  # llama.cpp's kinds of tokens, with gguf_reader's
 def export_gguf(subject: Subject, file: str | Path, kind: str = "F16", *, merge_corrections: bool = False) -> Path:
     """Write a subject as a GGUF file, whole or not at all.
 
-    Norms are float32. With Q4_0 and Q4_1 the embedding and the head are Q8_0, as llama.cpp's own files have them. Blocks that a plan
-    repeats stand in the file as often as they run; attentions and MLPs that were removed are zeros.
+    Norms are float32. With Q4_0 and Q4_1 the embedding and the head are Q8_0, as llama.cpp's own files have them.
+    Blocks that a plan repeats stand in the file as often as they run; attentions and MLPs that were removed are zeros.
 
     Args:
-        subject: depth-pruned, masked, quantised or as it is. Weights that are quantised already are rounded once more, to the type's own grid.
+        subject: depth-pruned, masked, quantised or as it is. Weights that are quantised already are rounded once more,
+            to the type's own grid.
         file: ends in .gguf; not there yet.
         kind: of all other matrices, one of `TYPES`. Q8_0, Q4_0 and Q4_1 round 32 neighbours of a row at a time.
         merge_corrections: add low-rank corrections to the weights, which fills the zeros of masked ones.
 
     Raises:
-        BadInput: another type, K-quants among them; Q4_1, which has no exact zero, of pruned weights; an architecture, activation,
-            position embedding or tokenizer that is not written here; rows that the type does not divide; corrections without
-            `merge_corrections`; a file that is there; a file that reads back as another model.
+        BadInput: another type, K-quants among them; Q4_1, which has no exact zero, of pruned weights; an architecture,
+            activation, position embedding or tokenizer that is not written here; rows that the type does not divide;
+            corrections without `merge_corrections`; a file that is there; a file that reads back as another model.
     """
     file = Path(file)
     if kind not in TYPES:
@@ -78,7 +79,8 @@ def export_gguf(subject: Subject, file: str | Path, kind: str = "F16", *, merge_
         raise BadInput(f"{file} cannot be written: expected a new file whose name ends in .gguf")
     if config.hidden_act != "silu":
         raise BadInput(
-            f"activation '{config.hidden_act}' cannot be written as GGUF: llama.cpp computes silu for {config.model_type}"
+            f"activation '{config.hidden_act}' cannot be written as GGUF: llama.cpp computes silu for "
+            f"{config.model_type}"
         )
     file = free_file(file, new=True)
     dense = _dense(subject, merge_corrections)
@@ -134,7 +136,8 @@ def export_gguf(subject: Subject, file: str | Path, kind: str = "F16", *, merge_
 
 
 def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """The rows of q and k in llama.cpp's order: it rotates neighbours (2i, 2i + 1) where transformers rotates (i, i + half)."""
+    """The rows of q and k in llama.cpp's order: it rotates neighbours (2i, 2i + 1) where transformers rotates (i, i +
+    half)."""
     return weight.view(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
@@ -144,7 +147,8 @@ def _dense(subject: Subject, merge_corrections: bool) -> Subject:
         for name, module in subject.linears(i).items():
             if isinstance(module, Adapted) and not merge_corrections:
                 raise BadInput(
-                    f"block {i}'s {name} has a low-rank correction beside its weight, which GGUF cannot hold: add --merge, which fills zeros"
+                    f"block {i}'s {name} has a low-rank correction beside its weight, which GGUF cannot hold: "
+                    "add --merge, which fills zeros"
                 )
     result = subject.copy()
     merge_all(result.model, "dense")
@@ -174,7 +178,8 @@ def _describe(writer: gguf.GGUFWriter, subject: Subject, file_type: gguf.LlamaFi
 
 
 def _rotary(writer: gguf.GGUFWriter, subject: Subject) -> np.ndarray | None:
-    """Write what rotates how fast; what each rotation's wavelength is multiplied by, where the file keeps that as a tensor."""
+    """Write what rotates how fast; what each rotation's wavelength is multiplied by, where the file keeps that as a
+    tensor."""
     c, arch = subject.model.config, writer.arch
     said, rotary = c.rope_parameters, subject.model.model.rotary_emb
     kind, usual = (
@@ -199,7 +204,8 @@ def _rotary(writer: gguf.GGUFWriter, subject: Subject) -> np.ndarray | None:
     fixed = kind == "llama3" or (kind == "longrope" and said["short_factor"] == said["long_factor"])
     if not fixed or rotary.attention_scaling != 1 or arch != "llama":
         raise BadInput(
-            f"position embedding '{kind}' of {c.model_type} cannot be written as GGUF here: expected default, linear or yarn, or with LLaMA llama3"
+            f"position embedding '{kind}' of {c.model_type} cannot be written as GGUF here: expected default, "
+            "linear or yarn, or with LLaMA llama3"
         )
     used = rotary.original_inv_freq.float().cpu()
     steps = torch.arange(0, 2 * len(used), 2, dtype=torch.float32) / (2 * len(used))
@@ -221,20 +227,32 @@ def _windows(writer: gguf.GGUFWriter, config: Any) -> None:
     if None in windows:
         writer.add_sliding_window_pattern([w is not None for w in windows])
     print(
-        f"llama.cpp does not cut {config.model_type}'s attention to {window} tokens: longer contexts run as another model there",
+        f"llama.cpp does not cut {config.model_type}'s attention to {window} tokens: longer contexts run as "
+        "another model there",
         file=sys.stderr,
     )
 
 
 def _check_read_back(file: Path, subject: Subject, digests: dict[str, tuple[torch.Size, str]]) -> None:
-    """Raises BadInput if a file is not the model that was written: its tensors, what is computed with them, its tokenizer."""
+    """Raises BadInput if a file is not the model that was written: its tensors, what is computed with them, its
+    tokenizer."""
     model = GgufModel(file)
     tokenizer, own, read = model.tokenizer(), subject.model.config, model.config
     for name, tensor in model.tensors({name: shape for name, (shape, _) in digests.items()}):
         if _digest(tensor) != digests[name][1]:
             raise BadInput(f"'{name}' reads back as other numbers than were written: {file.name} was not kept")
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size", "max_position_embeddings",
-             "rms_norm_eps", "tie_word_embeddings", "no_rope_layers")  # fmt: skip
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+        "max_position_embeddings",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "no_rope_layers",
+    )
     one, two = ({name: getattr(c, name, None) for name in names} for c in (own, read))
     reach = own.max_position_embeddings
     one["attention windows"], two["attention windows"] = (
@@ -256,14 +274,16 @@ def _check_read_back(file: Path, subject: Subject, digests: dict[str, tuple[torc
     for what in one:
         if one[what] != two[what]:
             raise BadInput(
-                f"{what} would read back as {str(two[what])[:60]!r} for {str(one[what])[:60]!r}: GGUF has no place for it, so nothing was written"
+                f"{what} would read back as {str(two[what])[:60]!r} for {str(one[what])[:60]!r}: GGUF has no "
+                "place for it, so nothing was written"
             )
     special = [str(subject.tokenizer.convert_ids_to_tokens(i)) for i in subject.tokenizer.all_special_ids]
     for text in [*PROBES, "".join(special), " and ".join(special)]:
         a, b = (t(text)["input_ids"] for t in (subject.tokenizer, tokenizer))
         if a != b:
             raise BadInput(
-                f"the tokenizer of {subject.name} cannot be written as GGUF: {text!r} would become {b[:12]} for {a[:12]}"
+                f"the tokenizer of {subject.name} cannot be written as GGUF: {text!r} would become {b[:12]} for "
+                f"{a[:12]}"
             )
 
 
@@ -288,12 +308,14 @@ def _tokenizer(writer: gguf.GGUFWriter, subject: Subject) -> None:
     raw = json.loads(tokenizer.backend_tokenizer.to_str())
     if raw["model"]["type"] != "BPE" or "ByteLevel" not in json.dumps(raw["pre_tokenizer"]):
         raise BadInput(
-            f"the tokenizer of {subject.name} cannot be written as GGUF here: expected byte-level BPE, as LLaMA 3, Qwen and SmolLM have"
+            f"the tokenizer of {subject.name} cannot be written as GGUF here: expected byte-level BPE, as LLaMA "
+            "3, Qwen and SmolLM have"
         )
     normaliser = (raw["normalizer"] or {"type": "none"})["type"]
     if normaliser not in NORMALISERS:
         raise BadInput(
-            f"the tokenizer of {subject.name} cannot be written as GGUF here: it normalises text by {normaliser}; expected {' or '.join(NORMALISERS)}"
+            f"the tokenizer of {subject.name} cannot be written as GGUF here: it normalises text by "
+            f"{normaliser}; expected {' or '.join(NORMALISERS)}"
         )
     writer.add_string(
         NORMALISER, normaliser
@@ -302,7 +324,8 @@ def _tokenizer(writer: gguf.GGUFWriter, subject: Subject) -> None:
     most = max([*raw["model"]["vocab"].values(), *(added["id"] for added in raw["added_tokens"])])
     if most >= size:
         raise BadInput(
-            f"the tokenizer of {subject.name} has a token {most}, its embedding only {size} rows: expected a tokenizer that fits the model"
+            f"the tokenizer of {subject.name} has a token {most}, its embedding only {size} rows: expected a "
+            "tokenizer that fits the model"
         )
     tokens, kinds = [f"[UNUSED{i}]" for i in range(size)], [UNUSED] * size
     for token, i in raw["model"]["vocab"].items():
@@ -350,5 +373,6 @@ def pre_tokenizer(raw: dict[str, Any]) -> str:
             if steps[0]["pattern"].get("Regex") == text:
                 return name
     raise BadInput(
-        f"the tokenizer cuts text by {', '.join(kinds)} in a way not known here: expected GPT-2's, SmolLM's, LLaMA 3's or Qwen 2's"
+        f"the tokenizer cuts text by {', '.join(kinds)} in a way not known here: expected GPT-2's, SmolLM's, "
+        "LLaMA 3's or Qwen 2's"
     )

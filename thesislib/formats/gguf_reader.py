@@ -1,7 +1,7 @@
 """A GGUF file read as a Hugging Face model: every setting and tensor is used, known to be harmless, or refused by name.
 
-transformers reads GGUF too, but makes up the weights that a file lacks, and drops rotary factors, biases, attention windows,
-wide heads and the way in which the tokenizer cuts text.
+transformers reads GGUF too, but makes up the weights that a file lacks, and drops rotary factors, biases, attention
+windows, wide heads and the way in which the tokenizer cuts text.
 """
 
 import math
@@ -36,7 +36,8 @@ SPECIAL, ADDED = 3, 4  # llama.cpp's kinds of tokens that are cut out of a text 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 PATTERNS = {"llama-bpe": _WORDS % r"\p{N}{1,3}", "qwen2": _WORDS % r"\p{N}"}  # how a text is cut before it is merged
 ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "smaug-bpe": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
-# a setting of our own: GGUF has no place for it, and Qwen's tokenizers, which have the form NFC, are written without it elsewhere
+# a setting of our own: GGUF has no place for it, and Qwen's tokenizers, which have the form NFC, are written without it
+# elsewhere
 NORMALISER, NORMALISERS = "thesislib.tokenizer.normaliser", {"none": None, "NFC": normalizers.NFC()}
 HARMLESS = re.compile(
     r"GGUF\..*|general\.(?!type$).*|split\..*|quantize\.imatrix\..*|tokenizer\.ggml\.(scores|(unknown|separator|mask|cls|fim_\w+|prefix|suffix|middle)_token_id)"
@@ -62,7 +63,8 @@ NEUTRAL = {
 
 
 def parts(path: Path) -> list[Path]:
-    """The files of a model that llama.cpp's gguf-split cut into several, in order; the file alone for one that is whole.
+    """The files of a model that llama.cpp's gguf-split cut into several, in order; the file alone for one that is
+    whole.
 
     Raises:
         BadInput: a part that is not there, or a part under another name than NAME-00001-of-00003.gguf.
@@ -74,13 +76,15 @@ def parts(path: Path) -> list[Path]:
     match = PART.search(path.stem)
     if not match or int(match[2]) != count:
         raise BadInput(
-            f"{path.name} is one of {count} parts of a model: expected the name NAME-00001-of-{count:05d}.gguf, and the others beside it"
+            f"{path.name} is one of {count} parts of a model: expected the name NAME-00001-of-{count:05d}.gguf, "
+            "and the others beside it"
         )
     files = [path.with_name(f"{path.stem[: match.start()]}-{n:05d}-of-{count:05d}.gguf") for n in range(1, count + 1)]
     for file in files:
         if not file.is_file():
             raise BadInput(
-                f"{path.name} is one of {count} parts of a model, and {file.name} is not beside it: the model is not whole"
+                f"{path.name} is one of {count} parts of a model, and {file.name} is not beside it: the model is "
+                "not whole"
             )
         check_header(file)
     return files
@@ -157,7 +161,8 @@ class GgufModel:
                 kind = "mistral"
             elif kind not in ("qwen2", "qwen3") or len(pattern) != depth:
                 raise BadInput(
-                    f"{self.path.name}: {self.architecture} with attention windows in {sum(pattern)} of {depth} blocks is not known here"
+                    f"{self.path.name}: {self.architecture} with attention windows in {sum(pattern)} of {depth} "
+                    "blocks is not known here"
                 )
             settings["sliding_window"] = window
             if kind != "mistral":
@@ -173,13 +178,15 @@ class GgufModel:
         left = [key for key in self.fields.left if key.startswith(f"{self.architecture}.")]
         for key in left:
             raise BadInput(
-                f"{self.path.name} says {key} = {self.fields.get(key)!r}, which {kind} has no place for here: another model would be measured"
+                f"{self.path.name} says {key} = {self.fields.get(key)!r}, which {kind} has no place for here: "
+                "another model would be measured"
             )
         check_sizes(settings, self.path.name)
         return CONFIG_MAPPING[kind](**settings)
 
     def _rotary(self, take, context: int) -> dict[str, Any]:
-        """What rotates how fast: plain, scaled by one number, by YaRN, or by a factor for each frequency (Llama 3's)."""
+        """What rotates how fast: plain, scaled by one number, by YaRN, or by a factor for each frequency (Llama
+        3's)."""
         rotary = {"rope_type": "default", "rope_theta": float(take("rope.freq_base", 10000.0))}
         factor = float(take("rope.scaling.factor", take("rope.scale_linear", 1.0)) or 1.0)
         kind = take("rope.scaling.type", "linear")  # llama.cpp's default
@@ -192,19 +199,27 @@ class GgufModel:
             }
         elif kind not in ("none", "linear"):
             raise BadInput(
-                f"{self.path.name}: rotary scaling '{kind}' is not read here: expected none, linear, yarn or rope_freqs.weight"
+                f"{self.path.name}: rotary scaling '{kind}' is not read here: expected none, linear, yarn or "
+                "rope_freqs.weight"
             )
         elif kind == "linear" and factor != 1.0:
             rotary |= {"rope_type": "linear", "factor": factor}
         if "rope_freqs.weight" in self.stored:
             if rotary["rope_type"] != "default":
                 raise BadInput(
-                    f"{self.path.name} has rope_freqs.weight and scaling '{rotary['rope_type']}': expected one of the two"
+                    f"{self.path.name} has rope_freqs.weight and scaling '{rotary['rope_type']}': expected one "
+                    "of the two"
                 )
             factors = self._numbers("rope_freqs.weight").double().tolist()
             # the one kind that takes any factors; with no longer context there is nothing to switch to
-            rotary |= {"rope_type": "longrope", "short_factor": factors, "long_factor": factors, "attention_factor": 1.0,
-                       "factor": 1.0, "original_max_position_embeddings": context}  # fmt: skip
+            rotary |= {
+                "rope_type": "longrope",
+                "short_factor": factors,
+                "long_factor": factors,
+                "attention_factor": 1.0,
+                "factor": 1.0,
+                "original_max_position_embeddings": context,
+            }
         return rotary
 
     def tensors(self, shapes: dict[str, torch.Size]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -214,7 +229,8 @@ class GgufModel:
             shapes: the name and shape of each that the model has.
 
         Raises:
-            BadInput: one that is missing, of another shape or of a type that gguf cannot decode, or one that the model has no place for.
+            BadInput: one that is missing, of another shape or of a type that gguf cannot decode, or one that the model
+                has no place for.
         """
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[self.architecture.upper()], self.config.num_hidden_layers)
         used = {"rope_freqs.weight"}
@@ -234,7 +250,8 @@ class GgufModel:
         for own in self.stored:
             if own not in used:
                 raise BadInput(
-                    f"{self.path.name} holds '{own}', which {self.config.model_type} has no place for here: another model would be measured"
+                    f"{self.path.name} holds '{own}', which {self.config.model_type} has no place for here: "
+                    "another model would be measured"
                 )
 
     def _numbers(self, own: str) -> torch.Tensor:
@@ -244,7 +261,8 @@ class GgufModel:
             values = gguf.quants.dequantize(stored.data, stored.tensor_type)
         except NotImplementedError as error:
             raise BadInput(
-                f"{self.path.name}: '{own}' is {stored.tensor_type.name}, which gguf cannot decode: convert the file to Q8_0 or F16"
+                f"{self.path.name}: '{own}' is {stored.tensor_type.name}, which gguf cannot decode: convert the "
+                "file to Q8_0 or F16"
             ) from error
         return torch.from_numpy(values.astype("float32", copy=True).reshape([int(n) for n in reversed(stored.shape)]))
 
@@ -290,7 +308,8 @@ class GgufModel:
             )
         else:
             raise BadInput(
-                f"{self.path.name}: tokenizer '{kind}' is not known here: expected gpt2 (byte-level BPE) or llama (SentencePiece)"
+                f"{self.path.name}: tokenizer '{kind}' is not known here: expected gpt2 (byte-level BPE) or "
+                "llama (SentencePiece)"
             )
         if not take("tokenizer.ggml.add_space_prefix", True) and kind == "llama":
             raise BadInput(f"{self.path.name}: a SentencePiece tokenizer without the space in front is not read here")
@@ -319,7 +338,8 @@ class GgufModel:
         _ = self.generation, self.config  # they use settings too
         for key in self.fields.left:
             raise BadInput(
-                f"{self.path.name} says {key} = {str(self.fields.get(key))[:60]!r}, which is not known here: another model would be measured"
+                f"{self.path.name} says {key} = {str(self.fields.get(key))[:60]!r}, which is not known here: "
+                "another model would be measured"
             )
         return PreTrainedTokenizerFast(
             tokenizer_object=raw, chat_template=chat, clean_up_tokenization_spaces=False, **special
@@ -379,7 +399,8 @@ def byte_level(
 
 
 def halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """The rows of q and k in transformers' order: it rotates (i, i + half) where llama.cpp rotates neighbours (2i, 2i + 1)."""
+    """The rows of q and k in transformers' order: it rotates (i, i + half) where llama.cpp rotates neighbours (2i, 2i +
+    1)."""
     return weight.view(heads, -1, 2, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
@@ -395,11 +416,12 @@ def _whole(key: str, value: Any) -> int:
 
 
 def check_header(path: Path) -> None:
-    """Walk through a file's header by its own counts and lengths, in bounded time and memory, before anything is made by them.
+    """Walk through a file's header by its own counts and lengths, in bounded time and memory, before anything is made
+    by them.
 
     Raises:
-        BadInput: no GGUF; counts or lengths that lead out of the file or are beyond any model; more than tensors behind the header;
-            tensors that this machine has no memory for.
+        BadInput: no GGUF; counts or lengths that lead out of the file or are beyond any model; more than tensors behind
+            the header; tensors that this machine has no memory for.
     """
     with plain_errors(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -451,11 +473,13 @@ def check_header(path: Path) -> None:
             total, end = total + n, max(end, offset + n // block * width)
     except struct.error as error:
         raise BadInput(
-            f"{path} cannot be read as GGUF (its header leads out of it, or beyond any model's: {error}): truncated? fetch it again"
+            f"{path} cannot be read as GGUF (its header leads out of it, or beyond any model's: {error}): "
+            "truncated? fetch it again"
         ) from error
     if size > at + end + SLACK:
         raise BadInput(
-            f"{path} has {size:,} bytes, of which its header and tensors are {at + end:,}: expected no others; fetch it again"
+            f"{path} has {size:,} bytes, of which its header and tensors are {at + end:,}: expected no others; "
+            "fetch it again"
         )
     if size < at + end:
         raise BadInput(f"{path} is truncated: its tensors end at byte {at + end}, the file at {size}")
@@ -469,7 +493,8 @@ def _reader(path: Path) -> gguf.GGUFReader:
         end = max((int(t.data_offset) + int(t.n_bytes) for t in reader.tensors), default=0)
     except Exception as error:  # the reader maps the file and fails in many ways on a short or damaged one
         raise BadInput(
-            f"{path} cannot be read as GGUF ({str(error).splitlines()[0] if str(error) else type(error).__name__}): truncated? fetch it again"
+            f"{path} cannot be read as GGUF "
+            f"({str(error).splitlines()[0] if str(error) else type(error).__name__}): truncated? fetch it again"
         ) from error
     if end > path.stat().st_size:
         raise BadInput(f"{path} is truncated: its tensors end at byte {end}, the file at {path.stat().st_size}")

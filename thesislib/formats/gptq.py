@@ -41,22 +41,23 @@ WORD = 32  # codes that fill whole int32 words, at any number of bits
 
 
 def export_gptq(subject: Subject, folder: str | Path) -> Path:
-    """Write a quantised subject as a GPTQ checkpoint, whole or not at all; corrections beside it as a PEFT adapter in `adapter/`.
+    """Write a quantised subject as a GPTQ checkpoint, whole or not at all; corrections beside it as a PEFT adapter in
+    `adapter/`.
 
     Codes, scales and zeros are the subject's own, so the weights are the same numbers. Pruned weights, which artifacts
     leave out, are written as codes of zero: this layout has no sparse form.
 
-    On the symmetric grid zeros are stored less one, as the layout's first version has it and all loaders read it. On the
-    asymmetric grid they are stored as they are, which is its second version (`checkpoint_format: gptq_v2`): a zero of 0 less
-    one would borrow from its neighbour in the word, and loaders refuse the first version there.
+    On the symmetric grid zeros are stored less one, as the layout's first version has it and all loaders read it. On
+    the asymmetric grid they are stored as they are, which is its second version (`checkpoint_format: gptq_v2`): a zero
+    of 0 less one would borrow from its neighbour in the word, and loaders refuse the first version there.
 
     Args:
         subject: all of whose projections are quantised, alike.
         folder: a new or empty one.
 
     Raises:
-        BadInput: projections that are not quantised, or not alike; a grid with a floating minimum; groups or shapes that the
-            layout cannot hold; a folder that holds something.
+        BadInput: projections that are not quantised, or not alike; a grid with a floating minimum; groups or shapes
+            that the layout cannot hold; a folder that holds something.
     """
     folder = free_folder(folder)
     linears: dict[str, Any] = {path: base_of(module) for path, module in projection_paths(subject)}
@@ -96,7 +97,8 @@ def export_gptq(subject: Subject, folder: str | Path) -> Path:
 
 
 def load_gptq(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a GPTQ checkpoint, its projections held as `QuantisedLinear`; corrections in `adapter/`, where `export_gptq` puts them, beside them.
+    """The model of a GPTQ checkpoint, its projections held as `QuantisedLinear`; corrections in `adapter/`, where
+    `export_gptq` puts them, beside them.
 
     Args:
         folder: with safetensors.
@@ -115,7 +117,8 @@ def load_gptq(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> Pre
         or said.get("modules_in_block_to_quantize")
     ):
         raise BadInput(
-            f"{folder}: GPTQ of format '{form}' with these settings is not read here: expected gptq or gptq_v2, all projections alike, the head plain"
+            f"{folder}: GPTQ of format '{form}' with these settings is not read here: expected gptq or gptq_v2, "
+            "all projections alike, the head plain"
         )
     grid = Grid(bits, ROW if group == -1 else group, "symmetric" if said.get("sym", True) else "asymmetric")
     opened = {file: load_file(file) for file in {header.file for header in where.values()}}
@@ -135,7 +138,8 @@ def load_gptq(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> Pre
     for key, tensor in stored.items():
         if not tensor.is_floating_point():
             raise BadInput(
-                f"the weight '{key}' of {folder} is stored as {tensor.dtype}: expected floating numbers, or codes of a projection"
+                f"the weight '{key}' of {folder} is stored as {tensor.dtype}: expected floating numbers, or "
+                "codes of a projection"
             )
         tensors[key] = tensor.to(dtype)
     if (folder / "adapter").is_dir():
@@ -197,7 +201,8 @@ def codes_of(packed: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def words(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """(rows, n) codes as (rows, n x bits / 32) int32: each row a string of bits, the lowest bit of the first code first.
+    """(rows, n) codes as (rows, n x bits / 32) int32: each row a string of bits, the lowest bit of the first code
+    first.
 
     >>> words(torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]], dtype=torch.uint8), 4).item() == 0x87654321 - 2**32
     True
@@ -212,7 +217,8 @@ def _settings(subject: Subject, linears: dict[str, Any]) -> dict[str, Any]:
     dense = [path for path, linear in linears.items() if not isinstance(linear, QuantisedLinear)]
     if dense:
         raise BadInput(
-            f"{dense[0]} is not quantised ({len(dense)} of {len(linears)} are not): a GPTQ checkpoint holds models with all projections quantised"
+            f"{dense[0]} is not quantised ({len(dense)} of {len(linears)} are not): a GPTQ checkpoint holds "
+            "models with all projections quantised"
         )
     if not all(list(subject.linears(i)) == list(subject.linears(0)) for i in range(subject.depth)):
         raise BadInput(
@@ -226,7 +232,8 @@ def _settings(subject: Subject, linears: dict[str, Any]) -> dict[str, Any]:
     (grid,) = grids
     if not grid.holds_zero:
         raise BadInput(
-            "grid 'minimum' cannot be held: a GPTQ checkpoint has integer zeros, so quantise on the symmetric or asymmetric grid"
+            "grid 'minimum' cannot be held: a GPTQ checkpoint has integer zeros, so quantise on the symmetric or "
+            "asymmetric grid"
         )
     odd = {
         path: (m.out_features, m.in_features)

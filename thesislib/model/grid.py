@@ -65,14 +65,16 @@ class Grid:
         return columns if self.group == ROW else int(self.group)
 
     def check(self, inputs: dict[str, int]) -> None:
-        """Raises BadInput if the group does not divide the rows of some projection ({name: inputs}), with those that do."""
+        """Raises BadInput if the group does not divide the rows of some projection ({name: inputs}), with those that
+        do."""
         for name, columns in inputs.items():
             if columns % self.size(columns):
                 common = gcd(*inputs.values())
                 fit = [n for n in range(8, common + 1) if common % n == 0]
                 raise BadInput(
                     f"group {self.group} does not divide the rows of {name} ({columns} inputs): "
-                    f"{', '.join(map(str, fit)) or 'no group of 8 or more'} divide all rows here, and '{ROW}' always fits"
+                    f"{', '.join(map(str, fit)) or 'no group of 8 or more'} divide all rows here, and '{ROW}' "
+                    "always fits"
                 )
 
     def fit(
@@ -171,7 +173,8 @@ class Quantised:
 def round_to_nearest(
     w: torch.Tensor, grid: Grid, clip: str = "none", importance: torch.Tensor | None = None
 ) -> Quantised:
-    """A (rows, columns) weight rounded to a grid, each weight by itself; see `Grid.fit` for clip and importance (columns,)."""
+    """A (rows, columns) weight rounded to a grid, each weight by itself; see `Grid.fit` for clip and importance
+    (columns,)."""
     groups = w.float().view(len(w), -1, grid.size(w.shape[1]))
     scale, offset = grid.fit(groups, clip, None if importance is None else importance.view(groups.shape[1:]))
     codes = grid.codes(groups, scale[..., None], offset[..., None])

@@ -1,4 +1,5 @@
-"""What may stand in a projection's place: a linear whose weight is computed when used, and one with a low-rank correction.
+"""What may stand in a projection's place: a linear whose weight is computed when used, and one with a low-rank
+correction.
 
 All of them have `weight` (the dense weight of the projection itself), `bias`, `in_features` and `out_features`, and put
 a plain `weight` into the state dict, so that fingerprints and plain checkpoints need not know about them.
@@ -62,7 +63,8 @@ class ComputedLinear(nn.Module):
         for word in cls.__dict__.get("words", ()):
             if word in READERS:
                 raise TypeError(
-                    f"encodings that begin with '{word}' are read by {READERS[word].__name__} already: {cls.__name__} needs another word"
+                    f"encodings that begin with '{word}' are read by {READERS[word].__name__} already: "
+                    f"{cls.__name__} needs another word"
                 )
             READERS[word] = cls
 
@@ -143,7 +145,10 @@ class ComputedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """As nn.Linear's, and the encoding."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, encoding={self.encoding}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"encoding={self.encoding}"
+        )
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -151,7 +156,8 @@ class ComputedLinear(nn.Module):
 
 
 class PackedLinear(ComputedLinear):
-    """Holds its weight packed (see `thesislib.model.packing`), 0.55 of the bytes for W2:4 in bfloat16, and unpacks it at each use."""
+    """Holds its weight packed (see `thesislib.model.packing`), 0.55 of the bytes for W2:4 in bfloat16, and unpacks it
+    at each use."""
 
     words = ("bitmap", "")  # patterns such as 2:4 begin with no word
 
@@ -214,7 +220,8 @@ class PackedLinear(ComputedLinear):
 
 
 def reader(encoding: str) -> type[ComputedLinear]:
-    """The class that reads an encoding, by the letters that it begins with: "int" of int4/symmetric/64/all, none of 2:4.
+    """The class that reads an encoding, by the letters that it begins with: "int" of int4/symmetric/64/all, none of
+    2:4.
 
     Raises:
         BadInput: no class reads it, or not in this form.
@@ -229,8 +236,8 @@ def reader(encoding: str) -> type[ComputedLinear]:
 class Adapted(nn.Module):
     """A projection and a low-rank correction of its output: y = base(x) + (x Aᵀ) Bᵀ, any scale folded into B.
 
-    `weight` and `bias` are the base's. In the state dict the base's `weight` stands where it would without a correction,
-    beside `lora_A` and `lora_B`.
+    `weight` and `bias` are the base's. In the state dict the base's `weight` stands where it would without a
+    correction, beside `lora_A` and `lora_B`.
 
     Args:
         base: an nn.Linear or a ComputedLinear.
@@ -286,7 +293,8 @@ Projection = nn.Linear | ComputedLinear | Adapted
 
 
 def adapt(module: Projection, A: torch.Tensor, B: torch.Tensor) -> Adapted:
-    """A projection with one more correction: y = module(x) + (x Aᵀ) Bᵀ. Two corrections are one of both ranks together."""
+    """A projection with one more correction: y = module(x) + (x Aᵀ) Bᵀ. Two corrections are one of both ranks
+    together."""
     if not isinstance(module, Adapted):
         return Adapted(module, A, B)
     return Adapted(module.base, torch.cat([module.lora_A.detach(), A]), torch.cat([module.lora_B.detach(), B], 1))
@@ -315,18 +323,21 @@ def merge(adapted: Adapted) -> nn.Linear:
 
 
 def merge_masked(adapted: Adapted) -> nn.Linear:
-    """A dense linear with W + B A where W is not zero (a bit of it is set, so -0.0 counts as a weight), and 0 elsewhere."""
+    """A dense linear with W + B A where W is not zero (a bit of it is set, so -0.0 counts as a weight), and 0
+    elsewhere."""
     kept = packing.nonzero_bits(adapted.weight)
     return _linear(torch.where(kept, _sum(adapted), 0), adapted.bias)
 
 
 def merged(adapted: Adapted, how: str) -> Projection:
-    """A corrected projection merged "dense", see `merge`, or "masked", see `merge_masked`; "beside" leaves it as it is."""
+    """A corrected projection merged "dense", see `merge`, or "masked", see `merge_masked`; "beside" leaves it as it
+    is."""
     return {"beside": lambda module: module, "masked": merge_masked, "dense": merge}[how](adapted)
 
 
 def merge_all(model: M, how: str) -> M:
-    """Merge every correction of a model in place, see `merged`; those that stood in several places are one again in all of them."""
+    """Merge every correction of a model in place, see `merged`; those that stood in several places are one again in all
+    of them."""
     return _change_all(model, lambda module: merged(module, how) if isinstance(module, Adapted) else module)
 
 
@@ -346,7 +357,8 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
 
 
 def unpack(module: Projection) -> nn.Linear | Adapted:
-    """The projection as an nn.Linear; an adapted one stays adapted, around an nn.Linear; what is dense is returned as it is."""
+    """The projection as an nn.Linear; an adapted one stays adapted, around an nn.Linear; what is dense is returned as
+    it is."""
     if isinstance(module, Adapted):
         return (
             Adapted(_linear(module.weight, module.bias), module.lora_A, module.lora_B)
@@ -357,12 +369,14 @@ def unpack(module: Projection) -> nn.Linear | Adapted:
 
 
 def unpack_all(model: M, kind: type[ComputedLinear] = ComputedLinear) -> M:
-    """Unpack every linear of one kind in a model in place; those that stood in several places are one again in all of them."""
+    """Unpack every linear of one kind in a model in place; those that stood in several places are one again in all of
+    them."""
     return _change_all(model, lambda module: unpack(module) if isinstance(base_of(module), kind) else module)
 
 
 def _change_all(model: M, change: Callable[[ComputedLinear | Adapted], Projection]) -> M:
-    """Put what `change` makes of it where each linear of a model stands that is computed or corrected; each is changed once."""
+    """Put what `change` makes of it where each linear of a model stands that is computed or corrected; each is changed
+    once."""
     changed: dict[int, nn.Module] = {}
     for parent in list(model.modules()):  # which holds them all, so that no two have the same id
         if isinstance(parent, Adapted):  # replaced as a whole, by its parent

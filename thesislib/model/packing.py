@@ -25,7 +25,8 @@ _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Pattern(NamedTuple):
-    """`remove` of each `of` consecutive inputs of a row are zero. 2:4 at half density is also NVIDIA's 2:4; 1:8 keeps 7."""
+    """`remove` of each `of` consecutive inputs of a row are zero. 2:4 at half density is also NVIDIA's 2:4; 1:8 keeps
+    7."""
 
     remove: int
     of: int
@@ -44,11 +45,13 @@ class Pattern(NamedTuple):
         if not 0 < remove < of:
             what = "nothing" if remove == 0 else f"{remove} of {of}"
             raise BadInput(
-                f"pattern '{text}' removes {what}: expected at least 1 and fewer than all, e.g. '{max(of // 2, 1)}:{max(of, 2)}'"
+                f"pattern '{text}' removes {what}: expected at least 1 and fewer than all, e.g. "
+                f"'{max(of // 2, 1)}:{max(of, 2)}'"
             )
         if of > LARGEST:
             raise BadInput(
-                f"pattern '{text}' has groups of {of}: expected at most {LARGEST}, e.g. '{ceil(remove * LARGEST / of)}:{LARGEST}'"
+                f"pattern '{text}' has groups of {of}: expected at most {LARGEST}, e.g. "
+                f"'{ceil(remove * LARGEST / of)}:{LARGEST}'"
             )
         return cls(remove, of)
 
@@ -83,7 +86,8 @@ def pack_nm(weight: torch.Tensor, pattern: Pattern) -> tuple[torch.Tensor, torch
 
     Returns:
         values (rows, columns / of * keep) of the same type, and codes (uint8): each group's row in the lexicographic
-        table of combinations, `bits` bits each, least significant first; eight groups fill `bits` bytes, the last eight padded.
+        table of combinations, `bits` bits each, least significant first; eight groups fill `bits` bytes, the last eight
+        padded.
 
     Raises:
         BadInput: columns that are no multiple of `of`; a group with more than `keep` values.
@@ -98,7 +102,8 @@ def pack_nm(weight: torch.Tensor, pattern: Pattern) -> tuple[torch.Tensor, torch
         first, n = group * pattern.of, int(count.view(rows, -1)[row, group])
         where = f"row {row}, inputs {first} to {first + pattern.of - 1}"
         raise BadInput(
-            f"{where} hold {n} non-zero weights and cannot be packed {pattern}: expected at most {pattern.keep}; mask the weight first"
+            f"{where} hold {n} non-zero weights and cannot be packed {pattern}: expected at most {pattern.keep}; "
+            "mask the weight first"
         )
     zero = ~kept
     kept |= zero & (zero.cumsum(1) <= pattern.keep - count)
@@ -247,7 +252,8 @@ def _bytes(bits: torch.Tensor) -> torch.Tensor:
 
 
 def _codes(codes: torch.Tensor, bits: int, joined: int = 1) -> torch.Tensor:
-    """Codes of `bits` bits out of their bytes, `joined` (1, 2 or 4) of them to a number: (padded codes / joined,) int64."""
+    """Codes of `bits` bits out of their bytes, `joined` (1, 2 or 4) of them to a number: (padded codes / joined,)
+    int64."""
     eights = F.pad(codes.view(-1, bits), (0, 8))
     shifts = torch.arange(0, 4, joined, device=codes.device) * bits
     halves = []
@@ -266,7 +272,8 @@ def _places(pattern: Pattern, device: torch.device) -> torch.Tensor:
 
 @cache
 def _joined_places(pattern: Pattern, joined: int, device: torch.device) -> torch.Tensor:
-    """(2^(joined x bits), joined x keep): the places of `joined` neighbouring groups, by their codes one after the other."""
+    """(2^(joined x bits), joined x keep): the places of `joined` neighbouring groups, by their codes one after the
+    other."""
     places = F.pad(
         _places(pattern, device), (0, 0, 0, (1 << pattern.bits) - pattern.states)
     )  # codes that are not used too

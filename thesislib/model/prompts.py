@@ -1,4 +1,5 @@
-"""How a question is put to a subject, in evaluation as in training, and how answers and questions are spelt to be compared."""
+"""How a question is put to a subject, in evaluation as in training, and how answers and questions are spelt to be
+compared."""
 
 import hashlib
 import re
@@ -65,7 +66,8 @@ def _in_chat(subject: Subject, text: str) -> str:
         raise BadInput(f"the chat template of {subject.name} leaves the question out: {instead}")
     if thought := _THOUGHT.search(after if found else turn):
         raise BadInput(
-            f"the chat template of {subject.name} opens a thought ({thought[1]}) in which an answer would end: {instead}"
+            f"the chat template of {subject.name} opens a thought ({thought[1]}) in which an answer would end: "
+            f"{instead}"
         )
     return turn
 
@@ -79,8 +81,12 @@ def chat_template(subject: Subject) -> str:
     found = subject.tokenizer.chat_template
     if isinstance(found, dict):
         if "default" not in found:
-            raise BadInput(f"{subject.name} has the chat templates {', '.join(sorted(found))} and none called 'default': "
-                           "give one of them that name in its tokenizer's files, or ask with --prompt thesis, which needs no template")  # fmt: skip
+            raise BadInput(
+                f"{subject.name} has the chat templates {', '.join(sorted(found))} and none called "
+                "'default': "
+                "give one of them that name in its tokenizer's files, or ask with --prompt thesis, which needs "
+                "no template"
+            )
         found = found["default"]
     if not found:
         raise BadInput(f"{subject.name} has no chat template: use prompt 'thesis'")
@@ -89,7 +95,8 @@ def chat_template(subject: Subject) -> str:
 
 def _dated(template: str) -> str:
     """The template with a `strftime_now` of its own, in front of transformers', that says `TODAY`."""
-    # a macro, because transformers hands no functions to a template; the line end belongs to the block and is not printed
+    # a macro, because transformers hands no functions to a template; the line end belongs to the block and is not
+    # printed
     return _calendar() + template if "strftime_now" in template else template
 
 
@@ -116,8 +123,8 @@ def adds_bos(subject: Subject, prompt: str) -> bool:
 def asked(subject: Subject, prompts: Sequence[str], style: str) -> dict:
     """What a record says of its prompts.
 
-    prompts_sha256: of all of them, each ended by a zero byte. special_tokens: whether the tokenizer adds its own in front.
-    With a chat template also template_sha256, the date it was told and that thinking is off.
+    prompts_sha256: of all of them, each ended by a zero byte. special_tokens: whether the tokenizer adds its own in
+    front. With a chat template also template_sha256, the date it was told and that thinking is off.
     """
     text = "".join(f"{prompt}\0" for prompt in prompts).encode()
     facts = {
@@ -135,7 +142,8 @@ def asked(subject: Subject, prompts: Sequence[str], style: str) -> dict:
 
 
 def end_tokens(subject: Subject) -> list[int]:
-    """The tokens that end a text: the model's, else the tokenizer's; none where neither names one that the model has a row for.
+    """The tokens that end a text: the model's, else the tokenizer's; none where neither names one that the model has a
+    row for.
 
     Raises:
         BadInput: generation settings that name something else than tokens.
@@ -145,7 +153,8 @@ def end_tokens(subject: Subject) -> list[int]:
         several = named if isinstance(named, (list, tuple)) else [] if named is None else [named]
         if any(isinstance(token, bool) or not isinstance(token, int) for token in several):
             raise BadInput(
-                f"the generation settings of {subject.name} have the eos_token_id {named!r}: expected a token's number, or a list of them"
+                f"the generation settings of {subject.name} have the eos_token_id {named!r}: expected a token's "
+                "number, or a list of them"
             )
         if known := [token for token in several if 0 <= token < rows]:
             return known
@@ -153,7 +162,8 @@ def end_tokens(subject: Subject) -> list[int]:
 
 
 def control_tokens(subject: Subject) -> set[int]:
-    """The tokens at which an answer is over: end tokens, special tokens, and others that the tokenizer was given for control.
+    """The tokens at which an answer is over: end tokens, special tokens, and others that the tokenizer was given for
+    control.
 
     Not every checkpoint flags its turns' marks as special, so that an added token spelt ``<|like_this|>`` counts too.
     """

@@ -1,4 +1,5 @@
-"""Linears and an embedding that hold quantised weights packed: codes of 2 to 8 bits, float16 scales, pruned weights not at all."""
+"""Linears and an embedding that hold quantised weights packed: codes of 2 to 8 bits, float16 scales, pruned weights not
+at all."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -25,16 +26,17 @@ INFINITE = 0x7C00  # the bits of float16's
 class QuantisedLinear(ComputedLinear):
     """A linear whose weight is made of codes at each use, in the type that its model computes in.
 
-    It holds `codes` (packed, see `thesislib.model.bits`; only those of weights that the mask keeps, row by row); `scales`
-    (outputs, groups); `zeros` (packed) where the grid is asymmetric, or `minima` (outputs, groups) where it has a floating
-    minimum; `index` (inputs,) int16, the group of each input, where groups are not neighbours; `places` or `bitmap` (see
-    `thesislib.model.packing`), where pruned weights are left out. Scales and minima are the bits of float16 numbers as int16, so
-    that nothing which changes a model's type changes them.
+    It holds `codes` (packed, see `thesislib.model.bits`; only those of weights that the mask keeps, row by row);
+    `scales` (outputs, groups); `zeros` (packed) where the grid is asymmetric, or `minima` (outputs, groups) where it
+    has a floating minimum; `index` (inputs,) int16, the group of each input, where groups are not neighbours; `places`
+    or `bitmap` (see `thesislib.model.packing`), where pruned weights are left out. Scales and minima are the bits of
+    float16 numbers as int16, so that nothing which changes a model's type changes them.
 
-    A bfloat16 model on a CPU multiplies few rows by torch's kernel for 4 bits, which reads the codes as they are, if its
-    grid has groups of 32, 64, 128 or 256 neighbours and an integer zero, and nothing is left out. The kernel rounds scales,
-    and their products with zeros, to bfloat16: as far as that type rounds every weight of a dense model. It wants codes in
-    tiles, so that is how they are held from the first product on, in `resident`; `held` gives them as they were.
+    A bfloat16 model on a CPU multiplies few rows by torch's kernel for 4 bits, which reads the codes as they are, if
+    its grid has groups of 32, 64, 128 or 256 neighbours and an integer zero, and nothing is left out. The kernel rounds
+    scales, and their products with zeros, to bfloat16: as far as that type rounds every weight of a dense model. It
+    wants codes in tiles, so that is how they are held from the first product on, in `resident`; `held` gives them as
+    they were.
 
     Args:
         encoding: 'int{bits}/{kind}/{group}/{mask}'; mask is 'all', 'bitmap', or a pattern such as '2:4'.
@@ -91,7 +93,8 @@ class QuantisedLinear(ComputedLinear):
         q, shape = quantised, (quantised.codes.shape[0], quantised.codes.shape[1])
         if pruned is not None and pruned.any() and q.weight[pruned].any():
             raise BadInput(
-                "a pruned weight is not zero on its grid: quantise with the mask, and on a grid that holds an exact zero"
+                "a pruned weight is not zero on its grid: quantise with the mask, and on a grid that holds an "
+                "exact zero"
             )
         tensors = {"scales": _to_bits(q.scale)}
         if q.grid.kind == "asymmetric":
@@ -317,7 +320,8 @@ def parse_encoding(encoding: str) -> tuple[Grid, str]:
     parts = encoding.split("/")
     if len(parts) != 4 or not parts[0].removeprefix("int").isdigit() or not (parts[2] == ROW or parts[2].isdigit()):
         raise BadInput(
-            f"encoding '{encoding}' is not understood: expected int{{bits}}/{{kind}}/{{group}}/{{mask}}, e.g. int4/symmetric/64/all"
+            f"encoding '{encoding}' is not understood: expected int{{bits}}/{{kind}}/{{group}}/{{mask}}, e.g. "
+            "int4/symmetric/64/all"
         )
     bits, kind, group, mask = parts
     if mask not in (EVERYWHERE, "bitmap"):
@@ -348,8 +352,8 @@ def _tiled(held: dict[str, torch.Tensor], shape: tuple[int, int]) -> dict[str, t
     """Codes of 4 bits, scales and zeros as torch's kernel wants them.
 
     `codes`: in its own order. `pairs` (groups, outputs, 2) bfloat16: the scale, and what code 8 stands for, since the
-    kernel computes (code - 8) * scale + that. `rest` (groups, outputs) uint8: zeros in the low half, and in the high one how
-    much, in steps of float16, rounding has taken from the scale, plus 8.
+    kernel computes (code - 8) * scale + that. `rest` (groups, outputs) uint8: zeros in the low half, and in the high
+    one how much, in steps of float16, rounding has taken from the scale, plus 8.
     """
     codes, bits = unpack_bits(held["codes"], 4, prod(shape)).view(shape), held["scales"].T.contiguous()
     zeros = (
@@ -379,7 +383,8 @@ def _untiled(tiled: dict[str, torch.Tensor], asymmetric: bool) -> dict[str, torc
 
 @cache
 def _tiles_are_known() -> bool:
-    """Whether torch's kernel is there and lays codes out as `_untiled` reads them; the order depends on the processor."""
+    """Whether torch's kernel is there and lays codes out as `_untiled` reads them; the order depends on the
+    processor."""
     codes = torch.randint(16, (2 * TILE, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     held = {"codes": pack_bits(codes, 4), "scales": torch.zeros(2 * TILE, 1, dtype=torch.int16)}
     try:

@@ -57,23 +57,27 @@ class SemiStructuredLinear(ComputedLinear):
 
 
 def semi_structured(subject: Subject) -> Subject:
-    """A subject whose 2:4 linears run on torch's semi-structured sparse kernels; those of other weights stay as they are.
+    """A subject whose 2:4 linears run on torch's semi-structured sparse kernels; those of other weights stay as they
+    are.
 
     Rows must be a multiple of 32 and columns of 64, which the kernels ask for.
 
     Raises:
-        BadInput: no NVIDIA card of compute capability 8.0 or newer under the subject; neither float16 nor bfloat16; no linear that holds 2:4.
+        BadInput: no NVIDIA card of compute capability 8.0 or newer under the subject; neither float16 nor bfloat16; no
+            linear that holds 2:4.
     """
     device, dtype = subject.device, subject.dtype
     if device.type != "cuda" or torch.version.hip:
         raise BadInput(
-            f"2:4 kernels cannot run on '{device}': expected an NVIDIA GPU of compute capability 8.0 or newer; elsewhere packed linears unpack at use"
+            f"2:4 kernels cannot run on '{device}': expected an NVIDIA GPU of compute capability 8.0 or newer; "
+            "elsewhere packed linears unpack at use"
         )
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         name = torch.cuda.get_device_name(device)
         raise BadInput(
-            f"2:4 kernels cannot run on {name} of compute capability {'.'.join(map(str, capability))}: expected 8.0 or newer"
+            f"2:4 kernels cannot run on {name} of compute capability {'.'.join(map(str, capability))}: expected "
+            "8.0 or newer"
         )
     if dtype not in (torch.float16, torch.bfloat16):
         raise BadInput(f"2:4 kernels cannot run in {dtype}: expected torch.bfloat16 or torch.float16")

@@ -47,7 +47,8 @@ class Subject:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the activations: the final norm's. transformers' own `model.dtype` asks the first parameter, which an adapter may be."""
+        """Of the activations: the final norm's. transformers' own `model.dtype` asks the first parameter, which an
+        adapter may be."""
         return self.model.model.norm.weight.dtype
 
     @property
@@ -76,7 +77,8 @@ class Subject:
         return fingerprint(sorted(self.model.state_dict().items()))
 
     def copy(self, unpack: bool = True) -> "Subject":
-        """An independent subject with the same weights, for a stage to change. Blocks that a plan repeats go on sharing theirs.
+        """An independent subject with the same weights, for a stage to change. Blocks that a plan repeats go on sharing
+        theirs.
 
         Args:
             unpack: packed and quantised weights become plain ones; False leaves them as they are.
@@ -86,7 +88,8 @@ class Subject:
 
 
 def causal(model: PreTrainedModel) -> PreTrainedModel:
-    """Let a model's blocks attend by torch's scaled dot product attention: the one that is causal where a block gets no mask."""
+    """Let a model's blocks attend by torch's scaled dot product attention: the one that is causal where a block gets no
+    mask."""
     if model.config._attn_implementation != "sdpa":
         model.set_attn_implementation("sdpa")
     return model

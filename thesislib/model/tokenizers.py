@@ -38,7 +38,8 @@ def prepared(tokenizer: PreTrainedTokenizerBase, rows: int) -> PreTrainedTokeniz
     with_special, bare = (tokenizer("x", add_special_tokens=special)["input_ids"] for special in (True, False))
     if with_special[len(with_special) - len(bare) :] != bare:
         raise BadInput(
-            f"the tokenizer closes every text with '{tokenizer.decode(with_special[-1:])}': expected one that adds nothing behind a text"
+            f"the tokenizer closes every text with '{tokenizer.decode(with_special[-1:])}': expected one that "
+            "adds nothing behind a text"
         )
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None and tokenizer.eos_token_id < rows:
         tokenizer.pad_token = tokenizer.eos_token
@@ -53,8 +54,12 @@ def _opened(processor: dict) -> dict:
     if kind in ("BertProcessing", "RobertaProcessing"):  # [cls] text [sep]
         text, (first, number) = {"Sequence": {"id": "A", "type_id": 0}}, processor["cls"]
         begin = {"SpecialToken": {"id": first, "type_id": 0}}
-        return {"type": "TemplateProcessing", "single": [begin, text], "pair": [begin, text, {"Sequence": {"id": "B", "type_id": 0}}],
-                "special_tokens": {first: {"id": first, "ids": [number], "tokens": [first]}}}  # fmt: skip
+        return {
+            "type": "TemplateProcessing",
+            "single": [begin, text],
+            "pair": [begin, text, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {first: {"id": first, "ids": [number], "tokens": [first]}},
+        }
     if kind != "TemplateProcessing":
         return processor
     changed = dict(processor)
@@ -67,7 +72,8 @@ def _opened(processor: dict) -> dict:
 
 
 def pad_token(tokenizer: PreTrainedTokenizerBase, rows: int) -> int:
-    """A token to pad with: the tokenizer's own, else the end token, else the first; always one with a row, since it is masked but embedded."""
+    """A token to pad with: the tokenizer's own, else the end token, else the first; always one with a row, since it is
+    masked but embedded."""
     named = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((token for token in named if token is not None and 0 <= token < rows), 0)
 
@@ -98,8 +104,11 @@ def check_tokens(
     rows = rows_of(model)
     largest = int(ids.max()) if isinstance(ids, torch.Tensor) else max((max(row) for row in ids if len(row)), default=0)
     if largest >= rows:
-        raise BadInput(f"token {largest} '{tokenizer.convert_ids_to_tokens(largest)}' of the text has no row in the model's embedding, which has {rows}: "
-                       "expected text without it, or a checkpoint whose embedding was resized for its tokenizer")  # fmt: skip
+        raise BadInput(
+            f"token {largest} '{tokenizer.convert_ids_to_tokens(largest)}' of the text has no row in the model's "
+            f"embedding, which has {rows}: "
+            "expected text without it, or a checkpoint whose embedding was resized for its tokenizer"
+        )
 
 
 def check_windows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, ids: torch.Tensor) -> None:
@@ -112,5 +121,6 @@ def check_windows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, id
     most = longest_context(model)
     if most is not None and ids.shape[1] > most:
         raise BadInput(
-            f"windows of {ids.shape[1]} tokens are longer than the model's context (max_position_embeddings {most}): use a length up to {most}"
+            f"windows of {ids.shape[1]} tokens are longer than the model's context (max_position_embeddings "
+            f"{most}): use a length up to {most}"
         )

@@ -25,8 +25,8 @@ class Forecast:
     """One stage of a recipe before it is run.
 
     Sizes are exact where these hold. The subject itself has no zeros, and a pruned weight no pattern but those that
-    follow from how it was pruned. An adapter that is kept has no zeros; one that is merged dense fills all of them; EoRA
-    finds as many directions as it is asked for, or as its budget of bytes buys.
+    follow from how it was pruned. An adapter that is kept has no zeros; one that is merged dense fills all of them;
+    EoRA finds as many directions as it is asked for, or as its budget of bytes buys.
 
     None is what only the run can tell. Non-zero parameters, once weights are rounded: some become zero. Bytes too, once
     such zeros are in a weight that is no longer quantised (`merge: masked` or width pruning after quantisation), and
@@ -39,7 +39,8 @@ class Forecast:
     Attributes:
         label: of the stages so far.
         cached: whether the cache holds their result; then the sizes are its own.
-        parameters, nonzero, disk_bytes: after the stage, as `thesislib.formats.artifact.sizes` counts and as an artifact's files of weights.
+        parameters, nonzero, disk_bytes: after the stage, as `thesislib.formats.artifact.sizes` counts and as an
+            artifact's files of weights.
     """
 
     label: str
@@ -60,7 +61,8 @@ def forecast(
         cached: the sizes after the first n stages, as the cache has them, or None.
 
     Raises:
-        BadInput: a stage that the run would refuse for the shapes that it meets, such as a rank larger than a projection.
+        BadInput: a stage that the run would refuse for the shapes that it meets, such as a rank larger than a
+            projection.
     """
     outline = Outline(empty) if empty is not None else None
     rows = []

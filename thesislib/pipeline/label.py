@@ -67,7 +67,8 @@ class Label:
 
     @property
     def family(self) -> str:
-        """The last of the families, pruned to compensated, that some stage belongs to; the dense model counts as pruned by nothing."""
+        """The last of the families, pruned to compensated, that some stage belongs to; the dense model counts as pruned
+        by nothing."""
         return max((kind.family for kind in self.kinds), key=FAMILIES.index, default=FAMILIES[0])
 
     @property

@@ -1,4 +1,5 @@
-"""Blocks read from a checkpoint's safetensors one at a time and written back: models larger than memory, see `stream`."""
+"""Blocks read from a checkpoint's safetensors one at a time and written back: models larger than memory, see
+`stream`."""
 
 import copy
 import json
@@ -64,7 +65,8 @@ class FromFolder:
         config = read_config(self.source)
         if (self.source / "adapter_config.json").is_file() or getattr(config, "quantization_config", None):
             raise BadInput(
-                f"{source} holds an adapter or quantised weights: weights are streamed from a plain checkpoint, which `thesislib compress --plain` writes"
+                f"{source} holds an adapter or quantised weights: weights are streamed from a plain checkpoint, "
+                "which `thesislib compress --plain` writes"
             )
         stored = headers(self.source)
         self.model = empty_model(config, self.dtype).eval().requires_grad_(False)
@@ -101,7 +103,8 @@ class FromFolder:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """As `thesislib.formats.artifact.sizes`, reading one tensor at a time; in memory the whole model would take what it has on disk."""
+        """As `thesislib.formats.artifact.sizes`, reading one tensor at a time; in memory the whole model would take
+        what it has on disk."""
         parameters = nonzero = 0
         for key in self.files:
             tensor = self._tensor(key)
@@ -178,14 +181,16 @@ class FromFolder:
 def compress_streamed(
     spec: str, recipe: str | Path, out: Path, *, data: str | None = None, dtype: str | None = None, device: str = "cpu"
 ) -> Path:
-    """Carry out a recipe of one width stage on weights that are read and written one block at a time; writes an artifact folder.
+    """Carry out a recipe of one width stage on weights that are read and written one block at a time; writes an
+    artifact folder.
 
     Args:
         spec: a subject that is a plain checkpoint.
         recipe: a recipe's file or label.
         out: a new folder, or an artifact that this one replaces.
         data: calibration data spec; by default the recipe's own, else THESISLIB_DATA, else embedded.
-        dtype: of the computation and of what is written; by default the subject's own, see `thesislib.formats.held.own_dtype`. device: a torch device.
+        dtype: of the computation and of what is written; by default the subject's own, see
+            `thesislib.formats.held.own_dtype`. device: a torch device.
 
     Raises:
         BadInput: other stages, or whatever the stage or the checkpoint refuses.
@@ -193,7 +198,8 @@ def compress_streamed(
     plan = read_recipe(recipe)
     if len(plan.stages) != 1 or not plan.stages[0].streams or plan.stages[0].family != "pruned":
         raise BadInput(
-            f"--stream-weights takes a recipe of one WANDA stage, e.g. W2:4, and this one is {plan.label}: carry out the others first with --plain, "
+            f"--stream-weights takes a recipe of one WANDA stage, e.g. W2:4, and this one is {plan.label}: carry "
+            "out the others first with --plain, "
             "then stream over the checkpoint they leave"
         )
     config: Any = plan.stages[0]  # of a class that can stream
@@ -202,7 +208,8 @@ def compress_streamed(
     dtype = dtype or own_dtype(spec)
     if (source / RECORD).is_file() and not (source / SINGLE).is_file() and not (source / INDEX).is_file():
         raise BadInput(
-            f"{source} is a packed artifact: weights are streamed from a plain checkpoint, which `thesislib compress --plain` writes"
+            f"{source} is a packed artifact: weights are streamed from a plain checkpoint, which `thesislib "
+            "compress --plain` writes"
         )
     out = place_for(out, source)
     with quiet_transformers():
@@ -216,7 +223,18 @@ def compress_streamed(
         blocks.finish()
         before, after = FromFolder(source, folder, dtype), FromFolder(folder, folder, dtype)
         write_record(
-            folder, label=plan.label, name=name, plan=None, stages=plan.plain(), reports=[report], base={"name": name, "fingerprint": before.fingerprint},
-            fingerprint=after.fingerprint, dtype=dtype, sizes=after.sizes, encodings={}, repeats={}, without={},
-        )  # fmt: skip
+            folder,
+            label=plan.label,
+            name=name,
+            plan=None,
+            stages=plan.plain(),
+            reports=[report],
+            base={"name": name, "fingerprint": before.fingerprint},
+            fingerprint=after.fingerprint,
+            dtype=dtype,
+            sizes=after.sizes,
+            encodings={},
+            repeats={},
+            without={},
+        )
     return out

@@ -70,11 +70,13 @@ def compress(
         recipe: a recipe's file, a label such as D2+W1:8, or a `Recipe`.
         out: a new folder, or an artifact that this one replaces.
         data: a data spec for calibration; by default the recipe's own, else `thesislib.sources.rows.default_data()`.
-        dtype: as the subject is loaded; by default its own, see `thesislib.formats.held.own_dtype`. device: a torch device.
+        dtype: as the subject is loaded; by default its own, see `thesislib.formats.held.own_dtype`. device: a torch
+            device.
         packed: see `thesislib.formats.artifact.save_artifact`.
 
     Raises:
-        BadInput: a recipe that cannot work on this subject, before any weight is read; a full disk; whatever a stage refuses.
+        BadInput: a recipe that cannot work on this subject, before any weight is read; a full disk; whatever a stage
+            refuses.
     """
     out = expanded(out)
     with plain_errors():
@@ -135,13 +137,17 @@ class Job:
         """What the recipe begins with.
 
         Raises:
-            BadInput: its weights are not those whose fingerprint was remembered, though size and time of its files stayed.
+            BadInput: its weights are not those whose fingerprint was remembered, though size and time of its files
+                stayed.
         """
         made = dataclasses.replace(load_subject(self.source, self.dtype, self.device, packed=False), name=self.name)
         if "base" in self.__dict__ and self.base["fingerprint"] != made.fingerprint:
             self._memory.unlink(missing_ok=True)
-            raise BadInput(f"the weights in {self.source} are others than before, though their files' size and time stayed: was a byte damaged? "
-                           "What was remembered of them is forgotten; run again to go on with them as they are")  # fmt: skip
+            raise BadInput(
+                f"the weights in {self.source} are others than before, though their files' size and time stayed: was "
+                "a byte damaged? "
+                "What was remembered of them is forgotten; run again to go on with them as they are"
+            )
         return made
 
     @property
@@ -177,8 +183,9 @@ class Job:
         """For each stage the name under which the cache keeps the subject after it.
 
         A hash over everything that it depends on: the weights, how they run and how text becomes tokens; the stages so
-        far, with every setting (seeds too); the calibration data; this package's version. The sources that a stage and what
-        keeps its result import, however far, count as well, since the version stands still while a stage is being written.
+        far, with every setting (seeds too); the calibration data; this package's version. The sources that a stage and
+        what keeps its result import, however far, count as well, since the version stands still while a stage is being
+        written.
         """
         facts = {
             "schema": SCHEMA,
@@ -213,13 +220,15 @@ class Job:
     def after(self, n: int) -> tuple[Subject, list[dict]]:
         """The subject after the first `n` stages and their reports.
 
-        It is read from its checkpoint even when it was just computed: so the next stage gets what a run that goes on from
-        there would give it, to the last bit. (Matrix libraries may round otherwise where a tensor begins elsewhere.)
+        It is read from its checkpoint even when it was just computed: so the next stage gets what a run that goes on
+        from there would give it, to the last bit. (Matrix libraries may round otherwise where a tensor begins
+        elsewhere.)
         """
         return self.with_checkpoint(n, self._load) if n else (self.subject, [])
 
     def with_checkpoint(self, n: int, read: Callable[[Path], T]) -> T:
-        """Compute stage `n` unless the cache has a checkpoint after it that `read` can use; then what `read` makes of its folder."""
+        """Compute stage `n` unless the cache has a checkpoint after it that `read` can use; then what `read` makes of
+        its folder."""
         stage, folder = self.recipe.stages[n - 1], self.folder(n)
         work = folder.with_name(f"{folder.name}.work")
         title = f"stage {n} of {len(self.recipe.stages)}, {self.recipe.label_of(n)}"
@@ -262,7 +271,8 @@ class Job:
                 self.save(*self.after(n), out, packed)
 
     def _load(self, folder: Path) -> tuple[Subject, list[dict]]:
-        """A checkpoint's subject and reports. Quantised weights stay packed; sparse ones are unpacked, for stages to read."""
+        """A checkpoint's subject and reports. Quantised weights stay packed; sparse ones are unpacked, for stages to
+        read."""
         made = dataclasses.replace(load_artifact(folder, self.dtype, self.device), name=self.name)
         unpack_all(made.model, PackedLinear)
         return made, read_json(folder / RECORD)["reports"]
@@ -285,7 +295,8 @@ class Job:
 
 
 def sources_of(kind: type, package: Path = PACKAGE) -> str:
-    """sha256 of the code that a stage's result comes from: its own module's, that which loads, saves and runs it, and all that these import."""
+    """sha256 of the code that a stage's result comes from: its own module's, that which loads, saves and runs it, and
+    all that these import."""
     names = {kind.__module__, *AROUND}
     if kind.__module__.partition(".")[0] == "thesislib":
         return digest_of([*sources(names, package), package / "pipeline" / "run.py"], package)
@@ -294,7 +305,8 @@ def sources_of(kind: type, package: Path = PACKAGE) -> str:
 
 
 def _settings(folder: Path) -> dict[str, str]:
-    """sha256 of the files that say how weights run, how text becomes tokens and how it is generated: all that a result may hold a copy of.
+    """sha256 of the files that say how weights run, how text becomes tokens and how it is generated: all that a result
+    may hold a copy of.
 
     Weights, their index and what artifact.json says of them are in the fingerprint.
     """
@@ -345,7 +357,8 @@ def place_for(out: str | Path, source: Path) -> Path:
 
 @contextmanager
 def _alone(path: Path, title: str) -> Iterator[None]:
-    """Nobody else inside the block for `path`: a second process waits, and says so. A killed one leaves no lock behind."""
+    """Nobody else inside the block for `path`: a second process waits, and says so. A killed one leaves no lock
+    behind."""
     held = lock(path)
     try:
         held.acquire(timeout=0)

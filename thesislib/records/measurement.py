@@ -106,7 +106,8 @@ class Measurement:
         return self.column(key), other.column(key)
 
     def to_json(self, items: bool = True) -> str:
-        """One line of JSON; what is not finite, wherever it stands (a bound where too few items allow no interval), becomes null."""
+        """One line of JSON; what is not finite, wherever it stands (a bound where too few items allow no interval),
+        becomes null."""
         plain = asdict(self)
         if not items:
             del plain["items"]
@@ -157,12 +158,14 @@ def cost(measurements: Iterable[Measurement]) -> str:
     return in_markdown(f"Measured on {one['date']} in {minutes:.0f} minutes on {place}, {types}.")
 
 
-# what Markdown, MyST's and GitHub's, takes for markup inside a line; brackets alone, an underscore inside a word and "p < 0.05" are none
+# what Markdown, MyST's and GitHub's, takes for markup inside a line; brackets alone, an underscore inside a word and "p
+# < 0.05" are none
 MARKUP = re.compile(r"[\\`*{}$&~|]|<(?=\S)|\](?=[(\[])|(?<![^\W_])_|_(?![^\W_])|^[!-/:-@[-`{-~]")
 
 
 def in_markdown(text: str) -> str:
-    """A text such as a record's, or a sentence that holds some, for a paragraph or a table of Markdown: shown as it is, on one line.
+    """A text such as a record's, or a sentence that holds some, for a paragraph or a table of Markdown: shown as it is,
+    on one line.
 
     >>> print(in_markdown("<b> of a_b [1, 2], p < 0.05"))
     \\<b> of a_b [1, 2], p < 0.05

@@ -1,4 +1,5 @@
-"""What a record says of how it was made, field by field, and since when: rows of earlier chapters lack what came later."""
+"""What a record says of how it was made, field by field, and since when: rows of earlier chapters lack what came
+later."""
 
 from typing import Any, NotRequired, TypedDict
 

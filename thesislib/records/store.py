@@ -1,8 +1,9 @@
-"""Recorded measurements: rows appended to a JSON Lines file, their items compressed in a file beside it, nothing rewritten.
+"""Recorded measurements: rows appended to a JSON Lines file, their items compressed in a file beside it, nothing
+rewritten.
 
-A row has `schema`, `id` (of its own content), what was measured (`label`, `recipe`, `stage`, `task`, `metric`), the number
-(`value`, `low`, `high`, `n`, `unit`), `extra`, `provenance`, and `items`: where in NAME.items.gz its outcomes lie, as one
-gzip member, and their sha256. So a line can be read by eye, and by anything that reads JSON.
+A row has `schema`, `id` (of its own content), what was measured (`label`, `recipe`, `stage`, `task`, `metric`), the
+number (`value`, `low`, `high`, `n`, `unit`), `extra`, `provenance`, and `items`: where in NAME.items.gz its outcomes
+lie, as one gzip member, and their sha256. So a line can be read by eye, and by anything that reads JSON.
 """
 
 import csv
@@ -39,22 +40,67 @@ def _known_schema(value: Any) -> bool:
 
 KNOWN = (None, str)  # what a record says in a word, or does not say
 MADE = {
-    "label?": KNOWN, "recipe?": KNOWN, "stage?": KNOWN, "stages?": [dict], "base?": {"name?": str, "fingerprint?": str}, "data?": str,
-    "bytes?": (None, {str: (None, natural)}), "reports?": [dict],
-}  # fmt: skip
+    "label?": KNOWN,
+    "recipe?": KNOWN,
+    "stage?": KNOWN,
+    "stages?": [dict],
+    "base?": {"name?": str, "fingerprint?": str},
+    "data?": str,
+    "bytes?": (None, {str: (None, natural)}),
+    "reports?": [dict],
+}
 PROVENANCE = {
-    "subject?": str, "fingerprint?": str, "plan?": (None, [natural]), "dtype?": str, "corpus_sha256?": KNOWN, "commit?": KNOWN,
-    "settings?": {"length?": natural, "limit?": (None, natural), "prompt?": (None, str, natural), "batch?": (None, natural), "open_book?": bool,
-                  "protocol?": str, "text_sha256?": KNOWN, "repeats?": natural},
-    "protocol?": {"on": str, "seed?": int}, "versions?": {str: str}, "tolerance?": {"absolute?": positive, "relative?": positive},
-    "hardware?": {"cpu?": KNOWN, "cores?": (None, natural), "torch_threads?": natural, "accelerator?": KNOWN, "device?": str},
-    "date?": str, "time?": str, "seconds?": positive, "peak_memory?": natural, "sweep?": dict, "chapter?": dict, "made?": (None, MADE),
-}  # fmt: skip
+    "subject?": str,
+    "fingerprint?": str,
+    "plan?": (None, [natural]),
+    "dtype?": str,
+    "corpus_sha256?": KNOWN,
+    "commit?": KNOWN,
+    "settings?": {
+        "length?": natural,
+        "limit?": (None, natural),
+        "prompt?": (None, str, natural),
+        "batch?": (None, natural),
+        "open_book?": bool,
+        "protocol?": str,
+        "text_sha256?": KNOWN,
+        "repeats?": natural,
+    },
+    "protocol?": {"on": str, "seed?": int},
+    "versions?": {str: str},
+    "tolerance?": {"absolute?": positive, "relative?": positive},
+    "hardware?": {
+        "cpu?": KNOWN,
+        "cores?": (None, natural),
+        "torch_threads?": natural,
+        "accelerator?": KNOWN,
+        "device?": str,
+    },
+    "date?": str,
+    "time?": str,
+    "seconds?": positive,
+    "peak_memory?": natural,
+    "sweep?": dict,
+    "chapter?": dict,
+    "made?": (None, MADE),
+}
 ROW = {
-    "schema": _known_schema, "id": re.compile("[0-9a-f]{12}"), "label": KNOWN, "recipe": KNOWN, "stage": KNOWN, "task": str, "metric": str,
-    "value": (None, float), "low": (None, float), "high": (None, float), "n": natural, "unit": str, "extra": dict, "provenance": PROVENANCE,
+    "schema": _known_schema,
+    "id": re.compile("[0-9a-f]{12}"),
+    "label": KNOWN,
+    "recipe": KNOWN,
+    "stage": KNOWN,
+    "task": str,
+    "metric": str,
+    "value": (None, float),
+    "low": (None, float),
+    "high": (None, float),
+    "n": natural,
+    "unit": str,
+    "extra": dict,
+    "provenance": PROVENANCE,
     "items": {"offset": natural, "bytes": natural, "sha256": SHA256},
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -161,7 +207,8 @@ class Store:
         for d in damage:
             print(f"{self.path}, line {d.line}: left out, {d.reason}", file=sys.stderr, flush=True)
         if unused > 0 and not damage:
-            print(f"{self.path}: {unused} bytes of {self.items.name} belong to no row: rows were lost, or a process was killed while it wrote one",
+            print(f"{self.path}: {unused} bytes of {self.items.name} belong to no row: rows were lost, or a process "
+                "was killed while it wrote one",
                   file=sys.stderr, flush=True)  # fmt: skip
         return found
 
@@ -173,7 +220,8 @@ class Store:
         """As `read`, and how many bytes of outcomes no row points to."""
         outcomes = self.items.stat().st_size if self.items.is_file() else 0
         lost = (
-            f", though {self.items.name} holds {outcomes} bytes of outcomes: rows are lost; bring it back from a copy, or remove both"
+            f", though {self.items.name} holds {outcomes} bytes of outcomes: rows are lost; bring it back from a "
+            "copy, or remove both"
             if outcomes
             else ""
         )
@@ -228,7 +276,8 @@ class Store:
                 continue
             if isinstance(row.get("schema"), int) and row["schema"] > SCHEMA:
                 raise BadInput(
-                    f"{self.path}, line {n}, has schema {row['schema']}: this version of thesislib reads up to {SCHEMA}; a newer one wrote it"
+                    f"{self.path}, line {n}, has schema {row['schema']}: this version of thesislib reads up to "
+                    f"{SCHEMA}; a newer one wrote it"
                 )
             yield n, row
 
@@ -342,23 +391,27 @@ def find(name: str, places: Iterable[Store]) -> Measurement:
         known |= dict.fromkeys(found, store)
         if hit := [d for d in damage if name and d.id.startswith(name)]:
             raise BadInput(
-                f"record {hit[0].id} is damaged ({store.path}, line {hit[0].line}): {hit[0].reason}; bring the line back from a copy"
+                f"record {hit[0].id} is damaged ({store.path}, line {hit[0].line}): {hit[0].reason}; bring the "
+                "line back from a copy"
             )
     matching = [row for row in known if row.startswith(name)] if name else []
     if not matching:
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
         raise BadInput(
-            f"no record has the id '{name}'{f': did you mean {near[0]}?' if near else ''} `thesislib records` lists all {len(known)}"
+            f"no record has the id '{name}'{f': did you mean {near[0]}?' if near else ''} `thesislib records` "
+            f"lists all {len(known)}"
         )
     if len(matching) > 1:
         raise BadInput(
-            f"'{name}' begins the ids of {len(matching)} records, {', '.join(matching[:3])}, ...: expected more of the id"
+            f"'{name}' begins the ids of {len(matching)} records, {', '.join(matching[:3])}, ...: expected more "
+            "of the id"
         )
     store = known[matching[0]]
     whole, _ = store.read()
     if matching[0] not in whole:
         raise BadInput(
-            f"the items of record {matching[0]} are damaged or gone: expected them whole in {store.items}, as they were written"
+            f"the items of record {matching[0]} are damaged or gone: expected them whole in {store.items}, as "
+            "they were written"
         )
     return whole[matching[0]]
 

@@ -72,7 +72,8 @@ def wikitext_lines(found: list[Row]) -> list[str]:
 
 
 def article_starts(text: str) -> list[int]:
-    """Where the articles of WikiText begin: at a line " = Title = " (a section has " = = Section = = "), also without the spaces around it."""
+    """Where the articles of WikiText begin: at a line " = Title = " (a section has " = = Section = = "), also without
+    the spaces around it."""
     return [line.start() for line in re.finditer(r"^ ?= [^=\n](.*[^=\n])? = ?$", text, re.MULTILINE)]
 
 

@@ -31,7 +31,8 @@ def hub_error(what: str, error: Exception) -> BadInput:
     first = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
     unusable = unusable_proxy()
     help_ = f"{unusable}; check the name and the network too" if unusable else "check the name and the network"
-    return BadInput(f"{what} could not be fetched from the Hugging Face Hub ({type(error).__name__}: {first}): {help_}, "
+    return BadInput(f"{what} could not be fetched from the Hugging Face Hub ({type(error).__name__}: {first}): "
+        f"{help_}, "
                     f"log in with `hf auth login` if it is gated, or give a folder or 'embedded' instead")  # fmt: skip
 
 
@@ -45,14 +46,21 @@ def unusable_proxy() -> str | None:
                 try:
                     httpx.Client(proxy=value).close()
                 except ImportError:
-                    return f"{variable} names a SOCKS proxy, which needs the package socksio: pip install socksio, or unset {variable}"
+                    return (
+                        f"{variable} names a SOCKS proxy, which needs the package socksio: pip install socksio, or "
+                        f"unset {variable}"
+                    )
                 except Exception as error:  # no URL, no port, an unknown scheme: each has its own class
-                    return f"{variable} is {shown(value)}, which is no proxy ({error}): expected such as http://HOST:PORT, or unset {variable}"
+                    return (
+                        f"{variable} is {shown(value)}, which is no proxy ({error}): expected such as "
+                        f"http://HOST:PORT, or unset {variable}"
+                    )
     return None
 
 
 def unreachable(timeout_s: float = 5) -> bool:
-    """Whether the Hub shall not be asked, or does not answer: its clients retry for half a minute before they give up."""
+    """Whether the Hub shall not be asked, or does not answer: its clients retry for half a minute before they give
+    up."""
     import httpx
     from huggingface_hub import constants
 
@@ -67,7 +75,8 @@ def unreachable(timeout_s: float = 5) -> bool:
 
 @contextmanager
 def cached_only(offline: bool) -> Iterator[None]:
-    """Inside the block neither library asks the Hub, if `offline`: what datasets takes as local_files_only it does not look at (5.2).
+    """Inside the block neither library asks the Hub, if `offline`: what datasets takes as local_files_only it does not
+    look at (5.2).
 
     Where nothing will be asked, a proxy that no client can be made with shall not keep the cache from being read.
     """

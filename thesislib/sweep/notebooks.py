@@ -1,4 +1,5 @@
-"""A notebook swept: one executed copy for every combination of parameters, and one table of what their results cells show."""
+"""A notebook swept: one executed copy for every combination of parameters, and one table of what their results cells
+show."""
 
 import hashlib
 import itertools
@@ -32,10 +33,12 @@ def sweep_notebook(
     kind: type | None = None,
     reads: Mapping[str, str] | None = None,
 ) -> tuple[Path, dict[str, str]]:
-    """Execute a notebook with every combination of parameters that is not in `out` yet; the table's path, and {cell: why} of those that failed.
+    """Execute a notebook with every combination of parameters that is not in `out` yet; the table's path, and {cell:
+    why} of those that failed.
 
     Raises:
-        BadInput: a parameter or a value that the notebook does not take, before anything runs; too many combinations; see also `thesislib.sweep.workers.drive`.
+        BadInput: a parameter or a value that the notebook does not take, before anything runs; too many combinations;
+            see also `thesislib.sweep.workers.drive`.
     """
     check_names(notebook, axes)
     results_cell(notebook)

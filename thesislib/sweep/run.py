@@ -23,7 +23,8 @@ FAILED = "failed"  # the metric of a record that says why there is none
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a grid is carried out: specs of subject and data, and how the model runs; see `thesislib.experiment.prepare`."""
+    """Where a grid is carried out: specs of subject and data, and how the model runs; see
+    `thesislib.experiment.prepare`."""
 
     subject: str = "embedded"
     data: str = "embedded"
@@ -40,7 +41,8 @@ class Place:
 
 
 def identity(fingerprint: str, dtype: str, data: str, stages: list[dict], setup: Setup | str, text: str | None) -> str:
-    """16 digits for one measurement: of what, made how, measured how on which text. Records with the same are the same measurement.
+    """16 digits for one measurement: of what, made how, measured how on which text. Records with the same are the same
+    measurement.
 
     Args:
         fingerprint: of what the stages began with; dtype: how it ran.
@@ -55,7 +57,8 @@ def identity(fingerprint: str, dtype: str, data: str, stages: list[dict], setup:
 
 
 def _timing(repeats: int, device: str) -> str:
-    """What stands for a setup where time is measured: a record of it from another kind of device, or of fewer repetitions, is another."""
+    """What stands for a setup where time is measured: a record of it from another kind of device, or of fewer
+    repetitions, is another."""
     return f"{SECONDS_PER_TOKEN}, {repeats} on {device.partition(':')[0]}"
 
 
@@ -78,8 +81,8 @@ def identity_of(m: Measurement) -> str | None:
 class Setting:
     """What identities of planned measurements depend on besides the grid.
 
-    fingerprint: of the subject. dtype: how it runs. data: kind of data for calibration and training. texts: {setup, its batch None:
-    sha256 of the text that it measures on}. device: that time is measured on.
+    fingerprint: of the subject. dtype: how it runs. data: kind of data for calibration and training. texts: {setup, its
+    batch None: sha256 of the text that it measures on}. device: that time is measured on.
     """
 
     fingerprint: str
@@ -106,7 +109,8 @@ class Setting:
         rows = [m for m in every if m.provenance["dtype"] == dtype]
         if not rows:
             raise BadInput(
-                f"no recorded row was made in {dtype}: expected one of {', '.join(sorted({m.provenance['dtype'] for m in every})) or 'none at all'}"
+                f"no recorded row was made in {dtype}: expected one of "
+                f"{', '.join(sorted({m.provenance['dtype'] for m in every})) or 'none at all'}"
             )
         made = [m.made for m in rows]
         kind = next((note["data"] for note in made if note["stages"]), made[0]["data"])
@@ -178,7 +182,8 @@ def _fitting(place: Place) -> Callable[[Configuration], None]:
 
 
 def sweep(grid: Grid, place: Place, store: Store, workers: Workers, others: Iterable[Store] = ()) -> dict[str, str]:
-    """Measure what neither `store` nor `others` hold of a grid, and append it to `store`; {label: why} of what failed, which is also recorded.
+    """Measure what neither `store` nor `others` hold of a grid, and append it to `store`; {label: why} of what failed,
+    which is also recorded.
 
     Raises:
         BadInput, RuntimeError: see `missing` and `thesislib.sweep.workers.drive`.

@@ -1,4 +1,5 @@
-"""What a worker does: one configuration made and measured, or one notebook executed. Texts go in and come out, so that versions can differ and be told."""
+"""What a worker does: one configuration made and measured, or one notebook executed. Texts go in and come out, so that
+versions can differ and be told."""
 
 import json
 import os
@@ -33,7 +34,8 @@ def versions() -> dict[str, str | None]:
 
 
 def carry_out(order: str) -> str:
-    """Do what an order says: {"versions": those of who gave it, "do": configuration or notebook, ...}; the answer as JSON.
+    """Do what an order says: {"versions": those of who gave it, "do": configuration or notebook, ...}; the answer as
+    JSON.
 
     Bad input, which a second try would not mend, comes back as {"failed": why}; whatever else goes wrong is raised.
 
@@ -68,7 +70,8 @@ def _configuration(order: dict) -> dict:
 
 
 def _card(device: str, per_card: int) -> str:
-    """The card of this worker: local workers are numbered from 0, and cards dealt out in turns. What shares one takes its part of the memory."""
+    """The card of this worker: local workers are numbered from 0, and cards dealt out in turns. What shares one takes
+    its part of the memory."""
     import torch
     from distributed import get_worker
 
@@ -82,7 +85,8 @@ def _card(device: str, per_card: int) -> str:
 
 
 def _notebook(order: dict) -> dict:
-    """{"table": the rows of its cell tagged `results`}; the executed notebook is at `out`, unless it is there already."""
+    """{"table": the rows of its cell tagged `results`}; the executed notebook is at `out`, unless it is there
+    already."""
     out = Path(order["out"])
     if not intact(out):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -30,8 +30,9 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # the 
 class Order:
     """One task.
 
-    name: for the reader. key: what no two orders share. text: what `thesislib.sweep.task.carry_out` takes, less the versions.
-    done: whether its answer is kept already, asked right before it is begun. keep: takes the answer. fail: takes the reason why there is none.
+    name: for the reader. key: what no two orders share. text: what `thesislib.sweep.task.carry_out` takes, less the
+    versions. done: whether its answer is kept already, asked right before it is begun. keep: takes the answer. fail:
+    takes the reason why there is none.
     """
 
     name: str
@@ -46,10 +47,11 @@ class Order:
 class Workers:
     """Who carries orders out: `count` processes on this machine, bound to `host`, or whoever is at a running scheduler.
 
-    retries: how often an order is tried again after an error, or, on this machine, after the death of its worker (a running
-    scheduler has its own number for that, distributed.scheduler.allowed-failures). gpu: one worker a card; at a running scheduler only
-    workers that were started with the resource GPU. threads: of each process, None for the cores shared out. per_card: how many
-    workers share a card instead, each with its share of the memory: a small model does not fill a large card.
+    retries: how often an order is tried again after an error, or, on this machine, after the death of its worker (a
+    running scheduler has its own number for that, distributed.scheduler.allowed-failures). gpu: one worker a card; at a
+    running scheduler only workers that were started with the resource GPU. threads: of each process, None for the cores
+    shared out. per_card: how many workers share a card instead, each with its share of the memory: a small model does
+    not fill a large card.
     """
 
     count: int = 2
@@ -84,7 +86,8 @@ class Workers:
                 ) from error
         elif not re.fullmatch(r"(tcp|tls)://[^\s/]+:\d{1,5}", self.scheduler):
             raise BadInput(
-                f"--scheduler is {shown(self.scheduler)}: expected such as tcp://127.0.0.1:8786, which `dask scheduler` says"
+                f"--scheduler is {shown(self.scheduler)}: expected such as tcp://127.0.0.1:8786, which `dask "
+                "scheduler` says"
             )
 
     @property
@@ -105,10 +108,12 @@ class Workers:
 def drive(orders: Sequence[Order], workers: Workers, locks: Path) -> dict[str, str]:
     """Carry out what is not done yet; {name: why} of what failed, the rest goes on.
 
-    Two drivers with one `locks` folder share the work: what one has claimed, the other leaves, and looks at again when that is released.
+    Two drivers with one `locks` folder share the work: what one has claimed, the other leaves, and looks at again when
+    that is released.
 
     Raises:
-        BadInput: no scheduler there; workers of another version, or without the card that is needed; whatever `keep` raises, such as a full disk.
+        BadInput: no scheduler there; workers of another version, or without the card that is needed; whatever `keep`
+            raises, such as a full disk.
         RuntimeError: the scheduler is gone. In both cases what was kept stays, and the same call goes on from there.
     """
     waiting = deque(order for order in orders if not order.done())
@@ -119,7 +124,8 @@ def drive(orders: Sequence[Order], workers: Workers, locks: Path) -> dict[str, s
     with _client(workers) as client, tqdm(total=len(waiting), unit="task", disable=None, smoothing=0) as bar:
         started, finished, running, others = time.monotonic(), 0, {}, 0
         while waiting or running:
-            # no more than workers: if one dies, Dask counts it against every order that it had in hand, and gives up the innocent too
+            # no more than workers: if one dies, Dask counts it against every order that it had in hand, and gives up
+            # the innocent too
             slots = max(1, _able(client, workers))
             for _ in range(len(waiting)):
                 if len(running) >= slots:
@@ -137,8 +143,14 @@ def drive(orders: Sequence[Order], workers: Workers, locks: Path) -> dict[str, s
                     bar.update()
                     continue
                 text = json.dumps({"versions": versions(), "per_card": workers.per_card, **order.text})
-                future = client.submit(carry_out, text, key=f"{order.key}-{time.time_ns()}", pure=False, retries=workers.retries,
-                                       resources=workers.resources)  # fmt: skip
+                future = client.submit(
+                    carry_out,
+                    text,
+                    key=f"{order.key}-{time.time_ns()}",
+                    pure=False,
+                    retries=workers.retries,
+                    resources=workers.resources,
+                )
                 running[future] = (order, lock)
             try:
                 for future in _finished(client, running, workers):
@@ -179,8 +191,11 @@ def _finished(client, running: dict, workers: Workers) -> list:
     else:
         time.sleep(0.5)
     if client.status != "running" or any(future.status in ("cancelled", "lost") for future in running):
-        raise RuntimeError(f"the scheduler{f' at {workers.scheduler}' if workers.scheduler else ''} is gone: what was measured is kept; start it again, "
-                           "and give the same command to go on")  # fmt: skip
+        raise RuntimeError(
+            f"the scheduler{f' at {workers.scheduler}' if workers.scheduler else ''} is gone: what was measured is "
+            "kept; start it again, "
+            "and give the same command to go on"
+        )
     return [future for future in running if future.done()]
 
 
@@ -223,8 +238,8 @@ def _client(workers: Workers) -> Iterator:
         settings = {
             "distributed.scheduler.allowed-failures": workers.retries,
             "distributed.comm.timeouts.connect": f"{CONNECT}s",
-            # empty, for by default it is one thread, and MALLOC_TRIM_THRESHOLD_=65536: the memory of every tensor would go back to the system and be asked
-            # for again, half of the time that a measurement takes
+            # empty, for by default it is one thread, and MALLOC_TRIM_THRESHOLD_=65536: the memory of every tensor would
+            # go back to the system and be asked for again, half of the time that a measurement takes
             "distributed.nanny.pre-spawn-environ": {},
         }
         stack.enter_context(dask.config.set(settings))
@@ -235,13 +250,17 @@ def _client(workers: Workers) -> Iterator:
         else:
             security = Security(require_encryption=True) if workers.scheduler.startswith("tls://") else None
             if security is not None and not getattr(security, "tls_client_cert", None):
-                raise BadInput(f"{workers.scheduler} is encrypted, and this driver has no certificate: expected DASK_DISTRIBUTED__COMM__TLS__CA_FILE, "
+                raise BadInput(f"{workers.scheduler} is encrypted, and this driver has no certificate: expected "
+                    "DASK_DISTRIBUTED__COMM__TLS__CA_FILE, "
                                "..._CLIENT__CERT and ..._CLIENT__KEY to name files")  # fmt: skip
             try:
                 client = stack.enter_context(Client(workers.scheduler, timeout=CONNECT, security=security))
             except (OSError, TimeoutError, ValueError, TypeError) as error:
-                raise BadInput(f"no scheduler answers at {workers.scheduler} ({type(error).__name__}): expected one that `dask scheduler` started, "
-                               "such as tcp://127.0.0.1:8786; without --scheduler this machine does the work") from error  # fmt: skip
+                raise BadInput(
+                    f"no scheduler answers at {workers.scheduler} ({type(error).__name__}): expected one that `dask "
+                    "scheduler` started, "
+                    "such as tcp://127.0.0.1:8786; without --scheduler this machine does the work"
+                ) from error
         if client.dashboard_link:
             print(f"dashboard: {client.dashboard_link}", file=sys.stderr)
         _refuse_other_versions(client, workers)
@@ -249,11 +268,20 @@ def _client(workers: Workers) -> Iterator:
 
 
 def _cluster(kind: type, workers: Workers):
-    """The workers of this machine; started anew, as often as an order is tried again, where one of them died before it was ready."""
+    """The workers of this machine; started anew, as often as an order is tried again, where one of them died before it
+    was ready."""
     for left in reversed(range(workers.retries + 1)):
         try:
-            return kind(n_workers=workers.count, threads_per_worker=1, processes=True, host=workers.host, dashboard_address=f"{workers.host}:0",
-                        resources=workers.resources, memory_limit=0, silence_logs=50)  # fmt: skip
+            return kind(
+                n_workers=workers.count,
+                threads_per_worker=1,
+                processes=True,
+                host=workers.host,
+                dashboard_address=f"{workers.host}:0",
+                resources=workers.resources,
+                memory_limit=0,
+                silence_logs=50,
+            )
         except RuntimeError as error:
             if not left:
                 raise
@@ -267,12 +295,14 @@ def _refuse_other_versions(client, workers: Workers) -> None:
             client.wait_for_workers(1, timeout=PATIENCE)
         except TimeoutError as error:
             raise BadInput(
-                f"the scheduler at {workers.scheduler} has no workers: start some, by `dask worker {workers.scheduler} --nthreads 1`"
+                f"the scheduler at {workers.scheduler} has no workers: start some, by `dask worker "
+                f"{workers.scheduler} --nthreads 1`"
             ) from error
     if workers.gpu and not _able(client, workers):
         has = f"GPU={workers.resources['GPU']:g}"
         raise BadInput(
-            f"no worker has the resource {has}: start one for each, by `dask worker ADDRESS --nthreads 1 --resources {has}`"
+            f"no worker has the resource {has}: start one for each, by `dask worker ADDRESS --nthreads 1 "
+            f"--resources {has}`"
         )
     here, other = versions(), {}
     for address, found in client.run(versions, on_error="return").items():
@@ -287,7 +317,8 @@ def _refuse_other_versions(client, workers: Workers) -> None:
     if other:
         listed = "; ".join(f"{address} has {found}" for address, found in other.items())
         raise BadInput(
-            f"workers of another version: {listed}. Expected {', '.join(f'{name} {number}' for name, number in here.items())}, as here"
+            f"workers of another version: {listed}. Expected "
+            f"{', '.join(f'{name} {number}' for name, number in here.items())}, as here"
         )
 
 

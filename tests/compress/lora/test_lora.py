@@ -148,7 +148,8 @@ def test_bfloat16_is_fast_where_there_are_instructions(monkeypatch):
 
 
 def plain_loop(subject, config, train):
-    """The reference: PEFT, transformers' own loss on whole logits, torch's optimiser. Returns {(block, name): (A, B)}."""
+    """The reference: PEFT, transformers' own loss on whole logits, torch's optimiser. Returns {(block, name): (A,
+    B)}."""
     model = subject.copy().model
     torch.manual_seed(config.seed)
     peft = get_peft_model(
@@ -374,7 +375,8 @@ def test_a_repeated_block_has_one_adapter(subject, folder):
     for name in LINEARS:
         assert trained.linears(1)[name] is trained.linears(2)[name]
     assert report["best_step"] > 0 and not torch.equal(logits(trained), logits(repeated))
-    # its gradient is the sum over both places: a dense merge, evaluated by a plain model, has the loss that was reported
+    # its gradient is the sum over both places: a dense merge, evaluated by a plain model, has the loss that was
+    # reported
     dense, _ = Lora(**SMALL, linears="*", merge="dense").apply(repeated, data=folder)
     ids = sequences("wikitext", subject, folder, length=64, validation=4).held_out.ids
     with torch.no_grad():
@@ -570,7 +572,8 @@ def test_a_disk_that_fills_in_the_middle_of_a_checkpoint(subject, folder, tmp_pa
         patched.setattr(Path, "write_bytes", full)
         with pytest.raises(
             BadInput,
-            match=rf"the disk is full at {tmp_path}: .*; the training is at step 6: the last good checkpoint, of step 4, is kept in",
+            match=rf"the disk is full at {tmp_path}: .*; the training is at step 6: the last good checkpoint, of step "
+            r"4, is kept in",
         ):
             config.apply(subject, data=folder, work=tmp_path)
     (file,) = tmp_path.iterdir()
@@ -620,7 +623,8 @@ def test_a_loss_that_is_not_finite_stops_it(subject, folder, tmp_path, monkeypat
     monkeypatch.setattr(Training, "nats", nats)
     with pytest.raises(
         BadInput,
-        match=rf"loss is {value} at step 5: training stopped.*; the last good checkpoint, of step 4, is kept in {tmp_path}",
+        match=rf"loss is {value} at step 5: training stopped.*; the last good checkpoint, of step 4, is kept in "
+        rf"{tmp_path}",
     ):
         Lora(**SMALL).apply(subject, data=folder, work=tmp_path)
     (file,) = tmp_path.iterdir()

