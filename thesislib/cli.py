@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from thesislib.errors import BadInput, printable, unknown
-from thesislib.files import free_file, free_folder, open_folder, plain_errors
+from thesislib.files import explain_errors, replaceable_folder, writable_file, writable_folder
 
 
 class Commands(TyperGroup):
@@ -69,7 +69,7 @@ def one_line_errors(command: Callable) -> Callable:
     def wrapped(*args, **kwargs):
         _print_all()
         try:
-            with plain_errors():
+            with explain_errors():
                 return command(*args, **kwargs)
         except BadInput as error:
             typer.echo(f"error: {printable(error)}", err=True)
@@ -166,7 +166,7 @@ def run(
     name, notebook = _notebook(chapter)
     parameters = typed(notebook, map(_pair, parameter or []))
     target = out or ROOT / "_build" / "runs" / f"{name}.ipynb"
-    execute(notebook, free_file(target), parameters, parameters_of(notebook.stem))
+    execute(notebook, writable_file(target), parameters, parameters_of(notebook.stem))
     typer.echo(target)
 
 
@@ -197,7 +197,7 @@ def record(
     if parameter and out is None:
         raise BadInput("the study's own record has the parameters of its chapter: expected --out FOLDER with -p")
     found = chapter_of(name)
-    folder = open_folder(out or study())
+    folder = writable_folder(out or study())
     p = parameters(found, ready(notebook, typed(notebook, map(_pair, parameter or []))), data)
     done = carry_out(found, p, folder, limit)
     for part in done.busy:
@@ -311,7 +311,9 @@ def export(
         raise BadInput("--merge would do nothing with --gptq, which keeps corrections beside the weights: leave it out")
     name = _name(subject)
     place = (
-        free_folder(out or Path(f"{name}-gptq")) if gptq else free_file(out or Path(f"{name}-{gguf}.gguf"), new=True)
+        replaceable_folder(out or Path(f"{name}-gptq"))
+        if gptq
+        else writable_file(out or Path(f"{name}-{gguf}.gguf"), new=True)
     )
     loaded = _held(subject, dtype)
     held = str(loaded.dtype).removeprefix("torch.")
@@ -408,7 +410,7 @@ def sweep(
         name, notebook = _notebook(chapter)
         axes = listed(notebook, map(_pair, parameter or []))
         table, failed = sweep_notebook(
-            name, notebook, axes, open_folder(out or base / name), crew, parameters_of(name), reads(name)
+            name, notebook, axes, writable_folder(out or base / name), crew, parameters_of(name), reads(name)
         )
         typer.echo(table)
     else:
@@ -418,7 +420,7 @@ def sweep(
         found = read_grid(
             grid, size, False, only or (), measure or ()
         )  # what no subject can take is named with what this one cannot
-        store, others = Store(free_file(out or base / f"{found.name}-{size}.jsonl")), stores(also) if also else []
+        store, others = Store(writable_file(out or base / f"{found.name}-{size}.jsonl")), stores(also) if also else []
         if dry_run:
             lacking = missing(found, place, [store, *others])
             for label, measures in lacking.items():
@@ -593,7 +595,7 @@ def calibrate(
 
     if out.suffix != ".yaml":
         raise BadInput(f"{out} cannot be written: expected a new file whose name ends in .yaml")
-    with whole_file(free_file(out, new=True)) as temporary:
+    with whole_file(writable_file(out, new=True)) as temporary:
         temporary.write_text(host_file(out.stem), "utf8")
         found = read_device(temporary)
     bandwidth = found.tiers[0].read or 0.0
@@ -658,7 +660,7 @@ def expand(
     """Write a grid's configurations as recipes."""
     from thesislib.sweep.grid import read_grid, write_recipes
 
-    typer.echo(f"{out}: {len(write_recipes(read_grid(grid, size), open_folder(out)))} recipes")
+    typer.echo(f"{out}: {len(write_recipes(read_grid(grid, size), writable_folder(out)))} recipes")
 
 
 listed = typer.Typer(help="Recorded measurements: list, filter and export them, or make one again.")
@@ -691,7 +693,7 @@ def records(
         return
     from thesislib.records import store as stored
 
-    target = csv and free_file(csv)
+    target = csv and writable_file(csv)
     found = stored.select(stored.stores(store or [stored.study()]), label=label, task=task, metric=metric)
     if csv is not None:
         stored.write_csv(found, target)

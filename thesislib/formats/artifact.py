@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from thesislib.errors import BadInput, first_line, unknown
-from thesislib.files import free_folder, read_json, whole_folder
+from thesislib.files import read_json, replaceable_folder, whole_folder
 from thesislib.formats.artifact_json import RECORD, read_artifact, write_record
 from thesislib.formats.checkpoint import (
     check_memory,
@@ -91,7 +91,7 @@ def save_artifact(
     Raises:
         BadInput: a folder that holds something else; a weight that is NaN or infinite.
     """
-    folder = free_folder(folder, replaces=RECORD)
+    folder = replaceable_folder(folder, replaces=RECORD)
     tensors, encodings = packed_tensors(subject) if packed else ({}, {})
     repeats, without = repeated_blocks(subject), _removed(subject)
     if not (packed and (repeats or without)) and all(encoding == "dense" for encoding in encodings.values()):

@@ -10,7 +10,7 @@ from typing import cast
 import torch
 
 from thesislib.errors import BadInput, first_line
-from thesislib.files import cache_dir, damaged, lock, plain_errors, read_json, sha256_of, whole_folder
+from thesislib.files import cache_dir, damaged, explain_errors, lock, read_json, sha256_of, whole_folder
 from thesislib.formats.checkpoint import empty_model
 from thesislib.formats.gguf_reader import PART, GgufModel, check_header, parts
 
@@ -33,7 +33,7 @@ def safetensors_folder(gguf: Path, sha256: str | None = None, cut: str | None = 
     Raises:
         BadInput: another sha256 than given; see `thesislib.formats.gguf_reader.GgufModel`.
     """
-    with plain_errors(gguf), gguf.open("rb") as file:
+    with explain_errors(gguf), gguf.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise BadInput(f"{gguf} is not a GGUF file (it does not start with 'GGUF')")
     if gguf.stat().st_size > LARGE:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from thesislib.errors import BadInput, unknown
-from thesislib.files import free_file, whole_file
+from thesislib.files import whole_file, writable_file
 from thesislib.formats.artifact import plain_tensors
 from thesislib.formats.gguf_reader import ADDED, NORMALISER, NORMALISERS, PATTERNS, SPECIAL, GgufModel, halves
 from thesislib.model.forward import attention_windows
@@ -82,7 +82,7 @@ def export_gguf(subject: Subject, file: str | Path, kind: str = "F16", *, merge_
             f"activation '{config.hidden_act}' cannot be written as GGUF: llama.cpp computes silu for "
             f"{config.model_type}"
         )
-    file = free_file(file, new=True)
+    file = writable_file(file, new=True)
     dense = _dense(subject, merge_corrections)
     tensors = plain_tensors(dense)
     architecture = ARCHITECTURES[config.model_type]

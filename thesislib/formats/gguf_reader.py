@@ -22,7 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from thesislib.bounds import check_sizes
 from thesislib.errors import BadInput, unknown
-from thesislib.files import LARGEST, plain_errors
+from thesislib.files import LARGEST, explain_errors
 from thesislib.formats.checkpoint import check_memory
 
 # GGUF's word for an architecture: transformers' word, and whether rows of q and k stand in llama.cpp's order
@@ -423,7 +423,7 @@ def check_header(path: Path) -> None:
         BadInput: no GGUF; counts or lengths that lead out of the file or are beyond any model; more than tensors behind
             the header; tensors that this machine has no memory for.
     """
-    with plain_errors(path), path.open("rb") as file:
+    with explain_errors(path), path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(min(size, LARGEST))
     if head[:4] != b"GGUF":

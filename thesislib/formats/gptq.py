@@ -12,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import thesislib
 from thesislib.errors import BadInput
-from thesislib.files import free_folder, whole_folder
+from thesislib.files import replaceable_folder, whole_folder
 from thesislib.formats.artifact import (
     check_same,
     fill,
@@ -59,7 +59,7 @@ def export_gptq(subject: Subject, folder: str | Path) -> Path:
         BadInput: projections that are not quantised, or not alike; a grid with a floating minimum; groups or shapes
             that the layout cannot hold; a folder that holds something.
     """
-    folder = free_folder(folder)
+    folder = replaceable_folder(folder)
     linears: dict[str, Any] = {path: base_of(module) for path, module in projection_paths(subject)}
     settings = _settings(subject, linears)
     quantised = {path: linear.quantised for path, linear in linears.items()}

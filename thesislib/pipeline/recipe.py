@@ -23,7 +23,7 @@ from thesislib.errors import BadInput, unknown
 from thesislib.files import expanded, is_folder
 from thesislib.pipeline.label import kind_of
 from thesislib.sources import rows
-from thesislib.yaml_lines import DEEPEST, at, compose, entries, is_file, place, value
+from thesislib.yaml_lines import DEEPEST, at, compose, entries, is_file, location, value
 
 KEYS = ("label", "name", "include", "data", "stages")
 
@@ -168,7 +168,7 @@ def _load(path: Path, above: tuple[Path, ...]) -> Recipe:
         raise at(path, listed, "'stages' must be a list, each entry one stage such as '- depth: {remove: 2}'")
     for entry in listed.value if listed is not None else []:
         stages.append(_stage(entry, path))
-        places.append(place(path, entry))
+        places.append(location(path, entry))
     if not stages:
         raise at(
             path, listed or root, f"the recipe has no stages: expected 'stages:' and a list of {', '.join(STAGES)}"

@@ -26,11 +26,11 @@ from thesislib.files import (
     cache_dir,
     clear_leftovers,
     expanded,
-    free_folder,
+    explain_errors,
     lock,
-    plain_errors,
     read_json,
     real,
+    replaceable_folder,
     sha256_of,
     whole_folder,
     write_whole,
@@ -79,7 +79,7 @@ def compress(
             refuses.
     """
     out = expanded(out)
-    with plain_errors():
+    with explain_errors():
         job = Job.prepare(subject, recipe, data, dtype, device)
         place = place_for(out, job.source)
         job.forecast()  # refuses what does not fit the subject's shapes, while nothing is computed yet
@@ -345,14 +345,14 @@ def _hash(facts: object) -> str:
 
 
 def place_for(out: str | Path, source: Path) -> Path:
-    """Where an artifact is written that was asked for at `out`; see `thesislib.files.free_folder`.
+    """Where an artifact is written that was asked for at `out`; see `thesislib.files.replaceable_folder`.
 
     Raises:
         BadInput: before any work, if it cannot be written there.
     """
     if source.resolve().is_relative_to(real(out)):
         raise BadInput(f"{out} holds the subject itself: expected another folder for the artifact")
-    return free_folder(out, replaces=RECORD)
+    return replaceable_folder(out, replaces=RECORD)
 
 
 @contextmanager
