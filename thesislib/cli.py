@@ -130,13 +130,13 @@ def evaluate(
     from thesislib.evaluate.setup import Setup
     from thesislib.formats.held import check_device, check_dtype, own_dtype
     from thesislib.formats.load import load_subject
-    from thesislib.sources.rows import default_data, kind_of
+    from thesislib.sources.rows import default_data, origin_of
 
     check_dtype(dtype)
     check_device(device)
     setup = Setup(on, length=length, limit=limit, prompt=prompt, seed=seed, fast=fast, batch=batch, reference=reference)
     data = default_data() if data is None else data
-    kind_of(data)  # before a model is loaded
+    origin_of(data)  # before a model is loaded
     dtype = dtype or (own_dtype(subject) if _is_artifact(subject) else "float32")
     loaded = load_subject(subject, dtype, device, packed=not unpack)
     if plan is not None:

@@ -23,7 +23,7 @@ from thesislib.pipeline.label import DENSE
 from thesislib.pipeline.recipe import Recipe
 from thesislib.pipeline.run import Job
 from thesislib.records.measurement import Measurement
-from thesislib.sources.rows import default_data, kind_of
+from thesislib.sources.rows import default_data, origin_of
 
 
 def recipe_of(stages: Sequence) -> Recipe:
@@ -52,7 +52,7 @@ def made(recipe: Recipe, base: dict, data: str, size: dict, reports: Sequence[di
         "stage": next(iter(plain[-1])) if plain else None,
         "stages": plain,
         "base": base,
-        "data": kind_of(data),
+        "data": origin_of(data),
         "bytes": size,
         "reports": list(reports),
     }

@@ -21,7 +21,7 @@ from thesislib.compress.stage import STAGES, Shape, Stage, plain
 from thesislib.config import build, fields_of
 from thesislib.errors import BadInput, unknown
 from thesislib.files import expanded, is_folder
-from thesislib.pipeline.label import kind_of
+from thesislib.pipeline.label import stage_class
 from thesislib.sources import rows
 from thesislib.yaml_lines import DEEPEST, at, compose, entries, is_file, location, value
 
@@ -121,7 +121,7 @@ def parse_label(label: str) -> Recipe:
 
 def _of_label(part: str) -> Stage:
     """The stage whose label `part` is."""
-    kind = kind_of(part)
+    kind = stage_class(part)
     found = kind.from_label(part)
     if found is None:
         raise BadInput(
@@ -160,7 +160,7 @@ def _load(path: Path, above: tuple[Path, ...]) -> Recipe:
     if "data" in given:
         data = texts["data"] if texts["data"] in ("embedded", "hub") else str(_inside(path, given["data"]))
         try:
-            rows.kind_of(data)
+            rows.origin_of(data)
         except BadInput as error:
             raise at(path, given["data"], error) from error
     listed = given.get("stages")

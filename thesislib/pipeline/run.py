@@ -45,7 +45,7 @@ from thesislib.model.layers import PackedLinear, unpack_all
 from thesislib.model.subject import Subject
 from thesislib.pipeline.forecast import Forecast, forecast, shape_of, stand_in
 from thesislib.pipeline.recipe import Recipe, read_recipe
-from thesislib.sources.rows import default_data, kind_of
+from thesislib.sources.rows import default_data, origin_of
 from thesislib.sources.wheels import manifest
 
 T = TypeVar("T")
@@ -124,7 +124,7 @@ class Job:
         recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
         recipe.check()
         data = next(given for given in (data, recipe.data, default_data()) if given is not None)
-        kind_of(data)
+        origin_of(data)
         check_dtype(dtype)
         source, name = checkpoint_folder(str(subject))
         dtype = dtype or own_dtype(subject)
@@ -326,7 +326,7 @@ def _settings(folder: Path) -> dict[str, str]:
 
 def _identity(data: str) -> object:
     """What tells one calibration text from another, without reading it."""
-    if kind_of(data) == "embedded":
+    if origin_of(data) == "embedded":
         return {name: entry["sha256"] for name, entry in manifest().items()}
     return data if data == "hub" else _files(expanded(data), "*", "*/*")
 
