@@ -23,8 +23,8 @@ class Pair(ComputedLinear):
     encoding = "pair"
 
     @classmethod
-    def load(cls, encoding, shape, bias, dtype, tensors, name):
-        return cls(shape, bias, A=tensors["A"], B=tensors["B"])
+    def load(cls, linear):
+        return cls(linear.shape, linear.bias, **linear.tensors)
 
     weight = property(lambda self: self.B @ self.A)
     numel = property(lambda self: self.A.numel() + self.B.numel())

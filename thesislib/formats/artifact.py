@@ -33,19 +33,20 @@ from thesislib.formats.checkpoint import (
     read_tensors,
 )
 from thesislib.model import packing
-from thesislib.model.blocks import SLOTS, without_parts
+from thesislib.model.blocks import ATTRIBUTES, without_parts
 from thesislib.model.layers import (
     LINEARS,
     Adapted,
     ComputedLinear,
     Projection,
+    StoredLinear,
     base_of,
     projections,
     reader,
     replace,
     unpack_all,
 )
-from thesislib.model.quantised import TABLES, QuantisedLinear, put_table, tables
+from thesislib.model.quantised import EMBEDDINGS, QuantisedLinear, quantised_embeddings, set_embedding
 from thesislib.model.subject import DTYPES, Subject
 from thesislib.model.tokenizers import prepared, rows_of
 
@@ -138,7 +139,7 @@ def packed_tensors(subject: Subject) -> tuple[dict[str, torch.Tensor], dict[str,
     for path, module in _stored(subject):
         module = base_of(module)
         if isinstance(module, ComputedLinear) and module.encoding:
-            encodings[path], own = module.encoding, module.held
+            encodings[path], own = module.encoding, module.stored
         else:
             weight = module.weight.detach()
             encodings[path] = packing.smallest(weight)
@@ -146,9 +147,9 @@ def packed_tensors(subject: Subject) -> tuple[dict[str, torch.Tensor], dict[str,
         tensors |= {f"{path}.{name}": tensor for name, tensor in own.items()}
         if module.bias is not None:
             tensors[f"{path}.bias"] = module.bias.detach()
-    for path, table in tables(subject.model):  # an embedding or a head that is quantised
+    for path, table in quantised_embeddings(subject.model):  # an embedding or a head that is quantised
         encodings[path] = table.encoding
-        tensors |= {f"{path}.{name}": tensor for name, tensor in table.held.items()}
+        tensors |= {f"{path}.{name}": tensor for name, tensor in table.stored.items()}
     return tensors, encodings
 
 
@@ -327,7 +328,7 @@ def predicted_disk_bytes(subject: Subject, removed: str | float | None = None) -
         module = base_of(module)
         shape, dtype = (module.out_features, module.in_features), subject.dtype
         if removed is None and isinstance(module, ComputedLinear) and module.encoding:
-            shapes |= {f"{path}.{name}": (tuple(t.shape), t.dtype) for name, t in module.held.items()}
+            shapes |= {f"{path}.{name}": (tuple(t.shape), t.dtype) for name, t in module.stored.items()}
         else:
             if isinstance(removed, str):
                 encoding, nonzero = str(packing.Pattern.parse(removed)), None
@@ -340,8 +341,8 @@ def predicted_disk_bytes(subject: Subject, removed: str | float | None = None) -
                 shapes[f"{path}.{name}"] = (packed_shape, torch.uint8 if name in ("codes", "bitmap") else dtype)
         if module.bias is not None:
             shapes[f"{path}.bias"] = (tuple(module.bias.shape), module.bias.dtype)
-    for path, table in tables(subject.model):
-        shapes |= {f"{path}.{name}": (tuple(t.shape), t.dtype) for name, t in table.held.items()}
+    for path, table in quantised_embeddings(subject.model):
+        shapes |= {f"{path}.{name}": (tuple(t.shape), t.dtype) for name, t in table.stored.items()}
     total = file_bytes(shapes)
     corrections = {}
     for path, module in projection_paths(subject):
@@ -414,7 +415,7 @@ def load_artifact(folder: str | Path, dtype: str | None = None, device: str = "c
     subject = Subject(empty_model(config, kind), tokenizer, record["name"], record["plan"] and tuple(record["plan"]))
     for part, blocks in record["without"].items():
         subject = without_parts(subject, dict.fromkeys(blocks, part))
-        gone = tuple(f"{BLOCKS}{block}.{SLOTS[part]}." for block in blocks)
+        gone = tuple(f"{BLOCKS}{block}.{ATTRIBUTES[part]}." for block in blocks)
         tensors = {
             key: t for key, t in tensors.items() if not key.startswith(gone) or t.any()
         }  # zeros in a plain checkpoint
@@ -486,21 +487,25 @@ def fill(
             encoding = encodings.get(key, "dense")
             if encoding != "dense":
                 bias = None if linear.bias is None else take(f"{key}.bias", linear.bias.shape)
-                layer = computed = reader(encoding).load(encoding, shape, bias, model.dtype, _parts(tensors, key), key)
-                used |= {f"{key}.{name}" for name in computed.held}
+                layer = computed = reader(encoding).load(
+                    StoredLinear(encoding, shape, bias, model.dtype, _parts(tensors, key), key)
+                )
+                used |= {f"{key}.{name}" for name in computed.stored}
             factors = [f"base_model.model.{key}.{name}.weight" for name in ("lora_A", "lora_B")]
             filled[key] = (
                 layer if factors[0] not in tensors else Adapted(layer, *(tensors.get(name) for name in factors))
             )
             used.update(factors)
         replace(subject.blocks[_block(path)], path.rpartition(".")[2], filled[key])
-    quantised = [path for path in TABLES if path in encodings]
+    quantised = [path for path in EMBEDDINGS if path in encodings]
     for path in quantised:
         plain: Any = model.get_submodule(path)
         shape = plain.weight.shape[0], plain.weight.shape[1]
-        table = QuantisedLinear.load(encodings[path], shape, None, model.dtype, _parts(tensors, path), path)
-        used |= {f"{path}.{name}" for name in table.held}
-        put_table(model, path, table)
+        table = QuantisedLinear.load(
+            StoredLinear(encodings[path], shape, None, model.dtype, _parts(tensors, path), path)
+        )
+        used |= {f"{path}.{name}" for name in table.stored}
+        set_embedding(model, path, table)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     for name, empty in list(model.named_parameters(remove_duplicate=False)):
         if empty.is_meta and name not in tied:

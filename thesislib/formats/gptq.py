@@ -134,7 +134,7 @@ def load_gptq(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> Pre
         quantised = _quantised(path, (linear.out_features, linear.in_features), grid, form, **named)
         layer = QuantisedLinear.of(quantised)
         encodings[path] = layer.encoding
-        tensors |= {f"{path}.{name}": tensor for name, tensor in layer.held.items()}
+        tensors |= {f"{path}.{name}": tensor for name, tensor in layer.stored.items()}
     for key, tensor in stored.items():
         if not tensor.is_floating_point():
             raise BadInput(
@@ -256,7 +256,7 @@ def _settings(subject: Subject, linears: dict[str, Any]) -> dict[str, Any]:
         "bits": grid.bits,
         "group_size": -1 if grid.group == ROW else grid.group,
         "sym": grid.kind == "symmetric",
-        "desc_act": any("index" in linear.held for linear in linears.values()),
+        "desc_act": any("index" in linear.stored for linear in linears.values()),
         "lm_head": False,
         "pack_dtype": "int32",
         "meta": {"quantizer": [f"thesislib:{thesislib.__version__}"]},
