@@ -12,8 +12,8 @@ import torch
 
 from thesislib.errors import BadInput, unknown
 from thesislib.files import whole_file, writable_file
-from thesislib.formats.artifact import plain_tensors
 from thesislib.formats.gguf_reader import ADDED, NORMALISER, NORMALISERS, PATTERNS, SPECIAL, GgufModel, halves
+from thesislib.formats.tensors import plain_tensors
 from thesislib.model.forward import attention_windows
 from thesislib.model.layers import Adapted, merge_all
 from thesislib.model.packing import PRUNED

@@ -13,15 +13,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 import thesislib
 from thesislib.errors import BadInput
 from thesislib.files import replaceable_folder, whole_folder
-from thesislib.formats.artifact import (
-    check_same,
-    fill,
-    plain_tensors,
-    projection_paths,
-    read_adapter,
-    write_adapter,
-    write_tensors,
-)
+from thesislib.formats.adapter import read_adapter, write_adapter
+from thesislib.formats.artifact import check_same, fill
 from thesislib.formats.checkpoint import (
     empty_model,
     generation_settings,
@@ -30,6 +23,7 @@ from thesislib.formats.checkpoint import (
     read_config,
     read_tokenizer,
 )
+from thesislib.formats.tensors import plain_tensors, projection_paths, write_tensors
 from thesislib.model.grid import ROW, Grid, Quantised
 from thesislib.model.layers import base_of
 from thesislib.model.quantised import QuantisedLinear
@@ -144,10 +138,7 @@ def load_gptq(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> Pre
         tensors[key] = tensor.to(dtype)
     if (folder / "adapter").is_dir():
         tensors |= read_adapter(folder / "adapter")
-    try:
-        fill(subject, tensors, encodings, {})
-    except BadInput as error:
-        raise BadInput(f"{folder} does not hold the model that its config.json describes: {error}") from error
+    fill(subject, tensors, encodings, {}, folder)
     subject.model.generation_config = generation_settings(folder) or subject.model.generation_config
     return subject.model
 

@@ -8,11 +8,12 @@ import torch
 
 from thesislib.errors import BadInput, shown, unknown
 from thesislib.files import expanded, is_folder, whole_folder
-from thesislib.formats.artifact import check_same, load_artifact, load_plain, plain_tensors
+from thesislib.formats.artifact import check_same, load_artifact, load_plain
 from thesislib.formats.artifact_json import RECORD
 from thesislib.formats.checkpoint import is_gptq, quiet_transformers, read_config, read_tokenizer
 from thesislib.formats.convert import safetensors_folder
 from thesislib.formats.gptq import load_gptq
+from thesislib.formats.tensors import plain_tensors
 from thesislib.model.layers import Adapted
 from thesislib.model.subject import DTYPES, Subject
 from thesislib.model.tokenizers import prepared, rows_of

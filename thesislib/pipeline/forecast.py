@@ -12,8 +12,8 @@ from thesislib.bounds import read_sizes
 from thesislib.compress.outline import Outline, SizeUnknown
 from thesislib.compress.stage import Shape
 from thesislib.errors import BadInput
-from thesislib.formats.artifact import predicted_disk_bytes
 from thesislib.formats.checkpoint import quiet_transformers
+from thesislib.formats.sizes import predicted_disk_bytes
 from thesislib.model.layers import base_of
 from thesislib.model.quantised import tables
 from thesislib.model.subject import DTYPES, Subject
@@ -39,7 +39,7 @@ class Forecast:
     Attributes:
         label: of the stages so far.
         cached: whether the cache holds their result; then the sizes are its own.
-        parameters, nonzero, disk_bytes: after the stage, as `thesislib.formats.artifact.sizes` counts and as an
+        parameters, nonzero, disk_bytes: after the stage, as `thesislib.formats.sizes.sizes` counts and as an
             artifact's files of weights.
     """
 

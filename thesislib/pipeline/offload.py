@@ -103,7 +103,7 @@ class FromFolder:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """As `thesislib.formats.artifact.sizes`, reading one tensor at a time; in memory the whole model would take
+        """As `thesislib.formats.sizes.sizes`, reading one tensor at a time; in memory the whole model would take
         what it has on disk."""
         parameters = nonzero = 0
         for key in self.files:
