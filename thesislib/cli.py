@@ -128,8 +128,8 @@ def evaluate(
 ) -> None:
     """One measurement of a subject: value, 95 % interval, n."""
     from thesislib.evaluate.setup import Setup
-    from thesislib.formats.held import check_device, check_dtype, own_dtype
     from thesislib.formats.load import load_subject
+    from thesislib.formats.options import check_device, check_dtype, own_dtype
     from thesislib.sources.rows import default_data, origin_of
 
     check_dtype(dtype)
@@ -250,7 +250,7 @@ def compress(
     """Carry out a recipe on a subject, and write an artifact folder. Run again, it goes on where it was."""
     from thesislib.files import read_json
     from thesislib.formats.artifact_json import RECORD
-    from thesislib.formats.held import check_device
+    from thesislib.formats.options import check_device
     from thesislib.pipeline.run import Job
     from thesislib.pipeline.run import compress as carry_out
 
@@ -380,7 +380,7 @@ def sweep(
     """Measure a grid of configurations, or execute a notebook with many parameters. Run again, it does what is
     missing."""
     from thesislib.chapters import parameters_of, reads
-    from thesislib.formats.held import check_device, check_dtype
+    from thesislib.formats.options import check_device, check_dtype
     from thesislib.notebooks import listed
     from thesislib.records.store import Store, stores
     from thesislib.sources.rows import default_data
@@ -466,8 +466,8 @@ def _is_artifact(subject: str) -> bool:
 def _held(subject: str, dtype: str | None, usual: str | None = None):
     """A subject in the type given, else in its own; one that is no artifact, whose weights are packed as it keeps them,
     in its usual type, if there is one."""
-    from thesislib.formats.held import check_dtype, own_dtype
     from thesislib.formats.load import load_subject
+    from thesislib.formats.options import check_dtype, own_dtype
 
     check_dtype(dtype)
     return load_subject(subject, dtype or (own_dtype(subject) if usual is None or _is_artifact(subject) else usual))
@@ -725,7 +725,7 @@ def verify(
     """Make a measurement again from its own record: does it agree within its stated tolerance? If not, the exit code is
     1."""
     from thesislib.experiment import again
-    from thesislib.formats.held import check_device
+    from thesislib.formats.options import check_device
     from thesislib.records import store as stored
 
     check_device(device)

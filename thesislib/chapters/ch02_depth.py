@@ -23,8 +23,8 @@ from thesislib.evaluate.generate import complete
 from thesislib.evaluate.stats import VERDICTS, Comparison, holm_adjusted
 from thesislib.experiment import DENSE, described
 from thesislib.files import read_json, write_whole
-from thesislib.formats.held import check_dtype
 from thesislib.formats.load import load_subject
+from thesislib.formats.options import check_dtype
 from thesislib.model.blocks import Plan, remove
 from thesislib.model.subject import Subject
 from thesislib.pipeline.recipe import Shape

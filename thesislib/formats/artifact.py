@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from thesislib.errors import BadInput, first_line, unknown
 from thesislib.files import replaceable_folder, whole_folder
@@ -32,6 +32,7 @@ from thesislib.formats.checkpoint import (
     quiet_transformers,
     read_config,
     read_tensors,
+    read_tokenizer,
 )
 from thesislib.formats.sizes import sizes
 from thesislib.formats.tensors import (
@@ -170,11 +171,7 @@ def load_artifact(folder: str | Path, dtype: str | None = None, device: str = "c
     saved = getattr(torch, record["dtype"])
     wanted = saved if dtype is None else getattr(torch, dtype)
     config, generation = read_config(folder), generation_settings(folder)
-    with quiet_transformers():
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # tokenizers has its own class for a damaged file
-            raise BadInput(f"the tokenizer of {folder} cannot be loaded ({first_line(error)})") from error
+    tokenizer = read_tokenizer(folder)
     tensors = _read_files(folder, record)
     if wanted != saved:  # if not, corrections keep a dtype of their own
         tensors = {key: t.to(wanted) if t.is_floating_point() else t for key, t in tensors.items()}

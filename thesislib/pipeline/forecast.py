@@ -15,7 +15,7 @@ from thesislib.errors import BadInput
 from thesislib.formats.checkpoint import quiet_transformers
 from thesislib.formats.sizes import predicted_disk_bytes
 from thesislib.model.layers import base_of
-from thesislib.model.quantised import tables
+from thesislib.model.quantised import quantised_embeddings
 from thesislib.model.subject import DTYPES, Subject
 from thesislib.pipeline.recipe import Recipe
 
@@ -92,7 +92,7 @@ def sizes(outline: Outline) -> tuple[int, int | None, int | None]:
         base_of(module) for i in range(subject.depth) for module in subject.linears(i).values()
     ]  # all are `Outlined`
     sure, parameters = all(base.zeros is not None for base in bases), subject.parameters
-    rounded = bool(tables(subject.model)) or any(base.grid for base in bases)
+    rounded = bool(quantised_embeddings(subject.model)) or any(base.grid for base in bases)
     nonzero = parameters - sum(base.gone for base in bases) if sure and not rounded else None
     return parameters, nonzero, predicted_disk_bytes(subject) if sure else None
 

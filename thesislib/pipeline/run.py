@@ -38,8 +38,8 @@ from thesislib.files import (
 from thesislib.formats.artifact import load_artifact, save_artifact
 from thesislib.formats.artifact_json import RECORD, read_artifact
 from thesislib.formats.convert import SUMS
-from thesislib.formats.held import check_dtype, own_dtype
 from thesislib.formats.load import checkpoint_folder, load_subject
+from thesislib.formats.options import check_dtype, own_dtype
 from thesislib.imports import PACKAGE, digest_of, imported, sources
 from thesislib.model.layers import PackedLinear, unpack_all
 from thesislib.model.subject import Subject
@@ -70,7 +70,7 @@ def compress(
         recipe: a recipe's file, a label such as D2+W1:8, or a `Recipe`.
         out: a new folder, or an artifact that this one replaces.
         data: a data spec for calibration; by default the recipe's own, else `thesislib.sources.rows.default_data()`.
-        dtype: as the subject is loaded; by default its own, see `thesislib.formats.held.own_dtype`. device: a torch
+        dtype: as the subject is loaded; by default its own, see `thesislib.formats.options.own_dtype`. device: a torch
             device.
         packed: see `thesislib.formats.artifact.save_artifact`.
 
