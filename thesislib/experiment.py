@@ -14,8 +14,8 @@ from thesislib.config import build
 from thesislib.errors import BadInput, shown, unknown
 from thesislib.evaluate.setup import Setup, setup_of, task_of
 from thesislib.files import read_json
-from thesislib.formats.artifact import predicted_disk_bytes, sizes
 from thesislib.formats.artifact_json import RECORD
+from thesislib.formats.sizes import predicted_disk_bytes, sizes
 from thesislib.model.blocks import apply_plan
 from thesislib.model.layers import ComputedLinear
 from thesislib.model.subject import Subject
@@ -23,7 +23,7 @@ from thesislib.pipeline.label import DENSE
 from thesislib.pipeline.recipe import Recipe
 from thesislib.pipeline.run import Job
 from thesislib.records.measurement import Measurement
-from thesislib.sources.rows import default_data, kind_of
+from thesislib.sources.rows import default_data, origin_of
 
 
 def recipe_of(stages: Sequence) -> Recipe:
@@ -43,7 +43,7 @@ def made(recipe: Recipe, base: dict, data: str, size: dict, reports: Sequence[di
 
     label, recipe, stage: the configuration, its hash and its last stage's kind. stages: all settings. base: name and
     fingerprint of what the stages began with. data: the kind of data they were calibrated on or trained with. bytes: of
-    the result, see `thesislib.formats.artifact.sizes`. reports: what each stage said of itself.
+    the result, see `thesislib.formats.sizes.sizes`. reports: what each stage said of itself.
     """
     plain = recipe.plain()
     facts = {
@@ -52,7 +52,7 @@ def made(recipe: Recipe, base: dict, data: str, size: dict, reports: Sequence[di
         "stage": next(iter(plain[-1])) if plain else None,
         "stages": plain,
         "base": base,
-        "data": kind_of(data),
+        "data": origin_of(data),
         "bytes": size,
         "reports": list(reports),
     }

@@ -17,8 +17,8 @@ from thesislib.evaluate.setup import Setup, task_of
 from thesislib.evaluate.task import SHARE
 from thesislib.evaluate.triviaqa import TIERS, triviaqa
 from thesislib.experiment import DENSE, described
-from thesislib.formats.held import check_dtype
 from thesislib.formats.load import load_subject
+from thesislib.formats.options import check_dtype
 from thesislib.model.prompts import PROMPTS, default_prompt
 from thesislib.model.subject import Subject
 from thesislib.records.measurement import Measurement, in_markdown

@@ -23,8 +23,8 @@ from thesislib.evaluate.generate import Timed, complete
 from thesislib.evaluate.setup import Setup
 from thesislib.evaluate.stats import Comparison, holm_adjusted, proportion
 from thesislib.experiment import DENSE, described
-from thesislib.formats.held import check_dtype
 from thesislib.formats.load import load_subject
+from thesislib.formats.options import check_dtype
 from thesislib.model.blocks import Plan, apply_plan
 from thesislib.model.subject import Subject
 from thesislib.pipeline.recipe import Shape

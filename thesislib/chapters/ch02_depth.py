@@ -23,15 +23,15 @@ from thesislib.evaluate.generate import complete
 from thesislib.evaluate.stats import VERDICTS, Comparison, holm_adjusted
 from thesislib.experiment import DENSE, described
 from thesislib.files import read_json, write_whole
-from thesislib.formats.held import check_dtype
 from thesislib.formats.load import load_subject
+from thesislib.formats.options import check_dtype
 from thesislib.model.blocks import Plan, remove
 from thesislib.model.subject import Subject
 from thesislib.pipeline.recipe import Shape
 from thesislib.records.measurement import Measurement, in_markdown, provenance
 from thesislib.records.store import Store
 from thesislib.sources.corpus import calibration_windows, evaluation_text, question_source, questions
-from thesislib.sources.rows import kind_of
+from thesislib.sources.rows import origin_of
 
 GREEDY, RANDOM = "perplexity, greedy", "random"
 NOTHING = "nothing removed"
@@ -179,7 +179,7 @@ def score(subject: Subject, p: DepthChapter) -> Scores:
         metrics,
         removed,
         provenance(
-            subject, started, text="wikipedia", data=kind_of(p.data), windows=p.calibration, length=p.length, seed=0
+            subject, started, text="wikipedia", data=origin_of(p.data), windows=p.calibration, length=p.length, seed=0
         ),
     )
 

@@ -23,8 +23,8 @@ from thesislib.evaluate import perplexity
 from thesislib.evaluate.speed import speeds
 from thesislib.evaluate.stats import VERDICTS, Comparison, holm_adjusted
 from thesislib.experiment import DENSE, described, recipe_hash, recipe_of
-from thesislib.formats.held import check_dtype
 from thesislib.formats.load import load_subject
+from thesislib.formats.options import check_dtype
 from thesislib.model import packing
 from thesislib.model.sparse import pack_all
 from thesislib.model.subject import Subject

@@ -17,8 +17,8 @@ from thesislib.errors import BadInput, shown, unknown
 from thesislib.evaluate.generate import complete
 from thesislib.evaluate.setup import Setup
 from thesislib.experiment import DENSE, Prepared, made, prepare, recipe_of
-from thesislib.formats.artifact import predicted_disk_bytes, sizes
-from thesislib.formats.held import check_dtype
+from thesislib.formats.options import check_dtype
+from thesislib.formats.sizes import predicted_disk_bytes, sizes
 from thesislib.model.layers import merge_all
 from thesislib.pipeline.recipe import Shape, parse_label
 from thesislib.records.measurement import Measurement

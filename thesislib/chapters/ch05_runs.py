@@ -23,7 +23,7 @@ from thesislib.evaluate.generate import complete
 from thesislib.evaluate.setup import Setup
 from thesislib.experiment import DENSE, prepare, recipe_hash, recipe_of
 from thesislib.files import write_whole
-from thesislib.formats.held import check_dtype
+from thesislib.formats.options import check_dtype
 from thesislib.model.layers import LINEARS
 from thesislib.model.subject import Subject
 from thesislib.pipeline.recipe import Shape, parse_label

@@ -22,7 +22,7 @@ from thesislib.evaluate.stats import Comparison, holm_adjusted, paired_means
 from thesislib.evaluate.task import SHARE
 from thesislib.experiment import DENSE, prepare
 from thesislib.files import cache_dir, data_file
-from thesislib.formats.held import check_dtype
+from thesislib.formats.options import check_dtype
 from thesislib.records.measurement import Measurement, in_markdown
 from thesislib.records.store import Store
 from thesislib.sweep.grid import Configuration, Grid, read_grid

@@ -8,7 +8,7 @@ from thesislib.errors import BadInput, unknown
 from thesislib.evaluate.generate import greedy
 from thesislib.evaluate.stats import proportion
 from thesislib.evaluate.task import Answers, Options, compare_answers, sha256_of_items
-from thesislib.model.prompts import PROMPTS, asked, default_prompt, normalise, prompt_for
+from thesislib.model.prompts import PROMPTS, default_prompt, normalise, prompt_facts, prompt_for
 from thesislib.model.subject import Subject
 from thesislib.records.measurement import Measurement, provenance
 from thesislib.sources.corpus import Question, question_source, questions
@@ -88,7 +88,7 @@ def triviaqa(
         a, b = proportion(counts[name], n)
         extra[name] = {"value": counts[name] / n, "low": a, "high": b}
     settings = {"prompt": prompt, "source": source, "max_new_tokens": max_new_tokens, "batch": batch,
-                "open_book": items[0].context is not None, **asked(subject, prompts, prompt)}  # fmt: skip
+                "open_book": items[0].context is not None, **prompt_facts(subject, prompts, prompt)}  # fmt: skip
     return Measurement(
         task=source,
         metric="accuracy",

@@ -24,7 +24,7 @@ from typing import Any
 from filelock import FileLock
 
 from thesislib.errors import BadInput, unknown
-from thesislib.files import check_ordinary, data_file, expanded, plain_errors, write_whole
+from thesislib.files import check_ordinary, data_file, expanded, explain_errors, write_whole
 from thesislib.records.measurement import Measurement
 from thesislib.shapes import SHA256, natural, positive, wrong
 
@@ -364,7 +364,7 @@ def stores(places: Iterable[str | Path]) -> list[Store]:
     """
     found = []
     for place in map(Path, places):
-        with plain_errors(place):
+        with explain_errors(place):
             # outcomes whose rows are gone are not passed over
             files = (
                 {*place.glob("*.jsonl"), *(f.with_suffix("").with_suffix(".jsonl") for f in place.glob("*.items.gz"))}

@@ -14,7 +14,7 @@ from thesislib.pipeline.forecast import shape_of, stand_in
 from thesislib.pipeline.run import Job
 from thesislib.records.measurement import Measurement
 from thesislib.records.store import Store
-from thesislib.sources.rows import kind_of
+from thesislib.sources.rows import origin_of
 from thesislib.sweep.grid import Configuration, Grid
 from thesislib.sweep.workers import Order, Workers, drive
 
@@ -96,7 +96,7 @@ class Setting:
         """A grid's, carried out at a place: its texts are read."""
         ways = {_plainly(way) for c in grid.configurations for way in c.measures.values()}
         texts = {way: way.corpus_sha256(place.data) for way in ways}
-        return cls(place.job().base["fingerprint"], place.dtype, kind_of(place.data), texts, place.device)
+        return cls(place.job().base["fingerprint"], place.dtype, origin_of(place.data), texts, place.device)
 
     @classmethod
     def recorded(cls, rows: Iterable[Measurement], dtype: str) -> "Setting":
@@ -227,7 +227,7 @@ def _plain(c: Configuration) -> list[dict]:
 
 
 def _failure(c: Configuration, grid: Grid, place: Place, base: dict, why: str) -> Measurement:
-    made = {"label": c.label, "stages": _plain(c), "base": base, "data": kind_of(place.data)}
+    made = {"label": c.label, "stages": _plain(c), "base": base, "data": origin_of(place.data)}
     note = {"grid": grid.name, "size": grid.size, "group": c.group, "label": c.label}
     facts = {"subject": base["name"], "dtype": place.dtype, "made": made, "sweep": note, "why": why}
     return Measurement(
