@@ -386,7 +386,7 @@ def sweep(
     from thesislib.sources.rows import default_data
     from thesislib.sweep.grid import read_grid
     from thesislib.sweep.notebooks import sweep_notebook
-    from thesislib.sweep.run import Place, missing
+    from thesislib.sweep.run import Target, missing
     from thesislib.sweep.run import sweep as carry_out
     from thesislib.sweep.workers import Workers
 
@@ -416,7 +416,7 @@ def sweep(
     else:
         if parameter:
             raise BadInput("-p goes with --chapter: a grid's settings stand in its file")
-        place = Place(subject, default_data() if data is None else data, dtype, device)
+        place = Target(subject, default_data() if data is None else data, dtype, device)
         found = read_grid(
             grid, size, False, only or (), measure or ()
         )  # what no subject can take is named with what this one cannot

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 from thesislib.cli import app
 from thesislib.errors import BadInput
-from thesislib.experiment import again
+from thesislib.experiment import again, identity_of
 from thesislib.formats.load import save_checkpoint
 from thesislib.notebooks import listed
 from thesislib.records import store as stored
@@ -34,7 +34,7 @@ from thesislib.runner import chapters, results
 from thesislib.sweep import workers as driving
 from thesislib.sweep.grid import read_grid
 from thesislib.sweep.notebooks import sweep_notebook
-from thesislib.sweep.run import FAILED, Place, identity_of, missing, possible, sweep
+from thesislib.sweep.run import FAILED, Target, missing, possible, sweep
 from thesislib.sweep.task import carry_out, versions
 from thesislib.sweep.workers import Order, Workers, drive
 
@@ -64,7 +64,7 @@ def own_cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def place(tiny, tiny_data, tmp_path_factory):
     folder = save_checkpoint(tiny(layers=8), tmp_path_factory.mktemp("subject") / "tiny")
-    return Place(str(folder), tiny_data, "float32")
+    return Target(str(folder), tiny_data, "float32")
 
 
 @pytest.fixture(scope="module")
@@ -132,18 +132,18 @@ def test_workers_have_the_threads_they_are_given(place, grid_file, tmp_path):
 
 
 def test_records_of_another_subject_do_not_count(swept, tiny, place, grid_file, tmp_path):
-    other = Place(str(save_checkpoint(tiny(layers=8, seed=1), tmp_path / "tiny")), place.data, "float32")
+    other = Target(str(save_checkpoint(tiny(layers=8, seed=1), tmp_path / "tiny")), place.data, "float32")
     grid = read_grid(grid_file, "quick")
     assert set(missing(grid, other, [swept[0]])) == set(LABELS)
     names = set(map(identity_of, swept[0].rows().values()))
     assert None not in names and len(names) == len(WHOLE)
-    assert set(missing(grid, Place(place.subject, place.data, "bfloat16"), [swept[0]])) == set(LABELS)
+    assert set(missing(grid, Target(place.subject, place.data, "bfloat16"), [swept[0]])) == set(LABELS)
 
 
 def test_a_grid_less_what_a_subject_cannot_be_made_into(place, grid_file, tiny, tmp_path):
     grid = read_grid(grid_file, "quick")
     assert possible(grid, place) == (grid, {})
-    shallow = Place(str(save_checkpoint(tiny(layers=6), tmp_path / "shallow")), place.data, "float32")
+    shallow = Target(str(save_checkpoint(tiny(layers=6), tmp_path / "shallow")), place.data, "float32")
     kept, why = possible(grid, shallow)
     assert [c.label for c in kept.configurations] == ["dense", "W1:8"] and set(why) == {"D1", "D1+W1:8"}
     assert all("cannot remove 1 of 6 blocks" in reason for reason in why.values())

@@ -571,9 +571,9 @@ def recorded_parts(p: QuantChapter, file: Path) -> Iterator[Part]:
                 [c], p, {(c.key, what): None for what in c.measured if (_label(c), c.key, what) not in missing}, keep
             )
 
-        yield Part(
-            f"{c.key} {' '.join(c.measured)}", {(_label(c), c.key, what): items[what] for what in c.measured}, make
-        )
+        rows = {(_label(c), c.key, what): items[what] for what in c.measured}
+        planned = {key: (c.stages, *p.protocols()[key[2]]) for key in rows}
+        yield Part(f"{c.key} {' '.join(c.measured)}", rows, make, planned=planned)
     yield Part("layers", {}, lambda *_: _write_layers(p, file), layers_file(file))
 
 

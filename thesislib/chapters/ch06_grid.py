@@ -1,9 +1,8 @@
 """Chapter 6, the whole grid: every configuration measured alike, tables of them, and what each stage costs or gives."""
 
 import functools
-import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +19,24 @@ from thesislib.evaluate.setup import setup_of, task_of
 from thesislib.evaluate.speed import SECONDS_PER_TOKEN
 from thesislib.evaluate.stats import Comparison, holm_adjusted, paired_means
 from thesislib.evaluate.task import SHARE
-from thesislib.experiment import DENSE, prepare
+from thesislib.experiment import DENSE, Conditions
 from thesislib.files import cache_dir, data_file
 from thesislib.formats.options import check_dtype
 from thesislib.records.measurement import Measurement, in_markdown
 from thesislib.records.store import Store
 from thesislib.sweep.grid import Configuration, Grid, read_grid
-from thesislib.sweep.run import FAILED, Place, Setting, identity_of, known, possible, sweep, wanted
+from thesislib.sweep.run import (
+    FAILED,
+    Target,
+    by_identity,
+    conditions,
+    known,
+    possible,
+    recorded_conditions,
+    sweep,
+    wanted,
+)
+from thesislib.sweep.task import measure_cell
 from thesislib.sweep.workers import Workers
 
 RECORDED, PRECISION, FULL = "sample", "precision", "full"
@@ -44,7 +54,7 @@ READS = (
 class EvaluationChapter:
     """Parameters of chapter 6.
 
-    subject, data, dtype, device: see `thesislib.sweep.run.Place`. size: of the grid in data/grid.yaml. workers,
+    subject, data, dtype, device: see `thesislib.sweep.run.Target`. size: of the grid in data/grid.yaml. workers,
     threads: processes on this machine, and threads of each.
     """
 
@@ -62,9 +72,9 @@ class EvaluationChapter:
         grid(self.size)
 
     @property
-    def place(self) -> Place:
+    def place(self) -> Target:
         """Where the grid is carried out."""
-        return Place(self.subject, self.data, self.dtype, self.device)
+        return Target(self.subject, self.data, self.dtype, self.device)
 
 
 @functools.cache
@@ -88,19 +98,15 @@ def run(p: EvaluationChapter) -> Results:
     failed = sweep(g, p.place, store, Workers(p.workers, threads=p.threads, gpu=p.device.startswith("cuda")))
     if failed:
         raise RuntimeError("; ".join(f"{label}: {why}" for label, why in failed.items()))
-    return collect(g, store.rows().values(), Setting.of(g, p.place))
+    return collect(g, store.rows().values(), conditions(g, p.place))
 
 
-def collect(g: Grid, rows: Iterable[Measurement], at: Setting) -> Results:
+def collect(g: Grid, rows: Iterable[Measurement], at: Conditions) -> Results:
     """{(label, measure): measurement} of a grid on one subject; other subjects' and types' rows, and what is no part of
     the grid, stay out."""
-    by_identity = {name: m for m in rows if m.metric != FAILED and (name := identity_of(m))}
-    found = {}
-    for c in g.configurations:
-        for measure, name in wanted(g, c, at).items():
-            if name in by_identity:
-                found[c.label, measure] = by_identity[name]
-    return found
+    found = by_identity(rows)
+    names = {(c.label, measure): name for c in g.configurations for measure, name in wanted(g, c, at).items()}
+    return {cell: found[name] for cell, name in names.items() if name in found}
 
 
 def read_recorded(path: Path, size: str = RECORDED, dtype: str = "bfloat16") -> Results:
@@ -108,7 +114,7 @@ def read_recorded(path: Path, size: str = RECORDED, dtype: str = "bfloat16") -> 
     measurements."""
     own = list(Store(path).rows().values())
     before = [m for store in _before(path) for m in store.rows().values()]
-    return collect(grid(size), [*before, *own], Setting.recorded(own, dtype))
+    return collect(grid(size), [*before, *own], recorded_conditions(own, dtype))
 
 
 def _before(path: Path) -> list[Store]:
@@ -495,8 +501,8 @@ def recorded_parts(p: EvaluationChapter, file: Path) -> Iterator[Part]:
         g = grid(size)
 
         @functools.cache
-        def elsewhere(g: Grid = g, place: Place = place) -> tuple[Setting, set[str]]:
-            return Setting.of(g, place), known(_before(file))
+        def elsewhere(g: Grid = g, place: Target = place) -> tuple[Conditions, set[str]]:
+            return conditions(g, place), known(_before(file))
 
         for c in g.configurations:
             everything = p.size != RECORDED or size != FULL
@@ -509,7 +515,7 @@ def recorded_parts(p: EvaluationChapter, file: Path) -> Iterator[Part]:
                 keep: Keep,
                 g: Grid = g,
                 c: Configuration = c,
-                place: Place = place,
+                place: Target = place,
                 elsewhere=elsewhere,
             ) -> None:
                 at, have = elsewhere()
@@ -521,17 +527,9 @@ def recorded_parts(p: EvaluationChapter, file: Path) -> Iterator[Part]:
                 ]
                 if not todo:
                     return
-                started = time.perf_counter()
-                ready = prepare(place.subject, c.recipe.stages, data=place.data, dtype=place.dtype, device=place.device)
-                note = {
-                    "grid": g.name,
-                    "size": g.size,
-                    "group": c.group,
-                    "label": c.label,
-                    "seconds_to_make": round(time.perf_counter() - started, 1),
-                }
-                for what in todo:
-                    keep(ready.measure(c.measures[what], place.data, sweep=note))
+                setups = [c.measures[what] for what in todo]
+                for m in measure_cell(stages=c.recipe.stages, setups=setups, cell=g.cell(c), **asdict(place)):
+                    keep(m)
 
             if ways:
                 yield Part(

@@ -1,6 +1,7 @@
 """A chapter's recorded run carried out: row by row, gone on with after a kill, by one process or several."""
 
 import dataclasses
+import functools
 import hashlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +15,8 @@ from tqdm import tqdm
 from thesislib.chapters.chapter import Chapter, Key, Part, shape
 from thesislib.config import build
 from thesislib.errors import BadInput, shown
-from thesislib.experiment import DENSE, recipe_of
+from thesislib.evaluate.setup import Setup
+from thesislib.experiment import DENSE, identity, identity_of, recipe_of
 from thesislib.files import cache_dir, lock, real
 from thesislib.pipeline.run import Job
 from thesislib.records.measurement import Measurement
@@ -84,6 +86,7 @@ def record(chapter: Chapter, p: Any, folder: Path, limit: int | None = None) -> 
     parts, added, busy = list(chapter.parts(p, store.path)), 0, []
     wanted = {key: n for part in parts for key, n in part.rows.items()}
     _check_parameters(store, chapter, wanted)
+    _check_identities(store, chapter, p, parts)
 
     def missing(keys: Iterable[Key]) -> list[Key]:
         rows = store.rows(items=False).values() if store.path.exists() else ()
@@ -134,6 +137,27 @@ def _check_parameters(store: Store, chapter: Chapter, wanted: Mapping[Key, int |
                 f"{store.path} has a row, {name} ({m.label}, {m.metric}, n = {m.n}), that this run does "
                 "not make: "
                 "expected the chapter and the parameters that it was made with, or another --out FOLDER"
+            )
+
+
+def _check_identities(store: Store, chapter: Chapter, p: Any, parts: Iterable[Part]) -> None:
+    """Raises BadInput if a store has a row that was made or measured otherwise than the recorded run would: with other
+    settings of a stage, in another dtype, on another text."""
+    planned = {key: plan for part in parts for key, plan in part.planned.items()}
+    rows = store.rows(items=False) if planned and store.path.exists() else {}
+    job = Job.prepare(p.subject, recipe_of(()), p.data, p.dtype) if rows else None
+    text = functools.cache(Setup.corpus_sha256)
+    for name, m in rows.items():
+        if job is None or (key := chapter.key(m)) not in planned:
+            continue
+        stages, setup, data = planned[key]
+        expected = identity(
+            job.base["fingerprint"], job.dtype, origin_of(p.data), recipe_of(stages).plain(), setup, text(setup, data)
+        )
+        if identity_of(m) != expected:
+            raise BadInput(
+                f"{store.path} has a row, {name} ({m.label}, {m.metric}), that was made or measured otherwise than "
+                "this run would: expected the parameters and the data that it was made with, or another --out FOLDER"
             )
 
 
