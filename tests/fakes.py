@@ -1,6 +1,7 @@
 """What several tests need: measurements that nobody made, and processes that begin with everything imported."""
 
 import multiprocessing
+from multiprocessing import forkserver
 
 import numpy as np
 
@@ -58,11 +59,16 @@ def processes():
     context.set_forkserver_preload(
         [
             "pytest",
+            "thesislib.cli",
+            "thesislib.compress.lora.stage",
             "thesislib.pipeline.run",
             "thesislib.records.store",
-            "thesislib.compress.lora.stage",
+            "thesislib.sweep.run",
             f"{llama}modeling_llama",
             f"{llama}configuration_llama",
+            "distributed",
+            "papermill",
         ]
     )
+    forkserver.ensure_running()  # here, since Dask would have other modules imported
     return context

@@ -60,7 +60,7 @@ def _said(found: dict[str, str | None]) -> str:
 def _configuration(order: dict) -> dict:
     """{"rows": its measurements, with items}."""
     stages, started = [stage_of(plain) for plain in order["stages"]], time.perf_counter()
-    device = _card(order["device"], order.get("per_card", 1))
+    device = card_of_worker(order["device"], order.get("per_card", 1))
     ready = prepare(order["subject"], stages, data=order["data"], dtype=order["dtype"], device=device)
     note = {**order["note"], "seconds_to_make": round(time.perf_counter() - started, 1)}  # less what the cache held
     rows = [ready.measure(Setup(**setup), order["data"], sweep=note) for setup in order["setups"]]
@@ -69,7 +69,7 @@ def _configuration(order: dict) -> dict:
     return {"rows": [asdict(m) for m in rows]}
 
 
-def _card(device: str, per_card: int) -> str:
+def card_of_worker(device: str, per_card: int) -> str:
     """The card of this worker: local workers are numbered from 0, and cards dealt out in turns. What shares one takes
     its part of the memory."""
     import torch
