@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokeniz
 
 from thesislib.formats.load import load_subject
 from thesislib.model.subject import Subject
-from thesislib.sources import rows as rows_
+from thesislib.sources.rows import SOURCES
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -82,7 +82,7 @@ def tiny_data(tmp_path_factory):
         ],
     }
     for task, rows in tables.items():
-        path = root / f"{rows_.SOURCES[task].folder}.jsonl"
+        path = root / f"{SOURCES[task].folder}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(root)

@@ -104,7 +104,7 @@ def test_a_failed_conversion_leaves_nothing(tmp_path, cache, monkeypatch):
 
     path = tmp_path / "x.gguf"
     path.write_bytes(b"GGUF" + bytes(20))
-    monkeypatch.setattr(convert, "_convert", half)
+    monkeypatch.setattr(convert, "convert_gguf", half)
     with pytest.raises(RuntimeError, match="killed"):
         safetensors_folder(path)
     assert cached(cache) == []
@@ -119,7 +119,7 @@ def counted(monkeypatch, checkpoint):
         done.append(gguf.read_bytes())
         shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
 
-    monkeypatch.setattr(convert, "_convert", copy)
+    monkeypatch.setattr(convert, "convert_gguf", copy)
     return done
 
 
@@ -282,7 +282,7 @@ def copied(gguf, folder, cut):
         shutil.copy(file, folder)
         print(file.name, flush=True)
         time.sleep(0.02)
-convert._convert = copied
+convert.convert_gguf = copied
 convert.safetensors_folder(Path(sys.argv[1]))
 """
 

@@ -21,7 +21,7 @@ from thesislib.formats.load import load_subject, save_checkpoint
 from thesislib.pipeline.forecast import Forecast
 from thesislib.pipeline.recipe import Recipe
 from thesislib.pipeline.run import Job, compress
-from thesislib.sources import rows as rows_
+from thesislib.sources.rows import SOURCES
 
 IDS = torch.randint(0, 250, (8, 24), generator=torch.Generator().manual_seed(1))
 TRAINING = {
@@ -61,7 +61,7 @@ def texts(tmp_path_factory):
     """Text to train on."""
     root, r = tmp_path_factory.mktemp("texts"), random.Random(0)
     for task in ("wikitext_train", "wikitext"):
-        path = root / f"{rows_.SOURCES[task].folder}.jsonl"
+        path = root / f"{SOURCES[task].folder}.jsonl"
         path.parent.mkdir(exist_ok=True)
         rows = [row for i in range(4) for row in (f" = {task} {i} = \n", "".join(r.choices("abc def", k=200)) + "\n")]
         path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))

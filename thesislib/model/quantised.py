@@ -193,11 +193,7 @@ class QuantisedLinear(ComputedLinear):
         fits = grid.bits == 4 and grid.holds_zero and grid.group in (32, 64, 128, 256) and self.out_features % TILE == 0
         plain = self.mask == EVERYWHERE and "index" not in self._buffers
         return (
-            fits
-            and plain
-            and bool(self.scales.min() >= 0)
-            and bool(self.scales.max() < INFINITE)
-            and _tiles_are_known()
+            fits and plain and bool(self.scales.min() >= 0) and bool(self.scales.max() < INFINITE) and tiles_are_known()
         )
 
     def _transposed(self) -> torch.Tensor:
@@ -382,7 +378,7 @@ def _untiled(tiled: dict[str, torch.Tensor], asymmetric: bool) -> dict[str, torc
 
 
 @cache
-def _tiles_are_known() -> bool:
+def tiles_are_known() -> bool:
     """Whether torch's kernel is there and lays codes out as `_untiled` reads them; the order depends on the
     processor."""
     codes = torch.randint(16, (2 * TILE, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)

