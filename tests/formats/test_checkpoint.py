@@ -362,8 +362,10 @@ def by_hand(model, gone):
     return losses(model)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("model_type", SUPPORTED)
+@pytest.mark.parametrize(
+    ("model_type", "implementation"),
+    [*((name, "flash_attention_2") for name in SUPPORTED), *(("mistral", name) for name in IMPLEMENTATIONS[:3])],
+)
 def test_stages_do_not_depend_on_the_attention_of_a_configuration(
     tiny, tiny_data, tmp_path, model_type, implementation, monkeypatch
 ):
