@@ -309,7 +309,7 @@ def export(
         raise BadInput("which format to export is not said: expected either --gptq or --gguf TYPE")
     if gptq and merge:
         raise BadInput("--merge would do nothing with --gptq, which keeps corrections beside the weights: leave it out")
-    name = _name(subject)
+    name = export_name(subject)
     place = (
         replaceable_folder(out or Path(f"{name}-gptq"))
         if gptq
@@ -473,7 +473,7 @@ def _held(subject: str, dtype: str | None, usual: str | None = None):
     return load_subject(subject, dtype or (own_dtype(subject) if usual is None or _is_artifact(subject) else usual))
 
 
-def _name(subject: str) -> str:
+def export_name(subject: str) -> str:
     """What a subject's exports are called by default: its folder's or file's own name, also where the spec is '.' or
     ends in a slash."""
     from thesislib.files import expanded, real

@@ -93,7 +93,9 @@ def test_copies_are_independent():
 
 def test_gradients_pass_through_packed_weights():
     """Also where the tables were first made in inference mode, whose tensors autograd refuses to save."""
-    packing._positions.cache_clear(), packing._joined_positions.cache_clear(), packing._byte_bits.cache_clear()
+    for table in vars(packing).values():
+        if hasattr(table, "cache_clear"):
+            table.cache_clear()
     dense = linear()
     for encoding in ("2:4", "bitmap"):
         packed = PackedLinear.of(dense, encoding)

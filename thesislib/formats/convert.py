@@ -53,7 +53,7 @@ def safetensors_folder(gguf: Path, sha256: str | None = None, cut: str | None = 
                 again = f": what the cache holds of it {why}" if folder.exists() else " (once, some seconds)"
                 print(f"converting {gguf.name} to safetensors{again}", file=sys.stderr)
                 with whole_folder(folder, alone=True) as temporary:
-                    _convert(gguf, temporary, cut)
+                    convert_gguf(gguf, temporary, cut)
                     files = [file for file in temporary.rglob("*") if file.is_file()]
                     sums = {file.relative_to(temporary).as_posix(): sha256_of(file) for file in files}
                     (temporary / SUMS).write_text(json.dumps(sums), "utf8")
@@ -74,8 +74,12 @@ def _wrong(folder: Path) -> str | None:
     return f"has a file that is not its own: {min(others)}" if others else None
 
 
-def _convert(gguf: Path, folder: Path, cut: str | None) -> None:
-    """Write the model and the tokenizer of a GGUF file into a folder."""
+def convert_gguf(gguf: Path, folder: Path, cut: str | None) -> None:
+    """Write the model and the tokenizer of a GGUF file into a folder, without looking at the cache.
+
+    Raises:
+        BadInput: a file that is damaged, or that this package does not read.
+    """
     from safetensors.torch import save_file
 
     try:

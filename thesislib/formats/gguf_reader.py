@@ -50,10 +50,16 @@ def parts(path: Path) -> list[Path]:
     Raises:
         BadInput: a part that is not there, or a part under another name than NAME-00001-of-00003.gguf.
     """
+    return list(_readers(path))
+
+
+def _readers(path: Path) -> dict[Path, gguf.GGUFReader]:
+    """The same files, open; each is read once, since a vocabulary takes seconds."""
     check_header(path)
-    count = int(_Fields(_reader(path)).get("split.count", 1))
+    reader = _reader(path)
+    count = int(_Fields(reader).get("split.count", 1))
     if count <= 1:
-        return [path]
+        return {path: reader}
     match = PART.search(path.stem)
     if not match or int(match[2]) != count:
         raise BadInput(
@@ -68,7 +74,7 @@ def parts(path: Path) -> list[Path]:
                 "not whole"
             )
         check_header(file)
-    return files
+    return {file: reader if file == path else _reader(file) for file in files}
 
 
 @dataclass
@@ -87,8 +93,8 @@ class GgufModel:
     files: list[Path] = field(init=False)
 
     def __post_init__(self):
-        self.files = parts(self.path)
-        readers = [_reader(file) for file in self.files]
+        opened = _readers(self.path)
+        self.files, readers = list(opened), list(opened.values())
         self.fields = _Fields(*readers)
         self.stored = {tensor.name: tensor for reader in readers for tensor in reader.tensors}
         self.architecture = self.fields.take("general.architecture")
