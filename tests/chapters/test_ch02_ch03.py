@@ -209,7 +209,7 @@ def test_conventions():
     assert table.loc["2:4", "bytes packed, bfloat16"] == "54.7%"
 
 
-def test_sentences_of_width_turn_with_the_numbers():
+def test_what_width_compares_turns_with_the_numbers():
     p = width.WidthChapter(by_magnitude=["1:8", "2:4"], weightings=["unit_norm"])
     order = {"1:2": 5.0, "2:4": 4.5, "4:8": 4.0, "8:16": 4.0}
     results = (
@@ -219,29 +219,26 @@ def test_sentences_of_width_turn_with_the_numbers():
     )
     results |= {p.width("1:8", metric="magnitude"): loss(3.05), p.width("2:4", metric="magnitude"): loss(6.0, 1)}
     results |= {p.width("2:4", weighting="unit_norm"): loss(4.6)}
-    said = width.halves_sentence(results, p)
-    assert (
-        "2:4 is better than 1:2 (x 0.61, p < 0.001), 4:8 is better than 2:4 (x 0.61, p < 0.001), 8:16 is not "
-        "told apart from 4:8" in said
-    )
-    assert "below magnitude's for 1 of 2 patterns, above it for 0, not told apart for 1" in width.magnitude_sentence(
-        results, p
-    )
-    assert "unit_norm: x 1.105" in width.weighting_sentence(results, p)
+    verdicts = {pair: c.verdict() for pair, c in width.halves(results, p).items()}
+    assert verdicts == {("1:2", "2:4"): "better", ("2:4", "4:8"): "better", ("4:8", "8:16"): "not told apart"}
+    assert width.halves(results, p)["1:2", "2:4"].difference == pytest.approx(-0.5)
+    assert by_verdict(width.wanda_against_magnitude(results, p)) == {
+        "better": ["2:4"],
+        "worse": [],
+        "not told apart": ["1:8"],
+    }
+    (weighting,) = width.weightings(results, p).items()
+    assert weighting[0] == "unit_norm" and weighting[1].difference == pytest.approx(0.1)
     results[p.width("2:4")] = loss(5.5)
-    assert "2:4 is worse than 1:2" in width.halves_sentence(results, p)
+    assert width.halves(results, p)["1:2", "2:4"].verdict() == "worse"
 
 
-def test_calibration_table_and_sentence():
+def test_calibration_table():
     p = width.WidthChapter()
     results = {c: loss(4 - 0.1 * math.log2(c.windows) + 0.01 * c.seed) for c in width.calibrations(p)}
     table = width.calibration_table(results, p)
     assert table.shape == (6, 3) and table.loc[("c4", 8), 0] > table.loc[("c4", 128), 0]
-    said = width.calibration_sentence(results, p)
-    assert (
-        said.startswith("From 8 to 128 calibration windows the mean over 3 seeds goes, by text: c4 40.9 to 27.4")
-        and "Seeds differ by 1.0% to 1.0%" in said
-    )
+    assert table.loc[("c4", 8)].mean() == pytest.approx(40.9, abs=0.1)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ After a sentence or a record changed: `python -m tests.chapters.test_english` wr
 
 from pathlib import Path
 
-from thesislib.chapters import ch00_measures as measures
 from thesislib.chapters import ch01_franken as franken
 from thesislib.chapters import ch02_depth as depth
 from thesislib.chapters import ch03_width as width

@@ -216,14 +216,10 @@ def plan_without(depth: int, gone: Sequence[int]) -> Plan:
     return tuple(b for b in range(depth) if b not in gone)
 
 
-def plans_of(subject: Subject, scores: Scores) -> dict[tuple[str, int], Plan]:
+def plans_of(depth: int, scores: Scores) -> dict[tuple[str, int], Plan]:
     """{(method, blocks removed): plan} of all that was chosen, and of nothing removed."""
-    chosen = {
-        (method, k): plan_without(subject.depth, gone)
-        for method, sets in scores.removed.items()
-        for k, gone in sets.items()
-    }
-    return {(NOTHING, 0): plan_without(subject.depth, ()), **chosen}
+    removals = {(method, k): gone for method, sets in scores.removed.items() for k, gone in sets.items()}
+    return {name: plan_without(depth, gone) for name, gone in {(NOTHING, 0): (), **removals}.items()}
 
 
 def pruned(subject: Subject, scores: Scores) -> dict[int, Subject]:
@@ -242,7 +238,7 @@ def measure(subject: Subject, scores: Scores, p: DepthChapter) -> Results:
     """Perplexity of every method at every count, all in one tree; TriviaQA and a text of the thesis's
     configurations."""
     found = perplexity.perplexities(
-        subject, evaluation_text(p.data), plans_of(subject, scores), length=p.length, limit=p.windows
+        subject, evaluation_text(p.data), plans_of(subject.depth, scores), length=p.length, limit=p.windows
     )
     small, trivia = pruned(subject, scores), {}
     for open_book in (False, True):
@@ -449,7 +445,7 @@ def recorded_parts(p: DepthChapter, file: Path) -> Iterator[Part]:
         scores = Scores.from_json(read_json(beside))
         plans = {
             (m, k): plan
-            for (m, k), plan in plans_of(subject, scores).items()
+            for (m, k), plan in plans_of(subject.depth, scores).items()
             if (label_of(k), "perplexity", m) in missing
         }
         if plans:
