@@ -6,24 +6,22 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
-from thesislib.chapters.chapter import WHOLE, Chapter, Keep, Key, Part, shape
+from thesislib.chapters.chapter import WHOLE, Chapter, K, Keep, Key, Parameters, Part, shape
 from thesislib.chapters.phrases import interval, number, p_value, points, ratio
 from thesislib.compress.franken import ORIGINAL_DEPTH, format_plan, franken_plans
-from thesislib.config import positive
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import choice, perplexity
 from thesislib.evaluate.generate import Timed, complete
 from thesislib.evaluate.setup import Setup
 from thesislib.evaluate.stats import Comparison, by_verdict, holm_adjusted, proportion
 from thesislib.experiment import DENSE, described
-from thesislib.formats.held import check_dtype
 from thesislib.formats.load import load_subject
 from thesislib.model.blocks import Plan, apply_plan
 from thesislib.model.subject import Subject
@@ -33,18 +31,13 @@ from thesislib.records.store import Store
 from thesislib.sources.corpus import evaluation_text
 
 BASELINE = "baseline"
-K = TypeVar("K")
 
 
 @dataclass(frozen=True)
-class Franken:
+class Franken(Parameters):
     """Parameters of chapter 1.
 
     Attributes:
-        subject: a subject spec.
-        data: a data spec.
-        dtype: of the weights, see `load_subject`.
-        device: a torch device.
         length: tokens in a window.
         windows: how many perplexity is measured on.
         items: of HellaSwag.
@@ -54,10 +47,6 @@ class Franken:
         shown: the plan whose attention is drawn.
     """
 
-    subject: str = "embedded"
-    data: str = "embedded"
-    dtype: str = "bfloat16"
-    device: str = "cpu"
     length: int = 512
     windows: int | None = 8
     items: int = 24
@@ -67,8 +56,7 @@ class Franken:
     shown: str = "0_7_15_23_31"
 
     def __post_init__(self):
-        positive(length=self.length, windows=self.windows, items=self.items, singles=self.singles, tokens=self.tokens)
-        check_dtype(self.dtype)
+        super().__post_init__()
         if self.shown not in (names := franken_plans(ORIGINAL_DEPTH)):
             raise unknown("plan", self.shown, names)
 

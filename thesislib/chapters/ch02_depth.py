@@ -4,7 +4,7 @@ go."""
 import json
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +12,16 @@ import pandas as pd
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
-from thesislib.chapters.chapter import CLOSED, OPEN, WIKITEXT, Chapter, Keep, Key, Part, book, shape
+from thesislib.chapters.chapter import CLOSED, OPEN, WIKITEXT, Chapter, Keep, Key, Parameters, Part, book, shape
 from thesislib.chapters.phrases import listed, number, share, times
 from thesislib.chapters.thesis import thesis_row
 from thesislib.compress.depth import METRICS, Depth, angular_distances, importance
-from thesislib.config import positive
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import perplexity, triviaqa
 from thesislib.evaluate.generate import complete
 from thesislib.evaluate.stats import Comparison, by_verdict, holm_adjusted
 from thesislib.experiment import DENSE, described
 from thesislib.files import read_json, write_whole
-from thesislib.formats.held import check_dtype
 from thesislib.formats.load import load_subject
 from thesislib.model.blocks import Plan, remove
 from thesislib.model.subject import Subject
@@ -39,14 +37,10 @@ THESIS = (2, 4, 6, 8)
 
 
 @dataclass(frozen=True)
-class DepthChapter:
+class DepthChapter(Parameters):
     """Parameters of chapter 2.
 
     Attributes:
-        subject: a subject spec.
-        data: a data spec.
-        dtype: of the weights, see `load_subject`.
-        device: a torch device.
         length: tokens in a window.
         calibration: windows of the calibration text that blocks are scored on.
         windows: that perplexity is measured on after each removal.
@@ -60,25 +54,22 @@ class DepthChapter:
         prompt: what is completed.
     """
 
-    subject: str = "embedded"
-    data: str = "embedded"
-    dtype: str = "bfloat16"
-    device: str = "cpu"
     length: int = 512
     calibration: int = 4
     windows: int | None = 8
-    metrics: list | None = None
+    metrics: list = field(default_factory=lambda: list(METRICS))
     greedy: int = 0
-    counts: list | None = None
+    counts: list = field(default_factory=lambda: [1, 2, 4, 6, 8])
     seeds: int = 2
     questions: int = 32
     passages: int = 12
     tokens: int = 30
     prompt: str = "Once upon a time"
 
+    may_be_zero = ("greedy", "seeds")
+
     def __post_init__(self):
-        object.__setattr__(self, "metrics", self.metrics or list(METRICS))
-        object.__setattr__(self, "counts", self.counts or [1, 2, 4, 6, 8])
+        super().__post_init__()
         for metric in self.metrics:
             if metric not in METRICS:
                 raise unknown("importance metric", metric, METRICS)
@@ -86,9 +77,6 @@ class DepthChapter:
             raise BadInput(
                 f"parameter 'counts' is {self.counts}: expected numbers of blocks to remove, at least 1 each"
             )
-        names = ("length", "calibration", "windows", "questions", "passages", "tokens")
-        positive(**{name: getattr(self, name) for name in names})
-        check_dtype(self.dtype)
 
     def check_shape(self, shape: Shape) -> None:
         """Raises BadInput for a subject of which no count of `counts` can be removed."""

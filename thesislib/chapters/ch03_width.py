@@ -5,24 +5,22 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 import torch
 from tqdm import tqdm
 
-from thesislib.chapters.chapter import WIKITEXT, Chapter, Keep, Key, Part
+from thesislib.chapters.chapter import WIKITEXT, Chapter, Keep, Key, Parameters, Part, by_key
 from thesislib.chapters.phrases import factor, p_value, ratio, versus, with_thousands
 from thesislib.chapters.thesis import thesis_row
 from thesislib.compress.width import THESIS_PATTERNS, Width
-from thesislib.config import positive
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import perplexity
 from thesislib.evaluate.speed import speeds
 from thesislib.evaluate.stats import Comparison, by_verdict, holm_adjusted
 from thesislib.experiment import DENSE, described, recipe_hash, recipe_of
-from thesislib.formats.held import check_dtype
 from thesislib.formats.load import load_subject
 from thesislib.model import packing
 from thesislib.model.sparse import pack_all
@@ -37,14 +35,10 @@ HALVES = ("1:2", "2:4", "4:8", "8:16")
 
 
 @dataclass(frozen=True)
-class WidthChapter:
+class WidthChapter(Parameters):
     """Parameters of chapter 3.
 
     Attributes:
-        subject: a subject spec.
-        data: a data spec.
-        dtype: of the weights, see `load_subject`.
-        device: a torch device.
         length: tokens in a window.
         text: calibration text of WANDA, c4 or wikipedia.
         calibration: windows of it.
@@ -55,31 +49,19 @@ class WidthChapter:
         weightings: other token weights of WANDA's statistics, tried on 2:4.
     """
 
-    subject: str = "embedded"
-    data: str = "embedded"
-    dtype: str = "bfloat16"
-    device: str = "cpu"
     length: int = 512
     text: str = "c4"
     calibration: int = 4
     windows: int | None = 6
-    patterns: list | None = None
-    by_magnitude: list | None = None
-    ratios: list | None = None
-    weightings: list | None = None
+    patterns: list = field(default_factory=lambda: [*NINE])
+    by_magnitude: list = field(default_factory=lambda: ["1:8", "2:4"])
+    ratios: list = field(default_factory=lambda: [0.5])
+    weightings: list = field(default_factory=lambda: ["unit_norm"])
 
     def __post_init__(self):
-        for name, default in (
-            ("patterns", [*NINE]),
-            ("by_magnitude", ["1:8", "2:4"]),
-            ("ratios", [0.5]),
-            ("weightings", ["unit_norm"]),
-        ):
-            object.__setattr__(self, name, default if getattr(self, name) is None else getattr(self, name))
+        super().__post_init__()
         for pattern in (*self.patterns, *self.by_magnitude):
             packing.Pattern.parse(pattern)
-        positive(length=self.length, calibration=self.calibration, windows=self.windows)
-        check_dtype(self.dtype)
         if self.text not in ("c4", "wikipedia"):
             raise unknown("calibration text", self.text, ("c4", "wikipedia"))
         configurations(self)  # each stage checks its own settings
@@ -334,17 +316,16 @@ def stages_of(m: Measurement) -> list[Width]:
     return [Width(**config)] if (config := m.chapter["config"]) else []
 
 
-def from_measurements(measurements: Sequence[Measurement]) -> dict[Width | None, Measurement]:
-    """The results, by configuration.
+def from_measurements(measurements: Iterable[Measurement]) -> Results:
+    """The results, by configuration, the whole model first.
 
     Raises:
         BadInput: not this chapter's.
     """
-    try:
-        results = {next(iter(stages_of(m)), None): m for m in measurements}
-        return {None: results[None], **results}
-    except (KeyError, TypeError) as error:
-        raise BadInput(f"these are not the results of chapter 3 ({error})") from error
+    results = by_key(measurements, lambda m: next(iter(stages_of(m)), None), 3)
+    if None not in results:
+        raise BadInput("these are not the results of chapter 3 (the whole model's is missing)")
+    return {None: results[None], **results}
 
 
 def read_recorded(path: Path) -> Results:
