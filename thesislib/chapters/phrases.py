@@ -88,6 +88,11 @@ def word(c: Comparison, higher_is_better: bool = False) -> str:
     return c.verdict(higher_is_better) if c.told else "within noise"
 
 
+def few(names: Sequence[str], most: int = 6) -> str:
+    """The first names, and how many more."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 def listed(names: Sequence[str]) -> str:
     """Names, or none."""
     return ", ".join(names) or "none"
