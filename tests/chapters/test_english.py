@@ -3,8 +3,13 @@
 After a sentence or a record changed: `python -m tests.chapters.test_english` writes `english.md` anew.
 """
 
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
+import pandas as pd
+
+import thesislib.chapters as study
 from thesislib.chapters import ch01_franken as franken
 from thesislib.chapters import ch02_depth as depth
 from thesislib.chapters import ch03_width as width
@@ -32,8 +37,8 @@ def english() -> dict[str, str]:
     )
     file = record_file("06_evaluation")
     exact, rounded = (grid.read_recorded(file, grid.PRECISION, dtype) for dtype in ("float32", "bfloat16"))
-    said = {f"{name[:2]}.headline": chapter.headline(record[name]) for name, chapter in chapters().items()}
-    said |= {
+    sentences = {f"{name[:2]}.headline": chapter.headline(record[name]) for name, chapter in chapters().items()}
+    sentences |= {
         "00.cost": measurement.cost(record["00_measures"]),
         "01.skip_or_repeat": franken.skip_or_repeat(r1),
         **{f"01.claim {i}": f"{c.verdict}: {c.said} {c.shown}" for i, c in enumerate(franken.claims(r1), 1)},
@@ -60,7 +65,6 @@ def english() -> dict[str, str]:
         "05.textbook_sentence": quantisation.textbook_sentence(r5, q5),
         "05.calibration_sentence": quantisation.calibration_sentence(r5, q5),
         "05.kinds_sentence": quantisation.kinds_sentence(r5, q5),
-        "05.sink_sentence": quantisation.sink_sentence({"blocks.0.v_proj": 0.05, "blocks.28.down_proj": 0.8}, 512),
         "05.worth_sentence": quantisation.worth_sentence(r5, q5),
         "05.layer_sentence": quantisation.layer_sentence(quantisation.read_layers(record_file("05_quantisation"))),
         "05.pruned_sentence": quantisation.pruned_sentence(r5, q5),
@@ -78,12 +82,54 @@ def english() -> dict[str, str]:
         "07.same_sentence": device.same_sentence(r7),
         "07.prediction_sentence": device.prediction_sentence(r7),
     }
-    return said
+    projected = pd.DataFrame(
+        [
+            ("k1", "dense", "weights", 0.01, 0.02),
+            ("pi4", "dense", "arithmetic", None, None),
+            ("gap9", "dense", "", None, None),
+        ],
+        columns=["device", "model", "binds", "joules low", "joules high"],
+    )
+    return sentences | {
+        "05.grid_sentence": quantisation.grid_sentence(quantisation.OwnGrid(14, 0.0, 0.25)),
+        "05.sink_sentence": quantisation.sink_sentence({"blocks.0.v_proj": 0.05, "blocks.28.down_proj": 0.8}, 512),
+        "07.binding_sentence": device.binding_sentence(projected),
+        "07.energy_sentence": device.energy_sentence(projected),
+        "07.energy_sentence, none known": device.energy_sentence(projected[1:]),
+        "04.seeds_sentence, one": recovery.seeds_sentence({key: m for key, m in r4.items() if not key[0].seed}),
+        **{
+            f"{name[:2]}.{sentence.__name__}, not run": sentence(*given)
+            for name, sentence, *given in (
+                ("05", quantisation.bytes_sentence, {}, p5),
+                ("05", quantisation.calibration_sentence, {}, q5),
+                ("05", quantisation.kinds_sentence, {}, q5),
+                ("05", quantisation.more_sentence, {}, p5),
+                ("05", quantisation.pruned_sentence, {}, q5),
+                ("05", quantisation.starts_sentence, {}, q5),
+                ("06", grid.interaction_sentence, {}),
+                ("06", grid.full_sentence, {}),
+                ("06", pareto.equal_bytes_sentence, {key: m for key, m in r6.items() if "Q" not in key[0]}),
+                ("07", device.prediction_sentence, {}),
+                ("07", device.same_sentence, {}),
+                ("07", device.zeros_sentence, {}),
+            )
+        },
+    }
 
 
 def text() -> str:
     """The golden file."""
     return "".join(f"## {where}\n\n{sentence}\n\n" for where, sentence in english().items()).rstrip() + "\n"
+
+
+def test_every_sentence_is_there():
+    """Whatever is called so in a chapter's modules."""
+    modules = [m.name for m in iter_modules(study.__path__) if m.name != "__main__"]
+    written = {
+        name for m in modules for name in vars(import_module(f"{study.__name__}.{m}")) if name.endswith("_sentence")
+    }
+    golden = GOLDEN.read_text("utf8")
+    assert written and all(f".{name}" in golden for name in written)
 
 
 def test_every_sentence_is_the_golden_one():

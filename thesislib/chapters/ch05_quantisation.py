@@ -127,7 +127,7 @@ def thesis_table(labels: Sequence[str] = ("W1:8", "D2+W1:8", "D2", "D4")) -> pd.
 
 
 def tested(
-    results: Results, pairs: Mapping[K, tuple[Configuration, Configuration]], what: str = HELD_OUT
+    results: Results, pairs: Mapping[K, Sequence[Configuration]], what: str = HELD_OUT
 ) -> dict[K, Comparison]:
     """The second of each pair against the first, where both were measured, Holm-adjusted."""
     measured = {name: (results.get((a.key, what)), results.get((b.key, what))) for name, (a, b) in pairs.items()}
@@ -480,13 +480,12 @@ def own_grid(subject: Subject, blocks: Sequence[int] = (0, 1)) -> OwnGrid:
     return OwnGrid(len(lost), max(lost), float(np.mean(steps)))
 
 
-def grid_sentence(subject: Subject) -> str:
-    """`own_grid` in words."""
-    found = own_grid(subject)
+def grid_sentence(rounded: OwnGrid) -> str:
+    """The same in words."""
     return (
         "Rounded to its own grid (groups of 32, a floating minimum), the largest change of a weight in "
-        f"{found.linears} linears is {found.lost:g}; with an integer zero-point instead, the mean change is "
-        f"{found.steps:.2f} steps."
+        f"{rounded.linears} linears is {rounded.lost:g}; with an integer zero-point instead, the mean change is "
+        f"{rounded.steps:.2f} steps."
     )
 
 

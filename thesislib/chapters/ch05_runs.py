@@ -321,7 +321,7 @@ def eora_choices(p: QuantChapter, bits: int = 4) -> list[Configuration]:
     """EoRA's own choices: whose inputs, how tokens count, a byte budget instead of one rank; on GPTQ and on
     rounding."""
     gptq = p.gptq(bits)
-    stages = {}
+    stages: dict[str, tuple] = {}
     for name, base in (("GPTQ", gptq), ("rounding", p.rtn(bits))):
         stages[name] = (base,)
         stages[f"{name} + EoRA"] = (base, p.eora())
@@ -360,7 +360,7 @@ def lora_starts(
 ) -> list[Configuration]:
     """LoRA on a quantised model, started as usual and from EoRA's correction, at equal rank and steps; each at two
     learning rates."""
-    shared = {"batch": 2, "accumulate": 1, "every": 8, "validation": 8, "checkpoint_every": 8}
+    shared: dict[str, Any] = {"batch": 2, "accumulate": 1, "every": 8, "validation": 8, "checkpoint_every": 8}
     configs = []
     for rate in rates:
         for seed in seeds:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -222,7 +223,7 @@ def cost_table(results: Results) -> pd.DataFrame:
         here = {key: m for key, m in results.items() if family(key[0]) == name}
         if here:
             making = list(_seconds_to_make(here).values())
-            seconds = {"to make it": np.median(making) if making else None}
+            seconds: dict[str, Any] = {"to make it": np.median(making) if making else None}
             seconds |= {measure: _median_seconds(here, measure) for measure in MEASURES}
             shown = {what: "" if x is None else f"{x:.0f}" for what, x in seconds.items()}
             rows.append({"last stage": name, "models": len(_labels(here)), **shown})
