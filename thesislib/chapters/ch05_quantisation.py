@@ -126,9 +126,7 @@ def thesis_table(labels: Sequence[str] = ("W1:8", "D2+W1:8", "D2", "D4")) -> pd.
     return pd.DataFrame(rows).set_index("model")
 
 
-def tested(
-    results: Results, pairs: Mapping[K, Sequence[Configuration]], what: str = HELD_OUT
-) -> dict[K, Comparison]:
+def tested(results: Results, pairs: Mapping[K, Sequence[Configuration]], what: str = HELD_OUT) -> dict[K, Comparison]:
     """The second of each pair against the first, where both were measured, Holm-adjusted."""
     measured = {name: (results.get((a.key, what)), results.get((b.key, what))) for name, (a, b) in pairs.items()}
     return holm_adjusted({name: compare(*pair) for name, pair in measured.items() if None not in pair})
