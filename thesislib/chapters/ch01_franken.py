@@ -14,7 +14,18 @@ from scipy.stats import spearmanr
 from tqdm import tqdm
 
 from thesislib.chapters.chapter import WHOLE, Chapter, K, Keep, Key, Parameters, Part, shape
-from thesislib.chapters.phrases import interval, number, p_value, points, ratio
+from thesislib.chapters.phrases import (
+    FAILS,
+    HOLDS,
+    UNDECIDED,
+    decided,
+    interval,
+    number,
+    p_value,
+    points,
+    ratio,
+    ratio_and_p,
+)
 from thesislib.compress.franken import ORIGINAL_DEPTH, format_plan, franken_plans
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import choice, perplexity
@@ -244,12 +255,8 @@ def claims(results: Results) -> list[Claim]:
     ]
 
 
-def _decided(holds: bool, fails: bool) -> str:
-    return "does not hold" if fails else "holds" if holds else "undecided"
-
-
 def _ratio(c: Comparison) -> str:
-    return f"perplexity {ratio(c, '.3g')}, {p_value(c.p)}"
+    return f"perplexity {ratio_and_p(c, '.3g')}"
 
 
 def skip_or_repeat(results: Results) -> str:
@@ -285,8 +292,8 @@ def headline(results: Results) -> str:
         f"blocks multiply it by ten or more; the mildest, {plan}, multiplies it by "
         f"{np.exp(losses[plan].difference):.2f}. Running one block twice {change} it even where that does least harm "
         f"(block {block}: {ratio(twice[block])}). {skip_or_repeat(results)} "
-        f"Of the original study's {verdicts.total()} conclusions {verdicts['holds']} hold here, "
-        f"{verdicts['does not hold']} do not, and {verdicts['undecided']} stay undecided."
+        f"Of the original study's {verdicts.total()} conclusions {verdicts[HOLDS]} hold here, "
+        f"{verdicts[FAILS]} do not, and {verdicts[UNDECIDED]} stay undecided."
     )
 
 
@@ -301,7 +308,7 @@ def _skipping_helps(against) -> Claim:
     return Claim(
         f"Skipping three blocks near the end raises HellaSwag: {after} against {before} ({ORIGINAL_ITEMS} items; "
         "intervals ours).",
-        _decided(word == "better", word == "worse"),
+        decided(word == "better", word == "worse"),
         f"HellaSwag {points(c)}, {p_value(c.p)} over {c.n} items.",
     )
 
@@ -311,7 +318,7 @@ def _few_late(against) -> Claim:
     worst, c = max(losses.items(), key=lambda pair: pair[1].difference)
     return Claim(
         "Skipping one to three blocks leaves a usable, lighter model (read here as: perplexity up by less than 10 %).",
-        _decided(c.high < np.log(1.1), c.low > np.log(1.1)),
+        decided(c.high < np.log(1.1), c.low > np.log(1.1)),
         f"Worst of the three, {worst}: {_ratio(c)}.",
     )
 
@@ -322,7 +329,7 @@ def _repetition(results: Results) -> Claim:
     block = mildest(twice)
     return Claim(
         "Repeating blocks generally makes the result worse.",
-        _decided(worse > len(twice) / 2, better > 0),
+        decided(worse > len(twice) / 2, better > 0),
         f"Of {len(twice)} blocks run twice, one at a time, {worse} make it worse and {better} better; "
         f"the mildest, block {block}: {_ratio(twice[block])}.",
     )
@@ -335,7 +342,7 @@ def _middle(results: Results) -> Claim:
     rho, p = spearmanr([abs(b - middle) for b in results.skipped], loss)
     return Claim(
         "Skipping works best in the middle of the model.",
-        _decided(p < 0.05 and rho > 0, p < 0.05 and rho <= 0),
+        decided(p < 0.05 and rho > 0, p < 0.05 and rho <= 0),
         "Rank correlation of a block's distance from the middle with what leaving it out costs, over "
         f"{len(loss)} blocks: {rho:+.2f}, {p_value(p)}.",
     )
@@ -346,7 +353,7 @@ def _gibberish(against) -> Claim:
     low, high = proportion(count, n)
     return Claim(
         "Most of the 25 configurations write gibberish (read here as: perplexity at least ten times the baseline's).",
-        _decided(count > n / 2, count <= n / 2),
+        decided(count > n / 2, count <= n / 2),
         f"{count} of {n} plans [{100 * low:.0f} %, {100 * high:.0f} %].",
     )
 
@@ -359,7 +366,7 @@ def _two_thirds(results: Results) -> Claim:
     closest = mildest(pairs)
     return Claim(
         "Of the six configurations kept, two thirds of the model gives the lowest quality.",
-        _decided(len(by_verdict(pairs)["worse"]) == len(pairs), pairs[closest].verdict() == "better"),
+        decided(len(by_verdict(pairs)["worse"]) == len(pairs), pairs[closest].verdict() == "better"),
         f"2_3rd_of_llama against {closest}, the next: {_ratio(pairs[closest])}.",
     )
 

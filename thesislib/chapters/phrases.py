@@ -98,9 +98,17 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names) or "none"
 
 
+HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
+
+
+def decided(holds: bool, fails: bool) -> str:
+    """The verdict on a claim."""
+    return FAILS if fails else HOLDS if holds else UNDECIDED
+
+
 def expect(holds: bool, sentence: str) -> None:
     """Print whether a sentence holds in this run.
 
     It was written about the embedded model. That another model differs is a result and no error.
     """
-    print(f"{'holds' if holds else 'does not hold for this subject'}: {sentence}")
+    print(f"{HOLDS if holds else f'{FAILS} for this subject'}: {sentence}")
