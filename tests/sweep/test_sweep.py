@@ -29,7 +29,7 @@ from thesislib.cli import app
 from thesislib.errors import BadInput
 from thesislib.experiment import again, identity_of
 from thesislib.formats.load import save_checkpoint
-from thesislib.notebooks import listed
+from thesislib.notebooks import ResultsTable, listed
 from thesislib.records.store import Store, select
 from thesislib.runner import chapters, results
 from thesislib.sweep.grid import read_grid
@@ -209,6 +209,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import pandas as pd
 from thesislib.config import settings
+from thesislib.notebooks import ResultsTable
 
 @dataclass(frozen=True)
 class P:
@@ -224,7 +225,8 @@ def notebook(tmp_path):
     def make(code, name="book"):
         nb = nbformat.v4.new_notebook()
         cells = [("", PRELUDE), ("parameters", 'k = 1\nfolder = ""'), ("", "p = settings(P, globals())"), ("", code)]
-        cells.append(("results", 'pd.DataFrame({"name": [f"row {k}"], "square": [k * k]}).set_index("name")'))
+        table = 'pd.DataFrame({"name": [f"row {k}"], "square": [k * k]}).set_index("name")'
+        cells.append(("results", f"ResultsTable({table})"))
         nb.cells = [nbformat.v4.new_code_cell(source, metadata={"tags": [tag] if tag else []}) for tag, source in cells]
         nb.metadata = {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -311,6 +313,19 @@ def test_options_that_a_notebook_does_not_take_are_refused():
     assert "-p goes with --chapter" in CliRunner().invoke(app, ["sweep", "data/grid.yaml", "-p", "k=1"]).output
 
 
+def test_one_cell_without_a_table_leaves_the_others(notebook, tmp_path):
+    book = notebook("1")
+    nb = nbformat.read(book, 4)
+    nb.cells[-1].source = f"None if k == 2 else {nb.cells[-1].source}"
+    nbformat.write(nb, book)
+    table, failed = sweep_notebook("squares", book, {"k": [1, 2]}, tmp_path / "out", Workers(1, retries=0))
+    assert (
+        list(failed) == ["k=2"]
+        and "hands over no table" in failed["k=2"]
+        and table.read_text() == "k,name,square\n1,row 1,1\n"
+    )
+
+
 def test_workers_that_share_a_card_take_equal_parts_of_it():
     assert Workers(2).resources is None
     assert Workers(1, gpu=True).resources == {"GPU": 1}
@@ -358,7 +373,7 @@ def test_cards_are_not_shared(tmp_path):
 
 def test_a_notebook_without_results_is_refused(notebook, tmp_path):
     nb = nbformat.read(notebook("1"), 4)
-    with pytest.raises(BadInput, match="shows no table"):
+    with pytest.raises(BadInput, match="hands over no table"):
         results(tmp_path / "book.ipynb")
     nb.cells = nb.cells[:-1]
     nbformat.write(nb, tmp_path / "none.ipynb")
@@ -368,8 +383,9 @@ def test_a_notebook_without_results_is_refused(notebook, tmp_path):
 
 def test_headings_that_stand_twice_are_numbered(notebook, tmp_path):
     nb = nbformat.read(notebook("1"), 4)
-    html = pd.DataFrame([[1, 2, 3]], pd.Index(["a"], name="name"), ["k", "x", "x"]).to_html()
-    nb.cells[-1].outputs = [nbformat.v4.new_output("execute_result", {"text/html": html}, execution_count=1)]
+    table = pd.DataFrame([[1, 2, 3]], pd.Index(["a"], name="name"), ["k", "x", "x"])
+    bundle = ResultsTable(table)._repr_mimebundle_()
+    nb.cells[-1].outputs = [nbformat.v4.new_output("execute_result", bundle, execution_count=1)]
     nbformat.write(nb, tmp_path / "twice.ipynb")
     assert results(tmp_path / "twice.ipynb") == [{"name": "a", "k": 1, "x": 2, "x (2)": 3}]
 
