@@ -337,6 +337,7 @@ def again(
     missing = [key for key in ("subject", "fingerprint", "dtype", "settings") if key not in recorded]
     if missing:
         raise BadInput(f"the record does not say its {', '.join(missing)}: it cannot be measured again")
+    _check_same_text(m, data, setup)  # first: the stages may take minutes
     model, same_subject = _compressed_again(m, subject, data, device)
     # with the weights unpacked, as they were when the record was made: packed ones take another kernel for few rows
     result = setup.measure(Prepared(model, {}).unpacked, data)
@@ -372,23 +373,24 @@ def _compressed_again(m: Measurement, subject: str, data: str, device: str) -> t
     return model, same
 
 
+def _check_same_text(m: Measurement, data: str, setup: Setup) -> None:
+    """Raises BadInput unless the data have the text or the items of the record `m`, as far as it says their sha256."""
+    recorded = m.provenance.get("corpus_sha256") or m.settings.get("text_sha256")
+    now = setup.corpus_sha256(data) if recorded else None
+    if now is not None and now != recorded:
+        raise BadInput(
+            f"data '{data}' has another text for {m.task} (sha256 {now[:12]}..., recorded {recorded[:12]}...): "
+            "name the data that it was made with"
+        )
+
+
 def _check_same_items(m: Measurement, result: Measurement, data: str, setup: Setup) -> None:
-    """Raises BadInput unless a result was measured on the items, text, reference and prompts of the record `m`."""
+    """Raises BadInput unless a result was measured on the items, the reference and the prompts of the record `m`."""
     if [i["id"] for i in result.items] != [i["id"] for i in m.items]:
         raise BadInput(
             f"data '{data}' gives {result.n} other items ({result.task}) than the record's {m.n} ({m.task}): "
             "name the data that it was made with"
         )
-    for key, now in (
-        ("text_sha256", result.settings.get("text_sha256")),
-        ("corpus_sha256", result.provenance.get("corpus_sha256")),
-    ):
-        then = m.settings.get(key, m.provenance.get(key))
-        if then is not None and now is not None and then != now:
-            raise BadInput(
-                f"data '{data}' has another text for {m.task} (sha256 {now[:12]}..., recorded {then[:12]}...): "
-                "name the data that it was made with"
-            )
     now, then = (x.settings.get("reference_fingerprint") for x in (result, m))
     if now != then:
         raise BadInput(
