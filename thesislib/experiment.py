@@ -33,9 +33,8 @@ def recipe_of(stages: Sequence) -> Recipe:
 
 def recipe_hash(recipe: Recipe) -> str | None:
     """12 digits that stand for the stages with every setting; None for no stages."""
-    return (
-        hashlib.sha256(json.dumps(recipe.plain(), sort_keys=True).encode()).hexdigest()[:12] if recipe.stages else None
-    )
+    text = json.dumps(recipe.entries(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12] if recipe.stages else None
 
 
 def made(recipe: Recipe, base: dict, data: str, size: dict, reports: Sequence[dict]) -> dict:
@@ -45,7 +44,7 @@ def made(recipe: Recipe, base: dict, data: str, size: dict, reports: Sequence[di
     fingerprint of what the stages began with. data: the kind of data they were calibrated on or trained with. bytes: of
     the result, see `thesislib.formats.sizes.sizes`. reports: what each stage said of itself.
     """
-    plain = recipe.plain()
+    plain = recipe.entries()
     facts = {
         "label": recipe.label or DENSE,
         "recipe": recipe_hash(recipe),

@@ -12,7 +12,7 @@ import yaml
 from thesislib.errors import BadInput, shown, unknown
 
 LARGEST, DEEPEST = 1 << 20, 20  # bytes, levels: nobody writes more by hand
-OPENING = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken)
+OPENING: tuple[type[yaml.Token], ...] = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken)
 OPENING += (yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken)
 CLOSING = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
 

@@ -79,7 +79,7 @@ def test_a_recipe_becomes_typed_configs_in_order(write):
     )
     assert (recipe.label, recipe.data, recipe.name) == ("D2+W1:8+D1+X", "embedded", "any order")
     assert [place.rpartition(":")[2] for place in recipe.places] == ["6", "7", "11", "12"]
-    plain = recipe.plain()
+    plain = recipe.entries()
     assert list(plain[0]) == ["depth"] and plain[0]["depth"]["remove"] == 2
     assert plain[0]["depth"]["protect_first"] == 4  # defaults are filled in, so that a changed default changes the hash
 

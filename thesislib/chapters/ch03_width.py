@@ -16,7 +16,7 @@ from tqdm import tqdm
 from thesislib.chapters.chapter import WIKITEXT, Chapter, Keep, Key, Part
 from thesislib.chapters.phrases import p_value, ratio, versus, with_thousands
 from thesislib.chapters.thesis import thesis_row
-from thesislib.compress.width import THESIS_PATTERNS, Width
+from thesislib.compress.width import Width
 from thesislib.config import positive
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import perplexity
@@ -26,6 +26,7 @@ from thesislib.experiment import DENSE, described, recipe_hash, recipe_of
 from thesislib.formats.load import load_subject
 from thesislib.formats.options import check_dtype
 from thesislib.model import packing
+from thesislib.model.packing import THESIS_PATTERNS
 from thesislib.model.sparse import pack_all
 from thesislib.model.subject import Subject
 from thesislib.pipeline.recipe import Shape

@@ -592,7 +592,7 @@ def _write_layers(p: QuantChapter, file: Path) -> None:
     }
     found = layers(p, [dataclasses.replace(c, name=name) for name, c in named.items()])
     made = {
-        "stages": {name: recipe_of(c.stages).plain() for name, c in named.items()},
+        "stages": {name: recipe_of(c.stages).entries() for name, c in named.items()},
         "text": "embedded",
         "windows": 8,
         "length": p.length,

@@ -7,7 +7,7 @@ Both have `weight` (the dense weight, of an adapted linear without its correctio
 
 import re
 from collections.abc import Callable, Mapping
-from typing import ClassVar, NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
@@ -351,7 +351,7 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
 def unpack(module: Projection) -> nn.Linear | Adapted:
     """A computed linear as an nn.Linear. An adapted one keeps its correction; a dense one is returned as it is."""
     if not isinstance(base_of(module), ComputedLinear):
-        return module
+        return cast("nn.Linear | Adapted", module)
     dense = _linear(module.weight, module.bias)
     return Adapted(dense, module.lora_A, module.lora_B) if isinstance(module, Adapted) else dense
 

@@ -86,7 +86,8 @@ def semi_structured(subject: Subject) -> Subject:
         for name, module in result.linears(i).items():
             base = base_of(module)
             if id(base) not in bases:
-                weight, new = base.weight.detach(), base
+                weight = base.weight.detach()
+                new: Projection = base
                 if weight.shape[0] % 32 == 0 and weight.shape[1] % 64 == 0 and packing.most_kept(weight, 4) <= 2:
                     new = SemiStructuredLinear(to_sparse_semi_structured(weight.contiguous()), base.bias)
                 bases[id(base)] = base, new

@@ -93,7 +93,7 @@ def sizes(outline: Outline) -> tuple[int, int | None, int | None]:
     ]  # all are `Outlined`
     sure, parameters = all(base.zeros is not None for base in bases), subject.parameters
     rounded = bool(quantised_embeddings(subject.model)) or any(base.grid for base in bases)
-    nonzero = parameters - sum(base.gone for base in bases) if sure and not rounded else None
+    nonzero = parameters - sum(base.pruned for base in bases) if sure and not rounded else None
     return parameters, nonzero, predicted_disk_bytes(subject) if sure else None
 
 

@@ -227,7 +227,7 @@ def compress_streamed(
             label=plan.label,
             name=name,
             plan=None,
-            stages=plan.plain(),
+            stages=plan.entries(),
             reports=[report],
             base={"name": name, "fingerprint": before.fingerprint},
             fingerprint=after.fingerprint,

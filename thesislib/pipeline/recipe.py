@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from thesislib.compress.stage import STAGES, Shape, Stage, plain
+from thesislib.compress.stage import STAGES, Shape, Stage, as_entry
 from thesislib.config import build, fields_of
 from thesislib.errors import BadInput, unknown
 from thesislib.files import expanded, is_folder
@@ -46,9 +46,9 @@ class Recipe:
         """Of the first `n` stages."""
         return "+".join(stage.label for stage in self.stages[:n])
 
-    def plain(self) -> list[dict[str, dict]]:
+    def entries(self) -> list[dict[str, dict]]:
         """The stages as a YAML file would give them, every default filled in."""
-        return [plain(stage) for stage in self.stages]
+        return [as_entry(stage) for stage in self.stages]
 
     def check(self, shape: Shape | None = None) -> None:
         """Raises BadInput if a stage cannot follow those before it or, given a shape, does not fit such a subject."""

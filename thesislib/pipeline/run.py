@@ -197,7 +197,7 @@ class Job:
         }
         stages = [
             (plain, sources_of(type(stage)))
-            for stage, plain in zip(self.recipe.stages, self.recipe.plain(), strict=True)
+            for stage, plain in zip(self.recipe.stages, self.recipe.entries(), strict=True)
         ]
         return [_hash({**facts, "stages": stages[:n]}) for n in range(1, len(stages) + 1)]
 
@@ -283,7 +283,7 @@ class Job:
         save_artifact(
             made,
             folder,
-            stages=self.recipe.plain()[:n],
+            stages=self.recipe.entries()[:n],
             reports=reports,
             base=self.base,
             label=self.recipe.label_of(n),

@@ -223,7 +223,7 @@ def sweep(grid: Grid, place: Place, store: Store, workers: Workers, others: Iter
 
 
 def _plain(c: Configuration) -> list[dict]:
-    return json.loads(json.dumps(c.recipe.plain()))  # lists, as a record has them
+    return json.loads(json.dumps(c.recipe.entries()))  # lists, as a record has them
 
 
 def _failure(c: Configuration, grid: Grid, place: Place, base: dict, why: str) -> Measurement:

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from thesislib.compress.lora.sequences import TEXTS, sequences
-from thesislib.compress.lora.train import Factors, Place, Settings, Training, bfloat16_is_fast
+from thesislib.compress.lora.train import Factors, Settings, Training, bfloat16_is_fast
 from thesislib.compress.outline import Outline, Outlined, SizeUnknown, Zeros, corrected
-from thesislib.compress.selection import fits, patterns
+from thesislib.compress.selection import LinearKey, fits, patterns
 from thesislib.compress.stage import Shape, Stage, stage
 from thesislib.errors import BadInput, unknown
 from thesislib.model.layers import LINEARS, Adapted, Projection, adapt, base_of, merged, replace
@@ -162,7 +162,7 @@ class Lora(Stage):
         if replaced:
             outline.budgeted = set()
 
-    def places(self, subject: Subject) -> list[list[Place]]:
+    def places(self, subject: Subject) -> list[list[LinearKey]]:
         """The (block, name) of the projections to adapt; all places of one in one list, where a plan repeats its block.
 
         Raises:
@@ -176,7 +176,7 @@ class Lora(Stage):
                     f"no projection of {subject.name} fits '{pattern}': it has {', '.join(names)} in blocks 0 to "
                     f"{subject.depth - 1}"
                 )
-        found: dict[nn.Module, list[Place]] = {}
+        found: dict[nn.Module, list[LinearKey]] = {}
         for place, module in here.items():
             least = min(module.out_features, module.in_features)
             if any(fits(pattern, *place) for pattern in self.linears):
@@ -262,7 +262,7 @@ class Lora(Stage):
         }
         return result, report | trained
 
-    def _begin(self, subject: Subject, places: list[list[Place]], given: Factors | None) -> Factors:
+    def _begin(self, subject: Subject, places: list[list[LinearKey]], given: Factors | None) -> Factors:
         """The factors to begin with: those given, or those of the subject, which are taken out of it."""
         found = {}
         for first, *rest in places:

@@ -22,14 +22,15 @@ from torch import nn
 from tqdm import tqdm
 
 from thesislib.compress.lora.sequences import NOTHING, Sequences, Split
+from thesislib.compress.selection import LinearKey
 from thesislib.errors import BadInput
 from thesislib.files import clear_leftovers, write_whole
 from thesislib.model.forward import final_states
 from thesislib.model.layers import Adapted, replace
 from thesislib.model.subject import Subject, fingerprint
 
-Place = tuple[int, str]
-Factors = Mapping[Place, tuple[torch.Tensor, torch.Tensor]]  # A (rank, inputs) and B (outputs, rank), any scale in B
+# A (rank, inputs) and B (outputs, rank); LoRA's scale is multiplied into B
+Factors = Mapping[LinearKey, tuple[torch.Tensor, torch.Tensor]]
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
 ADAPTER = "default"  # PEFT's name for the one adapter that a model has
 
@@ -133,7 +134,7 @@ class Training:
         self,
         config: Settings,
         subject: Subject,
-        places: list[list[Place]],
+        places: list[list[LinearKey]],
         autocast: bool,
         initial: Factors | None = None,
     ):
@@ -167,7 +168,7 @@ class Training:
         }
         self.best: dict[str, torch.Tensor] = {}
 
-    def _inject(self, places: list[list[Place]], initial: Factors) -> dict[Place, LoraLayer]:
+    def _inject(self, places: list[list[LinearKey]], initial: Factors) -> dict[LinearKey, LoraLayer]:
         """PEFT's layers around the projections, by the first place of each."""
         config, model = self.config, self.subject.model
         names = {module: name for name, module in model.named_modules()}
@@ -187,7 +188,7 @@ class Training:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is about to change
             get_peft_model(model, lora)  # changes the model in place: the wrapper that it returns is not needed
-        layers: dict[Place, Any] = {place: model.get_submodule(path) for place, path in inner.items()}
+        layers: dict[LinearKey, Any] = {place: model.get_submodule(path) for place, path in inner.items()}
         for first, *rest in places:
             for block, name in rest:
                 if not isinstance(
