@@ -292,11 +292,11 @@ def test_weights_that_are_others_than_remembered_are_refused_once(folder, place,
     """A byte that changed on the disk itself leaves size and all times as they were."""
     mine = Path(shutil.copytree(folder, place / "mine"))
     job = Job.prepare(mine, of(Toy(2)))
-    memory, before = job._memory, job.base["fingerprint"]
+    memory, before = job.fingerprint_file, job.base["fingerprint"]
     subject = load_subject(mine)
     subject.linears(0)["q_proj"].weight.data *= 2
     save_checkpoint(subject, mine)
-    monkeypatch.setattr(Job, "_memory", memory)
+    monkeypatch.setattr(Job, "fingerprint_file", memory)
     with pytest.raises(BadInput, match="the weights in .*mine are others than before, .*run again"):
         compress(mine, of(Toy(2)), place / "out")
     made = read_artifact(compress(mine, of(Toy(2)), place / "out"))

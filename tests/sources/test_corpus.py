@@ -636,7 +636,7 @@ def test_hellaswag_is_worded_as_the_harness_words_it():
 @pytest.mark.shared
 def test_wikitext_2_as_it_is_known(shared_data, embedded_subject):
     text = corpus.evaluation_text(shared_data)
-    ids, _ = corpus._encode(text, embedded_subject.tokenizer)
+    ids, _ = corpus.encode(text, embedded_subject.tokenizer)
     assert len(ids) == 304_986
     assert len(windows(text, embedded_subject.tokenizer, 512).ids) == 595
     assert len(windows(text, embedded_subject.tokenizer, 2048).ids) == 148

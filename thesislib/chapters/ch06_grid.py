@@ -343,7 +343,7 @@ def interaction(results: Results, depth: str, width: str) -> Comparison | None:
 def interactions(results: Results) -> list[tuple[str, Comparison]]:
     """Every pair of depth and width that was run together, Holm-adjusted."""
     labels = [label for label, what in results if what == PPL]
-    single = {x: said.kinds[0].word for x in labels if len((said := of(x)).parts) == 1}
+    single = {x: said.classes[0].word for x in labels if len((said := of(x)).parts) == 1}
     depths, widths = ([x for x, word in single.items() if word == wanted] for wanted in ("depth", "width"))
     found = [(f"{d}+{w}", c) for d in depths for w in widths if (c := interaction(results, d, w))]
     return list(holm_adjusted(dict(found)).items())

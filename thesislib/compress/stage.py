@@ -66,6 +66,11 @@ class Stage:
         return False
 
     @property
+    def leaves_corrections(self) -> bool:
+        """Whether low-rank corrections are beside the weights after it."""
+        return self.family == "compensated"
+
+    @property
     def label(self) -> str:
         """Its part of a configuration's label, as in the thesis."""
         raise NotImplementedError
