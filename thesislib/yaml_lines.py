@@ -1,5 +1,4 @@
-"""YAML whose nodes keep their line numbers, for error messages; YAML 1.1's surprising types, aliases and tags are
-refused."""
+"""YAML with line numbers for error messages, without YAML 1.1's surprising types, aliases and tags."""
 
 import math
 import re

@@ -85,8 +85,14 @@ class Visitor:
         """Change the weights of one group of `linears` in place, given the statistics of their inputs."""
 
     def seen(self, block: int, first: int, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Called with a block's input and output (B, T, D), after all changes to it; `first` is the first window's
-        number."""
+        """Called with a block's input and output (B, T, D), after all changes to the block.
+
+        Args:
+            block: its index.
+            first: the number of the first of these windows.
+            x: the input.
+            y: the output.
+        """
 
 
 class Blocks(Protocol):

@@ -229,10 +229,10 @@ def importance(
 def leave_one_out(
     subject: Subject, ids: torch.Tensor, blocks: Sequence[int], part: str = "block", batch: int = 4
 ) -> dict[int, float]:
-    """Perplexity without each of `blocks` (Kim et al. 2024, one-shot); the activations before a block are computed
-    once.
+    """Perplexity without each of `blocks` (Kim et al. 2024, one-shot).
 
-    If only an attention or MLP is left out, every variant runs by itself, since a tree of plans is made of blocks.
+    The activations before a block are computed once. If only an attention or MLP is left out, every variant runs by
+    itself, since a tree of plans is made of blocks.
     """
     nats = dict.fromkeys(blocks, 0.0)
     whole = tuple(range(subject.depth))
@@ -298,8 +298,9 @@ def angular_distances(subject: Subject, ids: torch.Tensor) -> np.ndarray:
 def taylor(
     subject: Subject, ids: torch.Tensor, blocks: Sequence[int], part: str = "block", batch: int = 2
 ) -> dict[int, float]:
-    """The sum over a block's weights of abs(w * g) (Kim et al. 2024, eq. 3), with g the gradient of the mean loss over
-    all windows.
+    """The sum over a block's weights of abs(w * g) (Kim et al. 2024, eq. 3).
+
+    g is the gradient of the mean loss over all windows.
 
     Raises:
         BadInput: weights without a gradient, such as packed or quantised ones.

@@ -292,8 +292,9 @@ def square_root(moment: torch.Tensor, where: str = "the projection") -> tuple[to
 def correction(
     difference: torch.Tensor, root: torch.Tensor, inverse: torch.Tensor, rank: int, total: float = 1.0
 ) -> Correction:
-    """The B A of a given rank with the least norm of (difference - B A) X, by the SVD of difference S (EoRA, section
-    3).
+    """The B A of a given rank with the least norm of (difference - B A) X (EoRA, section 3).
+
+    It comes from the SVD of difference S.
 
     Args:
         difference: (outputs, inputs) W - W_compressed.

@@ -1,5 +1,4 @@
-"""Quantisation of the projections: round-to-nearest, and GPTQ, which compensates each rounding error in the weights
-that are not rounded yet."""
+"""Quantisation of the projections: round-to-nearest, and GPTQ, which compensates rounding errors in later weights."""
 
 import math
 import re
@@ -331,10 +330,9 @@ def gptq(
     block: int = BLOCK,
     where: str = "the weight",
 ) -> tuple[Quantised, float]:
-    """Round a weight column by column, and compensate each column's error in later columns (Frantar et al. 2023,
-    algorithm 1).
+    """Round a weight column by column, and compensate each column's error in later columns.
 
-    This differs from the paper's code in three points:
+    This is algorithm 1 of Frantar et al. 2023. It differs from the paper's code in three points:
 
     - A weight that is exactly zero stays zero. The change that earlier columns would have made to it counts as error.
     - The column of an input that is always zero is rounded without corrections; the paper's code sets it to zero.

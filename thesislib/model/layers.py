@@ -1,5 +1,4 @@
-"""Replacements for a block's nn.Linear: a linear whose weight is computed at each use, and one with a low-rank
-correction.
+"""Replacements for a block's nn.Linear: one whose weight is computed at each use, and one with a low-rank correction.
 
 Both have `weight` (the dense weight, of an adapted linear without its correction), `bias`, `in_features` and
 `out_features`. In the state dict both have a dense `weight`, so fingerprints and checkpoints need not know about them.

@@ -225,8 +225,10 @@ class Job:
         return self.with_checkpoint(n, self._load) if n else (self.subject, [])
 
     def with_checkpoint(self, n: int, read: Callable[[Path], T]) -> T:
-        """Compute stage `n`, unless the cache has a checkpoint after it that `read` accepts; returns the result of
-        `read` on its folder."""
+        """The result of `read` on the checkpoint after stage `n`, which is computed if the cache has none.
+
+        A checkpoint that `read` refuses with BadInput is computed again.
+        """
         stage, folder = self.recipe.stages[n - 1], self.folder(n)
         work = folder.with_name(f"{folder.name}.work")
         title = f"stage {n} of {len(self.recipe.stages)}, {self.recipe.label_of(n)}"
@@ -292,8 +294,10 @@ class Job:
 
 
 def sources_of(cls: type, package: Path = PACKAGE) -> str:
-    """sha256 over the source files that a stage's result depends on: its module, the modules that load, save and run
-    it, and all that they import."""
+    """sha256 over the source files that a stage's result depends on.
+
+    These are its module, the modules that load, save and run it, and all that they import.
+    """
     names = {cls.__module__, *AROUND}
     if cls.__module__.partition(".")[0] == "thesislib":
         return digest_of([*sources(names, package), package / "pipeline" / "run.py"], package)

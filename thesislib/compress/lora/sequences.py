@@ -62,8 +62,10 @@ class Sequences:
 
     @property
     def mask(self) -> torch.Tensor | None:
-        """(N, 1, T, T) boolean: a token (row) attends to itself and earlier tokens of its example; None without
-        segments."""
+        """(N, 1, T, T) boolean, True where a token (row) attends to a token (column); None without segments.
+
+        A token attends to itself and to earlier tokens of its example.
+        """
         if self.segments is None:
             return None
         same = self.segments[:, :, None] == self.segments[:, None, :]

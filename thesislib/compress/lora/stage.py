@@ -160,8 +160,9 @@ class Lora(Stage):
             outline.budgeted = set()
 
     def shared_keys(self, subject: Subject) -> list[list[LinearKey]]:
-        """The (block, name) of each projection that is adapted, with those that share its weights, since a plan repeats
-        its block.
+        """The (block, name) of each projection that is adapted, with those that share its weights.
+
+        Projections share weights if a plan repeats their block.
 
         Raises:
             BadInput: a pattern that fits no projection; a rank larger than a projection.
