@@ -22,7 +22,7 @@ def lora_against_bare_loop(autocast: bool | None = None, batch: int = 4, steps: 
     config = Lora(batch=batch, accumulate=1, autocast=autocast)
     train = sequences("wikitext", subject, "embedded", validation=0).train
     torch.manual_seed(0)
-    training = Training(config, subject, config.places(subject), autocast)
+    training = Training(config, subject, config.shared_keys(subject), autocast)
     model = training.subject.model.train()
 
     def ours(number: int) -> None:

@@ -11,7 +11,7 @@ from thesislib.errors import BadInput
 from thesislib.formats.artifact import load_artifact, save_artifact
 from thesislib.formats.load import load_subject
 from thesislib.formats.sizes import sizes
-from thesislib.model.packing import NINE, pack, unpack
+from thesislib.model.packing import THESIS_PATTERNS, pack, unpack
 from thesislib.model.sparse import semi_structured
 from thesislib.model.subject import Subject
 
@@ -95,7 +95,7 @@ def packed_against_dense(dtype: str = "bfloat16", device: str = "cpu", repeats: 
 def unpack_milliseconds(repeats: int = 20) -> dict:
     """Unpacking one 1536 x 576 bfloat16 matrix, for each of the nine patterns."""
     result = {}
-    for pattern in NINE:
+    for pattern in THESIS_PATTERNS:
         weight = torch.randn(1536, 576).bfloat16()
         groups = weight.view(-1, pattern.of)
         groups.scatter_(1, groups.abs().topk(pattern.remove, 1, largest=False).indices, 0)

@@ -51,8 +51,8 @@ def thesis_of(label: str):
         or set(said.of_family("trained")) - {"W", "T"}
     ):
         return None
-    kinds = [kind.family for kind in said.kinds]
-    width = max((i for i, kind in enumerate(said.kinds) if kind.word == "width"), default=-1)
+    kinds = [kind.family for kind in said.classes]
+    width = max((i for i, kind in enumerate(said.classes) if kind.word == "width"), default=-1)
     other_order = "trained" in kinds and kinds.index("trained") < width
     stage = "E" if said.corrected else "Q" if said.bits else "order" if other_order else ""
     try:

@@ -180,7 +180,7 @@ def write_recipes(grid: Grid, folder: Path) -> list[Path]:
     for c in grid.configurations:
         if c.recipe.stages:
             stages = [
-                {name: _given(STAGES[name], values) for name, values in stage.items()} for stage in c.recipe.plain()
+                {name: _given(STAGES[name], values) for name, values in stage.items()} for stage in c.recipe.entries()
             ]
             body = yaml.safe_dump(
                 {"label": c.recipe.label, "stages": stages}, sort_keys=False, default_flow_style=None, width=120

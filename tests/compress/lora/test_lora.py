@@ -256,7 +256,7 @@ def test_how_a_step_is_cut_into_batches_does_not_matter(subject, folder):
             text="trivia", **{**SMALL, "length": 128, "batch": batch, "accumulate": accumulate, "dropout": 0.0}
         )
         torch.manual_seed(0)
-        training = Training(config, subject, config.places(subject), False)
+        training = Training(config, subject, config.shared_keys(subject), False)
         loss, tokens = training.step(split.train, 1)
         found.append((loss, tokens, {key: p.grad.clone() for key, p in training.parameters.items()}))
     for loss, tokens, gradients in found[1:]:
@@ -353,7 +353,7 @@ def test_beside_masked_and_dense_are_what_they_are_called(subject, folder):
 def test_the_model_that_comes_out_computes_what_was_trained(subject, folder):
     config = Lora(**SMALL | {"validation": 0})
     torch.manual_seed(config.seed)
-    training = Training(config, subject, config.places(subject), False)
+    training = Training(config, subject, config.shared_keys(subject), False)
     training.run(sequences("wikitext", subject, folder, length=64, validation=0))
     training.subject.model.eval()
     trained, _ = config.apply(subject, data=folder)
@@ -440,7 +440,7 @@ def test_init_eora_trains_the_corrections_that_are_there(subject, folder, repeat
 @pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal"])
 def test_every_init_starts_at_the_subject_itself(subject, folder, init):
     config = Lora(**SMALL, init=init)
-    training = Training(config, subject, config.places(subject), False)
+    training = Training(config, subject, config.shared_keys(subject), False)
     training.subject.model.eval()
     torch.testing.assert_close(logits(training.subject), logits(subject), rtol=1e-4, atol=1e-4)
     B = next(iter(training.layers.values())).lora_B["default"].weight
@@ -673,7 +673,7 @@ def test_a_rank_larger_than_the_layer(subject, folder):
         BadInput, match=r"rank 17 is larger than k_proj of block 0, of shape \(16, 32\): expected at most 16"
     ):
         Lora(**SMALL, rank=17).apply(subject, data=folder)
-    Lora(rank=17, linears="q_proj").places(subject)
+    Lora(rank=17, linears="q_proj").shared_keys(subject)
 
 
 def test_a_projection_that_this_subject_lacks(subject, folder):
