@@ -423,7 +423,7 @@ def recorded_parts(p: DepthChapter, file: Path) -> Iterator[Part]:
     rows: dict[Key, int | None] = {(label_of(k), "perplexity", method): p.windows for method, k in removed}
     asked = [0, *(k for k in THESIS if k in counts)]
     rows |= {
-        (label_of(k), what, "perplexity"): n for what, n in ((CLOSED, p.questions), (OPEN, p.passages)) for k in asked
+        (label_of(k), task, "perplexity"): n for task, n in ((CLOSED, p.questions), (OPEN, p.passages)) for k in asked
     }
 
     def make(missing: Collection[Key], keep: Keep) -> None:
@@ -444,8 +444,8 @@ def recorded_parts(p: DepthChapter, file: Path) -> Iterator[Part]:
                 keep(described(named, subject, p.data, stages_of(named, subject.depth)))
         for k, model in pruned(subject, scores).items():
             text = ""
-            for open_book, what in ((False, CLOSED), (True, OPEN)):
-                if (label_of(k), what, "perplexity") in missing:
+            for open_book, task in ((False, CLOSED), (True, OPEN)):
+                if (label_of(k), task, "perplexity") in missing:
                     text = text or p.prompt + complete(model, p.prompt, p.tokens).text
                     named = _named(answers(model, p, open_book), method="perplexity", removed=k, text=text)
                     keep(described(named, subject, p.data, stages_of(named, subject.depth)))
@@ -460,8 +460,8 @@ def label_of(removed: int) -> str:
 
 def key(m: Measurement) -> Key:
     """Of a row: label, what was measured, by whose choice of blocks."""
-    what = m.metric if m.metric == "perplexity" else book(m)
-    return m.label, what, m.chapter["method"]
+    task = m.metric if m.metric == "perplexity" else book(m)
+    return m.label, task, m.chapter["method"]
 
 
 def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurement]]:

@@ -62,14 +62,14 @@ def _texts(results: Results) -> list[str]:
     return [t for t in TEXTS if any(c.text == t for c, _ in results)]
 
 
-def _get(results: Results, what: str, *args, **settings) -> Measurement | None:
-    return results.get((Configuration(*args, **settings), what))
+def _get(results: Results, task: str, *args, **settings) -> Measurement | None:
+    return results.get((Configuration(*args, **settings), task))
 
 
 def _beside(results: Results) -> Iterator[tuple[Configuration, Measurement]]:
     """Perplexities of the models whose adapter, if they have one, is kept beside the weights; not those pruned after
     training."""
-    return ((c, m) for (c, what), m in results.items() if what == PPL and c.merge == "beside" and not c.after)
+    return ((c, m) for (c, task), m in results.items() if task == PPL and c.merge == "beside" and not c.after)
 
 
 def recovery_table(results: Results) -> pd.DataFrame:
@@ -137,29 +137,29 @@ def control_sentence(results: Results, text: str = "wikitext") -> str:
     )
 
 
-def _against_untrained(results: Results, what: str) -> dict[Configuration, Comparison]:
+def _against_untrained(results: Results, task: str) -> dict[Configuration, Comparison]:
     """Each trained model against itself untrained, Holm-adjusted over all."""
     pairs = {}
     for (c, w), m in results.items():
-        base = _get(results, what, c.pruned)
-        if w == what and c.text and c.merge == "beside" and is_main(c) and base is not None:
-            pairs[c] = (perplexity if what == PPL else triviaqa).compare(base, m)
+        base = _get(results, task, c.pruned)
+        if w == task and c.text and c.merge == "beside" and is_main(c) and base is not None:
+            pairs[c] = (perplexity if task == PPL else triviaqa).compare(base, m)
     return holm_adjusted(pairs)
 
 
 def answers_table(results: Results) -> pd.DataFrame:
     """TriviaQA closed and open book, untrained and after each training; * where the paired test tells it from
     untrained."""
-    tests = {what: _against_untrained(results, what) for what in (CLOSED, OPEN)}
+    tests = {task: _against_untrained(results, task) for task in (CLOSED, OPEN)}
     rows = []
     for model in _models(results):
         row = {"model": model}
-        for what in (CLOSED, OPEN):
+        for task in (CLOSED, OPEN):
             for text in (None, *_texts(results)):
-                m = _get(results, what, model, text)
-                test = tests[what].get(Configuration(model, text))
+                m = _get(results, task, model, text)
+                test = tests[task].get(Configuration(model, text))
                 star = "%*" if test and test.told else "%"
-                name = f"{what}{f', +{LETTERS[text]}' if text else ''}"
+                name = f"{task}{f', +{LETTERS[text]}' if text else ''}"
                 row[name] = "not asked" if m is None else share(m).replace("%", star, 1)
         rows.append(row)
     return pd.DataFrame(rows).set_index("model")
@@ -185,9 +185,9 @@ class TextsCompared:
         return by_verdict(self.tests, higher_is_better=True)
 
 
-def texts_compared(results: Results, what: str = CLOSED) -> TextsCompared:
+def texts_compared(results: Results, task: str = CLOSED) -> TextsCompared:
     """Each model that was trained on both texts and asked."""
-    pairs = {m: (_get(results, what, m, "trivia"), _get(results, what, m, "wikitext")) for m in _models(results)}
+    pairs = {m: (_get(results, task, m, "trivia"), _get(results, task, m, "wikitext")) for m in _models(results)}
     pairs = {name: pair for name, pair in pairs.items() if None not in pair}
     return TextsCompared(
         {name: t for name, (t, _) in pairs.items()},
@@ -196,15 +196,15 @@ def texts_compared(results: Results, what: str = CLOSED) -> TextsCompared:
     )
 
 
-def texts_sentence(results: Results, what: str = CLOSED) -> str:
+def texts_sentence(results: Results, task: str = CLOSED) -> str:
     """`texts_compared` in words."""
-    both = texts_compared(results, what)
+    both = texts_compared(results, task)
     better, worse, undecided = both.told.values()
     shares = ", ".join(
         f"{name} {both.on_wikitext[name].value:.1%} against {both.on_questions[name].value:.1%}" for name in both.tests
     )
     return (
-        f"{what.capitalize()}, trained on WikiText against trained on questions: {shares}. By exact McNemar tests, "
+        f"{task.capitalize()}, trained on WikiText against trained on questions: {shares}. By exact McNemar tests, "
         f"Holm-adjusted, WikiText is better for {listed(better)}, worse for {listed(worse)}, and within noise for the "
         f"other {len(undecided)}."
     )
@@ -226,8 +226,8 @@ def other_measure_sentence(results: Results, text: str = "trivia") -> str:
 def orders(results: Results) -> dict[Configuration, Comparison]:
     """Perplexity of each model whose width was pruned after training against the same pruned before."""
     tests = {}
-    for (c, what), late in results.items():
-        if what == PPL and c.after and (early := _get(results, PPL, f"{c.pruned}+{c.after}", c.text)) is not None:
+    for (c, task), late in results.items():
+        if task == PPL and c.after and (early := _get(results, PPL, f"{c.pruned}+{c.after}", c.text)) is not None:
             tests[c] = perplexity.compare(early, late)
     return tests
 

@@ -275,10 +275,10 @@ def leave_one_out(p: QuantChapter, bits: int = 4) -> list[Configuration]:
 def one_projection(p: QuantChapter, bits: int = 4) -> list[Configuration]:
     """One kind of projection quantised and all others as they were: by rounding and by the plain recipe."""
     configs = []
-    for kind in LINEARS:
-        rounding = p.rtn(bits, grid="symmetric", clip="none", linears=(kind,))
-        for method, stage in (("rounding", rounding), ("GPTQ", p.gptq(bits, **PLAIN, linears=(kind,)))):
-            configs.append(Configuration("kinds", f"{kind}, {method}", (stage,), varied=kind))
+    for projection in LINEARS:
+        rounding = p.rtn(bits, grid="symmetric", clip="none", linears=(projection,))
+        for method, stage in (("rounding", rounding), ("GPTQ", p.gptq(bits, **PLAIN, linears=(projection,)))):
+            configs.append(Configuration("kinds", f"{projection}, {method}", (stage,), varied=projection))
     return configs
 
 
@@ -382,15 +382,15 @@ def measure(
     """{(the stages' hash, what): measurement} of each configuration; see `thesislib.chapters.ch04_runs.measure`."""
     results = dict(done or {})
     for c in tqdm([*configs], desc="quantisation", unit="model", disable=None, leave=False):
-        todo = [what for what in c.measured if (c.key, what) not in results]
+        todo = [task for task in c.measured if (c.key, task) not in results]
         if not todo:
             continue
         ready = prepare(p.subject, c.stages, data=p.data, dtype=p.dtype, device=p.device)
         text = complete(ready.model, p.prompt, p.tokens).text if CLOSED in c.measured else ""
-        for what in todo:
-            protocol, data = p.protocols()[what]
-            m = ready.measure(protocol, data, chapter={"cell": c.cell, "name": c.name, "what": what, "text": text})
-            results[c.key, what] = m
+        for task in todo:
+            protocol, data = p.protocols()[task]
+            m = ready.measure(protocol, data, chapter={"cell": c.cell, "name": c.name, "what": task, "text": text})
+            results[c.key, task] = m
             if keep:
                 keep(m)
     return results
@@ -407,7 +407,7 @@ def layers(p: QuantChapter, configs: Iterable[Configuration], windows: int = 8) 
     (original,) = models(p, [Configuration("layers", DENSE)]).values()
     ids = corpus.windows(corpus.evaluation_text("embedded"), original.tokenizer, p.length, windows).ids
     return {
-        name: {f"blocks.{b}.{kind}": round(error, 6) for (b, kind), error in errors.items()}
+        name: {f"blocks.{b}.{projection}": round(error, 6) for (b, projection), error in errors.items()}
         for name, errors in layer_errors(original, models(p, configs), ids).items()
     }
 
@@ -507,7 +507,7 @@ def recorded_parts(p: QuantChapter, file: Path) -> Iterator[Part]:
     """Each configuration by itself; then the errors of single layers, in a file beside the record."""
     items = {PPL: p.windows, HELD_OUT: p.held_out, CLOSED: p.questions, OPEN: p.passages}
     for c in recorded_configurations(p):
-        rows: dict[Key, int | None] = {(_label(c), c.key, what): items[what] for what in c.measured}
+        rows: dict[Key, int | None] = {(_label(c), c.key, task): items[task] for task in c.measured}
 
         def make(missing: Collection[Key], keep: Keep, c: Configuration = c, rows: Mapping = rows) -> None:
             measure([c], p, {key[1:]: None for key in rows if key not in missing}, keep)
@@ -541,14 +541,14 @@ def _write_layers(p: QuantChapter, file: Path) -> None:
 
 def key(m: Measurement) -> Key:
     """Of a row: label, hash of the stages, what was measured."""
-    ((recipe, what),) = from_measurements([m])
-    return m.label, recipe, what
+    ((recipe, task),) = from_measurements([m])
+    return m.label, recipe, task
 
 
 def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurement]]:
     """The answers of the chapter's table, under its names."""
     names = {c.key: c.name for c in main_models(recorded_parameters())}
     for m in rows:
-        _, recipe, what = key(m)
-        if recipe in names and what not in (PPL, HELD_OUT):
-            yield names[recipe], what, m
+        _, recipe, task = key(m)
+        if recipe in names and task not in (PPL, HELD_OUT):
+            yield names[recipe], task, m

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from thesislib.chapters.chapter import WIKITEXT, Chapter, Keep, Key, Parameters, Part, book, large
-from thesislib.chapters.labels import FAMILIES, family, of, step_family, thesis_of
+from thesislib.chapters.labels import FAMILIES, family, of, thesis_of
 from thesislib.chapters.pareto import MEASURES, OPEN, PPL, Results, bytes_finding, size_of
 from thesislib.chapters.phrases import difference, few, interval, number, ratio, share
 from thesislib.chapters.thesis import thesis_row
@@ -172,7 +172,7 @@ def _labels(results: Results) -> dict[str, None]:
 
 def _measured(results: Results, measure: str) -> dict[str, Measurement]:
     """{model: measurement} by one measure."""
-    return {label: m for (label, what), m in results.items() if what == measure}
+    return {label: m for (label, task), m in results.items() if task == measure}
 
 
 def tier_table(results: Results) -> pd.DataFrame:
@@ -187,7 +187,7 @@ def tier_table(results: Results) -> pd.DataFrame:
 
 def complete(results: Results, size: str = RECORDED) -> list[str]:
     """Those of a size's configurations of which every measure was taken."""
-    return [c.label for c in grid(size).configurations if all((c.label, what) in results for what in c.measures)]
+    return [c.label for c in grid(size).configurations if all((c.label, task) in results for task in c.measures)]
 
 
 def absent(results: Results, size: str = RECORDED) -> list[str]:
@@ -225,7 +225,7 @@ def cost_table(results: Results) -> pd.DataFrame:
             making = list(_seconds_to_make(here).values())
             seconds: dict[str, Any] = {"to make it": np.median(making) if making else None}
             seconds |= {measure: _median_seconds(here, measure) for measure in MEASURES}
-            shown = {what: "" if x is None else f"{x:.0f}" for what, x in seconds.items()}
+            shown = {task: "" if x is None else f"{x:.0f}" for task, x in seconds.items()}
             rows.append({"last stage": name, "models": len(_labels(here)), **shown})
     return pd.DataFrame(rows).set_index("last stage")
 
@@ -255,7 +255,7 @@ def cost_sentence(results: Results) -> str:
 
 
 def _all_measures(size: str) -> list[str]:
-    return list(dict.fromkeys(what for c in grid(size).configurations for what in c.measures))
+    return list(dict.fromkeys(task for c in grid(size).configurations for task in c.measures))
 
 
 def against_dense(results: Results, size: str = FULL) -> pd.DataFrame:
@@ -267,14 +267,14 @@ def against_dense(results: Results, size: str = FULL) -> pd.DataFrame:
     measures = _all_measures(size)
     tests = holm_adjusted(
         {
-            (label, what): compare(results[DENSE, what], m)
-            for (label, what), m in results.items()
-            if label != DENSE and what in measures and (DENSE, what) in results
+            (label, task): compare(results[DENSE, task], m)
+            for (label, task), m in results.items()
+            if label != DENSE and task in measures and (DENSE, task) in results
         }
     )
     rows = {label: dict.fromkeys(measures, "not run") for label, _ in tests}
-    for (label, what), c in tests.items():
-        rows[label][what] = difference(c, task_of(results[label, what])) + " *" * c.told
+    for (label, task), c in tests.items():
+        rows[label][task] = difference(c, task_of(results[label, task])) + " *" * c.told
     return pd.DataFrame(rows.values(), pd.Index(rows, name="model"), measures)
 
 
@@ -282,10 +282,10 @@ def full_sentence(results: Results) -> str:
     """How much of size full was run, and what one configuration of it takes."""
     if not results:
         return "Nothing of size full was run."
-    labels = {what: list(_measured(results, what)) for what in _all_measures(FULL)}
-    taken = "; ".join(f"{what} {len(models)} ({few(models)})" for what, models in labels.items() if models)
-    none = [what for what, models in labels.items() if not models]
-    cost = ", ".join(f"{what} {_median_seconds(results, what) / 60:.2g}" for what, models in labels.items() if models)
+    labels = {task: list(_measured(results, task)) for task in _all_measures(FULL)}
+    taken = "; ".join(f"{task} {len(models)} ({few(models)})" for task, models in labels.items() if models)
+    none = [task for task, models in labels.items() if not models]
+    cost = ", ".join(f"{task} {_median_seconds(results, task) / 60:.2g}" for task, models in labels.items() if models)
     threads = _threads(m.provenance["hardware"]["torch_threads"] for m in results.values())
     return (
         f"Of the {len(grid(FULL).configurations)} configurations of size full these were measured: {taken}."
@@ -298,9 +298,7 @@ def steps(results: Results, measure: str = PPL) -> list[tuple[str, str, str, Com
     tests = {}
     for label in _measured(results, measure):
         if (model := of(label)).parts and (before := str(model.before())) in _measured(results, measure):
-            tests[step_family(model.parts[-1]), before, label] = compare(
-                results[before, measure], results[label, measure]
-            )
+            tests[family(model.parts[-1]), before, label] = compare(results[before, measure], results[label, measure])
     return [(*names, c) for names, c in holm_adjusted(tests).items()]
 
 
@@ -517,7 +515,7 @@ def recorded_parts(p: EvaluationChapter, file: Path) -> Iterator[Part]:
         for c in g.configurations:
             everything = p.size != RECORDED or size != FULL
             ways = {
-                what: way for what, way in c.measures.items() if everything or c.label in PART_OF_FULL.get(what, ())
+                task: way for task, way in c.measures.items() if everything or c.label in PART_OF_FULL.get(task, ())
             }
 
             def make(
@@ -531,9 +529,9 @@ def recorded_parts(p: EvaluationChapter, file: Path) -> Iterator[Part]:
                 at, have = elsewhere()
                 names = wanted(g, c, at)
                 todo = [
-                    what
-                    for what in c.measures
-                    if names.get(what) not in have and (c.label, g.size, place.dtype, what) in missing
+                    task
+                    for task in c.measures
+                    if names.get(task) not in have and (c.label, g.size, place.dtype, task) in missing
                 ]
                 if not todo:
                     return
@@ -546,13 +544,13 @@ def recorded_parts(p: EvaluationChapter, file: Path) -> Iterator[Part]:
                     "label": c.label,
                     "seconds_to_make": round(time.perf_counter() - started, 1),
                 }
-                for what in todo:
-                    keep(ready.measure(c.measures[what], place.data, sweep=note))
+                for task in todo:
+                    keep(ready.measure(c.measures[task], place.data, sweep=note))
 
             if ways:
                 yield Part(
                     f"{size} {dtype} {c.label}",
-                    {(c.label, size, dtype, what): way.limit for what, way in ways.items()},
+                    {(c.label, size, dtype, task): way.limit for task, way in ways.items()},
                     make,
                 )
 
@@ -561,8 +559,8 @@ def key(m: Measurement) -> Key:
     """Of a row: label, size, dtype, measure; a row of a failed sweep has no measure."""
     note, way = m.provenance["sweep"], None if m.metric == FAILED else replace(setup_of(m), batch=None)
     measures = next((c.measures for c in grid(note["size"]).configurations if c.label == note["label"]), {})
-    what = next((name for name, other in measures.items() if replace(other, batch=None) == way), None)
-    return note["label"], note["size"], m.provenance["dtype"], what
+    task = next((name for name, other in measures.items() if replace(other, batch=None) == way), None)
+    return note["label"], note["size"], m.provenance["dtype"], task
 
 
 def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurement]]:
@@ -571,8 +569,8 @@ def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurem
         run = m.provenance
         size, fits = run["sweep"]["size"], m.metric in ("perplexity", "accuracy")
         if fits and run["dtype"] == "bfloat16" and size in (RECORDED, FULL) and run["protocol"]["length"] == 512:
-            what = WIKITEXT if m.metric == "perplexity" else book(m)
-            yield run["sweep"]["label"], large(what) if size == FULL else what, m
+            task = WIKITEXT if m.metric == "perplexity" else book(m)
+            yield run["sweep"]["label"], large(task) if size == FULL else task, m
 
 
 CHAPTER = Chapter(

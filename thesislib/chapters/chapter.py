@@ -102,9 +102,9 @@ def book(m: Measurement) -> str:
 LARGE = "size full"  # of the grid: the whole text, 1,200 questions
 
 
-def large(what: str) -> str:
+def large(task: str) -> str:
     """What a measure is called where it was measured at the grid's size full."""
-    return f"{what.partition(',')[0]}, {LARGE}"
+    return f"{task.partition(',')[0]}, {LARGE}"
 
 
 def by_key(measurements: Iterable[Measurement], key: Callable[[Measurement], K], chapter: int) -> dict[K, Measurement]:
