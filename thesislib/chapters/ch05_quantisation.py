@@ -580,11 +580,6 @@ class Start:
     before: float | None
     after: dict[int, float]
 
-    def __str__(self):
-        begun = "" if self.before is None else f", from {self.before:.2f}"
-        values = list(self.after.values())
-        return f"{', '.join(f'{x:.2f}' for x in values)} (mean {np.mean(values):.2f}{begun}"
-
 
 @dataclass(frozen=True)
 class Starts:
@@ -626,12 +621,18 @@ def starts_sentence(results: Results, p: QuantChapter) -> str:
     both = starts(results, p)
     if both is None:
         return "Starts of LoRA were not run."
+
+    def ends(start: Start, note: str) -> str:
+        values = list(start.after.values())
+        begun = "" if start.before is None else f", from {start.before:.2f}{note}"
+        return f"{', '.join(f'{x:.2f}' for x in values)} (mean {np.mean(values):.2f}{begun})"
+
     better, worse, undecided = map(len, by_verdict(both.tests).values())
     return (
-        f"At 3 bits, learning rate {both.eora.rate:g}, LoRA started from EoRA's correction ends at {both.eora}); "
-        f"started as usual, learning rate {both.usual.rate:g}, at {both.usual}"
-        f"{'' if both.usual.before is None else ' before training'}). By paired t tests, Holm-adjusted, EoRA's start "
-        f"is better for {better} of {len(both.tests)} seeds, worse for {worse}, within noise for {undecided}."
+        f"At 3 bits, learning rate {both.eora.rate:g}, LoRA started from EoRA's correction ends at "
+        f"{ends(both.eora, '')}; started as usual, learning rate {both.usual.rate:g}, at "
+        f"{ends(both.usual, ' before training')}. By paired t tests, Holm-adjusted, EoRA's start is better for "
+        f"{better} of {len(both.tests)} seeds, worse for {worse}, within noise for {undecided}."
     )
 
 
