@@ -141,7 +141,7 @@ def _on(task: str, *pairs: tuple[str, str]) -> Callable[[Records], list]:
             if all((label, large(task)) in records for label in pair):
                 labels, measure = pair, large(task)
             else:
-                labels, measure = tuple(_NAMES.get(label, label) for label in pair), task
+                labels, measure = (_NAMES.get(pair[0], pair[0]), _NAMES.get(pair[1], pair[1])), task
             keys.append((f"{' to '.join(labels)}, {measure}", *((label, measure) for label in labels)))
         return keys
 
