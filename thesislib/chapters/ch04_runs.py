@@ -170,8 +170,8 @@ Results = Mapping[tuple[Configuration, str], Measurement]
 def measure(
     configs: Iterable[Configuration], p: LoraChapter, done: Results | None = None, keep: Keep | None = None
 ) -> dict:
-    """{(configuration, what): measurement}: perplexity of all, answers of those that `asked_of` names, merges of
-    trained sparse models.
+    """{(configuration, task): measurement}: perplexity of all, answers of some (see `asked_of`), merges of trained
+    sparse models.
 
     Args:
         configs: in order.
@@ -292,7 +292,7 @@ def recorded_parts(p: LoraChapter, file: Path) -> Iterator[Part]:
 
 
 def key(m: Measurement) -> Key:
-    """Of a row: label, configuration, what was measured."""
+    """Label, configuration and task."""
     ((config, task),) = from_measurements([m])
     return m.label, config, task
 

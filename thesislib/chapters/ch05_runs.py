@@ -1,5 +1,4 @@
-"""Chapter 5, quantisation and compensation: which settings are tried, in which cell of the chapter, and what is
-measured of each."""
+"""Chapter 5, quantisation and compensation: which settings each cell tries, and what is measured of them."""
 
 import dataclasses
 import json
@@ -126,7 +125,7 @@ class QuantChapter(Parameters):
         return Eora(**{**size, "windows": self.calibration, "length": self.length, **settings})
 
     def protocols(self) -> dict[str, tuple[Setup, str]]:
-        """{what: (protocol, data)}."""
+        """{task: (setup, data)}."""
         return {
             PPL: (Setup("wikitext", length=self.length, limit=self.windows), self.data),
             HELD_OUT: (Setup("wikitext", length=self.length, limit=self.held_out), "embedded"),
@@ -137,13 +136,13 @@ class QuantChapter(Parameters):
 
 @dataclass(frozen=True)
 class Configuration:
-    """One model of the chapter. What its stages say is asked of them; its name is for readers only.
+    """One model of the chapter. Its name is for readers only: settings are read from its stages.
 
     Attributes:
         cell: the question it answers.
-        name: what it is called there.
-        stages: how it is made.
-        measured: what is measured of it.
+        name: in the chapter's tables.
+        stages: that make it.
+        measured: tasks.
         varied: what the cell varies where the stages do not say: an ingredient, a kind of projection, a pruned model,
             the seed of calibration.
     """
@@ -156,7 +155,7 @@ class Configuration:
 
     @property
     def key(self) -> str | None:
-        """What tells its results from others': the same stages in two cells are one model."""
+        """The hash of its stages, by which results are kept: the same stages in two cells are one model."""
         return recipe_hash(recipe_of(self.stages))
 
     def _first(self, word: str, setting: str) -> Any:
@@ -210,7 +209,7 @@ class Configuration:
 
 
 def pick(configs: Iterable["Configuration"], **wanted: object) -> "Configuration":
-    """The first that is as wanted: pick(main_models(p), method="GPTQ", bits=4, corrected=False)."""
+    """The first configuration with these values: pick(main_models(p), method="GPTQ", bits=4, corrected=False)."""
     return next(c for c in configs if all(getattr(c, name) == value for name, value in wanted.items()))
 
 
@@ -379,7 +378,7 @@ Results = Mapping[tuple[str | None, str], Measurement]  # by the stages' hash an
 def measure(
     configs: Iterable[Configuration], p: QuantChapter, done: Results | None = None, keep: Keep | None = None
 ) -> dict:
-    """{(the stages' hash, what): measurement} of each configuration; see `thesislib.chapters.ch04_runs.measure`."""
+    """{(the stages' hash, task): measurement} of each configuration; see `thesislib.chapters.ch04_runs.measure`."""
     results = dict(done or {})
     for c in tqdm([*configs], desc="quantisation", unit="model", disable=None, leave=False):
         todo = [task for task in c.measured if (c.key, task) not in results]
@@ -397,13 +396,15 @@ def measure(
 
 
 def models(p: QuantChapter, configs: Iterable[Configuration]) -> dict[str, Subject]:
-    """{name: subject}, out of the cache where it has them; weights packed as they are kept."""
+    """{name: subject with packed weights}, from the cache where it has them."""
     return {c.name: prepare(p.subject, c.stages, data=p.data, dtype=p.dtype, device=p.device).model for c in configs}
 
 
 def layers(p: QuantChapter, configs: Iterable[Configuration], windows: int = 8) -> dict[str, dict[str, float]]:
-    """{name: {"blocks.B.PROJECTION": relative error of its output}} on held-out text, each projection by itself on the
-    original's inputs."""
+    """{name: {"blocks.B.PROJECTION": relative error of its output}} on held-out text.
+
+    Each projection is measured by itself, on the original's inputs.
+    """
     (original,) = models(p, [Configuration("layers", DENSE)]).values()
     ids = corpus.windows(corpus.evaluation_text("embedded"), original.tokenizer, p.length, windows).ids
     return {
@@ -413,8 +414,7 @@ def layers(p: QuantChapter, configs: Iterable[Configuration], windows: int = 8) 
 
 
 def sink_shares(p: QuantChapter, windows: int = 4) -> dict[str, float]:
-    """{"blocks.B.PROJECTION": the share of the trace of X^T X that the first tokens of windows of calibration text
-    have}."""
+    """{"blocks.B.PROJECTION": share of the trace of X^T X that is the first tokens' of calibration windows}."""
     (original,) = models(p, [Configuration("sinks", DENSE)]).values()
     ids = corpus.calibration_windows(original.tokenizer, BEST["text"], p.data, windows, p.length)
     whole, rest = _Traces(), _Traces()
@@ -490,7 +490,7 @@ def recorded_table(p: QuantChapter) -> list[Configuration]:
 
 
 def recorded_configurations(p: QuantChapter) -> list[Configuration]:
-    """All that the recorded run measures: what settings are chosen by first."""
+    """All that the recorded run measures, those first by which settings are chosen."""
     q = dataclasses.replace(p, calibration=ABLATION)
     symmetric = [c for c in main_models(q, ("symmetric",), (HELD_OUT,)) if not c.corrected]
     chosen = [*one_change(q), *leave_one_out(q), *recorded_table(p), *calibration_search(p), *more_calibration(p)]
@@ -540,13 +540,13 @@ def _write_layers(p: QuantChapter, file: Path) -> None:
 
 
 def key(m: Measurement) -> Key:
-    """Of a row: label, hash of the stages, what was measured."""
+    """Label, hash of the stages, and task."""
     ((recipe, task),) = from_measurements([m])
     return m.label, recipe, task
 
 
 def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurement]]:
-    """The answers of the chapter's table, under its names."""
+    """Answers to questions of the chapter's table, under the table's names."""
     names = {c.key: c.name for c in main_models(recorded_parameters())}
     for m in rows:
         _, recipe, task = key(m)

@@ -60,7 +60,7 @@ class EvaluationChapter(Parameters):
 
     @property
     def place(self) -> Place:
-        """Where the grid is carried out."""
+        """Subject, data, dtype and device of the sweep."""
         return Place(self.subject, self.data, self.dtype, self.device)
 
 
@@ -71,8 +71,7 @@ def grid(size: str) -> Grid:
 
 
 def run(p: EvaluationChapter) -> Results:
-    """The grid measured on this machine, less what cannot be made of the subject; what an earlier run measured is kept
-    in the cache.
+    """The grid measured on this machine, without what cannot be made of the subject. The cache keeps measurements.
 
     Raises:
         RuntimeError: configurations that failed, each with its reason.
@@ -89,8 +88,7 @@ def run(p: EvaluationChapter) -> Results:
 
 
 def collect(g: Grid, rows: Iterable[Measurement], at: Setting) -> Results:
-    """{(label, measure): measurement} of a grid on one subject; other subjects' and types' rows, and what is no part of
-    the grid, stay out."""
+    """{(label, measure): measurement} of a grid on one subject in one type. All other rows stay out."""
     by_identity = {name: m for m in rows if m.metric != FAILED and (name := identity_of(m))}
     return {
         (c.label, measure): by_identity[name]
@@ -101,15 +99,14 @@ def collect(g: Grid, rows: Iterable[Measurement], at: Setting) -> Results:
 
 
 def read_recorded(path: Path, size: str = RECORDED, dtype: str = "bfloat16") -> Results:
-    """The recorded run of a size of the grid: its own rows, and those of the chapters before it that are the same
-    measurements."""
+    """The recorded run of a size of the grid: its own rows, and the same measurements of earlier chapters."""
     own = list(Store(path).rows().values())
     before = [m for store in _before(path) for m in store.rows().values()]
     return collect(grid(size), [*before, *own], Setting.recorded(own, dtype))
 
 
 def _before(path: Path) -> list[Store]:
-    """The records, beside this chapter's, of the chapters before it."""
+    """The records of the earlier chapters, which lie beside this chapter's."""
     return [Store(file) for name in READS if (file := path.with_name(f"{name}.jsonl")).exists()]
 
 
@@ -216,8 +213,7 @@ def _median_seconds(results: Results, measure: str) -> float | None:
 
 
 def cost_table(results: Results) -> pd.DataFrame:
-    """Seconds of a configuration, by what was done last: to make it from what the cache held of the one before, and to
-    measure it."""
+    """Median seconds to make a configuration from the cached one before it, and to measure it, by its last stage."""
     rows = []
     for name in FAMILIES:
         here = {key: m for key, m in results.items() if family(key[0]) == name}
@@ -236,7 +232,7 @@ def _threads(counts: Iterable[int]) -> str:
 
 
 def cost_sentence(results: Results) -> str:
-    """What the medians of `cost_table` were measured on."""
+    """The machines that `cost_table` was measured on, and the hours in all."""
 
     def machine(hardware: dict) -> str:
         if str(hardware.get("device", "cpu")).startswith("cuda"):
@@ -303,13 +299,13 @@ def steps(results: Results, measure: str = PPL) -> list[tuple[str, str, str, Com
 
 
 def shown_steps(results: Results) -> list[tuple[str, str, str, Comparison]]:
-    """`steps`, of pruning only those from the dense model: the others are in the chart of interactions."""
+    """`steps`, but of pruning only those from the dense model: the chart of interactions has the others."""
     return [row for row in steps(results) if row[0] != FAMILIES[0] or row[1] == DENSE]
 
 
 def stage_table(results: Results) -> pd.DataFrame:
-    """What each stage does to the model before it: how many pairs, the lowest, median and highest effect, how many are
-    told apart."""
+    """The effect of each stage on the model before it: number of pairs, lowest, median and highest effect, and how
+    many are told apart."""
     rows = []
     for measure, task in MEASURES.items():
         tests = steps(results, measure)
@@ -338,8 +334,10 @@ def stage_table(results: Results) -> pd.DataFrame:
 
 
 def interaction(results: Results, depth: str, width: str) -> Comparison | None:
-    """log perplexity of both prunings together, less what each costs alone: paired t test over documents. Above 0,
-    together they cost more."""
+    """The loss of both prunings together less the losses of each alone: a paired t test over documents.
+
+    Above 0 they cost more together.
+    """
     four = [results.get((label, PPL)) for label in (DENSE, depth, width, f"{depth}+{width}")]
     if any(m is None for m in four):
         return None
@@ -502,8 +500,10 @@ RUNS = ((RECORDED, "bfloat16"), (PRECISION, "float32"), (FULL, "bfloat16"))
 
 
 def recorded_parts(p: EvaluationChapter, file: Path) -> Iterator[Part]:
-    """Each configuration by itself: of the recorded sizes, or of `p.size` alone where that is another. What the
-    chapters before have is not made again."""
+    """One part a configuration: of the recorded sizes, or of `p.size` alone if that is another one.
+
+    What earlier chapters measured is not measured again.
+    """
     for size, dtype in RUNS if p.size == RECORDED else [(p.size, p.dtype)]:
         place = replace(p.place, dtype=dtype)
         g = grid(size)
@@ -556,7 +556,7 @@ def recorded_parts(p: EvaluationChapter, file: Path) -> Iterator[Part]:
 
 
 def key(m: Measurement) -> Key:
-    """Of a row: label, size, dtype, measure; a row of a failed sweep has no measure."""
+    """Label, size, dtype and measure. The measure of a row of a failed sweep is None."""
     note, way = m.provenance["sweep"], None if m.metric == FAILED else replace(setup_of(m), batch=None)
     measures = next((c.measures for c in grid(note["size"]).configurations if c.label == note["label"]), {})
     task = next((name for name, other in measures.items() if replace(other, batch=None) == way), None)
@@ -564,7 +564,7 @@ def key(m: Measurement) -> Key:
 
 
 def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurement]]:
-    """Perplexities and answers in bfloat16, those at size full under a name of their own."""
+    """Perplexities and answers in bfloat16. Those at size full have a name of their own."""
     for m in rows:
         run = m.provenance
         size, fits = run["sweep"]["size"], m.metric in ("perplexity", "accuracy")

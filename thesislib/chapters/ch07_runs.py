@@ -225,6 +225,6 @@ def recorded_parts(p: DeviceChapter, file: Path) -> Iterator[Part]:
 
 
 def key(m: Measurement) -> Key:
-    """Of a row: model and engine."""
+    """Model and engine."""
     ((model, engine),) = from_measurements([m])
     return model, engine
