@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from thesislib.errors import BadInput, printable, unknown
-from thesislib.files import free_file, free_folder, open_folder, plain_errors
+from thesislib.files import explain_errors, replaceable_folder, writable_file, writable_folder
 
 
 class Commands(TyperGroup):
@@ -69,7 +69,7 @@ def one_line_errors(command: Callable) -> Callable:
     def wrapped(*args, **kwargs):
         _print_all()
         try:
-            with plain_errors():
+            with explain_errors():
                 return command(*args, **kwargs)
         except BadInput as error:
             typer.echo(f"error: {printable(error)}", err=True)
@@ -135,15 +135,15 @@ def evaluate(
 ) -> None:
     """One measurement of a subject: value, 95 % interval, n."""
     from thesislib.evaluate.setup import Setup
-    from thesislib.formats.held import check_device, check_dtype, own_dtype
     from thesislib.formats.load import load_subject
-    from thesislib.sources.rows import default_data, kind_of
+    from thesislib.formats.options import check_device, check_dtype, own_dtype
+    from thesislib.sources.rows import default_data, origin_of
 
     check_dtype(dtype)
     check_device(device)
     setup = Setup(on, length=length, limit=limit, prompt=prompt, seed=seed, fast=fast, batch=batch, reference=reference)
     data = default_data() if data is None else data
-    kind_of(data)  # before a model is loaded
+    origin_of(data)  # before a model is loaded
     dtype = dtype or (own_dtype(subject) if _is_artifact(subject) else "float32")
     loaded = load_subject(subject, dtype, device, packed=not unpack)
     if plan is not None:
@@ -173,7 +173,7 @@ def run(
     name, notebook = _notebook(chapter)
     parameters = typed(notebook, map(_pair, parameter or []))
     target = out or ROOT / "_build" / "runs" / f"{name}.ipynb"
-    execute(notebook, free_file(target), parameters, parameters_of(notebook.stem))
+    execute(notebook, writable_file(target), parameters, parameters_of(notebook.stem))
     typer.echo(target)
 
 
@@ -202,7 +202,7 @@ def record(
     if parameter and out is None:
         raise BadInput("the study's own record has the parameters of its chapter: expected --out FOLDER with -p")
     study_chapter = chapter_of(name)
-    folder = open_folder(out or study())
+    folder = writable_folder(out or study())
     p = parameters(study_chapter, ready(notebook, typed(notebook, map(_pair, parameter or []))), data)
     done = carry_out(study_chapter, p, folder, limit)
     for part in done.busy:
@@ -255,7 +255,7 @@ def compress(
     """Carry out a recipe on a subject, and write an artifact folder. Run again, it goes on where it was."""
     from thesislib.files import read_json
     from thesislib.formats.artifact_json import RECORD
-    from thesislib.formats.held import check_device
+    from thesislib.formats.options import check_device
     from thesislib.pipeline.run import Job
     from thesislib.pipeline.run import compress as carry_out
 
@@ -314,9 +314,11 @@ def export(
         raise BadInput("which format to export is not said: expected either --gptq or --gguf TYPE")
     if gptq and merge:
         raise BadInput("--merge would do nothing with --gptq, which keeps corrections beside the weights: leave it out")
-    name = _name(subject)
+    name = export_name(subject)
     target = (
-        free_folder(out or Path(f"{name}-gptq")) if gptq else free_file(out or Path(f"{name}-{gguf}.gguf"), new=True)
+        replaceable_folder(out or Path(f"{name}-gptq"))
+        if gptq
+        else writable_file(out or Path(f"{name}-{gguf}.gguf"), new=True)
     )
     loaded = _held(subject, dtype)
     held = str(loaded.dtype).removeprefix("torch.")
@@ -380,11 +382,11 @@ def sweep(
 ) -> None:
     """Measure a grid of configurations, or execute a notebook with many parameters. Run again, it does what is
     missing."""
-    from thesislib.formats.held import check_device, check_dtype
+    from thesislib.formats.options import check_device, check_dtype
     from thesislib.records.store import Store, stores
     from thesislib.sources.rows import default_data
     from thesislib.sweep.grid import read_grid
-    from thesislib.sweep.run import Place, missing
+    from thesislib.sweep.run import Target, missing
     from thesislib.sweep.run import sweep as carry_out
     from thesislib.sweep.workers import Workers
 
@@ -408,19 +410,19 @@ def sweep(
         return
     if parameter:
         raise BadInput("-p goes with --chapter: a grid's settings stand in its file")
-    place = Place(subject, default_data() if data is None else data, dtype, device)
+    target = Target(subject, default_data() if data is None else data, dtype, device)
     # what no subject can take is named with what this one cannot
     configurations = read_grid(grid, size, False, only or (), measure or ())
-    store = Store(free_file(out or SWEEPS / f"{configurations.name}-{size}.jsonl"))
+    store = Store(writable_file(out or SWEEPS / f"{configurations.name}-{size}.jsonl"))
     others = stores(also) if also else []
     if dry_run:
-        lacking = missing(configurations, place, [store, *others])
+        lacking = missing(configurations, target, [store, *others])
         for label, measures in lacking.items():
             typer.echo(f"{label}: {', '.join(measures)}")
         total = len(configurations.configurations)
         typer.echo(f"{len(lacking)} of {total} configurations are not complete in {store.path}", err=True)
         return
-    _echo_and_fail(store.path, carry_out(configurations, place, store, crew, others))
+    _echo_and_fail(store.path, carry_out(configurations, target, store, crew, others))
 
 
 def _sweep_chapter(chapter: str, given: list[str], out: Path | None, crew) -> tuple[Path, dict[str, str]]:
@@ -430,7 +432,7 @@ def _sweep_chapter(chapter: str, given: list[str], out: Path | None, crew) -> tu
 
     name, notebook = _notebook(chapter)
     axes = listed(notebook, map(_pair, given))
-    folder = open_folder(out or SWEEPS / name)
+    folder = writable_folder(out or SWEEPS / name)
     return sweep_notebook(name, notebook, axes, folder, crew, parameters_of(name), reads(name))
 
 
@@ -471,14 +473,14 @@ def _is_artifact(subject: str) -> bool:
 def _held(subject: str, dtype: str | None, usual: str | None = None):
     """A subject in the type given, else in its own; one that is no artifact, whose weights are packed as it keeps them,
     in its usual type, if there is one."""
-    from thesislib.formats.held import check_dtype, own_dtype
     from thesislib.formats.load import load_subject
+    from thesislib.formats.options import check_dtype, own_dtype
 
     check_dtype(dtype)
     return load_subject(subject, dtype or (own_dtype(subject) if usual is None or _is_artifact(subject) else usual))
 
 
-def _name(subject: str) -> str:
+def export_name(subject: str) -> str:
     """What a subject's exports are called by default: its folder's or file's own name, also where the spec is '.' or
     ends in a slash."""
     from thesislib.files import expanded, real
@@ -600,7 +602,7 @@ def calibrate(
 
     if out.suffix != ".yaml":
         raise BadInput(f"{out} cannot be written: expected a new file whose name ends in .yaml")
-    with whole_file(free_file(out, new=True)) as temporary:
+    with whole_file(writable_file(out, new=True)) as temporary:
         temporary.write_text(host_file(out.stem), "utf8")
         host = read_device(temporary)
     bandwidth = host.tiers[0].read or 0.0
@@ -665,7 +667,7 @@ def expand(
     """Write a grid's configurations as recipes."""
     from thesislib.sweep.grid import read_grid, write_recipes
 
-    typer.echo(f"{out}: {len(write_recipes(read_grid(grid, size), open_folder(out)))} recipes")
+    typer.echo(f"{out}: {len(write_recipes(read_grid(grid, size), writable_folder(out)))} recipes")
 
 
 listed = typer.Typer(help="Recorded measurements: list, filter and export them, or make one again.")
@@ -698,7 +700,7 @@ def records(
         return
     from thesislib.records import store as stored
 
-    target = csv and free_file(csv)
+    target = csv and writable_file(csv)
     rows = stored.select(stored.stores(store or [stored.study()]), label=label, task=task, metric=metric)
     if csv is not None:
         stored.write_csv(rows, target)
@@ -730,7 +732,7 @@ def verify(
     """Make a measurement again from its own record: does it agree within its stated tolerance? If not, the exit code is
     1."""
     from thesislib.experiment import again
-    from thesislib.formats.held import check_device
+    from thesislib.formats.options import check_device
     from thesislib.records import store as stored
 
     check_device(device)

@@ -10,10 +10,10 @@ from thesislib.bounds import read_sizes
 from thesislib.config import build
 from thesislib.errors import BadInput, first_line, shown, unknown
 from thesislib.files import expanded, is_folder, read_json
-from thesislib.formats.held import check_device
 from thesislib.formats.load import checkpoint_folder
+from thesislib.formats.options import check_device
 from thesislib.pipeline.forecast import shape_of, stand_in
-from thesislib.sources.rows import kind_of
+from thesislib.sources.rows import origin_of
 from thesislib.yaml_lines import is_file, value_of_text
 
 if TYPE_CHECKING:
@@ -238,4 +238,4 @@ def _check_subject(spec: str) -> None:
         read_sizes(checkpoint_folder(spec)[0])
 
 
-CHECKS = {"subject": _check_subject, "data": kind_of, "device": check_device}
+CHECKS = {"subject": _check_subject, "data": origin_of, "device": check_device}

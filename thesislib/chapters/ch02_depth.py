@@ -28,7 +28,7 @@ from thesislib.pipeline.recipe import Shape
 from thesislib.records.measurement import Measurement, in_markdown, provenance
 from thesislib.records.store import Store
 from thesislib.sources.corpus import calibration_windows, evaluation_text, question_source, questions
-from thesislib.sources.rows import kind_of
+from thesislib.sources.rows import origin_of
 
 GREEDY, RANDOM = "perplexity, greedy", "random"
 NOTHING = "nothing removed"
@@ -171,7 +171,7 @@ def score(subject: Subject, p: DepthChapter) -> Scores:
         metrics,
         removed,
         provenance(
-            subject, started, text="wikipedia", data=kind_of(p.data), windows=p.calibration, length=p.length, seed=0
+            subject, started, text="wikipedia", data=origin_of(p.data), windows=p.calibration, length=p.length, seed=0
         ),
     )
 

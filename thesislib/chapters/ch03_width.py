@@ -18,6 +18,7 @@ from thesislib.chapters.thesis import thesis_row
 from thesislib.compress.width import THESIS_PATTERNS, Width
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import perplexity
+from thesislib.evaluate.setup import Setup
 from thesislib.evaluate.speed import speeds
 from thesislib.evaluate.stats import Comparison, by_verdict, holm_adjusted
 from thesislib.experiment import DENSE, described, recipe_hash, recipe_of
@@ -351,6 +352,7 @@ def recorded_parts(p: WidthChapter, file: Path) -> Iterator[Part]:
     """Each configuration by itself: those of the chapter's tables, and 2:4 on other calibration text."""
     load = functools.cache(load_subject)
     configs = {_key(config): config for config in (None, *configurations(p), *calibrations(p))}
+    setup = Setup("wikitext", length=p.length, limit=p.windows)
 
     def make(missing: Collection[Key], keep: Keep) -> None:
         subject = load(p.subject, p.dtype, p.device)
@@ -360,7 +362,8 @@ def recorded_parts(p: WidthChapter, file: Path) -> Iterator[Part]:
             keep(described(m, subject, p.data, stages_of(m)))
 
     for one in configs:
-        yield Part(" ".join(map(str, one)), {one: p.windows}, make)
+        planned = {one: ([c] if (c := configs[one]) else [], setup, p.data)}
+        yield Part(" ".join(map(str, one)), {one: p.windows}, make, planned=planned)
 
 
 def _key(config: Width | None) -> Key:

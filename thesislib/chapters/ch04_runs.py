@@ -14,8 +14,8 @@ from thesislib.compress.lora.stage import MERGES, Lora
 from thesislib.errors import BadInput, shown, unknown
 from thesislib.evaluate.generate import complete
 from thesislib.evaluate.setup import Setup
-from thesislib.experiment import DENSE, Prepared, made, prepare, recipe_of
-from thesislib.formats.artifact import predicted_disk_bytes, sizes
+from thesislib.experiment import DENSE, Prepared, build_history, prepare, recipe_of
+from thesislib.formats.sizes import predicted_disk_bytes, sizes
 from thesislib.model.layers import merge_all
 from thesislib.pipeline.recipe import Shape, parse_label
 from thesislib.records.measurement import Measurement
@@ -230,10 +230,12 @@ def merged(ready: Prepared, c: Configuration, p: LoraChapter) -> Prepared:
     model = ready.model.copy(unpack=False)
     merge_all(model.model, c.merge)
     size = {**sizes(model), "bytes_on_disk": predicted_disk_bytes(model)}
-    *before, trained = ready.made["reports"]
+    *before, trained = ready.history["reports"]
     # zeros_after was counted with the adapter beside
     report = {**trained, "merge": c.merge, "weights": MERGES[c.merge], "zeros_after": None}
-    return Prepared(model, made(recipe_of(c.stages(p)), ready.made["base"], p.data, size, [*before, report]))
+    return Prepared(
+        model, build_history(recipe_of(c.stages(p)), ready.history["base"], p.data, size, [*before, report])
+    )
 
 
 def _noted(c: Configuration, task: str, text: str) -> dict:
@@ -288,7 +290,8 @@ def recorded_parts(p: LoraChapter, file: Path) -> Iterator[Part]:
         def make(missing: Collection[Key], keep: Keep, c: Configuration = c, rows: Mapping = rows) -> None:
             measure([c], p, {key[1:]: None for key in rows if key not in missing}, keep)
 
-        yield Part(f"{c.label} {c.seed} {c.learning_rate}", rows, make)
+        planned = {key: (key[1].stages(p), p.protocols()[key[2]], p.data) for key in rows}
+        yield Part(f"{c.label} {c.seed} {c.learning_rate}", rows, make, planned=planned)
 
 
 def key(m: Measurement) -> Key:

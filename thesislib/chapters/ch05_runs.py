@@ -512,7 +512,8 @@ def recorded_parts(p: QuantChapter, file: Path) -> Iterator[Part]:
         def make(missing: Collection[Key], keep: Keep, c: Configuration = c, rows: Mapping = rows) -> None:
             measure([c], p, {key[1:]: None for key in rows if key not in missing}, keep)
 
-        yield Part(f"{c.key} {' '.join(c.measured)}", rows, make)
+        planned = {key: (c.stages, *p.protocols()[key[2]]) for key in rows}
+        yield Part(f"{c.key} {' '.join(c.measured)}", rows, make, planned=planned)
     yield Part("layers", {}, lambda *_: _write_layers(p, file), layers_file(file))
 
 

@@ -2,9 +2,8 @@
 
 import functools
 import itertools
-import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,23 @@ from thesislib.evaluate.setup import setup_of, task_of
 from thesislib.evaluate.speed import SECONDS_PER_TOKEN
 from thesislib.evaluate.stats import Comparison, by_verdict, holm_adjusted, paired_means
 from thesislib.evaluate.task import SHARE
-from thesislib.experiment import DENSE, prepare
+from thesislib.experiment import DENSE, Conditions
 from thesislib.files import cache_dir, data_file
 from thesislib.records.measurement import Measurement, in_markdown
 from thesislib.records.store import Store
 from thesislib.sweep.grid import Configuration, Grid, read_grid
-from thesislib.sweep.run import FAILED, Place, Setting, identity_of, known, possible, sweep, wanted
+from thesislib.sweep.run import (
+    FAILED,
+    Target,
+    by_identity,
+    conditions,
+    known,
+    possible,
+    recorded_conditions,
+    sweep,
+    wanted,
+)
+from thesislib.sweep.task import measure_cell
 from thesislib.sweep.workers import Workers
 
 RECORDED, PRECISION, FULL = "sample", "precision", "full"
@@ -59,9 +69,9 @@ class EvaluationChapter(Parameters):
         grid(self.size)
 
     @property
-    def place(self) -> Place:
+    def target(self) -> Target:
         """Subject, data, dtype and device of the sweep."""
-        return Place(self.subject, self.data, self.dtype, self.device)
+        return Target(self.subject, self.data, self.dtype, self.device)
 
 
 @functools.cache
@@ -78,31 +88,27 @@ def run(p: EvaluationChapter) -> Results:
     """
     g = grid(p.size)
     store = Store(cache_dir() / "sweeps" / f"{g.name}-{g.size}.jsonl")
-    g, why = possible(g, p.place)
+    g, why = possible(g, p.target)
     for label, reason in why.items():
         print(f"not possible for this subject: {label} ({reason})")
-    failed = sweep(g, p.place, store, Workers(p.workers, threads=p.threads, gpu=p.device.startswith("cuda")))
+    failed = sweep(g, p.target, store, Workers(p.workers, threads=p.threads, gpu=p.device.startswith("cuda")))
     if failed:
         raise RuntimeError("; ".join(f"{label}: {why}" for label, why in failed.items()))
-    return collect(g, store.rows().values(), Setting.of(g, p.place))
+    return collect(g, store.rows().values(), conditions(g, p.target))
 
 
-def collect(g: Grid, rows: Iterable[Measurement], at: Setting) -> Results:
+def collect(g: Grid, rows: Iterable[Measurement], at: Conditions) -> Results:
     """{(label, measure): measurement} of a grid on one subject in one type. All other rows stay out."""
-    by_identity = {name: m for m in rows if m.metric != FAILED and (name := identity_of(m))}
-    return {
-        (c.label, measure): by_identity[name]
-        for c in g.configurations
-        for measure, name in wanted(g, c, at).items()
-        if name in by_identity
-    }
+    measured = by_identity(rows)
+    names = {(c.label, measure): name for c in g.configurations for measure, name in wanted(g, c, at).items()}
+    return {cell: measured[name] for cell, name in names.items() if name in measured}
 
 
 def read_recorded(path: Path, size: str = RECORDED, dtype: str = "bfloat16") -> Results:
     """The recorded run of a size of the grid: its own rows, and the same measurements of earlier chapters."""
     own = list(Store(path).rows().values())
     before = [m for store in _before(path) for m in store.rows().values()]
-    return collect(grid(size), [*before, *own], Setting.recorded(own, dtype))
+    return collect(grid(size), [*before, *own], recorded_conditions(own, dtype))
 
 
 def _before(path: Path) -> list[Store]:
@@ -505,12 +511,12 @@ def recorded_parts(p: EvaluationChapter, file: Path) -> Iterator[Part]:
     What earlier chapters measured is not measured again.
     """
     for size, dtype in RUNS if p.size == RECORDED else [(p.size, p.dtype)]:
-        place = replace(p.place, dtype=dtype)
+        target = replace(p.target, dtype=dtype)
         g = grid(size)
 
         @functools.cache
-        def elsewhere(g: Grid = g, place: Place = place) -> tuple[Setting, set[str]]:
-            return Setting.of(g, place), known(_before(file))
+        def elsewhere(g: Grid = g, target: Target = target) -> tuple[Conditions, set[str]]:
+            return conditions(g, target), known(_before(file))
 
         for c in g.configurations:
             everything = p.size != RECORDED or size != FULL
@@ -523,7 +529,7 @@ def recorded_parts(p: EvaluationChapter, file: Path) -> Iterator[Part]:
                 keep: Keep,
                 g: Grid = g,
                 c: Configuration = c,
-                place: Place = place,
+                target: Target = target,
                 elsewhere=elsewhere,
             ) -> None:
                 at, have = elsewhere()
@@ -531,21 +537,13 @@ def recorded_parts(p: EvaluationChapter, file: Path) -> Iterator[Part]:
                 todo = [
                     task
                     for task in c.measures
-                    if names.get(task) not in have and (c.label, g.size, place.dtype, task) in missing
+                    if names.get(task) not in have and (c.label, g.size, target.dtype, task) in missing
                 ]
                 if not todo:
                     return
-                started = time.perf_counter()
-                ready = prepare(place.subject, c.recipe.stages, data=place.data, dtype=place.dtype, device=place.device)
-                note = {
-                    "grid": g.name,
-                    "size": g.size,
-                    "group": c.group,
-                    "label": c.label,
-                    "seconds_to_make": round(time.perf_counter() - started, 1),
-                }
-                for task in todo:
-                    keep(ready.measure(c.measures[task], place.data, sweep=note))
+                setups = [c.measures[task] for task in todo]
+                for m in measure_cell(stages=c.recipe.stages, setups=setups, cell=g.cell(c), **asdict(target)):
+                    keep(m)
 
             if ways:
                 yield Part(

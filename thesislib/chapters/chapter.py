@@ -1,14 +1,16 @@
 """A chapter: its notebook, its parameters, and its recorded run, which `thesislib.chapters.record` carries out."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from thesislib.compress.stage import Stage
 from thesislib.config import positive
 from thesislib.errors import BadInput
+from thesislib.evaluate.setup import Setup
 from thesislib.experiment import recipe_of
-from thesislib.formats.held import check_dtype
+from thesislib.formats.options import check_dtype
 from thesislib.pipeline.forecast import shape_of, stand_in
 from thesislib.pipeline.recipe import Shape
 from thesislib.pipeline.run import Job
@@ -55,12 +57,15 @@ class Part:
         make: called with the keys to make and with what keeps a row as soon as it is made. It may keep fewer: those
             that this subject cannot have, or that another chapter's record has.
         file: a file beside the record, which `make` writes too.
+        planned: the stages, the setup and the data spec of the rows for which they are known beforehand. A row that
+            was made or measured otherwise is refused.
     """
 
     name: str
     rows: Mapping[Key, int | None]
     make: Callable[[Collection[Key], Keep], object]
     file: Path | None = None
+    planned: Mapping[Key, tuple[Sequence[Stage], Setup, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
