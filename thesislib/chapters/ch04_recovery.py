@@ -404,10 +404,13 @@ def rates_sentence(results: Results, p: LoraChapter) -> str:
     )
 
 
-def curves(results: Results) -> dict[str, tuple[list, list]]:
-    """{label: (curve, validation)} of every training with the chapter's rate and first seed."""
-    reports = {c.label: training_report(m) for c, m in _beside(results) if c.text and is_main(c)}
-    return {label: (r["curve"], r["validation"]) for label, r in reports.items()}
+def curves(results: Results) -> dict[str, dict[str, tuple[list, list]]]:
+    """{text: {model: (curve, validation)}} of every training with the chapter's rate and first seed."""
+    reports = {(c.text, c.pruned): training_report(m) for c, m in _beside(results) if c.text and is_main(c)}
+    return {
+        text: {model: (r["curve"], r["validation"]) for (on, model), r in reports.items() if on == text}
+        for text in _texts(results)
+    }
 
 
 def points(results: Results) -> dict[str, dict[str, Measurement]]:

@@ -42,6 +42,7 @@ from thesislib.records.measurement import Measurement, in_markdown
 
 FITTED = (0, 2)  # places in `DEPTHS` of those that the line is fitted on; it is held against the others
 PLAIN = "logits of the host without vector instructions"  # what the emulation's record calls its control
+ENGINES = {engine_name(encoding): encoding for encoding in (*TYPES, "float32", "bfloat16")}
 NOT_RUN = "Not run."
 SKIPPED = 0.25  # a gain by zeros below this is within what timings of equal files differ by, or nearly
 
@@ -317,7 +318,7 @@ def utilisation_table(subject: Subject, record: Results, on: Device) -> pd.DataF
     for (label, engine), m in sorted(record.items(), key=lambda entry: entry[0][1]):
         if label != DENSE or engine == SAME:
             continue
-        given, encoding = m.settings, engine.split()[1]
+        given, encoding = m.settings, ENGINES[engine]
         cache = costs(
             subject, 1, given["prompt"] + given["tokens"] // 2, 32 if encoding == "float32" else 16
         ).cache_bytes
@@ -341,7 +342,7 @@ def utilisation_table(subject: Subject, record: Results, on: Device) -> pd.DataF
 def with_zeros(record: Results) -> dict[str, tuple[Measurement, Measurement]]:
     """{format: (the dense model, W2:4)} in llama.cpp, where both were timed; half of W2:4's weights are zeros."""
     timed = {
-        encoding: tuple(record.get((label, f"llama.cpp {encoding}")) for label in (DENSE, "W2:4+W"))
+        encoding: tuple(record.get((label, engine_name(encoding))) for label in (DENSE, "W2:4+W"))
         for encoding in ("F16", "Q8_0", "Q4_0")
     }
     return {encoding: (dense, pruned) for encoding, (dense, pruned) in timed.items() if dense and pruned}
@@ -367,7 +368,7 @@ def zeros_sentence(record: Results) -> str:
 
 
 def _llama_cpp(record: Results) -> list[tuple[str, Measurement]]:
-    return [(engine, m) for (_, engine), m in record.items() if engine.startswith("llama.cpp")]
+    return [(engine, m) for (_, engine), m in record.items() if ENGINES.get(engine) in TYPES]
 
 
 def drift(record: Results) -> float:
@@ -497,9 +498,7 @@ def same_sentence(record: Results) -> str:
 def headline(record: Results) -> str:
     """What was found, in sentences."""
     dense = {
-        encoding: record[DENSE, f"llama.cpp {encoding}"]
-        for encoding in TYPES
-        if (DENSE, f"llama.cpp {encoding}") in record
+        encoding: record[DENSE, engine_name(encoding)] for encoding in TYPES if (DENSE, engine_name(encoding)) in record
     }
     speed = ", ".join(f"{encoding} {1 / m.value:.0f}" for encoding, m in dense.items())
     return in_markdown(

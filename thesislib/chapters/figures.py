@@ -9,6 +9,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
 
+from thesislib.chapters.labels import of
 from thesislib.evaluate.perplexity import compare
 from thesislib.evaluate.stats import Comparison
 from thesislib.records.measurement import Measurement
@@ -323,30 +324,24 @@ def recovery_chart(points: Mapping[str, Mapping[str, Measurement]], dense: str =
     return figure
 
 
-def loss_curves(curves: Mapping[str, tuple[Sequence[dict], Sequence[dict]]]) -> plt.Figure:
+def loss_curves(curves: Mapping[str, Mapping[str, tuple[Sequence[dict], Sequence[dict]]]]) -> plt.Figure:
     """Training loss by step (thin, as it came) and held-out loss (thick, marked), one panel a training text.
 
     Args:
-        curves: {label: (curve, validation)}, each a list of {"step", "loss", ...}; labels end in +W or +T.
+        curves: {text: {model: (curve, validation)}}, each a list of {"step", "loss", ...}.
     """
-    groups = {
-        title: {n: c for n, c in curves.items() if n.endswith(end)}
-        for end, title in (("+W", "trained on WikiText"), ("+T", "trained on questions"))
-    }
-    groups = {title: found for title, found in groups.items() if found}
-    figure, axes = plt.subplots(1, len(groups), figsize=(5.8 * len(groups), 4.2), layout="constrained", squeeze=False)
+    titles = {"wikitext": "trained on WikiText", "trivia": "trained on questions"}
+    figure, axes = plt.subplots(1, len(curves), figsize=(5.8 * len(curves), 4.2), layout="constrained", squeeze=False)
     palette = [BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
-    names = list(dict.fromkeys(label.rpartition("+")[0] for label in curves))
-    for axis, (title, found) in zip(axes[0], groups.items(), strict=True):
-        for label, (curve, validation) in found.items():
-            which = names.index(label.rpartition("+")[0])
+    models = list(dict.fromkeys(model for trained in curves.values() for model in trained))
+    for axis, (text, trained) in zip(axes[0], curves.items(), strict=True):
+        for model, (curve, validation) in trained.items():
+            which = models.index(model)
             colour, marker = palette[which % len(palette)], "os^DvPX"[which % 7]
             axis.plot([c["step"] for c in curve], [c["loss"] for c in curve], color=colour, linewidth=0.6, alpha=0.35)
-            held = [(v["step"], v["loss"]) for v in validation]
-            axis.plot(
-                *zip(*held, strict=True), marker + "-", color=colour, markersize=6, linewidth=1.8, label=names[which]
-            )
-        axis.set(xlabel="step", ylabel="loss, nats per predicted token", title=title)
+            held_out = [v["step"] for v in validation], [v["loss"] for v in validation]
+            axis.plot(*held_out, f"{marker}-", color=colour, markersize=6, linewidth=1.8, label=model)
+        axis.set(xlabel="step", ylabel="loss, nats per predicted token", title=titles[text])
         axis.legend(fontsize=9)
     return figure
 
@@ -537,7 +532,7 @@ def steps_chart(steps: Sequence[tuple[str, str, str, Comparison]]) -> plt.Figure
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter("")
-        last = [b.rpartition("+")[2] for _, b, _ in rows]  # said where a panel's stages are not all alike
+        last = [of(b).parts[-1] for _, b, _ in rows]  # shown where a panel's stages are not all alike
         labels = [
             f"{a} to {b}" if name == "pruned" else f"{a} ({part})" if part[-1].isdigit() else a
             for (a, b, _), part in zip(rows, last, strict=True)
