@@ -64,7 +64,6 @@ class DepthChapter(Parameters):
     passages: int = 12
     tokens: int = 30
     prompt: str = "Once upon a time"
-
     may_be_zero = ("greedy", "seeds")
 
     def __post_init__(self):
