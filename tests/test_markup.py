@@ -89,8 +89,7 @@ def test_labels_are_text_in_the_page_of_claims(parser, monkeypatch):
     hostile = claims.Claim(
         "c",
         lambda records: [(label, (label, claims.WIKITEXT), (f"{label}+W", claims.WIKITEXT))],
-        "02_depth_pruning",
-        "x",
+        ("02_depth_pruning", "x"),
     )
     monkeypatch.setattr(claims, "CLAIMS", [hostile])
     page = claims.page(known | rows)

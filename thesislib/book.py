@@ -27,31 +27,20 @@ def build(out: Path, stored: bool = False, root: Path = ROOT) -> Path:
     check_checkout("the book", root)
     source = out / "source"
     source.mkdir(parents=True, exist_ok=True)
-    wanted = set()
+    pages = set()
     for name, notebook in chapters(root).items():
-        found = notebook if stored else executed(name, notebook, out / "executed", reads=reads(name))
-        wanted.add(_place(found, source / "notebooks" / f"{name}.ipynb", strip=True))
+        outputs = notebook if stored else executed(name, notebook, out / "executed", reads=reads(name))
+        pages.add(_copy(outputs, source / "notebooks" / f"{name}.ipynb", strip=True))
     for page in [root / "_config.yml", root / "_toc.yml", *(p for p in (root / "book").rglob("*") if p.is_file())]:
-        wanted.add(_place(page, source / page.relative_to(root)))
+        pages.add(_copy(page, source / page.relative_to(root)))
     for name, text in (("_findings.md", chapter_findings()), ("_api.md", api(root))):  # pages include them
-        wanted.add(_write(text.encode(), source / "book" / name))
-    for left_over in {
-        p for p in source.rglob("*") if p.is_file() and "_build" not in p.relative_to(source).parts
-    } - wanted:
+        pages.add(_write(text.encode(), source / "book" / name))
+    there = {p for p in source.rglob("*") if p.is_file() and "_build" not in p.relative_to(source).parts}
+    for left_over in there - pages:
         left_over.unlink()
-    command = [
-        sys.executable,
-        "-c",
-        "from jupyter_book.cli.main import main; main()",
-        "build",
-        str(source),
-        "--path-output",
-        str(out),
-        "-W",
-        "-n",
-        "--keep-going",
-        "--quiet",
-    ]
+    script = "from jupyter_book.cli.main import main; main()"
+    options = ["--path-output", str(out), "-W", "-n", "--keep-going", "--quiet"]
+    command = [sys.executable, "-c", script, "build", str(source), *options]
     run = subprocess.run(
         command,
         stdout=sys.stderr,
@@ -77,18 +66,19 @@ def rooms(root: Path = ROOT) -> list[tuple[list[str], str]]:
 
 def api(root: Path = ROOT) -> str:
     """The body of the API page: every module of the package under its room's heading."""
-    said = []
+    lines = []
     for names, purpose in rooms(root):
-        said.append(f"## {', '.join(names)}\n\n{purpose[:1].upper()}{purpose[1:]}.\n\n```{{eval-rst}}")
+        lines.append(f"## {', '.join(names)}\n\n{purpose[:1].upper()}{purpose[1:]}.\n\n```{{eval-rst}}")
         for name in names:
             files = sorted((root / "thesislib" / name).rglob("*.py")) or [root / "thesislib" / f"{name}.py"]
             for file in (f for f in files if not f.stem.startswith("__") and f.stem != "cli"):
-                said.append(f".. automodule:: {'.'.join(file.relative_to(root).with_suffix('').parts)}\n   :members:")
-        said.append("```\n")
-    return "\n".join(said)
+                module = ".".join(file.relative_to(root).with_suffix("").parts)
+                lines.append(f".. automodule:: {module}\n   :members:")
+        lines.append("```\n")
+    return "\n".join(lines)
 
 
-def _place(source: Path, target: Path, strip: bool = False) -> Path:
+def _copy(source: Path, target: Path, strip: bool = False) -> Path:
     """Copy only what differs, so that Sphinx rebuilds only what changed."""
     return _write(clean(source.read_text("utf8")).encode() if strip else source.read_bytes(), target)
 
@@ -126,10 +116,10 @@ def clean(notebook: str) -> str:
 
 def store(out: Path, root: Path = ROOT) -> list[Path]:
     """Put the executed notebooks, cleaned, into `notebooks/`: what nbval compares with and readers see on the web."""
-    stored = []
-    for name, notebook in chapters(root).items():
-        stored.append(_place(executed(name, notebook, out / "executed", reads=reads(name)), notebook, strip=True))
-    return stored
+    return [
+        _copy(executed(name, notebook, out / "executed", reads=reads(name)), notebook, strip=True)
+        for name, notebook in chapters(root).items()
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -201,13 +201,13 @@ def record(
     name, notebook = _notebook(chapter)
     if parameter and out is None:
         raise BadInput("the study's own record has the parameters of its chapter: expected --out FOLDER with -p")
-    found = chapter_of(name)
+    study_chapter = chapter_of(name)
     folder = writable_folder(out or study())
-    p = parameters(found, ready(notebook, typed(notebook, map(_pair, parameter or []))), data)
-    done = carry_out(found, p, folder, limit)
+    p = parameters(study_chapter, ready(notebook, typed(notebook, map(_pair, parameter or []))), data)
+    done = carry_out(study_chapter, p, folder, limit)
     for part in done.busy:
         typer.echo(f"another process is at: {part}", err=True)
-    typer.echo(f"{folder / f'{found.notebook}.jsonl'}: {done.added} rows added, {done.missing} missing")
+    typer.echo(f"{folder / f'{name}.jsonl'}: {done.added} rows added, {done.missing} missing")
 
 
 @app.command()
@@ -279,12 +279,12 @@ def compress(
         folder = compress_streamed(subject, recipe, out, data=data, dtype=dtype, device=device)
     else:
         folder = carry_out(subject, recipe, out, data=data, dtype=dtype, device=device, packed=not plain)
-    made = read_json(folder / RECORD)
-    sizes = made["sizes"]
+    artifact = read_json(folder / RECORD)
+    sizes = artifact["sizes"]
     typer.echo(
-        f"{out}: {made['label']}, {sizes['parameters'] / 1e6:.1f} M parameters, "
+        f"{out}: {artifact['label']}, {sizes['parameters'] / 1e6:.1f} M parameters, "
         f"{sizes['nonzero_parameters'] / 1e6:.1f} M of them not zero, "
-        f"{sizes['bytes_on_disk'] / 1e6:.1f} MB in {made['dtype']}, fingerprint {made['fingerprint']}"
+        f"{sizes['bytes_on_disk'] / 1e6:.1f} MB in {artifact['dtype']}, fingerprint {artifact['fingerprint']}"
     )
 
 
@@ -315,7 +315,7 @@ def export(
     if gptq and merge:
         raise BadInput("--merge would do nothing with --gptq, which keeps corrections beside the weights: leave it out")
     name = export_name(subject)
-    place = (
+    target = (
         replaceable_folder(out or Path(f"{name}-gptq"))
         if gptq
         else writable_file(out or Path(f"{name}-{gguf}.gguf"), new=True)
@@ -325,7 +325,7 @@ def export(
     if gptq:
         from thesislib.formats.gptq import export_gptq
 
-        folder = export_gptq(loaded, place)
+        folder = export_gptq(loaded, target)
         beside = ", corrections as a PEFT adapter in adapter/" if (folder / "adapter").is_dir() else ""
         typer.echo(
             f"{folder}: a GPTQ checkpoint of {loaded.name}, {_megabytes(folder):.1f} MB, what is not quantised "
@@ -334,7 +334,7 @@ def export(
         return
     from thesislib.formats.gguf import export_gguf
 
-    file = export_gguf(loaded, place, gguf, merge_corrections=merge)
+    file = export_gguf(loaded, target, gguf, merge_corrections=merge)
     merged = ", corrections merged into the weights" if merge else ""
     typer.echo(f"{file}: {loaded.name}, held in {held}, as {gguf}: {file.stat().st_size / 1e6:.1f} MB{merged}")
 
@@ -410,19 +410,19 @@ def sweep(
         return
     if parameter:
         raise BadInput("-p goes with --chapter: a grid's settings stand in its file")
-    place = Target(subject, default_data() if data is None else data, dtype, device)
+    target = Target(subject, default_data() if data is None else data, dtype, device)
     # what no subject can take is named with what this one cannot
     configurations = read_grid(grid, size, False, only or (), measure or ())
     store = Store(writable_file(out or SWEEPS / f"{configurations.name}-{size}.jsonl"))
     others = stores(also) if also else []
     if dry_run:
-        lacking = missing(configurations, place, [store, *others])
+        lacking = missing(configurations, target, [store, *others])
         for label, measures in lacking.items():
             typer.echo(f"{label}: {', '.join(measures)}")
         total = len(configurations.configurations)
         typer.echo(f"{len(lacking)} of {total} configurations are not complete in {store.path}", err=True)
         return
-    _echo_and_fail(store.path, carry_out(configurations, place, store, crew, others))
+    _echo_and_fail(store.path, carry_out(configurations, target, store, crew, others))
 
 
 def _sweep_chapter(chapter: str, given: list[str], out: Path | None, crew) -> tuple[Path, dict[str, str]]:
@@ -519,10 +519,10 @@ def profile(
     from thesislib.device.hardware import device as read
 
     positive(prompt=prompt, context=context)
-    found = read(device)
+    target = read(device)
     loaded = _held(subject, dtype, "bfloat16")
-    plain = report.profile_report(loaded, found, prompt, context)
-    typer.echo(json.dumps(plain) if as_json else report.readable(plain))
+    result = report.profile_report(loaded, target, prompt, context)
+    typer.echo(json.dumps(result) if as_json else report.readable(result))
 
 
 @app.command()
@@ -553,8 +553,8 @@ def measure(
     if kind not in TYPES:
         raise unknown("type", kind, TYPES)
     loaded = _held(subject, None, "bfloat16")
-    plain = measured.measured_report(loaded, subject, kind, prompt, tokens, repeats, core, beside)
-    typer.echo(json.dumps(plain) if as_json else measured.readable(plain))
+    result = measured.measured_report(loaded, subject, kind, prompt, tokens, repeats, core, beside)
+    typer.echo(json.dumps(result) if as_json else measured.readable(result))
 
 
 @app.command()
@@ -582,8 +582,8 @@ def emulate(
     for name in (kinds := kind or ["Q8_0"]):
         if name not in TYPES:
             raise unknown("type", name, TYPES)
-    plain = record(_held(subject, None, "float32"), [(name, None) for name in kinds], prompt, tokens, jobs)
-    typer.echo(json.dumps(plain) if as_json else readable(plain))
+    result = record(_held(subject, None, "float32"), [(name, None) for name in kinds], prompt, tokens, jobs)
+    typer.echo(json.dumps(result) if as_json else readable(result))
 
 
 devices = typer.Typer(help="Devices that models are projected onto.", no_args_is_help=True)
@@ -604,10 +604,10 @@ def calibrate(
         raise BadInput(f"{out} cannot be written: expected a new file whose name ends in .yaml")
     with whole_file(writable_file(out, new=True)) as temporary:
         temporary.write_text(host_file(out.stem), "utf8")
-        found = read_device(temporary)
-    bandwidth = found.tiers[0].read or 0.0
+        host = read_device(temporary)
+    bandwidth = host.tiers[0].read or 0.0
     typer.echo(
-        f"{out}: {found.title}, reads {bandwidth / 1e9:.1f} GB/s; `thesislib profile embedded --device {out}` "
+        f"{out}: {host.title}, reads {bandwidth / 1e9:.1f} GB/s; `thesislib profile embedded --device {out}` "
         "projects onto it"
     )
 
@@ -638,13 +638,13 @@ def check(
     """Say what is wrong with recipes, before anything loads; or their labels, if nothing is."""
     from thesislib.pipeline.recipe import read_all
 
-    found = read_all(files)
+    read = read_all(files)
     if subject is not None:
         from thesislib.pipeline.run import Job
 
-        for recipe in found.values():
+        for recipe in read.values():
             Job.prepare(subject, recipe)
-    for file, recipe in found.items():
+    for file, recipe in read.items():
         typer.echo(f"{file}: {recipe.label}")
 
 
@@ -701,12 +701,12 @@ def records(
     from thesislib.records import store as stored
 
     target = csv and writable_file(csv)
-    found = stored.select(stored.stores(store or [stored.study()]), label=label, task=task, metric=metric)
+    rows = stored.select(stored.stores(store or [stored.study()]), label=label, task=task, metric=metric)
     if csv is not None:
-        stored.write_csv(found, target)
-        typer.echo(f"{csv}: {len(found)} records")
+        stored.write_csv(rows, target)
+        typer.echo(f"{csv}: {len(rows)} records")
         return
-    for name, m in found.items():
+    for name, m in rows.items():
         if as_json:
             typer.echo(json.dumps({"id": name, **json.loads(m.to_json(items=False))}, ensure_ascii=False))
         else:

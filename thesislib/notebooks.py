@@ -2,7 +2,7 @@
 
 import ast
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +34,9 @@ def read_notebook(notebook: Path):
 
     text = json.dumps(read_json(notebook))  # bounded
     try:
-        found = nbformat.reads(text, 4)
-        nbformat.validate(found)  # which reading only logs
-        return found
+        nb = nbformat.reads(text, 4)
+        nbformat.validate(nb)  # which reading only logs
+        return nb
     except Exception as error:  # nbformat and jsonschema have many, some with the whole notebook in their text
         raise BadInput(
             f"{notebook} is not a notebook of version 4 ({shown(first_line(error))}): bring it back from a copy"
@@ -49,7 +49,7 @@ def defaults(notebook: Path) -> dict[str, Any]:
     Raises:
         BadInput: no notebook, or a cell that is no Python.
     """
-    found = {}
+    values: dict[str, Any] = {}
     for cell in read_notebook(notebook).cells:
         if cell.cell_type == "code" and TAG in cell.metadata.get("tags", []):
             try:
@@ -62,10 +62,10 @@ def defaults(notebook: Path) -> dict[str, Any]:
             for line in lines:
                 if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name):
                     try:
-                        found[line.targets[0].id] = ast.literal_eval(line.value)
+                        values[line.targets[0].id] = ast.literal_eval(line.value)
                     except ValueError:
-                        found[line.targets[0].id] = None
-    return found
+                        values[line.targets[0].id] = None
+    return values
 
 
 def check_names(notebook: Path, names: Iterable[str]) -> dict[str, Any]:
@@ -82,21 +82,22 @@ def check_names(notebook: Path, names: Iterable[str]) -> dict[str, Any]:
 
 
 def typed(notebook: Path, given: Iterable[tuple[str, str]]) -> dict[str, Any]:
-    """Parameters as the command line gives them, key and text: the text as typed where the default is one, else what it
-    says in YAML.
+    """Parameters as the command line gives them, key and text.
+
+    Where the default is a text the value is the text as typed, else what the text says in YAML.
 
     Raises:
         BadInput: a name that the notebook does not have or that is given twice, a text that is no YAML.
     """
-    given = list(given)
-    known, found = check_names(notebook, (key for key, _ in given)), {}
-    for key, text in given:
-        if key in found:
-            raise BadInput(f"parameter '{key}' is given twice: expected one value")
-        if not text.strip() and not isinstance(known[key], str):
-            raise BadInput(f"parameter '{key}' has no value: expected e.g. {key}={json.dumps(known[key])}")
-        found[key] = text if isinstance(known[key], str) else value_of_text(text, f"parameter {key}")
-    return found
+
+    def value(key: str, text: str, default: Any) -> Any:
+        if isinstance(default, str):
+            return text
+        if not text.strip():
+            raise BadInput(f"parameter '{key}' has no value: expected e.g. {key}={json.dumps(default)}")
+        return value_of_text(text, f"parameter {key}")
+
+    return _read(notebook, given, value, "one value")
 
 
 def listed(notebook: Path, given: Iterable[tuple[str, str]]) -> dict[str, list]:
@@ -105,17 +106,25 @@ def listed(notebook: Path, given: Iterable[tuple[str, str]]) -> dict[str, list]:
     Raises:
         BadInput: as `typed`, or no value.
     """
-    given = list(given)
-    known, found = check_names(notebook, (key for key, _ in given)), {}
-    for key, text in given:
-        if key in found:
-            raise BadInput(f"parameter '{key}' is given twice: expected its values with commas between them")
-        found[key] = (
-            texts(text) if isinstance(known[key], str) else value_of_text(f"[{text}]", f"values of parameter {key}")
-        )
-        if not found[key]:
+
+    def values(key: str, text: str, default: Any) -> list:
+        each = texts(text) if isinstance(default, str) else value_of_text(f"[{text}]", f"values of parameter {key}")
+        if not each:
             raise BadInput(f"parameter '{key}' has no value: expected e.g. {key}=2,4,6")
-    return found
+        return each
+
+    return _read(notebook, given, values, "its values with commas between them")
+
+
+def _read(notebook: Path, given: Iterable[tuple[str, str]], read: Callable[[str, str, Any], Any], once: str) -> dict:
+    """{key: read(key, text, default)}; `once` is what is expected of a key that is given twice."""
+    given = list(given)
+    known, values = check_names(notebook, (key for key, _ in given)), {}
+    for key, text in given:
+        if key in values:
+            raise BadInput(f"parameter '{key}' is given twice: expected {once}")
+        values[key] = read(key, text, known[key])
+    return values
 
 
 def texts(text: str) -> list[str]:
@@ -125,7 +134,7 @@ def texts(text: str) -> list[str]:
     >>> texts('a: b, c # d,"e, f"')
     ['a: b', 'c # d', 'e, f']
     """
-    found, rest = [], text.strip()
+    items, rest = [], text.strip()
     while rest:
         end = rest.find(rest[0], 1) if rest[0] in "\"'" else -1
         after = rest[end + 1 :].lstrip()
@@ -133,11 +142,11 @@ def texts(text: str) -> list[str]:
             item, comma, rest = rest[1:end], after[:1], after[1:]
         else:
             item, comma, rest = rest.partition(",")
-        found.append(item.strip() if end < 0 else item)
+        items.append(item.strip() if end < 0 else item)
         rest = rest.lstrip()
         if comma and not rest:  # a comma at the end is one value too few, or an empty one
             break
-    return found
+    return items
 
 
 def ready(notebook: Path, given: Mapping[str, Any], kind: type | None = None) -> dict[str, Any]:
@@ -154,34 +163,40 @@ def ready(notebook: Path, given: Mapping[str, Any], kind: type | None = None) ->
             subject, in a folder, of which what the chapter measures cannot be made. Nothing has run yet.
     """
     known = check_names(notebook, given)
-    found = {name: _in_full(value) if name in PATHS else value for name, value in given.items()}
-    if kind is not None:
-        try:
-            parameters = build(kind, {**known, **found})
-        except (
-            TypeError,
-            ValueError,
-            AttributeError,
-        ) as error:  # BadInput is a ValueError; the others: of a list's items
-            raise (
-                error
-                if isinstance(error, BadInput)
-                else BadInput(f"{notebook.stem} cannot take {shown(given)} ({error})")
-            ) from error
+    values = {name: _in_full(value) if name in PATHS else value for name, value in given.items()}
+    parameters = None if kind is None else build_parameters(notebook.stem, kind, {**known, **values}, given)
     for name, check in CHECKS.items():
-        if isinstance(found.get(name), str):
-            check(found[name])
-    if kind is not None and hasattr(parameters, "check_shape") and is_folder(expanded(parameters.subject)):
+        if isinstance(values.get(name), str):
+            check(values[name])
+    if hasattr(parameters, "check_shape") and is_folder(expanded(parameters.subject)):
         parameters.check_shape(shape_of(stand_in(checkpoint_folder(parameters.subject)[0])))
-    return found
+    return values
+
+
+def build_parameters(chapter: str, kind: type, values: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+    """A chapter's parameters, an object of `kind`.
+
+    Args:
+        chapter: its notebook's name, for the error.
+        kind: their class.
+        values: all that are set.
+        given: those that the user gave, for the error.
+
+    Raises:
+        BadInput: a name, type or value that the chapter does not take.
+    """
+    try:
+        return build(kind, values)
+    except BadInput:
+        raise
+    except (TypeError, ValueError, AttributeError) as error:  # of a list's items
+        raise BadInput(f"{chapter} cannot take {shown(given)} ({error})") from error
 
 
 def _in_full(value: Any) -> Any:
     """A path that is there, from the root; a list's items alike; anything else as it is, for its reader to name."""
-    if isinstance(value, list):
-        return [
-            _in_full(item) if str(item).endswith((".yaml", ".yml")) else item for item in value
-        ]  # without, it is a device's name
+    if isinstance(value, list):  # without .yaml an item is a device's name
+        return [_in_full(item) if str(item).endswith((".yaml", ".yml")) else item for item in value]
     if not isinstance(value, str) or not value or value in ("embedded", "hub") or value.startswith("hub:"):
         return value
     path = expanded(value)

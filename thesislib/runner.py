@@ -49,15 +49,9 @@ def cache_key(
         for file in sorted((root / "data").rglob("*"))
         if file.is_file() and _may_read(numbers, file.relative_to(root / "data"))
     ]
-    facts = repr(
-        (
-            cells,
-            sorted(parameters.items()),
-            sys.version_info[:2],
-            digest_of([*own, *data, root / "constraints.txt"], root),
-        )
-    )
-    return hashlib.sha256(facts.encode()).hexdigest()
+    files = digest_of([*own, *data, root / "constraints.txt"], root)
+    facts = (cells, sorted(parameters.items()), sys.version_info[:2], files)
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def _may_read(numbers: Collection[str], file: Path) -> bool:
@@ -94,30 +88,30 @@ def execute(notebook: Path, out: Path, parameters: Mapping[str, Any], kind: type
         os.replace(partial, out)
     except PapermillExecutionError as error:
         os.replace(partial, failed)
-        kind = BadInput if error.ename == BadInput.__name__ else RuntimeError
-        raise kind(f"{notebook.stem}: a cell raised {error.ename}: {error.evalue} (see {failed})") from error
+        same = BadInput if error.ename == BadInput.__name__ else RuntimeError
+        raise same(f"{notebook.stem}: a cell raised {error.ename}: {error.evalue} (see {failed})") from error
     finally:
         partial.unlink(missing_ok=True)
 
 
 def seal(notebook: Path) -> None:
     """Note in an executed notebook's metadata the checksum of all the rest, for `intact`."""
-    plain = read_json(notebook)
-    plain["metadata"][SEAL] = _checksum(plain)
-    notebook.write_text(json.dumps(plain, indent=1, ensure_ascii=False) + "\n", "utf8")
+    content = read_json(notebook)
+    content["metadata"][SEAL] = _checksum(content)
+    notebook.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", "utf8")
 
 
 def intact(notebook: Path) -> bool:
     """Whether an executed notebook is there as it was written."""
     try:
-        plain = read_json(notebook)
-        return plain["metadata"].pop(SEAL) == _checksum(plain)
+        content = read_json(notebook)
+        return content["metadata"].pop(SEAL) == _checksum(content)
     except (BadInput, KeyError, TypeError, AttributeError):
         return False
 
 
-def _checksum(plain: dict) -> str:
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+def _checksum(content: dict) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def executed(name: str, notebook: Path, cache: Path, *, reads: Mapping[str, str] | None = None) -> Path:
@@ -126,17 +120,15 @@ def executed(name: str, notebook: Path, cache: Path, *, reads: Mapping[str, str]
     out = cache / f"{name}-{cache_key(notebook, {}, reads=reads)[:16]}.ipynb"
     if intact(out):
         print(f"{name}: unchanged, not executed again", file=sys.stderr)
-    else:
-        print(
-            f"{name}: executing{' again, since what was kept of it is damaged' if out.exists() else ''}",
-            file=sys.stderr,
-        )
-        if out.is_dir() and not out.is_symlink():
-            shutil.rmtree(out)
-        execute(notebook, out, {})
-        for old in cache.glob(f"{name}-*.ipynb"):
-            if old != out:
-                old.unlink()
+        return out
+    again = " again, since what was kept of it is damaged" if out.exists() else ""
+    print(f"{name}: executing{again}", file=sys.stderr)
+    if out.is_dir() and not out.is_symlink():
+        shutil.rmtree(out)
+    execute(notebook, out, {})
+    for old in cache.glob(f"{name}-*.ipynb"):
+        if old != out:
+            old.unlink()
     return out
 
 

@@ -152,13 +152,12 @@ def test_methods_are_compared_on_their_own_grid():
     p = gptq.recorded_parameters()
     configs = gptq.main_models(p)
     results = {(c.key, PPL): loss(3.4 - 0.05 * i, i) for i, c in enumerate(configs)}
+    _, rounding_4, _, gptq_4, both_4, _, rounding_3, *_ = configs
     tests = quantisation.method_comparisons(results, configs)
-    both, gptq_4 = "GPTQ 4-bit asymmetric + EoRA", "GPTQ 4-bit asymmetric"
-    assert tests[f"{gptq_4} against rounding 4-bit asymmetric"].verdict() == "better"
-    assert tests["rounding 3-bit asymmetric + EoRA against without"].verdict() == "better"
-    results[configs[4].key, PPL] = loss(3.9, 5)
-    tests = quantisation.method_comparisons(results, configs)
-    assert configs[4].name == both and tests[f"{both} against without"].verdict() == "worse"
+    assert tests[quantisation.against(gptq_4, rounding_4)].verdict() == "better"
+    assert tests[f"{rounding_3.name} against without"].verdict() == "better"
+    results[both_4.key, PPL] = loss(3.9, 5)
+    assert quantisation.method_comparisons(results, configs)[f"{both_4.name} against without"].verdict() == "worse"
 
 
 def test_starts_are_compared_at_each_ones_better_rate():

@@ -64,10 +64,10 @@ def test_stand_ins_have_the_shapes_zeros_and_bits_of_their_labels(tiny):
 def test_what_is_measured_covers_four_formats_by_four_depths_and_six_compressed_models():
     found = runs.cases(30)
     assert len(set(found)) == len(found)
-    assert {(c.label, c.kind) for c in found} >= {
+    assert {(c.label, c.encoding) for c in found} >= {
         (label, kind) for label in ("dense", "D10", "D20", "D26") for kind in TYPES
     }
-    assert len({c.label for c in found if c.kind == "Q8_0"} - {"dense"}) >= 6 and {c.kind for c in found} > {
+    assert len({c.label for c in found if c.encoding == "Q8_0"} - {"dense"}) >= 6 and {c.encoding for c in found} > {
         "float32",
         "bfloat16",
     }
@@ -84,7 +84,7 @@ def test_predictions_are_those_of_the_line(record):
 def test_a_subject_of_another_depth_is_predicted_too(tiny):
     subject = tiny()
     assert runs.depths(30) == list(runs.DEPTHS) and runs.depths(16) == [16, 11, 5, 2]
-    assert {c.label for c in runs.cases(16) if c.kind == "Q4_1"} == {"dense", "D5", "D11", "D14"}
+    assert {c.label for c in runs.cases(16) if c.encoding == "Q4_1"} == {"dense", "D5", "D11", "D14"}
     found = {}
     for d in runs.depths(16):
         case = runs.Case(runs.depth_label(16, d), "F16")

@@ -16,8 +16,12 @@ from thesislib.files import data_file
 
 def chapters() -> dict[str, Chapter]:
     """All chapters by their notebooks' names, in order."""
-    numbers = sorted({found[1] for module in iter_modules(__path__) if (found := re.match(r"ch(\d\d)_", module.name))})
-    return {c.notebook: c for number in numbers for _, c in [_of(number)]}
+    numbers = sorted({number[1] for name in _modules() if (number := re.match(r"ch(\d\d)_", name))})
+    return {chapter.notebook: chapter for number in numbers for _, chapter in [_of(number)]}
+
+
+def _modules() -> list[str]:
+    return [module.name for module in iter_modules(__path__)]
 
 
 def _of(number: str) -> tuple[str, Chapter]:
@@ -26,22 +30,22 @@ def _of(number: str) -> tuple[str, Chapter]:
     Raises:
         BadInput: none has, or several, or the notebook's name has another number.
     """
-    names = [f"{__name__}.{module.name}" for module in iter_modules(__path__) if module.name.startswith(f"ch{number}_")]
-    found = {name: c for name in names if (c := getattr(import_module(name), "CHAPTER", None)) is not None}
-    if len(found) != 1 or not next(iter(found.values())).notebook.startswith(f"{number}_"):
+    names = [f"{__name__}.{name}" for name in _modules() if name.startswith(f"ch{number}_")]
+    having = [(name, c) for name in names if (c := getattr(import_module(name), "CHAPTER", None)) is not None]
+    if len(having) != 1 or not having[0][1].notebook.startswith(f"{number}_"):
         raise BadInput(
-            f"of {', '.join(names) or 'no module'} {len(found)} have a CHAPTER: expected one, whose notebook is "
+            f"of {', '.join(names) or 'no module'} {len(having)} have a CHAPTER: expected one, whose notebook is "
             f"named {number}_..."
         )
-    return next(iter(found.items()))
+    return having[0]
 
 
 def _known(notebook: str) -> tuple[str, Chapter] | None:
     number = notebook.partition("_")[0]
-    there = re.fullmatch(r"\d\d", number) and any(
-        module.name.startswith(f"ch{number}_") for module in iter_modules(__path__)
-    )
-    return found if there and (found := _of(number))[1].notebook == notebook else None
+    if re.fullmatch(r"\d\d", number) and any(name.startswith(f"ch{number}_") for name in _modules()):
+        module, chapter = _of(number)
+        return (module, chapter) if chapter.notebook == notebook else None
+    return None
 
 
 def chapter_of(notebook: str) -> Chapter:
@@ -50,30 +54,30 @@ def chapter_of(notebook: str) -> Chapter:
     Raises:
         BadInput: it has none.
     """
-    if (found := _known(notebook)) is None:
+    if (known := _known(notebook)) is None:
         raise BadInput(
             f"notebook {notebook} has no chapter: expected a CHAPTER named so in a module ch{notebook[:2]}_*.py "
             "of thesislib/chapters"
         )
-    return found[1]
+    return known[1]
 
 
 def parameters_of(notebook: str) -> type | None:
     """The class of the parameters that a chapter's notebook takes; None for a notebook of no chapter."""
-    return found[1].parameters if (found := _known(notebook)) else None
+    return known[1].parameters if (known := _known(notebook)) else None
 
 
 def reads(notebook: str) -> dict[str, str]:
     """{chapter: its module} of a notebook's chapter, of those whose records it reads, and of those that these read;
     empty for a notebook of no chapter."""
-    found: dict[str, str] = {}
-    open_ = [notebook]
-    while open_:
-        name = open_.pop()
-        if name not in found and (known := _known(name)):
-            found[name] = known[0]
-            open_ += known[1].reads
-    return found
+    modules: dict[str, str] = {}
+    names = [notebook]
+    while names:
+        name = names.pop()
+        if name not in modules and (known := _known(name)):
+            modules[name] = known[0]
+            names += known[1].reads
+    return modules
 
 
 def record_file(chapter: str) -> Path:
@@ -88,10 +92,10 @@ def recorded(chapter: str):
 
 def findings() -> str:
     """What was found, in sentences filled in from the recorded runs: for the book's first page and the README."""
-    said = []
-    for name, chapter in chapters().items():
-        said.append(f"**Chapter {int(name[:2])}, {chapter.title}.** {chapter.headline(recorded(name))}\n")
-    return "\n".join(said)
+    return "\n".join(
+        f"**Chapter {int(name[:2])}, {chapter.title}.** {chapter.headline(recorded(name))}\n"
+        for name, chapter in chapters().items()
+    )
 
 
 FIGURE = "book/_static/pareto.png"  # the README's, drawn by `make findings`
@@ -104,9 +108,11 @@ def three_findings() -> str:
 
 
 def block(text: str, name: str) -> tuple[str, str]:
-    """What stands before and after the part of a text that is written from records, between <!-- NAME: ... --> and <!--
-    /NAME -->."""
-    found = re.search(rf"(?s)^(.*<!-- {name}: [^\n]*-->\n).*?(<!-- /{name} -->.*)$", text)
-    if not found:
+    """What stands before and after the part of a text that is written from records.
+
+    The part lies between <!-- NAME: ... --> and <!-- /NAME -->.
+    """
+    parts = re.search(rf"(?s)^(.*<!-- {name}: [^\n]*-->\n).*?(<!-- /{name} -->.*)$", text)
+    if not parts:
         raise ValueError(f"no part '{name}' between <!-- {name}: ... --> and <!-- /{name} -->")
-    return found[1], found[2]
+    return parts[1], parts[2]

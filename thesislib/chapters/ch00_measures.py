@@ -49,7 +49,7 @@ class Measures(Parameters):
 
 
 def prompts_for(subject: Subject) -> tuple[str, ...]:
-    """Both prompts for a subject with a chat template, the thesis's alone for one without; the default first."""
+    """The prompts for a subject, the default first: both, or without a chat template the thesis's alone."""
     return PROMPTS if default_prompt(subject) == "chat" else ("thesis",)
 
 
@@ -91,7 +91,7 @@ def _choices(subject: Subject, data: str, p: Measures) -> Measurement:
 
 
 def table(found: Sequence[Measurement]) -> pd.DataFrame:
-    """One row a number, with what it was measured on, its interval and n; the tiers of trivia are rows of their own."""
+    """One row a number: task, prompt or window, interval and n. Each tier of TriviaQA has its own row."""
     rows = []
     for m in found:
         settings, percent = m.settings, task_of(m).unit == SHARE
@@ -153,7 +153,7 @@ def headline(found: Sequence[Measurement]) -> str:
 
 
 def flattering(m: Measurement, count: int = 3) -> pd.DataFrame:
-    """Answers counted as correct only by a flattering tier, the longest first: what 'correct' can mean."""
+    """The longest answers that only a flattering tier (substring or overlap) counts as correct."""
     loose = [i for i in m.items if i["tier"] in ("substring", "overlap")]
     return pd.DataFrame(sorted(loose, key=lambda i: -len(i["answer"]))[:count], columns=["tier", "answer"])
 
@@ -162,8 +162,10 @@ def flattering(m: Measurement, count: int = 3) -> pd.DataFrame:
 
 
 def recorded_parts(p: Measures, file: Path) -> Iterator[Part]:
-    """Every measure by itself: perplexity in float32, answers in `p.dtype`; HellaSwag always on its embedded items,
-    which are all there are."""
+    """One part a measure: perplexity in float32, answers in `p.dtype`.
+
+    HellaSwag is measured on the embedded items, which are all of it.
+    """
     load = functools.cache(load_subject)
 
     def make(missing: Collection[Key], keep: Keep) -> None:
@@ -187,7 +189,7 @@ def recorded_parts(p: Measures, file: Path) -> Iterator[Part]:
 
 
 def key(m: Measurement) -> Key:
-    """Of a row: label, metric, and the window's length, or whether the book was open and the prompt."""
+    """Label, metric and how it was measured: the window's length, or (open book, prompt)."""
     settings = m.settings
     how = {"perplexity": ("length",), "accuracy": ("open_book", "prompt")}.get(m.metric, ())
     return (m.label, m.metric, *(settings[name] for name in how))

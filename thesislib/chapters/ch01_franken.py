@@ -384,7 +384,7 @@ def as_measurements(results: Results) -> list[Measurement]:
 
 
 def plan_label(m: Measurement) -> str:
-    """What a record is called: no recipe's stages stand for a plan."""
+    """The label of a row: no recipe makes a plan, so its blocks are named."""
     return f"plan {format_plan(m.provenance['plan'])}"
 
 
@@ -435,7 +435,7 @@ def recorded_parts(p: Franken, file: Path) -> Iterator[Part]:
 
 
 def key(m: Measurement) -> Key:
-    """Of a row: label, metric."""
+    """Label and metric."""
     return m.label, m.metric
 
 
@@ -448,8 +448,7 @@ def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurem
 
 
 def plan_name(plan: Sequence[int] | None, depth: int) -> str:
-    """What a plan of a model with `depth` blocks is called among claims: dense, a block that runs twice, or its
-    numbers."""
+    """The name of a plan among the claims: dense, `block B twice`, or the numbers of its blocks."""
     if plan is None or list(plan) == list(range(depth)):
         return DENSE
     _, repeated = single_block_plans(depth, range(depth))

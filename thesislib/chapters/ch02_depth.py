@@ -1,5 +1,4 @@
-"""Chapter 2, depth pruning: what each metric thinks of each block, and what is left when the least important ones
-go."""
+"""Chapter 2, depth pruning: how each metric ranks the blocks, and what is left when the least important ones go."""
 
 import json
 import time
@@ -65,7 +64,6 @@ class DepthChapter(Parameters):
     passages: int = 12
     tokens: int = 30
     prompt: str = "Once upon a time"
-
     may_be_zero = ("greedy", "seeds")
 
     def __post_init__(self):
@@ -120,7 +118,7 @@ class Scores:
 
     @property
     def main(self) -> str:
-        """The metric whose removals are asked questions: perplexity, or the first if that was not tried."""
+        """The method whose models are asked questions: perplexity, or the first if that was not tried."""
         return "perplexity" if "perplexity" in self.removed else next(iter(self.removed))
 
     def to_json(self) -> str:
@@ -238,7 +236,7 @@ def measure(subject: Subject, scores: Scores, p: DepthChapter) -> Results:
 
 
 def parts(subject: Subject, p: DepthChapter, count: int = 2) -> pd.DataFrame:
-    """Whole blocks, only attentions, only MLPs: the `count` of least Taylor score each, or as many as can go."""
+    """The `count` whole blocks, attentions and MLPs of lowest Taylor score removed, or as many as can go."""
     rows, count = [], min(count, unprotected(subject.depth))
     for part in ("block", "attention", "mlp"):
         small, report = Depth(count, part=part, metric="taylor", windows=p.calibration, length=p.length).apply(
@@ -380,7 +378,7 @@ def _named(m: Measurement, **names) -> Measurement:
 
 
 def stages_of(m: Measurement, depth: int) -> list[Depth]:
-    """What makes a record's subject of one with `depth` blocks: its removed blocks by number, whoever chose them."""
+    """The stage that made a row's subject of one with `depth` blocks. It removes blocks by number."""
     gone = tuple(sorted(set(range(depth)) - set(m.provenance["plan"] or range(depth))))
     return [Depth(blocks=gone)] if gone else []
 
@@ -411,8 +409,10 @@ def _scores_file(path: Path) -> Path:
 
 
 def recorded_parts(p: DepthChapter, file: Path) -> Iterator[Part]:
-    """One part, since all of it follows from the scores, which lie in a file beside the record; all perplexities are
-    one tree of plans."""
+    """One part: all rows follow from the scores, which lie in a file beside the record.
+
+    All perplexities are one tree of plans.
+    """
     counts = p.possible(shape(p.subject).depth)
     methods = [*p.metrics, *(f"{RANDOM} {seed}" for seed in range(p.seeds))]
     removed = [
@@ -423,7 +423,7 @@ def recorded_parts(p: DepthChapter, file: Path) -> Iterator[Part]:
     rows: dict[Key, int | None] = {(label_of(k), "perplexity", method): p.windows for method, k in removed}
     asked = [0, *(k for k in THESIS if k in counts)]
     rows |= {
-        (label_of(k), what, "perplexity"): n for what, n in ((CLOSED, p.questions), (OPEN, p.passages)) for k in asked
+        (label_of(k), task, "perplexity"): n for task, n in ((CLOSED, p.questions), (OPEN, p.passages)) for k in asked
     }
 
     def make(missing: Collection[Key], keep: Keep) -> None:
@@ -444,8 +444,8 @@ def recorded_parts(p: DepthChapter, file: Path) -> Iterator[Part]:
                 keep(described(named, subject, p.data, stages_of(named, subject.depth)))
         for k, model in pruned(subject, scores).items():
             text = ""
-            for open_book, what in ((False, CLOSED), (True, OPEN)):
-                if (label_of(k), what, "perplexity") in missing:
+            for open_book, task in ((False, CLOSED), (True, OPEN)):
+                if (label_of(k), task, "perplexity") in missing:
                     text = text or p.prompt + complete(model, p.prompt, p.tokens).text
                     named = _named(answers(model, p, open_book), method="perplexity", removed=k, text=text)
                     keep(described(named, subject, p.data, stages_of(named, subject.depth)))
@@ -459,13 +459,13 @@ def label_of(removed: int) -> str:
 
 
 def key(m: Measurement) -> Key:
-    """Of a row: label, what was measured, by whose choice of blocks."""
-    what = m.metric if m.metric == "perplexity" else book(m)
-    return m.label, what, m.chapter["method"]
+    """Label, task, and the method that chose the blocks."""
+    task = m.metric if m.metric == "perplexity" else book(m)
+    return m.label, task, m.chapter["method"]
 
 
 def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurement]]:
-    """What was removed by perplexity, and nothing."""
+    """The dense model, and those whose blocks perplexity chose."""
     for m in rows:
         if (note := m.chapter)["method"] in ("perplexity", NOTHING):
             yield label_of(note["removed"]), WIKITEXT if m.metric == "perplexity" else book(m), m

@@ -372,7 +372,7 @@ def _key(config: Width | None) -> Key:
 
 
 def key(m: Measurement) -> Key:
-    """Of a row: label, and the hash of all settings."""
+    """Label, and the hash of all settings."""
     return m.label, m.made["recipe"]
 
 

@@ -62,14 +62,14 @@ def _texts(results: Results) -> list[str]:
     return [t for t in TEXTS if any(c.text == t for c, _ in results)]
 
 
-def _get(results: Results, what: str, *args, **settings) -> Measurement | None:
-    return results.get((Configuration(*args, **settings), what))
+def _get(results: Results, task: str, *args, **settings) -> Measurement | None:
+    return results.get((Configuration(*args, **settings), task))
 
 
 def _beside(results: Results) -> Iterator[tuple[Configuration, Measurement]]:
     """Perplexities of the models whose adapter, if they have one, is kept beside the weights; not those pruned after
     training."""
-    return ((c, m) for (c, what), m in results.items() if what == PPL and c.merge == "beside" and not c.after)
+    return ((c, m) for (c, task), m in results.items() if task == PPL and c.merge == "beside" and not c.after)
 
 
 def recovery_table(results: Results) -> pd.DataFrame:
@@ -137,74 +137,53 @@ def control_sentence(results: Results, text: str = "wikitext") -> str:
     )
 
 
-def _against_untrained(results: Results, what: str) -> dict[Configuration, Comparison]:
+def _against_untrained(results: Results, task: str) -> dict[Configuration, Comparison]:
     """Each trained model against itself untrained, Holm-adjusted over all."""
     pairs = {}
     for (c, w), m in results.items():
-        base = _get(results, what, c.pruned)
-        if w == what and c.text and c.merge == "beside" and is_main(c) and base is not None:
-            pairs[c] = (perplexity if what == PPL else triviaqa).compare(base, m)
+        base = _get(results, task, c.pruned)
+        if w == task and c.text and c.merge == "beside" and is_main(c) and base is not None:
+            pairs[c] = (perplexity if task == PPL else triviaqa).compare(base, m)
     return holm_adjusted(pairs)
 
 
 def answers_table(results: Results) -> pd.DataFrame:
     """TriviaQA closed and open book, untrained and after each training; * where the paired test tells it from
     untrained."""
-    tests = {what: _against_untrained(results, what) for what in (CLOSED, OPEN)}
+    tests = {task: _against_untrained(results, task) for task in (CLOSED, OPEN)}
     rows = []
     for model in _models(results):
         row = {"model": model}
-        for what in (CLOSED, OPEN):
+        for task in (CLOSED, OPEN):
             for text in (None, *_texts(results)):
-                m = _get(results, what, model, text)
-                test = tests[what].get(Configuration(model, text))
+                m = _get(results, task, model, text)
+                test = tests[task].get(Configuration(model, text))
                 star = "%*" if test and test.told else "%"
-                name = f"{what}{f', +{LETTERS[text]}' if text else ''}"
+                name = f"{task}{f', +{LETTERS[text]}' if text else ''}"
                 row[name] = "not asked" if m is None else share(m).replace("%", star, 1)
         rows.append(row)
     return pd.DataFrame(rows).set_index("model")
 
 
-@dataclass(frozen=True)
-class TextsCompared:
-    """Questions answered after training on WikiText against after training on questions.
-
-    Attributes:
-        on_questions: the measurement after training on questions, by model.
-        on_wikitext: after training on WikiText.
-        tests: the second against the first, Holm-adjusted over models.
-    """
-
-    on_questions: dict[str, Measurement]
-    on_wikitext: dict[str, Measurement]
-    tests: dict[str, Comparison]
-
-    @property
-    def told(self) -> dict[str, list[str]]:
-        """{verdict on WikiText: models}."""
-        return by_verdict(self.tests, higher_is_better=True)
+def texts_compared(results: Results, task: str = CLOSED) -> dict[str, Comparison]:
+    """Questions answered after training on WikiText against after training on questions, for each model that was
+    trained on both and asked, Holm-adjusted."""
+    pairs = {m: (_get(results, task, m, "trivia"), _get(results, task, m, "wikitext")) for m in _models(results)}
+    return holm_adjusted({m: triviaqa.compare(*pair) for m, pair in pairs.items() if None not in pair})
 
 
-def texts_compared(results: Results, what: str = CLOSED) -> TextsCompared:
-    """Each model that was trained on both texts and asked."""
-    pairs = {m: (_get(results, what, m, "trivia"), _get(results, what, m, "wikitext")) for m in _models(results)}
-    pairs = {name: pair for name, pair in pairs.items() if None not in pair}
-    return TextsCompared(
-        {name: t for name, (t, _) in pairs.items()},
-        {name: w for name, (_, w) in pairs.items()},
-        holm_adjusted({name: triviaqa.compare(t, w) for name, (t, w) in pairs.items()}),
-    )
+def _both_texts(results: Results, task: str, model: str) -> str:
+    wikitext, questions = (_get(results, task, model, text).value for text in ("wikitext", "trivia"))
+    return f"{wikitext:.1%} against {questions:.1%}"
 
 
-def texts_sentence(results: Results, what: str = CLOSED) -> str:
+def texts_sentence(results: Results, task: str = CLOSED) -> str:
     """`texts_compared` in words."""
-    both = texts_compared(results, what)
-    better, worse, undecided = both.told.values()
-    shares = ", ".join(
-        f"{name} {both.on_wikitext[name].value:.1%} against {both.on_questions[name].value:.1%}" for name in both.tests
-    )
+    tests = texts_compared(results, task)
+    better, worse, undecided = by_verdict(tests, higher_is_better=True).values()
+    shares = ", ".join(f"{model} {_both_texts(results, task, model)}" for model in tests)
     return (
-        f"{what.capitalize()}, trained on WikiText against trained on questions: {shares}. By exact McNemar tests, "
+        f"{task.capitalize()}, trained on WikiText against trained on questions: {shares}. By exact McNemar tests, "
         f"Holm-adjusted, WikiText is better for {listed(better)}, worse for {listed(worse)}, and within noise for the "
         f"other {len(undecided)}."
     )
@@ -226,8 +205,8 @@ def other_measure_sentence(results: Results, text: str = "trivia") -> str:
 def orders(results: Results) -> dict[Configuration, Comparison]:
     """Perplexity of each model whose width was pruned after training against the same pruned before."""
     tests = {}
-    for (c, what), late in results.items():
-        if what == PPL and c.after and (early := _get(results, PPL, f"{c.pruned}+{c.after}", c.text)) is not None:
+    for (c, task), late in results.items():
+        if task == PPL and c.after and (early := _get(results, PPL, f"{c.pruned}+{c.after}", c.text)) is not None:
             tests[c] = perplexity.compare(early, late)
     return tests
 
@@ -242,41 +221,18 @@ def order_sentence(results: Results) -> str:
     return f"Paired t tests over documents: {tests}."
 
 
-@dataclass(frozen=True)
-class Merging:
-    """One way to merge an adapter, against keeping it beside the weights.
-
-    Attributes:
-        beside: the perplexity with the adapter beside the weights.
-        merged: after merging.
-    """
-
-    beside: Measurement
-    merged: Measurement
-
-    @property
-    def test(self) -> Comparison:
-        """Perplexity after against before."""
-        return perplexity.compare(self.beside, self.merged)
-
-    @property
-    def growth(self) -> float:
-        """By which share the file grows."""
-        return self.merged.disk_bytes / self.beside.disk_bytes - 1
-
-
-def mergings(results: Results) -> dict[tuple[str, str], Merging]:
-    """{(label, way): merging} of every adapter that was merged."""
-    return {(c.label, way.merge): Merging(m, results[way, PPL]) for c, m in _beside(results) for way in merges(c)}
+def mergings(results: Results) -> dict[tuple[str, str], tuple[Measurement, Measurement]]:
+    """{(label, way): (perplexity with the adapter beside the weights, merged)} of every adapter that was merged."""
+    return {(c.label, way.merge): (m, results[way, PPL]) for c, m in _beside(results) for way in merges(c)}
 
 
 def merge_table(results: Results) -> pd.DataFrame:
     """The same adapter kept beside the weights, merged under the mask, and merged dense: perplexity, zeros and
     bytes."""
     rows: dict[tuple[str, str], dict[str, str]] = {}
-    for (label, way), merging in mergings(results).items():
-        rows.setdefault((label, "beside"), _merge_row(merging.beside))
-        rows[label, way] = _merge_row(merging.merged, ratio(merging.test))
+    for (label, way), (beside, merged) in mergings(results).items():
+        rows.setdefault((label, "beside"), _merge_row(beside))
+        rows[label, way] = _merge_row(merged, ratio(perplexity.compare(beside, merged)))
     return pd.DataFrame(rows.values(), pd.MultiIndex.from_tuples(rows, names=["model", "adapter"]))
 
 
@@ -292,10 +248,11 @@ def _merge_row(m: Measurement, against_beside: str = "") -> dict[str, str]:
 
 def merge_sentence(results: Results) -> str:
     """What merging costs, in words."""
-    ways = mergings(results)
-    masked = ", ".join(f"{label} {ratio(x.test)}" for (label, way), x in ways.items() if way == "masked")
-    dense = [x for (_, way), x in ways.items() if way == "dense"]
-    moved, grown = [x.merged.value / x.beside.value for x in dense], [x.growth for x in dense]
+    ways = mergings(results).items()
+    masked = ", ".join(f"{label} {ratio(perplexity.compare(*pair))}" for (label, way), pair in ways if way == "masked")
+    dense = [pair for (_, way), pair in ways if way == "dense"]
+    moved = [merged.value / beside.value for beside, merged in dense]
+    grown = [merged.disk_bytes / beside.disk_bytes - 1 for beside, merged in dense]
     return (
         f"Merged under the mask, perplexity changes by {masked} (paired t tests). Merged dense it stays where it was "
         f"(x {min(moved):.3f} to x {max(moved):.3f}), and the file grows by {min(grown):.1%} to {max(grown):.1%}."
@@ -447,10 +404,13 @@ def rates_sentence(results: Results, p: LoraChapter) -> str:
     )
 
 
-def curves(results: Results) -> dict[str, tuple[list, list]]:
-    """{label: (curve, validation)} of every training with the chapter's rate and first seed."""
-    reports = {c.label: training_report(m) for c, m in _beside(results) if c.text and is_main(c)}
-    return {label: (r["curve"], r["validation"]) for label, r in reports.items()}
+def curves(results: Results) -> dict[str, dict[str, tuple[list, list]]]:
+    """{text: {model: (curve, validation)}} of every training with the chapter's rate and first seed."""
+    reports = {(c.text, c.pruned): training_report(m) for c, m in _beside(results) if c.text and is_main(c)}
+    return {
+        text: {model: (r["curve"], r["validation"]) for (on, model), r in reports.items() if on == text}
+        for text in _texts(results)
+    }
 
 
 def points(results: Results) -> dict[str, dict[str, Measurement]]:
@@ -485,16 +445,15 @@ def headline(results: Results) -> str:
         f"{thesis_row(DENSE).perplexity:.1f}"
     )
     word = {"worse": "above", "better": "below"}.get(perplexity.compare(dense, after).verdict(), "within noise of")
-    shares, both = recovered(results), texts_compared(results)
+    shares, tests = recovered(results), texts_compared(results)
+    told = by_verdict(tests, higher_is_better=True)
     numbers = {
-        name: f"{name} ({w.value:.1%} against {both.on_questions[name].value:.1%}, untrained "
-        f"{_get(results, CLOSED, name).value:.1%})"
-        for name, w in both.on_wikitext.items()
+        m: f"{m} ({_both_texts(results, CLOSED, m)}, untrained {_get(results, CLOSED, m).value:.1%})" for m in tests
     }
     answers = "; ".join(
-        f"{verdict} for {', '.join(numbers[n] for n in both.told[verdict])}"
+        f"{verdict} for {', '.join(numbers[m] for m in told[verdict])}"
         for verdict in ("better", "worse")
-        if both.told[verdict]
+        if told[verdict]
     )
     return in_markdown(
         f"LoRA on {training_report(after)['tokens']:,} tokens of WikiText takes D2 from perplexity {before.value:.1f} "
@@ -503,7 +462,7 @@ def headline(results: Results) -> str:
         f"back {shares.naive['D2']:.0%}, and against that control it is {shares.fair['D2']:.0%}; over all "
         f"{len(shares)} pruned models {shares.fair.min():.0%} to {shares.fair.max():.0%}. On closed-book questions, "
         f"training on WikiText against training on questions is {answers or 'told from it for none'}, of "
-        f"{len(both.tests)} models. {order_sentence(results)}"
+        f"{len(tests)} models. {order_sentence(results)}"
     )
 
 

@@ -170,8 +170,8 @@ Results = Mapping[tuple[Configuration, str], Measurement]
 def measure(
     configs: Iterable[Configuration], p: LoraChapter, done: Results | None = None, keep: Keep | None = None
 ) -> dict:
-    """{(configuration, what): measurement}: perplexity of all, answers of those that `asked_of` names, merges of
-    trained sparse models.
+    """{(configuration, task): measurement}: perplexity of all, answers of some (see `asked_of`), merges of trained
+    sparse models.
 
     Args:
         configs: in order.
@@ -181,20 +181,20 @@ def measure(
     """
     results = dict(done or {})
 
-    def add(c: Configuration, what: str, m: Measurement) -> None:
-        results[c, what] = m
+    def add(c: Configuration, task: str, m: Measurement) -> None:
+        results[c, task] = m
         if keep:
             keep(m)
 
     for c in tqdm([*configs], desc="LoRA", unit="model", disable=None, leave=False):
-        todo = [what for what in asked_of(c, p) if (c, what) not in results]
+        todo = [task for task in asked_of(c, p) if (c, task) not in results]
         ways = [w for w in merges(c) if (w, PPL) not in results]
         if not todo and not ways:
             continue
         ready = prepare(p.subject, c.stages(p), data=p.data, dtype=p.dtype, device=p.device)
         text = complete(ready.model, p.prompt, p.tokens).text
-        for what in todo:
-            add(c, what, ready.measure(p.protocols()[what], p.data, chapter=_noted(c, what, text)))
+        for task in todo:
+            add(c, task, ready.measure(p.protocols()[task], p.data, chapter=_noted(c, task, text)))
         for w in ways:
             add(w, PPL, merged(ready, w, p).measure(p.protocols()[PPL], p.data, chapter=_noted(w, PPL, "")))
     return results
@@ -203,7 +203,7 @@ def measure(
 def asked_of(c: Configuration, p: LoraChapter) -> list[str]:
     """What is measured of a configuration: perplexity, and of some models answers."""
     return [
-        what for what in p.protocols() if what == PPL or (is_main(c) and c.pruned in (DENSE, *p.pruned[: p.answering]))
+        task for task in p.protocols() if task == PPL or (is_main(c) and c.pruned in (DENSE, *p.pruned[: p.answering]))
     ]
 
 
@@ -238,8 +238,8 @@ def merged(ready: Prepared, c: Configuration, p: LoraChapter) -> Prepared:
     )
 
 
-def _noted(c: Configuration, what: str, text: str) -> dict:
-    return {"configuration": dataclasses.asdict(c), "what": what, "text": text}
+def _noted(c: Configuration, task: str, text: str) -> dict:
+    return {"configuration": dataclasses.asdict(c), "what": task, "text": text}
 
 
 # ---------------------------------------------------------------- recorded runs
@@ -282,9 +282,9 @@ def recorded_parts(p: LoraChapter, file: Path) -> Iterator[Part]:
     """Each training by itself, with all that is measured of it and of its merges."""
     items = {PPL: p.windows, CLOSED: p.questions, OPEN: p.passages}
     for c in [*configurations(p), *order_experiment(p), *rates(p)]:
-        mine = [(c, what) for what in asked_of(c, p)] + [(way, PPL) for way in merges(c)]
+        mine = [(c, task) for task in asked_of(c, p)] + [(way, PPL) for way in merges(c)]
         rows: dict[Key, int | None] = {
-            (recipe_of(one.stages(p)).label or DENSE, one, what): items[what] for one, what in mine
+            (recipe_of(one.stages(p)).label or DENSE, one, task): items[task] for one, task in mine
         }
 
         def make(missing: Collection[Key], keep: Keep, c: Configuration = c, rows: Mapping = rows) -> None:
@@ -295,14 +295,14 @@ def recorded_parts(p: LoraChapter, file: Path) -> Iterator[Part]:
 
 
 def key(m: Measurement) -> Key:
-    """Of a row: label, configuration, what was measured."""
-    ((config, what),) = from_measurements([m])
-    return m.label, config, what
+    """Label, configuration and task."""
+    ((config, task),) = from_measurements([m])
+    return m.label, config, task
 
 
 def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurement]]:
     """The first seed at the chapter's learning rate."""
     for m in rows:
-        label, config, what = key(m)
+        label, config, task = key(m)
         if config.seed == 0 and config.learning_rate is None:
-            yield label, WIKITEXT if what == PPL else what, m
+            yield label, WIKITEXT if task == PPL else task, m

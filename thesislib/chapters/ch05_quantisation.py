@@ -75,7 +75,7 @@ def main_table(results: Results, configs: Sequence[Configuration]) -> pd.DataFra
     dense = results.get((None, PPL))
     rows = []
     for c in dict.fromkeys(configs):
-        here = {what: results.get((c.key, what)) for what in (PPL, HELD_OUT, CLOSED, OPEN)}
+        here = {task: results.get((c.key, task)) for task in (PPL, HELD_OUT, CLOSED, OPEN)}
         if not any(here.values()):
             continue
         size: dict[str, Any] = next((held for m in here.values() if m and (held := m.made["bytes"])), {})
@@ -126,9 +126,9 @@ def thesis_table(labels: Sequence[str] = ("W1:8", "D2+W1:8", "D2", "D4")) -> pd.
     return pd.DataFrame(rows).set_index("model")
 
 
-def tested(results: Results, pairs: Mapping[K, Sequence[Configuration]], what: str = HELD_OUT) -> dict[K, Comparison]:
+def tested(results: Results, pairs: Mapping[K, Sequence[Configuration]], task: str = HELD_OUT) -> dict[K, Comparison]:
     """The second of each pair against the first, where both were measured, Holm-adjusted."""
-    measured = {name: (results.get((a.key, what)), results.get((b.key, what))) for name, (a, b) in pairs.items()}
+    measured = {name: (results.get((a.key, task)), results.get((b.key, task))) for name, (a, b) in pairs.items()}
     return holm_adjusted({name: compare(*pair) for name, pair in measured.items() if None not in pair})
 
 
@@ -137,7 +137,7 @@ def against(c: Configuration, other: Configuration) -> str:
     return f"{c.name} against {other.name}"
 
 
-def method_comparisons(results: Results, configs: Sequence[Configuration], what: str = PPL) -> dict[str, Comparison]:
+def method_comparisons(results: Results, configs: Sequence[Configuration], task: str = PPL) -> dict[str, Comparison]:
     """GPTQ against rounding, and each with EoRA against without, on the same grid."""
     pairs: dict[str, tuple[Configuration, Configuration]] = {}
     for c in (c for c in configs if c.method):
@@ -150,12 +150,12 @@ def method_comparisons(results: Results, configs: Sequence[Configuration], what:
         if c.method == "rounding" and c.corrected:
             gptq = pick(alike, method="GPTQ", corrected=False)
             pairs[against(c, gptq)] = gptq, c
-    return tested(results, pairs, what)
+    return tested(results, pairs, task)
 
 
-def method_sentence(results: Results, configs: Sequence[Configuration], what: str = PPL) -> str:
+def method_sentence(results: Results, configs: Sequence[Configuration], task: str = PPL) -> str:
     """`method_comparisons` in words."""
-    tests = method_comparisons(results, configs, what)
+    tests = method_comparisons(results, configs, task)
     verdicts = "; ".join(f"{name}: {word(c)} ({ratio_and_p(c)})" for name, c in tests.items())
     return f"Paired t tests over documents, Holm-adjusted: {verdicts}."
 
@@ -252,7 +252,11 @@ def by_projection(results: Results, p: QuantChapter) -> dict[str, Comparison]:
     """{kind of projection: GPTQ by the plain recipe against rounding}, where only that kind is quantised."""
     configs = one_projection(p)
     return tested(
-        results, {kind: [pick(configs, varied=kind, method=m) for m in ("rounding", "GPTQ")] for kind in LINEARS}
+        results,
+        {
+            projection: [pick(configs, varied=projection, method=m) for m in ("rounding", "GPTQ")]
+            for projection in LINEARS
+        },
     )
 
 
@@ -261,13 +265,13 @@ def kinds_table(results: Results, p: QuantChapter) -> pd.DataFrame:
     Holm-adjusted."""
     configs = one_projection(p)
     rows = []
-    for kind, c in by_projection(results, p).items():
+    for projection, c in by_projection(results, p).items():
         rounding, gptq = (
-            results[pick(configs, varied=kind, method=how).key, HELD_OUT].value for how in ("rounding", "GPTQ")
+            results[pick(configs, varied=projection, method=how).key, HELD_OUT].value for how in ("rounding", "GPTQ")
         )
         rows.append(
             {
-                "quantised alone": kind,
+                "quantised alone": projection,
                 "rounding": f"{rounding:.2f}",
                 "GPTQ, plain": f"{gptq:.2f}",
                 "GPTQ / rounding": ratio(c),
@@ -420,8 +424,8 @@ def more_comparisons(results: Results, p: QuantChapter) -> dict[str, dict[str, C
     for bits in p.bits:
         gptq = [c for c in main_models(p) if (c.method, c.bits) == ("GPTQ", bits)]
         for pair in zip(gptq, more_calibration(p, bits), strict=True):
-            for what in (HELD_OUT, PPL):
-                if test := tested(results, {what: pair}, what):
+            for task in (HELD_OUT, PPL):
+                if test := tested(results, {task: pair}, task):
                     tests.setdefault(pair[0].short, {}).update(test)
     return tests
 
@@ -430,7 +434,7 @@ def more_sentence(results: Results, p: QuantChapter) -> str:
     """What more and nearer calibration text changes, on held-out text and on the test."""
     where = {HELD_OUT: "held-out text", PPL: "the test"}
     changes = "; ".join(
-        f"{name} {' and '.join(f'{ratio(c)} on {where[what]} ({p_value(c.p)})' for what, c in tests.items())}"
+        f"{name} {' and '.join(f'{ratio(c)} on {where[task]} ({p_value(c.p)})' for task, c in tests.items())}"
         for name, tests in more_comparisons(results, p).items()
     )
     return (
@@ -494,7 +498,9 @@ def layer_table(errors: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
         errors: {method: {"blocks.B.NAME": error}}.
     """
     means = {
-        method: {kind: np.mean([e for name, e in each.items() if name.endswith(kind)]) for kind in LINEARS}
+        method: {
+            projection: np.mean([e for name, e in each.items() if name.endswith(projection)]) for projection in LINEARS
+        }
         for method, each in errors.items()
     }
     return pd.DataFrame(means).loc[list(LINEARS)].round(4)
@@ -574,11 +580,6 @@ class Start:
     before: float | None
     after: dict[int, float]
 
-    def __str__(self):
-        begun = "" if self.before is None else f", from {self.before:.2f}"
-        values = list(self.after.values())
-        return f"{', '.join(f'{x:.2f}' for x in values)} (mean {np.mean(values):.2f}{begun}"
-
 
 @dataclass(frozen=True)
 class Starts:
@@ -620,12 +621,18 @@ def starts_sentence(results: Results, p: QuantChapter) -> str:
     both = starts(results, p)
     if both is None:
         return "Starts of LoRA were not run."
+
+    def ends(start: Start, note: str) -> str:
+        values = list(start.after.values())
+        begun = "" if start.before is None else f", from {start.before:.2f}{note}"
+        return f"{', '.join(f'{x:.2f}' for x in values)} (mean {np.mean(values):.2f}{begun})"
+
     better, worse, undecided = map(len, by_verdict(both.tests).values())
     return (
-        f"At 3 bits, learning rate {both.eora.rate:g}, LoRA started from EoRA's correction ends at {both.eora}); "
-        f"started as usual, learning rate {both.usual.rate:g}, at {both.usual}"
-        f"{'' if both.usual.before is None else ' before training'}). By paired t tests, Holm-adjusted, EoRA's start "
-        f"is better for {better} of {len(both.tests)} seeds, worse for {worse}, within noise for {undecided}."
+        f"At 3 bits, learning rate {both.eora.rate:g}, LoRA started from EoRA's correction ends at "
+        f"{ends(both.eora, '')}; started as usual, learning rate {both.usual.rate:g}, at "
+        f"{ends(both.usual, ' before training')}. By paired t tests, Holm-adjusted, EoRA's start is better for "
+        f"{better} of {len(both.tests)} seeds, worse for {worse}, within noise for {undecided}."
     )
 
 
@@ -683,8 +690,8 @@ def without_table(results: Results, p: QuantChapter) -> pd.DataFrame:
 def samples(results: Results) -> pd.DataFrame:
     """Greedy completions of the models that answered questions."""
     rows = {}
-    for (_, what), m in results.items():
-        if what == CLOSED and (note := m.chapter).get("text"):
+    for (_, task), m in results.items():
+        if task == CLOSED and (note := m.chapter).get("text"):
             rows[note.get("name", DENSE)] = {"what it writes": note["text"].replace("\n", " ")}
     return pd.DataFrame(rows).T.rename_axis("model")
 
@@ -697,13 +704,13 @@ def answers_sentence(results: Results, p: QuantChapter) -> str:
     for c in (c for c in configs if c.corrected):
         pairs[f"{c.name} against without"] = pick(configs, method=c.method, bits=c.bits, corrected=False), c
     books = []
-    for what in (CLOSED, OPEN):
+    for task in (CLOSED, OPEN):
         answers = "; ".join(
-            f"{name} {results[pairs[name][1].key, what].value:.1%} ({word(test, higher_is_better=True)}, "
+            f"{name} {results[pairs[name][1].key, task].value:.1%} ({word(test, higher_is_better=True)}, "
             f"{p_value(test.p)})"
-            for name, test in tested(results, pairs, what).items()
+            for name, test in tested(results, pairs, task).items()
         )
-        books.append(f"{what}, dense {results[None, what].value:.1%}: {answers or 'not run'}")
+        books.append(f"{task}, dense {results[None, task].value:.1%}: {answers or 'not run'}")
     return f"{'. '.join(x[0].upper() + x[1:] for x in books)}. Exact McNemar tests, Holm-adjusted."
 
 

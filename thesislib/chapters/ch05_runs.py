@@ -1,5 +1,4 @@
-"""Chapter 5, quantisation and compensation: which settings are tried, in which cell of the chapter, and what is
-measured of each."""
+"""Chapter 5, quantisation and compensation: which settings each cell tries, and what is measured of them."""
 
 import dataclasses
 import json
@@ -126,7 +125,7 @@ class QuantChapter(Parameters):
         return Eora(**{**size, "windows": self.calibration, "length": self.length, **settings})
 
     def protocols(self) -> dict[str, tuple[Setup, str]]:
-        """{what: (protocol, data)}."""
+        """{task: (setup, data)}."""
         return {
             PPL: (Setup("wikitext", length=self.length, limit=self.windows), self.data),
             HELD_OUT: (Setup("wikitext", length=self.length, limit=self.held_out), "embedded"),
@@ -137,13 +136,13 @@ class QuantChapter(Parameters):
 
 @dataclass(frozen=True)
 class Configuration:
-    """One model of the chapter. What its stages say is asked of them; its name is for readers only.
+    """One model of the chapter. Its name is for readers only: settings are read from its stages.
 
     Attributes:
         cell: the question it answers.
-        name: what it is called there.
-        stages: how it is made.
-        measured: what is measured of it.
+        name: in the chapter's tables.
+        stages: that make it.
+        measured: tasks.
         varied: what the cell varies where the stages do not say: an ingredient, a kind of projection, a pruned model,
             the seed of calibration.
     """
@@ -156,7 +155,7 @@ class Configuration:
 
     @property
     def key(self) -> str | None:
-        """What tells its results from others': the same stages in two cells are one model."""
+        """The hash of its stages, by which results are kept: the same stages in two cells are one model."""
         return recipe_hash(recipe_of(self.stages))
 
     def _first(self, word: str, setting: str) -> Any:
@@ -210,7 +209,7 @@ class Configuration:
 
 
 def pick(configs: Iterable["Configuration"], **wanted: object) -> "Configuration":
-    """The first that is as wanted: pick(main_models(p), method="GPTQ", bits=4, corrected=False)."""
+    """The first configuration with these values: pick(main_models(p), method="GPTQ", bits=4, corrected=False)."""
     return next(c for c in configs if all(getattr(c, name) == value for name, value in wanted.items()))
 
 
@@ -275,10 +274,10 @@ def leave_one_out(p: QuantChapter, bits: int = 4) -> list[Configuration]:
 def one_projection(p: QuantChapter, bits: int = 4) -> list[Configuration]:
     """One kind of projection quantised and all others as they were: by rounding and by the plain recipe."""
     configs = []
-    for kind in LINEARS:
-        rounding = p.rtn(bits, grid="symmetric", clip="none", linears=(kind,))
-        for method, stage in (("rounding", rounding), ("GPTQ", p.gptq(bits, **PLAIN, linears=(kind,)))):
-            configs.append(Configuration("kinds", f"{kind}, {method}", (stage,), varied=kind))
+    for projection in LINEARS:
+        rounding = p.rtn(bits, grid="symmetric", clip="none", linears=(projection,))
+        for method, stage in (("rounding", rounding), ("GPTQ", p.gptq(bits, **PLAIN, linears=(projection,)))):
+            configs.append(Configuration("kinds", f"{projection}, {method}", (stage,), varied=projection))
     return configs
 
 
@@ -379,42 +378,43 @@ Results = Mapping[tuple[str | None, str], Measurement]  # by the stages' hash an
 def measure(
     configs: Iterable[Configuration], p: QuantChapter, done: Results | None = None, keep: Keep | None = None
 ) -> dict:
-    """{(the stages' hash, what): measurement} of each configuration; see `thesislib.chapters.ch04_runs.measure`."""
+    """{(the stages' hash, task): measurement} of each configuration; see `thesislib.chapters.ch04_runs.measure`."""
     results = dict(done or {})
     for c in tqdm([*configs], desc="quantisation", unit="model", disable=None, leave=False):
-        todo = [what for what in c.measured if (c.key, what) not in results]
+        todo = [task for task in c.measured if (c.key, task) not in results]
         if not todo:
             continue
         ready = prepare(p.subject, c.stages, data=p.data, dtype=p.dtype, device=p.device)
         text = complete(ready.model, p.prompt, p.tokens).text if CLOSED in c.measured else ""
-        for what in todo:
-            protocol, data = p.protocols()[what]
-            m = ready.measure(protocol, data, chapter={"cell": c.cell, "name": c.name, "what": what, "text": text})
-            results[c.key, what] = m
+        for task in todo:
+            protocol, data = p.protocols()[task]
+            m = ready.measure(protocol, data, chapter={"cell": c.cell, "name": c.name, "what": task, "text": text})
+            results[c.key, task] = m
             if keep:
                 keep(m)
     return results
 
 
 def models(p: QuantChapter, configs: Iterable[Configuration]) -> dict[str, Subject]:
-    """{name: subject}, out of the cache where it has them; weights packed as they are kept."""
+    """{name: subject with packed weights}, from the cache where it has them."""
     return {c.name: prepare(p.subject, c.stages, data=p.data, dtype=p.dtype, device=p.device).model for c in configs}
 
 
 def layers(p: QuantChapter, configs: Iterable[Configuration], windows: int = 8) -> dict[str, dict[str, float]]:
-    """{name: {"blocks.B.PROJECTION": relative error of its output}} on held-out text, each projection by itself on the
-    original's inputs."""
+    """{name: {"blocks.B.PROJECTION": relative error of its output}} on held-out text.
+
+    Each projection is measured by itself, on the original's inputs.
+    """
     (original,) = models(p, [Configuration("layers", DENSE)]).values()
     ids = corpus.windows(corpus.evaluation_text("embedded"), original.tokenizer, p.length, windows).ids
     return {
-        name: {f"blocks.{b}.{kind}": round(error, 6) for (b, kind), error in errors.items()}
+        name: {f"blocks.{b}.{projection}": round(error, 6) for (b, projection), error in errors.items()}
         for name, errors in layer_errors(original, models(p, configs), ids).items()
     }
 
 
 def sink_shares(p: QuantChapter, windows: int = 4) -> dict[str, float]:
-    """{"blocks.B.PROJECTION": the share of the trace of X^T X that the first tokens of windows of calibration text
-    have}."""
+    """{"blocks.B.PROJECTION": share of the trace of X^T X that is the first tokens' of calibration windows}."""
     (original,) = models(p, [Configuration("sinks", DENSE)]).values()
     ids = corpus.calibration_windows(original.tokenizer, BEST["text"], p.data, windows, p.length)
     whole, rest = _Traces(), _Traces()
@@ -490,7 +490,7 @@ def recorded_table(p: QuantChapter) -> list[Configuration]:
 
 
 def recorded_configurations(p: QuantChapter) -> list[Configuration]:
-    """All that the recorded run measures: what settings are chosen by first."""
+    """All that the recorded run measures, those first by which settings are chosen."""
     q = dataclasses.replace(p, calibration=ABLATION)
     symmetric = [c for c in main_models(q, ("symmetric",), (HELD_OUT,)) if not c.corrected]
     chosen = [*one_change(q), *leave_one_out(q), *recorded_table(p), *calibration_search(p), *more_calibration(p)]
@@ -507,7 +507,7 @@ def recorded_parts(p: QuantChapter, file: Path) -> Iterator[Part]:
     """Each configuration by itself; then the errors of single layers, in a file beside the record."""
     items = {PPL: p.windows, HELD_OUT: p.held_out, CLOSED: p.questions, OPEN: p.passages}
     for c in recorded_configurations(p):
-        rows: dict[Key, int | None] = {(_label(c), c.key, what): items[what] for what in c.measured}
+        rows: dict[Key, int | None] = {(_label(c), c.key, task): items[task] for task in c.measured}
 
         def make(missing: Collection[Key], keep: Keep, c: Configuration = c, rows: Mapping = rows) -> None:
             measure([c], p, {key[1:]: None for key in rows if key not in missing}, keep)
@@ -541,15 +541,15 @@ def _write_layers(p: QuantChapter, file: Path) -> None:
 
 
 def key(m: Measurement) -> Key:
-    """Of a row: label, hash of the stages, what was measured."""
-    ((recipe, what),) = from_measurements([m])
-    return m.label, recipe, what
+    """Label, hash of the stages, and task."""
+    ((recipe, task),) = from_measurements([m])
+    return m.label, recipe, task
 
 
 def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurement]]:
-    """The answers of the chapter's table, under its names."""
+    """Answers to questions of the chapter's table, under the table's names."""
     names = {c.key: c.name for c in main_models(recorded_parameters())}
     for m in rows:
-        _, recipe, what = key(m)
-        if recipe in names and what not in (PPL, HELD_OUT):
-            yield names[recipe], what, m
+        _, recipe, task = key(m)
+        if recipe in names and task not in (PPL, HELD_OUT):
+            yield names[recipe], task, m

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from thesislib.chapters.chapter import WIKITEXT, Chapter, Keep, Key, Parameters, Part, book, large
-from thesislib.chapters.labels import FAMILIES, family, of, step_family, thesis_of
+from thesislib.chapters.labels import FAMILIES, family, of, thesis_of
 from thesislib.chapters.pareto import MEASURES, OPEN, PPL, Results, bytes_finding, size_of
 from thesislib.chapters.phrases import difference, few, interval, number, ratio, share
 from thesislib.chapters.thesis import thesis_row
@@ -69,8 +69,8 @@ class EvaluationChapter(Parameters):
         grid(self.size)
 
     @property
-    def place(self) -> Target:
-        """Where the grid is carried out."""
+    def target(self) -> Target:
+        """Subject, data, dtype and device of the sweep."""
         return Target(self.subject, self.data, self.dtype, self.device)
 
 
@@ -81,41 +81,38 @@ def grid(size: str) -> Grid:
 
 
 def run(p: EvaluationChapter) -> Results:
-    """The grid measured on this machine, less what cannot be made of the subject; what an earlier run measured is kept
-    in the cache.
+    """The grid measured on this machine, without what cannot be made of the subject. The cache keeps measurements.
 
     Raises:
         RuntimeError: configurations that failed, each with its reason.
     """
     g = grid(p.size)
     store = Store(cache_dir() / "sweeps" / f"{g.name}-{g.size}.jsonl")
-    g, why = possible(g, p.place)
+    g, why = possible(g, p.target)
     for label, reason in why.items():
         print(f"not possible for this subject: {label} ({reason})")
-    failed = sweep(g, p.place, store, Workers(p.workers, threads=p.threads, gpu=p.device.startswith("cuda")))
+    failed = sweep(g, p.target, store, Workers(p.workers, threads=p.threads, gpu=p.device.startswith("cuda")))
     if failed:
         raise RuntimeError("; ".join(f"{label}: {why}" for label, why in failed.items()))
-    return collect(g, store.rows().values(), conditions(g, p.place))
+    return collect(g, store.rows().values(), conditions(g, p.target))
 
 
 def collect(g: Grid, rows: Iterable[Measurement], at: Conditions) -> Results:
-    """{(label, measure): measurement} of a grid on one subject; other subjects' and types' rows, and what is no part of
-    the grid, stay out."""
-    found = by_identity(rows)
+    """{(label, measure): measurement} of a grid on one subject in one type. All other rows stay out."""
+    measured = by_identity(rows)
     names = {(c.label, measure): name for c in g.configurations for measure, name in wanted(g, c, at).items()}
-    return {cell: found[name] for cell, name in names.items() if name in found}
+    return {cell: measured[name] for cell, name in names.items() if name in measured}
 
 
 def read_recorded(path: Path, size: str = RECORDED, dtype: str = "bfloat16") -> Results:
-    """The recorded run of a size of the grid: its own rows, and those of the chapters before it that are the same
-    measurements."""
+    """The recorded run of a size of the grid: its own rows, and the same measurements of earlier chapters."""
     own = list(Store(path).rows().values())
     before = [m for store in _before(path) for m in store.rows().values()]
     return collect(grid(size), [*before, *own], recorded_conditions(own, dtype))
 
 
 def _before(path: Path) -> list[Store]:
-    """The records, beside this chapter's, of the chapters before it."""
+    """The records of the earlier chapters, which lie beside this chapter's."""
     return [Store(file) for name in READS if (file := path.with_name(f"{name}.jsonl")).exists()]
 
 
@@ -178,7 +175,7 @@ def _labels(results: Results) -> dict[str, None]:
 
 def _measured(results: Results, measure: str) -> dict[str, Measurement]:
     """{model: measurement} by one measure."""
-    return {label: m for (label, what), m in results.items() if what == measure}
+    return {label: m for (label, task), m in results.items() if task == measure}
 
 
 def tier_table(results: Results) -> pd.DataFrame:
@@ -193,7 +190,7 @@ def tier_table(results: Results) -> pd.DataFrame:
 
 def complete(results: Results, size: str = RECORDED) -> list[str]:
     """Those of a size's configurations of which every measure was taken."""
-    return [c.label for c in grid(size).configurations if all((c.label, what) in results for what in c.measures)]
+    return [c.label for c in grid(size).configurations if all((c.label, task) in results for task in c.measures)]
 
 
 def absent(results: Results, size: str = RECORDED) -> list[str]:
@@ -222,8 +219,7 @@ def _median_seconds(results: Results, measure: str) -> float | None:
 
 
 def cost_table(results: Results) -> pd.DataFrame:
-    """Seconds of a configuration, by what was done last: to make it from what the cache held of the one before, and to
-    measure it."""
+    """Median seconds to make a configuration from the cached one before it, and to measure it, by its last stage."""
     rows = []
     for name in FAMILIES:
         here = {key: m for key, m in results.items() if family(key[0]) == name}
@@ -231,7 +227,7 @@ def cost_table(results: Results) -> pd.DataFrame:
             making = list(_seconds_to_make(here).values())
             seconds: dict[str, Any] = {"to make it": np.median(making) if making else None}
             seconds |= {measure: _median_seconds(here, measure) for measure in MEASURES}
-            shown = {what: "" if x is None else f"{x:.0f}" for what, x in seconds.items()}
+            shown = {task: "" if x is None else f"{x:.0f}" for task, x in seconds.items()}
             rows.append({"last stage": name, "models": len(_labels(here)), **shown})
     return pd.DataFrame(rows).set_index("last stage")
 
@@ -242,7 +238,7 @@ def _threads(counts: Iterable[int]) -> str:
 
 
 def cost_sentence(results: Results) -> str:
-    """What the medians of `cost_table` were measured on."""
+    """The machines that `cost_table` was measured on, and the hours in all."""
 
     def machine(hardware: dict) -> str:
         if str(hardware.get("device", "cpu")).startswith("cuda"):
@@ -261,7 +257,7 @@ def cost_sentence(results: Results) -> str:
 
 
 def _all_measures(size: str) -> list[str]:
-    return list(dict.fromkeys(what for c in grid(size).configurations for what in c.measures))
+    return list(dict.fromkeys(task for c in grid(size).configurations for task in c.measures))
 
 
 def against_dense(results: Results, size: str = FULL) -> pd.DataFrame:
@@ -273,14 +269,14 @@ def against_dense(results: Results, size: str = FULL) -> pd.DataFrame:
     measures = _all_measures(size)
     tests = holm_adjusted(
         {
-            (label, what): compare(results[DENSE, what], m)
-            for (label, what), m in results.items()
-            if label != DENSE and what in measures and (DENSE, what) in results
+            (label, task): compare(results[DENSE, task], m)
+            for (label, task), m in results.items()
+            if label != DENSE and task in measures and (DENSE, task) in results
         }
     )
     rows = {label: dict.fromkeys(measures, "not run") for label, _ in tests}
-    for (label, what), c in tests.items():
-        rows[label][what] = difference(c, task_of(results[label, what])) + " *" * c.told
+    for (label, task), c in tests.items():
+        rows[label][task] = difference(c, task_of(results[label, task])) + " *" * c.told
     return pd.DataFrame(rows.values(), pd.Index(rows, name="model"), measures)
 
 
@@ -288,10 +284,10 @@ def full_sentence(results: Results) -> str:
     """How much of size full was run, and what one configuration of it takes."""
     if not results:
         return "Nothing of size full was run."
-    labels = {what: list(_measured(results, what)) for what in _all_measures(FULL)}
-    taken = "; ".join(f"{what} {len(models)} ({few(models)})" for what, models in labels.items() if models)
-    none = [what for what, models in labels.items() if not models]
-    cost = ", ".join(f"{what} {_median_seconds(results, what) / 60:.2g}" for what, models in labels.items() if models)
+    labels = {task: list(_measured(results, task)) for task in _all_measures(FULL)}
+    taken = "; ".join(f"{task} {len(models)} ({few(models)})" for task, models in labels.items() if models)
+    none = [task for task, models in labels.items() if not models]
+    cost = ", ".join(f"{task} {_median_seconds(results, task) / 60:.2g}" for task, models in labels.items() if models)
     threads = _threads(m.provenance["hardware"]["torch_threads"] for m in results.values())
     return (
         f"Of the {len(grid(FULL).configurations)} configurations of size full these were measured: {taken}."
@@ -304,20 +300,18 @@ def steps(results: Results, measure: str = PPL) -> list[tuple[str, str, str, Com
     tests = {}
     for label in _measured(results, measure):
         if (model := of(label)).parts and (before := str(model.before())) in _measured(results, measure):
-            tests[step_family(model.parts[-1]), before, label] = compare(
-                results[before, measure], results[label, measure]
-            )
+            tests[family(model.parts[-1]), before, label] = compare(results[before, measure], results[label, measure])
     return [(*names, c) for names, c in holm_adjusted(tests).items()]
 
 
 def shown_steps(results: Results) -> list[tuple[str, str, str, Comparison]]:
-    """`steps`, of pruning only those from the dense model: the others are in the chart of interactions."""
+    """`steps`, but of pruning only those from the dense model: the chart of interactions has the others."""
     return [row for row in steps(results) if row[0] != FAMILIES[0] or row[1] == DENSE]
 
 
 def stage_table(results: Results) -> pd.DataFrame:
-    """What each stage does to the model before it: how many pairs, the lowest, median and highest effect, how many are
-    told apart."""
+    """The effect of each stage on the model before it: number of pairs, lowest, median and highest effect, and how
+    many are told apart."""
     rows = []
     for measure, task in MEASURES.items():
         tests = steps(results, measure)
@@ -346,8 +340,10 @@ def stage_table(results: Results) -> pd.DataFrame:
 
 
 def interaction(results: Results, depth: str, width: str) -> Comparison | None:
-    """log perplexity of both prunings together, less what each costs alone: paired t test over documents. Above 0,
-    together they cost more."""
+    """The loss of both prunings together less the losses of each alone: a paired t test over documents.
+
+    Above 0 they cost more together.
+    """
     four = [results.get((label, PPL)) for label in (DENSE, depth, width, f"{depth}+{width}")]
     if any(m is None for m in four):
         return None
@@ -510,20 +506,22 @@ RUNS = ((RECORDED, "bfloat16"), (PRECISION, "float32"), (FULL, "bfloat16"))
 
 
 def recorded_parts(p: EvaluationChapter, file: Path) -> Iterator[Part]:
-    """Each configuration by itself: of the recorded sizes, or of `p.size` alone where that is another. What the
-    chapters before have is not made again."""
+    """One part a configuration: of the recorded sizes, or of `p.size` alone if that is another one.
+
+    What earlier chapters measured is not measured again.
+    """
     for size, dtype in RUNS if p.size == RECORDED else [(p.size, p.dtype)]:
-        place = replace(p.place, dtype=dtype)
+        target = replace(p.target, dtype=dtype)
         g = grid(size)
 
         @functools.cache
-        def elsewhere(g: Grid = g, place: Target = place) -> tuple[Conditions, set[str]]:
-            return conditions(g, place), known(_before(file))
+        def elsewhere(g: Grid = g, target: Target = target) -> tuple[Conditions, set[str]]:
+            return conditions(g, target), known(_before(file))
 
         for c in g.configurations:
             everything = p.size != RECORDED or size != FULL
             ways = {
-                what: way for what, way in c.measures.items() if everything or c.label in PART_OF_FULL.get(what, ())
+                task: way for task, way in c.measures.items() if everything or c.label in PART_OF_FULL.get(task, ())
             }
 
             def make(
@@ -531,46 +529,46 @@ def recorded_parts(p: EvaluationChapter, file: Path) -> Iterator[Part]:
                 keep: Keep,
                 g: Grid = g,
                 c: Configuration = c,
-                place: Target = place,
+                target: Target = target,
                 elsewhere=elsewhere,
             ) -> None:
                 at, have = elsewhere()
                 names = wanted(g, c, at)
                 todo = [
-                    what
-                    for what in c.measures
-                    if names.get(what) not in have and (c.label, g.size, place.dtype, what) in missing
+                    task
+                    for task in c.measures
+                    if names.get(task) not in have and (c.label, g.size, target.dtype, task) in missing
                 ]
                 if not todo:
                     return
-                setups = [c.measures[what] for what in todo]
-                for m in measure_cell(stages=c.recipe.stages, setups=setups, cell=g.cell(c), **asdict(place)):
+                setups = [c.measures[task] for task in todo]
+                for m in measure_cell(stages=c.recipe.stages, setups=setups, cell=g.cell(c), **asdict(target)):
                     keep(m)
 
             if ways:
                 yield Part(
                     f"{size} {dtype} {c.label}",
-                    {(c.label, size, dtype, what): way.limit for what, way in ways.items()},
+                    {(c.label, size, dtype, task): way.limit for task, way in ways.items()},
                     make,
                 )
 
 
 def key(m: Measurement) -> Key:
-    """Of a row: label, size, dtype, measure; a row of a failed sweep has no measure."""
+    """Label, size, dtype and measure. The measure of a row of a failed sweep is None."""
     note, way = m.provenance["sweep"], None if m.metric == FAILED else replace(setup_of(m), batch=None)
     measures = next((c.measures for c in grid(note["size"]).configurations if c.label == note["label"]), {})
-    what = next((name for name, other in measures.items() if replace(other, batch=None) == way), None)
-    return note["label"], note["size"], m.provenance["dtype"], what
+    task = next((name for name, other in measures.items() if replace(other, batch=None) == way), None)
+    return note["label"], note["size"], m.provenance["dtype"], task
 
 
 def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurement]]:
-    """Perplexities and answers in bfloat16, those at size full under a name of their own."""
+    """Perplexities and answers in bfloat16. Those at size full have a name of their own."""
     for m in rows:
         run = m.provenance
         size, fits = run["sweep"]["size"], m.metric in ("perplexity", "accuracy")
         if fits and run["dtype"] == "bfloat16" and size in (RECORDED, FULL) and run["protocol"]["length"] == 512:
-            what = WIKITEXT if m.metric == "perplexity" else book(m)
-            yield run["sweep"]["label"], large(what) if size == FULL else what, m
+            task = WIKITEXT if m.metric == "perplexity" else book(m)
+            yield run["sweep"]["label"], large(task) if size == FULL else task, m
 
 
 CHAPTER = Chapter(

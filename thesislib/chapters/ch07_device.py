@@ -42,6 +42,7 @@ from thesislib.records.measurement import Measurement, in_markdown
 
 FITTED = (0, 2)  # places in `DEPTHS` of those that the line is fitted on; it is held against the others
 PLAIN = "logits of the host without vector instructions"  # what the emulation's record calls its control
+ENGINES = {engine_name(encoding): encoding for encoding in (*TYPES, "float32", "bfloat16")}
 NOT_RUN = "Not run."
 SKIPPED = 0.25  # a gain by zeros below this is within what timings of equal files differ by, or nearly
 
@@ -259,9 +260,9 @@ def roofline(models: Mapping[str, Subject], name: str, p: DeviceChapter) -> plt.
     """A device's roofline with the dense model's linears on it, decoding and reading a prompt."""
     on = device(name)
     rows: list[dict[str, Any]] = []
-    for kind, c in (("decoding", costs(models[DENSE], 1, p.context)), ("prompt", costs(models[DENSE], p.prompt, 0))):
+    for phase, c in (("decoding", costs(models[DENSE], 1, p.context)), ("prompt", costs(models[DENSE], p.prompt, 0))):
         rows += [
-            {"name": o.name, "kind": kind, "intensity": o.macs / o.weights, "precision": o.precision}
+            {"name": o.name, "kind": phase, "intensity": o.macs / o.weights, "precision": o.precision}
             for o in c.operations
             if o.macs and o.weights
         ]
@@ -317,9 +318,11 @@ def utilisation_table(subject: Subject, record: Results, on: Device) -> pd.DataF
     for (label, engine), m in sorted(record.items(), key=lambda entry: entry[0][1]):
         if label != DENSE or engine == SAME:
             continue
-        given, kind = m.settings, engine.split()[1]
-        cache = costs(subject, 1, given["prompt"] + given["tokens"] // 2, 32 if kind == "float32" else 16).cache_bytes
-        rate, precision = on.rate("gemm", computed_in(kind))
+        given, encoding = m.settings, ENGINES[engine]
+        cache = costs(
+            subject, 1, given["prompt"] + given["tokens"] // 2, 32 if encoding == "float32" else 16
+        ).cache_bytes
+        rate, precision = on.rate("gemm", computed_in(encoding))
         macs = costs(subject, given["prompt"], 0).macs / m.extra["seconds to first token"]
         moved = (m.extra["bytes"]["weights"] + cache) / m.value
         rows.append(
@@ -339,15 +342,15 @@ def utilisation_table(subject: Subject, record: Results, on: Device) -> pd.DataF
 def with_zeros(record: Results) -> dict[str, tuple[Measurement, Measurement]]:
     """{format: (the dense model, W2:4)} in llama.cpp, where both were timed; half of W2:4's weights are zeros."""
     timed = {
-        kind: tuple(record.get((label, f"llama.cpp {kind}")) for label in (DENSE, "W2:4+W"))
-        for kind in ("F16", "Q8_0", "Q4_0")
+        encoding: tuple(record.get((label, engine_name(encoding))) for label in (DENSE, "W2:4+W"))
+        for encoding in ("F16", "Q8_0", "Q4_0")
     }
-    return {kind: (dense, pruned) for kind, (dense, pruned) in timed.items() if dense and pruned}
+    return {encoding: (dense, pruned) for encoding, (dense, pruned) in timed.items() if dense and pruned}
 
 
 def gains_by_zeros(record: Results) -> dict[str, float]:
     """{format: by which share W2:4 is faster than the dense model}."""
-    return {kind: dense.value / pruned.value - 1 for kind, (dense, pruned) in with_zeros(record).items()}
+    return {encoding: dense.value / pruned.value - 1 for encoding, (dense, pruned) in with_zeros(record).items()}
 
 
 def zeros_sentence(record: Results) -> str:
@@ -355,8 +358,8 @@ def zeros_sentence(record: Results) -> str:
     if not (gains := gains_by_zeros(record)):
         return NOT_RUN
     timed = "; ".join(
-        f"{kind} {1e3 * dense.value:.1f} and {1e3 * pruned.value:.1f} ms"
-        for kind, (dense, pruned) in with_zeros(record).items()
+        f"{encoding} {1e3 * dense.value:.1f} and {1e3 * pruned.value:.1f} ms"
+        for encoding, (dense, pruned) in with_zeros(record).items()
     )
     return (
         f"A token of the dense model and of W2:4, half of whose linears' weights are zeros, takes in {timed}: "
@@ -365,7 +368,7 @@ def zeros_sentence(record: Results) -> str:
 
 
 def _llama_cpp(record: Results) -> list[tuple[str, Measurement]]:
-    return [(engine, m) for (_, engine), m in record.items() if engine.startswith("llama.cpp")]
+    return [(engine, m) for (_, engine), m in record.items() if ENGINES.get(engine) in TYPES]
 
 
 def drift(record: Results) -> float:
@@ -387,10 +390,10 @@ def predictions(record: Results) -> dict[str, pd.DataFrame]:
     left out."""
     most, tables = blocks_of(record), {}
     chosen = depths(most)
-    for kind in TYPES:
-        timed = {d: record.get((depth_label(most, d), engine_name(kind))) for d in chosen}
+    for encoding in TYPES:
+        timed = {d: record.get((depth_label(most, d), engine_name(encoding))) for d in chosen}
         if len(timed) == len(DEPTHS) and all(timed.values()):
-            tables[kind] = held_out({d: point(m) for d, m in timed.items()}, [chosen[i] for i in FITTED])
+            tables[encoding] = held_out({d: point(m) for d, m in timed.items()}, [chosen[i] for i in FITTED])
     return tables
 
 
@@ -407,7 +410,7 @@ def prediction_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """All formats, fitted depths left out."""
     rows = [
         {
-            "format": kind,
+            "format": encoding,
             "blocks": depth,
             "where": r["where"],
             "MB per token": f"{r['MB per token']:.1f}",
@@ -415,7 +418,7 @@ def prediction_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
             "predicted, ms": f"{r['predicted']:.2f} [{r['low']:.2f}, {r['high']:.2f}]",
             "error": f"{r['error']:+.1%}",
         }
-        for kind, table in tables.items()
+        for encoding, table in tables.items()
         for depth, r in table.iterrows()
         if r["where"] != "fitted"
     ]
@@ -494,8 +497,10 @@ def same_sentence(record: Results) -> str:
 
 def headline(record: Results) -> str:
     """What was found, in sentences."""
-    dense = {kind: record[DENSE, f"llama.cpp {kind}"] for kind in TYPES if (DENSE, f"llama.cpp {kind}") in record}
-    speed = ", ".join(f"{kind} {1 / m.value:.0f}" for kind, m in dense.items())
+    dense = {
+        encoding: record[DENSE, engine_name(encoding)] for encoding in TYPES if (DENSE, engine_name(encoding)) in record
+    }
+    speed = ", ".join(f"{encoding} {1 / m.value:.0f}" for encoding, m in dense.items())
     return in_markdown(
         "One thread of the recording machine decodes, in tokens per second of the dense model in llama.cpp: "
         f"{speed}. {zeros_sentence(record)} {prediction_sentence(record)} {same_sentence(record)}"

@@ -74,16 +74,16 @@ class Case:
 
     Attributes:
         label: of the model.
-        kind: a GGUF type for llama.cpp, or float32 or bfloat16 for transformers.
+        encoding: a GGUF type for llama.cpp, or float32 or bfloat16 for transformers.
     """
 
     label: str
-    kind: str
+    encoding: str
 
     @property
     def engine(self) -> str:
         """As `Timing.engine` has it."""
-        return engine_name(self.kind)
+        return engine_name(self.encoding)
 
 
 def stand_in(subject: Subject, label: str) -> Subject:
@@ -132,9 +132,9 @@ def depth_label(most: int, depth: int) -> str:
 def cases(depth: int) -> list[Case]:
     """All that is measured, for a subject of `depth` blocks: four formats by four depths, the chapter's models, and
     transformers beside them."""
-    by_depth = [Case(depth_label(depth, d), kind) for kind in TYPES for d in depths(depth)]
+    by_depth = [Case(depth_label(depth, d), encoding) for encoding in TYPES for d in depths(depth)]
     compressed = [*(Case(label, "Q8_0") for label in MODELS[1:]), Case("W2:4+W", "F16"), Case("W2:4+W", "Q4_0")]
-    beside = [Case(label, kind) for label in (DENSE, "D8", "W2:4+W", "W+Q") for kind in ("float32", "bfloat16")]
+    beside = [Case(label, encoding) for label in (DENSE, "D8", "W2:4+W", "W+Q") for encoding in ("float32", "bfloat16")]
     return list(dict.fromkeys([*by_depth, *compressed, *beside]))
 
 
@@ -151,16 +151,16 @@ def measure(p: DeviceChapter, keep: Keep, done: Iterable[tuple[str, str]] = ()) 
     label, model = "", exact
     ids = prompt_ids(exact, p.prompt)
     # a format's depths in one go: a line through them should not be the machine's drift
-    for case in sorted(cases(exact.depth), key=lambda c: (c.kind, c.label)):
+    for case in sorted(cases(exact.depth), key=lambda c: (c.encoding, c.label)):
         if (case.label, case.engine) in done:
             continue
         started = time.perf_counter()
-        if case.kind in TYPES:
+        if case.encoding in TYPES:
             if label != case.label:
                 label, model = case.label, stand_in(exact, case.label)
-            m = as_measurement(model, time_llama_cpp(gguf_file(model, case.kind), ids, TOKENS, REPEATS), started)
+            m = as_measurement(model, time_llama_cpp(gguf_file(model, case.encoding), ids, TOKENS, REPEATS), started)
         else:
-            own = stand_in(load_subject(p.subject, case.kind), case.label)
+            own = stand_in(load_subject(p.subject, case.encoding), case.label)
             m = as_measurement(own, time_transformers(own, ids, TOKENS, REPEATS), started)
         keep(noted(m, case.label, case.engine, exact.depth))
     if (DENSE, SAME) not in done:
@@ -225,6 +225,6 @@ def recorded_parts(p: DeviceChapter, file: Path) -> Iterator[Part]:
 
 
 def key(m: Measurement) -> Key:
-    """Of a row: model and engine."""
+    """Model and engine."""
     ((model, engine),) = from_measurements([m])
     return model, engine

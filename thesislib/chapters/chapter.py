@@ -1,5 +1,4 @@
-"""What a chapter is: its notebook, its recorded run, and what others may ask of it. `thesislib.chapters.record` carries
-the run out."""
+"""A chapter: its notebook, its parameters, and its recorded run, which `thesislib.chapters.record` carries out."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -27,7 +26,7 @@ K = TypeVar("K")
 
 @dataclass(frozen=True)
 class Parameters:
-    """The parameters that every chapter has which measures models. Whole numbers are at least 1.
+    """The parameters of every chapter that measures models. Whole numbers are at least 1.
 
     Attributes:
         subject: a subject spec.
@@ -71,8 +70,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Chapter:
-    """A notebook and its recorded run. Of each number one module `chNN_name.py` of `thesislib.chapters` has it as
-    CHAPTER.
+    """A notebook and its recorded run: CHAPTER in one module `chNN_name.py` of each number.
 
     Attributes:
         notebook: its name, e.g. 03_width_pruning; its record is data/results/03_width_pruning.jsonl.
@@ -107,16 +105,16 @@ def book(m: Measurement) -> str:
 LARGE = "size full"  # of the grid: the whole text, 1,200 questions
 
 
-def large(what: str) -> str:
+def large(task: str) -> str:
     """What a measure is called where it was measured at the grid's size full."""
-    return f"{what.partition(',')[0]}, {LARGE}"
+    return f"{task.partition(',')[0]}, {LARGE}"
 
 
 def by_key(measurements: Iterable[Measurement], key: Callable[[Measurement], K], chapter: int) -> dict[K, Measurement]:
-    """A chapter's measurements by what tells them apart.
+    """A chapter's measurements by a key.
 
     Raises:
-        BadInput: a measurement that has no such key: another chapter's.
+        BadInput: a measurement without such a key, which is another chapter's.
     """
     try:
         return {key(m): m for m in measurements}

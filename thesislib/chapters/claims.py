@@ -37,8 +37,8 @@ def pool(records: Mapping[str, Iterable[Measurement]]) -> dict[tuple[str, str], 
     """
     rows: dict[tuple[str, str], Measurement] = {}
     for name, chapter in chapters().items():
-        for label, what, m in chapter.claims(records.get(name, ())):
-            rows.setdefault((label, what), m)
+        for label, task, m in chapter.claims(records.get(name, ())):
+            rows.setdefault((label, task), m)
     return rows
 
 
@@ -124,24 +124,24 @@ def _trained(base: str | None) -> Callable[[Records], list]:
     against `base`."""
 
     def pairs(records: Records) -> list:
-        trained = [of(label).before() for label, what in records if what == WIKITEXT and of(label).parts[-1:] == ("W",)]
+        trained = [of(label).before() for label, task in records if task == WIKITEXT and of(label).parts[-1:] == ("W",)]
         others = [str(x) for x in trained if x.parts and x == x.pruned]
         return _on(WIKITEXT, *((base or x, f"{x}+W") for x in dict.fromkeys([*_RECOVERED, *others])))(records)
 
     return pairs
 
 
-def _on(what: str, *pairs: tuple[str, str]) -> Callable[[Records], list]:
+def _on(task: str, *pairs: tuple[str, str]) -> Callable[[Records], list]:
     """Each pair at the grid's size full where both were measured so; else as the chapters measured it, under their
     names."""
 
     def chosen(records: Records) -> list:
         keys = []
         for pair in pairs:
-            if all((label, large(what)) in records for label in pair):
-                labels, measure = pair, large(what)
+            if all((label, large(task)) in records for label in pair):
+                labels, measure = pair, large(task)
             else:
-                labels, measure = tuple(_NAMES.get(label, label) for label in pair), what
+                labels, measure = (_NAMES.get(pair[0], pair[0]), _NAMES.get(pair[1], pair[1])), task
             keys.append((f"{' to '.join(labels)}, {measure}", *((label, measure) for label in labels)))
         return keys
 
@@ -149,7 +149,7 @@ def _on(what: str, *pairs: tuple[str, str]) -> Callable[[Records], list]:
 
 
 def _repeats(records: Records) -> list:
-    blocks = [label for label, what in records if what == WHOLE and label.endswith("twice")]
+    blocks = [label for label, task in records if task == WHOLE and label.endswith("twice")]
     return [(f"dense to {label}, {WHOLE}", ("dense", WHOLE), (label, WHOLE)) for label in blocks] or [
         ("one block run twice", ("dense", WHOLE), ("block 0 twice", WHOLE))
     ]

@@ -1,6 +1,7 @@
 """The study's plots: colour-blind-safe, different markers, intervals drawn."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,6 +9,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
 
+from thesislib.chapters.labels import of
 from thesislib.evaluate.perplexity import compare
 from thesislib.evaluate.stats import Comparison
 from thesislib.records.measurement import Measurement
@@ -26,22 +28,22 @@ def style() -> None:
     pd.set_option("display.max_colwidth", None, "display.max_rows", None)
 
 
-def intervals(axis: plt.Axes, at, value, low, high, marker: str, colour: str, across: bool = False, **look) -> None:
+def intervals(axis: plt.Axes, at, values: Iterable, marker: str, colour: str, across: bool = False, **look) -> None:
     """Values with their intervals.
 
     Args:
         axis: what is drawn on.
         at: where each value stands on the other axis.
-        value, low, high: one each.
+        values: the values, the low and the high ends.
         marker: and line, as matplotlib's `fmt`.
         colour: of all.
         across: values lie along the x axis.
         look: matplotlib's, instead of markersize 5, capsize 2 and linewidth 1.
     """
-    value, low, high = (np.asarray(x, float) for x in (value, low, high))
+    value, low, high = (np.asarray(x, float) for x in values)
     x, y, side = (value, at, "xerr") if across else (at, value, "yerr")
-    look = {"markersize": 5, "capsize": 2, "linewidth": 1, **look}
-    axis.errorbar(x, y, **{side: [value - low, high - value]}, fmt=marker, color=colour, **look)
+    options: dict[str, Any] = {"markersize": 5, "capsize": 2, "linewidth": 1, side: [value - low, high - value], **look}
+    axis.errorbar(x, y, fmt=marker, color=colour, **options)
 
 
 def _of(measurements: Iterable[Measurement]) -> tuple[list[float], list[float], list[float]]:
@@ -89,7 +91,7 @@ def plan_chart(plans: Mapping[str, Sequence[int]], table: pd.DataFrame, baseline
         (right, "HellaSwag", "hs low", "hs high", "s", ORANGE, "HellaSwag, higher is better"),
     ):
         rows = table.loc[order]
-        intervals(axis, range(len(order)), rows[column], rows[low], rows[high], marker, colour, across=True)
+        intervals(axis, range(len(order)), (rows[column], rows[low], rows[high]), marker, colour, across=True)
         axis.axvline(table.loc[baseline, column], color=GREY, linestyle="--", linewidth=1)
         axis.set(title=title, xlabel="dashed: baseline")
     middle.set_xscale("log")
@@ -111,7 +113,7 @@ def single_blocks(
     ):
         c = [compare(baseline, m) for m in runs.values()]
         middle, low, high = (100 * np.expm1([getattr(x, name) for x in c]) for name in ("difference", "low", "high"))
-        intervals(axis, np.array(list(runs)) + shift, middle, low, high, marker, colour, label=label)
+        intervals(axis, np.array(list(runs)) + shift, (middle, low, high), marker, colour, label=label)
         bounds += [*low, *high]
     axis.axhline(0, color=GREY, linestyle="--", linewidth=1)
     axis.set_yscale("symlog", linthresh=10)
@@ -217,7 +219,7 @@ def removal_curves(table: pd.DataFrame, dense: float) -> plt.Figure:
         rows = table[table["method"] == method].sort_values("removed")
         if len(rows):
             at = rows["removed"] + shift
-            intervals(axis, at, rows["value"], rows["low"], rows["high"], f"{marker}-", colour, label=method)
+            intervals(axis, at, (rows["value"], rows["low"], rows["high"]), f"{marker}-", colour, label=method)
     axis.axhline(dense, color=GREY, linestyle="--", linewidth=1)
     axis.annotate("whole model", (table["removed"].max(), dense), ha="right", va="bottom", fontsize=9, color=GREY)
     axis.set_yscale("log")
@@ -244,7 +246,7 @@ def pattern_chart(
     for (name, found), marker, colour, shift in zip(series.items(), "os", (BLUE, ORANGE), (-0.1, 0.1), strict=False):
         here = [x for x in order if x in found]
         at = [order.index(x) + shift for x in here]
-        intervals(axis, at, *_of(found[x] for x in here), marker, colour, markersize=6, capsize=3, label=name)
+        intervals(axis, at, _of(found[x] for x in here), marker, colour, markersize=6, capsize=3, label=name)
     axis.axhline(dense, color=GREY, linestyle="--", linewidth=1)
     axis.annotate("whole model", (len(order) - 0.6, dense), ha="right", va="bottom", fontsize=9, color=GREY)
     axis.set_yscale("log")
@@ -304,8 +306,8 @@ def recovery_chart(points: Mapping[str, Mapping[str, Measurement]], dense: str =
         rows = [(y + shift, points[m][name]) for y, m in enumerate(models) if name in points[m]]
         if rows:
             at, ms = zip(*rows, strict=True)
-            look = {"mfc": fill, "markersize": 7, "capsize": 3, "label": name}
-            intervals(axis, at, *_of(ms), marker, colour, across=True, **look)
+            look: dict[str, Any] = {"mfc": fill, "markersize": 7, "capsize": 3, "label": name}
+            intervals(axis, at, _of(ms), marker, colour, across=True, **look)
         if name in points.get(dense, {}):
             axis.axvline(
                 points[dense][name].value, color=colour, linestyle="--" if name == "untrained" else ":", linewidth=1
@@ -322,30 +324,24 @@ def recovery_chart(points: Mapping[str, Mapping[str, Measurement]], dense: str =
     return figure
 
 
-def loss_curves(curves: Mapping[str, tuple[Sequence[dict], Sequence[dict]]]) -> plt.Figure:
+def loss_curves(curves: Mapping[str, Mapping[str, tuple[Sequence[dict], Sequence[dict]]]]) -> plt.Figure:
     """Training loss by step (thin, as it came) and held-out loss (thick, marked), one panel a training text.
 
     Args:
-        curves: {label: (curve, validation)}, each a list of {"step", "loss", ...}; labels end in +W or +T.
+        curves: {text: {model: (curve, validation)}}, each a list of {"step", "loss", ...}.
     """
-    groups = {
-        title: {n: c for n, c in curves.items() if n.endswith(end)}
-        for end, title in (("+W", "trained on WikiText"), ("+T", "trained on questions"))
-    }
-    groups = {title: found for title, found in groups.items() if found}
-    figure, axes = plt.subplots(1, len(groups), figsize=(5.8 * len(groups), 4.2), layout="constrained", squeeze=False)
+    titles = {"wikitext": "trained on WikiText", "trivia": "trained on questions"}
+    figure, axes = plt.subplots(1, len(curves), figsize=(5.8 * len(curves), 4.2), layout="constrained", squeeze=False)
     palette = [BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
-    names = list(dict.fromkeys(label.rpartition("+")[0] for label in curves))
-    for axis, (title, found) in zip(axes[0], groups.items(), strict=True):
-        for label, (curve, validation) in found.items():
-            which = names.index(label.rpartition("+")[0])
+    models = list(dict.fromkeys(model for trained in curves.values() for model in trained))
+    for axis, (text, trained) in zip(axes[0], curves.items(), strict=True):
+        for model, (curve, validation) in trained.items():
+            which = models.index(model)
             colour, marker = palette[which % len(palette)], "os^DvPX"[which % 7]
             axis.plot([c["step"] for c in curve], [c["loss"] for c in curve], color=colour, linewidth=0.6, alpha=0.35)
-            held = [(v["step"], v["loss"]) for v in validation]
-            axis.plot(
-                *zip(*held, strict=True), marker + "-", color=colour, markersize=6, linewidth=1.8, label=names[which]
-            )
-        axis.set(xlabel="step", ylabel="loss, nats per predicted token", title=title)
+            held_out = [v["step"] for v in validation], [v["loss"] for v in validation]
+            axis.plot(*held_out, f"{marker}-", color=colour, markersize=6, linewidth=1.8, label=model)
+        axis.set(xlabel="step", ylabel="loss, nats per predicted token", title=titles[text])
         axis.legend(fontsize=9)
     return figure
 
@@ -374,7 +370,7 @@ def bytes_chart(table: pd.DataFrame, dense: float, most: float = 150) -> plt.Fig
         rows = shown[shown["method"] == method]
         if len(rows):
             values = (rows[column] for column in ("perplexity", "low", "high"))
-            intervals(axis, rows["MB"], *values, marker, colour, markersize=7, linewidth=0.7, label=method)
+            intervals(axis, rows["MB"], values, marker, colour, markersize=7, linewidth=0.7, label=method)
             for _, row in rows.iterrows():
                 axis.annotate(f" {row['bits']}", (row["MB"], row["perplexity"]), fontsize=8, color=colour, va="bottom")
     axis.axhline(dense, color=GREY, linestyle="--", linewidth=1)
@@ -449,8 +445,8 @@ def pareto_chart(
                 here = shown[shown["family"] == name]
                 if len(here):
                     values = (here[column] for column in (measure, f"{measure} low", f"{measure} high"))
-                    look = {"markersize": 6, "capsize": 0, "linewidth": 0.5, "label": name}
-                    intervals(axis, here[size], *values, marker, colour, **look)
+                    look: dict[str, Any] = {"markersize": 6, "capsize": 0, "linewidth": 0.5, "label": name}
+                    intervals(axis, here[size], values, marker, colour, **look)
             front = shown[shown["label"].isin(fronts[size, measure])].sort_values(size)
             axis.plot(front[size], front[measure], "-", color="black", linewidth=1, zorder=0)
             axis.margins(x=0.2)
@@ -502,7 +498,7 @@ def interaction_chart(table: pd.DataFrame) -> plt.Figure:
         rows = rows.sort_values("removed")
         at, marker = rows["removed"] + 0.05 * (i - 4), f"{'os^DvPX<>*'[i % 10]}-"
         values = (rows[column] for column in ("perplexity", "low", "high"))
-        intervals(axis, at, *values, marker, palette[i % 10], markersize=6, label=name)
+        intervals(axis, at, values, marker, palette[i % 10], markersize=6, label=name)
     axis.set_yscale("log")
     _thousands(axis.yaxis)
     axis.set(
@@ -529,14 +525,14 @@ def steps_chart(steps: Sequence[tuple[str, str, str, Comparison]]) -> plt.Figure
         marker, colour = FAMILY_LOOKS[name]
         for y, (_, _, c) in enumerate(rows):
             values = np.exp([[c.difference], [c.low], [c.high]])
-            intervals(axis, y, *values, marker, colour, across=True, mfc=colour if c.told else "none", linewidth=0.8)
+            intervals(axis, y, values, marker, colour, across=True, mfc=colour if c.told else "none", linewidth=0.8)
         axis.axvline(1, color=GREY, linestyle="--", linewidth=1)
         axis.set_xscale("log")
         low, high = axis.get_xlim()
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
         axis.xaxis.set_major_formatter("{x:g}")
         axis.xaxis.set_minor_formatter("")
-        last = [b.rpartition("+")[2] for _, b, _ in rows]  # said where a panel's stages are not all alike
+        last = [of(b).parts[-1] for _, b, _ in rows]  # shown where a panel's stages are not all alike
         labels = [
             f"{a} to {b}" if name == "pruned" else f"{a} ({part})" if part[-1].isdigit() else a
             for (a, b, _), part in zip(rows, last, strict=True)

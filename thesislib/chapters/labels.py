@@ -2,7 +2,7 @@
 
 from functools import cache
 
-from thesislib.chapters.thesis import thesis_row
+from thesislib.chapters.thesis import ThesisRow, thesis_row
 from thesislib.errors import BadInput
 from thesislib.pipeline.label import DENSE, Label
 
@@ -17,7 +17,7 @@ FAMILIES = tuple(SHOWN.values())
 
 @cache
 def of(label: str) -> Label:
-    """What a label says; of one that no stage writes, which a record may have, nothing."""
+    """The parts of a label; of one that no stage writes, which a record may have, none."""
     try:
         return Label.parse(label)
     except BadInput:
@@ -25,37 +25,36 @@ def of(label: str) -> Label:
 
 
 def family(label: str) -> str:
-    """What was done last to a model: pruned only, trained, quantised, compensated."""
+    """What was done last to a model: pruned, + LoRA, + GPTQ or + EoRA. Of a single part it is the stage's family."""
     return SHOWN[of(label).family]
 
 
-def step_family(part: str) -> str:
-    """The family of a stage by its part of a label."""
-    return SHOWN[of(part).family]
-
-
 def training(label: str) -> tuple[str, ...]:
-    """What a model was trained on: perplexities of models that were trained differently do not compare methods of
-    making them small."""
+    """What a model was trained on.
+
+    Perplexities of models that were trained differently do not compare methods of making them small.
+    """
     return of(label).training
 
 
-def thesis_of(label: str):
-    """The thesis's row of a label, or None: it has GPTQ at 4 bits only, EoRA only after it, and one order of pruning
-    and training."""
-    said = of(label)
+def thesis_of(label: str) -> ThesisRow | None:
+    """The thesis's row of a label, or None.
+
+    The thesis has GPTQ at 4 bits only, EoRA only after it, and one order of pruning and training.
+    """
+    model = of(label)
     if (
-        said.of("rtn")
-        or said.bits not in (None, 4)
-        or (said.corrected and said.bits is None)
-        or set(said.of_family("trained")) - {"W", "T"}
+        model.of("rtn")
+        or model.bits not in (None, 4)
+        or (model.corrected and model.bits is None)
+        or set(model.of_family("trained")) - {"W", "T"}
     ):
         return None
-    kinds = [kind.family for kind in said.classes]
-    width = max((i for i, kind in enumerate(said.classes) if kind.word == "width"), default=-1)
-    other_order = "trained" in kinds and kinds.index("trained") < width
-    stage = "E" if said.corrected else "Q" if said.bits else "order" if other_order else ""
+    families, words = [kind.family for kind in model.classes], [kind.word for kind in model.classes]
+    stage = "E" if model.corrected else "Q" if model.bits else ""
+    if not stage and "trained" in families and "width" in words[families.index("trained") :]:
+        stage = "order"
     try:
-        return thesis_row(str(said.pruned) if said.pruned.parts else DENSE, "".join(said.training), stage)
+        return thesis_row(str(model.pruned) if model.pruned.parts else DENSE, "".join(model.training), stage)
     except BadInput:
         return None

@@ -1,5 +1,4 @@
-"""Which models are worth their bytes: size against quality, the models that none beats in both, and a widget to choose
-by."""
+"""Which models are worth their bytes: size against quality, the Pareto front, and a widget to choose by."""
 
 import hashlib
 import json
@@ -28,7 +27,7 @@ def _bytes(m: Measurement) -> dict:
 
 
 def size_of(results: Results, label: str, key: str) -> float | None:
-    """bytes_on_disk, parameters or nonzero_parameters of a model, by whichever of its measurements says it."""
+    """bytes_on_disk, parameters or nonzero_parameters of a model, from the first of its rows that has it."""
     held = [_bytes(m) for (other, _), m in results.items() if other == label]
     if label == DENSE and key == "bytes_on_disk":  # plain weights take on disk what they take in memory
         held = [{key: size.get(key) or size.get("bytes_in_memory")} for size in held]
@@ -54,8 +53,7 @@ def points(results: Results) -> pd.DataFrame:
 
 
 def front(table: pd.DataFrame, size: str, measure: str) -> list[str]:
-    """Labels of the models that no other is at once smaller than and better than or as good as: the Pareto front,
-    smallest first."""
+    """The Pareto front, smallest first: labels of the models for which no other is both as small and as good."""
     up = MEASURES[measure].higher_is_better
     rows = table.dropna(subset=[size, measure]).sort_values([size, measure], ascending=[True, not up])
     best, kept = None, []
@@ -86,8 +84,10 @@ def fronts(table: pd.DataFrame) -> dict[tuple[str, str], list[str]]:
 
 
 def at_equal_bytes(results: Results) -> dict[str, Comparison | None]:
-    """{a model that is not quantised: the best quantised one against it that was trained alike and is no larger}, None
-    where there is none; Holm-adjusted."""
+    """Each model that is not quantised against its best quantised rival, Holm-adjusted.
+
+    A rival was trained on the same texts and is no larger. A model without one has None.
+    """
     rows = points(results).dropna(subset=["MB", PPL]).set_index("label")
     plain, packed = (rows[rows["family"].isin(names)].index for names in (FAMILIES[:2], FAMILIES[2:]))
     pairs = {}
@@ -115,8 +115,10 @@ def equal_bytes_sentence(results: Results) -> str:
 
 
 def smallest_usable(results: Results) -> dict[str, str]:
-    """{base: the smallest model that was trained as the base was and whose perplexity is at most `USABLE` times the
-    base's}, for the dense model untrained and trained on WikiText."""
+    """{base: the smallest model whose perplexity is at most `USABLE` times the base's}.
+
+    The bases are the dense model and the dense model trained on WikiText. Each is compared with models trained alike.
+    """
     table, smallest = points(results).set_index("label"), {}
     for base in (x for x in (DENSE, "W") if x in table.index):
         alike = table[[training(x) == training(base) for x in table.index]].dropna(subset="MB")
@@ -127,7 +129,7 @@ def smallest_usable(results: Results) -> dict[str, str]:
 
 
 def bytes_finding(results: Results) -> str:
-    """What is worth its bytes, in sentences, for the chapter's first lines and the README."""
+    """Which models are worth their bytes, in sentences, for the chapter's first lines and the README."""
     table = points(results).set_index("label", drop=False)
     labels = front(table, "MB", PPL)
     quantised = [x for x in labels if family(x) in FAMILIES[2:]]
@@ -168,7 +170,7 @@ def trade_offs(results: Results) -> list[dict]:
 
 
 def digest(results: Results) -> str:
-    """16 digits for all that `points` has: whether a figure is of these results."""
+    """16 digits over all that `points` has. They tell whether a figure was drawn from these results."""
     return hashlib.sha256(points(results).to_json(double_precision=6).encode()).hexdigest()[:16]
 
 

@@ -13,11 +13,11 @@ from filelock import Timeout
 from tqdm import tqdm
 
 from thesislib.chapters.chapter import Chapter, Key, Part, shape
-from thesislib.config import build
-from thesislib.errors import BadInput, shown
+from thesislib.errors import BadInput
 from thesislib.evaluate.setup import Setup
 from thesislib.experiment import DENSE, identity, identity_of, recipe_of
 from thesislib.files import cache_dir, lock, real
+from thesislib.notebooks import build_parameters
 from thesislib.pipeline.run import Job
 from thesislib.records.measurement import Measurement
 from thesislib.records.store import Store
@@ -26,7 +26,13 @@ from thesislib.sources.rows import default_data, origin_of
 
 @dataclass(frozen=True)
 class Recorded:
-    """What `record` did. added, missing: rows. busy: parts that another process is at."""
+    """What `record` did.
+
+    Attributes:
+        added: rows that it made.
+        missing: rows that the record still lacks.
+        busy: names of the parts that another process is at.
+    """
 
     added: int
     missing: int
@@ -44,22 +50,13 @@ def parameters(chapter: Chapter, given: Mapping[str, Any], data: str | None = No
     Raises:
         BadInput: one that the chapter does not take; a subject of which what it measures cannot be made.
     """
-    takes = {f.name for f in dataclasses.fields(chapter.parameters)}
-    if data is not None and ("data" not in takes or "data" in given):
-        raise BadInput(
-            f"{'-p data=... is given too' if 'data' in takes else f'chapter {chapter.notebook} reads no data'}: "
-            "expected no --data"
-        )
-    where = {"data": default_data() if data is None else data} if "data" in takes else {}
-    try:
-        p = build(chapter.parameters, {**chapter.recorded, **where, **given})
-    except (TypeError, ValueError, AttributeError) as error:  # BadInput is a ValueError; the others: of a list's items
-        raise (
-            error
-            if isinstance(error, BadInput)
-            else BadInput(f"{chapter.notebook} cannot take {shown(given)} ({error})")
-        ) from error
-    if where:
+    has_data = "data" in {f.name for f in dataclasses.fields(chapter.parameters)}
+    if data is not None and (not has_data or "data" in given):
+        why = "-p data=... is given too" if has_data else f"chapter {chapter.notebook} reads no data"
+        raise BadInput(f"{why}: expected no --data")
+    where = {"data": default_data() if data is None else data} if has_data else {}
+    p = build_parameters(chapter.notebook, chapter.parameters, {**chapter.recorded, **where, **given}, given)
+    if has_data:
         origin_of(p.data)
     if hasattr(p, "check_shape"):
         p.check_shape(shape(p.subject))
@@ -134,8 +131,7 @@ def _check_parameters(store: Store, chapter: Chapter, wanted: Mapping[Key, int |
         n = wanted.get(key)
         if key not in wanted or (n is not None and (m.n > n or limits.get("limit", n) != n)):
             raise BadInput(
-                f"{store.path} has a row, {name} ({m.label}, {m.metric}, n = {m.n}), that this run does "
-                "not make: "
+                f"{store.path} has a row, {name} ({m.label}, {m.metric}, n = {m.n}), that this run does not make: "
                 "expected the chapter and the parameters that it was made with, or another --out FOLDER"
             )
 
@@ -165,26 +161,27 @@ def _check_alike(store: Store, p: Any) -> None:
     """Raises BadInput if a store has rows of another subject than these parameters', or rows that were made with
     another kind of data."""
     rows = list(store.rows(items=False).values()) if store.path.exists() else []
-    kinds = {kind for m in rows if (kind := m.made.get("data"))}
-    if kinds and (kind := origin_of(p.data)) not in kinds:
+    before = {kind for m in rows if (kind := m.made.get("data"))}
+    if before and (now := origin_of(p.data)) not in before:
         raise BadInput(
-            f"{store.path} was made with data of kind {', '.join(sorted(kinds))}, this is {kind}: expected "
+            f"{store.path} was made with data of kind {', '.join(sorted(before))}, this is {now}: expected "
             "--data as then, or another --out FOLDER"
         )
-    for dtype in dict.fromkeys(m.provenance["dtype"] for m in rows if hasattr(p, "subject")):
-        base = Job.prepare(p.subject, recipe_of(()), "embedded", dtype).base
-        for m in (m for m in rows if m.provenance["dtype"] == dtype):
-            made = m.made
-            then = (
-                made["base"]["fingerprint"]
-                if "base" in made
-                else m.provenance["fingerprint"]
-                if made["label"] == DENSE
-                else base["fingerprint"]
+    bases: dict[str, dict] = {}
+    for m in rows if hasattr(p, "subject") else ():
+        dtype = m.provenance["dtype"]
+        if dtype not in bases:
+            bases[dtype] = Job.prepare(p.subject, recipe_of(()), "embedded", dtype).base
+        base, then = bases[dtype], _fingerprint_of_base(m)
+        if then is not None and then != base["fingerprint"]:
+            raise BadInput(
+                f"{store.path} holds rows of {m.provenance['subject']}, fingerprint {then[:12]}..., and this "
+                f"subject is {base['name']}, {base['fingerprint'][:12]}...: expected another --out FOLDER"
             )
-            if then != base["fingerprint"]:
-                raise BadInput(
-                    f"{store.path} holds rows of {m.provenance['subject']}, fingerprint {then[:12]}..., and this "
-                    f"subject is {base['name']}, "
-                    f"{base['fingerprint'][:12]}...: expected another --out FOLDER"
-                )
+
+
+def _fingerprint_of_base(m: Measurement) -> str | None:
+    """The fingerprint of what a row's model was made of; None if the row does not say."""
+    if "base" in m.made:
+        return m.made["base"]["fingerprint"]
+    return m.provenance["fingerprint"] if m.made["label"] == DENSE else None

@@ -12,8 +12,15 @@ from thesislib.files import data_file
 class ThesisRow:
     """One configuration as the thesis reports it: single runs, no intervals.
 
-    closed, open: TriviaQA in percent, all three tiers together. perplexity: WikiText-2 in pieces of 512 tokens, by a
-    protocol that gives the dense model 26.61, where others measure 14.01. gigabytes: as reported; None where it is not.
+    Attributes:
+        label: of the pruned model.
+        lora: text that it was trained on, W or T; empty for none.
+        stage: the last stage, Q, E or order (pruned after training); empty for none.
+        closed: TriviaQA closed book in percent, all three tiers together.
+        open: TriviaQA open book, alike.
+        perplexity: on WikiText-2 in pieces of 512 tokens, by a protocol that gives the dense model 26.61, where others
+            measure 14.01.
+        gigabytes: as reported; None where it is not.
     """
 
     label: str
@@ -28,20 +35,13 @@ class ThesisRow:
 @cache
 def thesis_rows() -> dict[tuple[str, str, str], ThesisRow]:
     """All rows by (label, LoRA text: '', 'W' or 'T', last stage: '', 'Q', 'E', 'order')."""
+    rows = {}
     with data_file("thesis.csv").open(encoding="utf8") as file:
-        found = [
-            ThesisRow(
-                r["label"],
-                r["lora"],
-                r["stage"],
-                float(r["closed_pct"]),
-                float(r["open_pct"]),
-                float(r["perplexity"]),
-                float(r["gb"]) if r["gb"] else None,
-            )
-            for r in csv.DictReader(line for line in file if not line.startswith("#"))
-        ]
-    return {(r.label, r.lora, r.stage): r for r in found}
+        for r in csv.DictReader(line for line in file if not line.startswith("#")):
+            numbers = float(r["closed_pct"]), float(r["open_pct"]), float(r["perplexity"])
+            key = r["label"], r["lora"], r["stage"]
+            rows[key] = ThesisRow(*key, *numbers, float(r["gb"]) if r["gb"] else None)
+    return rows
 
 
 def thesis_row(label: str, lora: str = "", stage: str = "") -> ThesisRow:
