@@ -174,10 +174,11 @@ def test_an_unknown_task_or_data_costs_no_model(monkeypatch):
     assert run(app, ["evaluate", "embedded", "--on", "wikitext", "--data", "nowhere"]).exit_code == 2
 
 
-def test_a_notebook_that_fails_is_exit_code_1(tmp_path, monkeypatch):
+def test_a_notebook_that_fails_is_exit_code_1_and_one_that_refuses_2(tmp_path, monkeypatch):
     notebook = nbformat.v4.new_notebook(
         cells=[
             nbformat.v4.new_code_cell("k = 1", metadata={"tags": ["parameters"]}),
+            nbformat.v4.new_code_cell("from thesislib.errors import BadInput\nif k == 3: raise BadInput('k is 3')"),
             nbformat.v4.new_code_cell("1 / (k - 2)"),
         ]
     )
@@ -188,17 +189,20 @@ def test_a_notebook_that_fails_is_exit_code_1(tmp_path, monkeypatch):
     result = run(app, ["run", "9", "-p", "k=2", "--out", str(out)])
     assert result.exit_code == 1 and "a cell raised ZeroDivisionError" in result.stderr
     assert not out.exists() and (tmp_path / "out.failed.ipynb").exists()
+    refused = run(app, ["run", "9", "-p", "k=3", "--out", str(out)])
+    assert refused.exit_code == 2 and "k is 3" in refused.stderr
+
+
+def test_as_installed():
+    """In a process of its own, as a user calls it."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    called = [sys.executable, "-m", "thesislib.cli", "--help"]
+    done = subprocess.run(called, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "evaluate" in done.stdout, done.stderr
 
 
 @pytest.mark.embedded
-@pytest.mark.parametrize("args", [["--help"], ["evaluate", "--help"], ["fetch"]])
-def test_as_installed(args):
-    """In a process of its own, as a user calls it."""
-    done = subprocess.run(
-        [sys.executable, "-m", "thesislib.cli", *args],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout
+def test_what_fetch_and_help_say():
+    assert "hellaswag" in run(app, ["evaluate", "--help"]).stdout
+    done = run(app, ["fetch"])
+    assert done.exit_code == 0 and done.stdout

@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(
     not hasattr(os, "fork") or sys.platform != "linux", reason="cases are forked, and limits are Linux's"
 )

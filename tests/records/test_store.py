@@ -261,7 +261,7 @@ def test_threads_at_once_lose_nothing(store):
     assert sorted(store.read()[0]) == sorted(names) and len(set(names)) == 30
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_killed_at_ten_random_moments(context, store, tmp_path):
     rng, acknowledged, own = random.Random(0), tmp_path / "acknowledged", []
     acknowledged.touch()

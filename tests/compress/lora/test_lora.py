@@ -524,7 +524,7 @@ def train(source, folder, work, out, threads, settings):
     save_file(found | {"resumed_at": torch.tensor(report["resumed_at"])}, out)
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_killed_at_any_moment_it_ends_with_the_same_bits(subject, folder, tmp_path):
     settings = SMALL | {"steps": 250, "checkpoint_every": 1, "every": 50}
     source, work, out = save_checkpoint(subject, tmp_path / "subject"), tmp_path / "work", tmp_path / "out.safetensors"
