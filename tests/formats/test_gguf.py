@@ -234,4 +234,8 @@ def test_the_embedded_file_comes_back(embedded_subject, tmp_path, monkeypatch):
         "tokenizer.chat_template",
     ]
     for key in said:
-        assert ours.fields[key].contents() == theirs.fields[key].contents(), key
+        a, b = ours.fields[key], theirs.fields[key]
+        if len(a.data) > 1000:  # 49,152 tokens: their bytes, for to read each takes seconds
+            assert [part.tobytes() for part in a.parts] == [part.tobytes() for part in b.parts], key
+        else:
+            assert a.contents() == b.contents(), key
