@@ -54,23 +54,12 @@ def data_folder(tmp_path):
     return str(tmp_path / "data")
 
 
+def on_wikitext(subject, data, *options):
+    return ["evaluate", subject, "--on", "wikitext", "--data", data, "--length", "16", "--json", *options]
+
+
 def test_evaluate_json_has_value_interval_n_unit_and_provenance(tiny_folder, data_folder):
-    result = run(
-        app,
-        [
-            "evaluate",
-            tiny_folder,
-            "--on",
-            "wikitext",
-            "--data",
-            data_folder,
-            "--length",
-            "16",
-            "--limit",
-            "8",
-            "--json",
-        ],
-    )
+    result = run(app, on_wikitext(tiny_folder, data_folder, "--limit", "8"))
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["low"] < found["value"] < found["high"] and found["n"] == 8 and found["unit"] == "window of 16 tokens"
@@ -97,20 +86,7 @@ def test_evaluate_in_words(tiny_folder, data_folder, task, extra, metric):
 
 
 def test_evaluate_a_plan_and_every_item(tiny_folder, data_folder):
-    args = [
-        "evaluate",
-        tiny_folder,
-        "--on",
-        "wikitext",
-        "--data",
-        data_folder,
-        "--length",
-        "16",
-        "--json",
-        "--items",
-        "--plan",
-        "0-3x2,11",
-    ]
+    args = on_wikitext(tiny_folder, data_folder, "--items", "--plan", "0-3x2,11")
     found = json.loads(run(app, args).stdout)
     assert found["provenance"]["plan"] == [0, 0, 1, 1, 2, 2, 3, 3, 11]
     assert len(found["items"]) == found["n"]
