@@ -8,8 +8,9 @@ import time
 import torch
 
 from thesislib.errors import BadInput
-from thesislib.formats.artifact import load_artifact, save_artifact, sizes
+from thesislib.formats.artifact import load_artifact, save_artifact
 from thesislib.formats.load import load_subject
+from thesislib.formats.sizes import sizes
 from thesislib.model.packing import NINE, pack, unpack
 from thesislib.model.sparse import semi_structured
 from thesislib.model.subject import Subject

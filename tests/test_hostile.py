@@ -19,7 +19,7 @@ from thesislib.errors import BadInput, printable
 from thesislib.files import damaged, read_json, sha256_of
 from thesislib.formats import checkpoint
 from thesislib.formats.artifact import load_artifact, save_artifact
-from thesislib.formats.gguf_reader import check_header
+from thesislib.formats.gguf_header import check_header
 from thesislib.formats.load import load_subject, save_checkpoint
 from thesislib.records.store import Store
 from thesislib.sources import rows

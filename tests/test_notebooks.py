@@ -10,8 +10,8 @@ from thesislib.chapters import parameters_of
 from thesislib.chapters.phrases import expect
 from thesislib.cli import export_name
 from thesislib.errors import BadInput
-from thesislib.formats.held import check_device, own_dtype
 from thesislib.formats.load import save_checkpoint
+from thesislib.formats.options import check_device, own_dtype
 from thesislib.notebooks import listed, ready, texts, typed
 from thesislib.runner import chapters
 from thesislib.sources.hub import unusable_proxy

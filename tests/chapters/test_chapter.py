@@ -22,6 +22,7 @@ from thesislib.chapters.record import parameters, record
 from thesislib.cli import app
 from thesislib.config import build
 from thesislib.errors import BadInput
+from thesislib.experiment import identity, identity_of, recipe_of
 from thesislib.files import ROOT, cache_dir
 from thesislib.formats.load import save_checkpoint
 from thesislib.records.store import Store
@@ -58,6 +59,61 @@ def test_the_recorded_parameters_are_those_of_the_committed_rows(name):
         pool = chapter.read(record_file(name))
         absent = {(label, what) for label, _, _, what in absent} - set(pool)
     assert not absent
+
+
+def planned_identity(m, stages, setup):
+    """That of a row's plan, on the row's own subject and text."""
+    run, base = m.provenance, m.made["base"]["fingerprint"]
+    text = run.get("corpus_sha256") or m.settings.get("text_sha256")
+    return identity(base, run["dtype"], m.made["data"], recipe_of(stages).plain(), setup, text)
+
+
+@pytest.mark.parametrize("name", ["03_width_pruning", "04_lora_recovery", "05_quantisation"])
+def test_the_committed_rows_are_the_planned_measurements(name):
+    chapter = chapter_of(name)
+    rows = list(Store(record_file(name)).rows(items=False).values())
+
+    def planned(**others):
+        p = build(chapter.parameters, {**chapter.recorded, **others})
+        return {key: plan for part in chapter.parts(p, RESULTS / "none.jsonl") for key, plan in part.planned.items()}
+
+    plans = planned()
+    for m in rows:
+        stages, setup, _ = plans[chapter.key(m)]
+        assert identity_of(m) == planned_identity(m, stages, setup)
+    if name == "04_lora_recovery":  # the key of a row does not tell how long it was trained, its identity does
+        plans, trained = planned(steps=96), [m for m in rows if chapter.key(m)[1].text]
+        for m in trained:
+            stages, setup, _ = plans[chapter.key(m)]
+            assert identity_of(m) != planned_identity(m, stages, setup)
+        assert trained
+
+
+@pytest.mark.parametrize("name", ["03_width_pruning", "04_lora_recovery"])
+@pytest.mark.parametrize("change", [{"length": 16}, {"dtype": "bfloat16"}], ids=str)
+def test_rows_measured_otherwise_are_not_added_to(name, change, tiny_run, tmp_path):
+    chapter, p = settings(name, tiny_run)
+    record(chapter, p, tmp_path, limit=1)
+    with pytest.raises(BadInput, match=r"dense, perplexity\), that was made or measured otherwise than this run would"):
+        record(chapter, dataclasses.replace(p, **change), tmp_path)
+
+
+def test_a_plan_is_not_the_dense_model():
+    """A grid takes no row of chapter 1 for the whole model measured on as many windows."""
+    plans = [identity_of(m) for m in Store(record_file("01_franken_llama")).rows(items=False).values()]
+    assert len(set(plans)) == len(plans)
+    others = [m for name in NAMES[:1] + NAMES[2:] for m in Store(record_file(name)).rows(items=False).values()]
+    assert not set(plans) & set(map(identity_of, others))
+
+
+def test_one_measurement_under_two_names_has_one_identity():
+    """Of chapter 2: several methods chose the same blocks."""
+    rows = Store(record_file("02_depth_pruning")).rows(items=False).values()
+    same = {}
+    for m in rows:
+        same.setdefault(identity_of(m), []).append(m)
+    assert any(len(ms) > 1 for ms in same.values())
+    assert all(len({(m.value, m.n, str(m.stages)) for m in ms}) == 1 for ms in same.values())
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -196,7 +196,7 @@ def test_two_processes_fetch_once(cache, wheel, entry, tmp_path):
 
         here, me = Path({str(tmp_path)!r}), sys.argv[1]
 
-        def download(pinned, sha256, into, holds):
+        def download(pinned, sha256, into, content):
             with (here / "count").open("a") as file:
                 file.write(me)
             time.sleep(0.5)  # long enough for the other to come by

@@ -26,14 +26,14 @@ import thesislib
 from tests.fakes import processes
 from thesislib.cli import app
 from thesislib.errors import BadInput
-from thesislib.experiment import again
+from thesislib.experiment import again, identity_of
 from thesislib.formats.load import save_checkpoint
-from thesislib.notebooks import listed
+from thesislib.notebooks import ResultsTable, listed
 from thesislib.records.store import Store, select
 from thesislib.runner import chapters, results
 from thesislib.sweep.grid import read_grid
 from thesislib.sweep.notebooks import sweep_notebook
-from thesislib.sweep.run import FAILED, Place, identity_of, missing, possible, sweep
+from thesislib.sweep.run import FAILED, Target, missing, possible, sweep
 from thesislib.sweep.task import card_of_worker, carry_out, versions
 from thesislib.sweep.workers import Order, Workers, drive
 
@@ -72,7 +72,7 @@ def forked_workers(own_cache):
 @pytest.fixture(scope="module")
 def place(own_cache, tiny, tiny_data, tmp_path_factory):
     folder = save_checkpoint(tiny(layers=8), tmp_path_factory.mktemp("subject") / "tiny")
-    return Place(str(folder), tiny_data, "float32")
+    return Target(str(folder), tiny_data, "float32")
 
 
 @pytest.fixture(scope="module")
@@ -168,18 +168,18 @@ def test_everything_listens_on_loopback_only(swept):
 
 @on_workers
 def test_records_of_another_subject_do_not_count(swept, tiny, place, grid_file, tmp_path):
-    other = Place(str(save_checkpoint(tiny(layers=8, seed=1), tmp_path / "tiny")), place.data, "float32")
+    other = Target(str(save_checkpoint(tiny(layers=8, seed=1), tmp_path / "tiny")), place.data, "float32")
     grid = read_grid(grid_file, "quick")
     assert set(missing(grid, other, [swept.store])) == set(LABELS)
     names = set(map(identity_of, swept.store.rows().values()))
     assert None not in names and len(names) == len(WHOLE)
-    assert set(missing(grid, Place(place.subject, place.data, "bfloat16"), [swept.store])) == set(LABELS)
+    assert set(missing(grid, Target(place.subject, place.data, "bfloat16"), [swept.store])) == set(LABELS)
 
 
 def test_a_grid_less_what_a_subject_cannot_be_made_into(place, grid_file, tiny, tmp_path):
     grid = read_grid(grid_file, "quick")
     assert possible(grid, place) == (grid, {})
-    shallow = Place(str(save_checkpoint(tiny(layers=6), tmp_path / "shallow")), place.data, "float32")
+    shallow = Target(str(save_checkpoint(tiny(layers=6), tmp_path / "shallow")), place.data, "float32")
     kept, why = possible(grid, shallow)
     assert [c.label for c in kept.configurations] == ["dense", "W1:8"] and set(why) == {"D1", "D1+W1:8"}
     assert all("cannot remove 1 of 6 blocks" in reason for reason in why.values())
@@ -222,6 +222,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import pandas as pd
 from thesislib.config import settings
+from thesislib.notebooks import ResultsTable
 
 @dataclass(frozen=True)
 class P:
@@ -237,7 +238,8 @@ def notebook(tmp_path):
     def make(code, name="book"):
         nb = nbformat.v4.new_notebook()
         cells = [("", PRELUDE), ("parameters", 'k = 1\nfolder = ""'), ("", "p = settings(P, globals())"), ("", code)]
-        cells.append(("results", 'pd.DataFrame({"name": [f"row {k}"], "square": [k * k]}).set_index("name")'))
+        table = 'pd.DataFrame({"name": [f"row {k}"], "square": [k * k]}).set_index("name")'
+        cells.append(("results", f"ResultsTable({table})"))
         nb.cells = [nbformat.v4.new_code_cell(source, metadata={"tags": [tag] if tag else []}) for tag, source in cells]
         nb.metadata = {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -327,6 +329,19 @@ def test_options_that_a_notebook_does_not_take_are_refused():
     assert "-p goes with --chapter" in CliRunner().invoke(app, ["sweep", "data/grid.yaml", "-p", "k=1"]).output
 
 
+def test_one_cell_without_a_table_leaves_the_others(notebook, tmp_path):
+    book = notebook("1")
+    nb = nbformat.read(book, 4)
+    nb.cells[-1].source = f"None if k == 2 else {nb.cells[-1].source}"
+    nbformat.write(nb, book)
+    table, failed = sweep_notebook("squares", book, {"k": [1, 2]}, tmp_path / "out", Workers(1, retries=0))
+    assert (
+        list(failed) == ["k=2"]
+        and "hands over no table" in failed["k=2"]
+        and table.read_text() == "k,name,square\n1,row 1,1\n"
+    )
+
+
 def test_workers_that_share_a_card_take_equal_parts_of_it():
     assert Workers(2).resources is None
     assert Workers(1, gpu=True).resources == {"GPU": 1}
@@ -374,7 +389,7 @@ def test_cards_are_not_shared(tmp_path):
 
 def test_a_notebook_without_results_is_refused(notebook, tmp_path):
     nb = nbformat.read(notebook("1"), 4)
-    with pytest.raises(BadInput, match="shows no table"):
+    with pytest.raises(BadInput, match="hands over no table"):
         results(tmp_path / "book.ipynb")
     nb.cells = nb.cells[:-1]
     nbformat.write(nb, tmp_path / "none.ipynb")
@@ -384,8 +399,9 @@ def test_a_notebook_without_results_is_refused(notebook, tmp_path):
 
 def test_headings_that_stand_twice_are_numbered(notebook, tmp_path):
     nb = nbformat.read(notebook("1"), 4)
-    html = pd.DataFrame([[1, 2, 3]], pd.Index(["a"], name="name"), ["k", "x", "x"]).to_html()
-    nb.cells[-1].outputs = [nbformat.v4.new_output("execute_result", {"text/html": html}, execution_count=1)]
+    table = pd.DataFrame([[1, 2, 3]], pd.Index(["a"], name="name"), ["k", "x", "x"])
+    bundle = ResultsTable(table)._repr_mimebundle_()
+    nb.cells[-1].outputs = [nbformat.v4.new_output("execute_result", bundle, execution_count=1)]
     nbformat.write(nb, tmp_path / "twice.ipynb")
     assert results(tmp_path / "twice.ipynb") == [{"name": "a", "k": 1, "x": 2, "x (2)": 3}]
 

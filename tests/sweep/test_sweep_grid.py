@@ -189,7 +189,7 @@ def test_all_that_is_impossible_is_listed_before_anything_is_started(write, tiny
     started = []
     monkeypatch.setattr(run, "drive", lambda *given: started.append(given))
     place, store = (
-        run.Place(str(save_checkpoint(tiny(layers=8), tmp_path / "tiny")), tiny_data, "float32"),
+        run.Target(str(save_checkpoint(tiny(layers=8), tmp_path / "tiny")), tiny_data, "float32"),
         Store(tmp_path / "s.jsonl"),
     )
     grid = read_grid(write(IMPOSSIBLE), "quick", strict=False)

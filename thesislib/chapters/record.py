@@ -1,6 +1,7 @@
 """A chapter's recorded run carried out: row by row, gone on with after a kill, by one process or several."""
 
 import dataclasses
+import functools
 import hashlib
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -14,12 +15,13 @@ from tqdm import tqdm
 from thesislib.chapters.chapter import Chapter, Key, Part, shape
 from thesislib.config import build
 from thesislib.errors import BadInput, shown
-from thesislib.experiment import DENSE, recipe_of
+from thesislib.evaluate.setup import Setup
+from thesislib.experiment import DENSE, identity, identity_of, recipe_of
 from thesislib.files import cache_dir, lock, real
 from thesislib.pipeline.run import Job
 from thesislib.records.measurement import Measurement
 from thesislib.records.store import Store
-from thesislib.sources.rows import default_data, kind_of
+from thesislib.sources.rows import default_data, origin_of
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def parameters(chapter: Chapter, given: Mapping[str, Any], data: str | None = No
             else BadInput(f"{chapter.notebook} cannot take {shown(given)} ({error})")
         ) from error
     if where:
-        kind_of(p.data)
+        origin_of(p.data)
     if hasattr(p, "check_shape"):
         p.check_shape(shape(p.subject))
     return p
@@ -84,6 +86,7 @@ def record(chapter: Chapter, p: Any, folder: Path, limit: int | None = None) -> 
     parts, added, busy = list(chapter.parts(p, store.path)), 0, []
     wanted = {key: n for part in parts for key, n in part.rows.items()}
     _check_parameters(store, chapter, wanted)
+    _check_identities(store, chapter, p, parts)
 
     def missing(keys: Iterable[Key]) -> list[Key]:
         rows = store.rows(items=False).values() if store.path.exists() else ()
@@ -137,12 +140,33 @@ def _check_parameters(store: Store, chapter: Chapter, wanted: Mapping[Key, int |
             )
 
 
+def _check_identities(store: Store, chapter: Chapter, p: Any, parts: Iterable[Part]) -> None:
+    """Raises BadInput if a store has a row that was made or measured otherwise than the recorded run would: with other
+    settings of a stage, in another dtype, on another text."""
+    planned = {key: plan for part in parts for key, plan in part.planned.items()}
+    rows = store.rows(items=False) if planned and store.path.exists() else {}
+    job = Job.prepare(p.subject, recipe_of(()), p.data, p.dtype) if rows else None
+    text = functools.cache(Setup.corpus_sha256)
+    for name, m in rows.items():
+        if job is None or (key := chapter.key(m)) not in planned:
+            continue
+        stages, setup, data = planned[key]
+        expected = identity(
+            job.base["fingerprint"], job.dtype, origin_of(p.data), recipe_of(stages).plain(), setup, text(setup, data)
+        )
+        if identity_of(m) != expected:
+            raise BadInput(
+                f"{store.path} has a row, {name} ({m.label}, {m.metric}), that was made or measured otherwise than "
+                "this run would: expected the parameters and the data that it was made with, or another --out FOLDER"
+            )
+
+
 def _check_alike(store: Store, p: Any) -> None:
     """Raises BadInput if a store has rows of another subject than these parameters', or rows that were made with
     another kind of data."""
     rows = list(store.rows(items=False).values()) if store.path.exists() else []
     kinds = {kind for m in rows if (kind := m.made.get("data"))}
-    if kinds and (kind := kind_of(p.data)) not in kinds:
+    if kinds and (kind := origin_of(p.data)) not in kinds:
         raise BadInput(
             f"{store.path} was made with data of kind {', '.join(sorted(kinds))}, this is {kind}: expected "
             "--data as then, or another --out FOLDER"

@@ -1,4 +1,4 @@
-"""The paired test that a measure calls for."""
+"""Two measurements compared by the paired test of their task."""
 
 from thesislib.errors import BadInput
 from thesislib.evaluate.setup import task_of
@@ -7,10 +7,10 @@ from thesislib.records.measurement import Measurement
 
 
 def compare(a: Measurement, b: Measurement) -> Comparison:
-    """Of b against a, on the same items, by the paired test of their task.
+    """The paired test of b against a, on the same items.
 
     Raises:
-        BadInput: they are of different measures, of no task, or not of the same items.
+        BadInput: the two are of different measures, of no task, or of different items.
     """
     if (a.metric, a.unit) != (b.metric, b.unit):
         raise BadInput(

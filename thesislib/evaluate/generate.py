@@ -1,4 +1,4 @@
-"""Greedy text from a subject: batched and left-padded, or one prompt with the time of each token."""
+"""Greedy decoding: of a batch of left-padded prompts, or of one prompt with the time of each token."""
 
 import itertools
 import time
@@ -19,9 +19,8 @@ from thesislib.model.prompts import adds_bos, control_tokens, end_tokens
 from thesislib.model.subject import Subject
 from thesislib.model.tokenizers import check_tokens, longest_context
 
-# finished rows leave the batch when at most this share goes on: to leave copies the keys and values of the others
-WORTH = 0.9
-AHEAD = 8  # steps between two looks at what has ended, where a look waits for the card
+COMPACT_BELOW = 0.9  # drop finished rows once 10 % are finished; dropping copies the KV cache, so not at every step
+AHEAD = 8  # steps between two checks for finished rows on a card, where each check waits for the card
 
 
 def greedy(
@@ -29,23 +28,23 @@ def greedy(
 ) -> list[str]:
     """The greedy continuation of each prompt, up to `max_new_tokens` tokens or the first of the `control_tokens`.
 
-    Prompts run sorted by length, longest first, so that padding is small and memory is tried at once; in float32 the
-    answers do not depend on `batch`.
+    Prompts run sorted by length, longest first: padding is small, and a batch that needs too much memory fails at once.
+    In float32 the answers do not depend on `batch`.
 
     Args:
         subject: the model and tokenizer.
         prompts: one text each.
         max_new_tokens: the longest answer.
         batch: prompts at a time.
-        names: what an error calls the prompts; by default their numbers.
+        names: the prompts' names in errors; by default their numbers.
 
     Raises:
         BadInput: an empty prompt, one that leaves no room for an answer in the model's context, or one with a token
-            that the model has no row for.
+            outside the model's embedding.
     """
     if max_new_tokens < 1 or batch < 1:
         raise BadInput(f"max_new_tokens {max_new_tokens} and batch {batch}: expected at least 1 each")
-    tokenizer, over = subject.tokenizer, control_tokens(subject)
+    tokenizer, stops = subject.tokenizer, control_tokens(subject)
     encoded = [tokenizer(p, add_special_tokens=adds_bos(subject, p))["input_ids"] for p in prompts]
     for i, ids in enumerate(encoded):
         _check_prompt(subject, ids, max_new_tokens, i if names is None else f"of '{names[i]}'")
@@ -59,7 +58,7 @@ def greedy(
         for row, i in enumerate(members):
             ids[row, longest - len(encoded[i]) :] = torch.tensor(encoded[i])
             mask[row, longest - len(encoded[i]) :] = 1
-        new = [_answer(tokens, over) for tokens in continuations(subject, ids, mask, max_new_tokens)]
+        new = [_answer(tokens, stops) for tokens in continuations(subject, ids, mask, max_new_tokens)]
         for i, text in zip(members, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
             answers[i] = text
     return answers
@@ -79,40 +78,40 @@ def _check_prompt(subject: Subject, ids: list[int], max_new_tokens: int, name: o
         )
 
 
-def _answer(tokens: list[int], over: set[int]) -> list[int]:
-    """The tokens before the first at which an answer is over: what a model says after that is no part of it."""
-    return list(itertools.takewhile(lambda token: token not in over, tokens))
+def _answer(tokens: list[int], stops: set[int]) -> list[int]:
+    """The tokens of an answer: those before the first of `stops`."""
+    return list(itertools.takewhile(lambda token: token not in stops, tokens))
 
 
 @torch.inference_mode()
 def continuations(
     subject: Subject, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, ahead: int | None = None
 ) -> list[list[int]]:
-    """The 1 to `max_new_tokens` greedy tokens after each row, the end token included where it came.
+    """The 1 to `max_new_tokens` greedy tokens after each row, with the end token where one came.
 
-    The tokens of transformers' `generate`, which runs every row on until the last has ended; on a CPU a row that has
-    ended leaves the batch, its keys and values with it. A card would be waited for at each look at what has ended, so
-    there it runs ahead, see `_run_ahead`. The first token is never an end token.
+    They are the tokens of transformers' `generate`, which continues every row until the last has finished. On a CPU a
+    finished row leaves the batch, and its keys and values the cache. On a card each check for finished rows waits for
+    the card, so there are fewer checks, see `_run_ahead`. The first token is never an end token.
 
     Args:
         subject: the model; its end tokens are those of `end_tokens`.
         ids: (B, T) tokens, padded on the left.
         mask: (B, T) integers, 0 at padding and 1 elsewhere.
         max_new_tokens: at least 1.
-        ahead: steps without a look; 0 looks at each, and so does a model with sliding windows. By default 0 on a CPU,
-            elsewhere `AHEAD`.
+        ahead: steps between two checks for finished rows; 0 checks at each step, and so does a model with sliding
+            windows. By default 0 on a CPU and `AHEAD` elsewhere.
     """
     model, device = subject.model, subject.device
     ahead = (0 if device.type == "cpu" else AHEAD) if ahead is None else ahead
-    whole = StaticCache(config=model.config, max_cache_len=ids.shape[1] + max_new_tokens)  # nothing is allocated yet
-    if ahead and not any(layer.is_sliding for layer in cast("list[Any]", whole.layers)):
-        return _run_ahead(subject, ids.to(device), mask.to(device), max_new_tokens, ahead, whole)
+    static = StaticCache(config=model.config, max_cache_len=ids.shape[1] + max_new_tokens)  # nothing is allocated yet
+    if ahead and not any(layer.is_sliding for layer in cast("list[Any]", static.layers)):
+        return _run_ahead(subject, ids.to(device), mask.to(device), max_new_tokens, ahead, static)
     ends = torch.tensor(end_tokens(subject), dtype=torch.long, device=device)
-    found: list[list[int]] = [[] for _ in ids]
+    new: list[list[int]] = [[] for _ in ids]
     ids, mask, cache = ids.to(device), mask.to(device), DynamicCache(config=model.config)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    rows = torch.arange(len(ids), device=device)  # which of `found` each row of the batch continues
-    going = torch.ones_like(rows, dtype=torch.bool)
+    rows = torch.arange(len(ids), device=device)  # which prompt each row of the batch continues
+    going = torch.ones_like(rows, dtype=torch.bool)  # not finished
     for n in range(max_new_tokens):
         logits = model(
             ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
@@ -122,88 +121,81 @@ def continuations(
             scores[:, ends] = -torch.inf
         tokens = scores.argmax(-1)
         for row, token in zip(rows[going].tolist(), tokens[going].tolist(), strict=True):
-            found[row].append(token)
+            new[row].append(token)
         going &= ~torch.isin(tokens, ends)
         left = going.nonzero().squeeze(1)
         if len(left) == 0:
             break
-        if len(left) <= WORTH * len(rows):
+        if len(left) <= COMPACT_BELOW * len(rows):
             cache.batch_select_indices(left)
             mask, positions, tokens, rows, going = (x[left] for x in (mask, positions, tokens, rows, going))
         ids, positions, mask = tokens[:, None], positions[:, -1:] + 1, torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
-    return found
+    return new
 
 
 def _run_ahead(
     subject: Subject, ids: torch.Tensor, mask: torch.Tensor, max_new_tokens: int, ahead: int, cache: StaticCache
 ) -> list[list[int]]:
-    """`continuations` with room for all keys and values from the start, and a look at what has ended every `ahead`
-    steps.
+    """`continuations` with a KV cache of full size from the start, and a check for finished rows every `ahead` steps.
 
-    Rows that have ended run on, and what they say is cut off. A step does the same to the same memory each time, so on
-    an NVIDIA card it is recorded once and played again: to start its thousand kernels one by one takes longer than they
-    do.
+    Finished rows go on, and their further tokens are cut off at the end. Every step reads and writes the same memory,
+    so on an NVIDIA card one step is recorded as a CUDA graph and replayed: starting its thousand kernels one by one
+    takes longer than running them.
     """
     model, (rows, length) = subject.model, ids.shape
     ends = torch.tensor(end_tokens(subject), dtype=torch.long, device=ids.device)
-    places = torch.arange(length + max_new_tokens, device=ids.device)
+    slots = torch.arange(length + max_new_tokens, device=ids.device)  # of the cache
     prompt = F.pad(mask.bool(), (0, max_new_tokens))[:, None, None]  # (B, 1, 1, T + new)
-    here = places[None, :length, None]
-    # padding sees itself, for what a query that sees nothing gives is no number in some kernels
-    seen = prompt & (places <= here) | (places == here) & (places < length)  # (B, 1, T, T + new)
+    query = slots[None, :length, None]
+    # padding sees itself: some kernels give NaN for a query that sees nothing
+    seen = prompt & (slots <= query) | (slots == query) & (slots < length)  # (B, 1, T, T + new)
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     logits = model(
         ids, attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True, logits_to_keep=1
     ).logits
     scores = logits[:, -1].float()
     scores[:, ends] = -torch.inf
-    # what a step reads and writes, always in the same place
+    # a step reads and writes these tensors in place
     tokens = scores.argmax(-1, keepdim=True)  # (B, 1)
-    said = tokens.repeat(1, max_new_tokens)
+    new = tokens.repeat(1, max_new_tokens)
     ended = torch.zeros(rows, dtype=torch.bool, device=ids.device)
     position, slot = positions[:, -1:] + 1, torch.full((1,), length, device=ids.device)
 
     def step() -> None:
-        seen = prompt | (places >= length) & (places <= slot)
+        seen = prompt | (slots >= length) & (slots <= slot)
         logits = model(
             tokens, attention_mask=seen, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1
         ).logits
         tokens.copy_(logits[:, -1].float().argmax(-1, keepdim=True))  # `generate` too compares in float32
         slot.add_(1)
         position.add_(1)
-        said.index_copy_(1, slot - length, tokens)
+        new.index_copy_(1, slot - length, tokens)
         ended.logical_or_((tokens == ends).any(1))
 
-    play, n = step, 0
+    run, n = step, 0
     for n in range(1, max_new_tokens):
-        if n == 2 and _recordable(model):  # the first step was as usual, so that all that is made once is made
-            play = _recorded(step)
-        play()
+        if n == 2 and _recordable(model):  # the first step ran as usual, so that everything is allocated
+            run = _recorded(step)
+        run()
         if n % ahead == 0 and ended.all():
             break
-    return [
-        row[: next((i for i, token in enumerate(row) if token in end_tokens(subject)), n) + 1]
-        for row in said[:, : n + 1].tolist()
-    ]
+    rows_of_tokens = new[:, : n + 1].tolist()
+    stops = set(end_tokens(subject))
+    return [row[: next((i for i, token in enumerate(row) if token in stops), n) + 1] for row in rows_of_tokens]
 
 
 def _recordable(model: PreTrainedModel) -> bool:
-    """Whether a step of a model never waits for the card: plain linears, on an NVIDIA card, and rotary angles that do
-    not depend on the length."""
+    """Whether a step of a model never waits for the card, so that a CUDA graph can hold it: on an NVIDIA card, with
+    dense linears and with rotary angles that do not depend on the length."""
     rope = getattr(model.config, "rope_parameters", None) or {}
-    kinds = {part.get("rope_type", "default") for part in (rope, *rope.values()) if isinstance(part, dict)}
-    plain = not any(isinstance(m, ComputedLinear) for m in model.modules())
-    return (
-        model.device.type == "cuda"
-        and not torch.version.hip
-        and plain
-        and kinds <= {"default", "linear", "llama3", "yarn"}
-    )
+    rope_types = {part.get("rope_type", "default") for part in (rope, *rope.values()) if isinstance(part, dict)}
+    dense = not any(isinstance(m, ComputedLinear) for m in model.modules())
+    nvidia = model.device.type == "cuda" and not torch.version.hip
+    return nvidia and dense and rope_types <= {"default", "linear", "llama3", "yarn"}
 
 
 def _recorded(step: Callable[[], None]) -> Callable[[], None]:
-    """A step as one piece that the card repeats by itself; the step as it is, with a warning, if it cannot be
-    recorded."""
+    """A step recorded as a CUDA graph; if it cannot be recorded, the step itself, with a warning."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
@@ -218,19 +210,24 @@ def _recorded(step: Callable[[], None]) -> Callable[[], None]:
 
 @dataclass(frozen=True)
 class Timed:
-    """A greedy completion, the seconds of each new token after the first, and the number of new tokens."""
+    """A greedy completion with its times.
+
+    Attributes:
+        text: the completion.
+        token_seconds: the seconds of each new token after the first.
+    """
 
     text: str
     token_seconds: tuple[float, ...]
 
     @property
     def seconds_per_token(self) -> float:
-        """Median over the tokens after the first, which pays for the prompt."""
+        """Median over the tokens after the first. The first is left out, since its time contains the prompt's."""
         return median(self.token_seconds) if self.token_seconds else float("nan")
 
 
 class _Clock:
-    """A transformers streamer that notes when each token came."""
+    """A transformers streamer that keeps the time of each token."""
 
     def __init__(self):
         self.ticks: list[float] = []
@@ -252,7 +249,7 @@ def complete(subject: Subject, prompt: str, max_new_tokens: int = 50) -> Timed:
     ids = tokenizer(prompt, add_special_tokens=adds_bos(subject, prompt))["input_ids"]
     _check_prompt(subject, ids, max_new_tokens, repr(prompt[:40]))
     encoded = torch.tensor([ids], device=subject.device)
-    config = GenerationConfig(  # a penalty that the model's own settings hold would come back if it were not named
+    config = GenerationConfig(  # a repetition penalty in the model's own settings would count if none were given
         max_new_tokens=max_new_tokens, min_new_tokens=1, do_sample=False, use_cache=True, repetition_penalty=1.0,
         eos_token_id=end_tokens(subject) or None, pad_token_id=subject.pad_id,
     )  # fmt: skip
@@ -262,5 +259,5 @@ def complete(subject: Subject, prompt: str, max_new_tokens: int = 50) -> Timed:
             encoded, attention_mask=torch.ones_like(encoded), generation_config=config, streamer=clock
         )
     text = tokenizer.decode(_answer(out[0, len(ids) :].tolist(), control_tokens(subject)), skip_special_tokens=True)
-    ticks = clock.ticks[1:]  # the first call hands over the prompt
+    ticks = clock.ticks[1:]  # the first call of the streamer passes the prompt
     return Timed(cast("str", text), tuple(b - a for a, b in itertools.pairwise(ticks)))

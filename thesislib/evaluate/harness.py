@@ -18,27 +18,28 @@ import numpy as np
 import yaml
 
 from thesislib.errors import BadInput
-from thesislib.evaluate.perplexity import ONE_DOCUMENT
-from thesislib.evaluate.stats import Comparison, bootstrap_mean, paired_means, proportion
-from thesislib.evaluate.task import Options, Task
+from thesislib.evaluate.perplexity import PerplexityTask, no_interval
+from thesislib.evaluate.stats import Comparison, bootstrap_mean, paired_means
+from thesislib.evaluate.task import Options, share_correct
 from thesislib.formats.checkpoint import quiet_transformers
 from thesislib.model.subject import Subject
 from thesislib.model.tokenizers import check_tokens
 from thesislib.records.measurement import Measurement, provenance
 from thesislib.sources.corpus import article_starts, wikitext_lines
-from thesislib.sources.rows import Row, kind_of, rows, take
+from thesislib.sources.rows import Row, origin_of, rows, take
 
-CUT = "contexts cut"
+CUT = "contexts cut"  # the name of that count in `Measurement.extra`
+SCORES = ("acc", "acc_norm")
 
 
 class Stock(NamedTuple):
-    """A task as the harness has it.
+    """A task of the harness.
 
     Args:
-        name: what it is called here.
-        file: below lm_eval/tasks.
-        metric: the one to lead with.
-        split: where its rows lie.
+        name: its name in this package.
+        file: its YAML file below lm_eval/tasks.
+        metric: the harness's name of the score that a measurement's value is.
+        split: the split of the data set that it is measured on.
     """
 
     name: str
@@ -52,53 +53,38 @@ def lm_eval_task(
 ) -> Measurement:
     """One stock task of lm-evaluation-harness, 0-shot, on local rows.
 
-    A context that the model has no positions for is cut from the left; `extra["contexts cut"]` counts the items to
-    which that happened.
+    A context that is longer than the model's is cut from the left; `extra["contexts cut"]` counts the items that this
+    happened to.
 
     Args:
         subject: the model and tokenizer.
         stock: the task.
-        chosen: its rows, as its data set has them.
-        limit: how they were chosen, for the record.
-        seed: of that choice.
+        chosen: the rows to measure on, as the task's data set has them.
+        limit, seed: how the rows were chosen, for the record.
         batch: requests at a time.
 
     Raises:
-        BadInput: harness not installed; a context or an ending without tokens or with one that the model has no row
-            for, an ending longer than the model's context.
+        BadInput: harness not installed; a context or an ending without tokens, or with a token outside the model's
+            embedding; an ending longer than the model's context.
     """
-    samples, cut, made = _run(subject, stock, chosen, limit, seed, batch)
+    samples, cut, facts = _run(subject, stock, chosen, limit, seed, batch)
     items: list[dict[str, Any]] = [
-        {
-            "id": str(s["doc_id"]),
-            "correct": bool(s[stock.metric]),
-            **{m: float(s[m]) for m in ("acc", "acc_norm") if m in s},
-        }
+        {"id": str(s["doc_id"]), "correct": bool(s[stock.metric]), **{m: float(s[m]) for m in SCORES if m in s}}
         for s in samples
     ]
-    n, right = len(items), sum(i["correct"] for i in items)
-    extra: dict[str, float] = {m: sum(i[m] for i in items) / n for m in ("acc", "acc_norm") if m in items[0]}
+    extra: dict[str, float] = {m: sum(i[m] for i in items) / len(items) for m in SCORES if m in items[0]}
     extra[CUT] = sum(any(tuple(pair) in cut for pair in s["arguments"]) for s in samples)
-    low, high = proportion(right, n)
-    return Measurement(
-        task=stock.name,
-        metric=stock.metric,
-        value=right / n,
-        low=low,
-        high=high,
-        n=n,
-        unit="item",
-        items=items,
-        extra=extra,
-        provenance=made,
-    )
+    return share_correct(stock.name, stock.metric, "item", items, extra, facts)
 
 
 def _run(
     subject: Subject, stock: Stock, chosen: list[Row], limit: int | None, seed: int, batch: int
 ) -> tuple[list[dict], set[tuple], dict]:
-    """The harness's samples of a task in order, the (context, ending) pairs whose context was cut, and the provenance;
-    see `lm_eval_task`."""
+    """Run the harness on one task, see `lm_eval_task`.
+
+    Returns:
+        The harness's samples in order, the (context, ending) pairs whose context was cut, and the provenance.
+    """
     try:
         import lm_eval
         from lm_eval import evaluator
@@ -143,34 +129,26 @@ def _run(
     return samples, model.cut, provenance(subject, started, **settings)
 
 
-def _word_perplexity(samples: list[dict], made: dict) -> Measurement:
-    """The harness gives no interval for perplexities: this is its own sum, resampled by article."""
+def _word_perplexity(samples: list[dict], facts: dict) -> Measurement:
+    """The harness's word perplexity. Its interval, which the harness does not give, is a bootstrap over articles."""
     loglikelihood, words = zip(*(s["word_perplexity"] for s in samples), strict=True)
     low, high = bootstrap_mean([-x for x in loglikelihood], words, range(len(samples)))
     value = -sum(loglikelihood) / sum(words)
     items = [
         {"id": str(s["doc_id"]), "nats": -s["word_perplexity"][0], "words": s["word_perplexity"][1]} for s in samples
     ]
-    extra = {"documents": len(items)} | ({"why no interval": ONE_DOCUMENT} if len(items) < 2 else {})
+    extra = {"documents": len(items)} | no_interval(len(items))
     extra |= {"bits_per_byte": -sum(loglikelihood) / sum(s["bits_per_byte"][1] for s in samples) / float(np.log(2))}
     value, low, high = np.exp([value, low, high]).tolist()
     return Measurement(
-        task="wikitext (lm-eval)",
-        metric="word_perplexity",
-        value=value,
-        low=low,
-        high=high,
-        n=len(items),
-        unit="article",
-        items=items,
-        extra=extra,
-        provenance=made,
-    )
+        task="wikitext (lm-eval)", metric="word_perplexity", value=value, low=low, high=high, n=len(items),
+        unit="article", items=items, extra=extra, provenance=facts,
+    )  # fmt: skip
 
 
 def _watched(subject: Subject, batch: int):
-    """The harness's model of a subject, which looks at tokens before they run and keeps in `cut` the (context, ending)
-    pairs that it cuts."""
+    """The harness's model of a subject. It checks tokens before they run, and keeps the (context, ending) pairs whose
+    context it cuts in `cut`."""
     from lm_eval.models.huggingface import HFLM
 
     class Watched(HFLM):
@@ -178,9 +156,9 @@ def _watched(subject: Subject, batch: int):
             for pair, context, ending in requests:
                 check_tokens(subject.model, subject.tokenizer, [context, ending])
                 if not context or not 1 <= len(ending) <= self.max_length:
-                    where = repr(" ".join(pair)[-60:]) if pair else "a page"
+                    text = repr(" ".join(pair)[-60:]) if pair else "a page"
                     raise BadInput(
-                        f"{where} has {len(context)} tokens of context and {len(ending)} of an ending: "
+                        f"{text} has {len(context)} tokens of context and {len(ending)} of an ending: "
                         f"expected at least one each, and an ending of at most the {self.max_length} of the "
                         "model's context"
                     )
@@ -188,20 +166,16 @@ def _watched(subject: Subject, batch: int):
                     self.cut.add(pair)
             return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
-    named = (subject.tokenizer.bos_token_id, subject.tokenizer.eos_token_id)
-    # a tokenizer with neither puts nothing in front of a text; the harness would ask what
-    model = Watched(
-        pretrained=subject.model,
-        tokenizer=subject.tokenizer,
-        batch_size=batch,
-        prefix_token_id=None if any(t is not None for t in named) else subject.pad_id,
-    )
+    # the harness asks for a token to put before a text where a tokenizer has neither of these
+    has_prefix = (subject.tokenizer.bos_token_id, subject.tokenizer.eos_token_id) != (None, None)
+    prefix = None if has_prefix else subject.pad_id
+    model = Watched(pretrained=subject.model, tokenizer=subject.tokenizer, batch_size=batch, prefix_token_id=prefix)
     model.cut = set()
     return model
 
 
-class LmEvalWikitext(Task):
-    """The harness's word perplexity of detokenised WikiText-2 articles, another number than
+class LmEvalWikitext(PerplexityTask):
+    """The harness's word perplexity of detokenised WikiText-2 articles. It is another number than
     `thesislib.evaluate.perplexity`.
 
     It needs a folder or the Hub: embedded text is not WikiText.
@@ -209,14 +183,10 @@ class LmEvalWikitext(Task):
 
     name = "lm_eval_wikitext"
     metric = "word_perplexity"
-    unit = "perplexity"
-    higher_is_better = False
-    ratio = True
-    tolerance = ("relative", (0.001, 0.01, 0.03))
 
     def items(self, data: str, options: Options) -> list[Row]:
         """Articles as the harness wants them, one `page` each, in the official line layout."""
-        if kind_of(data) == "embedded":
+        if origin_of(data) == "embedded":
             raise BadInput(
                 "the harness's wikitext task needs WikiText-2 itself: give a folder with wikitext2/test.jsonl or "
                 "'hub' as data"
@@ -230,13 +200,13 @@ class LmEvalWikitext(Task):
         )
 
     def sha256(self, items: list[Row], options: Options) -> None:
-        """None: the ids in its items name them."""
+        """None: the ids in a record tell which articles they were."""
 
     def measure(self, subject: Subject, items: list[Row], options: Options) -> Measurement:
         """See the class."""
         stock = Stock("wikitext", "wikitext/wikitext.yaml", self.metric, "test")
-        samples, _, made = _run(subject, stock, items, options.limit, options.seed, options.batch or 8)
-        return _word_perplexity(samples, made)
+        samples, _, facts = _run(subject, stock, items, options.limit, options.seed, options.batch or 8)
+        return _word_perplexity(samples, facts)
 
     def compare(self, a: Measurement, b: Measurement) -> Comparison:
         """Paired t test of b's loss against a's in nats a word, over articles; exp(difference) is a ratio of word

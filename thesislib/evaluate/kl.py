@@ -1,12 +1,11 @@
 """How far a subject's next-token distributions are from a reference's: the mean Kullback-Leibler divergence over a
 text.
 
-Perplexity sees the probability of one word a token, and a compressed model can lose and win there by turns; the
-divergence sees all words, and is 0 only for a model that predicts as the reference does.
+Perplexity depends on the probability of the one token that follows, where a compressed model can lose and win by turns.
+The divergence depends on the whole distribution, and is 0 only for a model that predicts as the reference does.
 """
 
 import time
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,18 +13,17 @@ from tqdm import tqdm
 
 from thesislib.errors import BadInput
 from thesislib.evaluate import perplexity
-from thesislib.evaluate.perplexity import ONE_DOCUMENT
-from thesislib.evaluate.stats import Comparison, bootstrap_mean
-from thesislib.evaluate.task import Options, Task
+from thesislib.evaluate.perplexity import OnText, mean_over_windows
+from thesislib.evaluate.stats import Comparison
+from thesislib.evaluate.task import Options
 from thesislib.formats.load import load_subject
 from thesislib.model.forward import batch_for, final_states
 from thesislib.model.subject import Subject
 from thesislib.model.tokenizers import check_windows
 from thesislib.records.measurement import Measurement, provenance
-from thesislib.sources import corpus
 from thesislib.sources.corpus import Text, windows
 
-TILE = 1 << 24  # logits of a model that are held at once, in float32
+TILE = 1 << 24  # how many logits of a model are in memory at a time, in float32
 
 
 def divergence(
@@ -43,15 +41,15 @@ def divergence(
     scores. The interval is a bootstrap over the text's documents.
 
     Args:
-        subject: what is held against the reference.
-        reference: whose distributions are taken for true.
-        text: what is read.
+        subject: the model that is compared with the reference.
+        reference: the model whose distributions are taken for true.
+        text: the text that both read.
         length: tokens in a window.
         limit: use this many windows, spread evenly over the text.
-        batch: windows at a time, by default 4 on a CPU and what fills a card. It does not change the result.
+        batch: windows at a time, by default 4 on a CPU and as many as fill a card. It does not change the result.
 
     Raises:
-        BadInput: two vocabularies; and whatever `perplexity` refuses.
+        BadInput: the two have different vocabularies; whatever `perplexity` refuses.
     """
     started = time.perf_counter()
     _check_vocabularies(subject, reference)
@@ -59,34 +57,14 @@ def divergence(
     for one in (subject, reference):
         check_windows(one.model, one.tokenizer, cut.ids)
     nats = _nats(subject, reference, cut.ids, batch or batch_for(subject.model, length, on_cpu=4))
-    n, tokens = len(nats), np.full(len(nats), length - 1)
-    low, high = bootstrap_mean(nats, tokens, cut.document)
-    documents = cut.document.tolist()
-    extra: dict[str, Any] = {
+    extra = {
         "reference": reference.name,
-        "predicted_tokens": int(tokens.sum()),
-        "documents": len(set(documents)),
+        "predicted_tokens": len(nats) * (length - 1),
+        "documents": len(set(cut.document.tolist())),
     }
-    if extra["documents"] < 2:
-        extra["why no interval"] = ONE_DOCUMENT
     settings = {"length": length, "limit": limit, "text": text.name, "text_sha256": text.sha256, "bootstrap_seed": 0,
                 "reference": reference.name, "reference_fingerprint": reference.fingerprint}  # fmt: skip
-    items = [
-        {"id": i, "document": d, "nats": x, "tokens": length - 1}
-        for i, (d, x) in enumerate(zip(documents, nats.tolist(), strict=True))
-    ]
-    return Measurement(
-        task=text.name,
-        metric=Kl.metric,
-        value=float(nats.sum() / tokens.sum()),
-        low=low,
-        high=high,
-        n=n,
-        unit=f"window of {length} tokens",
-        items=items,
-        extra=extra,
-        provenance=provenance(subject, started, **settings),
-    )
+    return mean_over_windows(text.name, Kl.metric, cut, nats, extra, provenance(subject, started, **settings))
 
 
 @torch.inference_mode()
@@ -127,7 +105,7 @@ def _check_vocabularies(subject: Subject, reference: Subject) -> None:
         )
 
 
-class Kl(Task):
+class Kl(OnText):
     """See the module."""
 
     name = "kl"
@@ -136,14 +114,6 @@ class Kl(Task):
     higher_is_better = False
     tolerance = ("absolute", (0.001, 0.01, 0.03))  # as that of perplexity, whose logarithm is in nats too
     two_models = True
-
-    def items(self, data: str, options: Options) -> Text:
-        """See `Task.items`."""
-        return corpus.evaluation_text(data)
-
-    def sha256(self, items: Text, options: Options) -> str:
-        """See `Task.sha256`."""
-        return items.sha256
 
     def measure(self, subject: Subject, items: Text, options: Options) -> Measurement:
         """See `divergence`; the reference is loaded in the subject's type."""

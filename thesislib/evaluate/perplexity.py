@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,7 +18,7 @@ from thesislib.records.measurement import Measurement, provenance
 from thesislib.sources import corpus
 from thesislib.sources.corpus import Text, Windows, windows
 
-K = TypeVar("K")  # what a plan is called by
+K = TypeVar("K")  # the name of a plan
 AS_IT_IS = "as it is"
 ONE_DOCUMENT = "one document, and an interval shows how documents differ (WikiText's articles begin with ' = Title = ')"
 
@@ -28,20 +28,20 @@ def perplexity(
 ) -> Measurement:
     """The subject's perplexity on `text`.
 
-    The text is tokenised once and cut into windows of `length` tokens, no token added, the tail dropped; in each, all
-    tokens but the first are predicted, and the mean is over tokens (GPTQ's and WANDA's protocol). The interval is a
-    bootstrap over the text's documents. `extra` has the same losses per word and per byte.
+    The protocol is that of GPTQ and WANDA. The text is tokenised once and cut into windows of `length` tokens; no token
+    is added, and the tail is dropped. In each window all tokens but the first are predicted. The mean is over tokens,
+    and its interval a bootstrap over the text's documents. `extra` has the same losses per word and per byte.
 
     Args:
         subject: the model and tokenizer.
-        text: what to predict.
+        text: the text to predict.
         length: tokens in a window; longer windows give lower perplexities, so only equal lengths compare.
         limit: use this many windows, spread evenly over the text.
-        batch: windows at a time, by default 4 on a CPU and what fills a card. It does not change the result.
+        batch: windows at a time, by default 4 on a CPU and as many as fill a card. It does not change the result.
 
     Raises:
-        BadInput: empty text, window longer than the text or the model's context, length below 2, a token that the model
-            has no row for.
+        BadInput: empty text, window longer than the text or the model's context, length below 2, a token outside the
+            model's embedding.
     """
     return perplexities(subject, text, {AS_IT_IS: None}, length=length, limit=limit, batch=batch)[AS_IT_IS]
 
@@ -55,7 +55,7 @@ def perplexities(
     limit: int | None = None,
     batch: int | None = None,
 ) -> dict[K, Measurement]:
-    """`perplexity` of the subject under every plan (an order of its blocks), blocks that plans share run once.
+    """`perplexity` of the subject under every plan, an order of its blocks. Beginnings that plans share run once.
 
     The plan None is the model as it is and must stand alone; see `thesislib.model.forward.final_states`.
     """
@@ -66,69 +66,105 @@ def perplexities(
     orders = None if plans[names[0]] is None else [plans[name] for name in names]
     nats = _nats(subject, cut.ids, orders, batch or batch_for(subject.model, length, on_cpu=4))
     settings = {"length": length, "limit": limit, "text": text.name, "text_sha256": text.sha256, "bootstrap_seed": 0}
-    made = provenance(subject, started, **settings)
-    return {
-        name: _measurement(
-            text.name, cut, nats[i], made if plans[name] is None else {**made, "plan": list(plans[name])}
-        )
-        for i, name in enumerate(names)
-    }
+    facts = provenance(subject, started, **settings)
+    return {name: _measurement(text.name, cut, nats[i], with_plan(facts, plans[name])) for i, name in enumerate(names)}
+
+
+def with_plan(facts: dict, plan: Plan | None) -> dict:
+    """The provenance of a measurement under a plan; None is the model as it is."""
+    return facts if plan is None else {**facts, "plan": list(plan)}
 
 
 @torch.inference_mode()
 def _nats(subject: Subject, ids: torch.Tensor, orders: list[Plan] | None, batch: int) -> np.ndarray:
-    """(plans, windows) float64: the loss of each window of ids (windows, length). A card is waited for once, at the
-    end."""
+    """(plans, windows) float64: the summed loss of each window of ids (windows, length), in nats.
+
+    Losses are collected on the card and fetched once, at the end.
+    """
     ids = ids.to(subject.device)
     nats = torch.zeros(len(orders or [None]), len(ids), dtype=torch.float64, device=ids.device)
     for at in tqdm(range(0, len(ids), batch), desc="perplexity", unit="batch", disable=None, leave=False):
         part = ids[at : at + batch]
         targets = part[:, 1:].reshape(-1)
-        for which, states in final_states(subject.model, part, orders):
+        for plan, states in final_states(subject.model, part, orders):
             losses = token_losses(subject.model, states[:, :-1].reshape(-1, states.shape[-1]), targets)
-            nats[which, at : at + len(part)] = losses.view(len(part), -1).double().sum(1)
+            nats[plan, at : at + len(part)] = losses.view(len(part), -1).double().sum(1)
     return nats.cpu().numpy()
 
 
-def _measurement(task: str, cut: Windows, nats: np.ndarray, made: dict) -> Measurement:
+def _measurement(task: str, cut: Windows, nats: np.ndarray, facts: dict) -> Measurement:
+    """The perplexity of windows whose losses are nats (windows,)."""
     n, length = cut.ids.shape
-    tokens = np.full(n, length - 1)
-    mean = float(nats.sum() / tokens.sum())
-    low, high = bootstrap_mean(nats, tokens, cut.document)
-    extra: dict[str, Any] = {
-        "tokens": int(n * length),
-        "predicted_tokens": int(tokens.sum()),
+    predicted = n * (length - 1)
+    extra = {
+        "tokens": n * length,
+        "predicted_tokens": predicted,
         "documents": len(set(cut.document.tolist())),
-        "nats_per_token": mean,
+        "nats_per_token": float(nats.sum() / predicted),
         "word_perplexity": _exp(_per(nats.sum(), cut.scored_words.sum())),
         "bits_per_byte": _per(nats.sum() / math.log(2), cut.scored_bytes.sum()),
     }
-    if extra["documents"] < 2:
-        extra["why no interval"] = ONE_DOCUMENT
+    return mean_over_windows(task, "perplexity", cut, nats, extra, facts, _exp)
+
+
+def mean_over_windows(
+    task: str,
+    metric: str,
+    cut: Windows,
+    nats: np.ndarray,
+    extra: dict[str, Any],
+    facts: dict,
+    transform: Callable[[float], float] = float,
+) -> Measurement:
+    """The measurement of a mean per predicted token over windows, with a bootstrap interval over documents.
+
+    Args:
+        task, metric: names for the record.
+        cut: the windows.
+        nats: (windows,) the sum over each window's predicted tokens.
+        extra: further numbers, "documents" among them.
+        facts: the provenance.
+        transform: of the mean and of its bounds.
+    """
+    n, length = cut.ids.shape
+    tokens = np.full(n, length - 1)
+    low, high = bootstrap_mean(nats, tokens, cut.document)
     items = [
-        {"id": i, "document": int(d), "nats": float(v), "tokens": length - 1}
-        for i, (d, v) in enumerate(zip(cut.document, nats, strict=True))
+        {"id": i, "document": document, "nats": x, "tokens": length - 1}
+        for i, (document, x) in enumerate(zip(cut.document.tolist(), nats.tolist(), strict=True))
     ]
     return Measurement(
-        task=task, metric="perplexity", value=_exp(mean), low=_exp(low), high=_exp(high), n=n, unit="window of "
-            f"{length} tokens", items=items,
-        extra=extra, provenance=made,
-    )  # fmt: skip
+        task=task,
+        metric=metric,
+        value=transform(float(nats.sum() / tokens.sum())),
+        low=transform(low),
+        high=transform(high),
+        n=n,
+        unit=f"window of {length} tokens",
+        items=items,
+        extra={**extra, **no_interval(extra["documents"])},
+        provenance=facts,
+    )
+
+
+def no_interval(documents: int) -> dict[str, str]:
+    """Why a measurement has no interval, for its `extra`; {} if it has one."""
+    return {"why no interval": ONE_DOCUMENT} if documents < 2 else {}
 
 
 def _per(x: float, n: int) -> float:
-    """x / n, infinite for none: a script without spaces may have no word that ends in a window."""
+    """x / n; infinite if n is 0, as where a script without spaces has no word that ends in a window."""
     return float(x / n) if n else math.inf
 
 
 def _exp(x: float) -> float:
-    """exp, infinite where it overflows."""
+    """exp(x); infinite where that overflows."""
     with np.errstate(over="ignore"):
         return float(np.exp(x))
 
 
 def compare(a: Measurement, b: Measurement) -> Comparison:
-    """Paired t test of b's loss against a's in nats per token, windows of one document averaged.
+    """Paired t test of b's loss against a's in nats per token, the windows of a document averaged.
 
     exp(difference) is the ratio of two geometric means over documents: the ratio of the perplexities where every
     document has as many windows, and close to it elsewhere. `thesislib.evaluate.stats.paired_bootstrap` with tokens as
@@ -139,15 +175,17 @@ def compare(a: Measurement, b: Measurement) -> Comparison:
     return paired_means(nats_a / tokens, nats_b / tokens, a.column("document"))
 
 
-class Wikitext(Task):
-    """Perplexity on the evaluation text."""
+class PerplexityTask(Task):
+    """A task whose number is a perplexity."""
 
-    name = "wikitext"
-    metric = "perplexity"
     unit = "perplexity"
     higher_is_better = False
     ratio = True
     tolerance = ("relative", (0.001, 0.01, 0.03))
+
+
+class OnText(Task):
+    """A task on the evaluation text."""
 
     def items(self, data: str, options: Options) -> Text:
         """See `Task.items`."""
@@ -156,6 +194,13 @@ class Wikitext(Task):
     def sha256(self, items: Text, options: Options) -> str:
         """See `Task.sha256`."""
         return items.sha256
+
+
+class Wikitext(OnText, PerplexityTask):
+    """Perplexity on the evaluation text."""
+
+    name = "wikitext"
+    metric = "perplexity"
 
     def measure(self, subject: Subject, items: Text, options: Options) -> Measurement:
         """See `perplexity`."""

@@ -1,5 +1,5 @@
-"""What to measure and how, in words that a record can hold: the same words make the same measurement again. The tasks
-there are."""
+"""The setup of a measurement: a task and its options, in words that a record holds and that make the same measurement
+again; and all tasks by name."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -17,10 +17,10 @@ TASKS: dict[str, Task] = {}  # filled below
 
 @dataclass(frozen=True)
 class Setup(Options):
-    """One measurement, but for the subject and the data: a task, and its options.
+    """A task and its options: a measurement without the subject and the data.
 
     Attributes:
-        on: one of `TASKS`; the others are those of `Options`.
+        on: the name of a task, one of `TASKS`. The other fields are those of `Options`.
     """
 
     on: str
@@ -33,11 +33,12 @@ class Setup(Options):
 
     @property
     def task(self) -> Task:
-        """What measures."""
+        """The task named by `on`."""
         return TASKS[self.on]
 
     def plain(self) -> dict[str, Any]:
-        """As a record holds it; without a reference, as before there were tasks that have one."""
+        """The fields as a record holds them. A reference of None is left out, as in records made before there was
+        one."""
         facts = {"on": self.on, **dataclasses.asdict(self)}
         return {name: value for name, value in facts.items() if (name, value) != ("reference", None)}
 
@@ -46,27 +47,27 @@ class Setup(Options):
         return self.task.items(data, self)
 
     def measure(self, subject: Subject, data: str) -> Measurement:
-        """The measurement; its provenance has this setup, as "protocol", and the sha256 of the text or items that were
-        used.
+        """Measure a subject. The provenance holds this setup, as "protocol", and the sha256 of the text or items.
 
         Raises:
-            BadInput: whatever the measure refuses.
+            BadInput: whatever the task refuses.
         """
         items = self.items(data)
         m = self.task.measure(subject, items, self)
         return m.with_provenance(protocol=self.plain(), corpus_sha256=self.task.sha256(items, self))
 
     def corpus_sha256(self, data: str) -> str | None:
-        """Of the text or the items that a measurement on these data uses; None for lm-eval's rows, which the ids in its
-        items name."""
+        """The sha256 of the text or items that a measurement on these data uses; None for lm-eval's rows, which the ids
+        in a record name."""
         return self.task.sha256(self.items(data), self)
 
 
 def setup_of(m: Measurement) -> Setup:
-    """The setup of a measurement, also of one made by `perplexity` and its like directly, from its settings.
+    """The setup that makes a measurement again. One whose record holds none, made by `perplexity` or the like directly,
+    is read from its settings.
 
     Raises:
-        BadInput: a measurement that no setup makes.
+        BadInput: no setup makes this measurement.
     """
     if "protocol" in m.provenance:
         try:
@@ -82,11 +83,11 @@ def setup_of(m: Measurement) -> Setup:
 
 
 def task_of(m: Measurement) -> Task:
-    """The task whose measurement this is: the one that its record names or whose settings it has, else the first that
-    calls its number so.
+    """The task of a measurement: the one that its record names, else the one whose settings it has, else the first with
+    its metric.
 
     Raises:
-        BadInput: it is no task's.
+        BadInput: no task made it.
     """
     if "protocol" in m.provenance:
         return setup_of(m).task
@@ -104,15 +105,15 @@ def task_of(m: Measurement) -> Task:
 
 # last, since a module of this folder may import the names above; a task's own file does not
 for _module in members("thesislib.evaluate"):
-    for _kind in list(vars(_module).values()):
+    for _cls in list(vars(_module).values()):
         if (
-            isinstance(_kind, type)
-            and issubclass(_kind, Task)
-            and _kind.__module__ == _module.__name__
-            and "name" in vars(_kind)
+            isinstance(_cls, type)
+            and issubclass(_cls, Task)
+            and _cls.__module__ == _module.__name__
+            and "name" in vars(_cls)
         ):
-            if _kind.name in TASKS:
+            if _cls.name in TASKS:
                 raise TypeError(
-                    f"two tasks are called '{_kind.name}': {type(TASKS[_kind.name]).__module__} and {_module.__name__}"
+                    f"two tasks are called '{_cls.name}': {type(TASKS[_cls.name]).__module__} and {_module.__name__}"
                 )
-            TASKS[_kind.name] = _kind()
+            TASKS[_cls.name] = _cls()

@@ -1,4 +1,4 @@
-"""How fast a model is as it is held: reading a prompt, and one token at a time."""
+"""The speed of a model with its weights as they are in memory: of a prefill, and of single tokens."""
 
 import statistics
 import time
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pandas as pd
 import torch
 
-from thesislib.formats import artifact
+from thesislib.formats.sizes import sizes
 from thesislib.model.subject import Subject
 from thesislib.records.measurement import Measurement, provenance
 
@@ -15,17 +15,17 @@ SECONDS_PER_TOKEN = "seconds per token"
 
 
 def speeds(models: Mapping[str, Subject], tokens: int = 512, repeats: int = 3) -> pd.DataFrame:
-    """One row a model: MB its tensors take in memory, and median tokens per second of a prefill and of single tokens
-    without a cache."""
+    """One row a model: the MB of its tensors in memory, and median tokens per second, in a prefill and one at a time
+    without a KV cache."""
     rows = []
     for name, model in models.items():
         ids = torch.arange(tokens)[None] % model.model.config.vocab_size
         prefill, one = (_median(model, ids[:, :n], repeats) for n in (tokens, 1))
-        held = artifact.sizes(model)["bytes_in_memory"] / 1e6
+        megabytes = sizes(model)["bytes_in_memory"] / 1e6
         rows.append(
             {
                 "weights": name,
-                "MB in memory": round(held, 1),
+                "MB in memory": round(megabytes, 1),
                 "tokens/s, prefill": round(tokens / prefill),
                 "tokens/s, one at a time": round(1 / one, 1),
             }
@@ -34,7 +34,7 @@ def speeds(models: Mapping[str, Subject], tokens: int = 512, repeats: int = 3) -
 
 
 def _median(subject: Subject, ids: torch.Tensor, repeats: int) -> float:
-    """Seconds of a forward pass, after one that does not count."""
+    """The median seconds of a forward pass, after one that warms up."""
     _seconds(subject, ids)
     return statistics.median(_seconds(subject, ids) for _ in range(repeats))
 
@@ -49,16 +49,16 @@ def _seconds(subject: Subject, ids: torch.Tensor) -> float:
 
 
 def token_seconds(subject: Subject, repeats: int = 32) -> Measurement:
-    """Seconds of one token without a cache: the median, and as its interval the quartiles of what was seen (no
-    confidence interval).
+    """The seconds of one token without a KV cache: the median, with the quartiles as its interval. That is no
+    confidence interval.
 
-    It depends on the machine and on what else runs there; a record of it cannot be made again.
+    It depends on the machine and on what else runs there, so a record of it cannot be made again.
     """
     started, ids = time.perf_counter(), torch.zeros(1, 1, dtype=torch.long)
     _seconds(subject, ids)
-    seen = [_seconds(subject, ids) for _ in range(repeats)]
-    low, middle, high = statistics.quantiles(seen, n=4) if repeats > 1 else seen * 3
-    items = [{"id": str(i), "seconds": s} for i, s in enumerate(seen)]
+    seconds = [_seconds(subject, ids) for _ in range(repeats)]
+    low, middle, high = statistics.quantiles(seconds, n=4) if repeats > 1 else seconds * 3
+    items = [{"id": str(i), "seconds": s} for i, s in enumerate(seconds)]
     settings = {"repeats": repeats, "interval": "quartiles"}
     return Measurement(
         task="one token, no cache",

@@ -1,7 +1,7 @@
-"""Intervals and paired tests: how sure a number is, and whether two differ.
+"""Intervals and paired tests: how certain a number is, and whether two numbers differ.
 
-Errors of neighbouring windows are alike, so where documents are known they, not windows, are resampled. Two subjects
-are always compared on the same items, item by item: the items' own difficulty then cancels.
+Errors of neighbouring windows are alike, so where documents are known, documents and not windows are resampled. Two
+subjects are always compared on the same items, item by item: the difficulty of the items then cancels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -57,7 +57,16 @@ def proportion(successes: int, n: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A difference b - a with its 95 % interval, the two-sided p value, the number of pairs and the test."""
+    """A difference of two subjects on the same items.
+
+    Attributes:
+        difference: b - a.
+        low: the lower bound of its 95 % interval.
+        high: the upper bound.
+        p: the two-sided p value.
+        n: how many pairs.
+        test: the test's name.
+    """
 
     difference: float
     low: float
@@ -72,14 +81,18 @@ class Comparison:
         return self.p < 0.05
 
     def verdict(self, higher_is_better: bool = False) -> str:
-        """What b is against a: "better", "worse", or "not told apart"."""
+        """Whether b is "better" or "worse" than a, or the two are "not told apart"."""
         if not self.told:
             return VERDICTS[2]
         return VERDICTS[(self.difference > 0) != higher_is_better]
 
 
 def _aligned(samples: Mapping[str, Floats], groups: Groups | None) -> tuple[list[np.ndarray], np.ndarray]:
-    """The samples as arrays and each item's group (itself if there are none), refused unless fit for a paired test."""
+    """The samples as arrays, and each item's group; without groups every item is its own.
+
+    Raises:
+        BadInput: samples that no paired test can take, see `paired_means`.
+    """
     rows = [np.asarray(x, float) for x in samples.values()]
     if len({x.shape for x in rows}) > 1:
         sides = "both sides" if len(rows) == 2 else "every side"
@@ -107,12 +120,12 @@ def _aligned(samples: Mapping[str, Floats], groups: Groups | None) -> tuple[list
 
 
 def _averaged(values: np.ndarray, index: np.ndarray) -> np.ndarray:
-    """Every group's mean."""
+    """The mean of each group."""
     return np.bincount(index, weights=values) / np.bincount(index)
 
 
 def paired_means(a: Floats, b: Floats, groups: Groups | None = None) -> Comparison:
-    """Paired t test of b - a, each group's pairs first averaged.
+    """Paired t test of b - a; the pairs of a group are averaged first.
 
     Raises:
         BadInput: different lengths, NaN or infinite values, or fewer than two groups.
@@ -137,11 +150,18 @@ def paired_bootstrap(
     """Bootstrap of mean(b) - mean(a) over the same items, whole groups resampled (Efron 1979; for two systems Koehn
     2004).
 
-    `a`, `b`, `groups` and `weights` have one value an item. Nothing is averaged within a group: every item counts by
-    its weight, so for nats per token with tokens as weights this is the difference of two perplexities' logarithms. The
-    interval is the percentile one, too short for few groups (ten: it covers some 91 %). The p value is twice the
-    smaller of the shares of resamples on either side of zero (zero counts for both), with one added above and below so
-    that it is never 0 (Davison and Hinkley 1997).
+    Nothing is averaged within a group: every item counts by its weight, so for nats per token with tokens as weights
+    this is the difference of two perplexities' logarithms. The interval is the percentile one; it is too short for few
+    groups (of ten groups it covers some 91 %). The p value is twice the smaller of the shares of resamples on either
+    side of zero (zero counts for both), with one added above and below so that it is never 0 (Davison and Hinkley
+    1997).
+
+    Args:
+        a, b: one value an item.
+        groups: the group of each item; None for every item by itself.
+        weights: the weight of each item; None for equal ones.
+        resamples: how many.
+        seed: of the resamples.
 
     Raises:
         BadInput: different lengths, NaN or infinite values, fewer than two groups, or a weight that is not above 0.
@@ -161,14 +181,14 @@ def paired_bootstrap(
 
 
 def signed_rank(a: Floats, b: Floats, groups: Groups | None = None) -> Comparison:
-    """Wilcoxon's signed-rank test of b - a, each group's pairs first averaged (Wilcoxon 1945).
+    """Wilcoxon's signed-rank test of b - a; the pairs of a group are averaged first (Wilcoxon 1945).
 
-    It asks whether the differences lie symmetrically about zero, so a few enormous ones weigh no more than their ranks.
-    The difference is the Hodges-Lehmann estimate, the median of the n (n + 1) / 2 means of two differences, and the
-    interval two of those means in order (Hodges and Lehmann 1963): by the exact null distribution for n up to 50 and
-    its normal approximation above, as scipy chooses for p. Below 6 groups no such interval reaches 95 %, so it is
-    (-inf, inf). p leaves out differences of zero, n counts them; ties make the interval longer than need be. The means
-    are held in memory: 400 MB for 10,000 groups.
+    It tests whether the differences lie symmetrically about zero, so a few enormous ones weigh no more than their
+    ranks. The difference is the Hodges-Lehmann estimate: the median of the n (n + 1) / 2 means of two differences. The
+    interval lies between two of those means in order (Hodges and Lehmann 1963), by the exact null distribution for n up
+    to 50 and its normal approximation above, as scipy chooses for p. Below 6 groups no such interval reaches 95 %, so
+    it is (-inf, inf). p leaves out differences of zero; n counts them. Ties make the interval longer than need be. The
+    means take memory: 400 MB for 10,000 groups.
 
     Raises:
         BadInput: different lengths, NaN or infinite values, or fewer than two groups.
@@ -206,7 +226,7 @@ def paired_outcomes(a: Sequence[bool] | np.ndarray, b: Sequence[bool] | np.ndarr
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values adjusted for testing them together (Holm 1979): still valid to compare with 0.05."""
+    """p values adjusted for testing them together (Holm 1979); they are compared with 0.05 as before."""
     p = np.asarray(p_values, float)
     order = np.argsort(p)
     adjusted = np.empty(len(p))
@@ -220,10 +240,22 @@ def holm_adjusted(pairs: Mapping[K, Comparison]) -> dict[K, Comparison]:
     return {name: replace(c, p=p) for (name, c), p in zip(pairs.items(), adjusted, strict=True)}
 
 
+def by_verdict(pairs: Mapping[K, Comparison], higher_is_better: bool = False) -> dict[str, list[K]]:
+    """{verdict: names of the comparisons that have it}, all of `VERDICTS` in order."""
+    return {word: [k for k, c in pairs.items() if c.verdict(higher_is_better) == word] for word in VERDICTS}
+
+
 @dataclass(frozen=True)
 class Ranking:
-    """Friedman's statistic, its p value, the number of items or groups, each name's mean rank (1 is the smallest value)
-    and Kendall's coefficient of concordance W, from 0 (the rankings cancel) to 1 (all alike)."""
+    """The result of Friedman's test.
+
+    Attributes:
+        statistic: Friedman's statistic.
+        p: its p value.
+        n: how many items or groups.
+        mean_ranks: each name's mean rank; 1 is the smallest value.
+        w: Kendall's coefficient of concordance W, from 0 (the rankings cancel) to 1 (all alike).
+    """
 
     statistic: float
     p: float

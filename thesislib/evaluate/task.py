@@ -1,34 +1,33 @@
-"""What a task is: one measure of a subject, which answers whatever others ask of it. A task is a file in this
-folder."""
+"""A task: one measure of a subject, with what others need to know of it. Each task is a file in this folder."""
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 from thesislib.config import check_seed, positive
 from thesislib.errors import BadInput, shown
-from thesislib.evaluate.stats import Comparison, paired_outcomes
+from thesislib.evaluate.stats import Comparison, paired_outcomes, proportion
 from thesislib.model.subject import Subject
 from thesislib.records.measurement import Measurement
 
-SHARE = "share"  # the unit of what is a part of 1, and shown in percent
+SHARE = "share"  # the unit of a number between 0 and 1 that is shown in percent
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a task can be told; one that has no use for an option ignores it.
+    """The options of a measurement. A task ignores those that it has no use for.
 
     Attributes:
         length: tokens in a window of running text.
-        limit: windows, questions or items, None for all.
-        prompt: of trivia, None for the subject's own.
+        limit: how many windows, questions or items; None for all.
+        prompt: the prompt of TriviaQA's questions; None for the subject's own.
         seed: of the choice of questions or items under a limit.
-        fast: multiple choice with shared contexts instead of lm-eval, with the same scores.
-        batch: at a time, None for 32 questions and, on a CPU, 4 windows and 8 items (on a card as many as fill it);
-            rounding apart, it changes nothing.
-        reference: a spec of the subject that another is held against, for a task of two models.
+        fast: multiple choice by `thesislib.evaluate.choice` instead of lm-eval, with the same scores.
+        batch: how many at a time; None for 32 questions and, on a CPU, 4 windows and 8 items (on a card as many as fill
+            it). It changes rounding only.
+        reference: a spec of the reference model, for a task of two models.
     """
 
     length: int = 512
@@ -49,14 +48,14 @@ class Task:
     """One measure. A subclass with a `name` is a task; `thesislib.evaluate.setup` finds it by itself.
 
     Attributes:
-        name: what `--on` and a grid call it.
-        metric: what its measurements call their number.
-        unit: what the number is in: `SHARE`, "nats a token", ...
-        higher_is_better: which way is better.
-        ratio: whether the difference of a comparison is the logarithm of a ratio of two numbers.
-        tolerance: "relative" or "absolute", and how far the same measurement may lie from a record on another machine:
-            of a model in float32, in 16 bits, and of one that was trained.
-        two_models: whether it holds a subject against a reference.
+        name: its name for `--on` and in a grid.
+        metric: the name of its number in a measurement.
+        unit: the unit of the number: `SHARE`, "nats a token", ...
+        higher_is_better: whether a larger number is better.
+        ratio: whether the difference in a `Comparison` is the logarithm of a ratio of two numbers.
+        tolerance: how far the same measurement on another machine may lie from a record: "relative" or "absolute", and
+            the bounds for a model in float32, for one in 16 bits, and for one that was trained.
+        two_models: whether it compares a subject with a reference model.
     """
 
     name: ClassVar[str]
@@ -81,15 +80,15 @@ class Task:
             )
 
     def items(self, data: str, options: Options) -> Any:
-        """What is measured on, out of a data spec: a text, or a list of questions or items.
+        """The text, or the list of questions or items, that a data spec has for this task.
 
         Raises:
-            BadInput: data that lack it.
+            BadInput: the data have none.
         """
         raise NotImplementedError
 
     def sha256(self, items: Any, options: Options) -> str | None:
-        """Of the items with everything in them; None where the ids in a record name them."""
+        """The sha256 over all items; None where the ids in a record tell which items they were."""
         return sha256_of_items(items)
 
     def measure(self, subject: Subject, items: Any, options: Options) -> Measurement:
@@ -101,26 +100,26 @@ class Task:
         raise NotImplementedError
 
     def compare(self, a: Measurement, b: Measurement) -> Comparison:
-        """Of b against a, on the same items: the paired test that the measure calls for.
+        """The paired test of b against a that suits this measure, on the same items.
 
         Raises:
-            BadInput: they are not of the same items.
+            BadInput: the two were measured on different items.
         """
         raise NotImplementedError
 
     def chance(self, items: Any) -> float | None:
-        """What guessing gets on items; None where nothing can be guessed."""
+        """The score of guessing on these items; None for a task without answers to guess."""
         return None
 
     def options_of(self, m: Measurement) -> dict[str, Any] | None:
-        """The options of a measurement of this task that was made directly and does not say its setup; None for any
-        other."""
+        """The options of a measurement of this task whose record holds no setup, since it was made before or without
+        one; None for another task's measurement."""
         return None
 
 
 class Answers(Task):
-    """A task whose items are right or wrong: the number is the share of the right ones, and a pair is tested by
-    McNemar's test, exactly."""
+    """A task whose items are answered right or wrong. Its number is the share of right ones; two measurements are
+    compared by the exact McNemar test."""
 
     unit = SHARE
     higher_is_better = True
@@ -135,11 +134,34 @@ def compare_answers(a: Measurement, b: Measurement) -> Comparison:
     """Exact McNemar test of b's right answers against a's.
 
     Raises:
-        BadInput: they are not of the same items.
+        BadInput: the two were measured on different items.
     """
     return paired_outcomes(*a.paired_with(b, "correct"))
 
 
+def share_with_interval(count: int, n: int) -> dict[str, float]:
+    """The share count / n with its 95 % interval, as `Measurement.extra` holds it: value, low, high."""
+    low, high = proportion(count, n)
+    return {"value": count / n, "low": low, "high": high}
+
+
+def share_correct(
+    task: str, metric: str, unit: str, items: list[dict[str, Any]], extra: Mapping[str, Any], provenance: dict
+) -> Measurement:
+    """The measurement of answers that are right or wrong: the share of the items whose "correct" is true."""
+    n = len(items)
+    return Measurement(
+        task=task,
+        metric=metric,
+        n=n,
+        unit=unit,
+        items=items,
+        extra=dict(extra),
+        provenance=provenance,
+        **share_with_interval(sum(item["correct"] for item in items), n),
+    )
+
+
 def sha256_of_items(items: Sequence) -> str:
-    """Over questions or choices with everything in them, in order."""
+    """The sha256 over questions or choices with all their fields, in order."""
     return hashlib.sha256(json.dumps([asdict(item) for item in items], ensure_ascii=False).encode()).hexdigest()

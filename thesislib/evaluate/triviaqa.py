@@ -1,4 +1,4 @@
-"""TriviaQA as the thesis scores it, with its three tiers of "correct" kept apart, because the last two flatter."""
+"""TriviaQA as the thesis scores it. The three tiers of "correct" are kept apart, because the last two are lenient."""
 
 import time
 from collections import Counter
@@ -6,9 +6,15 @@ from typing import Any, NamedTuple
 
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate.generate import greedy
-from thesislib.evaluate.stats import proportion
-from thesislib.evaluate.task import Answers, Options, compare_answers, sha256_of_items
-from thesislib.model.prompts import PROMPTS, asked, default_prompt, normalise, prompt_for
+from thesislib.evaluate.task import (
+    Answers,
+    Options,
+    compare_answers,
+    sha256_of_items,
+    share_correct,
+    share_with_interval,
+)
+from thesislib.model.prompts import PROMPTS, default_prompt, normalise, prompt_facts, prompt_for
 from thesislib.model.subject import Subject
 from thesislib.records.measurement import Measurement, provenance
 from thesislib.sources.corpus import Question, question_source, questions
@@ -17,7 +23,12 @@ TIERS = ("exact", "substring", "overlap")
 
 
 class Asked(NamedTuple):
-    """Questions, and what they are, as it should stand in a table."""
+    """Questions, and their source in words.
+
+    Args:
+        questions: the questions.
+        source: see `thesislib.sources.corpus.question_source`.
+    """
 
     questions: list[Question]
     source: str
@@ -29,13 +40,13 @@ def tier(answer: str, aliases: tuple[str, ...]) -> str:
     exact: the whole answer is an alias. substring: an alias occurs in it, even inside a word ("not Mark Twain"
     counts for Mark Twain, "Austria" for US). overlap: at least 80 % of the words of an alias of several words occur.
     """
-    said = normalise(answer)
+    answer = normalise(answer)
     names = {n for n in map(normalise, aliases) if n}
-    if said in names:
+    if answer in names:
         return "exact"
-    if any(name in said for name in names):
+    if any(name in answer for name in names):
         return "substring"
-    words = set(said.split())
+    words = set(answer.split())
     several = [set(name.split()) for name in names if " " in name]
     if any(len(name & words) >= 0.8 * len(name) for name in several):
         return "overlap"
@@ -56,7 +67,7 @@ def triviaqa(
     Args:
         subject: the model and tokenizer.
         items: from `thesislib.sources.corpus.questions`.
-        source: what the questions are, for the record (`thesislib.sources.corpus.question_source`).
+        source: of the questions, in words for the record (`thesislib.sources.corpus.question_source`).
         prompt: 'chat' or 'thesis'; by default `default_prompt`.
         batch: prompts at a time.
         max_new_tokens: the longest answer; the thesis allows 50.
@@ -80,34 +91,17 @@ def triviaqa(
     for outcome in outcomes:
         outcome["correct"] = bool(outcome["tier"])
     counts = Counter(o["tier"] for o in outcomes)
-    n = len(items)
-    correct = sum(counts[t] for t in TIERS)
-    low, high = proportion(correct, n)
-    extra = {}
-    for name in TIERS:  # each tier's own share, with its own interval
-        a, b = proportion(counts[name], n)
-        extra[name] = {"value": counts[name] / n, "low": a, "high": b}
+    extra = {tier: share_with_interval(counts[tier], len(items)) for tier in TIERS}
     settings = {"prompt": prompt, "source": source, "max_new_tokens": max_new_tokens, "batch": batch,
-                "open_book": items[0].context is not None, **asked(subject, prompts, prompt)}  # fmt: skip
-    return Measurement(
-        task=source,
-        metric="accuracy",
-        value=correct / n,
-        low=low,
-        high=high,
-        n=n,
-        unit="question",
-        items=outcomes,
-        extra=extra,
-        provenance=provenance(subject, started, **settings),
-    )
+                "open_book": items[0].context is not None, **prompt_facts(subject, prompts, prompt)}  # fmt: skip
+    return share_correct(source, "accuracy", "question", outcomes, extra, provenance(subject, started, **settings))
 
 
 compare = compare_answers
 
 
 class Trivia(Answers):
-    """TriviaQA, closed book."""
+    """TriviaQA, closed book: the question alone."""
 
     name = "trivia"
     metric = "accuracy"
@@ -115,8 +109,8 @@ class Trivia(Answers):
 
     def items(self, data: str, options: Options) -> Asked:
         """See `Task.items`."""
-        found = questions(data, open_book=self.open_book, limit=options.limit, seed=options.seed)
-        return Asked(found, question_source(data, self.open_book))
+        chosen = questions(data, open_book=self.open_book, limit=options.limit, seed=options.seed)
+        return Asked(chosen, question_source(data, self.open_book))
 
     def sha256(self, items: Asked, options: Options) -> str:
         """See `Task.sha256`."""

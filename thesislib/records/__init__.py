@@ -1,1 +1,1 @@
-"""What was measured, and where it is kept."""
+"""Measurements, and the files that they are recorded in."""

@@ -26,18 +26,18 @@ from thesislib.records.schema import Made
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One number, its 95 % interval, and the outcomes it was made from.
+    """One number, its 95 % interval, and the outcomes that it was computed from.
 
     Attributes:
-        task: what was measured on, e.g. "WikiText-2 test".
-        metric: what was measured, e.g. "perplexity".
+        task: the text or the items, e.g. "WikiText-2 test".
+        metric: the name of the number, e.g. "perplexity".
         value: the number.
-        low: where its interval begins.
-        high: where it ends.
+        low: the lower bound of its interval.
+        high: the upper bound.
         n: how many items.
-        unit: what one item is.
+        unit: of an item, e.g. "question".
         items: one dict an item, in order, with at least "id", so that two subjects can be compared item by item.
-        extra: further numbers of the same run, named as what they are.
+        extra: further numbers of the same run, by name.
         provenance: everything needed to make it again, see `thesislib.records.schema.Provenance`.
     """
 
@@ -54,27 +54,27 @@ class Measurement:
 
     @property
     def made(self) -> Made:
-        """How the measured model came about; {} if the record does not say."""
+        """How the measured model came about, see `thesislib.records.schema.Made`; {} if the record does not say."""
         return cast(Made, self.provenance.get("made") or {})
 
     @property
     def label(self) -> str | None:
-        """Of the configuration; None if the record does not say."""
+        """The label of the configuration; None if the record does not say."""
         return self.made.get("label")
 
     @property
     def stages(self) -> list[dict[str, dict]]:
-        """{word: settings} of each stage."""
+        """Each stage as {word: settings}."""
         return self.made.get("stages", [])
 
     @property
     def disk_bytes(self) -> int | None:
-        """Of an artifact's files of weights; None where they were not counted."""
+        """The bytes of the artifact's files of weights; None if they were not counted."""
         return self.made.get("bytes", {}).get("bytes_on_disk")
 
     @property
     def settings(self) -> dict[str, Any]:
-        """How the measure was set, see `thesislib.records.schema.Settings`; {} if the record does not say."""
+        """The settings of the measure, see `thesislib.records.schema.Settings`; {} if the record does not say."""
         return self.provenance.get("settings", {})
 
     @property
@@ -84,45 +84,41 @@ class Measurement:
 
     @property
     def chapter(self) -> dict[str, Any]:
-        """What tells it from others of its chapter, as the chapter's module has it."""
+        """What tells the row from others of its chapter, in the form of the chapter's module."""
         return self.provenance.get("chapter", {})
 
     def with_provenance(self, **facts: Any) -> "Measurement":
-        """The same with more, or other, facts in its provenance."""
+        """A copy with these fields added to its provenance, or replaced there."""
         return replace(self, provenance={**self.provenance, **facts})
 
     def column(self, key: str) -> list:
-        """One field of every item."""
+        """One field of every item, in order."""
         return [item[key] for item in self.items]
 
     def paired_with(self, other: "Measurement", key: str) -> tuple[list, list]:
-        """The same field of the same items in both.
+        """One field of every item of both measurements.
 
         Raises:
-            BadInput: the two measured different items.
+            BadInput: the two were measured on different items.
         """
         if self.column("id") != other.column("id"):
             raise BadInput(f"'{self.task}' was measured on other items in the two: a paired test needs the same ones")
         return self.column(key), other.column(key)
 
     def to_json(self, items: bool = True) -> str:
-        """One line of JSON; what is not finite, wherever it stands (a bound where too few items allow no interval),
-        becomes null."""
-        plain = asdict(self)
+        """One line of JSON. A number that is not finite, such as a bound where too few items allow no interval, becomes
+        null."""
+        fields = asdict(self)
         if not items:
-            del plain["items"]
-        plain = finite(plain)
-        line = json.dumps(plain, ensure_ascii=False, allow_nan=False)
+            del fields["items"]
+        line = json.dumps(finite(fields), ensure_ascii=False, allow_nan=False)
         # half a surrogate pair, as a file's name can have, is written as an escape: no file takes it otherwise
         return re.sub("[\ud800-\udfff]", lambda c: json.dumps(c[0])[1:-1], line)
 
     def __str__(self) -> str:
-        """For people: the number with its interval, then a line for each further number."""
-        interval = (
-            f"95 % interval [{_short(self.low)}, {_short(self.high)}]"
-            if finite(self.low) is not None
-            else "no interval"
-        )
+        """For readers: the number with its interval, then a line for each further number."""
+        bounds = f"95 % interval [{_short(self.low)}, {_short(self.high)}]"
+        interval = "no interval" if finite(self.low) is None else bounds
         lines = [f"{self.task}: {self.metric} {_short(self.value)}, {interval}, n = {self.n} ({self.unit})"]
         for name, value in self.extra.items():
             if isinstance(value, dict) and {"value", "low", "high"} <= value.keys():
@@ -131,51 +127,52 @@ class Measurement:
         return "\n".join(lines)
 
 
-def finite(plain: Any) -> Any:
-    """The same with None for every number that is not finite, in lists and dicts too: JSON has no word for them."""
-    if isinstance(plain, dict):
-        return {key: finite(value) for key, value in plain.items()}
-    if isinstance(plain, (list, tuple)):
-        return [finite(value) for value in plain]
-    return None if isinstance(plain, float) and not math.isfinite(plain) else plain
+def finite(value: Any) -> Any:
+    """The value with None for every number that is not finite, in lists and dicts too: JSON has no such numbers."""
+    if isinstance(value, dict):
+        return {key: finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _short(value: object) -> str:
-    """A number with four digits, anything else as it is; 'none' for what is not there."""
-    return "none" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    """A float with four digits, any other value as it is, and 'none' for None."""
+    if value is None:
+        return "none"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def cost(measurements: Iterable[Measurement]) -> str:
-    """How long recorded measurements took (not the compression before them) and on what, in a sentence."""
-    # what was measured together, such as many plans in one tree, has its one duration in every row
+    """How long recorded measurements took, without the compression before them, and on which hardware: a sentence."""
+    # rows measured together, such as many plans in one tree, each hold the duration of the whole run
     runs = {
         (m.metric, json.dumps(m.provenance["settings"]), m.provenance["seconds"]): m.provenance for m in measurements
     }
     one = next(iter(runs.values()))
-    minutes = sum(made["seconds"] for made in runs.values()) / 60
-    place = one["hardware"]["accelerator"] or f"{one['hardware']['torch_threads']} cores of {one['hardware']['cpu']}"
-    types = " and ".join(sorted({made["dtype"] for made in runs.values()}))
-    return in_markdown(f"Measured on {one['date']} in {minutes:.0f} minutes on {place}, {types}.")
+    minutes = sum(run["seconds"] for run in runs.values()) / 60
+    machine = one["hardware"]["accelerator"] or f"{one['hardware']['torch_threads']} cores of {one['hardware']['cpu']}"
+    dtypes = " and ".join(sorted({run["dtype"] for run in runs.values()}))
+    return in_markdown(f"Measured on {one['date']} in {minutes:.0f} minutes on {machine}, {dtypes}.")
 
 
-# what Markdown, MyST's and GitHub's, takes for markup inside a line; brackets alone, an underscore inside a word and "p
-# < 0.05" are none
+# markup of Markdown, MyST's and GitHub's, inside a line; brackets alone, an underscore inside a word and "p < 0.05" are
+# no markup
 MARKUP = re.compile(r"[\\`*{}$&~|]|<(?=\S)|\](?=[(\[])|(?<![^\W_])_|_(?![^\W_])|^[!-/:-@[-`{-~]")
 
 
 def in_markdown(text: str) -> str:
-    """A text such as a record's, or a sentence that holds some, for a paragraph or a table of Markdown: shown as it is,
-    on one line.
+    """Escape a text, such as a record's, for a paragraph or a table of Markdown: it is shown as it is, on one line.
 
     >>> print(in_markdown("<b> of a_b [1, 2], p < 0.05"))
     \\<b> of a_b [1, 2], p < 0.05
     """
-    return MARKUP.sub(lambda found: "\\" + found[0], " ".join(text.split()))
+    return MARKUP.sub(lambda markup: "\\" + markup[0], " ".join(text.split()))
 
 
 @cache
 def commit() -> str | None:
-    """The git commit of this package's checkout, with "+" where files in it were changed; None outside a checkout."""
+    """The git commit of this package's checkout, with "+" if files in it were changed; None outside a checkout."""
     folder = Path(__file__).parent.parent
 
     def git(*words: str) -> str:
@@ -193,7 +190,7 @@ def commit() -> str | None:
 
 
 def peak_memory() -> int:
-    """Bytes: the most that this process has held until now."""
+    """The peak memory of this process until now, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
@@ -213,12 +210,12 @@ def hardware() -> dict[str, Any]:
 
 
 def provenance(subject: Subject, started: float, **settings: Any) -> dict[str, Any]:
-    """What a record needs to be made again.
+    """The provenance of a measurement that ends now, see `thesislib.records.schema.Provenance`.
 
     Args:
-        subject: what was measured.
+        subject: the measured model.
         started: `time.perf_counter()` at the beginning.
-        settings: everything that was chosen: text and its sha256, lengths, limits, seeds.
+        settings: of the measure: text and its sha256, lengths, limits, seeds.
     """
     names = ("torch", "transformers", "tokenizers", "numpy")
     return {

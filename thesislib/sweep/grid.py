@@ -67,9 +67,13 @@ class Grid:
     timed: int | None = None
     refused: tuple[str, ...] = ()
 
+    def cell(self, c: Configuration) -> dict[str, str]:
+        """Where in the grid a configuration stands, as its records hold it: see `thesislib.records.schema.Sweep`."""
+        return {"grid": self.name, "size": self.size, "group": c.group, "label": c.label}
+
     def check(self, fits: Callable[[Configuration], None]) -> None:
-        """Raises BadInput naming every configuration that cannot work: what `fits` raises BadInput for, and what was
-        refused when the grid was read."""
+        """Raises BadInput that names every configuration that cannot work: those for which `fits` raises BadInput, and
+        those that were refused when the grid was read."""
         wrong = list(self.refused)
         for c in self.configurations:
             try:

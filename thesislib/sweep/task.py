@@ -1,10 +1,13 @@
-"""What a worker does: one configuration made and measured, or one notebook executed. Texts go in and come out, so that
-versions can differ and be told."""
+"""What a worker does: make and measure one configuration, or execute one notebook.
+
+An order and its answer are JSON texts, so that a worker of another version can read enough of an order to refuse it.
+"""
 
 import json
 import os
 import platform
 import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -13,19 +16,19 @@ from pathlib import Path
 import thesislib
 from thesislib.errors import BadInput
 from thesislib.evaluate.setup import Setup
-from thesislib.evaluate.speed import token_seconds
 from thesislib.experiment import prepare, stage_of
+from thesislib.records.measurement import Measurement
 from thesislib.runner import execute, intact, results
 
-SHARED = 0.95  # of a card's memory: each process takes some besides its tensors
+MEMORY_FOR_TENSORS = 0.95  # of a card; each process takes some memory besides its tensors
 
 
 class OtherVersion(RuntimeError):
-    """Driver and worker differ in what must agree."""
+    """Driver and worker have different versions of a package whose versions must agree."""
 
 
 def versions() -> dict[str, str | None]:
-    """What must agree between a driver and its workers."""
+    """The versions that a driver and its workers must have in common; minor versions of Python."""
     try:
         torch = version("torch").partition("+")[0]
     except PackageNotFoundError:
@@ -34,44 +37,81 @@ def versions() -> dict[str, str | None]:
 
 
 def carry_out(order: str) -> str:
-    """Do what an order says: {"versions": those of who gave it, "do": configuration or notebook, ...}; the answer as
-    JSON.
+    """Carry out an order; the answer, as JSON.
 
-    Bad input, which a second try would not mend, comes back as {"failed": why}; whatever else goes wrong is raised.
+    Bad input comes back as {"failed": why}, since a second try would not mend it. Any other error is raised.
+
+    Args:
+        order: JSON with "versions", those of the driver; "do", configuration or notebook; and the order's own fields.
 
     Raises:
         OtherVersion: an order from another version of this package.
     """
-    plain = json.loads(order)
-    if plain["versions"] != (here := versions()):
+    fields = json.loads(order)
+    if fields["versions"] != (here := versions()):
         raise OtherVersion(
-            f"the order is from {_said(plain['versions'])}, this worker has {_said(here)}: expected the same on both"
+            f"the order is from {in_words(fields['versions'])}, this worker has {in_words(here)}: expected the same on "
+            "both"
         )
     try:
-        return json.dumps({"configuration": _configuration, "notebook": _notebook}[plain["do"]](plain))
+        return json.dumps({"configuration": _configuration, "notebook": _notebook}[fields["do"]](fields))
     except BadInput as error:
         return json.dumps({"failed": str(error)})
 
 
-def _said(found: dict[str, str | None]) -> str:
-    return ", ".join(f"{name} {number}" for name, number in found.items())
+def in_words(versions: Mapping[str, str | None]) -> str:
+    """Versions for a message, e.g. "thesislib 0.1.0, torch 2.13.0"."""
+    return ", ".join(f"{name} {number}" for name, number in versions.items())
+
+
+def measure_cell(
+    subject: str,
+    stages: Sequence,
+    setups: Iterable[Setup],
+    cell: dict[str, str],
+    *,
+    data: str,
+    dtype: str,
+    device: str,
+    timed: int | None = None,
+) -> Iterator[Measurement]:
+    """Make one configuration of a grid and measure it; each record as soon as it is measured.
+
+    Args:
+        subject, stages, data, dtype, device: see `thesislib.experiment.prepare`.
+        setups: how it is measured.
+        cell: see `thesislib.sweep.grid.Grid.cell`.
+        timed: over how many tokens the seconds of a token are measured; None for no timing.
+    """
+    started = time.perf_counter()
+    ready = prepare(subject, stages, data=data, dtype=dtype, device=device)
+    noted = {**cell, "seconds_to_make": round(time.perf_counter() - started, 1)}  # stages in the cache take no time
+    for setup in setups:
+        yield ready.measure(setup, data, sweep=noted)
+    if timed:
+        yield ready.time(timed, sweep=noted)
 
 
 def _configuration(order: dict) -> dict:
-    """{"rows": its measurements, with items}."""
-    stages, started = [stage_of(plain) for plain in order["stages"]], time.perf_counter()
-    device = card_of_worker(order["device"], order.get("per_card", 1))
-    ready = prepare(order["subject"], stages, data=order["data"], dtype=order["dtype"], device=device)
-    note = {**order["note"], "seconds_to_make": round(time.perf_counter() - started, 1)}  # less what the cache held
-    rows = [ready.measure(Setup(**setup), order["data"], sweep=note) for setup in order["setups"]]
-    if order["timed"]:
-        rows.append(ready.noted(token_seconds(ready.model, order["timed"]), sweep=note))
-    return {"rows": [asdict(m) for m in rows]}
+    """{"rows": the measurements of a configuration, with items}."""
+    measurements = measure_cell(
+        order["subject"],
+        [stage_of(stage) for stage in order["stages"]],
+        [Setup(**setup) for setup in order["setups"]],
+        order["cell"],
+        data=order["data"],
+        dtype=order["dtype"],
+        device=card_of_worker(order["device"], order.get("per_card", 1)),
+        timed=order["timed"],
+    )
+    return {"rows": [asdict(m) for m in measurements]}
 
 
 def card_of_worker(device: str, per_card: int) -> str:
-    """The card of this worker: local workers are numbered from 0, and cards dealt out in turns. What shares one takes
-    its part of the memory."""
+    """The card that this worker uses. Local workers are numbered from 0, and cards are dealt out in turns.
+
+    Workers that share a card each get their part of its memory.
+    """
     import torch
     from distributed import get_worker
 
@@ -80,13 +120,13 @@ def card_of_worker(device: str, per_card: int) -> str:
             name = get_worker().name
             device = f"cuda:{name % torch.cuda.device_count()}" if isinstance(name, int) else device
     if device.startswith("cuda") and per_card > 1:
-        torch.cuda.set_per_process_memory_fraction(SHARED / per_card, device)
+        torch.cuda.set_per_process_memory_fraction(MEMORY_FOR_TENSORS / per_card, device)
     return device
 
 
 def _notebook(order: dict) -> dict:
-    """{"table": the rows of its cell tagged `results`}; the executed notebook is at `out`, unless it is there
-    already."""
+    """{"table": the rows of the notebook's cell tagged `results`}; a notebook that was executed before is only
+    read."""
     out = Path(order["out"])
     if not intact(out):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
