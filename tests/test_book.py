@@ -109,22 +109,20 @@ def test_a_chapter_reads_what_its_notebook_names():
         assert name in named and named <= set(reads(name)), name
 
 
-def test_executed_runs_once_and_again_when_something_changes(checkout, monkeypatch, capsys):
-    monkeypatch.setattr("thesislib.files.ROOT", checkout)
-    monkeypatch.setattr("thesislib.runner.cache_key.__defaults__", (checkout,))
+def test_executed_runs_once_and_again_when_something_changes(checkout, capsys):
     path, cache = checkout / "notebooks" / "01_one.ipynb", checkout / "cache"
-    first = executed("01_one", path, cache)
+    first = executed("01_one", path, cache, checkout)
     stamp = first.stat().st_mtime_ns
-    assert executed("01_one", path, cache) == first and first.stat().st_mtime_ns == stamp
+    assert executed("01_one", path, cache, checkout) == first and first.stat().st_mtime_ns == stamp
     assert "unchanged" in capsys.readouterr().err
     first.write_text(first.read_text("utf8").replace("cell", "sell", 1), "utf8")  # a damaged byte
     assert (
-        executed("01_one", path, cache) == first
+        executed("01_one", path, cache, checkout) == first
         and "damaged" in capsys.readouterr().err
         and "sell" not in first.read_text("utf8")
     )
     (checkout / "thesislib" / "a.py").write_text("x = 2")
-    second = executed("01_one", path, cache)
+    second = executed("01_one", path, cache, checkout)
     assert second != first and not first.exists()
     assert [f.name for f in cache.iterdir()] == [second.name]
 
