@@ -244,7 +244,7 @@ for folder in sys.argv[2:]:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_plain_checkpoints_load_where_thesislib_is_not(tiny, tmp_path):
     subjects = {
         "masked": masked(tiny(layers=2)),

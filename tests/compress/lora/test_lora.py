@@ -29,7 +29,6 @@ from thesislib.errors import BadInput
 from thesislib.formats.load import load_subject, save_checkpoint
 from thesislib.model.blocks import apply_plan, remove
 from thesislib.model.layers import LINEARS, Adapted, PackedLinear, adapt, replace
-from thesislib.sources.rows import SOURCES
 
 SMALL = {
     "length": 64,
@@ -45,25 +44,10 @@ SMALL = {
 WORDS = ["alpha", "beta", "gamma", "delta", "of", "the", "and"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+@pytest.fixture(scope="session")
+def folder(tiny_data):
     """Training and evaluation text, small."""
-    root, r = tmp_path_factory.mktemp("text"), random.Random(0)
-    prose = {
-        half: [row for i in range(20) for row in (f" = {half} {i} = \n", " ".join(r.choices(WORDS, k=60)) + "\n")]
-        for half in ("Train", "Test")
-    }
-    tables = {
-        "wikitext_train": [{"text": t} for t in prose["Train"]],
-        "wikitext": [{"text": t} for t in prose["Test"]],
-        "trivia_train": [{"question": f"What is {i}?", "answer": {"value": f"number {i % 7}"}} for i in range(200)],
-        "trivia": [{"question": "Who?", "answer": {"value": "me"}}],
-    }
-    for task, rows in tables.items():
-        path = root / f"{SOURCES[task].folder}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(root)
+    return tiny_data
 
 
 @pytest.fixture
@@ -524,7 +508,7 @@ def train(source, folder, work, out, threads, settings):
     save_file(found | {"resumed_at": torch.tensor(report["resumed_at"])}, out)
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_killed_at_any_moment_it_ends_with_the_same_bits(subject, folder, tmp_path):
     settings = SMALL | {"steps": 250, "checkpoint_every": 1, "every": 50}
     source, work, out = save_checkpoint(subject, tmp_path / "subject"), tmp_path / "work", tmp_path / "out.safetensors"
