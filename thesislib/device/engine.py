@@ -153,22 +153,7 @@ def main() -> None:
     log = ll.llama_log_callback(lambda _level, text, _data: messages.append(text.decode("utf8", "replace")))
     ll.llama_log_set(log, None)
     before = _resident()
-    options = ll.llama_model_default_params()
-    options.n_gpu_layers = 0
-    model = ll.llama_model_load_from_file(request.file.encode(), options)
-    if not model:
-        sys.exit("".join(messages[-8:]) or "the file cannot be loaded")
-    room = max(map(len, request.prompts)) + request.tokens
-    settings = ll.llama_context_default_params()
-    settings.n_ctx = settings.n_batch = room
-    settings.n_threads = settings.n_threads_batch = 1
-    settings.no_perf = True
-    if request.exact:
-        settings.type_k = settings.type_v = ll.GGML_TYPE_F32
-        settings.flash_attn_type = ll.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    context = ll.llama_init_from_model(model, settings)
-    if not context:
-        sys.exit("".join(messages[-8:]) or f"no context of {room} tokens")
+    model, context = _load(ll, request, messages)
     size = ll.llama_vocab_n_tokens(ll.llama_model_get_vocab(model))
     if (largest := max(max(p) for p in request.prompts)) >= size:
         sys.exit(f"token {largest} is beyond the file's {size} tokens")
@@ -204,6 +189,27 @@ def main() -> None:
         "versions": {"llama_cpp_python": ll.__version__, "system": ll.llama_print_system_info().decode().strip(" |")},
     }
     json.dump(answer, sys.stdout)
+
+
+def _load(ll, request: Request, messages: list[str]) -> tuple[Any, Any]:
+    """The model of a request and a context for it; the process ends with llama.cpp's last messages if there is none."""
+    options = ll.llama_model_default_params()
+    options.n_gpu_layers = 0
+    model = ll.llama_model_load_from_file(request.file.encode(), options)
+    if not model:
+        sys.exit("".join(messages[-8:]) or "the file cannot be loaded")
+    room = max(map(len, request.prompts)) + request.tokens
+    settings = ll.llama_context_default_params()
+    settings.n_ctx = settings.n_batch = room
+    settings.n_threads = settings.n_threads_batch = 1
+    settings.no_perf = True
+    if request.exact:
+        settings.type_k = settings.type_v = ll.GGML_TYPE_F32
+        settings.flash_attn_type = ll.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    context = ll.llama_init_from_model(model, settings)
+    if not context:
+        sys.exit("".join(messages[-8:]) or f"no context of {room} tokens")
+    return model, context
 
 
 if __name__ == "__main__":
