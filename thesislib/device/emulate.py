@@ -240,7 +240,7 @@ def _probe(target: str, sources: Path, root: Path, jobs: int) -> Path:
         includes = [f"-I{sources / below}" for below in ("include", "ggml/include")]
         # each library before those that it needs
         libraries = [folder / f"lib{name}.a" for name in ("llama", "ggml", "ggml-cpu", "ggml-base")]
-        code = [*includes, shipped(f"{OWN}/probe.cpp"), *libraries, "-lm"]
+        code: list[str | Path] = [*includes, shipped(f"{OWN}/probe.cpp"), *libraries, "-lm"]
         with whole_file(probe) as temporary:
             command = [compiler, "-O2", "-std=c++17", "-static", *code, "-o", temporary]
             _run(command, f"compiling probe.cpp for {target}")
@@ -303,7 +303,7 @@ def emulate(
         raise BadInput(f"a prompt of {len(ids)} tokens and {new_tokens} new ones: expected at least one and two")
     programs = programs or build()
     plugin = str(programs.plugin).replace(",", ",,")  # qemu's escape of a comma
-    qemu = ["qemu-riscv64", "-plugin", plugin, programs.riscv64]
+    qemu: list[str | Path] = ["qemu-riscv64", "-plugin", plugin, programs.riscv64]
     host, host_logits, _ = _decode([programs.host], file, ids, new_tokens, timeout)
     control, control_logits, _ = _decode([programs.plain_host], file, ids, new_tokens, timeout)
     emulated, emulated_logits, printed = _decode(qemu, file, ids, new_tokens, timeout)
