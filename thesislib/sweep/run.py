@@ -1,4 +1,4 @@
-"""A grid carried out: what its store lacks is ordered from workers, and appended as it comes."""
+"""A grid carried out: measurements that its store lacks are ordered from workers, and appended as they come."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
