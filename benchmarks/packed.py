@@ -9,9 +9,10 @@ from collections.abc import Mapping
 import torch
 
 from thesislib.errors import BadInput
-from thesislib.formats.artifact import load_artifact, save_artifact, sizes
+from thesislib.formats.artifact import load_artifact, save_artifact
 from thesislib.formats.artifact_json import read_artifact
 from thesislib.formats.load import load_subject
+from thesislib.formats.sizes import sizes
 from thesislib.model.packing import NINE, pack, unpack
 from thesislib.model.sparse import semi_structured
 from thesislib.model.subject import Subject

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from thesislib.formats.load import load_subject
+from thesislib.model.blocks import apply_plan
 from thesislib.model.subject import Subject
-from thesislib.sources import rows as rows_
+from thesislib.sources.rows import SOURCES
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -82,7 +83,7 @@ def tiny_data(tmp_path_factory):
         ],
     }
     for task, rows in tables.items():
-        path = root / f"{rows_.SOURCES[task].folder}.jsonl"
+        path = root / f"{SOURCES[task].folder}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(root)
@@ -101,6 +102,12 @@ def own_cache(tmp_path_factory):
 def embedded_subject():
     """The real model, float32. Shared by all tests: do not change it."""
     return load_subject("embedded")
+
+
+@pytest.fixture(scope="session")
+def few_blocks(embedded_subject):
+    """The real tokenizer and scale of logits at a seventh of the cost, for what two ways of computing agree on."""
+    return apply_plan(embedded_subject, (0, 1, 28, 29))
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,8 @@
 """What several tests need: measurements that nobody made, and processes that begin with everything imported."""
 
 import multiprocessing
+from multiprocessing import forkserver
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -50,6 +52,15 @@ def accuracy(share, n=200, **changes):
     return Measurement(**plain | changes)
 
 
+def hub_holds(monkeypatch, rows_of):
+    """The Hub's data sets have the rows that a function of (name, configuration, split) gives; nothing is asked."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(
+        "datasets.load_dataset",
+        lambda *where, split, streaming: SimpleNamespace(to_list=lambda: rows_of((*where, split))),
+    )
+
+
 def processes():
     """A context whose processes have everything imported already, so that a kill meets work and not imports, and none
     costs seconds."""
@@ -58,11 +69,16 @@ def processes():
     context.set_forkserver_preload(
         [
             "pytest",
+            "thesislib.cli",
+            "thesislib.compress.lora.stage",
             "thesislib.pipeline.run",
             "thesislib.records.store",
-            "thesislib.compress.lora.stage",
+            "thesislib.sweep.run",
             f"{llama}modeling_llama",
             f"{llama}configuration_llama",
+            "distributed",
+            "papermill",
         ]
     )
+    forkserver.ensure_running()  # here, since Dask would have other modules imported
     return context

@@ -8,12 +8,14 @@ import nbformat
 import pytest
 from typer.testing import CliRunner
 
-from thesislib import cli, runner
+from tests.fakes import perplexity
+from thesislib import runner
 from thesislib.cli import app
 from thesislib.files import ROOT
 from thesislib.formats import load
 from thesislib.formats.load import save_checkpoint
-from thesislib.sources import rows as rows_
+from thesislib.records.store import Store
+from thesislib.sources.rows import default_data
 
 run = CliRunner().invoke
 
@@ -114,27 +116,25 @@ def test_evaluate_a_plan_and_every_item(tiny_folder, data_folder):
     assert len(found["items"]) == found["n"]
 
 
-def test_a_stream_that_knows_ascii_only_takes_every_text(monkeypatch):
-    text = json.dumps({"task": "Grüße 🚁 日本", "half": "\udcff"}, ensure_ascii=False) + " \udcff"
-    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+def test_a_stream_that_knows_latin_1_only_takes_every_text(monkeypatch, tmp_path):
+    name = Store(tmp_path / "s.jsonl").append(perplexity(1.0, provenance={"subject": "Grüße 🚁 日本"}))
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     monkeypatch.setattr(sys, "stdout", stream)
-    cli._print_all()
-    stream.write(text)
+    app(["records", "--store", str(tmp_path / "s.jsonl"), "--json"], standalone_mode=False)
+    stream.write("\udcff")  # half a character
     stream.flush()
-    said = stream.buffer.getvalue().decode("ascii")
-    assert said.endswith(r" \udcff") and json.loads(said[: -len(r" \udcff")]) == {
-        "task": "Grüße 🚁 日本",
-        "half": "\udcff",
-    }
+    line, half = stream.buffer.getvalue().decode("latin-1").splitlines()
+    plain = json.loads(line)
+    assert plain["id"] == name and plain["provenance"]["subject"] == "Grüße 🚁 日本" and half == r"\udcff"
 
 
 def test_thesislib_data_is_the_default(tiny_folder, data_folder, monkeypatch):
     monkeypatch.setenv("THESISLIB_DATA", data_folder)
-    assert rows_.default_data() == data_folder
+    assert default_data() == data_folder
     result = run(app, ["evaluate", tiny_folder, "--on", "wikitext", "--length", "16"])
     assert result.exit_code == 0 and "WikiText-2 test" in result.stdout
     monkeypatch.delenv("THESISLIB_DATA")
-    assert rows_.default_data() == "embedded"
+    assert default_data() == "embedded"
 
 
 @pytest.mark.parametrize(

@@ -327,14 +327,9 @@ def test_another_subject_is_refused(recorded, folder, other, data):
             lambda rows: [{"text": row["text"].replace("alpha", "omega")} for row in rows],
             "has another text for WikiText-2 test .sha256 ",
         ),
-        (Setup("wikitext", length=32, limit=16), "wikitext2/test", lambda rows: rows[:2], r"gives \d+ other items"),
-        (
-            TRIVIA,
-            "trivia_qa/validation_closed_book",
-            lambda rows: rows[:3],
-            r"gives 3 other items .* than the record's 4",
-        ),
-        (TRIVIA, "trivia_qa/validation_closed_book", lambda rows: rows[::-1], "gives 4 other items"),
+        (Setup("wikitext", length=32, limit=16), "wikitext2/test", lambda rows: rows[:2], "has another text for Wiki"),
+        (TRIVIA, "trivia_qa/validation_closed_book", lambda rows: rows[:3], "has another text for TriviaQA"),
+        (TRIVIA, "trivia_qa/validation_closed_book", lambda rows: rows[::-1], "has another text for TriviaQA"),
         (
             TRIVIA,
             "trivia_qa/validation_closed_book",
@@ -351,9 +346,19 @@ def test_another_subject_is_refused(recorded, folder, other, data):
     ids=["another text", "a shorter text", "fewer questions", "another order", "other questions", "other labels"],
 )
 def test_other_data_is_refused(folder, data, tmp_path, protocol, file, change, message):
-    m = direct(protocol, folder, data)
+    m, other = direct(protocol, folder, data), other_data(data, tmp_path, file, change)
     with pytest.raises(BadInput, match=f"{message}.*name the data that it was made with"):
-        again(m, folder, other_data(data, tmp_path, file, change))
+        again(m, folder, other)
+    # before any stage is carried out, and before the subject is looked at
+    with pytest.raises(BadInput, match=message):
+        again(m, str(tmp_path / "nowhere"), other)
+
+
+@pytest.mark.parametrize("change", [lambda rows: rows[:3], lambda rows: rows[::-1]], ids=["fewer", "another order"])
+def test_other_items_are_refused_where_no_sha256_is_recorded(folder, data, tmp_path, change):
+    m = altered(direct(TRIVIA, folder, data), corpus_sha256=None)
+    with pytest.raises(BadInput, match=r"gives \d other items .* than the record's 4.*name the data"):
+        again(m, folder, other_data(data, tmp_path, "trivia_qa/validation_closed_book", change))
 
 
 @pytest.mark.parametrize(

@@ -23,16 +23,16 @@ from thesislib.files import (
     check_checkout,
     damaged,
     data_file,
-    free_file,
-    free_folder,
+    explain_errors,
     inside,
-    open_folder,
-    plain_errors,
     read_json,
+    replaceable_folder,
     sha256_of,
     shipped,
     whole_file,
     whole_folder,
+    writable_file,
+    writable_folder,
     write_whole,
 )
 from thesislib.formats.load import save_checkpoint
@@ -307,7 +307,7 @@ def test_what_the_living_write_stays_and_inside_a_lock_nothing_does(tmp_path):
     ],
 )
 def test_what_a_system_says_is_one_line(error, message):
-    with pytest.raises(BadInput, match=message) as raised, plain_errors("PLACE"):
+    with pytest.raises(BadInput, match=message) as raised, explain_errors("PLACE"):
         raise error
     assert "\n" not in str(raised.value)
 
@@ -409,17 +409,17 @@ def test_a_link_is_followed_and_stays(tmp_path):
     for name, target in {"empty": "elsewhere", "nowhere": "new", "chain": "empty", "deep": "a/b/c"}.items():
         (tmp_path / name).symlink_to(target)
     for name, real_name in {"nowhere": "new", "chain": "elsewhere", "deep": "a/b/c"}.items():
-        assert free_folder(tmp_path / name) == tmp_path / real_name
+        assert replaceable_folder(tmp_path / name) == tmp_path / real_name
         for n in (1, 2):  # what it wrote is replaced through the link as well
-            with whole_folder(free_folder(tmp_path / name, replaces="artifact.json")) as temporary:
+            with whole_folder(replaceable_folder(tmp_path / name, replaces="artifact.json")) as temporary:
                 (temporary / "artifact.json").write_text(f"{n}")
         assert (tmp_path / name).is_symlink() and (tmp_path / real_name / "artifact.json").read_text() == "2"
     (tmp_path / "f").symlink_to("new.gguf")
-    assert free_file(tmp_path / "f", new=True) == tmp_path / "new.gguf"
+    assert writable_file(tmp_path / "f", new=True) == tmp_path / "new.gguf"
     write_whole(tmp_path / "f", "x")
     assert (tmp_path / "f").is_symlink() and (tmp_path / "new.gguf").read_text() == "x"
     with pytest.raises(BadInput, match="f cannot be written: it is there already"):
-        free_file(tmp_path / "f", new=True)
+        writable_file(tmp_path / "f", new=True)
 
 
 def test_where_nothing_can_be_written_is_said(tmp_path, monkeypatch):
@@ -450,7 +450,7 @@ def test_where_nothing_can_be_written_is_said(tmp_path, monkeypatch):
         "/proc/x": "cannot be written",
     }.items():
         with pytest.raises(BadInput, match=message) as raised:
-            free_folder(path)
+            replaceable_folder(path)
         assert "\n" not in str(raised.value)
     for path, message in {
         ".": "is a folder",
@@ -462,11 +462,14 @@ def test_where_nothing_can_be_written_is_said(tmp_path, monkeypatch):
         "x" * 256: "File name too long",
     }.items():
         with pytest.raises(BadInput, match=message):
-            free_file(path)
-    assert open_folder(".") == tmp_path / "here" / "below" and open_folder(tmp_path / "mount") == tmp_path / "mount"
+            writable_file(path)
+    assert (
+        writable_folder(".") == tmp_path / "here" / "below"
+        and writable_folder(tmp_path / "mount") == tmp_path / "mount"
+    )
     with pytest.raises(BadInput, match="a file stands there"):
-        open_folder(tmp_path / "full" / "notes")
-    assert free_folder("x" * 255).name == "x" * 255 and sorted(p.name for p in tmp_path.iterdir()) == [
+        writable_folder(tmp_path / "full" / "notes")
+    assert replaceable_folder("x" * 255).name == "x" * 255 and sorted(p.name for p in tmp_path.iterdir()) == [
         "full",
         "here",
         "loop",
@@ -507,5 +510,5 @@ def test_a_probe_that_a_kill_left_goes_with_the_next(tmp_path, monkeypatch):
     monkeypatch.setattr("thesislib.files.alive", lambda pid: False)
     left = _temporary(tmp_path / "probe")
     left.mkdir()
-    free_folder(tmp_path / "new")
+    replaceable_folder(tmp_path / "new")
     assert not left.exists()

@@ -18,12 +18,12 @@ from thesislib.errors import BadInput, printable
 from thesislib.files import damaged, read_json, sha256_of
 from thesislib.formats import checkpoint
 from thesislib.formats.artifact import load_artifact, save_artifact
-from thesislib.formats.gguf_reader import check_header
+from thesislib.formats.gguf_header import check_header
 from thesislib.formats.load import load_subject, save_checkpoint
 from thesislib.records.measurement import Measurement
 from thesislib.records.store import Store
-from thesislib.sources import rows as rows_
-from thesislib.sweep import workers as drive
+from thesislib.sources import rows
+from thesislib.sweep.workers import Order, Workers, drive
 
 TERABYTE = 1 << 40
 
@@ -91,15 +91,15 @@ def test_texts_that_unpack_to_all_memory(tmp_path, monkeypatch):
         for _ in range(40):
             file.write(bytes(1 << 20))
     with pytest.raises(BadInput, match="is too large at line 1"):
-        rows_.rows("wikitext", tmp_path)
+        rows.rows("wikitext", tmp_path)
     path.write_bytes(gzip.compress(b'{"text": "x"}\n' * 100))
-    monkeypatch.setattr(rows_, "MOST", 50)
+    monkeypatch.setattr(rows, "MOST", 50)
     with pytest.raises(BadInput, match="is too large at line 51"):
-        rows_.rows("wikitext", tmp_path)
+        rows.rows("wikitext", tmp_path)
     path.unlink()
     sparse(path.with_suffix(""))
     with pytest.raises(BadInput, match="is too large at line 1"):
-        rows_.rows("wikitext", tmp_path)
+        rows.rows("wikitext", tmp_path)
 
 
 def test_a_pipe_has_no_checksum(tmp_path):
@@ -276,19 +276,25 @@ def test_a_tokenizer_whose_longest_text_is_no_number(tiny, tmp_path, value):
 @pytest.mark.parametrize("host", ["a\0b", "\ud800", "x" * 300, ""])
 def test_a_host_that_is_no_name(host):
     with pytest.raises(BadInput, match="--host is"):
-        drive.Workers(host=host)
+        Workers(host=host)
 
 
-def test_a_worker_that_dies_at_the_start_is_started_again(capsys):
+def test_a_worker_that_dies_at_the_start_is_started_again(monkeypatch, tmp_path):
+    pytest.importorskip("distributed", reason="sweeps need Dask: the extra sweep")
     tries = []
 
     def cluster(**settings):
         tries.append(settings["n_workers"])
         if len(tries) < 3:
             raise RuntimeError("Nanny failed to start.")
-        return "ready"
+        raise LookupError("it would be ready")
 
-    assert drive._cluster(cluster, drive.Workers(2, retries=2)) == "ready" and tries == [2, 2, 2]
+    monkeypatch.setattr("distributed.LocalCluster", cluster)
+    one = Order("x", "x", {}, lambda: False, lambda answer: None)
+    with pytest.raises(LookupError, match="it would be ready"):
+        drive([one], Workers(2, retries=2), tmp_path)
+    assert tries == [2, 2, 2]
     tries.clear()
     with pytest.raises(RuntimeError, match="Nanny"):
-        drive._cluster(cluster, drive.Workers(2, retries=1))
+        drive([one], Workers(2, retries=1), tmp_path)
+    assert tries == [2, 2]

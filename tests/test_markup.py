@@ -14,14 +14,10 @@ from myst_parser.config.main import MdParserConfig
 from myst_parser.parsers.mdit import create_md_parser
 from typer.testing import CliRunner
 
-from thesislib.chapters import ch00_measures as measures
-from thesislib.chapters import ch06_grid as evaluation
-from thesislib.chapters import claims, figures, recorded
-from thesislib.chapters import pareto as trade_offs
+from thesislib.chapters import ch00_measures, ch06_grid, claims, figures, pareto, recorded
 from thesislib.cli import app
 from thesislib.errors import printable
-from thesislib.records import measurement as records
-from thesislib.records.measurement import in_markdown
+from thesislib.records.measurement import cost, in_markdown
 from thesislib.records.store import Store
 
 ROOT = Path(__file__).parent.parent
@@ -74,12 +70,12 @@ def test_a_record_s_words_are_text_in_sentences(parser, text):
     found = [
         dataclasses.replace(m, task=text, provenance={**m.provenance, "subject": text}) for m in recorded("00_measures")
     ]
-    assert shown(parser, measures.headline(found)).startswith(" ".join(text.split()))
+    assert shown(parser, ch00_measures.headline(found)).startswith(" ".join(text.split()))
     machine = {**found[0].provenance["hardware"], "cpu": text, "accelerator": None}
     found = [dataclasses.replace(m, provenance={**m.provenance, "hardware": machine, "dtype": text}) for m in found]
-    assert shown(parser, records.cost(found)).count(" ".join(text.split())) == 2
+    assert shown(parser, cost(found)).count(" ".join(text.split())) == 2
     assert " ".join(text.split()) in shown(
-        parser, evaluation.cost_sentence({("dense", str(i)): m for i, m in enumerate(found)})
+        parser, ch06_grid.cost_sentence({("dense", str(i)): m for i, m in enumerate(found)})
     )
 
 
@@ -109,8 +105,8 @@ def test_labels_are_text_in_the_page_of_claims(parser, monkeypatch):
 
 def test_the_explorer_holds_nothing_that_a_page_s_parser_takes(monkeypatch):
     rows = [{"label": text, "family": "pruned"} for text in HOSTILE]
-    monkeypatch.setattr(trade_offs, "trade_offs", lambda _: rows)
-    data = trade_offs.explorer({}).partition("const rows = ")[2].partition(";\n")[0]
+    monkeypatch.setattr(pareto, "trade_offs", lambda _: rows)
+    data = pareto.explorer({}).partition("const rows = ")[2].partition(";\n")[0]
     assert "<" not in data and json.loads(data) == rows
 
 

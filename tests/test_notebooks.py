@@ -8,10 +8,10 @@ import pytest
 from thesislib.bounds import check_sizes
 from thesislib.chapters import parameters_of
 from thesislib.chapters.phrases import expect
-from thesislib.cli import _name
+from thesislib.cli import export_name
 from thesislib.errors import BadInput
-from thesislib.formats.held import check_device, own_dtype
 from thesislib.formats.load import save_checkpoint
+from thesislib.formats.options import check_device, own_dtype
 from thesislib.notebooks import listed, ready, texts, typed
 from thesislib.runner import chapters
 from thesislib.sources.hub import unusable_proxy
@@ -130,7 +130,7 @@ def test_names_of_exports(tmp_path, monkeypatch):
         "hub:org/name@v1": "name",
         "embedded": "embedded",
     }
-    assert {spec: _name(spec) for spec in names} == names
+    assert {spec: export_name(spec) for spec in names} == names
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from thesislib.errors import BadInput, printable, unknown
-from thesislib.files import free_file, free_folder, open_folder, plain_errors
+from thesislib.files import explain_errors, replaceable_folder, writable_file, writable_folder
 
 
 class Commands(TyperGroup):
@@ -69,7 +69,7 @@ def one_line_errors(command: Callable) -> Callable:
     def wrapped(*args, **kwargs):
         _print_all()
         try:
-            with plain_errors():
+            with explain_errors():
                 return command(*args, **kwargs)
         except BadInput as error:
             typer.echo(f"error: {printable(error)}", err=True)
@@ -79,6 +79,15 @@ def one_line_errors(command: Callable) -> Callable:
             raise typer.Exit(1) from error
 
     return wrapped
+
+
+SWEEPS = Path("_build") / "sweeps"
+# parameters that several commands take
+Subject = Annotated[str, typer.Argument(help="an artifact folder, or another subject spec")]
+Notebook = Annotated[str, typer.Argument(help="a notebook's name, e.g. 03_width_pruning, or its number")]
+Data = Annotated[str | None, typer.Option(help="embedded, a folder, or hub; default THESISLIB_DATA, else embedded")]
+Device = Annotated[str, typer.Option(help="a torch device")]
+Prompt = Annotated[int, typer.Option(help="tokens that are read at once")]
 
 
 class NamesTasks(TyperCommand):
@@ -101,9 +110,7 @@ def evaluate(
         str, typer.Argument(help="embedded, a checkpoint or artifact folder, a .gguf file, or hub:NAME[@REVISION]")
     ],
     on: Annotated[str, typer.Option(help="a task")],
-    data: Annotated[
-        str | None, typer.Option(help="embedded, a folder, or hub; default THESISLIB_DATA, else embedded")
-    ] = None,
+    data: Data = None,
     length: Annotated[int, typer.Option(help="tokens in a window of perplexity")] = 512,
     limit: Annotated[int | None, typer.Option(help="windows, questions or items; all by default")] = None,
     prompt: Annotated[str | None, typer.Option(help="trivia: chat or thesis; default the subject's own")] = None,
@@ -118,7 +125,7 @@ def evaluate(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default an artifact's own, else float32")
     ] = None,
-    device: Annotated[str, typer.Option(help="a torch device")] = "cpu",
+    device: Device = "cpu",
     unpack: Annotated[
         bool, typer.Option("--unpack", help="unpack an artifact's weights once: faster, more memory")
     ] = False,
@@ -128,15 +135,15 @@ def evaluate(
 ) -> None:
     """One measurement of a subject: value, 95 % interval, n."""
     from thesislib.evaluate.setup import Setup
-    from thesislib.formats.held import check_device, check_dtype, own_dtype
     from thesislib.formats.load import load_subject
-    from thesislib.sources.rows import default_data, kind_of
+    from thesislib.formats.options import check_device, check_dtype, own_dtype
+    from thesislib.sources.rows import default_data, origin_of
 
     check_dtype(dtype)
     check_device(device)
     setup = Setup(on, length=length, limit=limit, prompt=prompt, seed=seed, fast=fast, batch=batch, reference=reference)
     data = default_data() if data is None else data
-    kind_of(data)  # before a model is loaded
+    origin_of(data)  # before a model is loaded
     dtype = dtype or (own_dtype(subject) if _is_artifact(subject) else "float32")
     loaded = load_subject(subject, dtype, device, packed=not unpack)
     if plan is not None:
@@ -151,7 +158,7 @@ def evaluate(
 @app.command()
 @one_line_errors
 def run(
-    chapter: Annotated[str, typer.Argument(help="a notebook's name, e.g. 01_franken_llama, or its number")],
+    chapter: Notebook,
     parameter: Annotated[
         list[str] | None, typer.Option("-p", "--parameter", help="key=value, as often as needed")
     ] = None,
@@ -166,17 +173,15 @@ def run(
     name, notebook = _notebook(chapter)
     parameters = typed(notebook, map(_pair, parameter or []))
     target = out or ROOT / "_build" / "runs" / f"{name}.ipynb"
-    execute(notebook, free_file(target), parameters, parameters_of(notebook.stem))
+    execute(notebook, writable_file(target), parameters, parameters_of(notebook.stem))
     typer.echo(target)
 
 
 @app.command()
 @one_line_errors
 def record(
-    chapter: Annotated[str, typer.Argument(help="a notebook's name, e.g. 03_width_pruning, or its number")],
-    data: Annotated[
-        str | None, typer.Option(help="a folder, hub or embedded; default THESISLIB_DATA, else embedded")
-    ] = None,
+    chapter: Notebook,
+    data: Data = None,
     limit: Annotated[int | None, typer.Option(help="make at most so many rows now")] = None,
     out: Annotated[Path | None, typer.Option(help="the record's folder; default the study's own, data/results")] = None,
     parameter: Annotated[
@@ -197,7 +202,7 @@ def record(
     if parameter and out is None:
         raise BadInput("the study's own record has the parameters of its chapter: expected --out FOLDER with -p")
     found = chapter_of(name)
-    folder = open_folder(out or study())
+    folder = writable_folder(out or study())
     p = parameters(found, ready(notebook, typed(notebook, map(_pair, parameter or []))), data)
     done = carry_out(found, p, folder, limit)
     for part in done.busy:
@@ -236,7 +241,7 @@ def compress(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default the subject's own, bfloat16 for embedded")
     ] = None,
-    device: Annotated[str, typer.Option(help="a torch device")] = "cpu",
+    device: Device = "cpu",
     plain: Annotated[
         bool, typer.Option("--plain", help="write a plain Hugging Face checkpoint instead of packed weights")
     ] = False,
@@ -250,7 +255,7 @@ def compress(
     """Carry out a recipe on a subject, and write an artifact folder. Run again, it goes on where it was."""
     from thesislib.files import read_json
     from thesislib.formats.artifact_json import RECORD
-    from thesislib.formats.held import check_device
+    from thesislib.formats.options import check_device
     from thesislib.pipeline.run import Job
     from thesislib.pipeline.run import compress as carry_out
 
@@ -286,7 +291,7 @@ def compress(
 @app.command()
 @one_line_errors
 def export(
-    subject: Annotated[str, typer.Argument(help="an artifact folder, or another subject spec")],
+    subject: Subject,
     gptq: Annotated[
         bool, typer.Option("--gptq", help="as a GPTQ checkpoint, which transformers and GPTQModel load")
     ] = False,
@@ -309,9 +314,11 @@ def export(
         raise BadInput("which format to export is not said: expected either --gptq or --gguf TYPE")
     if gptq and merge:
         raise BadInput("--merge would do nothing with --gptq, which keeps corrections beside the weights: leave it out")
-    name = _name(subject)
+    name = export_name(subject)
     place = (
-        free_folder(out or Path(f"{name}-gptq")) if gptq else free_file(out or Path(f"{name}-{gguf}.gguf"), new=True)
+        replaceable_folder(out or Path(f"{name}-gptq"))
+        if gptq
+        else writable_file(out or Path(f"{name}-{gguf}.gguf"), new=True)
     )
     loaded = _held(subject, dtype)
     held = str(loaded.dtype).removeprefix("torch.")
@@ -366,9 +373,7 @@ def sweep(
     subject: Annotated[
         str, typer.Option(help="embedded, a checkpoint or artifact folder, a .gguf file, or hub:NAME[@REVISION]")
     ] = "embedded",
-    data: Annotated[
-        str | None, typer.Option(help="embedded, a folder, or hub; default THESISLIB_DATA, else embedded")
-    ] = None,
+    data: Data = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16")] = "bfloat16",
     device: Annotated[
         str, typer.Option(help="a torch device; on cuda a worker takes one configuration at a time")
@@ -377,13 +382,10 @@ def sweep(
 ) -> None:
     """Measure a grid of configurations, or execute a notebook with many parameters. Run again, it does what is
     missing."""
-    from thesislib.chapters import parameters_of, reads
-    from thesislib.formats.held import check_device, check_dtype
-    from thesislib.notebooks import listed
+    from thesislib.formats.options import check_device, check_dtype
     from thesislib.records.store import Store, stores
     from thesislib.sources.rows import default_data
     from thesislib.sweep.grid import read_grid
-    from thesislib.sweep.notebooks import sweep_notebook
     from thesislib.sweep.run import Target, missing
     from thesislib.sweep.run import sweep as carry_out
     from thesislib.sweep.workers import Workers
@@ -392,44 +394,51 @@ def sweep(
         raise BadInput("what to sweep is not said: expected either a grid's file or --chapter NAME")
     check_dtype(dtype)
     check_device(device)
-    base = Path("_build") / "sweeps"
     crew = Workers(workers, scheduler, host, retries, device.startswith("cuda"), threads, per_card)
     if chapter is not None:
         mine = ("size", "only", "measure", "also", "subject", "data", "dtype", "device", "dry_run")
-        idle = [
-            n for n in mine if (source := context.get_parameter_source(n)) is not None and source.name == "COMMANDLINE"
-        ]
+        sources = {name: context.get_parameter_source(name) for name in mine}
+        idle = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
         if idle:
+            names = ", ".join("--" + ("with" if name == "also" else name.replace("_", "-")) for name in idle)
             raise BadInput(
-                f"with --chapter {', '.join('--' + ('with' if n == 'also' else n.replace('_', '-')) for n in idle)} "
-                "would do nothing: "
-                "a notebook takes its parameters by -p, such as -p subject=embedded"
+                f"with --chapter {names} would do nothing: a notebook takes its parameters by -p, such as "
+                "-p subject=embedded"
             )
-        name, notebook = _notebook(chapter)
-        axes = listed(notebook, map(_pair, parameter or []))
-        table, failed = sweep_notebook(
-            name, notebook, axes, open_folder(out or base / name), crew, parameters_of(name), reads(name)
-        )
-        typer.echo(table)
-    else:
-        if parameter:
-            raise BadInput("-p goes with --chapter: a grid's settings stand in its file")
-        place = Target(subject, default_data() if data is None else data, dtype, device)
-        found = read_grid(
-            grid, size, False, only or (), measure or ()
-        )  # what no subject can take is named with what this one cannot
-        store, others = Store(free_file(out or base / f"{found.name}-{size}.jsonl")), stores(also) if also else []
-        if dry_run:
-            lacking = missing(found, place, [store, *others])
-            for label, measures in lacking.items():
-                typer.echo(f"{label}: {', '.join(measures)}")
-            typer.echo(
-                f"{len(lacking)} of {len(found.configurations)} configurations are not complete in {store.path}",
-                err=True,
-            )
-            return
-        failed = carry_out(found, place, store, crew, others)
-        typer.echo(store.path)
+        table, failed = _sweep_chapter(chapter, parameter or [], out, crew)
+        _echo_and_fail(table, failed)
+        return
+    if parameter:
+        raise BadInput("-p goes with --chapter: a grid's settings stand in its file")
+    place = Target(subject, default_data() if data is None else data, dtype, device)
+    # what no subject can take is named with what this one cannot
+    configurations = read_grid(grid, size, False, only or (), measure or ())
+    store = Store(writable_file(out or SWEEPS / f"{configurations.name}-{size}.jsonl"))
+    others = stores(also) if also else []
+    if dry_run:
+        lacking = missing(configurations, place, [store, *others])
+        for label, measures in lacking.items():
+            typer.echo(f"{label}: {', '.join(measures)}")
+        total = len(configurations.configurations)
+        typer.echo(f"{len(lacking)} of {total} configurations are not complete in {store.path}", err=True)
+        return
+    _echo_and_fail(store.path, carry_out(configurations, place, store, crew, others))
+
+
+def _sweep_chapter(chapter: str, given: list[str], out: Path | None, crew) -> tuple[Path, dict[str, str]]:
+    from thesislib.chapters import parameters_of, reads
+    from thesislib.notebooks import listed
+    from thesislib.sweep.notebooks import sweep_notebook
+
+    name, notebook = _notebook(chapter)
+    axes = listed(notebook, map(_pair, given))
+    folder = writable_folder(out or SWEEPS / name)
+    return sweep_notebook(name, notebook, axes, folder, crew, parameters_of(name), reads(name))
+
+
+def _echo_and_fail(result: Path, failed: dict[str, str]) -> None:
+    """Print where the result is. Raises RuntimeError if anything failed."""
+    typer.echo(result)
     if failed:
         raise RuntimeError("; ".join(f"{label}: {why}" for label, why in failed.items()))
 
@@ -464,14 +473,14 @@ def _is_artifact(subject: str) -> bool:
 def _held(subject: str, dtype: str | None, usual: str | None = None):
     """A subject in the type given, else in its own; one that is no artifact, whose weights are packed as it keeps them,
     in its usual type, if there is one."""
-    from thesislib.formats.held import check_dtype, own_dtype
     from thesislib.formats.load import load_subject
+    from thesislib.formats.options import check_dtype, own_dtype
 
     check_dtype(dtype)
     return load_subject(subject, dtype or (own_dtype(subject) if usual is None or _is_artifact(subject) else usual))
 
 
-def _name(subject: str) -> str:
+def export_name(subject: str) -> str:
     """What a subject's exports are called by default: its folder's or file's own name, also where the spec is '.' or
     ends in a slash."""
     from thesislib.files import expanded, real
@@ -489,9 +498,9 @@ def _megabytes(folder: Path) -> float:
 @app.command()
 @one_line_errors
 def profile(
-    subject: Annotated[str, typer.Argument(help="an artifact folder, or another subject spec")],
+    subject: Subject,
     device: Annotated[str, typer.Option(help="a name in hw/devices, or a .yaml file")],
-    prompt: Annotated[int, typer.Option(help="tokens that are read at once")] = 128,
+    prompt: Prompt = 128,
     context: Annotated[int, typer.Option(help="tokens in the cache when one is generated")] = 128,
     dtype: Annotated[
         str | None,
@@ -551,12 +560,12 @@ def measure(
 @app.command()
 @one_line_errors
 def emulate(
-    subject: Annotated[str, typer.Argument(help="an artifact folder, or another subject spec")],
+    subject: Subject,
     kind: Annotated[
         list[str] | None,
         typer.Option("--type", help="of the GGUF file: F16, Q8_0, Q4_0, Q4_1; as often as needed; default Q8_0"),
     ] = None,
-    prompt: Annotated[int, typer.Option(help="tokens that are read at once")] = 8,
+    prompt: Prompt = 8,
     tokens: Annotated[
         int, typer.Option(help="new tokens, the first from the prompt's own pass; minutes each for a large model")
     ] = 8,
@@ -593,7 +602,7 @@ def calibrate(
 
     if out.suffix != ".yaml":
         raise BadInput(f"{out} cannot be written: expected a new file whose name ends in .yaml")
-    with whole_file(free_file(out, new=True)) as temporary:
+    with whole_file(writable_file(out, new=True)) as temporary:
         temporary.write_text(host_file(out.stem), "utf8")
         found = read_device(temporary)
     bandwidth = found.tiers[0].read or 0.0
@@ -658,7 +667,7 @@ def expand(
     """Write a grid's configurations as recipes."""
     from thesislib.sweep.grid import read_grid, write_recipes
 
-    typer.echo(f"{out}: {len(write_recipes(read_grid(grid, size), open_folder(out)))} recipes")
+    typer.echo(f"{out}: {len(write_recipes(read_grid(grid, size), writable_folder(out)))} recipes")
 
 
 listed = typer.Typer(help="Recorded measurements: list, filter and export them, or make one again.")
@@ -691,7 +700,7 @@ def records(
         return
     from thesislib.records import store as stored
 
-    target = csv and free_file(csv)
+    target = csv and writable_file(csv)
     found = stored.select(stored.stores(store or [stored.study()]), label=label, task=task, metric=metric)
     if csv is not None:
         stored.write_csv(found, target)
@@ -715,7 +724,7 @@ def verify(
     data: Annotated[
         str | None, typer.Option(help="the data it was made with; default THESISLIB_DATA, else embedded")
     ] = None,
-    device: Annotated[str, typer.Option(help="a torch device")] = "cpu",
+    device: Device = "cpu",
     reference: Annotated[
         str | None, typer.Option(help="the model that it was held against; default the record's own")
     ] = None,
@@ -723,7 +732,7 @@ def verify(
     """Make a measurement again from its own record: does it agree within its stated tolerance? If not, the exit code is
     1."""
     from thesislib.experiment import again
-    from thesislib.formats.held import check_device
+    from thesislib.formats.options import check_device
     from thesislib.records import store as stored
 
     check_device(device)

@@ -15,8 +15,8 @@ from thesislib.errors import BadInput, shown, unknown
 from thesislib.evaluate.setup import Setup, setup_of, task_of
 from thesislib.evaluate.speed import SECONDS_PER_TOKEN, token_seconds
 from thesislib.files import read_json
-from thesislib.formats.artifact import predicted_disk_bytes, sizes
 from thesislib.formats.artifact_json import RECORD
+from thesislib.formats.sizes import predicted_disk_bytes, sizes
 from thesislib.model.blocks import apply_plan
 from thesislib.model.layers import ComputedLinear
 from thesislib.model.subject import Subject
@@ -24,7 +24,7 @@ from thesislib.pipeline.label import DENSE
 from thesislib.pipeline.recipe import Recipe
 from thesislib.pipeline.run import Job
 from thesislib.records.measurement import Measurement
-from thesislib.sources.rows import default_data, kind_of
+from thesislib.sources.rows import default_data, origin_of
 
 
 def recipe_of(stages: Sequence) -> Recipe:
@@ -45,7 +45,7 @@ def build_history(recipe: Recipe, base: dict, data: str, size: dict, reports: Se
         recipe: the stages.
         base: name and fingerprint of the model that the stages began with.
         data: the data spec that they were calibrated on or trained with.
-        size: parameters and bytes of the result, see `thesislib.formats.artifact.sizes`.
+        size: parameters and bytes of the result, see `thesislib.formats.sizes.sizes`.
         reports: what each stage reported.
     """
     stages = recipe.plain()
@@ -55,7 +55,7 @@ def build_history(recipe: Recipe, base: dict, data: str, size: dict, reports: Se
         "stage": next(iter(stages[-1])) if stages else None,
         "stages": stages,
         "base": base,
-        "data": kind_of(data),
+        "data": origin_of(data),
         "bytes": size,
         "reports": list(reports),
     }
@@ -211,7 +211,7 @@ class Conditions:
     def of(cls, job: Job, data: str, setups: Iterable[Setup]) -> "Conditions":
         """Those of setups that measure on a data spec; their texts are read."""
         texts = {setup: setup.corpus_sha256(data) for setup in set(map(without_batch, setups))}
-        return cls(job.base["fingerprint"], job.dtype, kind_of(data), texts, job.device)
+        return cls(job.base["fingerprint"], job.dtype, origin_of(data), texts, job.device)
 
     def identity(self, stages: Sequence[Stage], setup: Setup | int) -> str | None:
         """Of a planned measurement of the model after these stages; None if the setup's text is not known.
@@ -337,6 +337,7 @@ def again(
     missing = [key for key in ("subject", "fingerprint", "dtype", "settings") if key not in recorded]
     if missing:
         raise BadInput(f"the record does not say its {', '.join(missing)}: it cannot be measured again")
+    _check_same_text(m, data, setup)  # first: the stages may take minutes
     model, same_subject = _compressed_again(m, subject, data, device)
     # with the weights unpacked, as they were when the record was made: packed ones take another kernel for few rows
     result = setup.measure(Prepared(model, {}).unpacked, data)
@@ -372,23 +373,24 @@ def _compressed_again(m: Measurement, subject: str, data: str, device: str) -> t
     return model, same
 
 
+def _check_same_text(m: Measurement, data: str, setup: Setup) -> None:
+    """Raises BadInput unless the data have the text or the items of the record `m`, as far as it says their sha256."""
+    recorded = m.provenance.get("corpus_sha256") or m.settings.get("text_sha256")
+    now = setup.corpus_sha256(data) if recorded else None
+    if now is not None and now != recorded:
+        raise BadInput(
+            f"data '{data}' has another text for {m.task} (sha256 {now[:12]}..., recorded {recorded[:12]}...): "
+            "name the data that it was made with"
+        )
+
+
 def _check_same_items(m: Measurement, result: Measurement, data: str, setup: Setup) -> None:
-    """Raises BadInput unless a result was measured on the items, text, reference and prompts of the record `m`."""
+    """Raises BadInput unless a result was measured on the items, the reference and the prompts of the record `m`."""
     if [i["id"] for i in result.items] != [i["id"] for i in m.items]:
         raise BadInput(
             f"data '{data}' gives {result.n} other items ({result.task}) than the record's {m.n} ({m.task}): "
             "name the data that it was made with"
         )
-    for key, now in (
-        ("text_sha256", result.settings.get("text_sha256")),
-        ("corpus_sha256", result.provenance.get("corpus_sha256")),
-    ):
-        then = m.settings.get(key, m.provenance.get(key))
-        if then is not None and now is not None and then != now:
-            raise BadInput(
-                f"data '{data}' has another text for {m.task} (sha256 {now[:12]}..., recorded {then[:12]}...): "
-                "name the data that it was made with"
-            )
     now, then = (x.settings.get("reference_fingerprint") for x in (result, m))
     if now != then:
         raise BadInput(

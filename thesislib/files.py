@@ -1,5 +1,7 @@
-"""Where files live, how one is written (to a temporary name first, renamed only when whole) and how one is known to be
-whole."""
+"""Files: where they live, how one is written as a whole or not at all, and how a damaged one is detected.
+
+Whatever is written goes to a temporary name first and is renamed when it is complete.
+"""
 
 import errno
 import functools
@@ -20,19 +22,19 @@ from platformdirs import user_cache_dir
 
 from thesislib.errors import BadInput
 
+PACKAGE = Path(__file__).parent
+ROOT = PACKAGE.parent  # of a checkout; for an installed wheel site-packages, which has none of this project's folders
 LARGEST = 1 << 26  # bytes of a text that is read as a whole: twice the largest tokenizer's
 LONGEST = 100  # bytes of a name that a temporary name repeats: systems allow 255
-_SUMS: dict[tuple[int, ...], str] = {}  # sha256 of files as they were when this process read them
-HARMLESS = (
-    "readme",
-    "license",
-    "licence",
-    "notice",
-)  # how files' names begin that say something about a model and are no part of it
+HARMLESS = ("readme", "license", "licence", "notice")  # names of files about a model begin so; they are no part of it
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EIO)
+UNUSABLE += (errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR)
+_SHA256: dict[tuple[int, ...], str] = {}  # of files by device, inode, size and times
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with its ~ written out.
+    """A path with ~ replaced by the home folder.
 
     Raises:
         BadInput: there is no such home folder.
@@ -60,15 +62,10 @@ def cache_dir() -> Path:
     return path
 
 
-PACKAGE = Path(__file__).parent
-ROOT = (
-    PACKAGE.parent
-)  # of a checkout; of an installed wheel the folder of all packages, which holds nothing of this project
-
-
 def shipped(name: str) -> Path:
-    """A file or folder of the project's that the package reads, e.g. "hw/devices": in a wheel inside the package, in a
-    checkout beside it.
+    """A file or folder of data that comes with the package, e.g. "hw/devices".
+
+    An installed wheel has it inside the package, a checkout beside it.
 
     Raises:
         BadInput: there is none of this name.
@@ -84,27 +81,39 @@ def data_file(name: str) -> Path:
     return shipped(f"data/{name}")
 
 
-def check_checkout(what: str, root: Path = ROOT) -> None:
-    """Raises BadInput, which names `what`, unless `root` is a checkout of the project: an installed wheel has no
-    notebooks and no book."""
+def check_checkout(user: str, root: Path = ROOT) -> None:
+    """Raises BadInput unless `root` is a checkout of the project; an installed wheel has no notebooks and no book.
+
+    Args:
+        user: who needs it, for the message, e.g. "the book".
+        root: the folder that should be a checkout.
+    """
     if not (root / "notebooks").is_dir() or not (root / "_toc.yml").is_file():
         raise BadInput(
-            f"{what} needs a checkout of thesislib, with its notebooks/ and book/, and {root} is none: run it there"
+            f"{user} needs a checkout of thesislib, with its notebooks/ and book/, and {root} is none: run it there"
         )
 
 
 def check_ordinary(path: Path, most: int = LARGEST) -> None:
-    """Raises BadInput for what is no file (a pipe or a device has no end) or holds more bytes than `most`, before it is
-    read; OSError if it is not there."""
-    found = path.stat()
-    if not stat.S_ISREG(found.st_mode):
+    """Check a file before it is read: pipes and devices have no end.
+
+    Raises:
+        BadInput: no ordinary file, or one of more than `most` bytes.
+        OSError: it is not there.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
         raise BadInput(f"{path} is no ordinary file")
-    if found.st_size > most:
-        raise BadInput(f"{path} has {found.st_size:,} bytes: expected at most {most:,}")
+    if status.st_size > most:
+        raise BadInput(f"{path} has {status.st_size:,} bytes: expected at most {most:,}")
 
 
 def read_json(path: Path) -> dict:
-    """A JSON file, or an error that names it."""
+    """The content of a JSON file.
+
+    Raises:
+        BadInput: it cannot be read, or is not JSON.
+    """
     try:
         check_ordinary(path)
         return json.loads(path.read_text("utf8"))
@@ -113,44 +122,34 @@ def read_json(path: Path) -> dict:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether `path` is a folder; False too for what cannot be a path at all, such as an overlong name."""
+    """Whether `path` is a folder; False if it cannot be a path at all, such as an overlong name."""
     try:
         return path.is_dir()
     except (OSError, ValueError):
         return False
 
 
-# ---------------------------------------------------------------- what a system says
+# ---------------------------------------------------------------- errors of the operating system
 
 
-def said(error: Exception, place: Path | str | None = None) -> Exception:
-    """A disk's or a permission's error as one line, with the file or else `place`; any other error as it is."""
+def explained(error: Exception, path: Path | str | None = None) -> Exception:
+    """A disk's or a permission's error as a BadInput of one line; any other error as it is.
+
+    The message names the file that the error names, else `path`.
+    """
     code, text = getattr(error, "errno", None), str(error)
-    if code is None and (
-        number := re.search(r"\(os error (\d+)\)", text)
-    ):  # writers in Rust (safetensors, tokenizers) have their own classes
-        code = int(number[1])
-    if code is None and (
-        re.fullmatch(r"\d+ requested and \d+ written", text) or "No space left on device" in text
-    ):  # numpy's; others'
-        code = errno.ENOSPC
-    where = getattr(error, "filename", None) or place or cache_dir()
-    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if code is None:
+        if number := re.search(r"\(os error (\d+)\)", text):  # Rust's writers: safetensors, tokenizers
+            code = int(number[1])
+        elif re.fullmatch(r"\d+ requested and \d+ written", text) or "No space left on device" in text:  # numpy's first
+            code = errno.ENOSPC
+    where = getattr(error, "filename", None) or path or cache_dir()
+    if code in FULL:
         return BadInput(
-            f"the disk is full at {place or where}: free some space there or write elsewhere (the cache's place "
+            f"the disk is full at {path or where}: free some space there or write elsewhere (the cache's place "
             "is THESISLIB_CACHE)"
         )
-    if code in (
-        errno.EACCES,
-        errno.EPERM,
-        errno.EROFS,
-        errno.EBUSY,
-        errno.EIO,
-        errno.ELOOP,
-        errno.ENAMETOOLONG,
-        errno.ENOTDIR,
-        errno.EISDIR,
-    ):
+    if code in UNUSABLE:
         return BadInput(
             f"{str(where)[:200]} cannot be used ({os.strerror(code)}): expected a place that you may read and write"
         )
@@ -160,52 +159,52 @@ def said(error: Exception, place: Path | str | None = None) -> Exception:
 
 
 @contextmanager
-def plain_errors(place: Path | str | None = None) -> Iterator[None]:
-    """Inside the block a full disk, a read-only one or a missing permission is a BadInput of one line."""
+def explain_errors(path: Path | str | None = None) -> Iterator[None]:
+    """Inside the block a full disk, a read-only one or a missing permission raises a BadInput of one line."""
     try:
         yield
     except (BadInput, UnicodeError):
         raise
     except Exception as error:
-        if (plain := said(error, place)) is error:
+        if (bad_input := explained(error, path)) is error:
             raise
-        raise plain from error
+        raise bad_input from error
 
 
 def lock(path: Path) -> FileLock:
-    """The lock of a file or folder, in a file beside it; whoever may write there may take it, so that users can share a
-    cache.
+    """The lock of a file or folder, kept in a file beside it.
 
-    A killed process leaves no lock behind, only the empty file.
+    Everyone who may write there may take it, so users can share a cache. A killed process leaves only the empty file
+    behind, no lock.
 
     Raises:
         BadInput: its folder cannot be made.
     """
-    with plain_errors(path):
+    with explain_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         return _Lock(path.with_name(f"{path.name}.lock"), mode=0o666)
 
 
 class _Lock(FileLock):
     def acquire(self, *args, **kwargs):
-        with plain_errors(self.lock_file):
+        with explain_errors(self.lock_file):
             return super().acquire(*args, **kwargs)
 
 
-# ---------------------------------------------------------------- where something is to be written
+# ---------------------------------------------------------------- checks before something is written
 
 
 def real(path: str | Path) -> Path:
-    """Where a path leads: `~` spelled out and links followed, also one to what is not there yet.
+    """A path resolved: `~` replaced and links followed, whether or not their target exists.
 
     Raises:
         BadInput: links in a circle, a name too long, a character that no path has, a file where a folder should be.
     """
     try:
-        found = Path(path).expanduser().resolve()
+        resolved = Path(path).expanduser().resolve()
         with suppress(FileNotFoundError):
-            found.stat()
-        return found
+            resolved.stat()
+        return resolved
     except NotADirectoryError as error:
         raise BadInput(f"{path} cannot be a folder or a file: a file stands above it") from error
     except (OSError, RuntimeError, ValueError) as error:
@@ -213,18 +212,18 @@ def real(path: str | Path) -> Path:
         raise BadInput(f"'{str(path)[-60:]}' cannot be a folder or a file ({why}): expected the name of one") from error
 
 
-def free_folder(path: str | Path, replaces: str | None = None) -> Path:
-    """Where a folder can be written as a whole, checked before any work: `path`, links followed.
+def replaceable_folder(path: str | Path, replaces: str | None = None) -> Path:
+    """Check, before any work, that a folder can be written as a whole; returns `path` with links followed.
 
     Args:
         path: not there, an empty folder, or one that may be replaced; or a link to one of these, which stays a link.
-        replaces: the file by which a folder is known that may be replaced, such as artifact.json.
+        replaces: a file such as artifact.json: a folder that has it may be replaced.
 
     Raises:
         BadInput: a file in the way, a folder that holds something else, a mount point, the current folder or one above
-            it, a place that cannot be written.
+            it, or no permission to write.
     """
-    folder = open_folder(path, above=True)
+    folder = writable_folder(path, whole=True)
     if is_folder(folder):
         if Path.cwd().is_relative_to(folder):
             raise BadInput(
@@ -236,33 +235,39 @@ def free_folder(path: str | Path, replaces: str | None = None) -> Path:
                 f"{path} is a mount point, which cannot be replaced as a whole: expected a folder in it, such as "
                 f"{folder / 'new'}"
             )
-        held = os.listdir(folder)
-        if held and (replaces is None or replaces not in held):
-            kind = f" that is no {replaces.removesuffix('.json')}" if replaces else ""
-            raise BadInput(f"{path} holds something{kind}: expected a new folder's name")
+        content = os.listdir(folder)
+        if content and (replaces is None or replaces not in content):
+            wanted = f" that is no {replaces.removesuffix('.json')}" if replaces else ""
+            raise BadInput(f"{path} holds something{wanted}: expected a new folder's name")
     return folder
 
 
-def open_folder(path: str | Path, above: bool = False) -> Path:
-    """Where files can be added to a folder, checked before any work: `path`, links followed. `above`: where it can be
-    made anew, or replaced.
+def writable_folder(path: str | Path, whole: bool = False) -> Path:
+    """Check, before any work, that files can be written into a folder; returns `path` with links followed.
+
+    Args:
+        path: there or not.
+        whole: the folder itself will be made or replaced, so the folder above it must be writable instead.
 
     Raises:
-        BadInput: a file in the way, a place that cannot be written.
+        BadInput: a file in the way, or no permission to write.
     """
     folder = real(path)
     if folder.exists() and not folder.is_dir():
         raise BadInput(f"{path} cannot be a folder: a file stands there or above it")
-    _check_writable(folder.parent if above else folder, path)
+    _check_writable(folder.parent if whole else folder, path)
     return folder
 
 
-def free_file(path: str | Path, new: bool = False) -> Path:
-    """Where a file can be written, checked before any work: `path`, links followed. `new`: one that is there is not
-    replaced.
+def writable_file(path: str | Path, new: bool = False) -> Path:
+    """Check, before any work, that a file can be written; returns `path` with links followed.
+
+    Args:
+        path: there or not.
+        new: refuse a file that exists.
 
     Raises:
-        BadInput: a folder or a device there, a file that is there already, a place that cannot be written.
+        BadInput: a folder or a device there, a file that exists already, or no permission to write.
     """
     file = real(path)
     if is_folder(file):
@@ -279,27 +284,31 @@ def free_file(path: str | Path, new: bool = False) -> Path:
 
 
 def _check_writable(folder: Path, path: str | Path) -> None:
-    """Raises BadInput unless a folder can be made in `folder`, or in the nearest one above that is there: tried, since
-    modes do not say all."""
-    above = next(place for place in (folder, *folder.parents) if place.exists())
-    if not above.is_dir():
-        raise BadInput(f"{path} cannot be written: {above} is a file")
+    """Raises BadInput unless a folder can be made in `folder`, or in the nearest folder above it that exists.
+
+    It is tried, since the permission bits do not tell all.
+    """
+    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not nearest.is_dir():
+        raise BadInput(f"{path} cannot be written: {nearest} is a file")
     try:
-        probe = _temporary(above / "probe")
+        probe = _temporary(nearest / "probe")
         probe.mkdir()
         probe.rmdir()
-        clear_leftovers(above / "probe")  # of a process killed between these two lines
+        clear_leftovers(nearest / "probe")  # of a process killed between these two lines
     except OSError as error:
-        raise BadInput(f"{path} cannot be written ({error.strerror} in {above}): expected a place that can") from error
+        raise BadInput(
+            f"{path} cannot be written ({error.strerror} in {nearest}): expected a place that can"
+        ) from error
 
 
 def inside(folder: Path, name: str) -> Path:
-    """The file of this name in a folder, if it lies there: for names that a file gives, which may be anybody's.
+    """The path of a file in a folder, for a name out of an untrusted file: it must not lead out of the folder.
 
-    The links of the Hub's cache, from `snapshots/REVISION/` to the `blobs/` beside, lead to where its files lie.
+    Links in the Hub's cache from `snapshots/REVISION/` to `blobs/` are allowed: its files lie there.
 
     Raises:
-        BadInput: a name that is none, is absolute or goes up, or a link that leads out of the folder.
+        BadInput: no name, an absolute one or one with '..', or a link that leads out of the folder.
     """
     if not isinstance(name, str) or not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
         raise BadInput(
@@ -317,29 +326,27 @@ def inside(folder: Path, name: str) -> Path:
 
 @contextmanager
 def whole_folder(final: Path, alone: bool = False) -> Iterator[Path]:
-    """A temporary folder beside `final` that takes its name, replacing what was there, only if the block succeeds.
+    """A temporary folder beside `final` that replaces it only if the block succeeds.
 
     Args:
-        final: links are followed.
-        alone: nobody else writes there now, as inside a lock: what any run has left is cleared, else only what one did
-            of which it is known that it ended.
+        final: the folder to write; links are followed.
+        alone: the caller holds a lock, so nobody else writes there: the leftovers of all earlier runs are removed.
+            Otherwise only those of processes that are known to have ended.
 
     Raises:
-        BadInput: the disk is full or cannot be written (said with the folder and the way out); nothing is left behind.
+        BadInput: the disk is full or cannot be written; nothing is left behind.
     """
     final = real(final)
     if final.is_file() or any(parent.is_file() for parent in final.parents):
         raise BadInput(f"{final} cannot be a folder: a file stands there or above it")
     temporary, before = _temporary(final), _temporary(final)
     try:
-        with plain_errors(final.parent):
+        with explain_errors(final.parent):
             final.parent.mkdir(parents=True, exist_ok=True)
             clear_leftovers(final, alone)
             temporary.mkdir()
             yield temporary
-            if (
-                final.exists()
-            ):  # moved aside, so that a kill leaves the old one or the new one there, or none, but no half of either
+            if final.exists():  # moved aside: a kill leaves the old folder, the new one or none, but no half of either
                 os.replace(final, before)
             try:
                 os.replace(temporary, final)
@@ -354,7 +361,7 @@ def whole_folder(final: Path, alone: bool = False) -> Iterator[Path]:
 
 @contextmanager
 def whole_file(final: Path) -> Iterator[Path]:
-    """A temporary name beside `final`, for writers that take names; it becomes `final` only if the block succeeds.
+    """A temporary file's path beside `final` that replaces it only if the block succeeds.
 
     Raises:
         BadInput: the disk is full or cannot be written, or a file stands where a folder should; nothing is left behind.
@@ -364,7 +371,7 @@ def whole_file(final: Path) -> Iterator[Path]:
         raise BadInput(f"{final} cannot be a file: a file stands where its folder should be")
     folder = _temporary(final)
     try:
-        with plain_errors(final.parent):
+        with explain_errors(final.parent):
             final.parent.mkdir(parents=True, exist_ok=True)
             clear_leftovers(final)
             folder.mkdir()
@@ -386,27 +393,32 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def clear_leftovers(final: Path, alone: bool = False) -> None:
-    """Remove what killed processes left of `final`; with `alone`, see `whole_folder`, whatever any has left, earlier
-    versions too."""
-    own = re.compile(re.escape(f".{_short(final.name)}-") + r"([0-9a-f]{8})-(\d+)-[0-9a-f]{8}")
+    """Remove the temporary files and folders that killed processes left of `final`.
+
+    Args:
+        final: what they were to become.
+        alone: nobody else writes it now, so all of them go, also those named as in earlier versions.
+    """
+    ours = re.compile(re.escape(f".{_short(final.name)}-") + r"([0-9a-f]{8})-(\d+)-[0-9a-f]{8}")
     earlier = re.compile(re.escape(f".{final.name}-") + r"[a-z0-9_]{8}")
     if not is_folder(final.parent):
         return
     with os.scandir(final.parent) as entries:
-        left = [
-            (entry, own.fullmatch(entry.name))
+        leftovers = [
+            entry
             for entry in entries
-            if own.fullmatch(entry.name) or (alone and earlier.fullmatch(entry.name))
+            if ((name := ours.fullmatch(entry.name)) and name[1] == _machine() and not alive(int(name[2])))
+            or (alone and (name or earlier.fullmatch(entry.name)))
         ]
-    for entry, name in left:
-        if alone or (name[1] == _machine() and not alive(int(name[2]))):
-            shutil.rmtree(entry.path, ignore_errors=True) if entry.is_dir(follow_symlinks=False) else Path(
-                entry.path
-            ).unlink(missing_ok=True)
+    for entry in leftovers:
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path, ignore_errors=True)
+        else:
+            Path(entry.path).unlink(missing_ok=True)
 
 
 def alive(pid: int) -> bool:
-    """Whether a process of this number runs on this machine."""
+    """Whether a process with this id runs on this machine."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -417,12 +429,12 @@ def alive(pid: int) -> bool:
 
 
 def _temporary(final: Path) -> Path:
-    """A new name beside `final` that says which process of which machine has it."""
+    """A new name beside `final`, with the machine and the process id in it."""
     return final.with_name(f".{_short(final.name)}-{_machine()}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def _short(name: str) -> str:
-    """A name, or the beginning of a long one with a hash."""
+    """A name; of a long one its beginning and a hash."""
     raw = os.fsencode(name)
     if len(raw) <= LONGEST:
         return name
@@ -432,36 +444,36 @@ def _short(name: str) -> str:
 
 @functools.cache
 def _machine() -> str:
-    """8 digits for where process numbers mean this: the host's name, and the container's space of numbers."""
-    space = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
-    return hashlib.sha256(f"{socket.gethostname()} {space}".encode()).hexdigest()[:8]
+    """8 hexadecimal digits for where process ids are unique: a hash of the host's name and the PID namespace."""
+    namespace = os.readlink("/proc/self/ns/pid") if os.path.exists("/proc/self/ns/pid") else ""
+    return hashlib.sha256(f"{socket.gethostname()} {namespace}".encode()).hexdigest()[:8]
 
 
 def _umask() -> int:
-    """The rights that this process's new files lack; it can be read by setting it only."""
+    """The process's umask, which can only be read by setting it."""
     umask = os.umask(0o077)
     os.umask(umask)
     return umask
 
 
-# ---------------------------------------------------------------- known to be whole
+# ---------------------------------------------------------------- damage
 
 
 def sha256_of(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal; once a process, as long as nothing writes it.
+    """The sha256 of a file, in hexadecimal; a process computes it again only if the file has changed.
 
     Raises:
         BadInput: a file that is not there or cannot be read.
     """
-    with plain_errors(path):
+    with explain_errors(path):
         if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for somebody to write into it
             raise BadInput(f"{path} is no ordinary file")
-    with plain_errors(path), path.open("rb") as file:
-        found = os.fstat(file.fileno())
-        known = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
-        if known not in _SUMS:
-            _SUMS[known] = hashlib.file_digest(file, "sha256").hexdigest()
-        return _SUMS[known]
+    with explain_errors(path), path.open("rb") as file:
+        status = os.fstat(file.fileno())
+        key = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        if key not in _SHA256:
+            _SHA256[key] = hashlib.file_digest(file, "sha256").hexdigest()
+        return _SHA256[key]
 
 
 def damaged(folder: Path, wanted: dict[str, str]) -> str | None:

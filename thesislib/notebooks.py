@@ -1,23 +1,26 @@
-"""A notebook's parameters before it runs: their defaults, what was given on the command line, and whether the chapter
-takes it."""
+"""What goes into a notebook and what it hands over: parameters, checked before it runs, and its table of results."""
 
 import ast
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from thesislib.bounds import read_sizes
 from thesislib.config import build
 from thesislib.errors import BadInput, first_line, shown, unknown
 from thesislib.files import expanded, is_folder, read_json
-from thesislib.formats.held import check_device
 from thesislib.formats.load import checkpoint_folder
+from thesislib.formats.options import check_device
 from thesislib.pipeline.forecast import shape_of, stand_in
-from thesislib.sources.rows import kind_of
+from thesislib.sources.rows import origin_of
 from thesislib.yaml_lines import is_file, value_of_text
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 TAG = "parameters"  # of the cell with a notebook's defaults
+RESULTS = "application/vnd.thesislib.results+json"  # MIME type: {"columns": names, "rows": lists}
 PATHS = ("subject", "data", "devices")  # parameters that may be paths, or lists of them
 
 
@@ -185,10 +188,39 @@ def _in_full(value: Any) -> Any:
     return str(path.absolute()) if is_file(path) or is_folder(path) else value
 
 
+class ResultsTable:
+    """A table of results, as the last line of the cell tagged `results`: shown, and handed over as data.
+
+    The cell's output holds the table as text, as HTML, and as JSON. Headings that stand twice are numbered there.
+    """
+
+    def __init__(self, table: "pd.DataFrame"):
+        self.table = table
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, Any]:
+        table = self.table.reset_index() if self.table.index.name else self.table
+        columns = distinct(str(name).strip() for name in table.columns)
+        rows = json.loads(table.to_json(orient="values", double_precision=15))
+        return {
+            "text/plain": repr(self.table),
+            "text/html": self.table._repr_html_(),
+            RESULTS: {"columns": columns, "rows": rows},
+        }
+
+
+def distinct(names: Iterable[str]) -> list[str]:
+    """Names, those that are there already with a number."""
+    numbered: list[str] = []
+    for name in names:
+        taken = sum(other == name or other.startswith(f"{name} (") for other in numbered)
+        numbered.append(f"{name} ({taken + 1})" if name in numbered else name)
+    return numbered
+
+
 def _check_subject(spec: str) -> None:
     """Raises BadInput for a subject that is not there; nothing is fetched or converted."""
     if spec != "embedded" and not spec.startswith("hub:") and not (spec.endswith(".gguf") and is_file(Path(spec))):
         read_sizes(checkpoint_folder(spec)[0])
 
 
-CHECKS = {"subject": _check_subject, "data": kind_of, "device": check_device}
+CHECKS = {"subject": _check_subject, "data": origin_of, "device": check_device}

@@ -1,20 +1,18 @@
-"""One notebook executed with papermill: what it depends on, whether it is as it was written, and the table that it
-shows."""
+"""One notebook executed with papermill: what it depends on, whether it is as it was written, and its results."""
 
 import hashlib
-import io
 import json
 import os
 import shutil
 import sys
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from thesislib.errors import BadInput
 from thesislib.files import ROOT, alive, check_checkout, read_json
 from thesislib.imports import digest_of, imported, sources
-from thesislib.notebooks import read_notebook, ready
+from thesislib.notebooks import RESULTS, read_notebook, ready
 
 SEAL = "thesislib_sha256"
 TAG = "results"  # of the cell whose table is a notebook's result
@@ -157,32 +155,14 @@ def results_cell(notebook: Path):
 
 
 def results(notebook: Path) -> list[dict[str, Any]]:
-    """The rows of the table that a notebook's cell tagged `results` shows.
+    """The rows that a notebook's cell tagged `results` hands over, see `thesislib.notebooks.ResultsTable`.
 
     Raises:
-        BadInput: no such cell, or no table in its output.
+        BadInput: no such cell, or no rows in its output.
     """
-    import pandas as pd
-
     for output in results_cell(notebook).get("outputs", []):
-        if html := output.get("data", {}).get("text/html"):
-            table = pd.read_html(io.StringIO("".join(html)))[0]
-            if isinstance(
-                table.columns, pd.MultiIndex
-            ):  # headings in levels; an index with a name has a row of its own
-                table.columns = [
-                    ", ".join(dict.fromkeys(str(x) for x in names if not str(x).startswith("Unnamed")))
-                    for names in table.columns
-                ]
-            table.columns = distinct(table.columns)
-            return json.loads(table.to_json(orient="records"))
-    raise BadInput(f"the cell tagged '{TAG}' of {notebook.name} shows no table: expected a DataFrame as its last line")
-
-
-def distinct(names: Iterable[str]) -> list[str]:
-    """Names, those that are there already with a number."""
-    found: list[str] = []
-    for name in names:
-        taken = sum(other == name or other.startswith(f"{name} (") for other in found)
-        found.append(f"{name} ({taken + 1})" if name in found else name)
-    return found
+        if table := output.get("data", {}).get(RESULTS):
+            return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+    raise BadInput(
+        f"the cell tagged '{TAG}' of {notebook.name} hands over no table: expected ResultsTable(...) as its last line"
+    )

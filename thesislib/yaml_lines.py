@@ -1,4 +1,5 @@
-"""YAML in which every node knows its line and means what it looks like: no guessed types, no aliases, no tags."""
+"""YAML whose nodes keep their line numbers, for error messages; YAML 1.1's surprising types, aliases and tags are
+refused."""
 
 import math
 import re
@@ -10,22 +11,18 @@ import yaml
 
 from thesislib.errors import BadInput, shown, unknown
 
-LARGEST, DEEPEST = 1 << 20, 20  # bytes, levels: whatever is larger was not written by hand
-OPENING = (
-    yaml.FlowSequenceStartToken,
-    yaml.FlowMappingStartToken,
-    yaml.BlockSequenceStartToken,
-    yaml.BlockMappingStartToken,
-)
+LARGEST, DEEPEST = 1 << 20, 20  # bytes, levels: nobody writes more by hand
+OPENING = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken)
+OPENING += (yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken)
 CLOSING = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
 
 
 def compose(path: Path) -> yaml.Node:
-    """The YAML document in a file, as nodes.
+    """The root node of the YAML document in a file.
 
     Raises:
-        BadInput: no such file, not text, not YAML (with the line), empty, too large, nested too deeply, or with
-            aliases.
+        BadInput: no such file, not text, not YAML (the message has the line), empty, too large, nested too deeply, or
+            with aliases.
     """
     if not is_file(path):
         raise BadInput(f"{path} is {'a folder' if path.is_dir() else 'not there'}: expected a .yaml file")
@@ -45,9 +42,9 @@ def compose(path: Path) -> yaml.Node:
 
 
 def _node(text: str, where: str | Path) -> yaml.Node | None:
-    """The node of a YAML text, None for an empty one; nested no deeper than a hand would write, without aliases."""
+    """The root node of a YAML text, None for an empty one; BadInput if it is nested too deeply or has aliases."""
     depth = 0
-    for token in yaml.scan(text, yaml.BaseLoader):  # reads no further than asked, so nonsense ends early
+    for token in yaml.scan(text, yaml.BaseLoader):  # lazy, so a hostile text is refused at its first bad token
         depth += isinstance(token, OPENING) - isinstance(token, CLOSING)
         if depth > DEEPEST:
             raise BadInput(f"{where}:{token.start_mark.line + 1}: nested more than {DEEPEST} deep")
@@ -60,34 +57,46 @@ def _node(text: str, where: str | Path) -> yaml.Node | None:
 
 
 def at(path: Path, node: yaml.Node, message: object) -> BadInput:
-    """An error that says where: 'FILE:LINE: message'."""
-    return BadInput(f"{place(path, node)}: {message}")
+    """The error 'FILE:LINE: message' for a node."""
+    return BadInput(f"{location(path, node)}: {message}")
 
 
-def place(path: Path, node: yaml.Node) -> str:
-    """FILE:LINE, lines counted from 1."""
+def location(path: Path, node: yaml.Node) -> str:
+    """Where a node stands: 'FILE:LINE', lines counted from 1."""
     return f"{path}:{node.start_mark.line + 1}"
 
 
 def entries(
-    node: yaml.MappingNode, path: Path, what: str, options: Iterable[str] | None = None
+    node: yaml.MappingNode, path: Path, noun: str, options: Iterable[str] | None = None
 ) -> dict[str, yaml.Node]:
-    """A mapping's nodes by key, each key there once and among `options`, if any are given."""
-    found: dict[str, yaml.Node] = {}
+    """A mapping's value nodes by key.
+
+    Args:
+        node: the mapping.
+        path: its file, for messages.
+        noun: what a key is called in messages, e.g. "stage".
+        options: the keys that are allowed; None for any.
+
+    Raises:
+        BadInput: a key that is no text, is not allowed or stands there twice.
+    """
+    children: dict[str, yaml.Node] = {}
     for key, child in node.value:
         if not isinstance(key, yaml.ScalarNode):
-            raise at(path, key, f"a {what} must be a plain text")
+            raise at(path, key, f"a {noun} must be a plain text")
         if options is not None and key.value not in options:
-            raise at(path, key, unknown(what, key.value, options))
-        if key.value in found:
-            raise at(path, key, f"the {what} '{key.value}' is there twice")
-        found[key.value] = child
-    return found
+            raise at(path, key, unknown(noun, key.value, options))
+        if key.value in children:
+            raise at(path, key, f"the {noun} '{key.value}' is there twice")
+        children[key.value] = child
+    return children
 
 
 def value(node: yaml.Node, path: Path) -> Any:
-    """What a node says. Plain texts are read as YAML 1.2 does: 1:8 is a text, not 68 as in YAML 1.1, and 1e-4 a
-    number."""
+    """The value of a node. Unquoted scalars are read as in YAML 1.2.
+
+    So 1:8 is a text (YAML 1.1 reads the number 68) and 1e-4 is a number (YAML 1.1 reads a text).
+    """
     if node.tag not in ("tag:yaml.org,2002:str", "tag:yaml.org,2002:seq", "tag:yaml.org,2002:map"):
         raise at(path, node, f"the tag '{node.tag}' is not understood: write the plain value")
     if isinstance(node, yaml.SequenceNode):
@@ -108,24 +117,24 @@ def value(node: yaml.Node, path: Path) -> Any:
     return text
 
 
-def value_of_text(text: str, what: str) -> Any:
-    """What a text on the command line says, by the same rules; `what` names it in errors.
+def value_of_text(text: str, name: str) -> Any:
+    """The value of a text given on the command line, read as `value` reads a file's; messages call it `name`.
 
     Raises:
-        BadInput: no YAML, nested too deeply, or with aliases.
+        BadInput: not YAML, too long, nested too deeply, or with aliases.
     """
     if len(text) > LARGEST:
-        raise BadInput(f"{what} is a text of {len(text)} characters: expected at most {LARGEST}")
+        raise BadInput(f"{name} is a text of {len(text)} characters: expected at most {LARGEST}")
     try:
-        node = _node(text, what)
+        node = _node(text, name)
     except (yaml.YAMLError, BadInput) as error:
         why = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise BadInput(f"{what} {shown(text)} is not understood ({why})") from error
-    return None if node is None else value(node, Path(what))
+        raise BadInput(f"{name} {shown(text)} is not understood ({why})") from error
+    return None if node is None else value(node, Path(name))
 
 
 def is_file(path: Path) -> bool:
-    """Whether `path` is a file; False too for what cannot be a path at all."""
+    """Whether `path` is a file; False if it cannot be a path at all."""
     try:
         return path.is_file()
     except (OSError, ValueError):

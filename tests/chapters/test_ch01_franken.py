@@ -9,6 +9,7 @@ from thesislib.chapters import chapters, findings, record_file, recorded
 from thesislib.compress.franken import franken_plans
 from thesislib.errors import BadInput
 from thesislib.evaluate.setup import TASKS
+from thesislib.evaluate.stats import by_verdict
 from thesislib.files import data_file
 from thesislib.records.measurement import Measurement
 from thesislib.records.store import Store
@@ -83,9 +84,9 @@ def test_each_verdict_turns_on_contrary_records(results):
 
 
 def test_skip_or_repeat_counts_both_ways(results):
-    assert franken.skip_or_repeat(results).startswith(
-        "Of 30 blocks, leaving out costs more than running twice for 10, less for "
-    )
+    told = by_verdict(results.skipped_against_repeated())
+    assert told["worse"] == [0, 1, 2, 3, 4, 25, 26, 27, 28, 29]  # what leaving out costs rises outwards
+    assert {*range(6, 24)} <= {*told["better"]} and not {*told["better"]} & {*told["worse"]}
 
 
 def test_noise_leaves_claims_undecided(results):
@@ -114,9 +115,16 @@ def test_results_survive_being_recorded(results, tmp_path):
         )
 
 
-def test_headline_counts_and_names(results):
-    said = franken.headline(results)
-    assert "21 of the 24 ways" in said and "15_single_skip, multiplies it by 1.05" in said
+def test_ruined_plans_and_the_mildest(results):
+    against = results.against_baseline()
+    assert len(against) == 24 and set(against) - set(franken.ruined(against)) == {
+        "15_single_skip",
+        "0-23_27-31",
+        "skip_near_end_keep_last_two",
+    }
+    losses = {name: loss for name, (loss, _) in against.items()}
+    best = franken.mildest(losses)
+    assert best == "15_single_skip" and losses[best].difference == pytest.approx(0.05, abs=0.01)
 
 
 def test_measure_on_a_tiny_model(tiny, monkeypatch):
@@ -208,7 +216,6 @@ def test_measures_table_and_flattering_answers(tiny, monkeypatch):
     assert (found[0].n, found[1].n) == (8, 2)  # as many tokens at either length
     table = measures.table(found)
     assert len(table) == 3 + 3 + 4 * 4 + 2 and len(measures.readable(table)) == len(table)
-    assert "perplexity" in measures.headline(found)
     loose = replace(
         found[2],
         items=[{"id": "1", "answer": "long answer", "tier": "substring"}, {"id": "2", "answer": "x", "tier": "exact"}],

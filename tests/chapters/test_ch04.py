@@ -47,7 +47,7 @@ def small(tiny, tiny_data, tmp_path_factory):
 def measured(small):
     found = []
     results = lora.measure(
-        [*lora.configurations(small), *lora.order_experiment(small, "D1", "W1:8")], small, found=found.append
+        [*lora.configurations(small), *lora.order_experiment(small, "D1", "W1:8")], small, keep=found.append
     )
     return results, found
 
@@ -214,31 +214,33 @@ def test_recovery_is_counted_against_the_control(story):
         "W2:4", "naive"
     ] == pytest.approx(0.8, abs=0.02)
     assert table.loc["D2", "fair"] == pytest.approx((0.7 - 0.3) / 0.7, abs=0.02)
-    assert "changes the dense model's" in recovery.control_sentence(story)
+    assert recovery.adaptation(story).verdict() == "better"
     story[Configuration("dense", "wikitext"), PPL] = loss(3.3, seed=99)
-    assert "does not measurably change the dense model's" in recovery.control_sentence(story)
+    assert not recovery.adaptation(story).told
     assert recovery.recovered(story).loc["D2", "fair"] == pytest.approx(0.6 / 0.7, abs=0.02)
 
 
-def test_sentences_turn_with_the_numbers(story):
-    assert "WikiText is better for D2, worse for none, and within noise for the other 1" in recovery.texts_sentence(
-        story
-    )
+def test_texts_are_compared_by_model(story):
+    assert recovery.texts_compared(story).told == {"better": ["D2"], "worse": [], "not told apart": ["dense"]}
     story[Configuration("D2", "wikitext"), CLOSED] = accuracy(0.02)
-    assert "better for none, worse for D2" in recovery.texts_sentence(story)
-    assert "D2+W+W1:8 (40.45) is worse than D2+W1:8+W" in recovery.order_sentence(story)
-    story[Configuration("D2", "wikitext", after="W1:8"), PPL] = loss(3.3)
-    assert "is better than D2+W1:8+W" in recovery.order_sentence(story)
-    story[Configuration("D2", "wikitext", after="W1:8"), PPL] = loss(3.5, seed=77)
-    assert "is within noise of D2+W1:8+W" in recovery.order_sentence(story)
-    assert "D2+W with 2 seeds" in recovery.seeds_sentence(story) and "above the dense model's" in recovery.headline(
-        story
-    )
-    assert "tells the seeds apart" not in recovery.seeds_sentence(story)
+    assert recovery.texts_compared(story).told == {"better": [], "worse": ["D2"], "not told apart": ["dense"]}
+
+
+def test_pruning_after_training_is_held_against_pruning_before(story):
+    late = Configuration("D2", "wikitext", after="W1:8")
+    for made, verdict in ((loss(3.7), "worse"), (loss(3.3), "better"), (loss(3.5, seed=77), "not told apart")):
+        story[late, PPL] = made
+        assert {c: test.verdict() for c, test in recovery.orders(story).items()} == {late: verdict}
+
+
+def test_seeds_of_one_training(story):
+    two = recovery.seeds(story)
+    assert two.label == "D2+W" and len(two.values) == 2 and two.test is None
+    assert two.share_of_gain == pytest.approx(two.deviation / (two.untrained - two.values.mean()))
     story[Configuration("D2", "wikitext", seed=2), PPL] = loss(3.6, seed=50)
-    assert "tells the seeds apart (p < 0.001)" in recovery.seeds_sentence(story)
-    story[Configuration("D2", "wikitext"), PPL] = loss(3.0)
-    assert "below the dense model's" in recovery.headline(story)
+    assert recovery.seeds(story).test.p < 0.001
+    one = {key: m for key, m in story.items() if not key[0].seed}
+    assert len(recovery.seeds(one).values) == 1
 
 
 def test_tables_and_figures_hold_what_was_measured(story):
@@ -254,12 +256,10 @@ def test_tables_and_figures_hold_what_was_measured(story):
         (m, way) for m in ("W2:4+W", "W2:4+T", "D2+W1:8+W") for way in ("beside", "masked", "dense")
     }
     assert merge.loc[("W2:4+W", "masked"), "against beside, paired"].startswith("x 1.1")
-    assert "W2:4+W x 1.1" in recovery.merge_sentence(
-        story
-    ) and "stays where it was (x 1.000 to x 1.000)" in recovery.merge_sentence(story)
-    assert len(recovery.training_table(story)) == 8 and "trains with 0.004. Perplexity" in recovery.rates_sentence(
-        story, p
-    )
+    dense = recovery.mergings(story)["W2:4+W", "dense"]
+    assert dense.merged.value == pytest.approx(dense.beside.value) and dense.growth == 0
+    assert len(recovery.training_table(story)) == 8
+    assert list(recovery.by_rate(story, p)) == [0.004]
     assert set(recovery.samples(story, p).index) >= {"dense", "D2+W", "dense+W"}
     tests = recovery.tests_table(story)
     assert list(tests.columns) == ["paired t", "paired bootstrap", "Wilcoxon signed-rank"] and len(tests) == 6

@@ -11,6 +11,7 @@ from thesislib.chapters import ch05_runs as gptq
 from thesislib.chapters import figures, recorded
 from thesislib.chapters.ch05_runs import BEST, CLOSED, HELD_OUT, INGREDIENTS, OPEN, PLAIN, PPL, QuantChapter
 from thesislib.errors import BadInput
+from thesislib.evaluate.stats import by_verdict
 from thesislib.experiment import again
 from thesislib.formats.load import save_checkpoint
 from thesislib.model.grid import Grid, round_to_nearest
@@ -49,7 +50,9 @@ def small(tiny, tiny_data, tmp_path_factory):
 def measured(small):
     found = []
     results = gptq.measure(
-        [*gptq.table(small), *gptq.pruned(small, ["W2:4"]), *gptq.ranks(small, tried=(2, 8))], small, found=found.append
+        [*gptq.main_models(small), *gptq.pruned_models(small, ["W2:4"]), *gptq.eora_ranks(small, tried=(2, 8))],
+        small,
+        keep=found.append,
     )
     return results, found
 
@@ -61,14 +64,14 @@ def test_every_model_is_made_and_measured_once(small, measured):
         == len(results)
         == len({(m.provenance["made"]["recipe"], m.provenance["chapter"]["what"]) for m in found})
     )
-    table = quantisation.main_table(results, gptq.table(small))
+    table = quantisation.main_table(results, gptq.main_models(small))
     assert list(table.index) == [
         "dense",
         *(f"{way} 3-bit asymmetric{more}" for way in ("rounding", "GPTQ") for more in ("", " + EoRA")),
     ]
     assert (table[["WikiText-2", "held-out Wikipedia", "closed book", "open book"]] != "").all().all()
     without, with_eora = (
-        results[c.key, PPL].provenance["made"]["bytes"]["bytes_on_disk"] for c in gptq.table(small)[-2:]
+        results[c.key, PPL].provenance["made"]["bytes"]["bytes_on_disk"] for c in gptq.main_models(small)[-2:]
     )
     assert without < with_eora
     assert list(quantisation.pruned_table(results, small).index) == [
@@ -79,13 +82,10 @@ def test_every_model_is_made_and_measured_once(small, measured):
     ]
     ranks = quantisation.rank_table(results, small)
     assert list(ranks["MB of factors"]) == sorted(ranks["MB of factors"]) and ranks.loc["0", "against rank 0"] == ""
-    errors = gptq.layers(small, gptq.table(small)[-2:], windows=3)
+    errors = gptq.layers(small, gptq.main_models(small)[-2:], windows=3)
     means = quantisation.layer_table(errors)
     assert (means["GPTQ 3-bit asymmetric + EoRA"] < means["GPTQ 3-bit asymmetric"]).all() and len(means) == 7
-    assert quantisation.layer_sentence({"rounding": errors["GPTQ 3-bit asymmetric"], **errors}).startswith(
-        "Of 21 projections"
-    )
-    assert gptq.measure(gptq.table(small), small, results, pytest.fail) == results  # nothing is done twice
+    assert gptq.measure(gptq.main_models(small), small, results, pytest.fail) == results  # nothing is done twice
 
 
 def test_records_come_back_and_can_be_made_again(small, measured, tiny_data, tmp_path):
@@ -94,17 +94,17 @@ def test_records_come_back_and_can_be_made_again(small, measured, tiny_data, tmp
     for m in found:
         store.append(m)
     assert gptq.from_measurements(store.rows().values()) == results
-    verdict = again(results[gptq.table(small)[-1].key, CLOSED], small.subject, tiny_data)
+    verdict = again(results[gptq.main_models(small)[-1].key, CLOSED], small.subject, tiny_data)
     assert verdict.same_bits and verdict.same_subject
 
 
 def test_ingredients_change_one_thing_each():
     p = gptq.recorded_parameters()
-    plain = dataclasses.asdict(gptq.alone(p)[1].stages[0])
-    for c in gptq.alone(p)[2:-1]:
+    plain = dataclasses.asdict(gptq.one_change(p)[1].stages[0])
+    for c in gptq.one_change(p)[2:-1]:
         changed = {k for k, v in dataclasses.asdict(c.stages[0]).items() if v != plain[k]} - {"windows"}
         assert changed == {INGREDIENTS[c.name.split(":")[0]][0]}, c.name
-    (_, *less), best = gptq.without(p), dataclasses.asdict(gptq.without(p)[0].stages[0])
+    (_, *less), best = gptq.leave_one_out(p), dataclasses.asdict(gptq.leave_one_out(p)[0].stages[0])
     assert {k: best[k] for k in BEST} == BEST
     assert [c.name for c in less if c.name.startswith("without")] == [
         f"without {t}" for t, (k, _) in INGREDIENTS.items() if k in PLAIN and PLAIN[k] != BEST[k]
@@ -112,7 +112,7 @@ def test_ingredients_change_one_thing_each():
     assert len(less) == len(INGREDIENTS) - 1  # groups have a table of their own
     for c in less:
         assert len({k for k, v in dataclasses.asdict(c.stages[0]).items() if v != best[k]} - {"windows"}) == 1, c.name
-    long = next(c for c in gptq.alone(p) if "window length" in c.name).stages[0]
+    long = next(c for c in gptq.one_change(p) if "window length" in c.name).stages[0]
     assert long.windows * long.length == p.calibration * p.length  # as many tokens
 
 
@@ -123,21 +123,18 @@ def loss(per_token, seed=0):
     return perplexity(per_token, seed, texts=0, provenance={"made": {"bytes": {"bytes_on_disk": 10**6}}})
 
 
-def test_sentences_turn_with_the_numbers():
+def test_the_textbook_recipe_turns_with_the_numbers():
     p = gptq.recorded_parameters()
-    configs = gptq.alone(p)
+    configs = gptq.one_change(p)
     results = {(c.key, HELD_OUT): loss(4.0, i) for i, c in enumerate(configs)}
     results[configs[0].key, HELD_OUT] = loss(3.7, 90)
     results[configs[3].key, HELD_OUT] = loss(3.5, 91)
     results[configs[4].key, HELD_OUT] = loss(5.0, 92)
-    said = quantisation.textbook_sentence(results, p)
-    assert (
-        "is worse than plain rounding (x 1.3" in said
-        and "gained by token weighting: first_16 (x 0.6" in said
-        and "harming: token weighting: skip_1" in said
-        and "with an integer zero-point within noise of it" in said
-    )
-    assert "harming" not in quantisation.textbook_sentence(results, p, brief=True)
+    found = quantisation.textbook(results, p)
+    assert found.plain.verdict() == "worse" and found.plain.difference == pytest.approx(0.3, abs=0.01)
+    assert found.best == "token weighting: first_16" and not found.zero_point.told
+    assert by_verdict(found.changes)["better"] == ["token weighting: first_16"]
+    assert by_verdict(found.changes)["worse"] == ["token weighting: skip_1"]
     assert all(
         table(results, p).empty
         for table in (quantisation.pruned_table, quantisation.rank_table, quantisation.kinds_table)
@@ -146,39 +143,38 @@ def test_sentences_turn_with_the_numbers():
     assert (
         table.loc["token weighting: first_16", ""] == "better" and table.loc["act-order: static", ""] == "within noise"
     )
-    results[configs[0].key, HELD_OUT] = loss(4.5, 90)
-    assert "is better than plain rounding" in quantisation.textbook_sentence(results, p)
-    results[configs[0].key, HELD_OUT] = loss(4.0, 90)
-    assert "is within noise of plain rounding" in quantisation.textbook_sentence(results, p)
+    for nats, verdict in ((4.5, "better"), (4.0, "not told apart")):
+        results[configs[0].key, HELD_OUT] = loss(nats, 90)
+        assert quantisation.textbook(results, p).plain.verdict() == verdict
 
-    tables = gptq.table(p)
-    results |= {(c.key, PPL): loss(3.4 - 0.05 * i, i) for i, c in enumerate(tables)}
-    said = quantisation.method_sentence(results, tables)
-    assert (
-        "GPTQ 4-bit asymmetric against rounding 4-bit asymmetric: better" in said
-        and "rounding 3-bit asymmetric + EoRA against without: better" in said
-    )
-    results[tables[4].key, PPL] = loss(3.9, 5)
-    assert "GPTQ 4-bit asymmetric + EoRA against without: worse" in quantisation.method_sentence(results, tables)
-    results |= {
-        (c.key, HELD_OUT): loss(3.5 if c.name.startswith("EoRA") else 3.6, i) for i, c in enumerate(gptq.starts(p))
-    }
-    assert "better for 3 of 3 seeds, worse for 0" in quantisation.starts_sentence(results, p)
-    slow = [c for c in gptq.starts(p) if "rate 0.0002" in c.name]
+
+def test_methods_are_compared_on_their_own_grid():
+    p = gptq.recorded_parameters()
+    configs = gptq.main_models(p)
+    results = {(c.key, PPL): loss(3.4 - 0.05 * i, i) for i, c in enumerate(configs)}
+    tests = quantisation.method_comparisons(results, configs)
+    both, gptq_4 = "GPTQ 4-bit asymmetric + EoRA", "GPTQ 4-bit asymmetric"
+    assert tests[f"{gptq_4} against rounding 4-bit asymmetric"].verdict() == "better"
+    assert tests["rounding 3-bit asymmetric + EoRA against without"].verdict() == "better"
+    results[configs[4].key, PPL] = loss(3.9, 5)
+    tests = quantisation.method_comparisons(results, configs)
+    assert configs[4].name == both and tests[f"{both} against without"].verdict() == "worse"
+
+
+def test_starts_are_compared_at_each_ones_better_rate():
+    p = gptq.recorded_parameters()
+    configs = gptq.lora_starts(p)
+    results = {(c.key, HELD_OUT): loss(3.5 if c.corrected else 3.6, i) for i, c in enumerate(configs)}
+    assert by_verdict(quantisation.starts(results, p).tests)["better"] == [0, 1, 2]
+    slow = [c for c in configs if c.rate == min(gptq.RATES)]
     assert len(slow) == 6 and len(quantisation.starts_table(results, p)) == 4
-    faster = {
-        **results,
-        **{(c.key, HELD_OUT): loss(3.3, i) for i, c in enumerate(slow) if c.name.startswith("usual")},
-    }  # its better rate counts
-    said = quantisation.starts_sentence(faster, p)
-    assert (
-        "started as usual, learning rate 0.0002" in said
-        and "worse for 3" in said
-        and "At 3 bits, learning rate 0.002, LoRA started from EoRA" in said
-    )
-    results[gptq.starts(p)[2].key, HELD_OUT] = loss(3.0)  # the second seed, which does not choose the rate
-    assert "better for 2 of 3 seeds, worse for 1" in quantisation.starts_sentence(results, p)
-    assert quantisation.starts_sentence({}, p) == "Starts of LoRA were not run."
+    faster = {**results, **{(c.key, HELD_OUT): loss(3.3, i) for i, c in enumerate(slow) if not c.corrected}}
+    both = quantisation.starts(faster, p)
+    assert both.usual.rate == 2e-4 and both.eora.rate == 2e-3 and both.usual.before is None
+    assert by_verdict(both.tests)["worse"] == [0, 1, 2]
+    results[configs[2].key, HELD_OUT] = loss(3.0)  # the second seed, which does not choose the rate
+    assert by_verdict(quantisation.starts(results, p).tests) == {"better": [0, 2], "worse": [1], "not told apart": []}
+    assert quantisation.starts({}, p) is None
 
 
 def told(c, per_token, seed=0):
@@ -195,21 +191,26 @@ def told(c, per_token, seed=0):
 
 def test_every_cell_says_what_its_numbers_say():
     p, q = gptq.recorded_parameters(), gptq.ablation_parameters()
-    cells = [gptq.kinds(q), gptq.shapes(q), gptq.calibrations(q), gptq.compensations(q), gptq.pruned(q), gptq.ranks(q)]
+    cells = [
+        gptq.one_projection(q),
+        gptq.bits_by_group(q),
+        gptq.calibrations(q),
+        gptq.eora_choices(q),
+        gptq.pruned_models(q),
+        gptq.eora_ranks(q),
+    ]
     results = {
         (c.key, HELD_OUT): told(c, 4.0 - 0.1 * c.name.startswith("GPTQ"), i)
         for cell in cells
         for i, c in enumerate(cell)
     }
-    worse = next(c for c in gptq.kinds(q) if c.name == "v_proj, GPTQ")
-    better = next(c for c in gptq.kinds(q) if c.name == "k_proj, GPTQ")
+    worse = next(c for c in gptq.one_projection(q) if c.name == "v_proj, GPTQ")
+    better = next(c for c in gptq.one_projection(q) if c.name == "k_proj, GPTQ")
     results |= {(worse.key, HELD_OUT): told(worse, 4.2), (better.key, HELD_OUT): told(better, 3.8)}
-    said = quantisation.kinds_sentence(results, q)
-    assert (
-        "worse than rounding for v_proj; better than rounding for k_proj; within noise of rounding for q_proj" in said
-    )
+    tests = by_verdict(quantisation.by_projection(results, q))
+    assert (tests["worse"], tests["better"]) == (["v_proj"], ["k_proj"]) and "q_proj" in tests["not told apart"]
     results[worse.key, HELD_OUT] = told(worse, 3.8)
-    assert "better than rounding for k_proj, v_proj" in quantisation.kinds_sentence(results, q)
+    assert by_verdict(quantisation.by_projection(results, q))["better"] == ["k_proj", "v_proj"]
 
     table = quantisation.shapes_table(results, q)
     assert set(table.index) == {(str(b), str(g)) for b, groups in gptq.SHAPES.items() for g in groups}
@@ -217,36 +218,34 @@ def test_every_cell_says_what_its_numbers_say():
         table.loc[("8", "64"), "GPTQ / rounding"].endswith("better than")
         and table.loc[("4", "row"), "MB on disk"] == "2.0"
     )
-    gone = next(c for c in gptq.shapes(q) if c.name == "GPTQ, 2 bits, group 64")
+    gone = next(c for c in gptq.bits_by_group(q) if c.name == "GPTQ, 2 bits, group 64")
     missing = {k: m for k, m in results.items() if k != (gone.key, HELD_OUT)}
     assert quantisation.shapes_table(missing, q).loc[("2", "64"), "GPTQ"] == "not run"
 
-    assert "3 choices of 16 windows" in quantisation.calibration_sentence(results, q)
+    seeds, amounts = quantisation.calibration_noise(results, q)
+    assert len(seeds) == 3 and list(amounts) == ["4 windows", "32 windows"]
     compensation = quantisation.compensation_table(results, q)
     assert compensation.loc["rounding", "against without"] == "" and compensation.loc["rounding + EoRA", "MB"] == "2.0"
-    assert "W2:4: GPTQ against rounding, within noise (x 0.9" in quantisation.pruned_sentence(results, q)
+    assert not quantisation.pruned_comparisons(results, q)["W2:4: GPTQ against rounding"].told
 
-    few, many = gptq.table(p)[-1], gptq.table(p)[3]
+    few, many = gptq.main_models(p)[-1], gptq.main_models(p)[3]
     assert (few.name, many.name) == ("GPTQ 3-bit asymmetric + EoRA", "GPTQ 4-bit asymmetric")
     results |= {(few.key, PPL): told(few, np.log(40)), (many.key, PPL): told(many, np.log(36))}
-    assert (
-        "take 3.0 MB, 4 bits without 2.0 MB; in perplexity the first are worse than the second"
-        in quantisation.bytes_sentence(results, p)
-    )
+    assert [m.disk_bytes for m in quantisation.few_and_many_bits(results, p)] == [3e6, 2e6]
     bars = quantisation.bars_table(results, p)
     assert len(bars) == 8 and bars["at most"].nunique() == 4
     assert bars.loc["GPTQ 4-bit asymmetric", ""] == "not met" and bars.loc["GPTQ 3-bit asymmetric + EoRA", ""] == "met"
-    assert list(bars[""]).count("not run") == 6 and "not run" in quantisation.more_sentence(results, p)
-    first, second = (c for c in gptq.more(p, 3))
+    assert list(bars[""]).count("not run") == 6 and not quantisation.more_comparisons(results, p)
+    first, second = (c for c in gptq.more_calibration(p, 3))
     results |= {
         (first.key, PPL): told(first, np.log(47)),
-        (gptq.table(p)[-2].key, PPL): told(first, np.log(50), 5),
+        (gptq.main_models(p)[-2].key, PPL): told(first, np.log(50), 5),
         (second.key, PPL): told(second, np.log(39)),
     }
     assert quantisation.bars_table(results, p).loc[first.name, "off by"] == "-2.1%"
-    assert "GPTQ 3-bit x 0.9" in quantisation.more_sentence(
-        results, p
-    ) and "GPTQ 3-bit + EoRA x 0.9" in quantisation.more_sentence(results, p)
+    more = quantisation.more_comparisons(results, p)
+    assert {name: list(tests) for name, tests in more.items()} == {"GPTQ 3-bit": [PPL], "GPTQ 3-bit + EoRA": [PPL]}
+    assert more["GPTQ 3-bit"][PPL].difference == pytest.approx(np.log(47 / 50), abs=0.01)
     both = quantisation.sizes_and_losses(results)
     assert set(both["method"]) >= {"GPTQ", "rounding", "GPTQ + EoRA"} and (both["MB"] > 0).all()
     chart = figures.bytes_chart(both, 30.0, most=52)
@@ -265,20 +264,13 @@ def test_every_cell_says_what_its_numbers_say():
 def test_what_is_measured_directly(small, tiny):
     shares = gptq.sink_shares(small, windows=3)
     assert len(shares) == 21 and all(0 < v < 0.5 for v in shares.values())  # one token of 64 in a random model
-    assert quantisation.sink_sentence({"blocks.0.v_proj": 0.05, "blocks.28.down_proj": 0.8}, 64) == (
-        "The first of 64 tokens makes 80% of the trace of block 28's down_proj, its largest share, and over 10% "
-        "at 1 of 2 projections; "
-        "at v_proj it makes 5.0% to 5.0%."
-    )
     subject = tiny(hidden_size=64)
-    assert "is 0;" not in quantisation.grid_sentence(subject)
+    assert quantisation.own_grid(subject).lost > 0
     for b in (0, 1):
         for linear in subject.linears(b).values():
             linear.weight.data = round_to_nearest(linear.weight, Grid(4, 32, "minimum")).weight
-    assert (
-        "in 14 linears is 0; with an integer zero-point instead, the mean change is 0.2"
-        in quantisation.grid_sentence(subject)
-    )
+    found = quantisation.own_grid(subject)
+    assert (found.linears, found.lost) == (14, 0) and 0.2 < found.steps < 0.3
 
 
 def test_thesis_figures_stand_beside():
@@ -309,21 +301,23 @@ def test_what_the_chapter_refuses(settings, message):
 
 def test_fields_say_what_names_say():
     p = gptq.recorded_parameters()
-    for c in gptq.table(p):
+    for c in gptq.main_models(p):
         assert c.name == (
             "dense" if not c.method else f"{c.method} {c.bits}-bit {c.grid}{' + EoRA' if c.corrected else ''}"
         )
-    assert [c.name for c in gptq.starts(p)] == [
-        f"{'EoRA' if c.corrected else 'usual'}, rate {c.rate:g}, seed {c.seed}" for c in gptq.starts(p)
+    assert [c.name for c in gptq.lora_starts(p)] == [
+        f"{'EoRA' if c.corrected else 'usual'}, rate {c.rate:g}, seed {c.seed}" for c in gptq.lora_starts(p)
     ]
-    assert [c.name for c in gptq.ranks(p)] == [str(c.rank) for c in gptq.ranks(p)]
-    assert [c.name for c in gptq.shapes(p)] == [f"{c.method}, {c.bits} bits, group {c.group}" for c in gptq.shapes(p)]
+    assert [c.name for c in gptq.eora_ranks(p)] == [str(c.rank) for c in gptq.eora_ranks(p)]
+    assert [c.name for c in gptq.bits_by_group(p)] == [
+        f"{c.method}, {c.bits} bits, group {c.group}" for c in gptq.bits_by_group(p)
+    ]
     assert all(
         c.name.startswith(c.varied) and (c.rate, c.seed) == (None, None)
-        for c in (*gptq.kinds(p), *gptq.pruned(p), *gptq.alone(p))
+        for c in (*gptq.one_projection(p), *gptq.pruned_models(p), *gptq.one_change(p))
     )
     with pytest.raises(StopIteration):
-        gptq.pick(gptq.table(p), bits=5)
+        gptq.pick(gptq.main_models(p), bits=5)
 
 
 def test_names_are_for_readers_only(monkeypatch):
@@ -342,10 +336,22 @@ def test_names_are_for_readers_only(monkeypatch):
         lambda: quantisation.bars_table(record, p).to_csv(index=False),
         lambda: quantisation.compensation_table(record, q).to_csv(index=False),
         lambda: quantisation.headline(record),
-        lambda: sorted(c.p for c in quantisation.method_comparisons(record, quantisation.table(p), HELD_OUT).values()),
+        lambda: sorted(
+            c.p for c in quantisation.method_comparisons(record, quantisation.main_models(p), HELD_OUT).values()
+        ),
     ]
     before = [say() for say in said]
-    for name in ("compensations", "kinds", "more", "pruned", "ranks", "shapes", "starts", "table", "without"):
+    for name in (
+        "eora_choices",
+        "one_projection",
+        "more_calibration",
+        "pruned_models",
+        "eora_ranks",
+        "bits_by_group",
+        "lora_starts",
+        "main_models",
+        "leave_one_out",
+    ):
         make = getattr(gptq, name)
         monkeypatch.setattr(
             quantisation,

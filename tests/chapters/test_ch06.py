@@ -95,15 +95,11 @@ def test_a_front_is_what_nothing_beats(story):
 
 
 def test_depth_and_width_together_cost_more_than_their_sum(story):
-    ((name, c),) = evaluation.interactions(story)
+    ((name, c),) = evaluation.interactions(story).items()
     assert name == "D2+W1:8" and c.difference == pytest.approx(0.2, abs=0.01) and c.p < 0.001
-    said = evaluation.interaction_sentence(story)
-    assert "Of 1 pairs, they lose more than that for 1 (D2+W1:8), less for 0" in said and "x 1.2" in said
-    (less,) = evaluation.interactions({**story, ("D2+W1:8", PPL): ppl(3.2, 240, 3)})
-    assert less[1].difference < 0 and "less for 1 (D2+W1:8)" in evaluation.interaction_sentence(
-        {**story, ("D2+W1:8", PPL): ppl(3.2, 240, 3)}
-    )
-    assert evaluation.interaction_sentence({}) == "No model was pruned both ways."
+    (less,) = evaluation.interactions({**story, ("D2+W1:8", PPL): ppl(3.2, 240, 3)}).values()
+    assert less.verdict() == "better"
+    assert not evaluation.interactions({})
 
 
 def test_steps_go_from_the_model_before(story):
@@ -129,48 +125,33 @@ def test_steps_go_from_the_model_before(story):
 
 
 def test_findings_turn_with_the_records(story):
-    assert "5 models on the front of perplexity against bytes 2 are quantised" in evaluation.top_findings(story)[0]
     # only D2+W1:8+W: the quantised models of the story are all trained, and what is not trained has no rival among them
-    assert "of 4 untrained ones 0 and of 3 trained ones 1 are beaten" in trade_offs.equal_bytes_sentence(story)
-    plain = {**story, ("Q", PPL): ppl(3.05, 100, 20)}
-    assert "of 4 untrained ones 3 and of 3 trained ones 1 are beaten" in trade_offs.equal_bytes_sentence(plain)
-    assert "perplexity 23.3" not in "".join(
-        evaluation.top_findings(story)
-    )  # D2+W+Q's, which is more than 1.25 times 18.2
-    assert (
-        "alike: untrained Q (100 MB, perplexity 21.1 against 20.1), trained D2+W (251 MB, perplexity 22.2 against 18.2)"
-        in evaluation.top_findings(plain)[0]
-    )
+    tests = trade_offs.at_equal_bytes(story)
+    assert list(tests) == ["dense", "D2", "W1:8", "D2+W1:8", "W", "D2+W", "D2+W1:8+W"]
+    assert {x: c.verdict() for x, c in tests.items() if c} == {"W": "worse", "D2+W": "worse", "D2+W1:8+W": "better"}
+    untrained = {**story, ("Q", PPL): ppl(3.05, 100, 20)}
+    beaten = {x for x, c in trade_offs.at_equal_bytes(untrained).items() if c and c.verdict() == "better"}
+    assert beaten == {"D2", "W1:8", "D2+W1:8", "D2+W1:8+W"}
+    assert not trade_offs.at_equal_bytes({key: m for key, m in story.items() if "Q" not in key[0]})
+    # D2+W+Q is smaller than D2+W, and more than 1.25 times worse than W
+    assert trade_offs.smallest_usable(untrained) == {"dense": "Q", "W": "D2+W"}
     came = {
         key: replace(m, provenance={**m.provenance, "subject": "SmolLM2-135M-Instruct"}) for key, m in story.items()
     }
-    assert (
-        "It came as a file of 98 MB in Q4_1" in evaluation.top_findings(came)[0]
-        and "It came" not in evaluation.top_findings(story)[0]
-    )
-    said = evaluation.top_findings(story)[1]
-    assert (
-        "Of 2 pruned models trained on WikiText 0 end with a perplexity told apart below the untrained dense "
-        "model's, 0 below that of" in said
-    )
+    assert round(trade_offs.original_file(came) / 1e6) == 98 and trade_offs.original_file(story) is None
+    assert evaluation.pruned_and_trained(story) == ["D2+W", "D2+W1:8+W"]
+    assert evaluation.below(story, "dense") == evaluation.below(story, "W") == []
     better = {**story, ("D2+W", PPL): ppl(2.7, 251, 9)}
-    assert (
-        "WikiText 1 end with a perplexity told apart below the untrained dense model's, 1 below"
-        in evaluation.top_findings(better)[1]
-    )
-    without = {key: m for key, m in story.items() if key[0] != "W"}
-    assert "trained alike was not run" in evaluation.top_findings(without)[1]
+    assert evaluation.below(better, "dense") == evaluation.below(better, "W") == ["D2+W"]
+    assert evaluation.below({key: m for key, m in story.items() if key[0] != "W"}, "W") is None
 
 
 def test_bfloat16_is_held_against_float32(story):
     exact = {key: m for key, m in story.items() if key[1] == PPL}
-    n = len(exact)
-    assert f"of {n * (n - 1) // 2} comparisons between them 0 come out otherwise" in evaluation.precision_sentence(
-        exact, exact
-    )
-    moved = {**exact, ("D2", PPL): ppl(2.95, 250, 1)}
-    said = evaluation.precision_sentence(exact, moved)
-    assert "0 come" not in said and "-29.53%" in said
+    n, same = len(exact), evaluation.precision(exact, exact)
+    assert len(same.exact) == n * (n - 1) // 2 and not same.differ and set(same.shifts.values()) == {0}
+    moved = evaluation.precision(exact, {**exact, ("D2", PPL): ppl(2.95, 250, 1)})
+    assert ("dense", "D2") in moved.differ and moved.shifts["D2"] == pytest.approx(-0.2953, abs=1e-4)
 
 
 def test_what_was_not_run_is_shown(story):
@@ -179,7 +160,8 @@ def test_what_was_not_run_is_shown(story):
     assert (
         table.loc["D8", PPL] == table.loc["D2+W", OPEN] == "not run" and table.loc["D2", "thesis: open book"] == "53.0%"
     )
-    assert "D4" in evaluation.coverage_sentence(story)
+    assert "D4" in evaluation.absent(story) and "dense" not in evaluation.absent(story)
+    assert evaluation.complete(story) == ["dense", "D2"]
 
 
 def test_the_full_size_is_shown_as_far_as_it_was_run(story):
@@ -202,12 +184,6 @@ def test_the_full_size_is_shown_as_far_as_it_was_run(story):
     assert beside.loc["D2", "HellaSwag"] == "not run"
     alike = evaluation.against_dense({("dense", "HellaSwag"): right, ("D2", "HellaSwag"): right})
     assert alike.loc["D2", "HellaSwag"] == "+0.0 [+0.0, +0.0]"
-    said = evaluation.full_sentence(full)
-    assert (
-        "perplexity 3 (dense, D2, W1:8); HellaSwag 2 (dense, W1:8)" in said
-        and "Not run for any: perplexity at 2048, closed book, open book, " in said
-    )
-    assert evaluation.full_sentence({}) == "Nothing of size full was run."
     assert evaluation.against_dense({}).empty
 
 
@@ -218,10 +194,6 @@ def test_costs_are_reported(story):
         and (table["to make it"] == "5").all()
         and table.loc["+ EoRA", PPL] == "2"
         and table.loc["+ EoRA", OPEN] == ""
-    )
-    assert (
-        "on 1 thread of a processor: 11 measurements, 0.0 hours of one process, and 0.0 to make the models"
-        in evaluation.cost_sentence(story)
     )
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from thesislib.chapters import ch07_device as chapter
+from thesislib.chapters import ch07_runs as runs
 from thesislib.chapters import recorded
 from thesislib.device.cost import costs
 from thesislib.device.hardware import device
@@ -31,37 +32,37 @@ def record(tiny):
     """20 ms at 30 blocks, 0.6 ms a block; every byte a block's."""
     subject = tiny()
     found = {
-        (chapter.depth_label(30, d), f"llama.cpp {kind}"): timed(subject, f"llama.cpp {kind}", 2 + 0.6 * d, 10 * d)
+        (runs.depth_label(30, d), f"llama.cpp {kind}"): timed(subject, f"llama.cpp {kind}", 2 + 0.6 * d, 10 * d)
         for kind in TYPES
-        for d in chapter.DEPTHS
+        for d in runs.DEPTHS
     }
     same = [
         {"id": "a", "same": 32, "of": 32, "margin": None, "gap": 0.01},
         {"id": "b", "same": 7, "of": 32, "margin": 0.002, "gap": 0.002},
     ]
-    found["dense", chapter.SAME] = Measurement(
-        task="text", metric=chapter.SAME, value=0.5, low=0.1, high=0.9, n=2, unit="prompt", items=same
+    found["dense", runs.SAME] = Measurement(
+        task="text", metric=runs.SAME, value=0.5, low=0.1, high=0.9, n=2, unit="prompt", items=same
     )
     return found
 
 
 def test_stand_ins_have_the_shapes_zeros_and_bits_of_their_labels(tiny):
     subject = tiny(layers=6)
-    assert chapter.stand_in(subject, "dense") is subject and chapter.stand_in(subject, "W") is subject
-    assert chapter.stand_in(subject, "D2").plan == (0, 1, 2, 5)
-    halved = chapter.stand_in(subject, "W2:4+W").linears(3)["up_proj"].weight
+    assert runs.stand_in(subject, "dense") is subject and runs.stand_in(subject, "W") is subject
+    assert runs.stand_in(subject, "D2").plan == (0, 1, 2, 5)
+    halved = runs.stand_in(subject, "W2:4+W").linears(3)["up_proj"].weight
     assert (halved.view(-1, 4) == 0).sum(1).eq(2).all()
     assert (
-        costs(chapter.stand_in(tiny(hidden_size=64, head_dim=16), "W+Q")).kept
+        costs(runs.stand_in(tiny(hidden_size=64, head_dim=16), "W+Q")).kept
         < costs(tiny(hidden_size=64, head_dim=16)).kept / 2
     )
     for label in ("D6", "E", "nonsense"):
         with pytest.raises(BadInput, match="has no stand-in|is not understood"):
-            chapter.stand_in(subject, label)
+            runs.stand_in(subject, label)
 
 
 def test_what_is_measured_covers_four_formats_by_four_depths_and_six_compressed_models():
-    found = chapter.cases(30)
+    found = runs.cases(30)
     assert len(set(found)) == len(found)
     assert {(c.label, c.kind) for c in found} >= {
         (label, kind) for label in ("dense", "D10", "D20", "D26") for kind in TYPES
@@ -75,28 +76,25 @@ def test_what_is_measured_covers_four_formats_by_four_depths_and_six_compressed_
 def test_predictions_are_those_of_the_line(record):
     tables = chapter.predictions(record)
     assert list(tables) == list(TYPES) and all(mean_error([t], BETWEEN) == pytest.approx(0) for t in tables.values())
-    assert "mean error of 0.0%" in chapter.prediction_sentence(
-        record
-    ) and "The machine was quiet" in chapter.prediction_sentence(record)
+    found = chapter.prediction(record)
+    assert max(found.between) == pytest.approx(0) and found.formats == len(TYPES) and not found.noisy
     assert len(chapter.prediction_table(tables)) == 8
 
 
 def test_a_subject_of_another_depth_is_predicted_too(tiny):
     subject = tiny()
-    assert chapter.depths(30) == list(chapter.DEPTHS) and chapter.depths(16) == [16, 11, 5, 2]
-    assert {c.label for c in chapter.cases(16) if c.kind == "Q4_1"} == {"dense", "D5", "D11", "D14"}
+    assert runs.depths(30) == list(runs.DEPTHS) and runs.depths(16) == [16, 11, 5, 2]
+    assert {c.label for c in runs.cases(16) if c.kind == "Q4_1"} == {"dense", "D5", "D11", "D14"}
     found = {}
-    for d in chapter.depths(16):
-        case = chapter.Case(chapter.depth_label(16, d), "F16")
-        found[case.label, case.engine] = chapter._noted(
+    for d in runs.depths(16):
+        case = runs.Case(runs.depth_label(16, d), "F16")
+        found[case.label, case.engine] = runs.noted(
             timed(subject, case.engine, 2 + d, 10 * d), case.label, case.engine, 16
         )
-    assert (
-        "through 16 and 5 blocks predicts the time per token of 11 blocks, in 1 formats, with a mean error of 0.0%"
-        in chapter.prediction_sentence(found)
-    )
-    few = {key: chapter._noted(m, *key, 2) for key, m in found.items()}
-    assert chapter.prediction_sentence(few) == chapter.NOT_RUN  # two blocks make no four depths
+    p = chapter.prediction(found)
+    assert p.depths == [16, 11, 5, 2] and p.formats == 1 and p.between == [pytest.approx(0)]
+    few = {key: runs.noted(m, *key, 2) for key, m in found.items()}
+    assert chapter.prediction(few) is None  # two blocks make no four depths
 
 
 def test_shares_of_bandwidth_and_arithmetic_by_hand(tiny):
@@ -121,36 +119,31 @@ def test_contrary_timings_are_said(record, tiny):
     record["D10", "llama.cpp F16"] = timed(
         tiny(), "llama.cpp F16", 28, 200, noise=0.2
     )  # twice what the line says, and noisy
-    said = chapter.prediction_sentence(record)
-    assert "mean error of 12.5%" in said and "1 of these timings come from a machine that was not quiet" in said
+    found = chapter.prediction(record)
+    assert np.mean(found.between) == pytest.approx(0.125, abs=0.001) and found.noisy == 1
     assert NOISY_HOST in set(chapter.measured_table(record)["machine"])
     del record["D26", "llama.cpp Q4_1"]
     assert list(chapter.predictions(record)) == ["F16", "Q8_0", "Q4_0"]
-    assert chapter.prediction_sentence({}) == chapter.NOT_RUN == chapter.same_sentence({}) == chapter.zeros_sentence({})
-
-
-def test_where_texts_part_is_said(record):
-    assert "On 1 of 2 questions" in chapter.same_sentence(
-        record
-    ) and "b parts after 7 tokens, at a margin of 0.0020" in chapter.same_sentence(record)
+    assert chapter.prediction({}) is None and not chapter.gains_by_zeros({})
 
 
 def test_zeros_are_set_beside_the_dense_model(record, tiny):
     record["W2:4+W", "llama.cpp F16"] = timed(tiny(), "llama.cpp F16", 21, 300)
-    assert "F16 20.0 and 21.0 ms: no kernel skips them." in chapter.zeros_sentence(record)
+    assert chapter.gains_by_zeros(record) == {"F16": pytest.approx(20 / 21 - 1)}
     record["W2:4+W", "llama.cpp F16"] = timed(tiny(), "llama.cpp F16", 11, 300)
-    assert "F16 20.0 and 11.0 ms: some kernel gains by them." in chapter.zeros_sentence(record)
+    assert chapter.gains_by_zeros(record)["F16"] > chapter.SKIPPED
 
 
 def test_every_model_meets_every_device(tiny):
-    p = chapter.DeviceChapter(devices=["siracusa", "k1", "host"])
-    found = {label: chapter.stand_in(tiny(layers=6), label) for label in ("dense", "D2", "W2:4")}
+    p = runs.DeviceChapter(devices=["siracusa", "k1", "host"])
+    found = {label: runs.stand_in(tiny(layers=6), label) for label in ("dense", "D2", "W2:4")}
     rows = chapter.projections(found, p)
     assert len(rows) == 9 and (rows["low"] <= rows["high"]).all()
     table = chapter.projection_table(rows)
     assert list(table.columns) == p.devices and all(" to " in cell for cell in table.to_numpy().ravel())
-    assert "k1 by" in chapter.binding_sentence(rows) and "Not known for siracusa and host" in chapter.energy_sentence(
-        rows
+    known = chapter.energy(rows)
+    assert (
+        all(chapter.binding(rows).values()) and known.unknown == ["siracusa", "host"] and list(known.joules) == ["k1"]
     )
     assert list(chapter.energy_table(rows).columns) == ["k1"]  # what the sentence says
     small, half = (rows[(rows["device"] == "k1") & (rows["model"] == m)].iloc[0] for m in ("dense", "D2"))
@@ -165,10 +158,8 @@ def test_every_model_meets_every_device(tiny):
 
 def test_a_token_beyond_memory_is_said_not_to_fit(tiny):
     large = tiny(layers=2, vocab_size=2_000_000)
-    rows = chapter.projections({"dense": large}, chapter.DeviceChapter(devices=["siracusa"]))
-    assert chapter.projection_table(rows).iloc[
-        0, 0
-    ] == "does not fit" and "None of these models fits siracusa" in chapter.binding_sentence(rows)
+    rows = chapter.projections({"dense": large}, runs.DeviceChapter(devices=["siracusa"]))
+    assert chapter.projection_table(rows).iloc[0, 0] == "does not fit" and chapter.binding(rows) == {"siracusa": []}
 
 
 def test_what_was_emulated_and_what_hosted_models_take_are_tables(tmp_path):
@@ -199,9 +190,9 @@ def test_the_committed_record_meets_the_bars():
     tables = chapter.predictions(record)
     assert set(tables) == set(TYPES)
     assert mean_error(list(tables.values()), BETWEEN) <= 0.15
-    quiet = [m.extra["verdict"] == QUIET for (_, engine), m in record.items() if engine != chapter.SAME]
+    quiet = [m.extra["verdict"] == QUIET for (_, engine), m in record.items() if engine != runs.SAME]
     assert sum(quiet) >= 0.8 * len(quiet)
-    same = record["dense", chapter.SAME]
+    same = record["dense", runs.SAME]
     assert same.n == 10 and all(i["of"] >= 32 for i in same.items)
     assert all(
         i["margin"] is None or 0 < i["margin"] < 0.05 for i in same.items

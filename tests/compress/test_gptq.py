@@ -341,7 +341,7 @@ def test_what_is_computed_with_is_what_is_stored(tiny, stage, tmp_path):
     for i in range(2):
         for name, module in result.linears(i).items():
             again = QuantisedLinear(
-                module.encoding, (module.out_features, module.in_features), module.bias, **module.held
+                module.encoding, (module.out_features, module.in_features), module.bias, **module.stored
             )
             assert torch.equal(again.weight, module.weight)
             assert isinstance(result.copy().linears(i)[name], torch.nn.Linear)
@@ -451,7 +451,7 @@ def test_the_report_counts_what_is_held(tiny):
     result, report = Rtn(bits=3, group=32, linears="down_proj").apply(subject)
     # 32 x 64 weights of 3 bits, and 2 float16 scales in each of 32 rows
     assert report == {"linears": 1, "bytes": 32 * 64 * 3 // 8 + 2 * 64, "bits_per_weight": 3.5}
-    assert sum(t.nbytes for t in result.linears(0)["down_proj"].held.values()) == report["bytes"]
+    assert sum(t.nbytes for t in result.linears(0)["down_proj"].stored.values()) == report["bytes"]
 
 
 def test_raised_damping_is_reported(tiny):

@@ -32,8 +32,9 @@ from thesislib.device.quantity import UNITS, parse
 from thesislib.device.report import profile_report, readable
 from thesislib.device.roofline import ARITHMETIC, OVERHEAD, TRAFFIC, profile, project, what_each_buys
 from thesislib.errors import BadInput
-from thesislib.formats.artifact import load_artifact, save_artifact, sizes
+from thesislib.formats.artifact import load_artifact, save_artifact
 from thesislib.formats.load import save_checkpoint
+from thesislib.formats.sizes import sizes
 from thesislib.model.blocks import apply_plan
 from thesislib.model.layers import Adapted
 

@@ -12,12 +12,15 @@ import pytest
 from typer.testing import CliRunner
 
 from thesislib.cli import app
-from thesislib.device import emulate as emulation
 from thesislib.device.emulate import (
     CLASSES,
+    FLAGS,
     ROUNDED_TOLERANCE,
+    SOURCE,
+    TOLERANCE,
     TOOLS,
     Distance,
+    Programs,
     build,
     counted,
     distance,
@@ -223,15 +226,15 @@ def test_an_installation_without_sources(monkeypatch, tmp_path):
 def test_an_archive_that_is_another(monkeypatch, tmp_path):
     def pip(command, **_):
         assert "--no-binary=llama-cpp-python" in command
-        (type(tmp_path)(command[command.index("--dest") + 1]) / f"{emulation.SOURCE}.tar.gz").write_bytes(
-            b"something else"
-        )
+        (type(tmp_path)(command[command.index("--dest") + 1]) / f"{SOURCE}.tar.gz").write_bytes(b"something else")
         return subprocess.CompletedProcess(command, 0, "", "")
 
     monkeypatch.setattr("thesislib.sources.wheels.subprocess.run", pip)
+    monkeypatch.setattr("shutil.which", lambda tool: tool)
+    monkeypatch.setenv("THESISLIB_CACHE", str(tmp_path))
     with pytest.raises(BadInput, match="has sha256 [0-9a-f]{64}, expected 832db069.*check your package index"):
-        emulation._sources(tmp_path / "sources")
-    assert not list(tmp_path.iterdir())
+        build()
+    assert [file.name for file in (tmp_path / "emulate").iterdir() if file.suffix != ".lock"] == []
 
 
 def test_what_cannot_be_emulated(tmp_path):
@@ -245,20 +248,29 @@ def test_what_cannot_be_emulated(tmp_path):
             emulate(tmp_path / "m.gguf", ids, tokens)
 
 
-def test_a_program_that_fails_says_why():
-    with pytest.raises(BadInput, match=r"running m failed \(exit code 3\): because"):
-        emulation._run(["sh", "-c", "echo count 1 2 >&2; echo because >&2; exit 3"], "running m")
-    with pytest.raises(BadInput, match="running m took longer than 0 s"):
-        emulation._run(["sleep", "5"], "running m", timeout=0.1)
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("echo count 1 2 >&2; echo because >&2; exit 3", r"running .*m.gguf failed \(exit code 3\): because"),
+        ("exec sleep 5", "running .*m.gguf took longer than 0 s"),
+    ],
+)
+def test_a_program_that_fails_says_why(tmp_path, script, message):
+    (tmp_path / "m.gguf").touch()
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    with pytest.raises(BadInput, match=message):
+        emulate(tmp_path / "m.gguf", [1], programs=Programs(program, program, program, program), timeout=0.3)
 
 
 def test_the_command_says_what_was_counted(monkeypatch):
     plain = json.loads(RECORD.read_text())
     asked = []
-    monkeypatch.setattr("thesislib.cli._held", lambda *given: given)
-    monkeypatch.setattr(emulation, "record", lambda *given: (asked.append(given), plain)[1])
+    monkeypatch.setattr("thesislib.formats.load.load_subject", lambda *given: given)
+    monkeypatch.setattr("thesislib.device.emulate.record", lambda *given: (asked.append(given), plain)[1])
     told = CliRunner().invoke(app, ["emulate", "somewhere", "--type", "F16", "--type", "Q4_1", "--tokens", "3"])
-    assert told.exit_code == 0 and asked == [(("somewhere", None, "float32"), [("F16", None), ("Q4_1", None)], 8, 3, 1)]
+    assert told.exit_code == 0 and asked == [(("somewhere", "float32"), [("F16", None), ("Q4_1", None)], 8, 3, 1)]
     assert "F16, 30 blocks: 1,913.0 M a decoded token, 14.23 a weight; by class, in M: load 542" in told.output
     (parted,) = [row["margin where they part"] for row in plain["rows"] if row["margin where they part"] is not None]
     assert (
@@ -318,7 +330,7 @@ def test_the_record_was_made_by_this():
     ]
     for row in record["rows"]:
         logits, instructions = row["logits"], row["instructions"]
-        assert logits["within"] and logits["share"] <= logits["tolerance"] == emulation.TOLERANCE.get(
+        assert logits["within"] and logits["share"] <= logits["tolerance"] == TOLERANCE.get(
             row["type"], ROUNDED_TOLERANCE
         )
         assert set(instructions["per token"]) == set(CLASSES)
@@ -331,5 +343,5 @@ def test_the_record_was_made_by_this():
     text = RECORD.read_text()
     assert "seconds" not in text.replace("seconds are not", "") and str(ROOT) not in text
     assert record["provenance"]["flags"] == {
-        target: [f.removeprefix("-D") for f in flags] for target, flags in emulation.FLAGS.items()
+        target: [f.removeprefix("-D") for f in flags] for target, flags in FLAGS.items()
     }

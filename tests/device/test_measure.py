@@ -270,7 +270,8 @@ def test_a_gguf_file_is_measured_as_it_is(tiny, tmp_path, monkeypatch):
         "thesislib.device.measured.time_llama_cpp", lambda f, *a: seen.append(f) or measure.time_llama_cpp(f, *a)
     )
     monkeypatch.setattr("thesislib.device.measured.gguf_file", None)  # not called
-    monkeypatch.setattr("thesislib.cli._held", lambda *a: tiny())  # transformers reads no GGUF of this tokenizer
+    # transformers reads no GGUF of this tokenizer
+    monkeypatch.setattr("thesislib.formats.load.load_subject", lambda *_: tiny())
     done = measured(str(file), "--prompt", "4", "--tokens", "2", "--repeats", "1", "--alone")
     assert (
         done.exit_code == 0 and seen == [file] and "llama.cpp Q4_0" in done.stdout and "transformers" not in done.stdout

@@ -61,9 +61,9 @@ def test_rows_that_are_none(tiny, tmp_path, change, fast):
 
 
 @pytest.mark.embedded
-def test_on_the_embedded_model(embedded_subject):
+def test_on_the_embedded_model(few_blocks):
     pytest.importorskip("lm_eval", reason="lm-eval is an extra")
-    fast, slow = (Setup("boolq", limit=8, fast=fast).measure(embedded_subject, "embedded") for fast in (True, False))
+    fast, slow = (Setup("boolq", limit=4, fast=fast).measure(few_blocks, "embedded") for fast in (True, False))
     assert fast.column("correct") == slow.column("correct") and fast.value == slow.value
     items = Setup("boolq", fast=True).items("embedded")
     assert len(items) == 3270 and items[0].context.endswith(

@@ -1,6 +1,6 @@
 from thesislib.compress.gptq import Rtn
 from thesislib.evaluate.speed import speeds
-from thesislib.formats.artifact import sizes
+from thesislib.formats.sizes import sizes
 
 
 def test_bytes_are_those_held_and_rates_are_rates(tiny):

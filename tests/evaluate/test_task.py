@@ -19,7 +19,7 @@ from thesislib.evaluate.task import sha256_of_items
 from thesislib.files import ROOT
 from thesislib.records.measurement import Measurement
 from thesislib.sources import corpus
-from thesislib.sources import rows as rows_
+from thesislib.sources.rows import rows as read_rows
 
 RECORDED = sorted((ROOT / "data" / "results").glob("0[0-3]_*.jsonl"))  # chapters that measure without protocols
 PROTOCOLS = [
@@ -337,7 +337,7 @@ def test_what_does_not_compare(a, b, message):
 
 @pytest.mark.parametrize("protocol", PROTOCOLS, ids=str)
 def test_a_text_is_read_and_hashed_once(subject, data, protocol, monkeypatch):
-    reads, rows, hashed, sha256 = [], rows_.rows, [], hashlib.sha256
+    reads, rows, hashed, sha256 = [], read_rows, [], hashlib.sha256
     for reader in (corpus, choice):
         monkeypatch.setattr(reader, "rows", lambda *of: reads.append(of) or rows(*of))
     monkeypatch.setattr(

@@ -1,8 +1,7 @@
 import pytest
 
 from thesislib.errors import BadInput
-from thesislib.evaluate import triviaqa as module
-from thesislib.evaluate.triviaqa import compare, tier, triviaqa
+from thesislib.evaluate.triviaqa import TIERS, compare, default_prompt, tier, triviaqa
 from thesislib.model.prompts import normalise, prompt_for
 from thesislib.sources.corpus import Question
 
@@ -50,11 +49,11 @@ def test_tier(answer, aliases, expected):
 
 
 def test_tiers_are_counted_apart_and_together(tiny, monkeypatch):
-    monkeypatch.setattr(module, "greedy", lambda *_: ANSWERS)
+    monkeypatch.setattr("thesislib.evaluate.triviaqa.greedy", lambda *_: ANSWERS)
     found = triviaqa(tiny(), ASKED, source="test", prompt="thesis")
     assert found.column("tier") == ["exact", "substring", "overlap", ""]
     assert found.value == 0.75 and found.n == 4
-    assert [found.extra[t]["value"] for t in module.TIERS] == [0.25, 0.25, 0.25]
+    assert [found.extra[t]["value"] for t in TIERS] == [0.25, 0.25, 0.25]
     assert found.low < 0.75 < found.high
     assert compare(found, found).p == 1.0
 
@@ -68,7 +67,7 @@ def test_prompts(tiny):
 
 @pytest.mark.embedded
 def test_chat_prompt_is_the_models_own_and_the_default(embedded_subject):
-    assert module.default_prompt(embedded_subject) == "chat"
+    assert default_prompt(embedded_subject) == "chat"
     said = prompt_for(embedded_subject, ASKED[0], "chat")
     assert said.endswith("<|im_start|>user\nQuestion: Who wrote Tom Sawyer? Answer:<|im_end|>\n<|im_start|>assistant\n")
 

@@ -17,8 +17,10 @@ from thesislib.compress.gptq import Rtn
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.files import inside, sha256_of
-from thesislib.formats.artifact import load_artifact, packed_tensors, predicted_disk_bytes, save_artifact, sizes
+from thesislib.formats.artifact import load_artifact, save_artifact
 from thesislib.formats.artifact_json import checksum, read_artifact
+from thesislib.formats.sizes import predicted_disk_bytes, sizes
+from thesislib.formats.tensors import packed_tensors
 from thesislib.model import packing
 from thesislib.model.blocks import apply_plan, remove, without_parts
 from thesislib.model.layers import Adapted, PackedLinear, replace

@@ -2,13 +2,12 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-from pathlib import Path
+import time
 
 import numpy as np
 import pytest
 
+from tests.fakes import processes
 from thesislib import files
 from thesislib.errors import BadInput
 from thesislib.formats import convert
@@ -104,7 +103,7 @@ def test_a_failed_conversion_leaves_nothing(tmp_path, cache, monkeypatch):
 
     path = tmp_path / "x.gguf"
     path.write_bytes(b"GGUF" + bytes(20))
-    monkeypatch.setattr(convert, "_convert", half)
+    monkeypatch.setattr(convert, "convert_gguf", half)
     with pytest.raises(RuntimeError, match="killed"):
         safetensors_folder(path)
     assert cached(cache) == []
@@ -119,7 +118,7 @@ def counted(monkeypatch, checkpoint):
         done.append(gguf.read_bytes())
         shutil.copytree(checkpoint, folder, dirs_exist_ok=True)
 
-    monkeypatch.setattr(convert, "_convert", copy)
+    monkeypatch.setattr(convert, "convert_gguf", copy)
     return done
 
 
@@ -273,38 +272,35 @@ def test_every_file_is_hashed_once_a_process(tmp_path, cache, counted, monkeypat
     safetensors_folder(path)
 
 
-CONVERTS = """
-import os, shutil, signal, sys, time
-from pathlib import Path
-from thesislib.formats import convert
-def copied(gguf, folder, cut):
-    for file in sorted(Path(sys.argv[2]).iterdir()):
-        shutil.copy(file, folder)
-        print(file.name, flush=True)
-        time.sleep(0.02)
-convert._convert = copied
-convert.safetensors_folder(Path(sys.argv[1]))
-"""
+def convert_slowly(path, checkpoint, cache, copied):
+    """In a process of its own: a conversion that copies the files of a checkpoint and notes each."""
+
+    def copy(gguf, folder, cut):
+        for file in sorted(checkpoint.iterdir()):
+            shutil.copy(file, folder)
+            with copied.open("a") as done:
+                print(file.name, file=done)
+            time.sleep(0.02)
+
+    os.environ["THESISLIB_CACHE"] = str(cache)
+    convert.convert_gguf = copy
+    safetensors_folder(path)
 
 
 def test_kills_while_it_converts_leave_nothing_for_good(tmp_path, cache, counted, checkpoint):
     path = tmp_path / "x.gguf"
     path.write_bytes(b"GGUF" + bytes(20) + b"1")
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     for n in range(3):
-        child = subprocess.Popen(
-            [sys.executable, "-c", CONVERTS, str(path), str(checkpoint)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-        )
-        for _ in range(n + 1):
-            child.stdout.readline()
+        copied = tmp_path / f"copied {n}"
+        copied.touch()
+        child = processes().Process(target=convert_slowly, args=(path, checkpoint, cache, copied))
+        child.start()
+        while copied.read_text().count("\n") <= n and child.is_alive():
+            time.sleep(0.002)
         child.kill()
-        assert child.wait() == -signal.SIGKILL
-        child.stdout.close()
-        assert (
-            len([p for p in (cache / "subjects").iterdir() if p.suffix != ".lock"]) == 1
-        )  # its own; the one before it left is gone
+        child.join()
+        assert child.exitcode == -signal.SIGKILL
+        # its own; the one before it left is gone
+        assert len([p for p in (cache / "subjects").iterdir() if p.suffix != ".lock"]) == 1
     folder = safetensors_folder(path)
     assert sorted(p.name for p in (cache / "subjects").iterdir()) == [folder.name, f"{folder.name}.lock"]

@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from thesislib.device.cost import costs, stored
 from thesislib.errors import BadInput
-from thesislib.formats.artifact import load_artifact, predicted_disk_bytes, save_artifact, sizes
+from thesislib.formats.artifact import load_artifact, save_artifact
 from thesislib.formats.artifact_json import RECORD
+from thesislib.formats.sizes import predicted_disk_bytes, sizes
 from thesislib.model.layers import ComputedLinear, adapt, reader, replace, size_of
 
 RANK = 3
@@ -23,8 +24,8 @@ class Pair(ComputedLinear):
     encoding = "pair"
 
     @classmethod
-    def load(cls, encoding, shape, bias, dtype, tensors, name):
-        return cls(shape, bias, A=tensors["A"], B=tensors["B"])
+    def load(cls, linear):
+        return cls(linear.shape, linear.bias, **linear.tensors)
 
     weight = property(lambda self: self.B @ self.A)
     numel = property(lambda self: self.A.numel() + self.B.numel())

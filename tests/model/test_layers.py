@@ -93,7 +93,9 @@ def test_copies_are_independent():
 
 def test_gradients_pass_through_packed_weights():
     """Also where the tables were first made in inference mode, whose tensors autograd refuses to save."""
-    packing._places.cache_clear(), packing._joined_places.cache_clear(), packing._byte_bits.cache_clear()
+    for table in vars(packing).values():
+        if hasattr(table, "cache_clear"):
+            table.cache_clear()
     dense = linear()
     for encoding in ("2:4", "bitmap"):
         packed = PackedLinear.of(dense, encoding)
@@ -238,7 +240,7 @@ def test_kernels_for_2_4_say_why_not(tiny):
 )
 @pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor")
 def test_kernels_for_2_4_compute_the_same(tiny):
-    from thesislib.formats.artifact import sizes
+    from thesislib.formats.sizes import sizes
 
     subject = tiny(layers=2, hidden_size=128, intermediate_size=256, head_dim=32, initializer_range=0.05)
     with pytest.raises(BadInput, match=r"cannot run in torch.float32: expected torch.bfloat16 or torch.float16"):

@@ -8,7 +8,14 @@ import torch
 from thesislib.compress.width import THESIS_PATTERNS, least_of_each
 from thesislib.errors import BadInput
 from thesislib.model.grid import BITS, GRIDS, Grid, round_to_nearest
-from thesislib.model.quantised import QuantisedEmbedding, QuantisedLinear, _tiles_are_known, held_shapes, parse_encoding
+from thesislib.model.layers import StoredLinear
+from thesislib.model.quantised import (
+    QuantisedEmbedding,
+    QuantisedLinear,
+    kernel_is_known,
+    parse_encoding,
+    stored_shapes,
+)
 
 
 def weight(rows=48, columns=192, remove=0, of=4, seed=0):
@@ -17,7 +24,7 @@ def weight(rows=48, columns=192, remove=0, of=4, seed=0):
 
 
 def held_bytes(linear):
-    return sum(t.nbytes for t in linear.held.values())
+    return sum(t.nbytes for t in linear.stored.values())
 
 
 @pytest.mark.parametrize("kind", GRIDS)
@@ -93,7 +100,7 @@ def test_an_index_is_kept():
     q = replace(q, index=index)
     linear = QuantisedLinear.of(q)
     assert torch.equal(linear.weight, q.weight)
-    assert torch.equal(linear.held["index"].long(), index)
+    assert torch.equal(linear.stored["index"].long(), index)
     sparse = q.weight == 0
     assert torch.equal(QuantisedLinear.of(q, sparse).weight, q.weight)
 
@@ -114,13 +121,13 @@ def test_a_file_gives_back_the_linear_and_its_sizes_are_foretold(kind, remove, t
     pruned = (w == 0) if kind != "minimum" else None
     for q in (round_to_nearest(w, Grid(3, 64, kind)), indexed()):
         linear = QuantisedLinear.of(q, pruned if q.index is None else None, torch.ones(48), torch.bfloat16)
-        save_file(linear.held, tmp_path / "file")
+        save_file(linear.stored, tmp_path / "file")
         again = QuantisedLinear.load(
-            linear.encoding, (48, 192), linear.bias, torch.bfloat16, load_file(tmp_path / "file")
+            StoredLinear(linear.encoding, (48, 192), linear.bias, torch.bfloat16, load_file(tmp_path / "file"))
         )
         assert torch.equal(again.weight, linear.weight) and again.weight.dtype == torch.bfloat16
-        foretold = held_shapes(linear.encoding, (48, 192), int(w.count_nonzero()), q.index is not None)
-        assert foretold == {n: (tuple(t.shape), t.dtype) for n, t in linear.held.items()}
+        foretold = stored_shapes(linear.encoding, (48, 192), int(w.count_nonzero()), q.index is not None)
+        assert foretold == {n: (tuple(t.shape), t.dtype) for n, t in linear.stored.items()}
 
 
 @pytest.mark.parametrize(
@@ -140,17 +147,17 @@ def test_a_file_gives_back_the_linear_and_its_sizes_are_foretold(kind, remove, t
 )
 def test_damaged_files_are_refused(change, message):
     linear = QuantisedLinear.of(indexed())
-    tensors = {n: t for n, t in {**linear.held, **change}.items() if t is not None}
+    tensors = {n: t for n, t in {**linear.stored, **change}.items() if t is not None}
     with pytest.raises(BadInput, match=message):
-        QuantisedLinear.load(linear.encoding, (48, 192), None, torch.float32, tensors, "q")
+        QuantisedLinear.load(StoredLinear(linear.encoding, (48, 192), None, torch.float32, tensors, "q"))
 
 
 def test_damaged_places_are_refused():
     w = weight(remove=2)
     linear = QuantisedLinear.of(round_to_nearest(w, Grid(4, 64)), w == 0)
-    tensors = {**linear.held, "places": torch.full_like(linear.held["places"], 255)}  # 7 of 6 combinations
+    tensors = {**linear.stored, "places": torch.full_like(linear.stored["places"], 255)}  # 7 of 6 combinations
     with pytest.raises(BadInput, match="names places that 2:4 does not have"):
-        QuantisedLinear.load(linear.encoding, (48, 192), None, torch.float32, tensors, "q")
+        QuantisedLinear.load(StoredLinear(linear.encoding, (48, 192), None, torch.float32, tensors, "q"))
 
 
 def test_a_pruned_weight_that_is_not_zero_is_refused():
@@ -185,7 +192,7 @@ def test_bfloat16_products_of_4_bits_are_right_within_that_types_rounding(kind, 
     q = round_to_nearest(weight(192, 256) + 0.01, Grid(4, group, kind), "squared")
     bias = torch.randn(192, generator=torch.Generator().manual_seed(3)).bfloat16()
     linear, dense = QuantisedLinear.of(q, bias=bias, dtype=torch.bfloat16), q.weight.bfloat16()
-    before = {name: tensor.clone() for name, tensor in linear.held.items()}
+    before = {name: tensor.clone() for name, tensor in linear.stored.items()}
     x = torch.randn(2, rows, 256, generator=torch.Generator().manual_seed(1)).bfloat16()
     right = x.float() @ q.weight.T + bias.float()
     with torch.inference_mode():
@@ -196,9 +203,9 @@ def test_bfloat16_products_of_4_bits_are_right_within_that_types_rounding(kind, 
         "about as near as the dense product in this type"
     )
     # what it holds may be in another order now; what it gives is not
-    assert linear.tiled == _tiles_are_known()
-    assert before.keys() == linear.held.keys() and all(
-        torch.equal(before[name], tensor) for name, tensor in linear.held.items()
+    assert linear.tiled == kernel_is_known()
+    assert before.keys() == linear.stored.keys() and all(
+        torch.equal(before[name], tensor) for name, tensor in linear.stored.items()
     )
     assert torch.equal(linear.weight, dense) and torch.equal(linear.quantised.weight, q.weight)
     assert torch.equal(linear(x[0, 0]), linear(x)[0, 0]) if rows == 1 else True
@@ -207,7 +214,7 @@ def test_bfloat16_products_of_4_bits_are_right_within_that_types_rounding(kind, 
     assert torch.equal(linear.float().weight, q.weight)
 
 
-@pytest.mark.skipif(not _tiles_are_known(), reason="torch has no kernel for 4 bits on this processor")
+@pytest.mark.skipif(not kernel_is_known(), reason="torch has no kernel for 4 bits on this processor")
 def test_tiles_keep_every_scale_and_every_number():
     """The smallest, the largest, and those that round up, over all zeros."""
     q = round_to_nearest(weight(64, 1024), Grid(4, 32, "asymmetric"))
@@ -218,8 +225,9 @@ def test_tiles_keep_every_scale_and_every_number():
     with torch.inference_mode():
         linear(torch.zeros(1, 1024, dtype=torch.bfloat16))
     assert linear.tiled
-    assert torch.equal(linear.held["scales"], bits) and torch.equal(linear.quantised.offset, q.offset)
-    assert torch.equal(linear._transposed().T, q.weight.bfloat16()) and torch.equal(linear.weight, q.weight.bfloat16())
+    assert torch.equal(linear.stored["scales"], bits) and torch.equal(linear.quantised.offset, q.offset)
+    assert torch.equal(linear.weight, q.weight.bfloat16())
+    assert torch.equal(linear(torch.eye(1024).bfloat16()).T, q.weight.bfloat16())  # many rows: from tiles, unpacked
 
 
 def test_what_the_kernel_cannot_take_is_unpacked():

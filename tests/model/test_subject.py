@@ -268,6 +268,6 @@ def test_embedded(embedded_subject):
 
 @pytest.mark.embedded
 def test_embedded_is_converted_only_once(embedded_subject, monkeypatch):
-    monkeypatch.setattr(convert, "_convert", lambda *_: pytest.fail("converted again"))
+    monkeypatch.setattr(convert, "convert_gguf", lambda *_: pytest.fail("converted again"))
     again = load_subject("embedded")
     assert again.fingerprint == embedded_subject.fingerprint

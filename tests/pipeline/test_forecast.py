@@ -21,7 +21,7 @@ from thesislib.formats.load import load_subject, save_checkpoint
 from thesislib.pipeline.forecast import Forecast
 from thesislib.pipeline.recipe import Recipe
 from thesislib.pipeline.run import Job, compress
-from thesislib.sources import rows as rows_
+from thesislib.sources.rows import SOURCES
 
 IDS = torch.randint(0, 250, (8, 24), generator=torch.Generator().manual_seed(1))
 TRAINING = {
@@ -61,7 +61,7 @@ def texts(tmp_path_factory):
     """Text to train on."""
     root, r = tmp_path_factory.mktemp("texts"), random.Random(0)
     for task in ("wikitext_train", "wikitext"):
-        path = root / f"{rows_.SOURCES[task].folder}.jsonl"
+        path = root / f"{SOURCES[task].folder}.jsonl"
         path.parent.mkdir(exist_ok=True)
         rows = [row for i in range(4) for row in (f" = {task} {i} = \n", "".join(r.choices("abc def", k=200)) + "\n")]
         path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
@@ -116,45 +116,53 @@ Q, Q3 = Gptq(group=16), Gptq(bits=3, group="row", grid="asymmetric", act_order="
 MIXED = width(ratio=0.25, ratios={"blocks.2.*": 0.75, "up_proj": 0.5}, linears=["q_proj", "o_proj"])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+# each encoding, and each way to train over one
+IN_BOTH_TYPES = [
+    (D2,),
+    (W18, W24, width(ratio=0.5)),
+    (D2, W18, lora(), Q, Eora(rank=4)),
+    (MIXED, Q3),
+    (Rtn(bits=8, group=16, grid="minimum", linears="*_proj", embedding_bits=8), D2),
+    (W24, Eora(rank=4), Q, Eora(rank=5, linears="k_proj")),
+    (W24, Eora(rank=4), lora(init="eora", linears="*")),
+    (W24, lora(merge="masked"), Q),
+    (Q, Eora(rank=4), lora(merge="dense", linears="*"), W18),
+]
+IN_FLOAT32 = [
+    (W18,),
+    (D2, W18),
+    (Depth(blocks=[1, 4], part="attention"), W24),
+    (width(ratio=0.5), D2),
+    (width(6, 8), width(ratio=0.01)),
+    (width(20, 32),),  # a pattern that is not packed as such
+    (W24, W18),
+    (MIXED,),
+    (W24, Q),
+    (W18, Rtn(bits=2, group=16)),  # its places would take more than its codes
+    (width(ratio=0.5), Q3),
+    (width(ratio=0.2), Q),
+    (width(ratio=0.015625), Q),
+    (Rtn(bits=3, group=64, linears="down_proj", embedding_bits=8),),  # 64 does not divide the embedding
+    (Rtn(group=16, linears=["q_proj", "blocks.3.*"]), Eora(rank=3)),
+    (W24, Eora(ranks={"q_proj": 2, "blocks.3.*": 40}, linears=["q_proj", "down_proj"])),
+    (W24, lora(merge="dense"), W18),
+    (lora(), lora(rank=2, linears="*"), D2),
+    (
+        Depth(remove=2, metric="magnitude", part="attention"),
+        Depth(remove=1, metric="magnitude", part="mlp"),
+        W24,
+        Q,
+    ),
+]
+
+
 @pytest.mark.parametrize(
-    "stages",
+    ("stages", "dtype"),
     [
-        (D2,),
-        (W18,),
-        (D2, W18),
-        (Depth(blocks=[1, 4], part="attention"), W24),
-        (width(ratio=0.5), D2),
-        (width(6, 8), width(ratio=0.01)),
-        (width(20, 32),),  # a pattern that is not packed as such
-        (W18, W24, width(ratio=0.5)),
-        (W24, W18),
-        (MIXED,),
-        (D2, W18, lora(), Q, Eora(rank=4)),
-        (W24, Q),
-        (W18, Rtn(bits=2, group=16)),  # its places would take more than its codes
-        (width(ratio=0.5), Q3),
-        (width(ratio=0.2), Q),
-        (width(ratio=0.015625), Q),
-        (MIXED, Q3),
-        (Rtn(bits=8, group=16, grid="minimum", linears="*_proj", embedding_bits=8), D2),
-        (Rtn(bits=3, group=64, linears="down_proj", embedding_bits=8),),  # 64 does not divide the embedding
-        (Rtn(group=16, linears=["q_proj", "blocks.3.*"]), Eora(rank=3)),
-        (W24, Eora(ranks={"q_proj": 2, "blocks.3.*": 40}, linears=["q_proj", "down_proj"])),
-        (W24, Eora(rank=4), Q, Eora(rank=5, linears="k_proj")),
-        (W24, Eora(rank=4), lora(init="eora", linears="*")),
-        (W24, lora(merge="masked"), Q),
-        (W24, lora(merge="dense"), W18),
-        (lora(), lora(rank=2, linears="*"), D2),
-        (Q, Eora(rank=4), lora(merge="dense", linears="*"), W18),
-        (
-            Depth(remove=2, metric="magnitude", part="attention"),
-            Depth(remove=1, metric="magnitude", part="mlp"),
-            W24,
-            Q,
-        ),
+        *((stages, "float32") for stages in IN_BOTH_TYPES + IN_FLOAT32),
+        *((stages, "bfloat16") for stages in IN_BOTH_TYPES),
     ],
-    ids=lambda stages: "+".join(stage.label for stage in stages),
+    ids=lambda x: x if isinstance(x, str) else "+".join(stage.label for stage in x),
 )
 def test_sizes_are_foreseen_exactly(folder, place, texts, stages, dtype):
     foreseen = check_every_stage(folder, stages, texts, dtype, place / "out")

@@ -13,7 +13,7 @@ from thesislib.compress.lora.stage import MERGES, Lora
 from thesislib.compress.stage import FAMILIES, STAGES
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
-from thesislib.pipeline.label import DENSE, Label, kind_of
+from thesislib.pipeline.label import DENSE, Label, stage_class
 from thesislib.pipeline.recipe import parse_label
 
 WRITTEN = [
@@ -32,7 +32,7 @@ WRITTEN += [kind() for kind in STAGES.values() if kind not in {type(stage) for s
 
 @pytest.mark.parametrize("stage", WRITTEN, ids=lambda s: s.label)
 def test_every_label_that_a_stage_writes_is_read_as_that_stage(stage):
-    assert kind_of(stage.label) is type(stage) and [
+    assert stage_class(stage.label) is type(stage) and [
         k for k in STAGES.values() if re.fullmatch(k.pattern, stage.label)
     ] == [type(stage)]
     if stage.label != "W~":  # which does not say the ratios

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from thesislib.compress.calibration import stream
 from thesislib.compress.width import Prune, Width
 from thesislib.errors import BadInput
-from thesislib.formats import artifact as formats
+from thesislib.formats.artifact import save_artifact, sizes
 from thesislib.formats.artifact_json import read_artifact
 from thesislib.formats.load import load_subject, save_checkpoint
 from thesislib.pipeline.offload import FromFolder, compress_streamed
@@ -100,8 +100,8 @@ def test_a_streamed_artifact_is_the_one_made_in_memory(tiny, tmp_path, monkeypat
         and record["label"] == "W2:4"
         and record["reports"] == [report]
     )
-    sizes = formats.sizes(pruned)
-    assert {k: record["sizes"][k] for k in sizes} == sizes
+    expected = sizes(pruned)
+    assert {k: record["sizes"][k] for k in expected} == expected
 
 
 def test_what_cannot_be_streamed(tiny, tmp_path):
@@ -113,7 +113,7 @@ def test_what_cannot_be_streamed(tiny, tmp_path):
         ):
             compress_streamed(str(tmp_path / "dense"), recipe, tmp_path / "out")
     pruned, _ = Width(2, 4, metric="magnitude").apply(subject)
-    formats.save_artifact(pruned, tmp_path / "packed")
+    save_artifact(pruned, tmp_path / "packed")
     with pytest.raises(BadInput, match="is a packed artifact: weights are streamed from a plain checkpoint"):
         compress_streamed(str(tmp_path / "packed"), "W1:8", tmp_path / "out")
     assert not (tmp_path / "out").exists()

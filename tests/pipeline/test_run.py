@@ -1,6 +1,7 @@
 """Recipes carried out: shared work, dead processes, two at once, full disks, damaged checkpoints."""
 
 import errno
+import hashlib
 import json
 import os
 import random
@@ -25,12 +26,10 @@ from thesislib.compress.stage import STAGES, Stage
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.files import cache_dir
-from thesislib.formats import artifact as formats
-from thesislib.formats import artifact_json as artifact
+from thesislib.formats import artifact, artifact_json
 from thesislib.formats.artifact import load_artifact
 from thesislib.formats.artifact_json import RECORD, read_artifact
 from thesislib.formats.load import load_subject, save_checkpoint
-from thesislib.pipeline import run as checkpoints
 from thesislib.pipeline.recipe import Recipe
 from thesislib.pipeline.run import Job, compress, sources_of
 
@@ -132,7 +131,7 @@ def test_a_shared_beginning_is_computed_once(folder, place):
 def test_what_the_cache_holds_needs_no_weight(folder, place, monkeypatch, capsys):
     recipe = of(D2, W18)
     first = compress(folder, recipe, place / "first")
-    monkeypatch.setattr(checkpoints, "load_subject", lambda *_, **__: pytest.fail("loaded the subject for nothing"))
+    monkeypatch.setattr("thesislib.pipeline.run.load_subject", lambda *_, **__: pytest.fail("loaded for nothing"))
     capsys.readouterr()
     second = compress(folder, recipe, place / "second")
     assert capsys.readouterr().err == "stage 2 of 2, D2+W1:8: out of the cache\n"
@@ -288,15 +287,19 @@ def test_a_damaged_fingerprint_is_not_believed(folder, place, damage):
     assert Job.prepare(folder, of(Toy(2))).base["fingerprint"] == right == load_subject(folder).fingerprint
 
 
-def test_weights_that_are_others_than_remembered_are_refused_once(folder, place, monkeypatch):
+def test_weights_that_are_others_than_remembered_are_refused_once(folder, place):
     """A byte that changed on the disk itself leaves size and all times as they were."""
     mine = Path(shutil.copytree(folder, place / "mine"))
     job = Job.prepare(mine, of(Toy(2)))
-    memory, before = job._memory, job.base["fingerprint"]
+    before = job.base["fingerprint"]
+    shutil.rmtree(cache_dir() / "fingerprints")
     subject = load_subject(mine)
     subject.linears(0)["q_proj"].weight.data *= 2
     save_checkpoint(subject, mine)
-    monkeypatch.setattr(Job, "_memory", memory)
+    Job.prepare(mine, of(Toy(2))).base  # noqa: B018
+    (memory,) = (cache_dir() / "fingerprints").iterdir()
+    vouched = hashlib.sha256(json.dumps([memory.stem, before]).encode()).hexdigest()
+    memory.write_text(json.dumps({"fingerprint": before, "sha256": vouched}))
     with pytest.raises(BadInput, match="the weights in .*mine are others than before, .*run again"):
         compress(mine, of(Toy(2)), place / "out")
     made = read_artifact(compress(mine, of(Toy(2)), place / "out"))
@@ -338,7 +341,7 @@ def test_an_artifact_can_be_compressed_further(folder, place):
 
 
 def test_what_does_not_fit_the_subject_loads_no_weight(folder, place, monkeypatch):
-    monkeypatch.setattr(checkpoints, "load_subject", lambda *_, **__: pytest.fail("loaded the subject for nothing"))
+    monkeypatch.setattr("thesislib.pipeline.run.load_subject", lambda *_, **__: pytest.fail("loaded for nothing"))
     for recipe, message in [
         (of(Width(remove=1, of=7)), "recipe.yaml:1: pattern 1:7 does not fit q_proj: its rows have 32 inputs"),
         (of(D2, Depth(remove=2)), "recipe.yaml:2: cannot remove 2 of 6 blocks"),
@@ -354,7 +357,7 @@ def test_what_does_not_fit_the_subject_loads_no_weight(folder, place, monkeypatc
 
 
 def test_where_no_artifact_may_go_is_said_first(folder, place, monkeypatch):
-    monkeypatch.setattr(checkpoints, "load_subject", lambda *_, **__: pytest.fail("loaded the subject for nothing"))
+    monkeypatch.setattr("thesislib.pipeline.run.load_subject", lambda *_, **__: pytest.fail("loaded for nothing"))
     (place / "full").mkdir()
     (place / "full" / "thesis.tex").write_text("years of work")
     mine = Path(shutil.copytree(folder, place / "mine"))
@@ -473,7 +476,7 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written(folder, place, monkeypa
 
     recipe = of(Toy(2), W18)
     with monkeypatch.context() as patch:
-        patch.setattr(formats, "write_tensors", full)
+        patch.setattr(artifact, "write_tensors", full)
         with pytest.raises(
             BadInput,
             match="the disk is full at .*: free some space there or write elsewhere \\(the cache's place is "
@@ -513,7 +516,7 @@ def child(cache, folder, recipe, out, die=None):
     if die == "while a stage works":
         Toy.apply = killed
     elif die == "while a checkpoint is written":
-        artifact.checksum = killed
+        artifact_json.checksum = killed
     elif die == "before a checkpoint has its name":
         os.replace, replaced = lambda a, b: killed() if len(Path(b).name) == 64 else replaced(a, b), os.replace
     elif die == "before the scratch is removed":

@@ -4,8 +4,7 @@ import math
 import pytest
 
 from thesislib.errors import BadInput
-from thesislib.records import measurement as records
-from thesislib.records.measurement import Measurement
+from thesislib.records.measurement import Measurement, provenance
 
 
 def measurement(**changes):
@@ -73,7 +72,7 @@ def test_pairing_needs_the_same_items():
 
 def test_provenance_says_how_to_make_it_again(tiny):
     subject = tiny()
-    made = records.provenance(subject, 0.0, length=32, seed=7)
+    made = provenance(subject, 0.0, length=32, seed=7)
     assert made["fingerprint"] == subject.fingerprint and made["settings"] == {"length": 32, "seed": 7}
     assert made["dtype"] == "float32" and made["versions"]["torch"] and made["hardware"]["cpu"]
     assert "/" not in made["subject"]

@@ -8,23 +8,25 @@ import numpy as np
 import pytest
 import torch
 
+from tests.fakes import hub_holds
 from thesislib.errors import BadInput, shown
 from thesislib.evaluate.choice import MultipleChoice
 from thesislib.evaluate.setup import TASKS, Setup
 from thesislib.sources import corpus
-from thesislib.sources import rows as rows_
 from thesislib.sources.corpus import Choice, Text, clean_web, join, questions, windows
-from thesislib.sources.rows import take
+from thesislib.sources.rows import SOURCES as READ_BY_SEVERAL
+from thesislib.sources.rows import default_data, take
+from thesislib.sources.rows import rows as read_rows
 from thesislib.sources.wheels import wheel_folder
 
 UNICODE = "Grüße aus Kraków!  \t 日本語の文章、🚁 und mehr.\n\nÆon naïve – “quoted” ½ "
 CHOICES = [name for name, task in TASKS.items() if isinstance(task, MultipleChoice)]
-SOURCES = rows_.SOURCES | {name: TASKS[name].source for name in CHOICES}
+SOURCES = READ_BY_SEVERAL | {name: TASKS[name].source for name in CHOICES}
 PIQA = {"goal": "boil an egg", "sol1": "in water", "sol2": "in sand", "label": 0}
 
 
 def rows(name, data="embedded"):
-    return rows_.rows(SOURCES.get(name, name), data)
+    return read_rows(SOURCES.get(name, name), data)
 
 
 def choices(name, data="embedded", limit=None):
@@ -240,9 +242,9 @@ def test_unknown_task_and_data(tmp_path):
 
 def test_default_data(monkeypatch):
     monkeypatch.delenv("THESISLIB_DATA", raising=False)
-    assert rows_.default_data() == "embedded"
+    assert default_data() == "embedded"
     monkeypatch.setenv("THESISLIB_DATA", "/some/where")
-    assert rows_.default_data() == "/some/where"
+    assert default_data() == "/some/where"
 
 
 @pytest.mark.parametrize("n", [1, 10, 80, 1000])  # 80 of 1000: a sample of so few is drawn by another algorithm
@@ -468,16 +470,16 @@ def test_hub_rows_are_cut_into_passages(monkeypatch):
         trivia("empty", "Ada", entity_pages={"wiki_context": []}),
     ]
     asked = []
-    monkeypatch.setattr(rows_, "_hub_rows", lambda task, hub: asked.append((task, hub)) or found)
+    hub_holds(monkeypatch, lambda hub: asked.append(hub) or found)
     (got,) = questions("hub", open_book=True)
-    assert asked == [("trivia_open", ("mandarjoshi/trivia_qa", "rc.wikipedia", "validation"))]
+    assert asked == [("mandarjoshi/trivia_qa", "rc.wikipedia", "validation")]
     assert got.question == "one"
     assert got.context.split() == article[100:200]
 
 
 def test_hub_passages_do_not_run_from_one_article_into_the_next(monkeypatch):
     found = [trivia("one", "Ada", entity_pages={"wiki_context": ["All about something else.", "Ada lived here."]})]
-    monkeypatch.setattr(rows_, "_hub_rows", lambda task, hub: found)
+    hub_holds(monkeypatch, lambda hub: found)
     (got,) = questions("hub", open_book=True)
     assert got.context == "Ada lived here."
 
@@ -636,7 +638,7 @@ def test_hellaswag_is_worded_as_the_harness_words_it():
 @pytest.mark.shared
 def test_wikitext_2_as_it_is_known(shared_data, embedded_subject):
     text = corpus.evaluation_text(shared_data)
-    ids, _ = corpus._encode(text, embedded_subject.tokenizer)
+    ids = embedded_subject.tokenizer(text.text, add_special_tokens=False)["input_ids"]
     assert len(ids) == 304_986
     assert len(windows(text, embedded_subject.tokenizer, 512).ids) == 595
     assert len(windows(text, embedded_subject.tokenizer, 2048).ids) == 148
@@ -649,7 +651,7 @@ def test_wikitext_2_as_it_is_known(shared_data, embedded_subject):
 def test_shared_calibration_holds_nothing_of_the_evaluation_half(shared_data, wikipedia):
     kept = corpus.calibration_text("wikipedia", shared_data)
     raw = {row["id"]: row["text"] for row in rows("calibration_wikipedia", shared_data)}
-    evaluation = {number for number, _ in wikipedia if corpus._for_evaluation(number)}
+    evaluation = {number for number, _ in wikipedia if hashlib.sha256(number.encode()).digest()[-1] % 2 == 0}
     # were there no overlap, or were all dropped, the test would say nothing
     assert evaluation & set(raw) and len(kept.starts) > 100
     for number in evaluation & set(raw):

@@ -16,7 +16,8 @@ import pytest
 
 from thesislib.errors import BadInput
 from thesislib.formats.load import load_subject, save_checkpoint
-from thesislib.sources import rows as rows_
+from thesislib.sources.rows import TEXT, Source
+from thesislib.sources.rows import rows as read_rows
 
 REPOSITORY = Path(__file__).parents[2]
 COMMIT = "c0ffee" * 6 + "c0de"
@@ -119,7 +120,7 @@ def test_model_without_network(no_hub, spec):
     [("wikitext", "Salesforce/wikitext"), ("trivia", "mandarjoshi/trivia_qa"), ("calibration_c4", "allenai/c4")],
 )
 def test_data_without_network(no_hub, task, name):
-    check_fails_soon(lambda: rows_.rows(task, "hub"), name)
+    check_fails_soon(lambda: read_rows(task, "hub"), name)
 
 
 def test_network_that_swallows_everything(no_hub, monkeypatch):
@@ -225,7 +226,7 @@ def test_a_data_set_out_of_the_cache(no_hub, monkeypatch, tmp_path, proxy):
         file.rename(file.with_name("tiny-test.arrow"))
     if proxy:
         monkeypatch.setenv("https_proxy", proxy)
-    assert rows_._hub_rows("wikitext", ("org/tiny", None, "test")) == rows
+    assert read_rows(Source("tiny", {"text": TEXT}, "", "", ("org/tiny", None, "test")), "hub") == rows
     assert os.environ.get("https_proxy") == proxy
     assert not constants.HF_HUB_OFFLINE and not datasets.config.HF_HUB_OFFLINE
 

@@ -163,7 +163,7 @@ def test_what_is_damaged_and_cannot_be_fetched_again_is_named(cache, pip, monkey
             "another machine"
         )
 
-    monkeypatch.setattr(wheels, "_download", offline)
+    monkeypatch.setattr(wheels, "downloaded", offline)
     with pytest.raises(
         BadInput,
         match=r"pkg/a\.txt is missing or damaged, and fetching it again failed: .*THESISLIB_CACHE filled on another "
@@ -195,13 +195,13 @@ def test_two_processes_fetch_once(cache, wheel, entry, tmp_path):
 
         here, me = Path({str(tmp_path)!r}), sys.argv[1]
 
-        def download(name, entry, into):
+        def download(pinned, sha256, into, content):
             with (here / "count").open("a") as file:
                 file.write(me)
             time.sleep(0.5)  # long enough for the other to come by
             return Path(shutil.copy({str(wheel)!r}, into))
 
-        wheels.manifest, wheels._download = (lambda: {{"tinywheel": {entry!r}}}), download
+        wheels.manifest, wheels.downloaded = (lambda: {{"tinywheel": {entry!r}}}), download
         (here / f"ready{{me}}").touch()
         deadline = time.monotonic() + 30
         while not all((here / f"ready{{i}}").exists() for i in "12") and time.monotonic() < deadline:

@@ -27,11 +27,10 @@ HOSTILE = (
     "```{raw} html\n<script>1</script>\n```",
 )
 CELLS = (
-    ("", "import dataclasses, json\nfrom IPython.display import HTML, Markdown, display\nfrom thesislib.records "
-        "import measurement as records; from thesislib.records import store; from thesislib.chapters import figures\n"
-         "from thesislib.chapters import recorded; from thesislib.chapters import ch00_measures as measures; "
-             "from thesislib.chapters import pareto as trade_offs; from thesislib.chapters import ch01_franken as "
-             "franken\nfrom thesislib.config import settings\nfrom thesislib.model.subject import load_subject"),
+    ("", "import dataclasses, json\nfrom IPython.display import HTML, Markdown, display\n"
+         "from thesislib.records import measurement, store\n"
+         "from thesislib.chapters import ch00_measures, figures, pareto, recorded\n"
+         "from thesislib.config import settings\nfrom thesislib.model.subject import load_subject"),
     ("parameters", "subject = 'x'\ntexts = ['x']\nmade = 'x'\nartifact = 'x'"),
     ("", "p = settings(dataclasses.make_dataclass('P', [('subject', str), ('texts', list), ('made', str), "
         "('artifact', str)]), globals())"),
@@ -39,17 +38,17 @@ CELLS = (
         "blocks')\nprint(load_subject(p.artifact).name)\nprint(p.texts)"),
     ("", "for t in p.texts:\n    named = [dataclasses.replace(m, task=t, provenance={**m.provenance, 'subject': t}) "
         "for m in recorded('00_measures')]\n"
-         "    display(Markdown(measures.headline(named)))"),
-    ("", "rows = list(store.Store(p.made).rows().values())\nMarkdown(f'*{records.cost(rows)}*')"),
+         "    display(Markdown(ch00_measures.headline(named)))"),
+    ("", "rows = list(store.Store(p.made).rows().values())\nMarkdown(f'*{measurement.cost(rows)}*')"),
     ("", "found = [dataclasses.replace(m, task=t, unit=t, metric='perplexity ' + t) for t in p.texts for m in "
         "rows[:1]]\n"
          "study = [dataclasses.replace(m, task=t) for m, t in zip(recorded('00_measures'), "
-             "p.texts)]\nmeasures.readable(measures.table(study))"),
+             "p.texts)]\nch00_measures.readable(ch00_measures.table(study))"),
     ("", "items = [{'tier': 'overlap', 'answer': t} for t in "
-        "p.texts]\nmeasures.flattering(dataclasses.replace(rows[0], items=items), 20)"),
+        "p.texts]\nch00_measures.flattering(dataclasses.replace(rows[0], items=items), 20)"),
     ("", "def sized(m, t):\n    return dataclasses.replace(m, provenance={**m.provenance, 'made': "
         "{**m.provenance['made'], 'label': t, 'bytes': {'bytes_on_disk': 10**6, 'nonzero_parameters': 10**6}}})\n"
-         "HTML(trade_offs.explorer({(t, 'perplexity'): sized(rows[0], t) for t in p.texts}))"),
+         "HTML(pareto.explorer({(t, 'perplexity'): sized(rows[0], t) for t in p.texts}))"),
     ("", "figures.style()\nfig, ax = figures.plt.subplots()\nfor t in p.texts:\n    "
         "ax.set_title(t)\nfigures.plt.show()"),
     ("", f"raise_later = [repr(t) for t in p.texts]\nmodel.name, raise_later  # {HOSTILE[1]}"),
@@ -127,7 +126,7 @@ def run(here: Place) -> dict:
     nbformat.write(nb, source)
 
     def execute() -> int:
-        from thesislib import runner as made
+        from thesislib import runner
         from thesislib.evaluate.setup import Setup
         from thesislib.experiment import prepare
         from thesislib.records.store import Store
@@ -142,7 +141,7 @@ def run(here: Place) -> dict:
             "compress", recipe, "--subject", root / name, "--data", here / "data", "--out", root / "artifact"
         )():
             return code
-        made.chapters = lambda *_: {"01_hostile": source}
+        runner.chapters = lambda *_: {"01_hostile": source}
         parameters = {
             "subject": str(root / name),
             "texts": list(HOSTILE),
@@ -183,9 +182,9 @@ def run(here: Place) -> dict:
     )
 
     def build() -> None:
-        from thesislib import book as made
+        from thesislib.book import build
 
-        made.build(root / "built", stored=True, root=book)
+        build(root / "built", stored=True, root=book)
 
     ended = call(build, root, environment, 180, 12 << 30)
     pages = sorted((root / "built").rglob("01_hostile.html"))

@@ -316,13 +316,13 @@ def prepared() -> None:
         importlib.import_module(f"encodings.{name}")  # another user may not read Python's own folder
     import dask
 
-    from thesislib.records import measurement as records
+    from thesislib.records.measurement import commit
 
     dask.config.set({"distributed.worker.multiprocessing-method": "fork"})  # Dask's workers have all imported too
     with contextlib.redirect_stdout(io.StringIO()):
         thesislib(
             "recipe", "label", "D1"
         )()  # what Typer imports late; no file is read, whose checksum a process may remember
-    records.commit()
+    commit()
     for name in ("torch", "transformers", "tokenizers", "numpy", "safetensors"):
         version(name)

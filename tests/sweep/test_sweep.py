@@ -23,22 +23,24 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import thesislib
+from tests.fakes import processes
 from thesislib.cli import app
 from thesislib.errors import BadInput
 from thesislib.experiment import again, identity_of
 from thesislib.formats.load import save_checkpoint
-from thesislib.notebooks import listed
-from thesislib.records import store as stored
-from thesislib.records.store import Store
+from thesislib.notebooks import ResultsTable, listed
+from thesislib.records.store import Store, select
 from thesislib.runner import chapters, results
-from thesislib.sweep import workers as driving
 from thesislib.sweep.grid import read_grid
 from thesislib.sweep.notebooks import sweep_notebook
 from thesislib.sweep.run import FAILED, Target, missing, possible, sweep
-from thesislib.sweep.task import carry_out, versions
+from thesislib.sweep.task import card_of_worker, carry_out, versions
 from thesislib.sweep.workers import Order, Workers, drive
 
 dask = pytest.importorskip("dask", reason="sweeps need Dask: the extra sweep")
+pytestmark = pytest.mark.usefixtures("forked_workers")
+METHOD = "distributed.worker.multiprocessing-method"
 GRID = """
 groups:
   some: [[none, D1], [none, "W1:8"]]
@@ -49,16 +51,19 @@ sizes:
   more:
     measures: {perplexity: {on: wikitext, length: 32, limit: 5}, closed: {on: trivia, limit: 4}}
 """
+LOOPBACK = {"127.0.0.1", "::1"}
 LABELS = ["dense", "W1:8", "D1", "D1+W1:8"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
+@pytest.fixture(scope="module")
+def forked_workers(own_cache):
+    """Dask's own workers begin with everything imported; `swept` and `dask worker` begin as they do elsewhere."""
+    processes()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("THESISLIB_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.delenv("THESISLIB_DATA", raising=False)
         patch.setenv("HF_HUB_OFFLINE", "1")
-        yield
+        own = {name: os.environ[name] for name in ("THESISLIB_CACHE", "HF_HUB_OFFLINE")}
+        with dask.config.set({METHOD: "forkserver", "distributed.nanny.environ": own}):
+            yield
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +79,37 @@ def grid_file(tmp_path_factory):
     return file
 
 
+@contextmanager
+def watched():
+    """Collects, until it is left, the addresses that this process and those below it listen at, and the variables that
+    Dask's workers were started with."""
+    seen, over = SimpleNamespace(addresses=set(), environments={}), threading.Event()
+
+    def watch():
+        while not over.wait(0.2):
+            for process in (me := psutil.Process(), *me.children(recursive=True)):
+                with suppress(psutil.Error):
+                    every = process.net_connections("inet")
+                    seen.addresses.update(c.laddr.ip for c in every if c.status == psutil.CONN_LISTEN)
+                    if any("spawn_main" in word for word in process.cmdline()):
+                        seen.environments[process.pid] = process.environ()
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield seen
+    finally:
+        over.set()
+        thread.join()
+
+
 @pytest.fixture(scope="module")
-def swept(place, grid_file, tmp_path_factory):
-    """A store with the whole of size quick, and what failed."""
+def swept(place, grid_file, forked_workers, tmp_path_factory):
+    """A store with the whole of size quick, what failed, and what was seen meanwhile."""
     store = Store(tmp_path_factory.mktemp("swept") / "small.jsonl")
-    return store, sweep(read_grid(grid_file, "quick"), place, store, Workers(2))
+    with dask.config.set({METHOD: "spawn"}), watched() as seen:
+        failed = sweep(read_grid(grid_file, "quick"), place, store, Workers(2, threads=2))
+    return SimpleNamespace(store=store, failed=failed, seen=seen)
 
 
 def measured(store):
@@ -89,16 +120,16 @@ WHOLE = sorted((label, metric) for label in LABELS for metric in ("perplexity", 
 
 
 def test_a_grid_is_measured_once(swept, place, grid_file, monkeypatch):
-    store, failed = swept
-    assert failed == {} and measured(store) == WHOLE
-    monkeypatch.setattr(driving, "_client", None)  # a second start begins no worker
+    store = swept.store
+    assert swept.failed == {} and measured(store) == WHOLE
+    monkeypatch.setattr("distributed.LocalCluster", None)  # a second start begins no worker
     assert sweep(read_grid(grid_file, "quick"), place, store, Workers(2)) == {} and measured(store) == WHOLE
     assert missing(read_grid(grid_file, "more"), place, [store]) == {label: ["closed"] for label in LABELS}
     assert not [*store.path.parent.glob("**/*.tmp")]
 
 
 def test_a_record_of_a_sweep_is_made_again(swept, place):
-    rows = [m for m in swept[0].rows().values() if m.metric == "perplexity"]
+    rows = [m for m in swept.store.rows().values() if m.metric == "perplexity"]
     pruned = next(m for m in rows if m.provenance["made"]["label"] == "D1+W1:8")
     assert again(pruned, place.subject, place.data).agrees
     note = dict(pruned.provenance["sweep"])
@@ -110,34 +141,27 @@ def test_a_record_of_a_sweep_is_made_again(swept, place):
     }
 
 
-def environment():
-    return [os.environ.get(name) for name in ("MALLOC_TRIM_THRESHOLD_", "MKL_NUM_THREADS")]
+def test_workers_have_the_threads_they_are_given(swept, place, grid_file):
+    assert {m.provenance["hardware"]["torch_threads"] for m in swept.store.rows(items=False).values()} == {2}
+    environments = swept.seen.environments.values()
+    assert len(environments) == 2 and {e["MKL_NUM_THREADS"] for e in environments} == {"2"}
+    # nor does Dask's advice against keeping memory reach them, which halves their speed
+    assert not any("MALLOC_TRIM_THRESHOLD_" in e for e in (os.environ, *environments))
+    timed = missing(replace(read_grid(grid_file, "quick"), timed=7), place, [swept.store])
+    assert timed == {label: ["seconds per token"] for label in LABELS}  # other repetitions are another measurement
 
 
-def test_workers_have_the_threads_they_are_given(place, grid_file, tmp_path):
-    cores = len(os.sched_getaffinity(0))
-    if cores < 2:
-        pytest.skip("one core only")
-    store, grid = Store(tmp_path / "s.jsonl"), read_grid(grid_file, "quick")
-    one = replace(grid, configurations=grid.configurations[:1])
-    assert sweep(one, place, store, Workers(1, threads=2)) == {}
-    assert {m.provenance["hardware"]["torch_threads"] for m in store.rows(items=False).values()} == {2}
-    with driving._client(
-        Workers(2)
-    ) as client:  # nor does Dask's advice against keeping memory reach them, which halves their speed
-        assert {tuple(found) for found in client.run(environment).values()} == {(None, str(max(1, cores // 2)))}
-    assert "MALLOC_TRIM_THRESHOLD_" not in os.environ
-    timed = missing(replace(one, timed=7), place, [store])  # other repetitions are another measurement
-    assert timed == {"dense": ["seconds per token"]}
+def test_everything_listens_on_loopback_only(swept):
+    assert swept.seen.addresses and swept.seen.addresses <= LOOPBACK
 
 
 def test_records_of_another_subject_do_not_count(swept, tiny, place, grid_file, tmp_path):
     other = Target(str(save_checkpoint(tiny(layers=8, seed=1), tmp_path / "tiny")), place.data, "float32")
     grid = read_grid(grid_file, "quick")
-    assert set(missing(grid, other, [swept[0]])) == set(LABELS)
-    names = set(map(identity_of, swept[0].rows().values()))
+    assert set(missing(grid, other, [swept.store])) == set(LABELS)
+    names = set(map(identity_of, swept.store.rows().values()))
     assert None not in names and len(names) == len(WHOLE)
-    assert set(missing(grid, Target(place.subject, place.data, "bfloat16"), [swept[0]])) == set(LABELS)
+    assert set(missing(grid, Target(place.subject, place.data, "bfloat16"), [swept.store])) == set(LABELS)
 
 
 def test_a_grid_less_what_a_subject_cannot_be_made_into(place, grid_file, tiny, tmp_path):
@@ -153,7 +177,7 @@ def test_a_grid_less_what_a_subject_cannot_be_made_into(place, grid_file, tiny, 
 def test_what_cannot_work_is_said_before_the_first_run(place, tmp_path, monkeypatch):
     file = tmp_path / "wrong.yaml"
     file.write_text(GRID.replace("D1]", "D7, D9]").replace('"W1:8"]', '"W1:8", "W1:5"]'))
-    monkeypatch.setattr(driving, "_client", None)
+    monkeypatch.setattr("distributed.LocalCluster", None)
     with pytest.raises(BadInput, match="7 of the grid's 9 configurations cannot work"):
         sweep(read_grid(file, "quick"), place, Store(tmp_path / "x.jsonl"), Workers(1))
 
@@ -172,7 +196,7 @@ def test_one_that_fails_is_recorded_and_the_rest_goes_on(place, tmp_path):
     assert {m.provenance["why"] for m in rows if m.metric == FAILED} == set(failed.values())
     assert all(m.value is None for m in rows if m.metric == FAILED)
     assert set(missing(read_grid(file, "quick"), place, [store])) == {"Q", "D1+Q"}  # to be tried again
-    assert stored.select([store], metric="perplexity")
+    assert select([store], metric="perplexity")
 
 
 # ---------------------------------------------------------------- orders that die
@@ -185,6 +209,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import pandas as pd
 from thesislib.config import settings
+from thesislib.notebooks import ResultsTable
 
 @dataclass(frozen=True)
 class P:
@@ -200,7 +225,8 @@ def notebook(tmp_path):
     def make(code, name="book"):
         nb = nbformat.v4.new_notebook()
         cells = [("", PRELUDE), ("parameters", 'k = 1\nfolder = ""'), ("", "p = settings(P, globals())"), ("", code)]
-        cells.append(("results", 'pd.DataFrame({"name": [f"row {k}"], "square": [k * k]}).set_index("name")'))
+        table = 'pd.DataFrame({"name": [f"row {k}"], "square": [k * k]}).set_index("name")'
+        cells.append(("results", f"ResultsTable({table})"))
         nb.cells = [nbformat.v4.new_code_cell(source, metadata={"tags": [tag] if tag else []}) for tag, source in cells]
         nb.metadata = {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -231,63 +257,52 @@ def wait_for(what, seconds=60):
     return found
 
 
-def test_a_worker_killed_in_the_middle_is_replaced_and_its_kernel_dies(notebook, tmp_path):
-    slow = notebook(
-        '(Path(folder) / f"{os.getpid()}.kernel").write_text(str(os.getppid()))\nif '
-        'len(list(Path(folder).glob("*.kernel"))) == 1: time.sleep(600)'
+def test_a_worker_that_dies_is_replaced_its_kernel_dies_and_an_order_that_kills_them_all_is_named(notebook, tmp_path):
+    deadly = notebook(
+        'mine = Path(folder) / f"{k}-{os.getpid()}.kernel"\n'
+        'mine.write_text(os.environ.get("MALLOC_TRIM_THRESHOLD_", ""))\n'
+        'if k == 2 or k == 1 and len(list(Path(folder).glob("1-*.kernel"))) == 1:\n'
+        "    os.kill(os.getppid(), signal.SIGKILL)\n    time.sleep(600)"
     )
-    one, kept = order(slow, tmp_path / "out" / "one.ipynb")
-    (tmp_path / "out").mkdir()
-    pids = []
-
-    def kill():
-        first = wait_for(lambda: [f for f in (tmp_path / "out").glob("*.kernel") if f.read_text()])[0]
-        pids.extend([int(first.stem), int(first.read_text())])
-        os.kill(pids[1], signal.SIGKILL)
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    assert drive([one], Workers(1), tmp_path / "claims") == {}
-    thread.join()
-    assert kept == [{"table": [{"name": "row 1", "square": 1}]}]
-    assert not psutil.pid_exists(pids[0]) or psutil.Process(pids[0]).status() == psutil.STATUS_ZOMBIE
-    assert len([*(tmp_path / "out").glob("*.kernel")]) == 2 and [
-        f.name for f in (tmp_path / "out").glob("*.ipynb")
-    ] == ["one.ipynb"]
-
-
-def test_a_worker_that_always_dies_is_given_up_and_named(notebook, tmp_path):
-    deadly = notebook("if k == 2: os.kill(os.getppid(), signal.SIGKILL); time.sleep(600)")
-    orders = {k: order(deadly, tmp_path / "out" / f"{k}.ipynb", k) for k in (1, 2, 3)}
-    failed = drive([o for o, _ in orders.values()], Workers(1, retries=1), tmp_path / "claims")
+    out = tmp_path / "out"
+    out.mkdir()
+    orders = {k: order(deadly, out / f"book-{k}.ipynb", k) for k in (1, 2, 3)}
+    with watched() as seen:
+        failed = drive([o for o, _ in orders.values()], Workers(1, retries=1), tmp_path / "claims")
     assert list(failed) == ["k=2"] and "died 2 times" in failed["k=2"]
-    assert [len(kept) for _, kept in orders.values()] == [1, 0, 1]
+    answers = [[{"table": [{"name": f"row {k}", "square": k * k}]}] for k in (1, 3)]
+    assert [kept for _, kept in orders.values()] == [answers[0], [], answers[1]]
+    kernels = [*out.glob("*.kernel")]
+    assert sorted(f.stem[0] for f in kernels) == ["1", "1", "2", "2", "3"]
+    assert seen.addresses and seen.addresses <= LOOPBACK
+    for pid in (int(f.stem[2:]) for f in kernels):
+        wait_for(lambda pid=pid: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE, 5)
+    assert [f.name for f in out.glob("*book-1*.ipynb")] == ["book-1.ipynb"]  # nothing half written is left
 
 
 def test_an_error_is_tried_again(notebook, tmp_path):
     flaky = notebook(
-        'mark = Path(folder) / "mark"\nif not mark.exists():\n    mark.write_text("x")\n    raise OSError("once")'
+        'if k == 2:\n    1 / 0\nmark = Path(folder) / "mark"\n'
+        'if not mark.exists():\n    mark.write_text("x")\n    raise OSError("once")'
     )
     (tmp_path / "out").mkdir()
-    one, kept = order(flaky, tmp_path / "out" / "one.ipynb")
-    assert drive([one], Workers(1, retries=1), tmp_path / "claims") == {} and len(kept) == 1
-    broken, kept = order(notebook("1 / 0", "broken"), tmp_path / "out" / "two.ipynb")
-    assert "ZeroDivisionError" in drive([broken], Workers(1, retries=1), tmp_path / "claims")["k=1"] and not kept
+    once, always = (order(flaky, tmp_path / "out" / f"{k}.ipynb", k) for k in (1, 2))
+    failed = drive([once[0], always[0]], Workers(1, retries=1), tmp_path / "claims")
+    assert list(failed) == ["k=2"] and "ZeroDivisionError" in failed["k=2"]
+    assert len(once[1]) == 1 and not always[1]
 
 
 def test_a_notebook_is_swept_into_one_table(notebook, tmp_path):
-    table, failed = sweep_notebook(
-        "squares",
-        notebook("if k == 3: raise ValueError('three')"),
-        {"k": [1, 2, 3]},
-        tmp_path / "out",
-        Workers(1, retries=0),
-    )
-    assert list(failed) == ["k=3"] and "three" in failed["k=3"]
+    book = notebook("if k == 3: raise ValueError('three')")
+    nb = nbformat.read(book, 4)
+    nb.cells[-1].source = f"None if k == 4 else {nb.cells[-1].source}"
+    nbformat.write(nb, book)
+    table, failed = sweep_notebook("squares", book, {"k": [1, 3, 4, 2]}, tmp_path / "out", Workers(1, retries=0))
+    assert list(failed) == ["k=3", "k=4"] and "three" in failed["k=3"] and "shows no table" in failed["k=4"]
     assert table.read_text() == "k,name,square\n1,row 1,1\n2,row 2,4\n"
-    assert len([*(tmp_path / "out").glob("squares-*.ipynb")]) == 3  # one of them the failed one, up to its error
+    assert len([*(tmp_path / "out").glob("squares-*.ipynb")]) == 4  # one of them the failed one, up to its error
     with pytest.raises(BadInput, match="unknown parameter of book 'kk': did you mean 'k'"):
-        sweep_notebook("squares", tmp_path / "book.ipynb", {"kk": [1]}, tmp_path / "out", Workers(1))
+        sweep_notebook("squares", book, {"kk": [1]}, tmp_path / "out", Workers(1))
 
 
 def test_options_that_a_notebook_does_not_take_are_refused():
@@ -306,7 +321,7 @@ def test_one_cell_without_a_table_leaves_the_others(notebook, tmp_path):
     table, failed = sweep_notebook("squares", book, {"k": [1, 2]}, tmp_path / "out", Workers(1, retries=0))
     assert (
         list(failed) == ["k=2"]
-        and "shows no table" in failed["k=2"]
+        and "hands over no table" in failed["k=2"]
         and table.read_text() == "k,name,square\n1,row 1,1\n"
     )
 
@@ -339,19 +354,15 @@ def test_workers_that_share_a_card_take_equal_parts_of_it():
     [(0, 1, "cuda:0", None), (1, 1, "cuda:1", None), (5, 4, "cuda:1", 0.95 / 4), ("a", 2, "cuda", 0.95 / 2)],
 )
 def test_workers_are_dealt_to_the_cards_in_turns(monkeypatch, number, per_card, card, share):
-    import distributed
-
-    from thesislib.sweep.task import _card
-
     shares = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(
         torch.cuda, "set_per_process_memory_fraction", lambda part, device: shares.append((part, device))
     )
-    monkeypatch.setattr(distributed, "get_worker", lambda: SimpleNamespace(name=number))
-    assert _card("cuda", per_card) == card
+    monkeypatch.setattr("distributed.get_worker", lambda: SimpleNamespace(name=number))
+    assert card_of_worker("cuda", per_card) == card
     assert shares == ([(share, card)] if share else [])
-    assert _card("cpu", 1) == "cpu" and _card("cuda:1", 1) == "cuda:1"
+    assert card_of_worker("cpu", 1) == "cpu" and card_of_worker("cuda:1", 1) == "cuda:1"
 
 
 def test_cards_are_not_shared(tmp_path):
@@ -362,7 +373,7 @@ def test_cards_are_not_shared(tmp_path):
 
 def test_a_notebook_without_results_is_refused(notebook, tmp_path):
     nb = nbformat.read(notebook("1"), 4)
-    with pytest.raises(BadInput, match="shows no table"):
+    with pytest.raises(BadInput, match="hands over no table"):
         results(tmp_path / "book.ipynb")
     nb.cells = nb.cells[:-1]
     nbformat.write(nb, tmp_path / "none.ipynb")
@@ -372,8 +383,9 @@ def test_a_notebook_without_results_is_refused(notebook, tmp_path):
 
 def test_headings_that_stand_twice_are_numbered(notebook, tmp_path):
     nb = nbformat.read(notebook("1"), 4)
-    html = pd.DataFrame([[1, 2, 3]], pd.Index(["a"], name="name"), ["k", "x", "x"]).to_html()
-    nb.cells[-1].outputs = [nbformat.v4.new_output("execute_result", {"text/html": html}, execution_count=1)]
+    table = pd.DataFrame([[1, 2, 3]], pd.Index(["a"], name="name"), ["k", "x", "x"])
+    bundle = ResultsTable(table)._repr_mimebundle_()
+    nb.cells[-1].outputs = [nbformat.v4.new_output("execute_result", bundle, execution_count=1)]
     nbformat.write(nb, tmp_path / "twice.ipynb")
     assert results(tmp_path / "twice.ipynb") == [{"name": "a", "k": 1, "x": 2, "x (2)": 3}]
 
@@ -424,24 +436,32 @@ def scheduler(port):
         yield process
 
 
-def worker(port, **environment):
-    return running(
-        "dask",
-        "worker",
-        f"tcp://127.0.0.1:{port}",
-        "--nthreads",
-        "1",
-        "--no-dashboard",
-        "--host",
-        "127.0.0.1",
-        **environment,
-    )
+WORKER = ("--nthreads", "1", "--no-nanny", "--no-dashboard", "--host", "127.0.0.1")
+
+
+def work(cache, address):
+    """In a process of its own: what `dask worker` does."""
+    from distributed.cli.dask_worker import main
+
+    os.environ["THESISLIB_CACHE"] = cache
+    main([address, *WORKER], standalone_mode=False)
+
+
+@contextmanager
+def forked_worker(port):
+    process = processes().Process(target=work, args=(os.environ["THESISLIB_CACHE"], f"tcp://127.0.0.1:{port}"))
+    process.start()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()
 
 
 def test_a_scheduler_killed_and_started_again(place, grid_file, tmp_path):
     store, grid, port = Store(tmp_path / "s.jsonl"), read_grid(grid_file, "quick"), free_port()
     crew = Workers(scheduler=f"tcp://127.0.0.1:{port}")
-    with worker(port):
+    with forked_worker(port):
         with scheduler(port) as first:
             killer = threading.Thread(
                 target=lambda: (wait_for(store.path.exists, 120), os.killpg(first.pid, signal.SIGKILL))
@@ -452,7 +472,7 @@ def test_a_scheduler_killed_and_started_again(place, grid_file, tmp_path):
             killer.join()
         before = measured(store)
         assert before and len(before) < len(WHOLE)
-    with scheduler(port), worker(port):
+    with scheduler(port), forked_worker(port):
         assert sweep(grid, place, store, crew) == {}
     assert measured(store) == WHOLE
 
@@ -507,9 +527,7 @@ def test_an_encrypted_sweep_on_workers_with_caches_of_their_own(place, grid_file
         wait_for(lambda: _open(port))
         for cache in caches:
             where = {**environment, "THESISLIB_CACHE": cache}
-            stack.enter_context(
-                running("dask", "worker", at, "--nthreads", "1", "--no-dashboard", "--host", "127.0.0.1", **where)
-            )
+            stack.enter_context(running("dask", "worker", at, *WORKER, **where))
         with pytest.raises(BadInput, match="this driver has no certificate"):
             sweep(read_grid(grid_file, "quick"), place, store, Workers(scheduler=at))
         with pytest.raises(BadInput, match="no scheduler answers at tcp://"):  # nor does anyone without TLS
@@ -533,7 +551,7 @@ def test_no_scheduler_is_said(tmp_path):
 def test_a_worker_of_another_version_is_refused(tmp_path):
     other = tmp_path / "site" / "thesislib"
     other.mkdir(parents=True)
-    source = Path(driving.__file__).parent.parent
+    source = Path(thesislib.__file__).parent
     for child in source.iterdir():
         if child.name not in ("__init__.py", "__pycache__"):
             (other / child.name).symlink_to(child)
@@ -542,7 +560,7 @@ def test_a_worker_of_another_version_is_refused(tmp_path):
     one = Order("x", "x", {}, lambda: False, lambda answer: None)
     with (
         scheduler(port),
-        worker(port, PYTHONPATH=str(tmp_path / "site")),
+        running("dask", "worker", f"tcp://127.0.0.1:{port}", *WORKER, PYTHONPATH=str(tmp_path / "site")),
         pytest.raises(BadInput, match=r"has thesislib 0\.0\.1.*Expected thesislib"),
     ):
         drive([one], Workers(scheduler=f"tcp://127.0.0.1:{port}"), tmp_path)
@@ -555,73 +573,52 @@ def _open(port):
         return s.connect_ex(("127.0.0.1", port)) == 0
 
 
-def test_everything_listens_on_loopback_only(notebook, tmp_path):
-    slow = notebook("time.sleep(3)")
-    one, _ = order(slow, tmp_path / "one.ipynb")
-    heard = set()
-
-    def listen():
-        end = time.monotonic() + 8
-        while time.monotonic() < end:
-            for process in (me := psutil.Process(), *me.children(recursive=True)):
-                try:
-                    heard.update(c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN)
-                except psutil.Error:
-                    continue
-            time.sleep(0.1)
-
-    thread = threading.Thread(target=listen)
-    thread.start()
-    drive([one], Workers(1), tmp_path / "claims")
-    thread.join()
-    assert heard and heard <= {"127.0.0.1", "::1"}, heard
-
-
 # ---------------------------------------------------------------- disks, and two drivers
 
 
 def test_a_full_disk_stops_the_sweep_and_leaves_what_was_there(place, grid_file, tmp_path, monkeypatch):
-    store, grid, append = Store(tmp_path / "s.jsonl"), read_grid(grid_file, "quick"), stored._append
-    calls = []
+    store, grid, real = Store(tmp_path / "s.jsonl"), read_grid(grid_file, "quick"), os.fsync
+    writes = []
 
-    def full(path, content, new_line=False):
-        calls.append(path)
-        if len(calls) > 4:  # two rows, each with its items
+    def full(file):
+        path = Path(f"/proc/self/fd/{file}").readlink()
+        writes.extend([path] if path.parent == tmp_path else [])
+        if len(writes) > 4:  # two rows, each with its items
             raise OSError(errno.ENOSPC, "No space left on device")
-        return append(path, content, new_line)
+        real(file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stored, "_append", full)
+        patch.setattr(os, "fsync", full)
         with pytest.raises(BadInput, match="No space left on device"):
             sweep(grid, place, store, Workers(1))
     assert len(measured(store)) == 2
     assert sweep(grid, place, store, Workers(1)) == {} and measured(store) == WHOLE
 
 
+def command_line(cache, log, args):
+    """In a process of its own: `thesislib` with these words, its stderr in a file."""
+    os.environ["THESISLIB_CACHE"] = cache
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 2)
+    app(args, standalone_mode=False)
+
+
 def test_two_drivers_on_one_store(place, grid_file, tmp_path):
-    store = tmp_path / "s.jsonl"
-    command = [
-        sys.executable,
-        "-m",
-        "thesislib.cli",
-        "sweep",
-        str(grid_file),
-        "--out",
-        str(store),
-        "--subject",
-        place.subject,
-        "--data",
-        place.data,
-        "--dtype",
-        "float32",
-        "--workers",
-        "1",
-        "--threads",
-        "1",
-    ]
-    drivers = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [d.communicate(timeout=240) for d in drivers]
-    assert [d.returncode for d in drivers] == [0, 0], said
+    from distributed import LocalCluster
+
+    store, logs, drivers = tmp_path / "s.jsonl", [tmp_path / "one", tmp_path / "two"], []
+    ours = {"processes": True, "threads_per_worker": 1, "dashboard_address": None, "memory_limit": 0}
+    with LocalCluster(n_workers=2, **ours, silence_logs=50) as cluster:
+        args = ["sweep", str(grid_file), "--out", str(store), "--subject", place.subject, "--data", place.data]
+        args += ["--dtype", "float32", "--scheduler", cluster.scheduler_address]
+        for log in logs:
+            given = (os.environ["THESISLIB_CACHE"], log, args)
+            drivers.append(processes().Process(target=command_line, args=given))
+            drivers[-1].start()
+        for driver in drivers:
+            driver.join(240)
+    said = [log.read_text() for log in logs]
+    assert [driver.exitcode for driver in drivers] == [0, 0], said
     assert measured(Store(store)) == WHOLE
-    done = [line for _, err in said for line in err.splitlines() if ": done; " in line]
+    done = [line for err in said for line in err.splitlines() if ": done; " in line]
     assert len(done) == len(LABELS)  # nothing was carried out twice

@@ -2,14 +2,13 @@
 
 import functools
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
-from thesislib.chapters.chapter import Chapter, Keep, Key, Part
+from thesislib.chapters.chapter import Chapter, Keep, Key, Parameters, Part
 from thesislib.chapters.phrases import interval, number, share
-from thesislib.config import positive
 from thesislib.errors import BadInput
 from thesislib.evaluate.choice import multiple_choice
 from thesislib.evaluate.perplexity import perplexity
@@ -17,7 +16,6 @@ from thesislib.evaluate.setup import Setup, task_of
 from thesislib.evaluate.task import SHARE
 from thesislib.evaluate.triviaqa import TIERS, triviaqa
 from thesislib.experiment import DENSE, described
-from thesislib.formats.held import check_dtype
 from thesislib.formats.load import load_subject
 from thesislib.model.prompts import PROMPTS, default_prompt
 from thesislib.model.subject import Subject
@@ -27,29 +25,27 @@ from thesislib.sources.corpus import evaluation_text, question_source, questions
 
 
 @dataclass(frozen=True)
-class Measures:
-    """Parameters of chapter 0.
+class Measures(Parameters):
+    """Parameters of chapter 0. A number that is None is all there are.
 
-    subject, data: specs. dtype, device: see `load_subject`. windows: of each length of `lengths`. questions: closed
-    book; passages: open book. items: HellaSwag items. None, where allowed, is all.
+    Attributes:
+        lengths: of windows, in tokens.
+        windows: of the first length; as many tokens of the others.
+        questions: of TriviaQA, closed book.
+        passages: of TriviaQA, open book.
+        items: of HellaSwag.
     """
 
-    subject: str = "embedded"
-    data: str = "embedded"
-    dtype: str = "bfloat16"
-    device: str = "cpu"
-    lengths: list | None = None
+    lengths: list = field(default_factory=lambda: [512, 2048])
     windows: int | None = 8
     questions: int | None = 64
     passages: int | None = 24
     items: int | None = 64
 
     def __post_init__(self):
-        object.__setattr__(self, "lengths", self.lengths or [512, 2048])
-        if not all(isinstance(n, int) and n > 1 for n in self.lengths):
+        super().__post_init__()
+        if not self.lengths or not all(isinstance(n, int) and n > 1 for n in self.lengths):
             raise BadInput(f"parameter 'lengths' is {self.lengths}: expected a list of window lengths of at least 2")
-        positive(windows=self.windows, questions=self.questions, passages=self.passages, items=self.items)
-        check_dtype(self.dtype)
 
 
 def prompts_for(subject: Subject) -> tuple[str, ...]:

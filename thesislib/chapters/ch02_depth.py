@@ -4,7 +4,7 @@ go."""
 import json
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +12,16 @@ import pandas as pd
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
-from thesislib.chapters.chapter import CLOSED, OPEN, WIKITEXT, Chapter, Keep, Key, Part, book, shape
+from thesislib.chapters.chapter import CLOSED, OPEN, WIKITEXT, Chapter, Keep, Key, Parameters, Part, book, shape
 from thesislib.chapters.phrases import listed, number, share, times
 from thesislib.chapters.thesis import thesis_row
 from thesislib.compress.depth import METRICS, Depth, angular_distances, importance
-from thesislib.config import positive
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import perplexity, triviaqa
 from thesislib.evaluate.generate import complete
-from thesislib.evaluate.stats import VERDICTS, Comparison, holm_adjusted
+from thesislib.evaluate.stats import Comparison, by_verdict, holm_adjusted
 from thesislib.experiment import DENSE, described
 from thesislib.files import read_json, write_whole
-from thesislib.formats.held import check_dtype
 from thesislib.formats.load import load_subject
 from thesislib.model.blocks import Plan, remove
 from thesislib.model.subject import Subject
@@ -31,7 +29,7 @@ from thesislib.pipeline.recipe import Shape
 from thesislib.records.measurement import Measurement, in_markdown, provenance
 from thesislib.records.store import Store
 from thesislib.sources.corpus import calibration_windows, evaluation_text, question_source, questions
-from thesislib.sources.rows import kind_of
+from thesislib.sources.rows import origin_of
 
 GREEDY, RANDOM = "perplexity, greedy", "random"
 NOTHING = "nothing removed"
@@ -39,35 +37,39 @@ THESIS = (2, 4, 6, 8)
 
 
 @dataclass(frozen=True)
-class DepthChapter:
+class DepthChapter(Parameters):
     """Parameters of chapter 2.
 
-    subject, data: specs. dtype, device: see `load_subject`. calibration: windows of length tokens that blocks are
-    scored on, of the calibration text. windows: that what is left is measured on. metrics: how to score. greedy: also
-    score by perplexity again after each removal, up to this many. counts: how many blocks go. seeds: of random removal.
-    questions, passages: of TriviaQA, closed and open book, for the thesis's D2, D4, D6, D8. tokens: of a completion of
-    prompt.
+    Attributes:
+        length: tokens in a window.
+        calibration: windows of the calibration text that blocks are scored on.
+        windows: that perplexity is measured on after each removal.
+        metrics: how blocks are scored.
+        greedy: also score by perplexity again after each removal, up to this many blocks; 0 for not at all.
+        counts: how many blocks are removed.
+        seeds: how many random removals.
+        questions: of TriviaQA, closed book, for the thesis's D2, D4, D6 and D8.
+        passages: of TriviaQA, open book, for the same.
+        tokens: of a completion.
+        prompt: what is completed.
     """
 
-    subject: str = "embedded"
-    data: str = "embedded"
-    dtype: str = "bfloat16"
-    device: str = "cpu"
     length: int = 512
     calibration: int = 4
     windows: int | None = 8
-    metrics: list | None = None
+    metrics: list = field(default_factory=lambda: list(METRICS))
     greedy: int = 0
-    counts: list | None = None
+    counts: list = field(default_factory=lambda: [1, 2, 4, 6, 8])
     seeds: int = 2
     questions: int = 32
     passages: int = 12
     tokens: int = 30
     prompt: str = "Once upon a time"
 
+    may_be_zero = ("greedy", "seeds")
+
     def __post_init__(self):
-        object.__setattr__(self, "metrics", self.metrics or list(METRICS))
-        object.__setattr__(self, "counts", self.counts or [1, 2, 4, 6, 8])
+        super().__post_init__()
         for metric in self.metrics:
             if metric not in METRICS:
                 raise unknown("importance metric", metric, METRICS)
@@ -75,15 +77,6 @@ class DepthChapter:
             raise BadInput(
                 f"parameter 'counts' is {self.counts}: expected numbers of blocks to remove, at least 1 each"
             )
-        positive(
-            length=self.length,
-            calibration=self.calibration,
-            windows=self.windows,
-            questions=self.questions,
-            passages=self.passages,
-            tokens=self.tokens,
-        )
-        check_dtype(self.dtype)
 
     def check_shape(self, shape: Shape) -> None:
         """Raises BadInput for a subject of which no count of `counts` can be removed."""
@@ -96,14 +89,14 @@ class DepthChapter:
             BadInput: none.
         """
         free = unprotected(blocks)
-        found = [k for k in self.counts if k <= free]
-        if not found:
+        possible = [k for k in self.counts if k <= free]
+        if not possible:
             some = f"expected e.g. counts=[{free}]" if free else "expected a subject with more blocks"
             raise BadInput(
                 f"parameter 'counts' is {self.counts}: of this subject's {blocks} blocks {free} can go, since "
                 f"the first and the last stay; {some}"
             )
-        return found
+        return possible
 
 
 def unprotected(blocks: int) -> int:
@@ -113,7 +106,7 @@ def unprotected(blocks: int) -> int:
 
 @dataclass(frozen=True)
 class Scores:
-    """What the calibration text says.
+    """Importance of every block on the calibration text.
 
     Attributes:
         metrics: {metric: {block: importance}} of every block; under angular the distance across that block alone.
@@ -179,7 +172,7 @@ def score(subject: Subject, p: DepthChapter) -> Scores:
         metrics,
         removed,
         provenance(
-            subject, started, text="wikipedia", data=kind_of(p.data), windows=p.calibration, length=p.length, seed=0
+            subject, started, text="wikipedia", data=origin_of(p.data), windows=p.calibration, length=p.length, seed=0
         ),
     )
 
@@ -188,8 +181,11 @@ def score(subject: Subject, p: DepthChapter) -> Scores:
 class Results:
     """What is left after each removal.
 
-    scores: see `Scores`. perplexity: {(method, k): measurement}, (NOTHING, 0) the whole model. trivia: {(k, open book):
-    accuracy} with the perplexity metric's removals, 0 the whole model. texts: {k: completion}.
+    Attributes:
+        scores: see `Scores`.
+        perplexity: {(method, k blocks removed): measurement}; (NOTHING, 0) is the whole model.
+        trivia: {(k, open book): accuracy} with the removals of `Scores.main`; 0 is the whole model.
+        texts: {k: completion}.
     """
 
     scores: Scores
@@ -203,17 +199,15 @@ class Results:
         return self.perplexity[NOTHING, 0]
 
 
-def kept(subject_depth: int, gone: Sequence[int]) -> tuple[int, ...]:
-    """The plan without these blocks."""
-    return tuple(b for b in range(subject_depth) if b not in gone)
+def plan_without(depth: int, gone: Sequence[int]) -> Plan:
+    """The plan of a model with `depth` blocks that leaves these out."""
+    return tuple(b for b in range(depth) if b not in gone)
 
 
-def plans_of(subject: Subject, scores: Scores) -> dict[tuple[str, int], Plan]:
+def plans_of(depth: int, scores: Scores) -> dict[tuple[str, int], Plan]:
     """{(method, blocks removed): plan} of all that was chosen, and of nothing removed."""
-    chosen = {
-        (method, k): kept(subject.depth, gone) for method, sets in scores.removed.items() for k, gone in sets.items()
-    }
-    return {(NOTHING, 0): kept(subject.depth, ()), **chosen}
+    removals = {(method, k): gone for method, sets in scores.removed.items() for k, gone in sets.items()}
+    return {name: plan_without(depth, gone) for name, gone in {(NOTHING, 0): (), **removals}.items()}
 
 
 def pruned(subject: Subject, scores: Scores) -> dict[int, Subject]:
@@ -232,7 +226,7 @@ def measure(subject: Subject, scores: Scores, p: DepthChapter) -> Results:
     """Perplexity of every method at every count, all in one tree; TriviaQA and a text of the thesis's
     configurations."""
     found = perplexity.perplexities(
-        subject, evaluation_text(p.data), plans_of(subject, scores), length=p.length, limit=p.windows
+        subject, evaluation_text(p.data), plans_of(subject.depth, scores), length=p.length, limit=p.windows
     )
     small, trivia = pruned(subject, scores), {}
     for open_book in (False, True):
@@ -322,12 +316,17 @@ def thesis_table(results: Results) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("configuration")
 
 
+def deterministic(results: Results, k: int) -> dict[str, Comparison]:
+    """`against` one-shot perplexity, random removals left out."""
+    return {m: c for m, c in against(results, k).items() if not m.startswith(RANDOM)}
+
+
 def verdict(results: Results, k: int) -> str:
     """Which methods do better and worse than one-shot perplexity at k blocks, in a sentence."""
-    found = {m: c for m, c in against(results, k).items() if not m.startswith(RANDOM)}
+    tests = deterministic(results, k)
     groups = [
-        f"{word}: {listed([f'{m} (x {np.exp(c.difference):.2f})' for m, c in found.items() if c.verdict() == word])}"
-        for word in VERDICTS
+        f"{word}: {listed([f'{m} (x {np.exp(tests[m].difference):.2f})' for m in methods])}"
+        for word, methods in by_verdict(tests).items()
     ]
     return (
         f"With {k} blocks removed, against one-shot perplexity ({results.perplexity['perplexity', k].value:.3g}): "
@@ -386,15 +385,19 @@ def stages_of(m: Measurement, depth: int) -> list[Depth]:
     return [Depth(blocks=gone)] if gone else []
 
 
-def from_measurements(found: Sequence[Measurement], scores: Scores) -> Results:
-    """The results that `as_measurements` gave."""
-    ppl = {(m.chapter["method"], m.chapter["removed"]): m for m in found if m.metric == "perplexity"}
-    answers = [m for m in found if m.metric == "accuracy"]
-    trivia = {(m.chapter["removed"], m.open_book): m for m in answers}
-    if (NOTHING, 0) not in ppl or not trivia:
+def from_measurements(measurements: Sequence[Measurement], scores: Scores) -> Results:
+    """The results that `as_measurements` gave.
+
+    Raises:
+        BadInput: the whole model's perplexity, or all answers, are missing.
+    """
+    ppl = {(m.chapter["method"], m.chapter["removed"]): m for m in measurements if m.metric == "perplexity"}
+    answers = [m for m in measurements if m.metric == "accuracy"]
+    if (NOTHING, 0) not in ppl or not answers:
         raise BadInput(
             "these are not the results of chapter 2: the whole model's perplexity or the answers are missing"
         )
+    trivia = {(m.chapter["removed"], m.open_book): m for m in answers}
     return Results(scores, ppl, trivia, {m.chapter["removed"]: m.chapter["text"] for m in answers})
 
 
@@ -430,7 +433,7 @@ def recorded_parts(p: DepthChapter, file: Path) -> Iterator[Part]:
         scores = Scores.from_json(read_json(beside))
         plans = {
             (m, k): plan
-            for (m, k), plan in plans_of(subject, scores).items()
+            for (m, k), plan in plans_of(subject.depth, scores).items()
             if (label_of(k), "perplexity", m) in missing
         }
         if plans:

@@ -5,26 +5,23 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from tqdm import tqdm
 
-from thesislib.chapters.chapter import WIKITEXT, Chapter, Keep, Key, Part
-from thesislib.chapters.phrases import p_value, ratio, versus, with_thousands
+from thesislib.chapters.chapter import WIKITEXT, Chapter, Keep, Key, Parameters, Part, by_key
+from thesislib.chapters.phrases import factor, p_value, ratio, versus, with_thousands
 from thesislib.chapters.thesis import thesis_row
 from thesislib.compress.width import THESIS_PATTERNS, Width
-from thesislib.config import positive
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import perplexity
 from thesislib.evaluate.setup import Setup
 from thesislib.evaluate.speed import speeds
-from thesislib.evaluate.stats import VERDICTS, Comparison, holm_adjusted
+from thesislib.evaluate.stats import Comparison, by_verdict, holm_adjusted
 from thesislib.experiment import DENSE, described, recipe_hash, recipe_of
-from thesislib.formats.held import check_dtype
 from thesislib.formats.load import load_subject
 from thesislib.model import packing
 from thesislib.model.sparse import pack_all
@@ -39,39 +36,33 @@ HALVES = ("1:2", "2:4", "4:8", "8:16")
 
 
 @dataclass(frozen=True)
-class WidthChapter:
+class WidthChapter(Parameters):
     """Parameters of chapter 3.
 
-    subject, data: specs. dtype, device: see `load_subject`. patterns: by WANDA; by_magnitude: those also by magnitude;
-    ratios: unstructured. calibration: windows of length tokens of text, which WANDA sees. windows: that what is left is
-    measured on.
+    Attributes:
+        length: tokens in a window.
+        text: calibration text of WANDA, c4 or wikipedia.
+        calibration: windows of it.
+        windows: that perplexity is measured on.
+        patterns: pruned by WANDA.
+        by_magnitude: patterns also pruned by magnitude.
+        ratios: shares of weights pruned without a pattern, by WANDA.
+        weightings: other token weights of WANDA's statistics, tried on 2:4.
     """
 
-    subject: str = "embedded"
-    data: str = "embedded"
-    dtype: str = "bfloat16"
-    device: str = "cpu"
     length: int = 512
     text: str = "c4"
     calibration: int = 4
     windows: int | None = 6
-    patterns: list | None = None
-    by_magnitude: list | None = None
-    ratios: list | None = None
-    weightings: list | None = None
+    patterns: list = field(default_factory=lambda: [*NINE])
+    by_magnitude: list = field(default_factory=lambda: ["1:8", "2:4"])
+    ratios: list = field(default_factory=lambda: [0.5])
+    weightings: list = field(default_factory=lambda: ["unit_norm"])
 
     def __post_init__(self):
-        for name, default in (
-            ("patterns", [*NINE]),
-            ("by_magnitude", ["1:8", "2:4"]),
-            ("ratios", [0.5]),
-            ("weightings", ["unit_norm"]),
-        ):
-            object.__setattr__(self, name, default if getattr(self, name) is None else getattr(self, name))
+        super().__post_init__()
         for pattern in (*self.patterns, *self.by_magnitude):
             packing.Pattern.parse(pattern)
-        positive(length=self.length, calibration=self.calibration, windows=self.windows)
-        check_dtype(self.dtype)
         if self.text not in ("c4", "wikipedia"):
             raise unknown("calibration text", self.text, ("c4", "wikipedia"))
         configurations(self)  # each stage checks its own settings
@@ -118,16 +109,16 @@ Results = Mapping[Width | None, Measurement]  # None: the whole model
 
 
 def measure(
-    subject: Subject, configs: Iterable[Width], p: WidthChapter, done: Results | None = None, found=None
+    subject: Subject, configs: Iterable[Width], p: WidthChapter, done: Results | None = None, keep: Keep | None = None
 ) -> dict[Width | None, Measurement]:
-    """Perplexity of the whole model and of each configuration; those in `done` are taken from there.
+    """Perplexity of the whole model and of each configuration.
 
     Args:
         subject: the whole model.
         configs: what to do to it.
         p: text and windows.
-        done: earlier results.
-        found: called with each new measurement, so that a long run can be kept as it goes.
+        done: earlier results, which are taken from there.
+        keep: called with each new measurement, so that a long run can be kept as it goes.
     """
     results: dict[Width | None, Measurement] = {}
     text = evaluation_text(p.data)
@@ -137,10 +128,11 @@ def measure(
             continue
         model, report = (subject, {}) if config is None else config.apply(subject, data=p.data)
         m = perplexity.perplexity(model, text, length=p.length, limit=p.windows)
-        named = {"config": config and dataclasses.asdict(config), "report": report, "sizes": sizes(model)}
-        results[config] = m.with_provenance(chapter=named)
-        if found:
-            found(results[config])
+        results[config] = m.with_provenance(
+            chapter={"config": config and dataclasses.asdict(config), "report": report, "sizes": sizes(model)}
+        )
+        if keep:
+            keep(results[config])
     return results
 
 
@@ -180,10 +172,6 @@ def conventions() -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("here and in WANDA (removed:of)")
 
 
-def _name(config: Width | None) -> str:
-    return DENSE if config is None else config.label
-
-
 def main_results(results: Results, p: WidthChapter, metric: str = "wanda") -> dict[str, Measurement]:
     """{pattern or ratio: measurement} with the chapter's own calibration."""
     wanted = {p.width(x, metric=metric): x for x in (*NINE, *map(str, p.ratios))}
@@ -193,140 +181,120 @@ def main_results(results: Results, p: WidthChapter, metric: str = "wanda") -> di
 def pattern_table(results: Results, p: WidthChapter) -> pd.DataFrame:
     """One row a pattern: perplexity by WANDA and magnitude, ratio to dense, bytes, and the thesis's figures."""
     dense, wanda, magnitude = results[None], main_results(results, p), main_results(results, p, "magnitude")
-    rows = [
-        {
-            "pattern": DENSE,
-            "zeros": "0 %",
-            "WANDA": with_thousands(dense),
-            "x dense": "1.00",
-            "magnitude": "",
-            "linears' bytes": "100 %",
+    zeros = shares(wanda)
+    rows = []
+    for pattern, m in {DENSE: dense, **wanda}.items():
+        size, whole = m.chapter["sizes"], pattern == DENSE
+        row = {
+            "pattern": pattern,
+            "zeros": "0 %" if whole else f"{zeros[pattern]:.1%}",
+            "WANDA": with_thousands(m),
+            "x dense": f"{m.value / dense.value:,.2f}",
+            "magnitude": with_thousands(magnitude[pattern]) if pattern in magnitude else "",
+            "linears' bytes": "100 %" if whole else f"{size['packed'] / size['dense']:.1%}",
         }
-    ]
-    for pattern, m in wanda.items():
-        size = m.chapter["sizes"]
-        share = shares(wanda)[pattern]
-        rows.append(
-            {
-                "pattern": pattern,
-                "zeros": f"{share:.1%}",
-                "WANDA": with_thousands(m),
-                "x dense": f"{m.value / dense.value:,.2f}",
-                "magnitude": with_thousands(magnitude[pattern]) if pattern in magnitude else "",
-                "linears' bytes": f"{size['packed'] / size['dense']:.1%}",
+        if whole or ":" in pattern:
+            theirs = thesis_row(DENSE if whole else f"W{pattern}").perplexity
+            row |= {
+                "thesis: perplexity": f"{theirs:,.2f}",
+                "x dense ": f"{theirs / thesis_row(DENSE).perplexity:,.2f}",
             }
-        )
-    for row in rows:
-        if ":" in row["pattern"] or row["pattern"] == DENSE:
-            theirs = thesis_row("dense" if row["pattern"] == DENSE else f"W{row['pattern']}")
-            row["thesis: perplexity"], row["x dense "] = (
-                f"{theirs.perplexity:,.2f}",
-                f"{theirs.perplexity / thesis_row('dense').perplexity:,.2f}",
-            )
+        rows.append(row)
     return pd.DataFrame(rows).fillna("").set_index("pattern")
 
 
-def shares(found: Mapping[str, Measurement]) -> dict[str, float]:
+def shares(measured: Mapping[str, Measurement]) -> dict[str, float]:
     """{pattern: share of weights removed}."""
-    return {pattern: Width(**_plain(m)).share(0, "q_proj") for pattern, m in found.items()}
-
-
-def _plain(m: Measurement) -> dict:
-    return m.chapter["config"]
+    return {pattern: Width(**m.chapter["config"]).share(0, "q_proj") for pattern, m in measured.items()}
 
 
 def calibration_table(results: Results, p: WidthChapter) -> pd.DataFrame:
     """Perplexity of 2:4 by calibration text and number of windows, one column a seed."""
-    rows = []
-    for config in calibrations(p):
-        if config in results:
-            rows.append(
-                {
-                    "text": config.text,
-                    "windows": config.windows,
-                    "seed": config.seed,
-                    "perplexity": results[config].value,
-                }
-            )
+    rows = [
+        {"text": c.text, "windows": c.windows, "seed": c.seed, "perplexity": results[c].value}
+        for c in calibrations(p)
+        if c in results
+    ]
     return pd.DataFrame(rows).pivot(index=["text", "windows"], columns="seed", values="perplexity")
 
 
-def halves(results: Results, p: WidthChapter) -> list[tuple[str, str, Comparison]]:
+def halves(results: Results, p: WidthChapter) -> dict[tuple[str, str], Comparison]:
     """At half the weights removed, each wider group against the next narrower one, Holm-adjusted."""
-    found = main_results(results, p)
-    pairs = [(a, b) for a, b in itertools.pairwise(HALVES) if a in found and b in found]
-    return [
-        (a, b, c)
-        for (a, b), c in holm_adjusted({(a, b): perplexity.compare(found[a], found[b]) for a, b in pairs}).items()
-    ]
+    main = main_results(results, p)
+    pairs = [(a, b) for a, b in itertools.pairwise(HALVES) if a in main and b in main]
+    return holm_adjusted({(a, b): perplexity.compare(main[a], main[b]) for a, b in pairs})
 
 
 def halves_sentence(results: Results, p: WidthChapter) -> str:
-    """The same in words."""
-    said = []
-    for a, b, c in halves(results, p):
-        said.append(
-            f"{b} is {versus(c, else_='not told apart from')} {a} (x {np.exp(c.difference):.2f}, {p_value(c.p)})"
-        )
-    return "With half the weights removed, " + ", ".join(said) + "."
+    """`halves` in words."""
+    wider = ", ".join(
+        f"{b} is {versus(c, 'not told apart from')} {a} ({factor(c)}, {p_value(c.p)})"
+        for (a, b), c in halves(results, p).items()
+    )
+    return f"With half the weights removed, {wider}."
+
+
+def wanda_against_magnitude(results: Results, p: WidthChapter) -> dict[str, Comparison]:
+    """WANDA against magnitude on each pattern measured both ways, Holm-adjusted."""
+    wanda, magnitude = main_results(results, p), main_results(results, p, "magnitude")
+    return holm_adjusted({x: perplexity.compare(magnitude[x], wanda[x]) for x in magnitude if x in wanda})
 
 
 def magnitude_sentence(results: Results, p: WidthChapter) -> str:
-    """WANDA against magnitude on each pattern measured both ways."""
-    wanda, magnitude = main_results(results, p), main_results(results, p, "magnitude")
-    tests = holm_adjusted({x: perplexity.compare(magnitude[x], wanda[x]) for x in magnitude if x in wanda})
-    better, worse, undecided = ([c.verdict() for c in tests.values()].count(word) for word in VERDICTS)
-    widest = min(tests, key=lambda x: tests[x].difference)
+    """`wanda_against_magnitude` in words."""
+    tests = wanda_against_magnitude(results, p)
+    better, worse, undecided = map(len, by_verdict(tests).values())
+    most = min(tests, key=lambda x: tests[x].difference)
     return (
         f"WANDA's perplexity is below magnitude's for {better} of {len(tests)} patterns, above it for {worse}, "
-        f"not told apart for {undecided} "
-        f"(paired t test, Holm); most for {widest} (x {np.exp(tests[widest].difference):.2g})."
+        f"not told apart for {undecided} (paired t test, Holm); most for {most} ({factor(tests[most], '.2g')})."
     )
 
 
+def weightings(results: Results, p: WidthChapter) -> dict[str, Comparison]:
+    """2:4 with each other token weighting against equal weights."""
+    base = p.width("2:4")
+    return {
+        config.weighting: perplexity.compare(results[base], m)
+        for config, m in results.items()
+        if config and config != base and config == p.width("2:4", weighting=config.weighting)
+    }
+
+
 def weighting_sentence(results: Results, p: WidthChapter) -> str:
-    """What counting tokens differently changes for 2:4."""
-    base = results[p.width("2:4")]
-    said = []
-    for config, m in results.items():
-        if config and config == p.width("2:4", weighting=config.weighting) and config.weighting != "equal":
-            c = perplexity.compare(base, m)
-            said.append(f"{config.weighting}: {ratio(c)}")
-    return f"2:4 with tokens counted otherwise, against equally ({base.value:.4g}): {'; '.join(said)}."
+    """`weightings` in words."""
+    others = "; ".join(f"{name}: {ratio(c)}" for name, c in weightings(results, p).items())
+    return f"2:4 with tokens counted otherwise, against equally ({results[p.width('2:4')].value:.4g}): {others}."
 
 
 def calibration_sentence(results: Results, p: WidthChapter) -> str:
     """How much text, amount and seed matter for 2:4."""
     table = calibration_table(results, p)
-    spread = table.std(axis=1, ddof=1) / table.mean(axis=1)
     mean = table.mean(axis=1)
-    texts = sorted({t for t, _ in table.index})
-    counts = sorted({n for _, n in table.index})
+    spread = table.std(axis=1, ddof=1) / mean
+    texts, counts = (sorted(set(table.index.get_level_values(level))) for level in ("text", "windows"))
     gains = ", ".join(f"{t} {mean[t, counts[0]]:.1f} to {mean[t, counts[-1]]:.1f}" for t in texts)
     return (
-        f"From {counts[0]} to {counts[-1]} calibration windows the mean over {table.shape[1]} seeds goes, by "
-        f"text: {gains}. "
-        f"Seeds differ by {spread.min():.1%} to {spread.max():.1%} (standard deviation)."
+        f"From {counts[0]} to {counts[-1]} calibration windows the mean over {table.shape[1]} seeds goes, by text: "
+        f"{gains}. Seeds differ by {spread.min():.1%} to {spread.max():.1%} (standard deviation)."
     )
 
 
 def headline(results: Results) -> str:
     """What chapter 3 found, in sentences, for the book's first page and the README."""
     p = recorded_parameters()
-    dense, found = results[None], main_results(results, p)
-    mild = perplexity.compare(dense, found["1:8"])
-    shares = {x: found[x].chapter["sizes"] for x in ("1:8", "2:4")}
+    dense, main = results[None], main_results(results, p)
+    sizes = {x: main[x].chapter["sizes"] for x in ("1:8", "2:4")}
+    packed = {x: f"{size['packed'] / size['dense']:.1%}" for x, size in sizes.items()}
     theirs = ", ".join(
-        f"{x} x {thesis_row(f'W{x}').perplexity / thesis_row('dense').perplexity:.3g}" for x in ("1:8", "2:4")
+        f"{x} x {thesis_row(f'W{x}').perplexity / thesis_row(DENSE).perplexity:.3g}" for x in ("1:8", "2:4")
     )
     return in_markdown(
         f"Removing 1 of 8 weights by WANDA multiplies perplexity on {dense.task} ({dense.value:.3g}) by "
-        f"{ratio(mild).removeprefix('x ')}, "
-        f"2 of 4 by {found['2:4'].value / dense.value:.2f} (the thesis's subject: {theirs}). "
-        f"{halves_sentence(results, p)} {magnitude_sentence(results, p)} Packed, 1:8 takes "
-        f"{shares['1:8']['packed'] / shares['1:8']['dense']:.1%} of the "
-        f"linears' bytes and 2:4 {shares['2:4']['packed'] / shares['2:4']['dense']:.1%}; the thesis's files "
-        "stayed as large as they were."
+        f"{ratio(perplexity.compare(dense, main['1:8'])).removeprefix('x ')}, "
+        f"2 of 4 by {main['2:4'].value / dense.value:.2f} (the thesis's subject: {theirs}). "
+        f"{halves_sentence(results, p)} {magnitude_sentence(results, p)} Packed, 1:8 takes {packed['1:8']} of the "
+        f"linears' bytes and 2:4 {packed['2:4']}; the thesis's files stayed as large as they were."
     )
 
 
@@ -349,17 +317,16 @@ def stages_of(m: Measurement) -> list[Width]:
     return [Width(**config)] if (config := m.chapter["config"]) else []
 
 
-def from_measurements(found: Sequence[Measurement]) -> dict[Width | None, Measurement]:
-    """The results, by configuration.
+def from_measurements(measurements: Iterable[Measurement]) -> Results:
+    """The results, by configuration, the whole model first.
 
     Raises:
         BadInput: not this chapter's.
     """
-    try:
-        results = {None if (c := m.chapter["config"]) is None else Width(**c): m for m in found}
-        return {None: results[None], **results}
-    except (KeyError, TypeError) as error:
-        raise BadInput(f"these are not the results of chapter 3 ({error})") from error
+    results = by_key(measurements, lambda m: next(iter(stages_of(m)), None), 3)
+    if None not in results:
+        raise BadInput("these are not the results of chapter 3 (the whole model's is missing)")
+    return {None: results[None], **results}
 
 
 def read_recorded(path: Path) -> Results:
@@ -391,13 +358,7 @@ def recorded_parts(p: WidthChapter, file: Path) -> Iterator[Part]:
         subject = load(p.subject, p.dtype, p.device)
         for one in missing:
             config = configs[one]
-            (m,) = (
-                m
-                for c, m in measure(
-                    subject, [config] if config else [], p, {} if config is None else {None: None}
-                ).items()
-                if c == config
-            )
+            m = measure(subject, [config] if config else [], p, {None: None} if config else None)[config]
             keep(described(m, subject, p.data, stages_of(m)))
 
     for one in configs:
@@ -406,7 +367,7 @@ def recorded_parts(p: WidthChapter, file: Path) -> Iterator[Part]:
 
 
 def _key(config: Width | None) -> Key:
-    return _name(config), recipe_hash(recipe_of([config] if config else []))
+    return config.label if config else DENSE, recipe_hash(recipe_of([config] if config else []))
 
 
 def key(m: Measurement) -> Key:

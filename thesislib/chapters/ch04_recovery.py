@@ -5,6 +5,8 @@ import dataclasses
 import json
 import math
 import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,8 +20,8 @@ from thesislib.chapters.ch04_runs import (
     Configuration,
     LoraChapter,
     Results,
-    asked,
     for_claims,
+    is_main,
     key,
     merges,
     rates,
@@ -27,14 +29,16 @@ from thesislib.chapters.ch04_runs import (
     recorded_parts,
 )
 from thesislib.chapters.chapter import Chapter
-from thesislib.chapters.phrases import interval, listed, number, p_value, ratio, share, versus
+from thesislib.chapters.phrases import interval, listed, number, p_value, ratio, ratio_and_p, share, versus
 from thesislib.chapters.thesis import thesis_row
 from thesislib.compress.lora.sequences import TEXTS
 from thesislib.errors import BadInput
 from thesislib.evaluate import perplexity, triviaqa
 from thesislib.evaluate.stats import (
     Comparison,
+    Ranking,
     bootstrap_mean,
+    by_verdict,
     friedman,
     holm_adjusted,
     paired_bootstrap,
@@ -60,6 +64,12 @@ def _texts(results: Results) -> list[str]:
 
 def _get(results: Results, what: str, *args, **settings) -> Measurement | None:
     return results.get((Configuration(*args, **settings), what))
+
+
+def _beside(results: Results) -> Iterator[tuple[Configuration, Measurement]]:
+    """Perplexities of the models whose adapter, if they have one, is kept beside the weights; not those pruned after
+    training."""
+    return ((c, m) for (c, what), m in results.items() if what == PPL and c.merge == "beside" and not c.after)
 
 
 def recovery_table(results: Results) -> pd.DataFrame:
@@ -93,34 +103,37 @@ def recovered(results: Results, text: str = "wikitext") -> pd.DataFrame:
         before, after = _get(results, PPL, model), _get(results, PPL, model, text)
         if model == DENSE or None in (before, after, control):
             continue
-        nats = {name: np.array(m.column("nats")) / np.array(m.column("tokens")) for name, m in
-                (("dense", dense), ("control", control), ("before", before), ("after", after))}  # fmt: skip
-        documents = before.column("document")
-        gap = nats["before"] - nats["dense"]
+        nats_dense, nats_control, nats_before, nats_after = map(_per_token, (dense, control, before, after))
+        gap = nats_before - nats_dense
         row: dict[str, Any] = {"model": model, "gap before, nats": f"{gap.mean():.3f}"}
-        for name, gained in (
-            ("naive", nats["before"] - nats["after"]),
-            ("fair", gap - (nats["after"] - nats["control"])),
-        ):
-            low, high = bootstrap_mean(gained, gap, documents)
-            row[f"recovered, {name}"] = interval(gained.sum() / gap.sum(), low, high, ".0%")
-            row[name] = float(gained.sum() / gap.sum())
+        for name, gained in (("naive", nats_before - nats_after), ("fair", gap - (nats_after - nats_control))):
+            value = float(gained.sum() / gap.sum())
+            bounds = bootstrap_mean(gained, gap, before.column("document"))
+            row |= {f"recovered, {name}": interval(value, *bounds, ".0%"), name: value}
         rows.append(row)
     return pd.DataFrame(rows).set_index("model")
 
 
+def _per_token(m: Measurement) -> np.ndarray:
+    return np.array(m.column("nats")) / np.array(m.column("tokens"))
+
+
+def adaptation(results: Results, text: str = "wikitext") -> Comparison:
+    """The dense model trained on a text against itself untrained."""
+    return perplexity.compare(_get(results, PPL, DENSE), _get(results, PPL, DENSE, text))
+
+
 def control_sentence(results: Results, text: str = "wikitext") -> str:
     """What the dense model gains by the same training, and what is left of recovery when that is counted."""
-    dense, control = _get(results, PPL, DENSE), _get(results, PPL, DENSE, text)
-    c = perplexity.compare(dense, control)
-    table = recovered(results, text)
-    shares = ", ".join(f"{model} {row.naive:.0%} ({row.fair:.0%})" for model, row in table.iterrows())
+    c = adaptation(results, text)
+    shares = ", ".join(
+        f"{model} {row.naive:.0%} ({row.fair:.0%})" for model, row in recovered(results, text).iterrows()
+    )
     moved = "changes" if c.told else "does not measurably change"
     return (
         f"The same training on {text} {moved} the dense model's perplexity ({ratio(c)}, paired t test, "
-        f"{p_value(c.p)}). "
-        "Of the loss that pruning caused, training wins back, counted naively (and against the dense model "
-        f"trained alike): {shares}."
+        f"{p_value(c.p)}). Of the loss that pruning caused, training wins back, counted naively (and against the "
+        f"dense model trained alike): {shares}."
     )
 
 
@@ -129,7 +142,7 @@ def _against_untrained(results: Results, what: str) -> dict[Configuration, Compa
     pairs = {}
     for (c, w), m in results.items():
         base = _get(results, what, c.pruned)
-        if w == what and c.text and not c.after and c.merge == "beside" and asked(c) and base is not None:
+        if w == what and c.text and c.merge == "beside" and is_main(c) and base is not None:
             pairs[c] = (perplexity if what == PPL else triviaqa).compare(base, m)
     return holm_adjusted(pairs)
 
@@ -137,128 +150,211 @@ def _against_untrained(results: Results, what: str) -> dict[Configuration, Compa
 def answers_table(results: Results) -> pd.DataFrame:
     """TriviaQA closed and open book, untrained and after each training; * where the paired test tells it from
     untrained."""
-    told = {(what, c): found.told for what in (CLOSED, OPEN) for c, found in _against_untrained(results, what).items()}
+    tests = {what: _against_untrained(results, what) for what in (CLOSED, OPEN)}
     rows = []
     for model in _models(results):
         row = {"model": model}
         for what in (CLOSED, OPEN):
             for text in (None, *_texts(results)):
                 m = _get(results, what, model, text)
-                star = "*" if text and told.get((what, Configuration(model, text))) else ""
+                test = tests[what].get(Configuration(model, text))
+                star = "%*" if test and test.told else "%"
                 name = f"{what}{f', +{LETTERS[text]}' if text else ''}"
-                row[name] = "not asked" if m is None else share(m).replace("%", f"%{star}", 1)
+                row[name] = "not asked" if m is None else share(m).replace("%", star, 1)
         rows.append(row)
     return pd.DataFrame(rows).set_index("model")
 
 
-def _texts_compared(results: Results, what: str) -> tuple[list, dict[str, list[str]]]:
-    """[(model, trained on questions, trained on WikiText)], and the models for which WikiText is told better or
-    worse."""
-    pairs = [(m, _get(results, what, m, "trivia"), _get(results, what, m, "wikitext")) for m in _models(results)]
-    pairs = [(name, t, w) for name, t, w in pairs if t is not None and w is not None]
-    tests = holm_adjusted({name: triviaqa.compare(t, w) for name, t, w in pairs})
-    return pairs, {
-        word: [name for name, c in tests.items() if c.verdict(higher_is_better=True) == word]
-        for word in ("better", "worse")
-    }
+@dataclass(frozen=True)
+class TextsCompared:
+    """Questions answered after training on WikiText against after training on questions.
+
+    Attributes:
+        on_questions: the measurement after training on questions, by model.
+        on_wikitext: after training on WikiText.
+        tests: the second against the first, Holm-adjusted over models.
+    """
+
+    on_questions: dict[str, Measurement]
+    on_wikitext: dict[str, Measurement]
+    tests: dict[str, Comparison]
+
+    @property
+    def told(self) -> dict[str, list[str]]:
+        """{verdict on WikiText: models}."""
+        return by_verdict(self.tests, higher_is_better=True)
+
+
+def texts_compared(results: Results, what: str = CLOSED) -> TextsCompared:
+    """Each model that was trained on both texts and asked."""
+    pairs = {m: (_get(results, what, m, "trivia"), _get(results, what, m, "wikitext")) for m in _models(results)}
+    pairs = {name: pair for name, pair in pairs.items() if None not in pair}
+    return TextsCompared(
+        {name: t for name, (t, _) in pairs.items()},
+        {name: w for name, (_, w) in pairs.items()},
+        holm_adjusted({name: triviaqa.compare(t, w) for name, (t, w) in pairs.items()}),
+    )
 
 
 def texts_sentence(results: Results, what: str = CLOSED) -> str:
-    """Does training on WikiText or on questions answer more questions? Each model by itself."""
-    pairs, told = _texts_compared(results, what)
-    better, worse = told["better"], told["worse"]
-    sums = ", ".join(f"{name} {w.value:.1%} against {t.value:.1%}" for name, t, w in pairs)
+    """`texts_compared` in words."""
+    both = texts_compared(results, what)
+    better, worse, undecided = both.told.values()
+    shares = ", ".join(
+        f"{name} {both.on_wikitext[name].value:.1%} against {both.on_questions[name].value:.1%}" for name in both.tests
+    )
     return (
-        f"{what.capitalize()}, trained on WikiText against trained on questions: {sums}. By exact McNemar tests, "
-        "Holm-adjusted, WikiText is better for "
-        f"{listed(better)}, worse for {listed(worse)}, and within noise for the other "
-        f"{len(pairs) - len(better) - len(worse)}."
+        f"{what.capitalize()}, trained on WikiText against trained on questions: {shares}. By exact McNemar tests, "
+        f"Holm-adjusted, WikiText is better for {listed(better)}, worse for {listed(worse)}, and within noise for the "
+        f"other {len(undecided)}."
     )
 
 
 def other_measure_sentence(results: Results, text: str = "trivia") -> str:
     """What training on questions does to perplexity, against the untrained models."""
-    found = [(c, t) for c, t in _against_untrained(results, PPL).items() if c.text == text]
-    told = ", ".join(f"{c.pruned} {ratio(t)}{'' if t.told else ' (within noise)'}" for c, t in found)
+    changes = ", ".join(
+        f"{c.pruned} {ratio(test)}{'' if test.told else ' (within noise)'}"
+        for c, test in _against_untrained(results, PPL).items()
+        if c.text == text
+    )
     return (
-        f"Perplexity on Wikipedia text after training on {text}, against untrained: {told or 'not run'} (paired t "
+        f"Perplexity on Wikipedia text after training on {text}, against untrained: {changes or 'not run'} (paired t "
         "tests, Holm-adjusted over all trainings)."
     )
 
 
-def order_sentence(results: Results) -> str:
-    """Width pruning before or after recovery, paired."""
-    said = []
+def orders(results: Results) -> dict[Configuration, Comparison]:
+    """Perplexity of each model whose width was pruned after training against the same pruned before."""
+    tests = {}
     for (c, what), late in results.items():
-        early = _get(results, PPL, f"{c.pruned}+{c.after}", c.text) if what == PPL and c.after else None
-        if early is not None:
-            test = perplexity.compare(early, late)
-            said.append(
-                f"{c.label} ({late.value:.4g}) is {versus(test)} {c.pruned}+{c.after}+{LETTERS[c.text]} "
-                f"({early.value:.4g}; {ratio(test)}, {p_value(test.p)})"
-            )
-    return "Paired t tests over documents: " + "; ".join(said) + "."
+        if what == PPL and c.after and (early := _get(results, PPL, f"{c.pruned}+{c.after}", c.text)) is not None:
+            tests[c] = perplexity.compare(early, late)
+    return tests
+
+
+def order_sentence(results: Results) -> str:
+    """`orders` in words."""
+    tests = "; ".join(
+        f"{c.label} ({results[c, PPL].value:.4g}) is {versus(test)} {c.pruned}+{c.after}+{LETTERS[c.text]} "
+        f"({_get(results, PPL, f'{c.pruned}+{c.after}', c.text).value:.4g}; {ratio_and_p(test)})"
+        for c, test in orders(results).items()
+    )
+    return f"Paired t tests over documents: {tests}."
+
+
+@dataclass(frozen=True)
+class Merging:
+    """One way to merge an adapter, against keeping it beside the weights.
+
+    Attributes:
+        beside: the perplexity with the adapter beside the weights.
+        merged: after merging.
+    """
+
+    beside: Measurement
+    merged: Measurement
+
+    @property
+    def test(self) -> Comparison:
+        """Perplexity after against before."""
+        return perplexity.compare(self.beside, self.merged)
+
+    @property
+    def growth(self) -> float:
+        """By which share the file grows."""
+        return self.merged.disk_bytes / self.beside.disk_bytes - 1
+
+
+def mergings(results: Results) -> dict[tuple[str, str], Merging]:
+    """{(label, way): merging} of every adapter that was merged."""
+    return {(c.label, way.merge): Merging(m, results[way, PPL]) for c, m in _beside(results) for way in merges(c)}
 
 
 def merge_table(results: Results) -> pd.DataFrame:
     """The same adapter kept beside the weights, merged under the mask, and merged dense: perplexity, zeros and
     bytes."""
-    rows = []
-    for (c, what), m in results.items():
-        if what == PPL and c.merge == "beside" and merges(c):
-            for one in (c, *merges(c)):
-                found = m if one == c else _get(results, PPL, **dataclasses.asdict(one))
-                size = found.made["bytes"]
-                test = "" if one == c else ratio(perplexity.compare(m, found))
-                rows.append(
-                    {
-                        "model": c.label, "adapter": one.merge, "perplexity": number(found), "against beside, "
-                            "paired": test,
-                        "zeros": f"{1 - size['nonzero_parameters'] / size['parameters']:.1%}", "MB on "
-                            "disk": f"{size['bytes_on_disk'] / 1e6:.1f}",
-                    }
-                )  # fmt: skip
-    return pd.DataFrame(rows).set_index(["model", "adapter"])
+    rows: dict[tuple[str, str], dict[str, str]] = {}
+    for (label, way), merging in mergings(results).items():
+        rows.setdefault((label, "beside"), _merge_row(merging.beside))
+        rows[label, way] = _merge_row(merging.merged, ratio(merging.test))
+    return pd.DataFrame(rows.values(), pd.MultiIndex.from_tuples(rows, names=["model", "adapter"]))
+
+
+def _merge_row(m: Measurement, against_beside: str = "") -> dict[str, str]:
+    size = m.made["bytes"]
+    return {
+        "perplexity": number(m),
+        "against beside, paired": against_beside,
+        "zeros": f"{1 - size['nonzero_parameters'] / size['parameters']:.1%}",
+        "MB on disk": f"{size['bytes_on_disk'] / 1e6:.1f}",
+    }
 
 
 def merge_sentence(results: Results) -> str:
     """What merging costs, in words."""
-    masked, grown, moved = [], [], []
-    for c in dict.fromkeys(c for c, what in results if what == PPL and c.merge == "beside" and merges(c)):
-        beside, under, dense = (_get(results, PPL, **dataclasses.asdict(one)) for one in (c, *merges(c)))
-        masked.append(f"{c.label} {ratio(perplexity.compare(beside, under))}")
-        size, larger = (m.disk_bytes for m in (beside, dense))
-        grown.append(larger / size - 1)
-        moved.append(dense.value / beside.value)
+    ways = mergings(results)
+    masked = ", ".join(f"{label} {ratio(x.test)}" for (label, way), x in ways.items() if way == "masked")
+    dense = [x for (_, way), x in ways.items() if way == "dense"]
+    moved, grown = [x.merged.value / x.beside.value for x in dense], [x.growth for x in dense]
     return (
-        f"Merged under the mask, perplexity changes by {', '.join(masked)} (paired t tests). Merged dense it "
-        "stays where it was "
+        f"Merged under the mask, perplexity changes by {masked} (paired t tests). Merged dense it stays where it was "
         f"(x {min(moved):.3f} to x {max(moved):.3f}), and the file grows by {min(grown):.1%} to {max(grown):.1%}."
     )
 
 
+@dataclass(frozen=True)
+class Seeds:
+    """One training with several seeds.
+
+    Attributes:
+        label: of the model.
+        values: perplexity by seed.
+        untrained: the perplexity before training.
+        test: Friedman's over documents, whether seeds rank alike; None for fewer than three seeds.
+    """
+
+    label: str
+    values: np.ndarray
+    untrained: float
+    test: Ranking | None
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation over seeds."""
+        return self.values.std(ddof=1)
+
+    @property
+    def share_of_gain(self) -> float:
+        """The standard deviation as a share of what training gains."""
+        return self.deviation / (self.untrained - self.values.mean())
+
+
+def seeds(results: Results) -> Seeds:
+    """The training with the most seeds."""
+    runs: dict[Configuration, list[Measurement]] = {}
+    for c, m in _beside(results):
+        if c.text and c.learning_rate is None:
+            runs.setdefault(dataclasses.replace(c, seed=0), []).append(m)
+    config, ms = max(runs.items(), key=lambda pair: len(pair[1]))
+    test = None
+    if len(ms) > 2:
+        test = friedman({str(i): m.column("nats") for i, m in enumerate(ms)}, ms[0].column("document"))
+    untrained = _get(results, PPL, config.pruned)
+    return Seeds(config.label, np.array([m.value for m in ms]), untrained.value if untrained else math.nan, test)
+
+
 def seeds_sentence(results: Results) -> str:
     """How far seeds of one training lie apart."""
-    found: dict[Configuration, list[Measurement]] = {}
-    for (c, what), m in results.items():
-        if what == PPL and c.text and not c.after and c.merge == "beside" and c.learning_rate is None:
-            found.setdefault(dataclasses.replace(c, seed=0), []).append(m)
-    config, runs = max(found.items(), key=lambda pair: len(pair[1]))
-    values = np.array([m.value for m in runs])
-    if len(runs) < 2:
-        return f"{config.label} was trained with one seed."
-    base = _get(results, PPL, config.pruned).value
-    listed = ", ".join(f"{v:.2f}" for v in values)
+    one = seeds(results)
+    if len(one.values) < 2:
+        return f"{one.label} was trained with one seed."
     told = ""
-    if len(runs) > 2:
-        test = friedman({str(i): m.column("nats") for i, m in enumerate(runs)}, runs[0].column("document"))
-        told = (
-            f" A Friedman test over {test.n} documents "
-            f"{'tells the seeds apart' if test.p < 0.05 else 'does not tell the seeds apart'} ({p_value(test.p)})."
-        )
+    if test := one.test:
+        verdict = "tells the seeds apart" if test.p < 0.05 else "does not tell the seeds apart"
+        told = f" A Friedman test over {test.n} documents {verdict} ({p_value(test.p)})."
     return (
-        f"{config.label} with {len(runs)} seeds: {listed}; standard deviation {values.std(ddof=1):.2f}, "
-        f"{values.std(ddof=1) / (base - values.mean()):.1%} of what training gains.{told}"
+        f"{one.label} with {len(one.values)} seeds: {', '.join(f'{v:.2f}' for v in one.values)}; standard deviation "
+        f"{one.deviation:.2f}, {one.share_of_gain:.1%} of what training gains.{told}"
     )
 
 
@@ -266,7 +362,7 @@ def tests_table(results: Results) -> pd.DataFrame:
     """Some of the chapter's comparisons by three paired tests that assume different things of the losses, ratios of
     perplexity."""
     C = Configuration
-    asked_of = {
+    pairs = {
         "D2 to D2+W": (C("D2"), C("D2", "wikitext")),
         "dense to dense+W": (C(DENSE), C(DENSE, "wikitext")),
         "dense to D2+W": (C(DENSE), C("D2", "wikitext")),
@@ -275,14 +371,17 @@ def tests_table(results: Results) -> pd.DataFrame:
         "D2+W, seed 0 to seed 1": (C("D2", "wikitext"), C("D2", "wikitext", seed=1)),
     }
     rows = []
-    for name, (first, second) in asked_of.items():
+    for name, (first, second) in pairs.items():
         a, b = results.get((first, PPL)), results.get((second, PPL))
         if a is None or b is None:
             continue
-        x, y = ([n / t for n, t in zip(m.column("nats"), m.column("tokens"), strict=True)] for m in (a, b))
-        documents, tokens = a.column("document"), a.column("tokens")
-        found = (paired_means(x, y, documents), paired_bootstrap(x, y, documents, tokens), signed_rank(x, y, documents))
-        rows.append({"comparison": name} | {c.test: f"{ratio(c)}, {p_value(c.p)}" for c in found})
+        x, y, documents = _per_token(a), _per_token(b), a.column("document")
+        tests = (
+            paired_means(x, y, documents),
+            paired_bootstrap(x, y, documents, a.column("tokens")),
+            signed_rank(x, y, documents),
+        )
+        rows.append({"comparison": name} | {c.test: ratio_and_p(c) for c in tests})
     return pd.DataFrame(rows).set_index("comparison")
 
 
@@ -294,71 +393,64 @@ def training_report(m: Measurement) -> dict:
 def training_table(results: Results) -> pd.DataFrame:
     """What each training saw and took."""
     rows = []
-    for (c, what), m in results.items():
-        if what == PPL and c.text and not c.after and c.merge == "beside":
+    for c, m in _beside(results):
+        if c.text:
             r = training_report(m)
-            rate = m.stages[-1]["lora"]["learning_rate"]
-            first = r["validation"][0]["loss"] if r["validation"] else math.nan
+            before = r["validation"][0]["loss"] if r["validation"] else math.nan
             rows.append(
                 {
-                    "model": c.label, "seed": c.seed, "learning rate": f"{rate:g}", "tokens": r["tokens"], "M "
-                        "trained": f"{r['parameters'] / 1e6:.2f}",
-                    "held-out loss before": f"{first:.3f}", "best": f"{r['best_loss']:.3f}", "at "
-                        "step": r["best_step"], "tokens/s": r["tokens_per_second"],
+                    "model": c.label,
+                    "seed": c.seed,
+                    "learning rate": f"{m.stages[-1]['lora']['learning_rate']:g}",
+                    "tokens": r["tokens"],
+                    "M trained": f"{r['parameters'] / 1e6:.2f}",
+                    "held-out loss before": f"{before:.3f}",
+                    "best": f"{r['best_loss']:.3f}",
+                    "at step": r["best_step"],
+                    "tokens/s": r["tokens_per_second"],
                 }
-            )  # fmt: skip
+            )
     return pd.DataFrame(rows).set_index("model")
 
 
 def cost_sentence(results: Results) -> str:
     """How long all trainings took and on what; `thesislib.records.measurement.cost` says the same of measuring."""
-    trained = {}
+    reports = {}
     for m in results.values():
         for stage, r in zip(m.stages, m.made["reports"], strict=True):
             if "lora" in stage:  # one training may stand behind many rows
-                trained[
-                    json.dumps([m.made["base"], {**stage["lora"], "merge": ""}, r["curve"][:1]], sort_keys=True)
-                ] = r
-    hours = sum(r["seconds"] for r in trained.values()) / 3600
-    each = statistics.median(r["tokens"] for r in trained.values())
+                training = [m.made["base"], {**stage["lora"], "merge": ""}, r["curve"][:1]]
+                reports[json.dumps(training, sort_keys=True)] = r
+    hours = sum(r["seconds"] for r in reports.values()) / 3600
+    each = statistics.median(r["tokens"] for r in reports.values())
     return (
-        f"{len(trained)} trainings of {each:,.0f} tokens took {hours:.1f} hours. {measurement.cost(results.values())}"
+        f"{len(reports)} trainings of {each:,.0f} tokens took {hours:.1f} hours. {measurement.cost(results.values())}"
     )
+
+
+def by_rate(results: Results, p: LoraChapter) -> dict[float, Measurement]:
+    """{learning rate: perplexity} of the first training, lowest rate first."""
+    tried = [Configuration(p.pruned[0], p.texts[0]), *rates(p)]
+    return dict(sorted((c.learning_rate or p.learning_rate, results[c, PPL]) for c in tried if (c, PPL) in results))
 
 
 def rates_sentence(results: Results, p: LoraChapter) -> str:
     """Which learning rate did best on held-out text."""
-    tried = {
-        c.learning_rate or p.learning_rate: training_report(m)["best_loss"]
-        for c in [Configuration(p.pruned[0], p.texts[0]), *rates(p)]
-        if (m := results.get((c, PPL)))
-    }
-    best = min(tried, key=tried.get)
-    listed = ", ".join(f"{rate:g}: {tried[rate]:.3f}" for rate in sorted(tried))
-    name = f"{p.pruned[0]}+{LETTERS[p.texts[0]]}"
-    test = ", ".join(
-        f"{rate:g}: {m.value:.2f}"
-        for rate, m in sorted(
-            (c.learning_rate or p.learning_rate, results[c, PPL])
-            for c in [Configuration(p.pruned[0], p.texts[0]), *rates(p)]
-            if (c, PPL) in results
-        )
-    )
+    tried = by_rate(results, p)
+    held_out = {rate: training_report(m)["best_loss"] for rate, m in tried.items()}
+    losses = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in held_out.items())
+    test = ", ".join(f"{rate:g}: {m.value:.2f}" for rate, m in tried.items())
     return (
-        f"Held-out loss of {name} by learning rate: {listed}. Best of these: {best:g}; the chapter trains with "
-        f"{p.learning_rate:g}. Perplexity on the test "
+        f"Held-out loss of {p.pruned[0]}+{LETTERS[p.texts[0]]} by learning rate: {losses}. Best of these: "
+        f"{min(held_out, key=held_out.get):g}; the chapter trains with {p.learning_rate:g}. Perplexity on the test "
         f"text, which decided nothing: {test}."
     )
 
 
 def curves(results: Results) -> dict[str, tuple[list, list]]:
     """{label: (curve, validation)} of every training with the chapter's rate and first seed."""
-    found = {}
-    for (c, what), m in results.items():
-        if what == PPL and c.text and not c.after and c.merge == "beside" and asked(c):
-            r = training_report(m)
-            found[c.label] = (r["curve"], r["validation"])
-    return found
+    reports = {c.label: training_report(m) for c, m in _beside(results) if c.text and is_main(c)}
+    return {label: (r["curve"], r["validation"]) for label, r in reports.items()}
 
 
 def points(results: Results) -> dict[str, dict[str, Measurement]]:
@@ -375,10 +467,11 @@ def points(results: Results) -> dict[str, dict[str, Measurement]]:
 
 def samples(results: Results, p: LoraChapter) -> pd.DataFrame:
     """Greedy completions of the chapter's prompt."""
-    rows = []
-    for (c, what), m in results.items():
-        if what == PPL and not c.after and c.merge == "beside" and asked(c):
-            rows.append({"model": c.label, f"{p.prompt} ...": m.chapter["text"].replace("\n", " ")})
+    rows = [
+        {"model": c.label, f"{p.prompt} ...": m.chapter["text"].replace("\n", " ")}
+        for c, m in _beside(results)
+        if is_main(c)
+    ]
     return pd.DataFrame(rows).set_index("model")
 
 
@@ -389,29 +482,28 @@ def headline(results: Results) -> str:
     )
     theirs = (
         f"{thesis_row('D2').perplexity:.1f} to {thesis_row('D2', 'W').perplexity:.1f}, dense "
-        f"{thesis_row('dense').perplexity:.1f}"
+        f"{thesis_row(DENSE).perplexity:.1f}"
     )
-    tokens, test = training_report(after)["tokens"], perplexity.compare(dense, after)
-    word = {"worse": "above", "better": "below"}.get(test.verdict(), "within noise of")
-    shares, (pairs, told) = recovered(results), _texts_compared(results, CLOSED)
+    word = {"worse": "above", "better": "below"}.get(perplexity.compare(dense, after).verdict(), "within noise of")
+    shares, both = recovered(results), texts_compared(results)
     numbers = {
-        name: f"{name} ({w.value:.1%} against {t.value:.1%}, untrained {_get(results, CLOSED, name).value:.1%})"
-        for name, t, w in pairs
+        name: f"{name} ({w.value:.1%} against {both.on_questions[name].value:.1%}, untrained "
+        f"{_get(results, CLOSED, name).value:.1%})"
+        for name, w in both.on_wikitext.items()
     }
-    answers = (
-        "; ".join(f"{how} for {', '.join(numbers[n] for n in names)}" for how, names in told.items() if names)
-        or "told from it for none"
+    answers = "; ".join(
+        f"{verdict} for {', '.join(numbers[n] for n in both.told[verdict])}"
+        for verdict in ("better", "worse")
+        if both.told[verdict]
     )
     return in_markdown(
-        f"LoRA on {tokens:,} tokens of WikiText takes D2 from perplexity {before.value:.1f} to "
-        f"{after.value:.1f}, {word} the dense model's "
-        f"{dense.value:.1f} (the thesis's subject: {theirs}). But the dense model, trained alike, goes to "
-        f"{control.value:.1f}: of the loss that "
-        f"pruning caused, D2 seems to win back {shares.naive['D2']:.0%}, and against that control it is "
-        f"{shares.fair['D2']:.0%}; over all "
-        f"{len(shares)} pruned models {shares.fair.min():.0%} to {shares.fair.max():.0%}. On closed-book "
-        "questions, training on WikiText against training "
-        f"on questions is {answers}, of {len(pairs)} models. {order_sentence(results)}"
+        f"LoRA on {training_report(after)['tokens']:,} tokens of WikiText takes D2 from perplexity {before.value:.1f} "
+        f"to {after.value:.1f}, {word} the dense model's {dense.value:.1f} (the thesis's subject: {theirs}). But the "
+        f"dense model, trained alike, goes to {control.value:.1f}: of the loss that pruning caused, D2 seems to win "
+        f"back {shares.naive['D2']:.0%}, and against that control it is {shares.fair['D2']:.0%}; over all "
+        f"{len(shares)} pruned models {shares.fair.min():.0%} to {shares.fair.max():.0%}. On closed-book questions, "
+        f"training on WikiText against training on questions is {answers or 'told from it for none'}, of "
+        f"{len(both.tests)} models. {order_sentence(results)}"
     )
 
 

@@ -1,24 +1,21 @@
 """Chapter 4, LoRA recovery: which models are trained, on what, and what of them is measured."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
-from thesislib.chapters.chapter import CLOSED, OPEN, WIKITEXT, Keep, Key, Part
+from thesislib.chapters.chapter import CLOSED, OPEN, WIKITEXT, Keep, Key, Parameters, Part, by_key
 from thesislib.chapters.labels import of
 from thesislib.compress.lora.sequences import TEXTS
 from thesislib.compress.lora.stage import MERGES, Lora
-from thesislib.config import positive
 from thesislib.errors import BadInput, shown, unknown
 from thesislib.evaluate.generate import complete
 from thesislib.evaluate.setup import Setup
 from thesislib.experiment import DENSE, Prepared, build_history, prepare, recipe_of
-from thesislib.formats.artifact import predicted_disk_bytes, sizes
-from thesislib.formats.held import check_dtype
+from thesislib.formats.sizes import predicted_disk_bytes, sizes
 from thesislib.model.layers import merge_all
 from thesislib.pipeline.recipe import Shape, parse_label
 from thesislib.records.measurement import Measurement
@@ -28,23 +25,30 @@ PPL = "perplexity"
 
 
 @dataclass(frozen=True)
-class LoraChapter:
+class LoraChapter(Parameters):
     """Parameters of chapter 4.
 
-    subject, data: specs. dtype, device: see `load_subject`. pruned: labels of the models to recover; the dense one is
-    always trained too, as the control. texts: to train on. steps: of the optimiser, each on batch sequences of length
-    tokens. learning_rate, rank, validation (held-out sequences, every so many steps): see
-    `thesislib.compress.lora.stage.Lora`. seeds: how many, for the first pruned model on the first text. answering: how
-    many of the pruned models, and the dense one, are also asked questions. windows, questions, passages: that is
-    measured on. tokens: of a completion of prompt.
+    Attributes:
+        pruned: labels of the models to recover; the dense one is always trained too, as the control.
+        texts: to train on.
+        steps: of the optimiser.
+        batch: sequences a step.
+        length: tokens in a sequence, and in a window of perplexity.
+        learning_rate: see `thesislib.compress.lora.stage.Lora`.
+        rank: of the adapter.
+        validation: held-out sequences.
+        every: steps between validations.
+        seeds: how many, for the first pruned model on the first text.
+        answering: how many of the pruned models are asked questions, and the dense one.
+        windows: that perplexity is measured on.
+        questions: of TriviaQA, closed book.
+        passages: of TriviaQA, open book.
+        tokens: of a completion.
+        prompt: what is completed.
     """
 
-    subject: str = "embedded"
-    data: str = "embedded"
-    dtype: str = "bfloat16"
-    device: str = "cpu"
-    pruned: list | None = None
-    texts: list | None = None
+    pruned: list = field(default_factory=lambda: ["D2"])
+    texts: list = field(default_factory=lambda: ["wikitext"])
     steps: int = 16
     batch: int = 2
     length: int = 512
@@ -59,10 +63,10 @@ class LoraChapter:
     passages: int = 8
     tokens: int = 30
     prompt: str = "Once upon a time"
+    may_be_zero = ("validation",)
 
     def __post_init__(self):
-        object.__setattr__(self, "pruned", ["D2"] if self.pruned is None else self.pruned)
-        object.__setattr__(self, "texts", ["wikitext"] if self.texts is None else self.texts)
+        super().__post_init__()
         for label in self.pruned:
             parse_label(label)
         for text in self.texts:
@@ -73,21 +77,6 @@ class LoraChapter:
                 "parameters 'pruned' and 'texts' must name at least one model and one text: expected e.g. ['D2'] "
                 "and ['wikitext']"
             )
-        names = (
-            "steps",
-            "batch",
-            "length",
-            "rank",
-            "every",
-            "seeds",
-            "answering",
-            "windows",
-            "questions",
-            "passages",
-            "tokens",
-        )
-        positive(**{name: getattr(self, name) for name in names})
-        check_dtype(self.dtype)
         self.training()
 
     def check_shape(self, shape: Shape) -> None:
@@ -125,9 +114,13 @@ class LoraChapter:
 class Configuration:
     """One model of the chapter.
 
-    pruned: label of what was pruned before training, or dense. text: trained on; None for no training. after: label of
-    what was pruned after training, as in the thesis's order experiment. merge: see
-    `thesislib.compress.lora.stage.MERGES`. seed: of training. learning_rate: None for the chapter's.
+    Attributes:
+        pruned: label of what was pruned before training, or dense.
+        text: trained on; None for no training.
+        after: label of what was pruned after training, as in the thesis's order experiment.
+        merge: see `thesislib.compress.lora.stage.MERGES`.
+        seed: of training.
+        learning_rate: None for the chapter's.
     """
 
     pruned: str
@@ -138,15 +131,12 @@ class Configuration:
     learning_rate: float | None = None
 
     def stages(self, p: LoraChapter) -> list:
-        """Their configs."""
-        settings: dict[str, Any] = {} if self.learning_rate is None else {"learning_rate": self.learning_rate}
-        trained = (
-            [dataclasses.replace(p.training(self.text, merge=self.merge, seed=self.seed), **settings)]
-            if self.text
-            else []
-        )
-        parts = [() if label in ("", DENSE) else parse_label(label).stages for label in (self.pruned, self.after)]
-        return [*parts[0], *trained, *parts[1]]
+        """What makes it."""
+        before, after = ([] if x in ("", DENSE) else list(parse_label(x).stages) for x in (self.pruned, self.after))
+        trained = p.training(self.text, merge=self.merge, seed=self.seed) if self.text else None
+        if trained and self.learning_rate is not None:
+            trained = dataclasses.replace(trained, learning_rate=self.learning_rate)
+        return [*before, *([trained] if trained else []), *after]
 
     @property
     def label(self) -> str:
@@ -178,7 +168,7 @@ Results = Mapping[tuple[Configuration, str], Measurement]
 
 
 def measure(
-    configs: Iterable[Configuration], p: LoraChapter, done: Results | None = None, found: Callable | None = None
+    configs: Iterable[Configuration], p: LoraChapter, done: Results | None = None, keep: Keep | None = None
 ) -> dict:
     """{(configuration, what): measurement}: perplexity of all, answers of those that `asked_of` names, merges of
     trained sparse models.
@@ -187,14 +177,14 @@ def measure(
         configs: in order.
         p: how they are trained and measured.
         done: earlier results, which are not made again.
-        found: called with each new measurement, so that a long run can be kept as it goes.
+        keep: called with each new measurement, so that a long run can be kept as it goes.
     """
     results = dict(done or {})
 
-    def keep(c: Configuration, what: str, m: Measurement) -> None:
+    def add(c: Configuration, what: str, m: Measurement) -> None:
         results[c, what] = m
-        if found:
-            found(m)
+        if keep:
+            keep(m)
 
     for c in tqdm([*configs], desc="LoRA", unit="model", disable=None, leave=False):
         todo = [what for what in asked_of(c, p) if (c, what) not in results]
@@ -204,49 +194,47 @@ def measure(
         ready = prepare(p.subject, c.stages(p), data=p.data, dtype=p.dtype, device=p.device)
         text = complete(ready.model, p.prompt, p.tokens).text
         for what in todo:
-            keep(c, what, ready.measure(p.protocols()[what], p.data, chapter=_noted(c, what, text)))
+            add(c, what, ready.measure(p.protocols()[what], p.data, chapter=_noted(c, what, text)))
         for w in ways:
-            keep(w, PPL, merged(ready, w, p).measure(p.protocols()[PPL], p.data, chapter=_noted(w, PPL, "")))
+            add(w, PPL, merged(ready, w, p).measure(p.protocols()[PPL], p.data, chapter=_noted(w, PPL, "")))
     return results
 
 
 def asked_of(c: Configuration, p: LoraChapter) -> list[str]:
     """What is measured of a configuration: perplexity, and of some models answers."""
     return [
-        what for what in p.protocols() if what == PPL or (asked(c) and c.pruned in (DENSE, *p.pruned[: p.answering]))
+        what for what in p.protocols() if what == PPL or (is_main(c) and c.pruned in (DENSE, *p.pruned[: p.answering]))
     ]
 
 
-def asked(c: Configuration) -> bool:
+def is_main(c: Configuration) -> bool:
     """Whether this is one of the chapter's main models: no further seed, rate, or order."""
     return c.seed == 0 and c.learning_rate is None and not c.after
 
 
 def merges(c: Configuration) -> list[Configuration]:
     """The same training merged in each way, where the model is sparse, so that it matters."""
-    sparse = bool(of(c.pruned).width)
-    return (
-        [dataclasses.replace(c, merge=way) for way in ("masked", "dense")]
-        if c.text and sparse and not c.after and asked(c)
-        else []
-    )
+    if not c.text or not is_main(c) or not of(c.pruned).width:
+        return []
+    return [dataclasses.replace(c, merge=way) for way in ("masked", "dense")]
 
 
 def merged(ready: Prepared, c: Configuration, p: LoraChapter) -> Prepared:
-    """A trained configuration whose adapter was kept beside its weights, merged as `c` says; as if it had been trained
-    so."""
+    """A trained configuration with its adapter merged as `c` says, as if it had been trained so.
+
+    Args:
+        ready: the configuration with its adapter beside its weights.
+        c: with the way to merge.
+        p: the chapter's parameters.
+    """
     model = ready.model.copy(unpack=False)
     merge_all(model.model, c.merge)
     size = {**sizes(model), "bytes_on_disk": predicted_disk_bytes(model)}
     *before, trained = ready.history["reports"]
-    trained = {
-        **trained,
-        "merge": c.merge,
-        "weights": MERGES[c.merge],
-        "zeros_after": None,
-    }  # its own were counted beside
+    # zeros_after was counted with the adapter beside
+    report = {**trained, "merge": c.merge, "weights": MERGES[c.merge], "zeros_after": None}
     return Prepared(
-        model, build_history(recipe_of(c.stages(p)), ready.history["base"], p.data, size, [*before, trained])
+        model, build_history(recipe_of(c.stages(p)), ready.history["base"], p.data, size, [*before, report])
     )
 
 
@@ -257,16 +245,13 @@ def _noted(c: Configuration, what: str, text: str) -> dict:
 # ---------------------------------------------------------------- recorded runs
 
 
-def from_measurements(found: Iterable[Measurement]) -> dict[tuple[Configuration, str], Measurement]:
+def from_measurements(measurements: Iterable[Measurement]) -> dict[tuple[Configuration, str], Measurement]:
     """The results, by configuration and what was measured.
 
     Raises:
         BadInput: not this chapter's.
     """
-    try:
-        return {(Configuration(**m.chapter["configuration"]), m.chapter["what"]): m for m in found}
-    except (KeyError, TypeError) as error:
-        raise BadInput(f"these are not the results of chapter 4 ({error})") from error
+    return by_key(measurements, lambda m: (Configuration(**m.chapter["configuration"]), m.chapter["what"]), 4)
 
 
 def read_recorded(path: Path) -> Results:

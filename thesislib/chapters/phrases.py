@@ -15,26 +15,38 @@ def interval(value: float, low: float, high: float, form: str) -> str:
 
 
 def number(m: Measurement | None, form: str = ".4g") -> str:
-    """A value with its interval, four digits; nothing for no measurement."""
+    """A measurement's value with its interval; nothing for no measurement."""
     return "" if m is None else interval(m.value, m.low, m.high, form)
 
 
 def with_thousands(m: Measurement) -> str:
-    """The same, from 1,000 on without decimals."""
+    """The value and each end of its interval with four digits, from 1,000 on without decimals."""
     value, low, high = (f"{x:,.0f}" if x >= 1000 else f"{x:.4g}" for x in (m.value, m.low, m.high))
     return f"{value} [{low}, {high}]"
 
 
 def share(m: Measurement | None) -> str:
-    """The same in percent."""
+    """A measurement in percent with its interval; nothing for no measurement."""
     return number(m, ".1%")
 
 
 def ratio(c: Comparison, form: str = ".3f") -> str:
-    """The ratio of two perplexities, whose logarithms are compared, with its interval; its end may be beyond what a
-    float holds."""
+    """The ratio of two perplexities with its interval; the comparison is of their logarithms.
+
+    An end of the interval may be beyond what a float holds.
+    """
     value, low, high = (np.exp(min(x, 50)) for x in (c.difference, c.low, c.high))
     return f"x {interval(value, low, high, form)}"
+
+
+def factor(c: Comparison, form: str = ".2f") -> str:
+    """The ratio alone."""
+    return f"x {np.exp(c.difference):{form}}"
+
+
+def ratio_and_p(c: Comparison, form: str = ".3f") -> str:
+    """The ratio with its interval, and the p value."""
+    return f"{ratio(c, form)}, {p_value(c.p)}"
 
 
 def times(x: float) -> str:
@@ -53,8 +65,7 @@ def p_number(p: float) -> str:
 
 
 def difference(c: Comparison, task: Task) -> str:
-    """A comparison with its interval as its task has it: a ratio, points of percent, or a difference in the task's
-    unit."""
+    """A comparison with its interval: a ratio, percentage points, or a difference in the task's unit."""
     if task.ratio:
         return ratio(c)
     factor, form = (100, "+.1f") if task.unit == SHARE else (1, "+.4g")
@@ -67,9 +78,19 @@ def p_value(p: float) -> str:
     return f"p {'' if p < 0.001 else '= '}{p_number(p)}"
 
 
-def versus(c: Comparison, up: bool = False, else_: str = "within noise of") -> str:
-    """What a paired test says of b against a: better than, worse than, or `else_`; `up` where more is better."""
-    return {"better": "better than", "worse": "worse than"}.get(c.verdict(up), else_)
+def versus(c: Comparison, else_: str = "within noise of") -> str:
+    """How b stands to a where less is better: better than, worse than, or `else_` if the test tells nothing."""
+    return f"{c.verdict()} than" if c.told else else_
+
+
+def word(c: Comparison, higher_is_better: bool = False) -> str:
+    """Better, worse, or within noise."""
+    return c.verdict(higher_is_better) if c.told else "within noise"
+
+
+def few(names: Sequence[str], most: int = 6) -> str:
+    """The first names, and how many more."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def listed(names: Sequence[str]) -> str:
@@ -77,7 +98,17 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names) or "none"
 
 
-def expect(holds: bool, said: str) -> None:
-    """Print whether a sentence holds in this run. It was found with the embedded model: that another one differs is a
-    result and no error."""
-    print(f"{'holds' if holds else 'does not hold for this subject'}: {said}")
+HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
+
+
+def decided(holds: bool, fails: bool) -> str:
+    """The verdict on a claim."""
+    return FAILS if fails else HOLDS if holds else UNDECIDED
+
+
+def expect(holds: bool, sentence: str) -> None:
+    """Print whether a sentence holds in this run.
+
+    It was written about the embedded model. That another model differs is a result and no error.
+    """
+    print(f"{HOLDS if holds else f'{FAILS} for this subject'}: {sentence}")

@@ -21,7 +21,7 @@ from thesislib.files import cache_dir, lock, real
 from thesislib.pipeline.run import Job
 from thesislib.records.measurement import Measurement
 from thesislib.records.store import Store
-from thesislib.sources.rows import default_data, kind_of
+from thesislib.sources.rows import default_data, origin_of
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def parameters(chapter: Chapter, given: Mapping[str, Any], data: str | None = No
             else BadInput(f"{chapter.notebook} cannot take {shown(given)} ({error})")
         ) from error
     if where:
-        kind_of(p.data)
+        origin_of(p.data)
     if hasattr(p, "check_shape"):
         p.check_shape(shape(p.subject))
     return p
@@ -152,7 +152,7 @@ def _check_identities(store: Store, chapter: Chapter, p: Any, parts: Iterable[Pa
             continue
         stages, setup, data = planned[key]
         expected = identity(
-            job.base["fingerprint"], job.dtype, kind_of(p.data), recipe_of(stages).plain(), setup, text(setup, data)
+            job.base["fingerprint"], job.dtype, origin_of(p.data), recipe_of(stages).plain(), setup, text(setup, data)
         )
         if identity_of(m) != expected:
             raise BadInput(
@@ -166,7 +166,7 @@ def _check_alike(store: Store, p: Any) -> None:
     another kind of data."""
     rows = list(store.rows(items=False).values()) if store.path.exists() else []
     kinds = {kind for m in rows if (kind := m.made.get("data"))}
-    if kinds and (kind := kind_of(p.data)) not in kinds:
+    if kinds and (kind := origin_of(p.data)) not in kinds:
         raise BadInput(
             f"{store.path} was made with data of kind {', '.join(sorted(kinds))}, this is {kind}: expected "
             "--data as then, or another --out FOLDER"

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from thesislib.errors import BadInput
-from thesislib.model.forward import attention_windows, looking_back
+from thesislib.model.forward import attention_windows, window_mask
 from thesislib.model.layers import LINEARS, Projection, projections
 from thesislib.model.subject import Subject
 from thesislib.model.tokenizers import check_windows
@@ -269,7 +269,7 @@ class _Run:
             return hook
 
         device = next(self.block.parameters()).device
-        mask = looking_back(self.blocks.windows[self.number], self.positions.to(device))
+        mask = window_mask(self.blocks.windows[self.number], self.positions.to(device))
         handles = [linears[name].register_forward_pre_hook(listen(key)) for key, name in heads.items()]
         try:
             for at in range(0, len(self.x), self.batch):

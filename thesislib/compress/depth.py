@@ -19,7 +19,7 @@ from thesislib.compress.outline import Outline, SizeUnknown
 from thesislib.compress.selection import whole_number
 from thesislib.compress.stage import Calibrated, Shape, Stage, stage
 from thesislib.errors import BadInput, unknown
-from thesislib.model.blocks import SLOTS, remove, removed_parts
+from thesislib.model.blocks import ATTRIBUTES, remove, removed_parts
 from thesislib.model.forward import final_states, token_losses
 from thesislib.model.layers import projections
 from thesislib.model.subject import Subject
@@ -116,7 +116,7 @@ class Depth(Calibrated):
 
     def outline(self, outline: Outline) -> None:
         """See `Stage`."""
-        parts = set(SLOTS) if self.part == "block" else {self.part}
+        parts = set(ATTRIBUTES) if self.part == "block" else {self.part}
         if outline.budgeted or outline.lost & parts:
             raise SizeUnknown
         chosen: Sequence[int] = self.blocks
@@ -356,7 +356,7 @@ def _weights(subject: Subject, block: int, part: str):
     """The projections' weights of a block or of a part of it; norms, a thousandth of a block, do not count."""
     whole = subject.blocks[block]
     for name, module in projections(whole).items():
-        if part == "block" or hasattr(getattr(whole, SLOTS[part]), name):
+        if part == "block" or hasattr(getattr(whole, ATTRIBUTES[part]), name):
             yield module.weight
 
 

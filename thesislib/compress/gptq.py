@@ -22,7 +22,14 @@ from thesislib.errors import BadInput, unknown
 from thesislib.model.grid import CLIPS, ROW, Grid, Quantised, round_to_nearest
 from thesislib.model.layers import Adapted, Projection, base_of, replace
 from thesislib.model.packing import PRUNED
-from thesislib.model.quantised import EVERYWHERE, TABLES, QuantisedLinear, held_shapes, is_quantised, put_table
+from thesislib.model.quantised import (
+    EMBEDDINGS,
+    EVERYWHERE,
+    QuantisedLinear,
+    is_quantised,
+    set_embedding,
+    stored_shapes,
+)
 from thesislib.model.subject import Subject
 
 ORDERS = ("none", "static", "index")
@@ -121,11 +128,11 @@ class Rtn(Stage):
             shape = cast("tuple[int, int]", tuple(table.weight.shape))
             group = self.group if shape[1] % self.levels.size(shape[1]) == 0 else ROW
             encoding = f"int{self.embedding_bits}/{self.grid}/{group}/{EVERYWHERE}"
-            for path in TABLES[:1] if model.config.tie_word_embeddings else TABLES:
-                put_table(
+            for path in EMBEDDINGS[:1] if model.config.tie_word_embeddings else EMBEDDINGS:
+                set_embedding(
                     model,
                     path,
-                    QuantisedLinear(encoding, shape, None, outline.dtype, **empty(held_shapes(encoding, shape))),
+                    QuantisedLinear(encoding, shape, None, outline.dtype, **empty(stored_shapes(encoding, shape))),
                 )
 
     @property
@@ -151,7 +158,7 @@ class Rtn(Stage):
         if self.embedding_bits:
             _quantise_embedding(result, self)
         distinct = {id(linear): linear for linear in made.values()}.values()
-        size = sum(t.numel() * t.element_size() for linear in distinct for t in linear.held.values())
+        size = sum(t.numel() * t.element_size() for linear in distinct for t in linear.stored.values())
         weights = sum(linear.in_features * linear.out_features for linear in distinct)
         return result, {
             "linears": len(distinct),
@@ -453,5 +460,7 @@ def _quantise_embedding(subject: Subject, config: Rtn) -> None:
     weights = [model.get_input_embeddings().weight, model.get_output_embeddings().weight]
     columns = weights[0].shape[1]
     grid = Grid(8, config.group if columns % config.levels.size(columns) == 0 else ROW, config.grid)
-    for path, weight in zip(TABLES, weights[:1] if model.config.tie_word_embeddings else weights, strict=False):
-        put_table(model, path, QuantisedLinear.of(round_to_nearest(weight.detach().float(), grid), dtype=weight.dtype))
+    for path, weight in zip(EMBEDDINGS, weights[:1] if model.config.tie_word_embeddings else weights, strict=False):
+        set_embedding(
+            model, path, QuantisedLinear.of(round_to_nearest(weight.detach().float(), grid), dtype=weight.dtype)
+        )

@@ -10,11 +10,11 @@ import torch
 
 from thesislib.compress.layerwise import Place
 from thesislib.model import packing
-from thesislib.model.blocks import SLOTS
+from thesislib.model.blocks import ATTRIBUTES
 from thesislib.model.grid import Grid
 from thesislib.model.layers import LINEARS, Adapted, ComputedLinear, Projection, base_of, replace
 from thesislib.model.packing import PRUNED
-from thesislib.model.quantised import EVERYWHERE, held_shapes
+from thesislib.model.quantised import EVERYWHERE, stored_shapes
 from thesislib.model.subject import Subject
 
 RUNS = (2, 4, 8, 16)  # groups whose patterns the packer tries
@@ -95,12 +95,12 @@ class Outlined(ComputedLinear):
             bits |= {str(p): count // p.of * (p.bits + p.keep * grid.bits) for p in known.patterns}
             mask = min(bits, key=bits.get) if gone > PRUNED * count else EVERYWHERE
             encoding = f"int{grid.bits}/{grid.kind}/{grid.group}/{mask}"
-            shapes = held_shapes(encoding, shape, count - gone, indexed)
+            shapes = stored_shapes(encoding, shape, count - gone, indexed)
         super().__init__(shape, like.bias)
         self.tensors, self.encoding, self.zeros, self.grid, self.gone = empty(shapes), encoding, zeros, grid, gone
 
     @property
-    def held(self) -> dict[str, torch.Tensor]:
+    def stored(self) -> dict[str, torch.Tensor]:
         """Tensors of the shapes that an artifact would keep."""
         return self.tensors
 
@@ -179,7 +179,7 @@ class Outline:
         children = [
             child
             for part in sorted(parts)
-            for child in getattr(self.subject.blocks[block], SLOTS[part]).named_children()
+            for child in getattr(self.subject.blocks[block], ATTRIBUTES[part]).named_children()
         ]
         return tuple(
             (base_of(m).encoding, base_of(m).zeros, *((p.shape, p.dtype) for p in m.parameters()))

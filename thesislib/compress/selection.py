@@ -3,11 +3,11 @@
 import fnmatch
 from collections.abc import Iterable
 
-from thesislib.bounds import SIZES
+from thesislib.bounds import MAX_SIZES
 from thesislib.errors import BadInput, unknown
 from thesislib.model.layers import LINEARS
 
-MOST_BLOCKS = SIZES["num_hidden_layers"]
+MOST_BLOCKS = MAX_SIZES["num_hidden_layers"]
 
 
 def patterns(given: str | Iterable[str]) -> tuple[str, ...]:

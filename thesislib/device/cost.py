@@ -226,7 +226,7 @@ def stored(subject: Subject | Sketch) -> list[Stored]:
             tensors = [t for part in parts for t in _own(part)]
             low_rank = list(_own(linear)) if isinstance(linear, Adapted) else []
             beside = (sum(t.nbytes for t in low_rank), sum(t.numel() for t in low_rank))
-            held = parts[0].held.values() if isinstance(parts[0], ComputedLinear) else [parts[0].weight]
+            held = parts[0].stored.values() if isinstance(parts[0], ComputedLinear) else [parts[0].weight]
             add(f"blocks.{b}.{projection}", *tensors, size=size_of(linear), beside=beside, held=held)
             seen |= set(linear.modules())
         for path, module in block.named_modules():
@@ -258,7 +258,7 @@ def _address(tensor: torch.Tensor) -> int:
 def _own(module: nn.Module) -> list[torch.Tensor]:
     """The tensors of a module itself, without its submodules'."""
     if isinstance(module, ComputedLinear):
-        return [*module.held.values(), *([] if module.bias is None else [module.bias])]
+        return [*module.stored.values(), *([] if module.bias is None else [module.bias])]
     return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
 
 

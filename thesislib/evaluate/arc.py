@@ -2,7 +2,7 @@
 is laid out alike."""
 
 from thesislib.evaluate.choice import MultipleChoice
-from thesislib.sources.corpus import Choice, name_of
+from thesislib.sources.corpus import Choice, row_id
 from thesislib.sources.rows import ARROW, KEYED_CHOICES, WORDS, Row, Source
 
 COLUMNS = {"question": WORDS, "choices": KEYED_CHOICES, "answerKey": WORDS}
@@ -28,7 +28,7 @@ class ArcEasy(MultipleChoice):
     def item(self, i: int, row: Row) -> Choice:
         """See `MultipleChoice.item`."""
         key = row["choices"]["label"].index(row["answerKey"].strip())
-        return Choice(name_of(row, "id") or str(i), self.context(row), tuple(row["choices"]["text"]), key)
+        return Choice(row_id(row, "id") or str(i), self.context(row), tuple(row["choices"]["text"]), key)
 
     def stock_row(self, row: Row) -> Row:
         """See `MultipleChoice.stock_row`."""

@@ -26,7 +26,7 @@ from thesislib.model.subject import Subject
 from thesislib.model.tokenizers import check_tokens
 from thesislib.records.measurement import Measurement, provenance
 from thesislib.sources.corpus import article_starts, wikitext_lines
-from thesislib.sources.rows import Row, kind_of, rows, take
+from thesislib.sources.rows import Row, origin_of, rows, take
 
 CUT = "contexts cut"  # the name of that count in `Measurement.extra`
 SCORES = ("acc", "acc_norm")
@@ -186,7 +186,7 @@ class LmEvalWikitext(PerplexityTask):
 
     def items(self, data: str, options: Options) -> list[Row]:
         """Articles as the harness wants them, one `page` each, in the official line layout."""
-        if kind_of(data) == "embedded":
+        if origin_of(data) == "embedded":
             raise BadInput(
                 "the harness's wikitext task needs WikiText-2 itself: give a folder with wikitext2/test.jsonl or "
                 "'hub' as data"

@@ -3,7 +3,7 @@
 import re
 
 from thesislib.evaluate.choice import MultipleChoice
-from thesislib.sources.corpus import Choice, name_of
+from thesislib.sources.corpus import Choice, row_id
 from thesislib.sources.rows import ARROW, SEVERAL_WORDS, TEXT, WHOLE_NUMBER, Row, Source
 
 
@@ -21,7 +21,7 @@ class HellaSwag(MultipleChoice):
         """See `MultipleChoice.item`."""
         context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
         return Choice(
-            f"{name_of(row, 'ind') or i}/{i}",
+            f"{row_id(row, 'ind') or i}/{i}",
             _wikihow(context),
             tuple(_wikihow(e) for e in row["endings"]),
             int(row["label"]),

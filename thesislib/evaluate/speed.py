@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pandas as pd
 import torch
 
-from thesislib.formats import artifact
+from thesislib.formats.sizes import sizes
 from thesislib.model.subject import Subject
 from thesislib.records.measurement import Measurement, provenance
 
@@ -21,7 +21,7 @@ def speeds(models: Mapping[str, Subject], tokens: int = 512, repeats: int = 3) -
     for name, model in models.items():
         ids = torch.arange(tokens)[None] % model.model.config.vocab_size
         prefill, one = (_median(model, ids[:, :n], repeats) for n in (tokens, 1))
-        megabytes = artifact.sizes(model)["bytes_in_memory"] / 1e6
+        megabytes = sizes(model)["bytes_in_memory"] / 1e6
         rows.append(
             {
                 "weights": name,

@@ -240,6 +240,11 @@ def holm_adjusted(pairs: Mapping[K, Comparison]) -> dict[K, Comparison]:
     return {name: replace(c, p=p) for (name, c), p in zip(pairs.items(), adjusted, strict=True)}
 
 
+def by_verdict(pairs: Mapping[K, Comparison], higher_is_better: bool = False) -> dict[str, list[K]]:
+    """{verdict: names of the comparisons that have it}, all of `VERDICTS` in order."""
+    return {word: [k for k, c in pairs.items() if c.verdict(higher_is_better) == word] for word in VERDICTS}
+
+
 @dataclass(frozen=True)
 class Ranking:
     """The result of Friedman's test.

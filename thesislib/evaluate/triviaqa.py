@@ -14,7 +14,7 @@ from thesislib.evaluate.task import (
     share_correct,
     share_with_interval,
 )
-from thesislib.model.prompts import PROMPTS, asked, default_prompt, normalise, prompt_for
+from thesislib.model.prompts import PROMPTS, default_prompt, normalise, prompt_facts, prompt_for
 from thesislib.model.subject import Subject
 from thesislib.records.measurement import Measurement, provenance
 from thesislib.sources.corpus import Question, question_source, questions
@@ -93,7 +93,7 @@ def triviaqa(
     counts = Counter(o["tier"] for o in outcomes)
     extra = {tier: share_with_interval(counts[tier], len(items)) for tier in TIERS}
     settings = {"prompt": prompt, "source": source, "max_new_tokens": max_new_tokens, "batch": batch,
-                "open_book": items[0].context is not None, **asked(subject, prompts, prompt)}  # fmt: skip
+                "open_book": items[0].context is not None, **prompt_facts(subject, prompts, prompt)}  # fmt: skip
     return share_correct(source, "accuracy", "question", outcomes, extra, provenance(subject, started, **settings))
 
 

@@ -1,7 +1,6 @@
-"""artifact.json: what an artifact says of itself, written when all else is there, and believed only once every field
-and file is found right.
+"""artifact.json, the description of an artifact: written last, and checked field by field and file by file when read.
 
-It holds the recipe, the subject's fingerprint, sizes, versions and a checksum of every file.
+It has the recipe, the subject's fingerprint, sizes, versions and a checksum of every file.
 """
 
 import hashlib
@@ -25,11 +24,17 @@ from thesislib.shapes import SHA256, natural, wrong
 SCHEMA = 1
 RECORD = "artifact.json"
 MOST_BLOCKS = 10_000
+READ = (".json", ".jinja", ".safetensors", ".txt", ".model", ".tiktoken", ".bin")  # suffixes of files that are read
 
 
 def write_record(folder: Path, *, sizes: Mapping[str, int], **facts: Any) -> None:
-    """artifact.json of a folder that is whole but for it: the facts given, what lies there with checksums, and
-    versions."""
+    """Write artifact.json into a folder whose other files are complete.
+
+    Args:
+        folder: the artifact.
+        sizes: see `thesislib.formats.sizes.sizes`; the bytes of the files are added.
+        facts: the other fields of `FIELDS`. Checksums and versions are added.
+    """
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
     for path in files.values():
         path.chmod(0o644)  # safetensors makes its files private
@@ -46,10 +51,9 @@ def write_record(folder: Path, *, sizes: Mapping[str, int], **facts: Any) -> Non
         },
         "files": {name: sha256_of(path) for name, path in files.items()},
     }
-    record = json.loads(json.dumps(record))  # as it will be read: the checksum is of that
-    (folder / RECORD).write_text(
-        json.dumps({**record, "sha256": checksum(record)}, indent=1, ensure_ascii=False) + "\n", "utf8"
-    )
+    record = json.loads(json.dumps(record))  # the checksum is over the record as it will be read
+    text = json.dumps({**record, "sha256": checksum(record)}, indent=1, ensure_ascii=False)
+    (folder / RECORD).write_text(text + "\n", "utf8")
 
 
 def _encoding(value: Any) -> bool:
@@ -65,7 +69,7 @@ def _number(value: Any) -> bool:
     return natural(value) and value < MOST_BLOCKS
 
 
-SAYS = {  # what artifact.json says
+FIELDS = {  # of artifact.json, see `thesislib.shapes`
     "thesislib_artifact": natural,
     "label": str,
     "name": str,
@@ -91,11 +95,11 @@ SAYS = {  # what artifact.json says
 
 
 def read_artifact(folder: str | Path) -> dict[str, Any]:
-    """What an artifact says about itself, once every field is found as it is written and every checksum right.
+    """The content of artifact.json, after every field and every file's checksum was checked.
 
     Raises:
-        BadInput: not an artifact, a newer one than this thesislib knows, a file missing, damaged or outside the folder,
-            a file that would be read and is not in the list, a field that is odd.
+        BadInput: no artifact, or one of a newer format; a field that is wrong; a file that is missing, damaged or
+            outside the folder, or that would be read and is not listed.
     """
     folder = Path(folder)
     if not (folder / RECORD).is_file():
@@ -104,25 +108,24 @@ def read_artifact(folder: str | Path) -> dict[str, Any]:
     if not isinstance(record, dict) or type(record.get("thesislib_artifact")) is not int:
         raise BadInput(f"{folder / RECORD} is not thesislib's: expected a number 'thesislib_artifact'")
     if record["thesislib_artifact"] > SCHEMA:
-        made = f"artifact of format {record['thesislib_artifact']}"
         raise BadInput(
-            f"{folder} is an {made}: this thesislib {thesislib.__version__} reads up to format {SCHEMA}; a newer "
-            "one is needed"
+            f"{folder} is an artifact of format {record['thesislib_artifact']}: this thesislib {thesislib.__version__} "
+            f"reads up to format {SCHEMA}; a newer one is needed"
         )
     if record.pop("sha256", None) != checksum(record):
         raise BadInput(f"{folder / RECORD} is damaged or was edited: its checksum is wrong; make the artifact again")
-    if odd := wrong(record, SAYS) or _misfit(record, folder):
-        raise BadInput(f"{folder / RECORD} is not as `thesislib compress` writes it: {odd}; make the artifact again")
+    if why := wrong(record, FIELDS) or _contradiction(record, folder):
+        raise BadInput(f"{folder / RECORD} is not as `thesislib compress` writes it: {why}; make the artifact again")
     for name in record["files"]:
         if not inside(folder, name).is_file():
             raise BadInput(f"{folder / name} is missing: the artifact is not whole; make it again")
-        if name.endswith(".safetensors"):  # a terabyte behind its tensors is refused before it is read for the checksum
+        if name.endswith(".safetensors"):  # its header, so that bytes behind its tensors are refused before all is read
             headers_of(folder / name)
         else:
             check_ordinary(folder / name)
     if name := damaged(folder, record["files"]):
         raise BadInput(f"{folder / name} is damaged: its checksum is not the one in {RECORD}; make the artifact again")
-    for name in _read_besides(folder):
+    for name in _readable_files(folder):
         if name not in record["files"]:
             raise BadInput(
                 f"{folder / name} is not in the list of {RECORD}, and would be read with the artifact: remove "
@@ -131,8 +134,9 @@ def read_artifact(folder: str | Path) -> dict[str, Any]:
     return record
 
 
-def _misfit(record: dict[str, Any], folder: Path) -> str | None:
-    """What an artifact's record says of blocks that its configuration has not, in words."""
+def _contradiction(record: dict[str, Any], folder: Path) -> str | None:
+    """The first contradiction, in words, between an artifact's fields about blocks and its config.json; None if there
+    is none."""
     if "config.json" not in record["files"]:
         return "files lacks config.json"
     config = read_json(inside(folder, "config.json"))
@@ -144,26 +148,26 @@ def _misfit(record: dict[str, Any], folder: Path) -> str | None:
     for later, first in record["repeats"].items():
         if not (later.isascii() and later.isdecimal() and first < int(later) < blocks):
             return f"repeats has {later!r:.60}: {first}: expected two of {blocks} blocks, the first one behind"
-    for part, gone in record["without"].items():
-        if part not in ("attention", "mlp") or any(i >= blocks for i in gone) or len(set(gone)) < len(gone):
-            return f"without has {part!r:.60}: {gone!r:.60}: expected attention or mlp, and some of {blocks} blocks"
+    for part, removed in record["without"].items():
+        if part not in ("attention", "mlp") or any(i >= blocks for i in removed) or len(set(removed)) < len(removed):
+            return f"without has {part!r:.60}: {removed!r:.60}: expected attention or mlp, and some of {blocks} blocks"
     return None
 
 
-def _read_besides(folder: Path) -> Iterator[str]:
-    """The files in a folder that transformers or we would read: all but notes, licences and what is hidden."""
-    for place, folders, files in os.walk(folder):
+def _readable_files(folder: Path) -> Iterator[str]:
+    """The files and links in a folder that transformers or this package would read.
+
+    Notes, licences and hidden files are none of them.
+    """
+    for above, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in [*files, *(name for name in folders if (Path(place) / name).is_symlink())]:
-            path = (Path(place) / name).relative_to(folder)
-            read = (
-                path.suffix in (".json", ".jinja", ".safetensors", ".txt", ".model", ".tiktoken", ".bin")
-                or name in folders
-            )
-            if read and not name.lower().startswith((*HARMLESS, ".")) and path != Path(RECORD):
+        links = [name for name in folders if (Path(above) / name).is_symlink()]
+        for name in [*(name for name in files if Path(name).suffix in READ), *links]:
+            path = (Path(above) / name).relative_to(folder)
+            if not name.lower().startswith((*HARMLESS, ".")) and path != Path(RECORD):
                 yield path.as_posix()
 
 
 def checksum(record: Mapping[str, Any]) -> str:
-    """sha256 of what artifact.json says, however it is laid out."""
+    """sha256 over the content of artifact.json, whatever its layout."""
     return hashlib.sha256(json.dumps(record, sort_keys=True, ensure_ascii=True).encode()).hexdigest()

@@ -1,5 +1,7 @@
-"""A Hugging Face checkpoint folder, read so that every tensor and setting in it is used, known to be harmless, or
-refused by name."""
+"""A Hugging Face checkpoint folder, read completely.
+
+Every tensor and setting is used, known to be harmless, or refused by name.
+"""
 
 import math
 import os
@@ -30,46 +32,34 @@ SUPPORTED = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 FLOATING = ("F64", "F32", "F16", "BF16")
-POSITIVE = (
-    "rope_theta",
-    "factor",
-    "attention_factor",
-    "low_freq_factor",
-    "high_freq_factor",
-    "beta_fast",
-    "beta_slow",
-    "original_max_position_embeddings",
-)
-# Older checkpoints hold the rotary frequencies, which the configuration says too
+# rotary settings that must be positive numbers
+POSITIVE = {"rope_theta", "factor", "attention_factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"}
+POSITIVE |= {"original_max_position_embeddings"}
+# Older checkpoints store the rotary frequencies, which follow from the configuration
 DERIVED = re.compile(r"(.*\.)?rotary_emb\.inv_freq")
-# Settings of other architectures that change what is computed, with the values that change nothing. A class that does
-# not know one ignores it, and computes something else than the file was made for.
+# Settings of other architectures that change the computation, with their values that change nothing. A model class that
+# does not know a setting ignores it, and computes another model than the file's.
+_UNSET, _ONE, _OFF, _ONE_EXPERT = (None,), (None, 1, 1.0), (None, False), (None, 0, 1)
 NEUTRAL: dict[str, tuple] = {
-    "attention_multiplier": (None,),
-    "attn_logit_softcapping": (None,),
-    "clip_qkv": (None,),
-    "embedding_multiplier": (None, 1, 1.0),
-    "final_logit_softcapping": (None,),
+    **dict.fromkeys(("attention_multiplier", "attn_logit_softcapping", "clip_qkv"), _UNSET),
+    **dict.fromkeys(("final_logit_softcapping", "query_pre_attn_scalar", "scale_depth"), _UNSET),
+    **dict.fromkeys(("embedding_multiplier", "logit_scale", "logits_scaling"), _ONE),
+    **dict.fromkeys(("partial_rotary_factor", "residual_multiplier", "scale_emb"), _ONE),
+    **dict.fromkeys(("qk_layernorm", "rope_interleaved", "use_qk_norm"), _OFF),
+    **dict.fromkeys(("use_bidirectional_attention", "use_parallel_residual"), _OFF),
+    **dict.fromkeys(("num_experts", "num_local_experts"), _ONE_EXPERT),
     "is_causal": (None, True),
-    "logit_scale": (None, 1, 1.0),
-    "logits_scaling": (None, 1, 1.0),
-    "num_experts": (None, 0, 1),
-    "num_local_experts": (None, 0, 1),
-    "partial_rotary_factor": (None, 1, 1.0),
-    "qk_layernorm": (None, False),
-    "query_pre_attn_scalar": (None,),
-    "residual_multiplier": (None, 1, 1.0),
-    "rope_interleaved": (None, False),
-    "scale_depth": (None,),
-    "scale_emb": (None, 1, 1.0),
-    "use_bidirectional_attention": (None, False),
-    "use_parallel_residual": (None, False),
-    "use_qk_norm": (None, False),
 }
 
 
 class Header(NamedTuple):
-    """Where a tensor is stored, and as what: its file, safetensors' word for its type, its shape."""
+    """A tensor in the header of a safetensors file.
+
+    Args:
+        file: that stores it.
+        dtype: safetensors' word for its dtype, e.g. F32.
+        shape: its shape.
+    """
 
     file: Path
     dtype: str
@@ -77,17 +67,17 @@ class Header(NamedTuple):
 
 
 def read_config(folder: Path) -> PretrainedConfig:
-    """The configuration of a checkpoint, if a model of a supported architecture computes all that it says.
+    """The configuration of a checkpoint of a supported architecture, none of whose settings is ignored.
 
     Raises:
         BadInput: unreadable, unsupported, or with a setting that would be ignored.
     """
     read_sizes(folder)
     check_texts(folder)
-    said = read_json(folder / "config.json")
-    if said.get("transformers_weights"):
+    raw = read_json(folder / "config.json")
+    if raw.get("transformers_weights"):
         raise BadInput(
-            f"{folder}: 'transformers_weights' names another file of weights, {said['transformers_weights']!r}: "
+            f"{folder}: 'transformers_weights' names another file of weights, {raw['transformers_weights']!r}: "
             f"expected {SINGLE} or {INDEX}"
         )
     with quiet_transformers():
@@ -99,44 +89,51 @@ def read_config(folder: Path) -> PretrainedConfig:
         raise BadInput(
             f"unsupported architecture '{config.model_type}' in {folder}: supported are {', '.join(SUPPORTED)}"
         )
-    check_settings(config, said, folder)
+    check_settings(config, raw, folder)
     return config
 
 
 def check_texts(folder: Path) -> None:
-    """Raises BadInput for a file of a checkpoint, weights apart, that no reader of it would have room for."""
+    """Raises BadInput for a file of a checkpoint, other than weights, that is too large to be read as a whole."""
     for file in [*folder.iterdir(), *(folder / "additional_chat_templates").glob("*")]:
         if file.suffix in (".json", ".jinja", ".txt", ".model", ".tiktoken") and file.is_file():
             check_ordinary(file)
 
 
-def check_memory(size: int, what: object) -> None:
-    """Raises BadInput for more bytes than this machine has: the system would end the process without a word."""
+def check_memory(size: int, model: object) -> None:
+    """Raises BadInput for more bytes than this machine has, where the system would kill the process without a message.
+
+    Args:
+        size: bytes.
+        model: that takes them, for the message.
+    """
     if not hasattr(os, "sysconf") or "SC_PHYS_PAGES" not in os.sysconf_names:
         return
-    has = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if size > has:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
         raise BadInput(
-            f"{what} takes {size / 1e9:,.1f} GB of memory, and this machine has {has / 1e9:,.1f}: expected a "
+            f"{model} takes {size / 1e9:,.1f} GB of memory, and this machine has {memory / 1e9:,.1f}: expected a "
             "smaller model, or bfloat16"
         )
 
 
-def check_settings(config: PretrainedConfig, said: dict[str, Any], folder: Path) -> None:
-    """Raises BadInput for a setting in a config.json that this architecture's class would ignore, or that contradicts
-    another."""
+def check_settings(config: PretrainedConfig, raw: dict[str, Any], folder: Path) -> None:
+    """Raises BadInput for a setting that this architecture's class would ignore, or that contradicts another.
+
+    Args:
+        config: the configuration, as transformers read it.
+        raw: the object in config.json.
+        folder: for the message.
+    """
     known = vars(type(config)())
-    ignored = {
-        key: said[key]
-        for key, neutral in NEUTRAL.items()
-        if key in said and key not in known and said[key] not in neutral
-    }
-    window, depth = said.get("sliding_window"), config.num_hidden_layers
+    unknown = {key: raw[key] for key in NEUTRAL if key in raw and key not in known}
+    ignored = {key: value for key, value in unknown.items() if value not in NEUTRAL[key]}
+    window, depth = raw.get("sliding_window"), config.num_hidden_layers
     if "sliding_window" not in known and window and window < config.max_position_embeddings:
         ignored["sliding_window"] = window
-    for name, plain in (("layer_types", "full_attention"), ("no_rope_layers", 1)):
-        values = said.get(name)
-        if values and name not in known and set(values) != {plain}:
+    for name, neutral in (("layer_types", "full_attention"), ("no_rope_layers", 1)):
+        values = raw.get(name)
+        if values and name not in known and set(values) != {neutral}:
             ignored[name] = values
         elif values and len(values) != depth:
             raise BadInput(
@@ -170,13 +167,14 @@ def check_settings(config: PretrainedConfig, said: dict[str, Any], folder: Path)
 
 def is_gptq(config: PretrainedConfig) -> bool:
     """Whether a checkpoint's weights are stored in GPTQ's layout, see `thesislib.formats.gptq`."""
-    said = getattr(config, "quantization_config", None)
-    return isinstance(said, dict) and said.get("quant_method") == "gptq"
+    settings = getattr(config, "quantization_config", None)
+    return isinstance(settings, dict) and settings.get("quant_method") == "gptq"
 
 
 def headers(folder: Path) -> dict[str, Header]:
-    """What is stored of each tensor, from the files that transformers would load: model.safetensors, else the shards of
-    an index.
+    """The headers of all tensors in the files that transformers would load, by name.
+
+    The files are model.safetensors, else the shards of an index.
 
     Raises:
         BadInput: neither is there; a shard that is missing, damaged, or outside the folder; a tensor that its shard
@@ -187,33 +185,33 @@ def headers(folder: Path) -> dict[str, Header]:
         return headers_of(single)
     if not index.is_file():
         raise BadInput(f"{folder} has neither {SINGLE} nor {INDEX}: expected a checkpoint with safetensors weights")
-    said = read_json(index)
-    where = said.get("weight_map") if isinstance(said, dict) else None
-    if not isinstance(where, dict) or not where or not all(isinstance(name, str) for name in where.values()):
+    raw = read_json(index)
+    shards = raw.get("weight_map") if isinstance(raw, dict) else None
+    if not isinstance(shards, dict) or not shards or not all(isinstance(name, str) for name in shards.values()):
         raise BadInput(f"{index} is not an index of weights: expected 'weight_map', tensor names to files")
-    found: dict[str, Header] = {}
-    for name in dict.fromkeys(where.values()):
+    stored: dict[str, Header] = {}
+    for name in dict.fromkeys(shards.values()):
         if Path(name).name != name:
             raise BadInput(f"{index} names '{name}', which is not in its folder: expected the names of files beside it")
         if not (folder / name).is_file():
             raise BadInput(f"{folder} lacks the file '{name}', which its index names: the checkpoint is not whole")
         for key, header in headers_of(folder / name).items():
-            if where.get(key) == name:
-                found[key] = header
-            elif key not in where:
+            if shards.get(key) == name:
+                stored[key] = header
+            elif key not in shards:
                 raise BadInput(
                     f"{folder / name} holds '{key}', which {INDEX} does not name: the index is another checkpoint's"
                 )
-    for key, name in where.items():
-        if key not in found:
+    for key, name in shards.items():
+        if key not in stored:
             raise BadInput(
                 f"{folder} lacks the weight '{key}', which its index expects in {name}: the checkpoint is not whole"
             )
-    return found
+    return stored
 
 
 def headers_of(file: Path) -> dict[str, Header]:
-    """What is stored of each tensor in one safetensors file, whose end must be that of its last tensor.
+    """The headers of the tensors in one safetensors file, which must end with its last tensor.
 
     Raises:
         BadInput: it cannot be read.
@@ -229,19 +227,21 @@ def headers_of(file: Path) -> dict[str, Header]:
 
 
 def full_name(key: str) -> str:
-    """A stored tensor's name in the model: checkpoints of the decoder alone leave out the first part."""
+    """A stored tensor's name in the model: checkpoints of a decoder alone leave out its first part, "model"."""
     return f"model.{key}" if key.startswith(("layers.", "embed_tokens.", "norm.")) else key
 
 
 def check_tensors(folder: Path, stored: dict[str, Header], expected: dict[str, tuple[int, ...]], tied: bool) -> None:
-    """Raises BadInput where what is stored is not what a model has: a tensor too few, too many, of another shape, or no
-    floating numbers.
+    """Check that a checkpoint has exactly the tensors of a model.
 
     Args:
         folder: for the message.
         stored: see `headers`.
         expected: the shape of each tensor of the model's state dict.
-        tied: whether the output embedding may be left out, being the input embedding.
+        tied: whether the output embedding is the input embedding, so that one of them is enough.
+
+    Raises:
+        BadInput: a tensor that is missing, is not the model's, has another shape, or has no floating numbers.
     """
     names = [full_name(key) for key in stored]
     if len(set(names)) < len(names):
@@ -254,9 +254,9 @@ def check_tensors(folder: Path, stored: dict[str, Header], expected: dict[str, t
         if key not in expected:
             block = re.match(r"model\.layers\.(\d+)\.", key)
             depth = 1 + max(int(name.split(".")[2]) for name in expected if name.startswith("model.layers."))
-            hint = (f"config.json describes {depth} blocks; to leave blocks out, use --plan or a depth "
-                "stage") if block and int(block[1]) >= depth else (
-                "the configuration has no place for it")  # fmt: skip
+            hint = "the configuration has no place for it"
+            if block and int(block[1]) >= depth:
+                hint = f"config.json describes {depth} blocks; to leave blocks out, use --plan or a depth stage"
             raise BadInput(
                 f"{folder} holds the weight '{key}', which would not be used ({hint}): another model would be measured"
             )
@@ -276,21 +276,25 @@ def check_tensors(folder: Path, stored: dict[str, Header], expected: dict[str, t
 
 
 def read_tensors(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """All tensors of a plain checkpoint under the names of its model's state dict, in one type.
+    """All tensors of a plain checkpoint under the names of its model's state dict.
 
-    Where the head is the embedding it is left out. Where the configuration says so and the file holds another head, the
-    configuration is told: transformers leaves such a head alone, and everything that writes a model goes by the
-    configuration.
+    A head that is tied to the embedding is left out. If the configuration ties them but the file has another head,
+    `config.tie_word_embeddings` is set to False: transformers keeps such a head too, and whatever writes a model goes
+    by the configuration.
+
+    Args:
+        folder: the checkpoint.
+        config: its configuration.
+        dtype: of the result.
 
     Raises:
-        BadInput: codes of a quantiser; see `headers` and `check_tensors`.
+        BadInput: quantised weights; see `headers` and `check_tensors`.
     """
     if quantiser := getattr(config, "quantization_config", None):
-        said = quantiser if isinstance(quantiser, dict) else quantiser.to_dict()
+        settings = quantiser if isinstance(quantiser, dict) else quantiser.to_dict()
         raise BadInput(
-            f"{folder} holds weights quantised by '{said.get('quant_method', 'an unnamed method')}': expected "
-            "plain ones, GPTQ's (2, 3, 4 or 8 bits), "
-            "a GGUF file or an artifact"
+            f"{folder} holds weights quantised by '{settings.get('quant_method', 'an unnamed method')}': expected "
+            "plain ones, GPTQ's (2, 3, 4 or 8 bits), a GGUF file or an artifact"
         )
     stored = headers(folder)
     empty = empty_model(config, dtype)
@@ -303,8 +307,8 @@ def read_tensors(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> 
             for key in (key for key, header in stored.items() if header.file == file):
                 tensors[full_name(key)] = opened.get_tensor(key)
     for key in [key for key in tensors if DERIVED.fullmatch(key)]:
-        kept, own = tensors.pop(key).float(), type(empty.model.rotary_emb)(config).inv_freq
-        if kept.shape != own.shape or not torch.allclose(kept, own.float(), rtol=0.01):  # some hold them in bfloat16
+        kept, computed = tensors.pop(key).float(), type(empty.model.rotary_emb)(config).inv_freq
+        if kept.shape != computed.shape or not torch.allclose(kept, computed.float(), rtol=0.01):  # some have bfloat16
             raise BadInput(
                 f"'{key}' in {folder} are other rotary frequencies than config.json's: another model would be measured"
             )
@@ -316,7 +320,7 @@ def read_tensors(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> 
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint, as transformers has it.
+    """The tokenizer of a checkpoint, as transformers loads it.
 
     Raises:
         BadInput: it cannot be loaded.
@@ -324,12 +328,12 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     with quiet_transformers():
         try:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        except Exception as error:  # tokenizers has its own for a damaged file
+        except Exception as error:  # tokenizers has its own class for a damaged file
             raise BadInput(f"the tokenizer of {folder} cannot be loaded ({first_line(error)})") from error
 
 
 def generation_settings(folder: Path) -> GenerationConfig | None:
-    """What generation_config.json says; None if there is none.
+    """The settings in generation_config.json; None if there is no such file.
 
     Raises:
         BadInput: it cannot be read.
@@ -344,10 +348,10 @@ def generation_settings(folder: Path) -> GenerationConfig | None:
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model that a configuration describes, without any memory for its weights.
+    """The model of a configuration on torch's meta device: its weights take no memory.
 
     Raises:
-        BadInput: a configuration of which no model can be made.
+        BadInput: a configuration that transformers cannot make a model of.
     """
     with torch.device("meta"), quiet_transformers():
         try:
@@ -358,7 +362,7 @@ def empty_model(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No bars and no warnings from transformers inside the block; what goes wrong is raised, not logged."""
+    """Inside the block transformers shows no progress bars and no warnings; errors are still raised."""
     level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

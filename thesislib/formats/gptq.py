@@ -12,16 +12,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import thesislib
 from thesislib.errors import BadInput
-from thesislib.files import free_folder, whole_folder
-from thesislib.formats.artifact import (
-    check_same,
-    fill,
-    plain_tensors,
-    projection_paths,
-    read_adapter,
-    write_adapter,
-    write_tensors,
-)
+from thesislib.files import replaceable_folder, whole_folder
+from thesislib.formats.adapter import read_adapter, write_adapter
+from thesislib.formats.artifact import check_same, fill
 from thesislib.formats.checkpoint import (
     empty_model,
     generation_settings,
@@ -30,6 +23,7 @@ from thesislib.formats.checkpoint import (
     read_config,
     read_tokenizer,
 )
+from thesislib.formats.tensors import plain_tensors, projection_paths, write_tensors
 from thesislib.model.grid import ROW, Grid, Quantised
 from thesislib.model.layers import base_of
 from thesislib.model.quantised import QuantisedLinear
@@ -47,28 +41,28 @@ def export_gptq(subject: Subject, folder: str | Path) -> Path:
     Codes, scales and zeros are the subject's own, so the weights are the same numbers. Pruned weights, which artifacts
     leave out, are written as codes of zero: this layout has no sparse form.
 
-    On the symmetric grid zeros are stored less one, as the layout's first version has it and all loaders read it. On
-    the asymmetric grid they are stored as they are, which is its second version (`checkpoint_format: gptq_v2`): a zero
-    of 0 less one would borrow from its neighbour in the word, and loaders refuse the first version there.
+    For the symmetric grid the layout's first version is written, which all loaders read: it stores zero-points minus 1.
+    For the asymmetric grid the second version (`checkpoint_format: gptq_v2`) is written, which stores them as they are.
+    There a zero-point of 0 minus 1 would borrow from its neighbour in the word, and loaders refuse the first version.
 
     Args:
-        subject: all of whose projections are quantised, alike.
+        subject: all its projections are quantised on the same grid.
         folder: a new or empty one.
 
     Raises:
-        BadInput: projections that are not quantised, or not alike; a grid with a floating minimum; groups or shapes
-            that the layout cannot hold; a folder that holds something.
+        BadInput: projections that are not quantised, or on different grids; a grid with a floating minimum; groups or
+            shapes that the layout cannot hold; a folder that holds something.
     """
-    folder = free_folder(folder)
+    folder = replaceable_folder(folder)
     linears: dict[str, Any] = {path: base_of(module) for path, module in projection_paths(subject)}
     settings = _settings(subject, linears)
     quantised = {path: linear.quantised for path, linear in linears.items()}
-    less = int(settings["checkpoint_format"] == "gptq")
-    away = tuple(f"{path}." for path in linears)
-    tensors = {name: tensor for name, tensor in plain_tensors(subject.copy()).items() if not name.startswith(away)}
+    minus = int(settings["checkpoint_format"] == "gptq")
+    prefixes = tuple(f"{path}." for path in linears)
+    tensors = {name: tensor for name, tensor in plain_tensors(subject.copy()).items() if not name.startswith(prefixes)}
     for path, q in quantised.items():
         groups = torch.arange(q.codes.shape[1]) // q.grid.size(q.codes.shape[1]) if q.index is None else q.index
-        zeros = (q.offset.long() - less).to(torch.uint8)
+        zeros = (q.offset.long() - minus).to(torch.uint8)
         tensors |= {
             f"{path}.qweight": words(q.codes, q.grid.bits).T,  # (inputs x bits / 32, outputs)
             f"{path}.qzeros": words(zeros.T, q.grid.bits),  # (groups, outputs x bits / 32)
@@ -90,51 +84,48 @@ def export_gptq(subject: Subject, folder: str | Path) -> Path:
         for file in temporary.rglob("*.safetensors"):
             file.chmod(0o644)  # safetensors makes its files private
         model = load_gptq(temporary, read_config(temporary), subject.dtype)
-        check_same(
-            subject, Subject(model, prepared(read_tokenizer(temporary), rows_of(model)), subject.name), temporary
-        )
+        tokenizer = prepared(read_tokenizer(temporary), rows_of(model))
+        check_same(subject, Subject(model, tokenizer, subject.name), temporary)
     return folder
 
 
 def load_gptq(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a GPTQ checkpoint, its projections held as `QuantisedLinear`; corrections in `adapter/`, where
-    `export_gptq` puts them, beside them.
+    """The model of a GPTQ checkpoint, with its projections as `QuantisedLinear`.
+
+    Low-rank corrections in `adapter/`, where `export_gptq` writes them, are loaded too.
 
     Args:
         folder: with safetensors.
         config: its configuration.
-        dtype: of what is not quantised, and of what the quantised weights become.
+        dtype: of all weights, quantised or not.
 
     Raises:
-        BadInput: settings or a layout that is not known here; a tensor that is missing or has no place.
+        BadInput: settings or a layout that is not read here; a tensor that is missing or that the model does not have.
     """
-    said, where = config.quantization_config, headers(folder)
-    bits, group, form = said.get("bits"), said.get("group_size", -1), said.get("checkpoint_format", "gptq")
-    if (
-        form not in ("gptq", "gptq_v2")
-        or said.get("lm_head")
-        or said.get("dynamic")
-        or said.get("modules_in_block_to_quantize")
-    ):
+    settings, where = config.quantization_config, headers(folder)
+    bits, group = settings.get("bits"), settings.get("group_size", -1)
+    version = settings.get("checkpoint_format", "gptq")
+    unread = any(settings.get(key) for key in ("lm_head", "dynamic", "modules_in_block_to_quantize"))
+    if version not in ("gptq", "gptq_v2") or unread:
         raise BadInput(
-            f"{folder}: GPTQ of format '{form}' with these settings is not read here: expected gptq or gptq_v2, "
+            f"{folder}: GPTQ of format '{version}' with these settings is not read here: expected gptq or gptq_v2, "
             "all projections alike, the head plain"
         )
-    grid = Grid(bits, ROW if group == -1 else group, "symmetric" if said.get("sym", True) else "asymmetric")
+    grid = Grid(bits, ROW if group == -1 else group, "symmetric" if settings.get("sym", True) else "asymmetric")
     opened = {file: load_file(file) for file in {header.file for header in where.values()}}
     stored = {key: opened[header.file][key] for key, header in where.items()}
     plain = copy.deepcopy(config)
-    del plain.quantization_config  # what is made here is an ordinary model
+    del plain.quantization_config  # transformers' own loader of quantised weights is not used
     subject = Subject(empty_model(plain, dtype), None, folder.name)
     tensors, encodings = {}, {}
     for path, linear in projection_paths(subject):
-        named = {name: stored.pop(f"{path}.{name}", None) for name in ("qweight", "qzeros", "scales", "g_idx")}
-        if missing := [name for name, tensor in named.items() if tensor is None and name != "g_idx"]:
+        parts = {name: stored.pop(f"{path}.{name}", None) for name in ("qweight", "qzeros", "scales", "g_idx")}
+        if missing := [name for name, tensor in parts.items() if tensor is None and name != "g_idx"]:
             raise BadInput(f"{folder} lacks the weight '{path}.{missing[0]}': the checkpoint is not whole")
-        quantised = _quantised(path, (linear.out_features, linear.in_features), grid, form, **named)
+        quantised = _quantised(path, (linear.out_features, linear.in_features), grid, version, **parts)
         layer = QuantisedLinear.of(quantised)
         encodings[path] = layer.encoding
-        tensors |= {f"{path}.{name}": tensor for name, tensor in layer.held.items()}
+        tensors |= {f"{path}.{name}": tensor for name, tensor in layer.stored.items()}
     for key, tensor in stored.items():
         if not tensor.is_floating_point():
             raise BadInput(
@@ -144,10 +135,7 @@ def load_gptq(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> Pre
         tensors[key] = tensor.to(dtype)
     if (folder / "adapter").is_dir():
         tensors |= read_adapter(folder / "adapter")
-    try:
-        fill(subject, tensors, encodings, {})
-    except BadInput as error:
-        raise BadInput(f"{folder} does not hold the model that its config.json describes: {error}") from error
+    fill(subject, tensors, encodings, {}, folder)
     subject.model.generation_config = generation_settings(folder) or subject.model.generation_config
     return subject.model
 
@@ -156,13 +144,13 @@ def _quantised(
     path: str,
     shape: tuple[int, int],
     grid: Grid,
-    form: str,
+    version: str,
     qweight: torch.Tensor,
     qzeros: torch.Tensor,
     scales: torch.Tensor,
     g_idx: torch.Tensor | None,
 ) -> Quantised:
-    """One projection's weight on its grid, out of the layout's words."""
+    """A projection's weight on its grid, unpacked from the layout's words."""
     (outputs, inputs), bits = shape, grid.bits
     groups = inputs // grid.size(inputs)
     expected = {
@@ -176,21 +164,20 @@ def _quantised(
             raise BadInput(
                 f"'{path}.{name}' has shape {tuple(tensor.shape)}, expected {expected[name]} for {bits} bits"
             )
-    zeros = codes_of(qzeros, bits).long() + (form == "gptq")  # the first version stores them less one
+    zeros = codes_of(qzeros, bits).long() + (version == "gptq")  # the first version stores them minus 1
     if int(zeros.max()) > grid.levels or (grid.kind == "symmetric" and not bool((zeros == 2 ** (bits - 1)).all())):
         raise BadInput(f"'{path}.qzeros' are not those of a {grid.kind} grid of {bits} bits")
-    index = (
-        None if g_idx is None or torch.equal(g_idx.long(), torch.arange(inputs) // grid.size(inputs)) else g_idx.long()
-    )
+    index = None if g_idx is None else g_idx.long()
+    if index is not None and torch.equal(index, torch.arange(inputs) // grid.size(inputs)):
+        index = None  # neighbours
     if index is not None and not 0 <= int(index.min()) <= int(index.max()) < groups:
         raise BadInput(f"'{path}.g_idx' names groups that it does not have")
-    return Quantised(
-        grid, codes_of(qweight.T, bits), scales.T.float().contiguous(), zeros.T.float().contiguous(), index
-    )
+    scale, offset = scales.T.float().contiguous(), zeros.T.float().contiguous()
+    return Quantised(grid, codes_of(qweight.T, bits), scale, offset, index)
 
 
 def codes_of(packed: torch.Tensor, bits: int) -> torch.Tensor:
-    """(rows, n x bits / 32) int32 words as (rows, n) uint8 codes: `words` undone.
+    """The inverse of `words`: (rows, n x bits / 32) int32 words as (rows, n) uint8 codes.
 
     >>> codes_of(words(torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]], dtype=torch.uint8), 4), 4).tolist()
     [[1, 2, 3, 4, 5, 6, 7, 8]]
@@ -201,8 +188,7 @@ def codes_of(packed: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def words(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """(rows, n) codes as (rows, n x bits / 32) int32: each row a string of bits, the lowest bit of the first code
-    first.
+    """(rows, n) codes packed into (rows, n x bits / 32) int32 words, lowest bits first.
 
     >>> words(torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]], dtype=torch.uint8), 4).item() == 0x87654321 - 2**32
     True
@@ -213,7 +199,7 @@ def words(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _settings(subject: Subject, linears: dict[str, Any]) -> dict[str, Any]:
-    """quantization_config of a subject that the layout can hold."""
+    """The quantization_config of a subject; BadInput if the layout cannot hold it."""
     dense = [path for path, linear in linears.items() if not isinstance(linear, QuantisedLinear)]
     if dense:
         raise BadInput(
@@ -235,16 +221,12 @@ def _settings(subject: Subject, linears: dict[str, Any]) -> dict[str, Any]:
             "grid 'minimum' cannot be held: a GPTQ checkpoint has integer zeros, so quantise on the symmetric or "
             "asymmetric grid"
         )
-    odd = {
-        path: (m.out_features, m.in_features)
-        for path, m in linears.items()
-        if m.out_features % WORD or m.in_features % WORD
-    }
-    if odd:
-        path, shape = next(iter(odd.items()))
-        raise BadInput(
-            f"{path} of shape {shape} cannot be held: a GPTQ checkpoint has multiples of {WORD} inputs and outputs"
-        )
+    for path, m in linears.items():
+        if m.out_features % WORD or m.in_features % WORD:
+            raise BadInput(
+                f"{path} of shape {(m.out_features, m.in_features)} cannot be held: a GPTQ checkpoint has multiples "
+                f"of {WORD} inputs and outputs"
+            )
     if grid.group not in (ROW, *GROUPS):
         fit = [g for g in GROUPS if not any(m.in_features % g for m in linears.values())]
         raise BadInput(
@@ -256,7 +238,7 @@ def _settings(subject: Subject, linears: dict[str, Any]) -> dict[str, Any]:
         "bits": grid.bits,
         "group_size": -1 if grid.group == ROW else grid.group,
         "sym": grid.kind == "symmetric",
-        "desc_act": any("index" in linear.held for linear in linears.values()),
+        "desc_act": any("index" in linear.stored for linear in linears.values()),
         "lm_head": False,
         "pack_dtype": "int32",
         "meta": {"quantizer": [f"thesislib:{thesislib.__version__}"]},

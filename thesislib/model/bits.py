@@ -1,4 +1,4 @@
-"""Small integers, 1 to 8 bits each, without a bit to spare, in bytes."""
+"""Integers of 1 to 8 bits packed into bytes, with no unused bits in between."""
 
 from functools import cache
 
@@ -7,9 +7,13 @@ from torch.nn import functional as F
 
 
 def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes (any shape, uint8, each below 2^bits) as a flat row of bytes, the first code in the lowest bits.
+    """Pack codes into (n,) bytes, the first code in the lowest bits.
 
-    Where `bits` does not divide 8, the codes are split: all low parts first, then all high parts. 3 bits are 2 and 1.
+    Where `bits` does not divide 8, codes are split: 3 bits into 2 and 1. All low parts come first, then all high parts.
+
+    Args:
+        codes: uint8 of any shape, each below 2^bits.
+        bits: of a code.
 
     >>> pack_bits(torch.tensor([1, 2, 15], dtype=torch.uint8), 4).tolist()
     [33, 15]
@@ -25,24 +29,24 @@ def pack_bits(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack_bits(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """The (count,) uint8 codes that `pack_bits` packed."""
-    at, codes = 0, None
+    start, codes = 0, None
     for low, width in _parts(bits):
         size = -(-count * width // 8)
-        part = packed[at : at + size]
-        if width < 8:  # a look into a table is many times as fast as shifts of a byte at a time
-            part = _unpacked(width, packed.device).index_select(0, part.int()).view(torch.uint8)[:count]
+        part = packed[start : start + size]
+        if width < 8:  # a look-up table is many times as fast as shifts
+            part = _table(width, packed.device).index_select(0, part.int()).view(torch.uint8)[:count]
         codes = part if codes is None else codes | part << low
-        at += size
+        start += size
     return codes
 
 
 def packed_length(bits: int, count: int) -> int:
-    """How many bytes `count` codes take."""
+    """The bytes that `count` packed codes take."""
     return sum(-(-count * width // 8) for _, width in _parts(bits))
 
 
 def _parts(bits: int) -> list[tuple[int, int]]:
-    """(lowest bit, width) of the parts of a code whose widths divide 8."""
+    """The parts into which a code is split, as (lowest bit, width): each width divides 8."""
     parts, low = [], 0
     for width in (8, 4, 2, 1):
         if bits & width:
@@ -56,7 +60,7 @@ def _shifts(width: int, device: torch.device) -> torch.Tensor:
 
 
 @cache
-def _unpacked(width: int, device: torch.device) -> torch.Tensor:
-    """(256,): the codes of each byte, a byte each, as one integer."""
+def _table(width: int, device: torch.device) -> torch.Tensor:
+    """(256,): for each byte the 8 / `width` codes in it, one byte each, viewed as one integer."""
     codes = torch.arange(256, device=device)[:, None] >> torch.arange(0, 8, width, device=device) & (1 << width) - 1
     return codes.to(torch.uint8).view({4: torch.int16, 2: torch.int32, 1: torch.int64}[width]).view(-1)

@@ -1,5 +1,4 @@
-"""A model's blocks in another order: some skipped, some repeated, some without their attention or MLP; no weight is
-copied."""
+"""A model's blocks reordered, skipped, repeated, or stripped of their attention or MLP. No weight is copied."""
 
 import copy
 from collections.abc import Mapping, Sequence
@@ -13,11 +12,11 @@ from thesislib.model.subject import Subject
 
 Plan = tuple[int, ...]
 LONGEST = 10_000  # blocks of a plan
-SLOTS = {"attention": "self_attn", "mlp": "mlp"}
+ATTRIBUTES = {"attention": "self_attn", "mlp": "mlp"}  # of a block's parts
 
 
 def check_plan(plan: Sequence[int], depth: int) -> Plan:
-    """The plan as a tuple, if a model of `depth` blocks can run it.
+    """The plan as a tuple, checked against a model of `depth` blocks.
 
     Raises:
         BadInput: an empty plan, or an index out of range.
@@ -34,10 +33,10 @@ def check_plan(plan: Sequence[int], depth: int) -> Plan:
 
 
 def apply_plan(subject: Subject, plan: Sequence[int]) -> Subject:
-    """A subject that runs the blocks of `subject` in the order of `plan`, sharing every weight with it.
+    """A subject that runs the blocks of `subject` in the order of `plan` and shares every weight with it.
 
-    Each place in the plan is a module of its own around the same parameters, with its own index, by which
-    transformers' KV cache files keys and values: two runs of a block see different inputs and must not share them.
+    Each entry of the plan gets a module of its own, around the shared parameters, with its own layer index. By this
+    index transformers' KV cache stores keys and values; a block that runs twice must not share them.
 
     Raises:
         BadInput: see `check_plan`.
@@ -46,7 +45,7 @@ def apply_plan(subject: Subject, plan: Sequence[int]) -> Subject:
     model: Any = _shell(subject.model)
     model.model = _shell(subject.model.model)
     config = copy.deepcopy(subject.model.config)
-    for name in ("layer_types", "no_rope_layers"):  # what a configuration says block by block
+    for name in ("layer_types", "no_rope_layers"):  # have an entry for each block
         if getattr(config, name, None):
             setattr(config, name, [getattr(config, name)[block] for block in plan])
     config.num_hidden_layers = len(plan)
@@ -54,25 +53,30 @@ def apply_plan(subject: Subject, plan: Sequence[int]) -> Subject:
     if hasattr(model.model, "has_sliding_layers"):
         model.model.has_sliding_layers = "sliding_attention" in config.layer_types
     blocks = []
-    for place, block in enumerate(plan):
-        own: Any = _shell(subject.blocks[block])
-        own.self_attn = _shell(own.self_attn)
-        own.self_attn.layer_idx, own.self_attn.config = place, config
-        blocks.append(own)
+    for index, block in enumerate(plan):
+        shell: Any = _shell(subject.blocks[block])
+        shell.self_attn = _shell(shell.self_attn)
+        shell.self_attn.layer_idx, shell.self_attn.config = index, config
+        blocks.append(shell)
     model.model.layers = nn.ModuleList(blocks)
     order = plan if subject.plan is None else tuple(subject.plan[block] for block in plan)
     return Subject(model, subject.tokenizer, subject.name, order)
 
 
 def _shell(module: nn.Module) -> nn.Module:
-    """A new module object around the same children and parameters: changing one of its slots changes no other's."""
+    """A new module object with the same children and parameters; replacing a child of it leaves the original alone."""
     shell = copy.copy(module)
     shell.__dict__.update({k: copy.copy(v) for k, v in module.__dict__.items() if isinstance(v, dict)})
     return shell
 
 
 def remove(subject: Subject, blocks: Sequence[int], part: str = "block") -> Subject:
-    """The subject without these blocks, or without their attentions or MLPs, sharing all weights that stay.
+    """The subject without some blocks, or without their attention or MLP; it shares all remaining weights.
+
+    Args:
+        subject: to remove from.
+        blocks: their indices.
+        part: "block", "attention" or "mlp".
 
     Raises:
         BadInput: a block out of range, or no block left.
@@ -86,7 +90,7 @@ def remove(subject: Subject, blocks: Sequence[int], part: str = "block") -> Subj
 
 
 class Without(nn.Module):
-    """Stands where an attention or MLP was removed, and adds nothing to the residual."""
+    """Replaces an attention or MLP that was removed, and adds nothing to the residual stream."""
 
     def __init__(self, part: str, block: int):
         super().__init__()
@@ -95,9 +99,8 @@ class Without(nn.Module):
     def forward(self, hidden_states: torch.Tensor, past_key_values=None, **_kwargs):
         """Zeros, in the form that the decoder block expects.
 
-        An attention's place in the KV cache goes on counting tokens, with one number a token: transformers asks the
-        first of a kind for the length so far, and finds the others by the block's number in what the configuration says
-        block by block.
+        In the KV cache a removed attention keeps one number a token, so that its layer goes on counting tokens:
+        transformers takes the length so far from the first layer of each type, and finds a layer by its block's index.
         """
         zeros = torch.zeros_like(hidden_states)
         if self.part != "attention":
@@ -109,23 +112,29 @@ class Without(nn.Module):
 
 
 def without_parts(subject: Subject, parts: Mapping[int, str]) -> Subject:
-    """The subject without the attention or the MLP of some blocks: {block: 'attention' or 'mlp'}."""
+    """The subject without the attention or the MLP of some blocks: {block: 'attention' or 'mlp'}.
+
+    Raises:
+        BadInput: an unknown part, a block out of range, or no attention left.
+    """
     out = apply_plan(subject, range(subject.depth))
     for block, part in parts.items():
-        if part not in SLOTS:
-            raise unknown("part", part, SLOTS)
+        if part not in ATTRIBUTES:
+            raise unknown("part", part, ATTRIBUTES)
         if not 0 <= block < subject.depth:
             raise BadInput(f"block {block} is out of range: the model has blocks 0 to {subject.depth - 1}")
-        setattr(out.blocks[block], SLOTS[part], Without(part, block))
+        setattr(out.blocks[block], ATTRIBUTES[part], Without(part, block))
     if all(isinstance(block.self_attn, Without) for block in out.blocks):
         raise BadInput("removing every attention leaves a model that sees one token at a time: keep at least one")
     return Subject(out.model, out.tokenizer, out.name, subject.plan)
 
 
 def removed_parts(subject: Subject) -> dict[str, list[int]]:
-    """{'attention': blocks, 'mlp': blocks} of what `without_parts` removed; a part that no block lost is left out."""
-    gone = {
-        part: [i for i, block in enumerate(subject.blocks) if isinstance(getattr(block, slot), Without)]
-        for part, slot in SLOTS.items()
-    }
-    return {part: blocks for part, blocks in gone.items() if blocks}
+    """The blocks that `without_parts` stripped, {'attention': blocks, 'mlp': blocks}; a part that none lost is left
+    out."""
+    removed: dict[str, list[int]] = {}
+    for part, attribute in ATTRIBUTES.items():
+        for i, block in enumerate(subject.blocks):
+            if isinstance(getattr(block, attribute), Without):
+                removed.setdefault(part, []).append(i)
+    return removed

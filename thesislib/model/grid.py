@@ -1,4 +1,4 @@
-"""The grids that weights are rounded to: how many levels, how far apart, and where zero lies."""
+"""Quantisation grids: the levels that weights are rounded to, and rounding to the nearest."""
 
 from dataclasses import dataclass
 from math import gcd
@@ -10,8 +10,9 @@ from thesislib.errors import BadInput, unknown
 BITS = (2, 3, 4, 8)
 GRIDS = ("symmetric", "asymmetric", "minimum")
 CLIPS = ("none", "squared", "weighted")
-SHRINKS = tuple(1 - 0.02 * k for k in range(31))  # of the range, down to 0.4: 2 bits want about 0.6, 4 bits 0.9
+SHRINKS = tuple(1 - 0.02 * k for k in range(31))  # of the range, down to 0.4: best for 2 bits is about 0.6, for 4 0.9
 ROW = "row"
+NO_GRID = {1: "1 bit needs another method, ", 16: "16 bits are what the weights have already, "}
 
 
 @dataclass(frozen=True)
@@ -21,11 +22,15 @@ class Grid:
     Attributes:
         bits: 2, 3, 4 or 8.
         group: weights that share a scale; 'row' for all of a row.
-        kind: symmetric: scale * (code - 2^(bits-1)); asymmetric: scale * (code - zero) with an integer zero among the
-            codes; minimum: scale * code + minimum, a floating number (llama.cpp's Q4_1). The first two hold an exact
-            0, the third does not.
+        kind: 'symmetric', 'asymmetric' or 'minimum', see below.
 
-    Scales and minima are float16 numbers, so what is computed with is what is stored.
+    A code is the number of a level. The level's value is, by kind:
+
+    - symmetric: scale * (code - 2^(bits-1));
+    - asymmetric: scale * (code - zero), where the zero-point is one of the codes;
+    - minimum: scale * code + minimum, with a floating minimum (llama.cpp's Q4_1). Only this kind lacks an exact 0.
+
+    Scales and minima are rounded to float16 before they are used, so the stored numbers give the same weights.
 
     Raises:
         BadInput: other bits, kind, or a group below 2.
@@ -37,14 +42,7 @@ class Grid:
 
     def __post_init__(self):
         if self.bits not in BITS:
-            hint = (
-                "1 bit needs another method, "
-                if self.bits == 1
-                else "16 bits are what the weights have already, "
-                if self.bits == 16
-                else ""
-            )
-            raise BadInput(f"{self.bits} bits: {hint}expected {', '.join(map(str, BITS))}")
+            raise BadInput(f"{self.bits} bits: {NO_GRID.get(self.bits, '')}expected {', '.join(map(str, BITS))}")
         if self.kind not in GRIDS:
             raise unknown("grid", self.kind, GRIDS)
         if self.group != ROW and not (isinstance(self.group, int) and self.group >= 2):
@@ -52,7 +50,7 @@ class Grid:
 
     @property
     def levels(self) -> int:
-        """The largest code."""
+        """The number of steps from the lowest level to the highest, which is the largest code."""
         return 2**self.bits - 1
 
     @property
@@ -65,8 +63,11 @@ class Grid:
         return columns if self.group == ROW else int(self.group)
 
     def check(self, inputs: dict[str, int]) -> None:
-        """Raises BadInput if the group does not divide the rows of some projection ({name: inputs}), with those that
-        do."""
+        """Raises BadInput if the group does not divide the rows of some projection; the message lists groups that do.
+
+        Args:
+            inputs: the row length of each projection by name.
+        """
         for name, columns in inputs.items():
             if columns % self.size(columns):
                 common = gcd(*inputs.values())
@@ -84,29 +85,26 @@ class Grid:
 
         Args:
             w: (..., n) float32 weights, a group in the last dimension.
-            clip: 'none' spans the whole range; 'squared' takes the share of it, 1 down to 0.4 in steps of 0.02, with
-                the least squared rounding error; 'weighted' weighs each weight's error by `importance`.
+            clip: 'none' spans the group's whole range. 'squared' spans the share of it (1 down to 0.4 in steps of 0.02)
+                with the least squared rounding error. 'weighted' multiplies each squared error by `importance`.
             importance: broadcasts against w, e.g. the mean squares of the inputs.
 
         Returns:
-            scale (...) and offset (...), float32: the code of zero, or the minimum where the kind says so.
+            scale (...) and offset (...), float32. The offset is the zero-point, for kind 'minimum' the minimum.
         """
         if clip not in CLIPS:
             raise unknown("clip", clip, CLIPS)
         low, high = w.amin(-1), w.amax(-1)
         if clip == "none":
             return self._span(low, high, 1.0)
-        best, error = self._span(low, high, 1.0), torch.full_like(low, torch.inf)
+        best, least = self._span(low, high, 1.0), torch.full_like(low, torch.inf)
         for shrink in SHRINKS:
             scale, offset = self._span(low, high, shrink)
-            miss = (
-                self.values(self.codes(w, scale[..., None], offset[..., None]), scale[..., None], offset[..., None])
-                .sub_(w)
-                .square_()
-            )
-            found = (miss * importance if clip == "weighted" else miss).sum(-1)
-            better = found < error
-            error = torch.where(better, found, error)
+            s, o = scale[..., None], offset[..., None]
+            squares = self.values(self.codes(w, s, o), s, o).sub_(w).square_()
+            error = (squares * importance if clip == "weighted" else squares).sum(-1)
+            better = error < least
+            least = torch.where(better, error, least)
             best = torch.where(better, scale, best[0]), torch.where(better, offset, best[1])
         return best
 
@@ -116,13 +114,13 @@ class Grid:
         return codes.clamp_(0, self.levels)
 
     def values(self, codes: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-        """What codes stand for, float32."""
+        """The values of the levels that codes number, float32."""
         return (codes - offset) * scale if self.holds_zero else codes * scale + offset
 
     def _span(self, low: torch.Tensor, high: torch.Tensor, shrink: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Scale and offset of levels that span `shrink` of the range from low to high."""
+        """Scale and offset of levels that span the share `shrink` of the range from low to high."""
         if self.kind == "symmetric":
-            # as GPTQ has it: -top and top are half a step outside the levels on one side, and 0 is a level
+            # as in GPTQ's code: the largest absolute value lies half a step outside the levels, and 0 is a level
             scale = _half(2 * shrink / self.levels * torch.maximum(-low, high))
             return scale, torch.full_like(scale, 2 ** (self.bits - 1))
         if self.kind == "asymmetric":
@@ -145,9 +143,9 @@ class Quantised:
     Attributes:
         grid: the grid.
         codes: (rows, columns) uint8.
-        scale: (rows, groups) float32 that float16 holds.
+        scale: (rows, groups) float32, numbers that float16 holds exactly.
         offset: (rows, groups) float32, see `Grid.fit`.
-        index: (columns,) the group of each column; None where groups are neighbours.
+        index: (columns,) the group of each column; None where a group's columns are neighbours.
     """
 
     grid: Grid
@@ -158,7 +156,7 @@ class Quantised:
 
     @property
     def weight(self) -> torch.Tensor:
-        """(rows, columns) float32."""
+        """The quantised weight, (rows, columns) float32."""
         codes = self.codes.float()
         if self.index is not None:
             return self.grid.values(codes, self.scale[:, self.index], self.offset[:, self.index])
@@ -166,15 +164,21 @@ class Quantised:
         return self.grid.values(groups, self.scale[..., None], self.offset[..., None]).view_as(codes)
 
     def rows(self, start: int, end: int) -> "Quantised":
-        """Some of its rows."""
+        """The rows from start to end."""
         return Quantised(self.grid, self.codes[start:end], self.scale[start:end], self.offset[start:end], self.index)
 
 
 def round_to_nearest(
     w: torch.Tensor, grid: Grid, clip: str = "none", importance: torch.Tensor | None = None
 ) -> Quantised:
-    """A (rows, columns) weight rounded to a grid, each weight by itself; see `Grid.fit` for clip and importance
-    (columns,)."""
+    """Each weight rounded to the nearest level of its group.
+
+    Args:
+        w: (rows, columns).
+        grid: the grid.
+        clip: how each group's scale is chosen, see `Grid.fit`.
+        importance: (columns,), see `Grid.fit`.
+    """
     groups = w.float().view(len(w), -1, grid.size(w.shape[1]))
     scale, offset = grid.fit(groups, clip, None if importance is None else importance.view(groups.shape[1:]))
     codes = grid.codes(groups, scale[..., None], offset[..., None])

@@ -1,8 +1,8 @@
-"""What may stand in a projection's place: a linear whose weight is computed when used, and one with a low-rank
+"""Replacements for a block's nn.Linear: a linear whose weight is computed at each use, and one with a low-rank
 correction.
 
-All of them have `weight` (the dense weight of the projection itself), `bias`, `in_features` and `out_features`, and put
-a plain `weight` into the state dict, so that fingerprints and plain checkpoints need not know about them.
+Both have `weight` (the dense weight, of an adapted linear without its correction), `bias`, `in_features` and
+`out_features`. In the state dict both have a dense `weight`, so fingerprints and checkpoints need not know about them.
 """
 
 import re
@@ -21,18 +21,18 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def projections(block: nn.Module) -> dict[str, "Projection"]:
-    """The seven projections of a decoder block by name, fewer where its attention or MLP was removed."""
+    """The projections of a decoder block by name: seven, or fewer if its attention or MLP was removed."""
     parts = [part for part in (getattr(block, "self_attn", None), getattr(block, "mlp", None)) if part is not None]
     return {name: module for part in parts for name, module in part.named_children() if name in LINEARS}
 
 
 class Size(NamedTuple):
-    """What a linear is counted as.
+    """The size of a linear or an embedding.
 
     Args:
-        numel: its parameters, zeros that are packed away too; a bias apart.
-        macs: multiply-accumulates for one token. Masked zeros are multiplied like any weight.
-        nbytes: what a file keeps of it, a bias too.
+        numel: parameters without the bias; zeros that are packed away count.
+        macs: multiply-accumulates for one token; masked zeros are multiplied like any weight.
+        nbytes: its bytes in a file, with the bias.
     """
 
     numel: int
@@ -40,18 +40,38 @@ class Size(NamedTuple):
     nbytes: int
 
 
+class StoredLinear(NamedTuple):
+    """A computed linear as an artifact stores it.
+
+    Args:
+        encoding: the encoding of its tensors, e.g. "2:4".
+        shape: (outputs, inputs).
+        bias: (outputs,) or None.
+        dtype: of the weight.
+        tensors: the tensors that the weight is computed from, by name.
+        name: the linear's name in errors.
+    """
+
+    encoding: str
+    shape: tuple[int, int]
+    bias: torch.Tensor | None
+    dtype: torch.dtype
+    tensors: Mapping[str, torch.Tensor]
+    name: str = "the linear"
+
+
 READERS: dict[str, type["ComputedLinear"]] = {}  # by the first word of the encodings that each class reads
 
 
 class ComputedLinear(nn.Module):
-    """A linear whose weight is made when it is used: a subclass says how by its `weight`.
+    """A linear whose weight is computed at each use. A subclass defines `weight`.
 
-    What it is made from are buffers that stay out of the state dict. They follow `.to()`: floating ones change their
-    type, codes never do. A subclass whose parameters are not those of a matrix of its shape says so by `numel`, `macs`
-    and `nonzero`; one that an artifact brings back has `words` and `load`.
+    The tensors that the weight is computed from are buffers outside the state dict. They follow `.to()`: floating ones
+    change their dtype, integer ones do not. A subclass overrides `numel`, `macs` and `nonzero` if it has other
+    parameters than a matrix of its shape. A subclass that artifacts store has `words` and `load`.
 
     Attributes:
-        encoding: the name under which an artifact keeps those buffers; None if it keeps the weight instead.
+        encoding: the encoding under which an artifact stores the tensors; None if it stores the dense weight.
         words: first words of the encodings that `load` reads, see `reader`.
     """
 
@@ -69,33 +89,17 @@ class ComputedLinear(nn.Module):
             READERS[word] = cls
 
     @classmethod
-    def load(
-        cls,
-        encoding: str,
-        shape: tuple[int, int],
-        bias: torch.Tensor | None,
-        dtype: torch.dtype,
-        tensors: Mapping[str, torch.Tensor],
-        name: str,
-    ) -> "ComputedLinear":
-        """The linear of which a file keeps what `held` gave.
-
-        Args:
-            encoding: see above.
-            shape: (outputs, inputs).
-            bias: (outputs,) or None.
-            dtype: of the weight.
-            tensors: {"codes": ..., ...}.
-            name: what to call it in errors.
+    def load(cls, linear: StoredLinear) -> "ComputedLinear":
+        """The linear that an artifact stores.
 
         Raises:
-            BadInput: tensors that are missing, or of another shape or type.
+            BadInput: tensors that are missing, or of another shape or dtype.
         """
         raise NotImplementedError
 
     @classmethod
     def check_encoding(cls, encoding: str) -> None:
-        """Raises BadInput for an encoding that begins with a word of this class and is none."""
+        """Raises BadInput for an encoding that begins with a word of this class but has another form."""
 
     def __init__(self, shape: tuple[int, int], bias: torch.Tensor | None, **tensors: torch.Tensor):
         super().__init__()
@@ -106,17 +110,17 @@ class ComputedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """(outputs, inputs), made anew at every call."""
+        """(outputs, inputs), computed at every call."""
         raise NotImplementedError
 
     @property
-    def held(self) -> dict[str, torch.Tensor]:
-        """The tensors that the weight is made from."""
+    def stored(self) -> dict[str, torch.Tensor]:
+        """The tensors that the weight is computed from, as an artifact stores them."""
         return dict(self.named_buffers())
 
     @property
     def numel(self) -> int:
-        """Parameters, see `Size`."""
+        """Parameters without the bias, see `Size`."""
         return self.out_features * self.in_features
 
     @property
@@ -126,25 +130,25 @@ class ComputedLinear(nn.Module):
 
     @property
     def nonzero(self) -> int:
-        """Parameters that are not zero."""
+        """Parameters other than zero."""
         return int(torch.count_nonzero(self.weight))
 
     @property
     def nbytes(self) -> int:
-        """What a file keeps of it, a bias too."""
-        return sum(tensor.nbytes for tensor in self.held.values()) + (0 if self.bias is None else self.bias.nbytes)
+        """Its bytes in a file, with the bias."""
+        return sum(tensor.nbytes for tensor in self.stored.values()) + (0 if self.bias is None else self.bias.nbytes)
 
     @property
     def resident(self) -> list[torch.Tensor]:
-        """The tensors that take memory, where a faster order of them is not what a file keeps."""
-        return list(self.held.values())
+        """The tensors in memory; a subclass may keep them in a faster layout than a file does."""
+        return list(self.stored.values())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., inputs) -> (..., outputs)."""
         return F.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        """As nn.Linear's, and the encoding."""
+        """As nn.Linear's, with the encoding."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"encoding={self.encoding}"
@@ -156,75 +160,64 @@ class ComputedLinear(nn.Module):
 
 
 class PackedLinear(ComputedLinear):
-    """Holds its weight packed (see `thesislib.model.packing`), 0.55 of the bytes for W2:4 in bfloat16, and unpacks it
-    at each use."""
+    """A linear whose pruned weight is packed (see `thesislib.model.packing`) and unpacked at each use.
 
-    words = ("bitmap", "")  # patterns such as 2:4 begin with no word
+    W2:4 in bfloat16 takes 0.55 of the dense bytes.
+    """
+
+    words = ("bitmap", "")  # a pattern such as 2:4 has no first word
 
     def __init__(self, encoding: str, shape: tuple[int, int], bias: torch.Tensor | None, **tensors: torch.Tensor):
         super().__init__(shape, bias, **tensors)
         self.encoding = encoding
 
     @classmethod
-    def load(
-        cls,
-        encoding: str,
-        shape: tuple[int, int],
-        bias: torch.Tensor | None,
-        dtype: torch.dtype,
-        tensors: Mapping[str, torch.Tensor],
-        name: str,
-    ) -> "PackedLinear":
-        """See `ComputedLinear.load`; the type is that of the values.
+    def load(cls, linear: StoredLinear) -> "PackedLinear":
+        """See `ComputedLinear.load`; the weight has the dtype of the stored values.
 
         Raises:
-            BadInput: tensors that are missing or of another shape, or that name places that cannot be.
+            BadInput: tensors that are missing or of another shape, or positions that do not exist.
         """
-        held = {}
-        for part, size in packing.packed_shapes(shape, encoding, len(tensors.get("values", ()))).items():
-            if part not in tensors:
+        encoding, name, tensors = linear.encoding, linear.name, {}
+        for part, size in packing.packed_shapes(linear.shape, encoding, len(linear.tensors.get("values", ()))).items():
+            if part not in linear.tensors:
                 raise BadInput(f"it lacks the weight '{name}.{part}'")
+            tensors[part] = linear.tensors[part]
             if tensors[part].shape != torch.Size(size):
                 raise BadInput(f"'{name}.{part}' has shape {tuple(tensors[part].shape)}, expected {tuple(size)}")
-            held[part] = tensors[part]
-        packing.check_places(held, encoding, name)
-        return cls(encoding, shape, bias, **held)
+        packing.check_positions(tensors, encoding, name)
+        return cls(encoding, linear.shape, linear.bias, **tensors)
 
     @classmethod
     def check_encoding(cls, encoding: str) -> None:
-        """Raises BadInput for what is no bitmap and no pattern."""
+        """Raises BadInput for an encoding that is neither a bitmap nor a pattern."""
         if encoding != "bitmap":
             packing.Pattern.parse(encoding)
 
     @classmethod
     def of(cls, linear: "Projection", encoding: str | None = None) -> "PackedLinear":
-        """A linear packed in an encoding, by default the smallest.
+        """A linear packed in an encoding, by default the one with the fewest bytes.
 
         Raises:
-            BadInput: the weight does not have the zeros that the encoding needs, or none that save anything.
+            BadInput: the weight lacks the zeros that the encoding needs, or no encoding saves anything.
         """
         encoding = encoding or packing.smallest(linear.weight)
         if encoding == "dense":
             raise BadInput("this weight has too few zeros for packing to save anything: leave it as it is")
-        return cls(
-            encoding,
-            (linear.out_features, linear.in_features),
-            linear.bias,
-            **packing.pack(linear.weight.detach(), encoding),
-        )
+        shape = linear.out_features, linear.in_features
+        return cls(encoding, shape, linear.bias, **packing.pack(linear.weight.detach(), encoding))
 
     @property
     def weight(self) -> torch.Tensor:
         """(outputs, inputs), unpacked at every call."""
-        return packing.unpack(self.held, self.encoding, (self.out_features, self.in_features))
+        return packing.unpack(self.stored, self.encoding, (self.out_features, self.in_features))
 
 
 def reader(encoding: str) -> type[ComputedLinear]:
-    """The class that reads an encoding, by the letters that it begins with: "int" of int4/symmetric/64/all, none of
-    2:4.
+    """The class that reads an encoding, by its first word: "int" for int4/symmetric/64/all, "" for 2:4.
 
     Raises:
-        BadInput: no class reads it, or not in this form.
+        BadInput: no class reads it, or its class does not read this form.
     """
     word = re.match(r"[a-z_]*", encoding)[0]
     if word not in READERS:
@@ -234,15 +227,15 @@ def reader(encoding: str) -> type[ComputedLinear]:
 
 
 class Adapted(nn.Module):
-    """A projection and a low-rank correction of its output: y = base(x) + (x Aᵀ) Bᵀ, any scale folded into B.
+    """A linear with a low-rank correction: y = base(x) + (x Aᵀ) Bᵀ.
 
-    `weight` and `bias` are the base's. In the state dict the base's `weight` stands where it would without a
-    correction, beside `lora_A` and `lora_B`.
+    `weight` and `bias` are the base's. In the state dict the base's `weight` keeps the name that it has without a
+    correction; `lora_A` and `lora_B` stand beside it.
 
     Args:
         base: an nn.Linear or a ComputedLinear.
         A: (rank, inputs).
-        B: (outputs, rank).
+        B: (outputs, rank); LoRA's scale, if any, is multiplied into it.
 
     Raises:
         BadInput: shapes that do not fit; a base that is adapted already (see `adapt`).
@@ -267,16 +260,16 @@ class Adapted(nn.Module):
 
     @property
     def rank(self) -> int:
-        """Of the correction."""
+        """The rank of the correction."""
         return len(self.lora_A)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., inputs) -> (..., outputs); the correction is computed in its own type."""
+        """(..., inputs) -> (..., outputs); the correction is computed in its own dtype."""
         y = self.base(x)
         return y + F.linear(F.linear(x.to(self.lora_A.dtype), self.lora_A), self.lora_B).to(y.dtype)
 
     def state_dict(self, *args, **kwargs):
-        """As the base's, and the correction."""
+        """The base's, with `lora_A` and `lora_B`."""
         state, prefix = super().state_dict(*args, **kwargs), kwargs.get("prefix", "")
         for key in [key for key in state if key.startswith(f"{prefix}base.")]:
             state[prefix + key.removeprefix(f"{prefix}base.")] = state.pop(key)
@@ -293,24 +286,26 @@ Projection = nn.Linear | ComputedLinear | Adapted
 
 
 def adapt(module: Projection, A: torch.Tensor, B: torch.Tensor) -> Adapted:
-    """A projection with one more correction: y = module(x) + (x Aᵀ) Bᵀ. Two corrections are one of both ranks
-    together."""
+    """A projection with one more correction: y = module(x) + (x Aᵀ) Bᵀ.
+
+    A second correction is joined with the first: the rank is the sum of both.
+    """
     if not isinstance(module, Adapted):
         return Adapted(module, A, B)
     return Adapted(module.base, torch.cat([module.lora_A.detach(), A]), torch.cat([module.lora_B.detach(), B], 1))
 
 
 def base_of(module: Projection) -> nn.Linear | ComputedLinear:
-    """What stands under a projection's correction; the projection itself if it has none."""
+    """The linear without its correction."""
     return module.base if isinstance(module, Adapted) else module
 
 
 def size_of(module: Projection | nn.Embedding) -> Size:
-    """Of a linear or an embedding, plain, computed or corrected."""
+    """The size of a linear or an embedding, with its correction if it has one."""
     if isinstance(module, Adapted):
-        A, B, under = module.lora_A, module.lora_B, size_of(module.base)
-        more = A.numel() + B.numel()
-        return Size(under.numel + more, under.macs + more, under.nbytes + A.nbytes + B.nbytes)
+        A, B, base = module.lora_A, module.lora_B, size_of(module.base)
+        added = A.numel() + B.numel()
+        return Size(base.numel + added, base.macs + added, base.nbytes + A.nbytes + B.nbytes)
     if isinstance(module, ComputedLinear):
         return Size(module.numel, module.macs, module.nbytes)
     count = module.weight.numel()
@@ -318,31 +313,28 @@ def size_of(module: Projection | nn.Embedding) -> Size:
 
 
 def merge(adapted: Adapted) -> nn.Linear:
-    """A dense linear with W + B A: the correction at no cost, and no mask or grid left."""
+    """A dense linear with weight W + B A: no extra cost, but pruned zeros and the quantisation grid are lost."""
     return _linear(_sum(adapted), adapted.bias)
 
 
 def merge_masked(adapted: Adapted) -> nn.Linear:
-    """A dense linear with W + B A where W is not zero (a bit of it is set, so -0.0 counts as a weight), and 0
-    elsewhere."""
+    """A dense linear with weight W + B A where W is not zero, and 0 elsewhere; -0.0 counts as not zero."""
     kept = packing.nonzero_bits(adapted.weight)
     return _linear(torch.where(kept, _sum(adapted), 0), adapted.bias)
 
 
 def merged(adapted: Adapted, how: str) -> Projection:
-    """A corrected projection merged "dense", see `merge`, or "masked", see `merge_masked`; "beside" leaves it as it
-    is."""
+    """An adapted linear merged: "dense" (see `merge`), "masked" (see `merge_masked`) or "beside", which leaves it."""
     return {"beside": lambda module: module, "masked": merge_masked, "dense": merge}[how](adapted)
 
 
 def merge_all(model: M, how: str) -> M:
-    """Merge every correction of a model in place, see `merged`; those that stood in several places are one again in all
-    of them."""
+    """Merge every correction of a model in place, see `merged`; blocks that shared a linear share the merged one."""
     return _change_all(model, lambda module: merged(module, how) if isinstance(module, Adapted) else module)
 
 
 def _sum(adapted: Adapted) -> torch.Tensor:
-    """W + B A, added in float32 and rounded once."""
+    """W + B A, computed in float32 and rounded once."""
     correction = adapted.lora_B.detach().float() @ adapted.lora_A.detach().float()
     weight = adapted.weight.detach()
     return (weight.float() + correction).to(weight.dtype)
@@ -357,29 +349,23 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
 
 
 def unpack(module: Projection) -> nn.Linear | Adapted:
-    """The projection as an nn.Linear; an adapted one stays adapted, around an nn.Linear; what is dense is returned as
-    it is."""
-    if isinstance(module, Adapted):
-        return (
-            Adapted(_linear(module.weight, module.bias), module.lora_A, module.lora_B)
-            if isinstance(module.base, ComputedLinear)
-            else module
-        )
-    return _linear(module.weight, module.bias) if isinstance(module, ComputedLinear) else module
+    """A computed linear as an nn.Linear. An adapted one keeps its correction; a dense one is returned as it is."""
+    if not isinstance(base_of(module), ComputedLinear):
+        return module
+    dense = _linear(module.weight, module.bias)
+    return Adapted(dense, module.lora_A, module.lora_B) if isinstance(module, Adapted) else dense
 
 
-def unpack_all(model: M, kind: type[ComputedLinear] = ComputedLinear) -> M:
-    """Unpack every linear of one kind in a model in place; those that stood in several places are one again in all of
-    them."""
-    return _change_all(model, lambda module: unpack(module) if isinstance(base_of(module), kind) else module)
+def unpack_all(model: M, cls: type[ComputedLinear] = ComputedLinear) -> M:
+    """Unpack every linear of a class in a model in place; blocks that shared a linear share the unpacked one."""
+    return _change_all(model, lambda module: unpack(module) if isinstance(base_of(module), cls) else module)
 
 
 def _change_all(model: M, change: Callable[[ComputedLinear | Adapted], Projection]) -> M:
-    """Put what `change` makes of it where each linear of a model stands that is computed or corrected; each is changed
-    once."""
+    """Replace every computed or adapted linear of a model by `change` of it, called once for each."""
     changed: dict[int, nn.Module] = {}
-    for parent in list(model.modules()):  # which holds them all, so that no two have the same id
-        if isinstance(parent, Adapted):  # replaced as a whole, by its parent
+    for parent in list(model.modules()):  # the list keeps all modules alive, so ids stay unique
+        if isinstance(parent, Adapted):  # its parent replaces it as a whole
             continue
         for name, child in parent.named_children():
             if isinstance(child, (ComputedLinear, Adapted)):
@@ -390,13 +376,13 @@ def _change_all(model: M, change: Callable[[ComputedLinear | Adapted], Projectio
 
 
 def replace(block: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where the projection `name` (e.g. "q_proj") of a block stands.
+    """Replace the projection `name` (e.g. "q_proj") of a block by `module`.
 
     Raises:
         BadInput: the block has no such projection.
     """
-    own = projections(block)
-    if name not in own:
-        raise unknown("projection", name, own)
-    parent = next(part for part in block.children() if part._modules.get(name) is own[name])
+    existing = projections(block)
+    if name not in existing:
+        raise unknown("projection", name, existing)
+    parent = next(part for part in block.children() if part._modules.get(name) is existing[name])
     setattr(parent, name, module)

@@ -1,10 +1,11 @@
-"""Sparse weights in fewer bytes, bit for bit: the values that are kept, and where they stand.
+"""Lossless packing of pruned weights: the values that are kept, and their positions.
 
-N:M, here removed:of as everywhere in this study: each run of `of` consecutive inputs keeps the same number of values,
-and one of (of choose kept) places for them, written in the fewest whole bits. W2:4 in bfloat16 takes 2 x 16 + 3 of 64
-bits. Unstructured: one bit a weight says whether its value follows.
+- A pattern N:M (in this study removed:of): each group of `of` consecutive inputs keeps the same number of values. Their
+  positions are one of (of choose kept) combinations, whose number is stored in the fewest whole bits. W2:4 in bfloat16
+  takes 2 x 16 + 3 bits instead of 64.
+- A bitmap, for unstructured zeros: one bit a weight, 1 where its value is kept.
 
-Zero means all bits zero: -0.0 is kept, so that every weight comes back as it was.
+Zero means that all bits are zero. -0.0 is kept, so every weight is unpacked exactly.
 """
 
 import itertools
@@ -19,14 +20,16 @@ from torch.nn import functional as F
 
 from thesislib.errors import BadInput
 
-LARGEST = 16  # of a pattern: the table of 8 of 16 has 12,870 rows, of 16 of 32 it would have 601 million
-PRUNED = 1 / 64  # a weight with more zeros than this share has been pruned: a trained one has next to none
+LARGEST = 16  # group of a pattern: 8 of 16 has 12,870 combinations, 16 of 32 would have 601 million
+PRUNED = 1 / 64  # a weight matrix with a larger share of zeros has been pruned: a trained one has next to none
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Pattern(NamedTuple):
-    """`remove` of each `of` consecutive inputs of a row are zero. 2:4 at half density is also NVIDIA's 2:4; 1:8 keeps
-    7."""
+    """A pattern of zeros: `remove` of each `of` consecutive inputs of a row are zero.
+
+    1:8 keeps 7 of 8. 2:4 is NVIDIA's 2:4 too, although NVIDIA counts the kept ones.
+    """
 
     remove: int
     of: int
@@ -43,9 +46,9 @@ class Pattern(NamedTuple):
             raise BadInput(f"pattern '{text}' is not understood: expected removed:of, e.g. '2:4'")
         remove, of = map(int, match.groups())
         if not 0 < remove < of:
-            what = "nothing" if remove == 0 else f"{remove} of {of}"
+            count = "nothing" if remove == 0 else f"{remove} of {of}"
             raise BadInput(
-                f"pattern '{text}' removes {what}: expected at least 1 and fewer than all, e.g. "
+                f"pattern '{text}' removes {count}: expected at least 1 and fewer than all, e.g. "
                 f"'{max(of // 2, 1)}:{max(of, 2)}'"
             )
         if of > LARGEST:
@@ -60,17 +63,17 @@ class Pattern(NamedTuple):
 
     @property
     def keep(self) -> int:
-        """How many values of a group stay."""
+        """The values that a group keeps."""
         return self.of - self.remove
 
     @property
     def states(self) -> int:
-        """How many places there are for them."""
+        """The number of combinations of positions that the kept values of a group can have."""
         return comb(self.of, self.keep)
 
     @property
     def bits(self) -> int:
-        """The fewest whole bits that tell the states apart."""
+        """The bits of a combination's number."""
         return (self.states - 1).bit_length()
 
 
@@ -78,16 +81,16 @@ NINE = tuple(Pattern.parse(text) for text in ("1:2", "2:4", "3:4", "1:8", "4:8",
 
 
 def pack_nm(weight: torch.Tensor, pattern: Pattern) -> tuple[torch.Tensor, torch.Tensor]:
-    """The kept values of a weight, and the places they had.
+    """The kept values of a weight, and their positions.
 
     Args:
-        weight: (rows, columns) of any type of up to 8 bytes. A group with fewer than `keep` values keeps some zeros.
-        pattern: how many of each group are zero.
+        weight: (rows, columns) of any dtype of up to 8 bytes. A group with fewer than `keep` values keeps some zeros.
+        pattern: that the weight obeys.
 
     Returns:
-        values (rows, columns / of * keep) of the same type, and codes (uint8): each group's row in the lexicographic
-        table of combinations, `bits` bits each, least significant first; eight groups fill `bits` bytes, the last eight
-        padded.
+        values (rows, columns / of * keep) of the same dtype, and codes (uint8). A group's code is the number of its
+        combination in lexicographic order. It has `bits` bits, least significant first. Eight groups fill `bits`
+        bytes; the last eight are padded.
 
     Raises:
         BadInput: columns that are no multiple of `of`; a group with more than `keep` values.
@@ -109,49 +112,44 @@ def pack_nm(weight: torch.Tensor, pattern: Pattern) -> tuple[torch.Tensor, torch
     kept |= zero & (zero.cumsum(1) <= pattern.keep - count)
     ranks = _ranks(pattern, weight.device)[(kept << torch.arange(pattern.of, device=weight.device)).sum(1)]
     bits = ranks[:, None] >> torch.arange(pattern.bits, device=weight.device) & 1
-    return groups[kept].view(rows, columns // pattern.of * pattern.keep).view(weight.dtype), _bytes(
-        F.pad(bits, (0, 0, 0, -len(bits) % 8))
-    )
+    values = groups[kept].view(rows, columns // pattern.of * pattern.keep).view(weight.dtype)
+    return values, _bytes(F.pad(bits, (0, 0, 0, -len(bits) % 8)))
 
 
 def unpack_nm(values: torch.Tensor, codes: torch.Tensor, pattern: Pattern) -> torch.Tensor:
-    """The weight (rows, columns) that `pack_nm` packed, bit for bit."""
+    """The weight (rows, columns) that `pack_nm` packed, exactly."""
     rows, columns = values.shape
     groups = values.numel() // pattern.keep
-    joined = next(
-        n for n in (4, 2, 1) if n * pattern.bits <= 14
-    )  # one look into a table for several groups: up to twice as fast
-    places = _joined_places(pattern, joined, values.device).index_select(
-        0, _codes(codes, pattern.bits, joined)[: ceil(groups / joined)]
-    )
-    kept = _integers(values).view(-1)  # as floating numbers of 16 bits NaN would lose its payload
-    kept = F.pad(kept, (0, places.numel() - len(kept))).view(places.shape)
-    weight = torch.zeros(len(places), joined * pattern.of, dtype=kept.dtype, device=kept.device).scatter_(
-        1, places, kept
-    )
+    joined = next(n for n in (4, 2, 1) if n * pattern.bits <= 14)  # groups in one table look-up: up to twice as fast
+    numbers = _codes(codes, pattern.bits, joined)[: ceil(groups / joined)]
+    positions = _joined_positions(pattern, joined, values.device).index_select(0, numbers)
+    kept = _integers(values).view(-1)  # as 16-bit floating numbers NaN would lose its payload
+    kept = F.pad(kept, (0, positions.numel() - len(kept))).view(positions.shape)
+    weight = torch.zeros(len(positions), joined * pattern.of, dtype=kept.dtype, device=kept.device)
+    weight.scatter_(1, positions, kept)
     return weight.view(-1)[: groups * pattern.of].view(rows, columns // pattern.keep * pattern.of).view(values.dtype)
 
 
 def pack_bitmap(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(values (kept,), bitmap (uint8)): what is not zero, row by row, and one bit a weight, least significant first."""
+    """The values that are not zero, (kept,) row by row, and a uint8 bitmap, least significant bit first."""
     flat = _integers(weight).view(-1)
     kept = flat != 0
     return flat[kept].view(weight.dtype), _bytes(F.pad(kept, (0, -len(kept) % 8)))
 
 
 def unpack_bitmap(values: torch.Tensor, bitmap: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """The weight of this shape that `pack_bitmap` packed, bit for bit."""
+    """The weight of this shape that `pack_bitmap` packed, exactly."""
     kept = _byte_bits(values.device).index_select(0, bitmap.int()).view(torch.bool)[: prod(shape)]
     integers = _integers(values)
     weight = torch.zeros(prod(shape), dtype=integers.dtype, device=integers.device).masked_scatter_(kept, integers)
     return weight.view(*shape).view(values.dtype)
 
 
-# An encoding is written as text: "dense", "bitmap", or a pattern such as "2:4".
+# An encoding's name is "dense", "bitmap", or a pattern such as "2:4".
 
 
 def pack(weight: torch.Tensor, encoding: str) -> dict[str, torch.Tensor]:
-    """The tensors that hold a weight in this encoding: "weight"; "values" and "bitmap"; or "values" and "codes"."""
+    """The tensors of a weight in an encoding: "weight"; "values" and "bitmap"; or "values" and "codes"."""
     if encoding == "dense":
         return {"weight": weight}
     if encoding == "bitmap":
@@ -168,15 +166,13 @@ def unpack(tensors: dict[str, torch.Tensor], encoding: str, shape: Sequence[int]
     return unpack_nm(tensors["values"], tensors["codes"], Pattern.parse(encoding))
 
 
-def check_places(tensors: dict[str, torch.Tensor], encoding: str, name: str) -> None:
-    """Raises BadInput if packed tensors of the right shapes, read from a file, name places that cannot be."""
+def check_positions(tensors: dict[str, torch.Tensor], encoding: str, name: str) -> None:
+    """Raises BadInput if packed tensors of the right shapes, read from a file, have positions that do not exist."""
     if encoding == "bitmap":
-        places, values = (
-            int(_byte_bits(tensors["bitmap"].device)[tensors["bitmap"].int()].view(torch.uint8).sum()),
-            len(tensors["values"]),
-        )
-        if places != values:
-            raise BadInput(f"'{name}.bitmap' names {places} places for {values} values")
+        bitmap, values = tensors["bitmap"], len(tensors["values"])
+        positions = int(_byte_bits(bitmap.device)[bitmap.int()].view(torch.uint8).sum())
+        if positions != values:
+            raise BadInput(f"'{name}.bitmap' names {positions} places for {values} values")
     elif encoding != "dense":
         pattern = Pattern.parse(encoding)
         if tensors["codes"].numel() and _codes(tensors["codes"], pattern.bits).max() >= pattern.states:
@@ -184,7 +180,12 @@ def check_places(tensors: dict[str, torch.Tensor], encoding: str, name: str) -> 
 
 
 def packed_shapes(shape: Sequence[int], encoding: str, nonzero: int | None = None) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors that `pack` gives; "bitmap" needs to know how many weights are not zero.
+    """The shapes of the tensors that `pack` gives.
+
+    Args:
+        shape: of the weight.
+        encoding: its encoding.
+        nonzero: weights that are not zero, needed for "bitmap".
 
     Raises:
         BadInput: columns that are no multiple of the pattern's group.
@@ -203,7 +204,7 @@ def packed_shapes(shape: Sequence[int], encoding: str, nonzero: int | None = Non
 
 
 def predicted_bytes(shape: Sequence[int], dtype: torch.dtype, encoding: str, nonzero: int | None = None) -> int:
-    """How many bytes a weight of this shape takes in this encoding, exactly."""
+    """The exact bytes of a weight of this shape in an encoding, see `packed_shapes`."""
     return sum(
         prod(s) * (1 if name in ("codes", "bitmap") else dtype.itemsize)
         for name, s in packed_shapes(shape, encoding, nonzero).items()
@@ -211,9 +212,9 @@ def predicted_bytes(shape: Sequence[int], dtype: torch.dtype, encoding: str, non
 
 
 def smallest(weight: torch.Tensor) -> str:
-    """The encoding that holds a weight in the fewest bytes: "dense", "bitmap", or the pattern that all its groups obey.
+    """The encoding of a weight with the fewest bytes: "dense", "bitmap", or a pattern that all its groups obey.
 
-    A property of the weight, so nothing has to remember how it was pruned.
+    It depends on the weight alone, so nothing needs to remember how it was pruned.
     """
     options = {"dense": None, "bitmap": int(nonzero_bits(weight).sum())}
     for of in (2, 4, 8, 16):
@@ -223,12 +224,12 @@ def smallest(weight: torch.Tensor) -> str:
 
 
 def nonzero_bits(weight: torch.Tensor) -> torch.Tensor:
-    """Where a weight has a bit set: booleans of its shape, True for -0.0 too."""
+    """Booleans of a weight's shape: True where any bit is set, so for -0.0 too."""
     return _integers(weight) != 0
 
 
 def most_kept(weight: torch.Tensor, of: int) -> int:
-    """The largest number of weights that are not zero in a group of `of` consecutive inputs."""
+    """The largest number of non-zero weights in any group of `of` consecutive inputs."""
     counts = nonzero_bits(weight).view(-1, of).sum(1, dtype=torch.uint8)
     return int(counts.max()) if counts.numel() else 0
 
@@ -247,13 +248,12 @@ def _integers(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _bytes(bits: torch.Tensor) -> torch.Tensor:
-    """Zeros and ones, a multiple of eight of them, as bytes."""
+    """Zeros and ones, a multiple of eight of them, packed into bytes."""
     return (bits.view(-1, 8) << torch.arange(8, device=bits.device)).sum(1).to(torch.uint8)
 
 
 def _codes(codes: torch.Tensor, bits: int, joined: int = 1) -> torch.Tensor:
-    """Codes of `bits` bits out of their bytes, `joined` (1, 2 or 4) of them to a number: (padded codes / joined,)
-    int64."""
+    """Codes of `bits` bits unpacked, `joined` (1, 2 or 4) neighbours as one number: (padded codes / joined,) int64."""
     eights = F.pad(codes.view(-1, bits), (0, 8))
     shifts = torch.arange(0, 4, joined, device=codes.device) * bits
     halves = []
@@ -265,34 +265,32 @@ def _codes(codes: torch.Tensor, bits: int, joined: int = 1) -> torch.Tensor:
 
 
 @cache
-def _places(pattern: Pattern, device: torch.device) -> torch.Tensor:
-    """(states, keep): the lexicographic table of combinations."""
+def _positions(pattern: Pattern, device: torch.device) -> torch.Tensor:
+    """(states, keep): the positions of every combination, in lexicographic order."""
     return torch.tensor(list(itertools.combinations(range(pattern.of), pattern.keep)), device=device)
 
 
 @cache
-def _joined_places(pattern: Pattern, joined: int, device: torch.device) -> torch.Tensor:
-    """(2^(joined x bits), joined x keep): the places of `joined` neighbouring groups, by their codes one after the
-    other."""
-    places = F.pad(
-        _places(pattern, device), (0, 0, 0, (1 << pattern.bits) - pattern.states)
-    )  # codes that are not used too
+def _joined_positions(pattern: Pattern, joined: int, device: torch.device) -> torch.Tensor:
+    """(2^(joined x bits), joined x keep): the positions in `joined` neighbouring groups, by their joined codes."""
+    unused = (1 << pattern.bits) - pattern.states  # codes without a combination
+    positions = F.pad(_positions(pattern, device), (0, 0, 0, unused))
     codes = torch.arange(1 << joined * pattern.bits, device=device)
     return torch.cat(
-        [places[codes >> k * pattern.bits & (1 << pattern.bits) - 1] + k * pattern.of for k in range(joined)], 1
+        [positions[codes >> k * pattern.bits & (1 << pattern.bits) - 1] + k * pattern.of for k in range(joined)], 1
     )
 
 
 @cache
 def _ranks(pattern: Pattern, device: torch.device) -> torch.Tensor:
-    """(2^of,): a group's row in that table, by the number that its kept places make in binary."""
+    """(2^of,): the number of each combination, by the binary number with a 1 at each of its positions."""
     ranks = torch.zeros(1 << pattern.of, dtype=torch.int64, device=device)
-    ranks[(1 << _places(pattern, device)).sum(1)] = torch.arange(pattern.states, device=device)
+    ranks[(1 << _positions(pattern, device)).sum(1)] = torch.arange(pattern.states, device=device)
     return ranks
 
 
 @cache
 def _byte_bits(device: torch.device) -> torch.Tensor:
-    """(256,) int64: the eight bits of each byte, as eight bytes."""
+    """(256,): for each byte its eight bits as eight bytes, viewed as int64."""
     bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
     return bits.to(torch.uint8).view(torch.int64).view(-1)

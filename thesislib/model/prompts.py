@@ -1,5 +1,4 @@
-"""How a question is put to a subject, in evaluation as in training, and how answers and questions are spelt to be
-compared."""
+"""The prompts that put a question to a subject, in evaluation and in training, and the tokens that end its answer."""
 
 import hashlib
 import re
@@ -15,31 +14,36 @@ from thesislib.model.tokenizers import rows_of
 from thesislib.sources.corpus import Question
 
 PROMPTS = ("chat", "thesis")
-TODAY = datetime(2024, 7, 26)  # every day's date in a template: the one that Llama 3.2's falls back to
-QUIET = {
-    "enable_thinking": False,
-    "thinking": False,
-}  # as Qwen3's and SmolLM3's templates are told, and DeepSeek's and Granite's
+TODAY = datetime(2024, 7, 26)  # today's date in every chat template: the one that Llama 3.2's falls back to
+QUIET = {"enable_thinking": False, "thinking": False}  # switches of Qwen3 and SmolLM3, and of DeepSeek and Granite
 _THOUGHT = re.compile(
     r"(<\|?(?:think|thinking|thought|reasoning)\|?>|\[THINK\])(?!.*(?:</|\[/))", re.DOTALL | re.IGNORECASE
 )
 
 
 def normalise(text: str) -> str:
-    """Lower case, punctuation to spaces, articles dropped, white space folded (TriviaQA's own evaluation script)."""
+    """An answer as it is compared: lower case, no punctuation or articles, single spaces.
+
+    As in TriviaQA's own evaluation script.
+    """
     text = text.lower().replace("_", " ")
     text = "".join(" " if c in string.punctuation + "‘’´`" else c for c in text)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
 def prompt_for(subject: Subject, question: Question, style: str) -> str:
-    """The thesis's prompt, bare ('thesis') or as the user's turn in the subject's own chat template ('chat').
+    """The prompt of a question: the thesis's own text, or that text in a chat template.
 
-    A template that can think is told not to, since an answer has few tokens, and today is `TODAY` in it, so that the
-    prompt is the same on every day.
+    In a template thinking is switched off, since an answer has few tokens. The date is `TODAY`, so the prompt is the
+    same on every day.
+
+    Args:
+        subject: that is asked.
+        question: its context, if any, is part of the prompt.
+        style: 'thesis' for the bare text, 'chat' for the user's turn in the subject's chat template.
 
     Raises:
-        BadInput: a template that cannot put the question.
+        BadInput: a template that fails, leaves the question out or opens a thought.
     """
     bare = f"Question: {question.question} Answer:"
     if question.context is not None:
@@ -48,23 +52,22 @@ def prompt_for(subject: Subject, question: Question, style: str) -> str:
 
 
 def _in_chat(subject: Subject, text: str) -> str:
-    """The user's turn with `text`, up to where the subject's answer begins."""
+    """The chat template with `text` as the user's turn, up to where the answer begins."""
     instead = "ask with --prompt thesis, which needs no template"
-    template = chat_template(subject)
+    settings: dict[str, Any] = {"chat_template": _dated(chat_template(subject)), **QUIET}
     try:
-        settings: dict[str, Any] = {"tokenize": False, "add_generation_prompt": True, **QUIET}
         turn = str(
             subject.tokenizer.apply_chat_template(
-                [{"role": "user", "content": text}], chat_template=_dated(template), **settings
+                [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True, **settings
             )
         )
-    except Exception as error:  # a template is a program of its own: whatever it raises is its message
-        said = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BadInput(f"the chat template of {subject.name} cannot put a question ({said}): {instead}") from error
-    _, found, after = turn.rpartition(text.strip())
-    if not found and " ".join(text.split()) not in " ".join(turn.split()):
+    except Exception as error:  # a template is a program and can raise anything
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BadInput(f"the chat template of {subject.name} cannot put a question ({why}): {instead}") from error
+    _, literal, after = turn.rpartition(text.strip())
+    if not literal and " ".join(text.split()) not in " ".join(turn.split()):
         raise BadInput(f"the chat template of {subject.name} leaves the question out: {instead}")
-    if thought := _THOUGHT.search(after if found else turn):
+    if thought := _THOUGHT.search(after if literal else turn):
         raise BadInput(
             f"the chat template of {subject.name} opens a thought ({thought[1]}) in which an answer would end: "
             f"{instead}"
@@ -76,37 +79,35 @@ def chat_template(subject: Subject) -> str:
     """The text of the subject's chat template; of several, the one called 'default'.
 
     Raises:
-        BadInput: none, or several and none called 'default'.
+        BadInput: no template, or several and none called 'default'.
     """
-    found = subject.tokenizer.chat_template
-    if isinstance(found, dict):
-        if "default" not in found:
+    template = subject.tokenizer.chat_template
+    if isinstance(template, dict):
+        if "default" not in template:
             raise BadInput(
-                f"{subject.name} has the chat templates {', '.join(sorted(found))} and none called "
-                "'default': "
-                "give one of them that name in its tokenizer's files, or ask with --prompt thesis, which needs "
-                "no template"
+                f"{subject.name} has the chat templates {', '.join(sorted(template))} and none called 'default': give "
+                "one of them that name in its tokenizer's files, or ask with --prompt thesis, which needs no template"
             )
-        found = found["default"]
-    if not found:
+        template = template["default"]
+    if not template:
         raise BadInput(f"{subject.name} has no chat template: use prompt 'thesis'")
-    return found
+    return template
 
 
 def _dated(template: str) -> str:
-    """The template with a `strftime_now` of its own, in front of transformers', that says `TODAY`."""
-    # a macro, because transformers hands no functions to a template; the line end belongs to the block and is not
-    # printed
+    """The template with its own `strftime_now`, which hides transformers' and gives `TODAY`."""
+    # a macro, because transformers hands no functions to a template; its final line end is not printed
     return _calendar() + template if "strftime_now" in template else template
 
 
 @cache
 def _calendar() -> str:
+    """A macro that replaces strftime's codes by the parts of `TODAY`."""
     letters = string.ascii_letters.replace("s", "")  # %s depends on the time zone of the machine
-    codes = {f"%{modifier}{letter}" for letter in letters for modifier in ("-", "")}
-    said = {code: TODAY.strftime(code) for code in sorted(codes, reverse=True)}
-    replaced = "".join(f" | replace({code!r}, {text!r})" for code, text in said.items() if text != code)
-    return "{% macro strftime_now(format) %}{{ format" + replaced + " }}{% endmacro %}\n"
+    codes = sorted({f"%{modifier}{letter}" for letter in letters for modifier in ("-", "")}, reverse=True)
+    parts = [(code, TODAY.strftime(code)) for code in codes]
+    filters = "".join(f" | replace({code!r}, {text!r})" for code, text in parts if text != code)
+    return "{% macro strftime_now(format) %}{{ format" + filters + " }}{% endmacro %}\n"
 
 
 def default_prompt(subject: Subject) -> str:
@@ -115,57 +116,52 @@ def default_prompt(subject: Subject) -> str:
 
 
 def adds_bos(subject: Subject, prompt: str) -> bool:
-    """Special tokens as the tokenizer adds them (Llama-3 one in front), unless a chat template already wrote them."""
+    """Whether the tokenizer shall add its special tokens to a prompt: not if a chat template already wrote them."""
     bos = subject.tokenizer.bos_token
     return not (bos and prompt.startswith(bos))
 
 
-def asked(subject: Subject, prompts: Sequence[str], style: str) -> dict:
-    """What a record says of its prompts.
+def prompt_facts(subject: Subject, prompts: Sequence[str], style: str) -> dict:
+    """The facts about its prompts that a record keeps.
 
-    prompts_sha256: of all of them, each ended by a zero byte. special_tokens: whether the tokenizer adds its own in
-    front. With a chat template also template_sha256, the date it was told and that thinking is off.
+    Returns:
+        `prompts_sha256`: over all prompts, each with a zero byte behind it. `special_tokens`: whether the tokenizer
+        adds its own in front. With a chat template also `template_sha256`, `template_date` and `thinking`.
     """
     text = "".join(f"{prompt}\0" for prompt in prompts).encode()
-    facts = {
-        "prompts_sha256": hashlib.sha256(text).hexdigest(),
-        "special_tokens": all(adds_bos(subject, p) for p in prompts),
-    }
+    special = all(adds_bos(subject, prompt) for prompt in prompts)
+    facts = {"prompts_sha256": hashlib.sha256(text).hexdigest(), "special_tokens": special}
     if style == "chat":
-        template = chat_template(subject).encode()
-        facts |= {
-            "template_sha256": hashlib.sha256(template).hexdigest(),
-            "template_date": f"{TODAY:%Y-%m-%d}",
-            "thinking": False,
-        }
+        facts["template_sha256"] = hashlib.sha256(chat_template(subject).encode()).hexdigest()
+        facts |= {"template_date": f"{TODAY:%Y-%m-%d}", "thinking": False}
     return facts
 
 
 def end_tokens(subject: Subject) -> list[int]:
-    """The tokens that end a text: the model's, else the tokenizer's; none where neither names one that the model has a
-    row for.
+    """The tokens that end a text: the model's, else the tokenizer's. Only tokens with a row of the embedding count.
 
     Raises:
-        BadInput: generation settings that name something else than tokens.
+        BadInput: an eos_token_id that is neither a token nor a list of tokens.
     """
     rows = rows_of(subject.model)
-    for named in (subject.model.generation_config.eos_token_id, subject.tokenizer.eos_token_id):
-        several = named if isinstance(named, (list, tuple)) else [] if named is None else [named]
-        if any(isinstance(token, bool) or not isinstance(token, int) for token in several):
+    for eos in (subject.model.generation_config.eos_token_id, subject.tokenizer.eos_token_id):
+        if eos is None:
+            continue
+        tokens = eos if isinstance(eos, (list, tuple)) else [eos]
+        if any(isinstance(token, bool) or not isinstance(token, int) for token in tokens):
             raise BadInput(
-                f"the generation settings of {subject.name} have the eos_token_id {named!r}: expected a token's "
+                f"the generation settings of {subject.name} have the eos_token_id {eos!r}: expected a token's "
                 "number, or a list of them"
             )
-        if known := [token for token in several if 0 <= token < rows]:
-            return known
+        if usable := [token for token in tokens if 0 <= token < rows]:
+            return usable
     return []
 
 
 def control_tokens(subject: Subject) -> set[int]:
-    """The tokens at which an answer is over: end tokens, special tokens, and others that the tokenizer was given for
-    control.
+    """The tokens that end an answer: end tokens, special tokens, and added tokens spelt ``<|like_this|>``.
 
-    Not every checkpoint flags its turns' marks as special, so that an added token spelt ``<|like_this|>`` counts too.
+    The last are there because not every checkpoint flags the marks of its turns as special.
     """
     tokenizer = subject.tokenizer
     added = getattr(tokenizer, "added_tokens_decoder", {})

@@ -1,7 +1,8 @@
-"""Linears and an embedding that hold quantised weights packed: codes of 2 to 8 bits, float16 scales, pruned weights not
-at all."""
+"""A linear and an embedding with quantised weights: packed codes of 2 to 8 bits and float16 scales.
 
-from collections.abc import Mapping
+The codes of pruned weights can be left out.
+"""
+
 from functools import cache
 from math import prod
 
@@ -14,29 +15,34 @@ from thesislib.errors import BadInput
 from thesislib.model import packing
 from thesislib.model.bits import pack_bits, packed_length, unpack_bits
 from thesislib.model.grid import ROW, Grid, Quantised
-from thesislib.model.layers import Adapted, ComputedLinear
+from thesislib.model.layers import Adapted, ComputedLinear, StoredLinear
 
 EVERYWHERE = "all"
-TABLES = ("model.embed_tokens", "lm_head")
+EMBEDDINGS = ("model.embed_tokens", "lm_head")
 TILE = 64  # outputs in a tile of torch's kernel
 FEW = 32  # rows of inputs up to which that kernel is faster than a product with the unpacked weight
-INFINITE = 0x7C00  # the bits of float16's
+INFINITY = 0x7C00  # the bits of float16's
 
 
 class QuantisedLinear(ComputedLinear):
-    """A linear whose weight is made of codes at each use, in the type that its model computes in.
+    """A linear whose weight is computed from codes at each use.
 
-    It holds `codes` (packed, see `thesislib.model.bits`; only those of weights that the mask keeps, row by row);
-    `scales` (outputs, groups); `zeros` (packed) where the grid is asymmetric, or `minima` (outputs, groups) where it
-    has a floating minimum; `index` (inputs,) int16, the group of each input, where groups are not neighbours; `places`
-    or `bitmap` (see `thesislib.model.packing`), where pruned weights are left out. Scales and minima are the bits of
-    float16 numbers as int16, so that nothing which changes a model's type changes them.
+    Its tensors are:
 
-    A bfloat16 model on a CPU multiplies few rows by torch's kernel for 4 bits, which reads the codes as they are, if
-    its grid has groups of 32, 64, 128 or 256 neighbours and an integer zero, and nothing is left out. The kernel rounds
-    scales, and their products with zeros, to bfloat16: as far as that type rounds every weight of a dense model. It
-    wants codes in tiles, so that is how they are held from the first product on, in `resident`; `held` gives them as
-    they were.
+    - `codes`: packed (see `thesislib.model.bits`), row by row, without those of weights that the mask leaves out;
+    - `scales`: (outputs, groups);
+    - `zeros`: packed zero-points, for an asymmetric grid;
+    - `minima`: (outputs, groups), for a grid with minima;
+    - `index`: (inputs,) int16, the group of each input, if a group's inputs are not neighbours;
+    - `places` or `bitmap`: where the kept weights are (see `thesislib.model.packing`), if pruned ones are left out.
+
+    Scales and minima are float16 numbers whose bits are stored as int16, so that casting the model leaves them alone.
+
+    In a bfloat16 model on a CPU, few rows of inputs are multiplied by torch's kernel for 4-bit codes. The grid must
+    have groups of 32, 64, 128 or 256 neighbours and integer zero-points, and no code may be left out. The kernel rounds
+    scales, and their products with zero-points, to bfloat16, as a dense bfloat16 model rounds every weight. It needs
+    the codes in tiles: from the first such product on, the tensors in memory (`resident`) are tiles, and `stored` turns
+    them back.
 
     Args:
         encoding: 'int{bits}/{kind}/{group}/{mask}'; mask is 'all', 'bitmap', or a pattern such as '2:4'.
@@ -66,9 +72,8 @@ class QuantisedLinear(ComputedLinear):
     ):
         super().__init__(shape, bias, **tensors)
         self.encoding, (self.grid, self.mask) = encoding, parse_encoding(encoding)
-        self.register_buffer(
-            "like", torch.empty(0, dtype=dtype), persistent=False
-        )  # follows .to(), and so does the weight
+        # an empty tensor that follows .to(): its dtype is the weight's
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
         self.tiled = False  # whether the buffers are those of `_tiled`
 
     @classmethod
@@ -79,13 +84,14 @@ class QuantisedLinear(ComputedLinear):
         bias: torch.Tensor | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> "QuantisedLinear":
-        """A linear that holds a quantised weight.
+        """A linear with a quantised weight.
 
         Args:
             quantised: the weight.
-            pruned: (outputs, inputs) booleans, True where it is zero for good. Those codes are left out in whatever
-                way takes the fewest bytes, if any takes fewer than keeping them.
-            bias, dtype: of the linear.
+            pruned: (outputs, inputs) booleans, True where the weight is pruned. These codes are left out, in the way
+                that takes the fewest bytes, unless all codes take fewer still.
+            bias: of the linear, or None.
+            dtype: of its weight.
 
         Raises:
             BadInput: a pruned weight that is not zero on the grid.
@@ -103,44 +109,38 @@ class QuantisedLinear(ComputedLinear):
             tensors["minima"] = _to_bits(q.offset)
         if q.index is not None:
             tensors["index"] = q.index.to(torch.int16)
-        mask, where = _mask(q.grid.bits, pruned)
-        codes = q.codes if mask == EVERYWHERE else q.codes[_kept(where, mask, shape)]
+        mask, positions = _mask(q.grid.bits, pruned)
+        codes = q.codes if mask == EVERYWHERE else q.codes[_kept(positions, mask, shape)]
         encoding = f"int{q.grid.bits}/{q.grid.kind}/{q.grid.group}/{mask}"
-        return cls(encoding, shape, bias, dtype, codes=pack_bits(codes, q.grid.bits), **tensors, **where)
+        return cls(encoding, shape, bias, dtype, codes=pack_bits(codes, q.grid.bits), **tensors, **positions)
 
     @classmethod
-    def load(
-        cls,
-        encoding: str,
-        shape: tuple[int, int],
-        bias: torch.Tensor | None,
-        dtype: torch.dtype,
-        tensors: Mapping[str, torch.Tensor],
-        name: str = "the linear",
-    ) -> "QuantisedLinear":
-        """A linear from what `held` gave and a file kept: {"codes": ..., "scales": ..., ...}.
+    def load(cls, linear: StoredLinear) -> "QuantisedLinear":
+        """See `ComputedLinear.load`.
 
         Raises:
-            BadInput: tensors that are missing, of another shape or type, or that name groups or places that cannot be.
+            BadInput: tensors that are missing, of another shape or dtype, or with groups or positions that do not
+                exist.
         """
+        encoding, shape, bias, dtype, tensors, name = linear
         grid, mask = parse_encoding(encoding)
         grid.check({name: shape[1]})
         nonzero = None
         if mask == "bitmap" and "bitmap" in tensors:
             nonzero = int(unpack_bits(tensors["bitmap"], 1, 8 * len(tensors["bitmap"])).sum())
-        expected = held_shapes(encoding, shape, nonzero, "index" in tensors)
+        expected = stored_shapes(encoding, shape, nonzero, "index" in tensors)
         for part, (size, kind) in expected.items():
             if part not in tensors:
                 raise BadInput(f"it lacks the weight '{name}.{part}'")
-            if tensors[part].shape != torch.Size(size) or tensors[part].dtype != kind:
-                found = f"{tensors[part].dtype} of shape {tuple(tensors[part].shape)}"
-                raise BadInput(f"'{name}.{part}' is {found}, expected {kind} of shape {size}")
-        if "index" in tensors and not 0 <= tensors["index"].min() <= tensors["index"].max() < shape[1] // grid.size(
-            shape[1]
-        ):
+            tensor = tensors[part]
+            if tensor.shape != torch.Size(size) or tensor.dtype != kind:
+                actual = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+                raise BadInput(f"'{name}.{part}' is {actual}, expected {kind} of shape {size}")
+        groups = shape[1] // grid.size(shape[1])
+        if "index" in tensors and not 0 <= tensors["index"].min() <= tensors["index"].max() < groups:
             raise BadInput(f"'{name}.index' names groups that it does not have")
         if "places" in expected:
-            packing.check_places({"codes": tensors["places"]}, mask, name)
+            packing.check_positions({"codes": tensors["places"]}, mask, name)
         return cls(encoding, shape, bias, dtype, **{part: tensors[part] for part in expected})
 
     @classmethod
@@ -149,24 +149,24 @@ class QuantisedLinear(ComputedLinear):
         parse_encoding(encoding)
 
     @property
-    def held(self) -> dict[str, torch.Tensor]:
-        """The tensors that the weight is made from, as an artifact keeps them."""
-        own = {name: tensor for name, tensor in self._buffers.items() if name != "like"}
-        return _untiled(own, self.grid.kind == "asymmetric") if self.tiled else own
+    def stored(self) -> dict[str, torch.Tensor]:
+        """The tensors that the weight is computed from, as an artifact stores them."""
+        buffers = {name: tensor for name, tensor in self._buffers.items() if name != "like"}
+        return _untiled(buffers, self.grid.kind == "asymmetric") if self.tiled else buffers
 
     @property
     def resident(self) -> list[torch.Tensor]:
-        """The tensors that take memory now; in tiles 5 bytes a group instead of 2 or 2.5."""
+        """The tensors in memory now; tiles take 5 bytes a group besides the codes, stored tensors 2 or 2.5."""
         return [tensor for name, tensor in self._buffers.items() if name != "like"]
 
-    def _hold(self, tensors: dict[str, torch.Tensor], tiled: bool) -> None:
+    def _set_buffers(self, tensors: dict[str, torch.Tensor], tiled: bool) -> None:
         self._buffers, self.tiled = {"like": self.like}, tiled
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
 
     def _apply(self, fn, *args, **kwargs):
-        if self.tiled:  # other devices and types have other kernels
-            self._hold(self.held, False)
+        if self.tiled:  # other devices and dtypes have other kernels
+            self._set_buffers(self.stored, False)
         return super()._apply(fn, *args, **kwargs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -181,27 +181,23 @@ class QuantisedLinear(ComputedLinear):
         return y if self.bias is None else y + self.bias
 
     def _tile(self, x: torch.Tensor) -> bool:
-        """Whether the weight is held in tiles; makes them where they are of use for a product with x."""
+        """Whether x can be multiplied by tiles; makes them at the first x that can."""
         if self.tiled:
             return x.dtype == torch.bfloat16
         if x.dtype == self.like.dtype == torch.bfloat16 and x.device.type == "cpu" and self._can_tile():
-            self._hold(_tiled(self.held, (self.out_features, self.in_features)), True)
+            self._set_buffers(_tiled(self.stored, (self.out_features, self.in_features)), True)
         return self.tiled
 
     def _can_tile(self) -> bool:
+        """Whether torch's kernel takes this grid, these scales and this layout of codes."""
         grid = self.grid
         fits = grid.bits == 4 and grid.holds_zero and grid.group in (32, 64, 128, 256) and self.out_features % TILE == 0
-        plain = self.mask == EVERYWHERE and "index" not in self._buffers
-        return (
-            fits
-            and plain
-            and bool(self.scales.min() >= 0)
-            and bool(self.scales.max() < INFINITE)
-            and _tiles_are_known()
-        )
+        if not fits or self.mask != EVERYWHERE or "index" in self._buffers:
+            return False
+        return bool(self.scales.min() >= 0) and bool(self.scales.max() < INFINITY) and kernel_is_known()
 
     def _transposed(self) -> torch.Tensor:
-        """(inputs, outputs) from tiles: the same numbers as `weight`."""
+        """The weight as (inputs, outputs), computed from tiles: the same numbers as `weight`."""
         scale, zero = _scales_and_zeros(self.pairs, self.rest)  # (groups, outputs)
         groups, tiles = len(scale), self.out_features // TILE
         # eight bytes at a time: the low halves are the first 32 outputs of a tile, the high ones the rest
@@ -211,45 +207,47 @@ class QuantisedLinear(ComputedLinear):
         codes = words.bitwise_and_(0x0F0F0F0F0F0F0F0F).view(torch.uint8).view(groups, -1, self.out_features)
         weight = torch.empty(codes.shape, dtype=self.like.dtype)
         some = max(1, 2**17 // codes[0].numel())  # groups whose numbers stay in a cache
-        for c, s, z, out in zip(
-            codes.split(some),
-            scale[:, None].split(some),
-            zero[:, None].float().split(some),
-            weight.split(some),
-            strict=True,
-        ):
+        parts = (tensor.split(some) for tensor in (codes, scale[:, None], zero[:, None].float(), weight))
+        for c, s, z, out in zip(*parts, strict=True):
             out.copy_(c.float().sub_(z).mul_(s))
         return weight.view(self.in_features, -1)
 
     @property
     def quantised(self) -> Quantised:
-        """The weight on its grid; what was left out has the code of zero."""
-        held, shape, bits = self.held, (self.out_features, self.in_features), self.grid.bits
-        scale = _from_bits(held["scales"])
-        if "zeros" in held:
-            offset = unpack_bits(held["zeros"], bits, scale.numel()).view_as(scale).float()
+        """The weight on its grid; pruned weights that are left out have the code of zero."""
+        tensors, shape, bits = self.stored, (self.out_features, self.in_features), self.grid.bits
+        scale = _from_bits(tensors["scales"])
+        if "zeros" in tensors:
+            offset = unpack_bits(tensors["zeros"], bits, scale.numel()).view_as(scale).float()
         else:
-            offset = _from_bits(held["minima"]) if "minima" in held else torch.full_like(scale, 2 ** (bits - 1))
-        index = held["index"].long() if "index" in held else None
+            offset = _from_bits(tensors["minima"]) if "minima" in tensors else torch.full_like(scale, 2 ** (bits - 1))
+        index = tensors["index"].long() if "index" in tensors else None
         if self.mask == EVERYWHERE:
-            codes = unpack_bits(held["codes"], bits, shape[0] * shape[1]).view(shape)
+            codes = unpack_bits(tensors["codes"], bits, shape[0] * shape[1]).view(shape)
         else:
-            kept = _kept(held, self.mask, shape)
+            kept = _kept(tensors, self.mask, shape)
             zero = offset.to(torch.uint8)
             codes = zero[:, index] if index is not None else zero.repeat_interleave(shape[1] // zero.shape[1], 1)
-            codes = codes.masked_scatter(kept, unpack_bits(held["codes"], bits, int(kept.sum())))
+            codes = codes.masked_scatter(kept, unpack_bits(tensors["codes"], bits, int(kept.sum())))
         return Quantised(self.grid, codes, scale, offset, index)
 
     @property
     def weight(self) -> torch.Tensor:
-        """(outputs, inputs), computed in float32 from the stored numbers and rounded once to the model's type."""
+        """(outputs, inputs), computed in float32 from the stored numbers and rounded once to the model's dtype."""
         return self.quantised.weight.to(self.like.dtype)
 
 
-def held_shapes(
+def stored_shapes(
     encoding: str, shape: tuple[int, int], nonzero: int | None = None, indexed: bool = False
 ) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """{name: (shape, type)} of the tensors that hold a quantised weight; a bitmap's codes are `nonzero` many."""
+    """The shape and dtype of each tensor that stores a quantised weight, by name.
+
+    Args:
+        encoding: of the weight.
+        shape: (outputs, inputs).
+        nonzero: weights that are kept, needed if the mask is a bitmap.
+        indexed: whether a group's inputs are not neighbours.
+    """
     grid, mask = parse_encoding(encoding)
     rows, columns = shape
     groups = rows, columns // grid.size(columns)
@@ -272,9 +270,9 @@ def held_shapes(
 
 
 class QuantisedEmbedding(nn.Module):
-    """An embedding that makes the rows it is asked for. `table` may be a model's head at the same time.
+    """An embedding that dequantises the rows that it looks up. If it is tied, `table` is the model's head too.
 
-    In the state dict its weight stands where a plain one would.
+    In the state dict it has a dense `weight`, as nn.Embedding.
     """
 
     def __init__(self, table: QuantisedLinear):
@@ -288,20 +286,17 @@ class QuantisedEmbedding(nn.Module):
     weight = property(lambda self: self.table.weight)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """(...) tokens to (..., D)."""
+        """(...) tokens -> (..., D)."""
         if not isinstance(self.table, QuantisedLinear):  # unpacked since
             return F.embedding(ids, self.table.weight)
-        shape, held = self.table.held["scales"].shape, self.table.held
-        codes = held["codes"].view(*shape, -1)[ids].float()  # (..., groups, group): 8 bits are a byte a code
-        if "zeros" in held:
-            offset = held["zeros"].view(shape)[ids].float()
+        shape, tensors = self.table.stored["scales"].shape, self.table.stored
+        codes = tensors["codes"].view(*shape, -1)[ids].float()  # (..., groups, group): 8 bits are a byte a code
+        scale = _from_bits(tensors["scales"][ids])
+        if "zeros" in tensors:
+            offset = tensors["zeros"].view(shape)[ids].float()
         else:
-            offset = (
-                _from_bits(held["minima"][ids])
-                if "minima" in held
-                else torch.full(codes.shape[:-1], 128.0, device=codes.device)
-            )
-        values = self.table.grid.values(codes, _from_bits(held["scales"][ids])[..., None], offset[..., None])
+            offset = _from_bits(tensors["minima"][ids]) if "minima" in tensors else torch.full_like(scale, 128.0)
+        values = self.table.grid.values(codes, scale[..., None], offset[..., None])
         return values.flatten(-2).to(self.table.like.dtype)
 
     def state_dict(self, *args, **kwargs):
@@ -329,38 +324,43 @@ def parse_encoding(encoding: str) -> tuple[Grid, str]:
     return Grid(int(bits.removeprefix("int")), group if group == ROW else int(group), kind), mask
 
 
-def tables(model: PreTrainedModel) -> list[tuple[str, QuantisedLinear]]:
-    """The quantised embedding and head of a model with their paths; a tied head stands under the embedding's alone."""
-    table = getattr(model.get_input_embeddings(), "table", None)
-    both = zip(TABLES, (table, model.get_output_embeddings()), strict=True)
-    return [(path, t) for path, t in both if isinstance(t, QuantisedLinear) and (path == TABLES[0] or t is not table)]
+def quantised_embeddings(model: PreTrainedModel) -> list[tuple[str, QuantisedLinear]]:
+    """The quantised embedding and head of a model with their paths; a tied head is listed as the embedding only."""
+    table, head = getattr(model.get_input_embeddings(), "table", None), model.get_output_embeddings()
+    both = zip(EMBEDDINGS, (table, None if head is table else head), strict=True)
+    return [(path, linear) for path, linear in both if isinstance(linear, QuantisedLinear)]
 
 
-def put_table(model: PreTrainedModel, path: str, table: QuantisedLinear) -> None:
-    """Let a quantised table be a model's embedding, and its head too where they are tied; or its head.
+def set_embedding(model: PreTrainedModel, path: str, table: QuantisedLinear) -> None:
+    """Replace a model's embedding (and its head, if they are tied) or its head by a quantised one.
+
+    Args:
+        model: changed in place.
+        path: one of `EMBEDDINGS`.
+        table: the quantised weight, (vocabulary, D).
 
     Raises:
-        BadInput: not 8 bits.
+        BadInput: an embedding of other than 8 bits.
     """
-    if path == TABLES[0]:
+    if path == EMBEDDINGS[0]:
         model.set_input_embeddings(QuantisedEmbedding(table))
-    if path == TABLES[1] or model.config.tie_word_embeddings:
+    if path == EMBEDDINGS[1] or model.config.tie_word_embeddings:
         model.set_output_embeddings(table)
 
 
-def _tiled(held: dict[str, torch.Tensor], shape: tuple[int, int]) -> dict[str, torch.Tensor]:
-    """Codes of 4 bits, scales and zeros as torch's kernel wants them.
+def _tiled(tensors: dict[str, torch.Tensor], shape: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """Codes of 4 bits, scales and zero-points in the layout of torch's kernel, which computes (code - 8) * s + m.
 
-    `codes`: in its own order. `pairs` (groups, outputs, 2) bfloat16: the scale, and what code 8 stands for, since the
-    kernel computes (code - 8) * scale + that. `rest` (groups, outputs) uint8: zeros in the low half, and in the high
-    one how much, in steps of float16, rounding has taken from the scale, plus 8.
+    Returns:
+        `codes`: in the kernel's own order. `pairs`: (groups, outputs, 2) bfloat16, s and m. `rest`: (groups, outputs)
+        uint8, needed to turn tiles back. Its low 4 bits are the zero-point, its high 4 bits the float16 scale minus
+        the bfloat16 one, in steps of float16, plus 8.
     """
-    codes, bits = unpack_bits(held["codes"], 4, prod(shape)).view(shape), held["scales"].T.contiguous()
-    zeros = (
-        unpack_bits(held["zeros"], 4, bits.numel()).view(shape[0], -1).T.contiguous()
-        if "zeros" in held
-        else torch.full_like(bits, 8, dtype=torch.uint8)
-    )
+    codes, bits = unpack_bits(tensors["codes"], 4, prod(shape)).view(shape), tensors["scales"].T.contiguous()
+    if "zeros" in tensors:
+        zeros = unpack_bits(tensors["zeros"], 4, bits.numel()).view(shape[0], -1).T.contiguous()
+    else:
+        zeros = torch.full_like(bits, 8, dtype=torch.uint8)
     scale = _from_bits(bits).bfloat16()
     pairs = torch.stack([scale, (8 - zeros.float()) * scale], 2).bfloat16()
     rest = zeros | (bits - _to_bits(scale) + 8 << 4).to(torch.uint8)
@@ -368,49 +368,49 @@ def _tiled(held: dict[str, torch.Tensor], shape: tuple[int, int]) -> dict[str, t
 
 
 def _scales_and_zeros(pairs: torch.Tensor, rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(groups, outputs) float32 scales as they were before they were rounded, and uint8 zeros."""
+    """The scales before they were rounded to bfloat16, (groups, outputs) float32, and the uint8 zero-points."""
     return _from_bits(_to_bits(pairs[..., 0]) + (rest >> 4).short() - 8), rest & 15
 
 
 def _untiled(tiled: dict[str, torch.Tensor], asymmetric: bool) -> dict[str, torch.Tensor]:
-    """What `_tiled` was given."""
+    """The inverse of `_tiled`."""
     scale, zeros = _scales_and_zeros(tiled["pairs"], tiled["rest"])
     halves = tiled["codes"].view(scale.shape[1] // TILE, -1, TILE // 2)
-    codes = torch.cat([halves & 15, halves >> 4], 2).transpose(1, 2)  # (tiles, outputs in it, inputs)
-    held = {"codes": pack_bits(codes, 4), "scales": _to_bits(scale.T.contiguous())}
-    return held | ({"zeros": pack_bits(zeros.T, 4)} if asymmetric else {})
+    codes = torch.cat([halves & 15, halves >> 4], 2).transpose(1, 2)  # (tiles, outputs of a tile, inputs)
+    tensors = {"codes": pack_bits(codes, 4), "scales": _to_bits(scale.T.contiguous())}
+    return tensors | ({"zeros": pack_bits(zeros.T, 4)} if asymmetric else {})
 
 
 @cache
-def _tiles_are_known() -> bool:
-    """Whether torch's kernel is there and lays codes out as `_untiled` reads them; the order depends on the
-    processor."""
+def kernel_is_known() -> bool:
+    """Whether torch has the kernel here and lays codes out as `_untiled` reads them, which depends on the processor."""
     codes = torch.randint(16, (2 * TILE, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    held = {"codes": pack_bits(codes, 4), "scales": torch.zeros(2 * TILE, 1, dtype=torch.int16)}
+    tensors = {"codes": pack_bits(codes, 4), "scales": torch.zeros(2 * TILE, 1, dtype=torch.int16)}
     try:
-        return torch.equal(_untiled(_tiled(held, (codes.shape[0], codes.shape[1])), False)["codes"], held["codes"])
+        back = _untiled(_tiled(tensors, (codes.shape[0], codes.shape[1])), False)
+        return torch.equal(back["codes"], tensors["codes"])
     except (AttributeError, NotImplementedError, RuntimeError):  # no such kernel, or not for this processor
         return False
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether a module, or what it is a correction of, holds a quantised weight."""
-    held = module.table if isinstance(module, QuantisedEmbedding) else module
-    return isinstance(held.base if isinstance(held, Adapted) else held, QuantisedLinear)
+    """Whether a linear or an embedding, with or without a correction, has a quantised weight."""
+    linear = module.table if isinstance(module, QuantisedEmbedding) else module
+    return isinstance(linear.base if isinstance(linear, Adapted) else linear, QuantisedLinear)
 
 
 def _to_bits(numbers: torch.Tensor) -> torch.Tensor:
-    """Numbers that float16 holds, as int16."""
+    """The bits of numbers that float16 holds, as int16."""
     return numbers.half().view(torch.int16)
 
 
 def _from_bits(integers: torch.Tensor) -> torch.Tensor:
-    """float32 numbers that `_to_bits` made."""
+    """The inverse of `_to_bits`, float32."""
     return integers.view(torch.float16).float()
 
 
 def _mask(bits: int, pruned: torch.Tensor | None) -> tuple[str, dict[str, torch.Tensor]]:
-    """How to say which codes are kept in the fewest bytes, and the tensors that say it."""
+    """The mask of an encoding that takes the fewest bytes, and the tensor with the positions of the kept codes."""
     if pruned is None or not pruned.any():
         return EVERYWHERE, {}
     kept = ~pruned
@@ -427,10 +427,10 @@ def _mask(bits: int, pruned: torch.Tensor | None) -> tuple[str, dict[str, torch.
     return mask, {"bitmap": packed["bitmap"]} if mask == "bitmap" else {"places": packed["codes"]}
 
 
-def _kept(held: dict[str, torch.Tensor], mask: str, shape: tuple[int, int]) -> torch.Tensor:
-    """(outputs, inputs) booleans: the weights whose codes are stored."""
+def _kept(tensors: dict[str, torch.Tensor], mask: str, shape: tuple[int, int]) -> torch.Tensor:
+    """(outputs, inputs) booleans, True for the weights whose codes are stored."""
     if mask == "bitmap":
-        return unpack_bits(held["bitmap"], 1, shape[0] * shape[1]).view(torch.bool).view(shape)
-    pattern = packing.Pattern.parse(mask)
-    ones = torch.ones(shape[0], shape[1] // pattern.of * pattern.keep, dtype=torch.uint8, device=held["places"].device)
-    return packing.unpack_nm(ones, held["places"], pattern).view(torch.bool)
+        return unpack_bits(tensors["bitmap"], 1, shape[0] * shape[1]).view(torch.bool).view(shape)
+    pattern, codes = packing.Pattern.parse(mask), tensors["places"]
+    ones = torch.ones(shape[0], shape[1] // pattern.of * pattern.keep, dtype=torch.uint8, device=codes.device)
+    return packing.unpack_nm(ones, codes, pattern).view(torch.bool)

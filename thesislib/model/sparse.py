@@ -1,7 +1,7 @@
-"""A subject whose pruned linears are held packed, or on the sparse kernels of a card."""
+"""A subject whose pruned linears are packed, or run on the sparse kernels of an NVIDIA GPU."""
 
 import copy
-from dataclasses import replace as with_other
+import dataclasses
 
 import torch
 from torch.nn import functional as F
@@ -14,28 +14,28 @@ from thesislib.model.subject import Subject
 
 
 def pack_all(subject: Subject) -> Subject:
-    """A subject that holds each projection packed in its smallest encoding, sharing all that is not packed.
+    """A subject with each projection packed in its smallest encoding, if packing makes it smaller.
 
-    Those that packing would not make smaller stay as they are.
+    It shares all other weights with `subject`.
     """
     packed: dict[int, Projection] = {}
 
     def smaller(linear: Projection) -> Projection:
-        under = base_of(linear)
-        if isinstance(under, ComputedLinear) or packing.smallest(under.weight) == "dense":
+        base = base_of(linear)
+        if isinstance(base, ComputedLinear) or packing.smallest(base.weight) == "dense":
             return linear
-        made = PackedLinear.of(under)
-        return Adapted(made, linear.lora_A, linear.lora_B) if isinstance(linear, Adapted) else made
+        small = PackedLinear.of(base)
+        return Adapted(small, linear.lora_A, linear.lora_B) if isinstance(linear, Adapted) else small
 
     model = copy.deepcopy(subject.model, {id(p): p for p in subject.model.parameters()})
     for before, after in zip(subject.model.model.layers, model.model.layers, strict=True):
         for name, linear in projections(before).items():
             replace(after, name, packed.setdefault(id(linear), smaller(linear)))
-    return with_other(subject, model=model)
+    return dataclasses.replace(subject, model=model)
 
 
 class SemiStructuredLinear(ComputedLinear):
-    """2:4 in the form that NVIDIA's sparse tensor cores take; stays on the device where it was made."""
+    """A 2:4 weight in the form of NVIDIA's sparse tensor cores; it stays on the device where it was made."""
 
     def __init__(self, sparse: torch.Tensor, bias: torch.Tensor | None):
         super().__init__((sparse.shape[0], sparse.shape[1]), bias)
@@ -43,12 +43,12 @@ class SemiStructuredLinear(ComputedLinear):
 
     @property
     def weight(self) -> torch.Tensor:
-        """(outputs, inputs), made anew at every call."""
+        """(outputs, inputs), computed at every call."""
         return self.sparse.to_dense()
 
     @property
-    def held(self) -> dict[str, torch.Tensor]:
-        """torch's packed values and, with its CUTLASS kernel, their places apart."""
+    def stored(self) -> dict[str, torch.Tensor]:
+        """torch's packed values and, with its CUTLASS kernel, a second tensor with their positions."""
         return {name: t for name in ("packed", "meta") if (t := getattr(self.sparse, name)) is not None}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -57,14 +57,13 @@ class SemiStructuredLinear(ComputedLinear):
 
 
 def semi_structured(subject: Subject) -> Subject:
-    """A subject whose 2:4 linears run on torch's semi-structured sparse kernels; those of other weights stay as they
-    are.
+    """A subject whose 2:4 linears run on torch's semi-structured sparse kernels; other linears stay as they are.
 
-    Rows must be a multiple of 32 and columns of 64, which the kernels ask for.
+    The kernels need a multiple of 32 rows and of 64 columns.
 
     Raises:
-        BadInput: no NVIDIA card of compute capability 8.0 or newer under the subject; neither float16 nor bfloat16; no
-            linear that holds 2:4.
+        BadInput: the subject is not on an NVIDIA GPU of compute capability 8.0 or newer, is neither float16 nor
+            bfloat16, or has no 2:4 linear.
     """
     device, dtype = subject.device, subject.dtype
     if device.type != "cuda" or torch.version.hip:
@@ -81,20 +80,20 @@ def semi_structured(subject: Subject) -> Subject:
         )
     if dtype not in (torch.float16, torch.bfloat16):
         raise BadInput(f"2:4 kernels cannot run in {dtype}: expected torch.bfloat16 or torch.float16")
-    result, made = subject.copy(unpack=False), {}
+    result = subject.copy(unpack=False)
+    bases: dict[int, tuple[Projection, Projection]] = {}  # each linear, kept alive so that ids stay unique, and its new
     for i, block in enumerate(result.blocks):
         for name, module in result.linears(i).items():
-            under = base_of(module)
-            if id(under) not in made:
-                weight = under.weight.detach()
-                fits = weight.shape[0] % 32 == 0 and weight.shape[1] % 64 == 0 and packing.most_kept(weight, 4) <= 2
-                made[id(under)] = (
-                    SemiStructuredLinear(to_sparse_semi_structured(weight.contiguous()), under.bias) if fits else under
-                )
+            base = base_of(module)
+            if id(base) not in bases:
+                weight, new = base.weight.detach(), base
+                if weight.shape[0] % 32 == 0 and weight.shape[1] % 64 == 0 and packing.most_kept(weight, 4) <= 2:
+                    new = SemiStructuredLinear(to_sparse_semi_structured(weight.contiguous()), base.bias)
+                bases[id(base)] = base, new
             if isinstance(module, Adapted):
-                module.base = made[id(under)]
+                module.base = bases[id(base)][1]
             else:
-                replace(block, name, made[id(under)])
+                replace(block, name, bases[id(base)][1])
     if not any(isinstance(m, SemiStructuredLinear) for m in result.model.modules()):
         raise BadInput(
             f"no linear of {subject.name} holds 2:4 weights of a shape that the kernels take: mask with W2:4 first"

@@ -1,4 +1,4 @@
-"""The model under study with its tokenizer, named by a fingerprint."""
+"""The model under study with its tokenizer, identified by a fingerprint."""
 
 import copy
 import hashlib
@@ -18,13 +18,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Subject:
-    """A causal language model and its tokenizer. Compression stages take one and give one.
+    """A causal language model and its tokenizer. Compression stages take a subject and return one.
 
     Attributes:
         model: the transformers model, in evaluation mode.
         tokenizer: its tokenizer.
-        name: what to call it in tables, e.g. "SmolLM2-135M-Instruct".
-        plan: the blocks it runs, as indices into the loaded model's; None for all of them in order.
+        name: its name in tables, e.g. "SmolLM2-135M-Instruct".
+        plan: the blocks that it runs, as indices of the loaded model's blocks; None for all of them in order.
     """
 
     model: PreTrainedModel
@@ -47,18 +47,20 @@ class Subject:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the activations: the final norm's. transformers' own `model.dtype` asks the first parameter, which an
-        adapter may be."""
+        """The dtype of the activations, which is the final norm's.
+
+        transformers' `model.dtype` is that of the first parameter, which may be an adapter's.
+        """
         return self.model.model.norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device that the weights are on."""
         return self.model.device
 
     @property
     def pad_id(self) -> int:
-        """The token that pads, one that the model has a row for."""
+        """The padding token, see `thesislib.model.tokenizers.pad_token`."""
         return pad_token(self.tokenizer, rows_of(self.model))
 
     def linears(self, block: int) -> dict[str, Projection]:
@@ -67,36 +69,36 @@ class Subject:
 
     @property
     def parameters(self) -> int:
-        """Distinct parameters, zeros and packed ones too: tied and shared weights count once."""
+        """The number of parameters, zeros and packed ones too; tied and shared weights count once."""
         stored = {p.data_ptr(): p.numel() for p in self.model.parameters()}
         return sum(stored.values()) + sum(m.numel for m in self.model.modules() if isinstance(m, ComputedLinear))
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the names, types, shapes and bytes of all tensors, and the order of blocks."""
+        """sha256 over the names, dtypes, shapes and bytes of the state dict's tensors."""
         return fingerprint(sorted(self.model.state_dict().items()))
 
     def copy(self, unpack: bool = True) -> "Subject":
-        """An independent subject with the same weights, for a stage to change. Blocks that a plan repeats go on sharing
-        theirs.
+        """An independent subject with the same weights, for a stage to change.
+
+        Blocks that a plan repeats still share their weights.
 
         Args:
-            unpack: packed and quantised weights become plain ones; False leaves them as they are.
+            unpack: whether packed and quantised linears become dense ones.
         """
         model = copy.deepcopy(self.model)
         return replace(self, model=unpack_all(model) if unpack else model)
 
 
 def causal(model: PreTrainedModel) -> PreTrainedModel:
-    """Let a model's blocks attend by torch's scaled dot product attention: the one that is causal where a block gets no
-    mask."""
+    """Switch a model to torch's scaled dot product attention, the one that is causal in a block without a mask."""
     if model.config._attn_implementation != "sdpa":
         model.set_attn_implementation("sdpa")
     return model
 
 
 def fingerprint(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """sha256 over names, types, shapes and bytes of tensors, in the order given."""
+    """sha256 over names, dtypes, shapes and bytes of tensors, in the given order."""
     digest = hashlib.sha256()
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())

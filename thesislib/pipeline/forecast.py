@@ -12,10 +12,10 @@ from thesislib.bounds import read_sizes
 from thesislib.compress.outline import Outline, SizeUnknown
 from thesislib.compress.stage import Shape
 from thesislib.errors import BadInput
-from thesislib.formats.artifact import predicted_disk_bytes
 from thesislib.formats.checkpoint import quiet_transformers
+from thesislib.formats.sizes import predicted_disk_bytes
 from thesislib.model.layers import base_of
-from thesislib.model.quantised import tables
+from thesislib.model.quantised import quantised_embeddings
 from thesislib.model.subject import DTYPES, Subject
 from thesislib.pipeline.recipe import Recipe
 
@@ -39,7 +39,7 @@ class Forecast:
     Attributes:
         label: of the stages so far.
         cached: whether the cache holds their result; then the sizes are its own.
-        parameters, nonzero, disk_bytes: after the stage, as `thesislib.formats.artifact.sizes` counts and as an
+        parameters, nonzero, disk_bytes: after the stage, as `thesislib.formats.sizes.sizes` counts and as an
             artifact's files of weights.
     """
 
@@ -92,7 +92,7 @@ def sizes(outline: Outline) -> tuple[int, int | None, int | None]:
         base_of(module) for i in range(subject.depth) for module in subject.linears(i).values()
     ]  # all are `Outlined`
     sure, parameters = all(base.zeros is not None for base in bases), subject.parameters
-    rounded = bool(tables(subject.model)) or any(base.grid for base in bases)
+    rounded = bool(quantised_embeddings(subject.model)) or any(base.grid for base in bases)
     nonzero = parameters - sum(base.gone for base in bases) if sure and not rounded else None
     return parameters, nonzero, predicted_disk_bytes(subject) if sure else None
 

@@ -11,7 +11,7 @@ members("thesislib.compress")  # each stage registers itself
 DENSE = "dense"
 
 
-def kind_of(part: str) -> type[Stage]:
+def stage_class(part: str) -> type[Stage]:
     """The stage that writes this part of a label.
 
     Raises:
@@ -55,7 +55,7 @@ class Label:
     @property
     def kinds(self) -> tuple[type[Stage], ...]:
         """The stage of each part."""
-        return tuple(kind_of(part) for part in self.parts)
+        return tuple(stage_class(part) for part in self.parts)
 
     def of_family(self, family: str) -> tuple[str, ...]:
         """The parts of stages of one family, see `thesislib.compress.stage.FAMILIES`."""

@@ -31,8 +31,8 @@ from thesislib.formats.checkpoint import (
     quiet_transformers,
     read_config,
 )
-from thesislib.formats.held import check_dtype, own_dtype
 from thesislib.formats.load import checkpoint_folder
+from thesislib.formats.options import check_dtype, own_dtype
 from thesislib.model.forward import attention_windows
 from thesislib.model.layers import projections
 from thesislib.model.subject import DTYPES, fingerprint
@@ -103,7 +103,7 @@ class FromFolder:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """As `thesislib.formats.artifact.sizes`, reading one tensor at a time; in memory the whole model would take
+        """As `thesislib.formats.sizes.sizes`, reading one tensor at a time; in memory the whole model would take
         what it has on disk."""
         parameters = nonzero = 0
         for key in self.files:
@@ -190,7 +190,7 @@ def compress_streamed(
         out: a new folder, or an artifact that this one replaces.
         data: calibration data spec; by default the recipe's own, else THESISLIB_DATA, else embedded.
         dtype: of the computation and of what is written; by default the subject's own, see
-            `thesislib.formats.held.own_dtype`. device: a torch device.
+            `thesislib.formats.options.own_dtype`. device: a torch device.
 
     Raises:
         BadInput: other stages, or whatever the stage or the checkpoint refuses.

@@ -21,9 +21,9 @@ from thesislib.compress.stage import STAGES, Shape, Stage, plain
 from thesislib.config import build, fields_of
 from thesislib.errors import BadInput, unknown
 from thesislib.files import expanded, is_folder
-from thesislib.pipeline.label import kind_of
+from thesislib.pipeline.label import stage_class
 from thesislib.sources import rows
-from thesislib.yaml_lines import DEEPEST, at, compose, entries, is_file, place, value
+from thesislib.yaml_lines import DEEPEST, at, compose, entries, is_file, location, value
 
 KEYS = ("label", "name", "include", "data", "stages")
 
@@ -121,7 +121,7 @@ def parse_label(label: str) -> Recipe:
 
 def _of_label(part: str) -> Stage:
     """The stage whose label `part` is."""
-    kind = kind_of(part)
+    kind = stage_class(part)
     found = kind.from_label(part)
     if found is None:
         raise BadInput(
@@ -160,7 +160,7 @@ def _load(path: Path, above: tuple[Path, ...]) -> Recipe:
     if "data" in given:
         data = texts["data"] if texts["data"] in ("embedded", "hub") else str(_inside(path, given["data"]))
         try:
-            rows.kind_of(data)
+            rows.origin_of(data)
         except BadInput as error:
             raise at(path, given["data"], error) from error
     listed = given.get("stages")
@@ -168,7 +168,7 @@ def _load(path: Path, above: tuple[Path, ...]) -> Recipe:
         raise at(path, listed, "'stages' must be a list, each entry one stage such as '- depth: {remove: 2}'")
     for entry in listed.value if listed is not None else []:
         stages.append(_stage(entry, path))
-        places.append(place(path, entry))
+        places.append(location(path, entry))
     if not stages:
         raise at(
             path, listed or root, f"the recipe has no stages: expected 'stages:' and a list of {', '.join(STAGES)}"

@@ -26,11 +26,11 @@ from thesislib.files import (
     cache_dir,
     clear_leftovers,
     expanded,
-    free_folder,
+    explain_errors,
     lock,
-    plain_errors,
     read_json,
     real,
+    replaceable_folder,
     sha256_of,
     whole_folder,
     write_whole,
@@ -38,14 +38,14 @@ from thesislib.files import (
 from thesislib.formats.artifact import load_artifact, save_artifact
 from thesislib.formats.artifact_json import RECORD, read_artifact
 from thesislib.formats.convert import SUMS
-from thesislib.formats.held import check_dtype, own_dtype
 from thesislib.formats.load import checkpoint_folder, load_subject
+from thesislib.formats.options import check_dtype, own_dtype
 from thesislib.imports import PACKAGE, digest_of, imported, sources
 from thesislib.model.layers import PackedLinear, unpack_all
 from thesislib.model.subject import Subject
 from thesislib.pipeline.forecast import Forecast, forecast, shape_of, stand_in
 from thesislib.pipeline.recipe import Recipe, read_recipe
-from thesislib.sources.rows import default_data, kind_of
+from thesislib.sources.rows import default_data, origin_of
 from thesislib.sources.wheels import manifest
 
 T = TypeVar("T")
@@ -70,7 +70,7 @@ def compress(
         recipe: a recipe's file, a label such as D2+W1:8, or a `Recipe`.
         out: a new folder, or an artifact that this one replaces.
         data: a data spec for calibration; by default the recipe's own, else `thesislib.sources.rows.default_data()`.
-        dtype: as the subject is loaded; by default its own, see `thesislib.formats.held.own_dtype`. device: a torch
+        dtype: as the subject is loaded; by default its own, see `thesislib.formats.options.own_dtype`. device: a torch
             device.
         packed: see `thesislib.formats.artifact.save_artifact`.
 
@@ -79,7 +79,7 @@ def compress(
             refuses.
     """
     out = expanded(out)
-    with plain_errors():
+    with explain_errors():
         job = Job.prepare(subject, recipe, data, dtype, device)
         place = place_for(out, job.source)
         job.forecast()  # refuses what does not fit the subject's shapes, while nothing is computed yet
@@ -124,7 +124,7 @@ class Job:
         recipe = recipe if isinstance(recipe, Recipe) else read_recipe(recipe)
         recipe.check()
         data = next(given for given in (data, recipe.data, default_data()) if given is not None)
-        kind_of(data)
+        origin_of(data)
         check_dtype(dtype)
         source, name = checkpoint_folder(str(subject))
         dtype = dtype or own_dtype(subject)
@@ -326,7 +326,7 @@ def _settings(folder: Path) -> dict[str, str]:
 
 def _identity(data: str) -> object:
     """What tells one calibration text from another, without reading it."""
-    if kind_of(data) == "embedded":
+    if origin_of(data) == "embedded":
         return {name: entry["sha256"] for name, entry in manifest().items()}
     return data if data == "hub" else _files(expanded(data), "*", "*/*")
 
@@ -345,14 +345,14 @@ def _hash(facts: object) -> str:
 
 
 def place_for(out: str | Path, source: Path) -> Path:
-    """Where an artifact is written that was asked for at `out`; see `thesislib.files.free_folder`.
+    """Where an artifact is written that was asked for at `out`; see `thesislib.files.replaceable_folder`.
 
     Raises:
         BadInput: before any work, if it cannot be written there.
     """
     if source.resolve().is_relative_to(real(out)):
         raise BadInput(f"{out} holds the subject itself: expected another folder for the artifact")
-    return free_folder(out, replaces=RECORD)
+    return replaceable_folder(out, replaces=RECORD)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ class Made(TypedDict):
     stages: NotRequired[list[dict[str, dict]]]  # {word: settings}, every setting written out
     base: NotRequired[Base]
     data: NotRequired[str]  # the kind of data spec for calibration and training: embedded, folder or hub
-    bytes: dict[str, int]  # see `thesislib.formats.artifact.sizes`; empty if they were not counted
+    bytes: dict[str, int]  # see `thesislib.formats.sizes.sizes`; empty if they were not counted
     reports: NotRequired[list[dict[str, Any]]]  # what each stage reported
 
 

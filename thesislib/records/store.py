@@ -25,7 +25,7 @@ from typing import Any
 from filelock import FileLock
 
 from thesislib.errors import BadInput, unknown
-from thesislib.files import check_ordinary, data_file, expanded, plain_errors, write_whole
+from thesislib.files import check_ordinary, data_file, expanded, explain_errors, write_whole
 from thesislib.records.measurement import Measurement
 from thesislib.shapes import SHA256, natural, positive, wrong
 
@@ -363,7 +363,7 @@ def stores(paths: Iterable[str | Path]) -> list[Store]:
     """
     every: list[Store] = []
     for path in map(Path, paths):
-        with plain_errors(path):
+        with explain_errors(path):
             if path.is_dir():
                 # also the stores whose rows are gone and whose outcomes are not: reading them reports the loss
                 outcomes = path.glob("*.items.gz")

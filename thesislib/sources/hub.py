@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: models and data sets by name, and one clear line within seconds when it cannot be reached."""
+"""The Hugging Face Hub: models by name, and within seconds an error of one line when it cannot be reached."""
 
 import os
 from collections.abc import Iterator
@@ -26,41 +26,44 @@ def hub_folder(name: str, revision: str | None = None) -> Path:
         raise hub_error(f"model '{name}'", error) from error
 
 
-def hub_error(what: str, error: Exception) -> BadInput:
-    """One line for anything that goes wrong with the Hub, with what to do about it."""
+def hub_error(name: str, error: Exception) -> BadInput:
+    """The error of one line for anything that goes wrong with the Hub, with a remedy; `name` could not be fetched."""
     first = (str(error).strip() or type(error).__name__).splitlines()[0][:150]
-    unusable = unusable_proxy()
-    help_ = f"{unusable}; check the name and the network too" if unusable else "check the name and the network"
-    return BadInput(f"{what} could not be fetched from the Hugging Face Hub ({type(error).__name__}: {first}): "
-        f"{help_}, "
-                    f"log in with `hf auth login` if it is gated, or give a folder or 'embedded' instead")  # fmt: skip
+    proxy = unusable_proxy()
+    remedy = f"{proxy}; check the name and the network too" if proxy else "check the name and the network"
+    return BadInput(
+        f"{name} could not be fetched from the Hugging Face Hub ({type(error).__name__}: {first}): {remedy}, log in "
+        "with `hf auth login` if it is gated, or give a folder or 'embedded' instead"
+    )
 
 
 def unusable_proxy() -> str | None:
-    """What the environment names as a proxy and no request can go through, with what helps; None for no such thing."""
+    """A message about a proxy variable in the environment that no HTTP client accepts; None if there is none."""
     import httpx
 
-    for name in PROXIES:
-        for variable in (name, name.lower()):
-            if value := os.environ.get(variable):
-                try:
-                    httpx.Client(proxy=value).close()
-                except ImportError:
-                    return (
-                        f"{variable} names a SOCKS proxy, which needs the package socksio: pip install socksio, or "
-                        f"unset {variable}"
-                    )
-                except Exception as error:  # no URL, no port, an unknown scheme: each has its own class
-                    return (
-                        f"{variable} is {shown(value)}, which is no proxy ({error}): expected such as "
-                        f"http://HOST:PORT, or unset {variable}"
-                    )
+    for variable in (spelling for name in PROXIES for spelling in (name, name.lower())):
+        if not (value := os.environ.get(variable)):
+            continue
+        try:
+            httpx.Client(proxy=value).close()
+        except ImportError:
+            return (
+                f"{variable} names a SOCKS proxy, which needs the package socksio: pip install socksio, or "
+                f"unset {variable}"
+            )
+        except Exception as error:  # no URL, no port, an unknown scheme: each has its own class
+            return (
+                f"{variable} is {shown(value)}, which is no proxy ({error}): expected such as "
+                f"http://HOST:PORT, or unset {variable}"
+            )
     return None
 
 
 def unreachable(timeout_s: float = 5) -> bool:
-    """Whether the Hub shall not be asked, or does not answer: its clients retry for half a minute before they give
-    up."""
+    """Whether the Hub is switched off (HF_HUB_OFFLINE) or does not answer.
+
+    The Hub's own clients would retry for half a minute before they give up.
+    """
     import httpx
     from huggingface_hub import constants
 
@@ -69,16 +72,16 @@ def unreachable(timeout_s: float = 5) -> bool:
     try:
         httpx.head(constants.ENDPOINT, timeout=timeout_s, follow_redirects=True)
         return False
-    except Exception:  # beside httpx's own, whatever a proxy in the environment makes it raise
+    except Exception:  # not only httpx's own: a proxy in the environment can raise others
         return True
 
 
 @contextmanager
 def cached_only(offline: bool) -> Iterator[None]:
-    """Inside the block neither library asks the Hub, if `offline`: what datasets takes as local_files_only it does not
-    look at (5.2).
+    """Inside the block, if `offline`, huggingface_hub and datasets read their caches and do not ask the Hub.
 
-    Where nothing will be asked, a proxy that no client can be made with shall not keep the cache from being read.
+    datasets 5.2 ignores its own local_files_only. Proxy variables are hidden too: an unusable proxy would keep the
+    cache from being read although nothing is asked.
     """
     import datasets
     from huggingface_hub import constants

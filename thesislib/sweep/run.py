@@ -11,7 +11,7 @@ from thesislib.pipeline.forecast import shape_of, stand_in
 from thesislib.pipeline.run import Job
 from thesislib.records.measurement import Measurement
 from thesislib.records.store import Store
-from thesislib.sources.rows import kind_of
+from thesislib.sources.rows import origin_of
 from thesislib.sweep.grid import Configuration, Grid
 from thesislib.sweep.workers import Order, Workers, drive
 
@@ -174,7 +174,7 @@ def _order(
 
 def _failure(grid: Grid, c: Configuration, target: Target, base: dict, why: str) -> Measurement:
     """The record of a configuration that could not be made or measured."""
-    history = {"label": c.label, "stages": c.recipe.plain(), "base": base, "data": kind_of(target.data)}
+    history = {"label": c.label, "stages": c.recipe.plain(), "base": base, "data": origin_of(target.data)}
     return Measurement(
         task="sweep",
         metric=FAILED,

@@ -101,13 +101,13 @@ def _configuration(order: dict) -> dict:
         order["cell"],
         data=order["data"],
         dtype=order["dtype"],
-        device=_card(order["device"], order.get("per_card", 1)),
+        device=card_of_worker(order["device"], order.get("per_card", 1)),
         timed=order["timed"],
     )
     return {"rows": [asdict(m) for m in measurements]}
 
 
-def _card(device: str, per_card: int) -> str:
+def card_of_worker(device: str, per_card: int) -> str:
     """The card that this worker uses. Local workers are numbered from 0, and cards are dealt out in turns.
 
     Workers that share a card each get their part of its memory.

@@ -16,10 +16,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
+from tqdm import tqdm
 
 from tests.fakes import processes
 from thesislib.compress.eora import Eora
-from thesislib.compress.lora import train as fit
 from thesislib.compress.lora.sequences import sequences
 from thesislib.compress.lora.stage import MERGES, Lora
 from thesislib.compress.lora.train import HeadLoss, Training, bfloat16_is_fast, indices, rate, read_checkpoint
@@ -29,7 +29,7 @@ from thesislib.errors import BadInput
 from thesislib.formats.load import load_subject, save_checkpoint
 from thesislib.model.blocks import apply_plan, remove
 from thesislib.model.layers import LINEARS, Adapted, PackedLinear, adapt, replace
-from thesislib.sources import rows as rows_
+from thesislib.sources.rows import SOURCES
 
 SMALL = {
     "length": 64,
@@ -60,7 +60,7 @@ def folder(tmp_path_factory):
         "trivia": [{"question": "Who?", "answer": {"value": "me"}}],
     }
     for task, rows in tables.items():
-        path = root / f"{rows_.SOURCES[task].folder}.jsonl"
+        path = root / f"{SOURCES[task].folder}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(root)
@@ -223,12 +223,12 @@ def test_loss_falls_and_the_report_says_so(subject, folder):
 def test_the_bar_shows_loss_and_tokens_per_second(subject, folder, monkeypatch, tmp_path):
     bars = []
 
-    class Bar(fit.tqdm):
+    class Bar(tqdm):
         def __init__(self, **settings):
             super().__init__(**settings | {"disable": False, "file": open(os.devnull, "w")})  # noqa: SIM115
             bars.append(self)
 
-    monkeypatch.setattr(fit, "tqdm", Bar)
+    monkeypatch.setattr("thesislib.compress.lora.train.tqdm", Bar)
     for _ in range(2):
         Lora(**SMALL).apply(subject, data=folder, work=tmp_path)
     assert (bars[0].initial, bars[0].n, bars[0].total) == (0, 8, 8) and bars[1].initial == 8
@@ -280,7 +280,7 @@ def test_the_best_adapter_is_kept(subject, folder):
 
 
 def test_an_adapter_that_only_harms_is_not_kept(subject, folder, monkeypatch):
-    monkeypatch.setattr(fit, "rate", lambda *_: -1e-2)  # uphill
+    monkeypatch.setattr("thesislib.compress.lora.train.rate", lambda *_: -1e-2)  # uphill
     trained, report = Lora(**SMALL).apply(subject, data=folder)
     assert report["best_step"] == 0 and report["validation"][-1]["loss"] > report["best_loss"]
     assert torch.equal(logits(trained), logits(subject))
@@ -636,7 +636,7 @@ def test_a_loss_that_is_not_finite_stops_it(subject, folder, tmp_path, monkeypat
 
 
 def test_a_gradient_that_is_not_finite_stops_it(subject, folder, monkeypatch):
-    monkeypatch.setattr(fit.torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
     with pytest.raises(BadInput, match="gradient is inf at step 1"):
         Lora(**SMALL).apply(subject, data=folder)
 

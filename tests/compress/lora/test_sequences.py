@@ -7,10 +7,11 @@ import random
 import pytest
 import torch
 
-from thesislib.compress.lora import sequences as training
+from tests.fakes import hub_holds
 from thesislib.compress.lora.sequences import (
     NOTHING,
     documents,
+    example,
     fullest,
     pack,
     sequences,
@@ -23,13 +24,13 @@ from thesislib.evaluate import generate
 from thesislib.model.forward import final_states
 from thesislib.model.prompts import default_prompt, normalise, prompt_for
 from thesislib.sources import corpus
-from thesislib.sources import rows as rows_
+from thesislib.sources.rows import SOURCES
 
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
 
 def write(folder, task, rows):
-    path = folder / f"{rows_.SOURCES[task].folder}.jsonl"
+    path = folder / f"{SOURCES[task].folder}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -139,13 +140,13 @@ def test_unknown_text(folder, tiny):
 def test_the_hub_gives_its_train_splits(monkeypatch, tiny):
     seen = []
 
-    def rows_of_the_hub(task, hub):
+    def rows_of_the_hub(hub):
         seen.append(hub)
         if "wikitext" in hub[0]:
             return article("Train" if hub[2] == "train" else "Test", 300)
         return [asked(f"{hub[2]} {i}", "yes") | {"entity_pages": {"wiki_context": ["yes"]}} for i in range(200)]
 
-    monkeypatch.setattr(rows_, "_hub_rows", rows_of_the_hub)
+    hub_holds(monkeypatch, rows_of_the_hub)
     sequences("wikitext", tiny(layers=1), "hub", length=64, validation=0)
     assert set(seen) == {("Salesforce/wikitext", "wikitext-2-raw-v1", split) for split in ("train", "test")}
     sequences("trivia", tiny(layers=1), "hub", length=256, validation=1)
@@ -187,7 +188,7 @@ def test_the_prompt_that_trains_is_the_prompt_that_is_evaluated(folder, tiny, mo
     seen = []
     monkeypatch.setattr(generate, "continuations", lambda _s, ids, *_: seen.append(ids[0].tolist()) or [[0]])
     generate.greedy(subject, [prompt_for(subject, question, default_prompt(subject))], max_new_tokens=1)
-    prompt, answer = training.example(subject, question)
+    prompt, answer = example(subject, question)
     assert prompt == seen[0]
     assert answer[-1] == subject.tokenizer.eos_token_id
     assert subject.tokenizer.decode(answer[:-1]) == ("" if template else " ") + "Anne 0"

@@ -13,7 +13,7 @@ from thesislib.model.subject import Subject
 from thesislib.model.tokenizers import check_windows
 from thesislib.sources import corpus
 from thesislib.sources.corpus import Question, Text
-from thesislib.sources.rows import kind_of, rows
+from thesislib.sources.rows import origin_of, rows
 
 TEXTS = ("wikitext", "trivia")
 NOTHING = -100  # the target of a token after which nothing is to be learned
@@ -127,7 +127,7 @@ def training_text(data: str) -> tuple[Text, int]:
     """
     whole = (
         corpus.calibration_text("wikipedia", data)
-        if kind_of(data) == "embedded"
+        if origin_of(data) == "embedded"
         else corpus._wikitext("WikiText-2 train", rows("wikitext_train", data))
     )
     evaluated = set().union(*map(_marks, documents(corpus.evaluation_text(data))))
@@ -219,7 +219,7 @@ def training_questions(data: str) -> tuple[list[Question], int]:
                 raise
     once: dict[str, Question] = {}
     for row in rows("trivia_train", data):
-        once.setdefault(normalise(row["question"]), corpus._question(row))
+        once.setdefault(normalise(row["question"]), corpus.question_of(row))
     kept = [question for key, question in once.items() if key not in evaluated]
     if not kept:
         raise BadInput(f"the training questions in {data} cannot be used: all {len(once)} are evaluation questions too")
@@ -228,7 +228,7 @@ def training_questions(data: str) -> tuple[list[Question], int]:
 
 def question_name(data: str) -> str:
     """What `training_questions` reads, as it should stand in a table."""
-    return "NQ-open validation (embedded)" if kind_of(data) == "embedded" else "TriviaQA train, closed book"
+    return "NQ-open validation (embedded)" if origin_of(data) == "embedded" else "TriviaQA train, closed book"
 
 
 def example(subject: Subject, question: Question) -> tuple[list[int], list[int]]:

@@ -1,4 +1,4 @@
-"""How a model is held where nothing else is asked for: in which type, and on which devices at all."""
+"""A subject's own dtype, and checks of the dtype and the device that a user names."""
 
 from pathlib import Path
 
@@ -15,13 +15,15 @@ EMBEDDED = "bfloat16"  # as the study's tables say
 
 
 def own_dtype(spec: str | Path) -> str:
-    """The type in which a subject is held where none is asked for: its own.
+    """The dtype of a subject if the user names none.
 
-    That is bfloat16 for 'embedded', an artifact's own, what a checkpoint's config.json says (float32 where it says
-    nothing, as in transformers), and of a .gguf float32 if every matrix of it is, else bfloat16.
+    - 'embedded': bfloat16.
+    - An artifact: the dtype that it was saved in.
+    - A checkpoint: the one in its config.json, else float32, as in transformers.
+    - A .gguf: float32 if all its matrices are, else bfloat16.
 
     Raises:
-        BadInput: no such subject, or one of another type than `thesislib.model.subject.DTYPES`.
+        BadInput: no such subject, or a dtype other than those of `thesislib.model.subject.DTYPES`.
     """
     spec = str(spec)
     if spec == "embedded":
@@ -29,10 +31,10 @@ def own_dtype(spec: str | Path) -> str:
     if spec.endswith(".gguf") and not spec.startswith("hub:") and expanded(spec).is_file():
         return _dtype_of_gguf(expanded(spec))
     folder, _ = checkpoint_folder(spec)
-    read_sizes(folder)  # also refuses what cannot be read
-    plain = read_json(folder / (RECORD if (folder / RECORD).is_file() else "config.json"))
-    said = (plain.get("dtype") or plain.get("torch_dtype") or "float32") if isinstance(plain, dict) else plain
-    name = str(said).removeprefix("torch.")
+    read_sizes(folder)  # raises for a configuration that cannot be read
+    raw = read_json(folder / (RECORD if (folder / RECORD).is_file() else "config.json"))
+    dtype = (raw.get("dtype") or raw.get("torch_dtype") or "float32") if isinstance(raw, dict) else raw
+    name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
         raise BadInput(
             f"{spec} is held in {shown(name)}, which is not supported: expected --dtype {' or '.join(DTYPES)}"
@@ -51,25 +53,24 @@ def _dtype_of_gguf(file: Path) -> str:
 
 
 def check_dtype(name: str | None) -> None:
-    """Raises BadInput for a type in which no model is held; None is the subject's own."""
+    """Raises BadInput for a dtype that no subject can have; None stands for the subject's own."""
     if name is not None and name not in DTYPES:
         raise unknown("dtype", name, DTYPES)
 
 
 def check_device(name: str) -> None:
-    """Raises BadInput for a device that this machine's torch cannot compute on."""
+    """Raises BadInput for a device that torch cannot compute on here."""
     try:
         device = torch.device(name)
         if device.type == "meta":
             raise RuntimeError("it holds shapes and no numbers")
         cards = torch.cuda.device_count()
-        if device.type == "cuda" and cards <= (
-            device.index or 0
-        ):  # asked like this, for a context takes the card's memory
+        # no tensor is made on a GPU: its context would take memory there
+        if device.type == "cuda" and cards <= (device.index or 0):
             raise RuntimeError(f"there are {cards} cards here")
         if device.type not in ("cpu", "cuda"):
             torch.empty(1, device=device)
-    except Exception as error:  # each backend that was not built in has its own class
-        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    except Exception as error:  # a backend that torch was built without raises its own class
+        devices = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         why = " ".join(str(error).split())[:120]
-        raise BadInput(f"device {shown(name)} cannot be used ({why}): expected one of {', '.join(there)}") from error
+        raise BadInput(f"device {shown(name)} cannot be used ({why}): expected one of {', '.join(devices)}") from error

@@ -1,0 +1,140 @@
+"""Every sentence of the book from the committed records, to the letter: the one test of the English.
+
+After a sentence or a record changed: `python -m tests.chapters.test_english` writes `english.md` anew.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+
+import pandas as pd
+
+import thesislib.chapters as study
+from thesislib.chapters import ch01_franken as franken
+from thesislib.chapters import ch02_depth as depth
+from thesislib.chapters import ch03_width as width
+from thesislib.chapters import ch04_recovery as recovery
+from thesislib.chapters import ch04_runs as lora
+from thesislib.chapters import ch05_quantisation as quantisation
+from thesislib.chapters import ch05_runs as gptq
+from thesislib.chapters import ch06_grid as grid
+from thesislib.chapters import ch07_device as device
+from thesislib.chapters import chapters, pareto, record_file, recorded
+from thesislib.records import measurement
+
+GOLDEN = Path(__file__).with_name("english.md")
+
+
+def english() -> dict[str, str]:
+    """{where: sentence} of all that the book says of its records."""
+    record = {name: recorded(name) for name in chapters()}
+    r1, r2, r3, r4, r5, r6, r7 = (record[name] for name in list(record)[1:])
+    p3, p4, p5, q5 = (
+        width.recorded_parameters(),
+        lora.recorded_parameters(),
+        gptq.recorded_parameters(),
+        gptq.ablation_parameters(),
+    )
+    file = record_file("06_evaluation")
+    exact, rounded = (grid.read_recorded(file, grid.PRECISION, dtype) for dtype in ("float32", "bfloat16"))
+    sentences = {f"{name[:2]}.headline": chapter.headline(record[name]) for name, chapter in chapters().items()}
+    sentences |= {
+        "00.cost": measurement.cost(record["00_measures"]),
+        "01.skip_or_repeat": franken.skip_or_repeat(r1),
+        **{f"01.claim {i}": f"{c.verdict}: {c.said} {c.shown}" for i, c in enumerate(franken.claims(r1), 1)},
+        **{f"02.verdict at {k}": depth.verdict(r2, k) for k in (2, 4, 8)},
+        "03.halves_sentence": width.halves_sentence(r3, p3),
+        "03.magnitude_sentence": width.magnitude_sentence(r3, p3),
+        "03.calibration_sentence": width.calibration_sentence(r3, p3),
+        "03.weighting_sentence": width.weighting_sentence(r3, p3),
+        "04.cost_sentence": recovery.cost_sentence(r4),
+        "04.control_sentence": recovery.control_sentence(r4),
+        "04.control_sentence, questions": recovery.control_sentence(r4, "trivia"),
+        "04.texts_sentence": recovery.texts_sentence(r4),
+        "04.texts_sentence, open book": recovery.texts_sentence(r4, lora.OPEN),
+        "04.other_measure_sentence": recovery.other_measure_sentence(r4),
+        "04.order_sentence": recovery.order_sentence(r4),
+        "04.merge_sentence": recovery.merge_sentence(r4),
+        "04.seeds_sentence": recovery.seeds_sentence(r4),
+        "04.rates_sentence": recovery.rates_sentence(r4, p4),
+        "05.cost_sentence": quantisation.cost_sentence(r5),
+        "05.more_sentence": quantisation.more_sentence(r5, p5),
+        "05.method_sentence, held out": quantisation.method_sentence(r5, gptq.main_models(p5), gptq.HELD_OUT),
+        "05.method_sentence": quantisation.method_sentence(r5, gptq.main_models(p5)),
+        "05.bytes_sentence": quantisation.bytes_sentence(r5, p5),
+        "05.textbook_sentence": quantisation.textbook_sentence(r5, q5),
+        "05.calibration_sentence": quantisation.calibration_sentence(r5, q5),
+        "05.kinds_sentence": quantisation.kinds_sentence(r5, q5),
+        "05.worth_sentence": quantisation.worth_sentence(r5, q5),
+        "05.layer_sentence": quantisation.layer_sentence(quantisation.read_layers(record_file("05_quantisation"))),
+        "05.pruned_sentence": quantisation.pruned_sentence(r5, q5),
+        "05.starts_sentence": quantisation.starts_sentence(r5, q5),
+        "05.answers_sentence": quantisation.answers_sentence(r5, p5),
+        "06.cost_sentence": grid.cost_sentence(r6),
+        "06.coverage_sentence": grid.coverage_sentence(r6),
+        "06.interaction_sentence": grid.interaction_sentence(r6),
+        "06.front_sentence": pareto.front_sentence(r6),
+        "06.front_sentence, open book": pareto.front_sentence(r6, pareto.OPEN),
+        "06.equal_bytes_sentence": pareto.equal_bytes_sentence(r6),
+        "06.precision_sentence": grid.precision_sentence(exact, rounded),
+        "06.full_sentence": grid.full_sentence(grid.read_recorded(file, grid.FULL)),
+        "07.zeros_sentence": device.zeros_sentence(r7),
+        "07.same_sentence": device.same_sentence(r7),
+        "07.prediction_sentence": device.prediction_sentence(r7),
+    }
+    projected = pd.DataFrame(
+        [
+            ("k1", "dense", "weights", 0.01, 0.02),
+            ("pi4", "dense", "arithmetic", None, None),
+            ("gap9", "dense", "", None, None),
+        ],
+        columns=["device", "model", "binds", "joules low", "joules high"],
+    )
+    return sentences | {
+        "05.grid_sentence": quantisation.grid_sentence(quantisation.OwnGrid(14, 0.0, 0.25)),
+        "05.sink_sentence": quantisation.sink_sentence({"blocks.0.v_proj": 0.05, "blocks.28.down_proj": 0.8}, 512),
+        "07.binding_sentence": device.binding_sentence(projected),
+        "07.energy_sentence": device.energy_sentence(projected),
+        "07.energy_sentence, none known": device.energy_sentence(projected[1:]),
+        "04.seeds_sentence, one": recovery.seeds_sentence({key: m for key, m in r4.items() if not key[0].seed}),
+        **{
+            f"{name[:2]}.{sentence.__name__}, not run": sentence(*given)
+            for name, sentence, *given in (
+                ("05", quantisation.bytes_sentence, {}, p5),
+                ("05", quantisation.calibration_sentence, {}, q5),
+                ("05", quantisation.kinds_sentence, {}, q5),
+                ("05", quantisation.more_sentence, {}, p5),
+                ("05", quantisation.pruned_sentence, {}, q5),
+                ("05", quantisation.starts_sentence, {}, q5),
+                ("06", grid.interaction_sentence, {}),
+                ("06", grid.full_sentence, {}),
+                ("06", pareto.equal_bytes_sentence, {key: m for key, m in r6.items() if "Q" not in key[0]}),
+                ("07", device.prediction_sentence, {}),
+                ("07", device.same_sentence, {}),
+                ("07", device.zeros_sentence, {}),
+            )
+        },
+    }
+
+
+def text() -> str:
+    """The golden file."""
+    return "".join(f"## {where}\n\n{sentence}\n\n" for where, sentence in english().items()).rstrip() + "\n"
+
+
+def test_every_sentence_is_there():
+    """Whatever is called so in a chapter's modules."""
+    modules = [m.name for m in iter_modules(study.__path__) if m.name != "__main__"]
+    written = {
+        name for m in modules for name in vars(import_module(f"{study.__name__}.{m}")) if name.endswith("_sentence")
+    }
+    golden = GOLDEN.read_text("utf8")
+    assert written and all(f".{name}" in golden for name in written)
+
+
+def test_every_sentence_is_the_golden_one():
+    assert text() == GOLDEN.read_text("utf8"), "meant? `python -m tests.chapters.test_english` writes the file anew"
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(text(), "utf8")

@@ -1,0 +1,117 @@
+"""What is exported as GGUF, evaluated by llama.cpp itself: every supported family, every type.
+
+Runs where llama.cpp is installed.
+"""
+
+import dataclasses
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from test_gguf_reader import CASES
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from thesislib.compress.gptq import Rtn
+from thesislib.compress.width import Width
+from thesislib.formats.gguf import export_gguf
+from thesislib.formats.load import load_subject
+from thesislib.model.blocks import remove as without_blocks
+from thesislib.sources.corpus import evaluation_text
+
+pytestmark = pytest.mark.skipif(
+    find_spec("llama_cpp") is None, reason="llama.cpp is not installed: pip install -e '.[engine]'"
+)
+IDS = torch.randint(0, 256, (1, 40), generator=torch.Generator().manual_seed(0))
+TYPES = ("F16", "Q8_0", "Q4_0", "Q4_1")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Bytes and one merge, cut as GPT-2's: llama.cpp loads no tokenizer that merges nothing."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*alphabet[:255], "ab"])}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b")]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<pad>")
+
+
+def llama_cpp_logits(file, ids):
+    """llama.cpp's logits after each of `ids` (positions, vocabulary), keys and values in float32, on one thread."""
+    import llama_cpp as ll
+
+    model_options, options = ll.llama_model_default_params(), ll.llama_context_default_params()
+    model_options.n_gpu_layers = 0
+    options.n_ctx = options.n_batch = options.n_ubatch = len(ids)
+    options.n_threads = options.n_threads_batch = 1
+    options.type_k = options.type_v = ll.GGML_TYPE_F32
+    options.flash_attn_type = ll.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    model = ll.llama_model_load_from_file(str(file).encode(), model_options)
+    assert model, f"llama.cpp does not load {file}"
+    context = ll.llama_init_from_model(model, options)
+    batch = ll.llama_batch_init(len(ids), 0, 1)
+    batch.n_tokens = len(ids)
+    for i, token in enumerate(ids):
+        batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = token, i, 1, 0, True
+    assert ll.llama_decode(context, batch) == 0
+    rows = ll.llama_vocab_n_tokens(ll.llama_model_get_vocab(model))
+    logits = np.array([np.ctypeslib.as_array(ll.llama_get_logits_ith(context, i), (rows,)) for i in range(len(ids))])
+    ll.llama_batch_free(batch)
+    ll.llama_free(context)
+    ll.llama_model_free(model)
+    return torch.from_numpy(logits)
+
+
+def loss(logits, ids):
+    """Mean loss of the next token, in nats."""
+    return torch.nn.functional.cross_entropy(logits[:-1].float(), torch.as_tensor(ids[1:])).item()
+
+
+def check(file, ids, positions=None, exact=0.03, rounded=0.05):
+    """llama.cpp's logits are ours. It multiplies in float16, with rounded weights by inputs rounded to 8 bits."""
+    theirs = llama_cpp_logits(file, ids)
+    with torch.no_grad():
+        ours = load_subject(file).model(torch.tensor([ids]), use_cache=False).logits[0]
+    apart = (theirs - ours)[:positions].abs()
+    assert apart.max() < exact if file.stem == "F16" else apart.mean() < rounded, (apart.max(), apart.mean())
+    # what another model's would be away
+    assert (theirs - ours.roll(1, 0))[:positions].abs().mean() > 5 * rounded
+    return loss(theirs, ids), loss(ours, ids)
+
+
+@pytest.mark.parametrize("type_", TYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_llama_cpp_computes_what_we_read_back(tiny, tokenizer, tmp_path, case, type_):
+    kind, settings = CASES[case]
+    subject = dataclasses.replace(tiny(kind, layers=4, **settings), tokenizer=tokenizer)
+    for name, p in subject.model.named_parameters():
+        if name.endswith("bias"):
+            p.data.normal_(0, 0.3, generator=torch.Generator().manual_seed(1))
+    # it does not cut attention to a window, as the export says: the same until the first window ends
+    positions = settings.get("sliding_window")
+    theirs, ours = check(export_gguf(subject, tmp_path / f"{type_}.gguf", type_), IDS[0].tolist(), positions)
+    assert positions or theirs == pytest.approx(ours, abs=0.001 if type_ == "F16" else 0.03)
+
+
+CHAINS = {
+    "as it is": ("Q8_0", []),
+    "depth": ("Q4_0", [lambda s: without_blocks(s, [20, 21])]),
+    "depth, width": (
+        "F16",
+        [lambda s: without_blocks(s, [20, 21]), lambda s: Width(remove=2, of=4, metric="magnitude").apply(s)[0]],
+    ),
+    "rounded": ("Q4_1", [lambda s: Rtn(bits=4, group=32, grid="minimum").apply(s)[0]]),
+}
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+def test_the_subject_compressed(embedded_subject, tmp_path, chain):
+    type_, changes = CHAINS[chain]
+    subject = embedded_subject.copy()
+    for change in changes:
+        subject = change(subject)
+    ids = subject.tokenizer(evaluation_text().text[:2000])["input_ids"][:128]
+    theirs, ours = check(export_gguf(subject, tmp_path / f"{type_}.gguf", type_), ids, exact=1.0, rounded=0.5)
+    assert theirs == pytest.approx(ours, abs=0.005 if type_ == "F16" else 0.03)
