@@ -329,19 +329,6 @@ def test_options_that_a_notebook_does_not_take_are_refused():
     assert "-p goes with --chapter" in CliRunner().invoke(app, ["sweep", "data/grid.yaml", "-p", "k=1"]).output
 
 
-def test_one_cell_without_a_table_leaves_the_others(notebook, tmp_path):
-    book = notebook("1")
-    nb = nbformat.read(book, 4)
-    nb.cells[-1].source = f"None if k == 2 else {nb.cells[-1].source}"
-    nbformat.write(nb, book)
-    table, failed = sweep_notebook("squares", book, {"k": [1, 2]}, tmp_path / "out", Workers(1, retries=0))
-    assert (
-        list(failed) == ["k=2"]
-        and "hands over no table" in failed["k=2"]
-        and table.read_text() == "k,name,square\n1,row 1,1\n"
-    )
-
-
 def test_workers_that_share_a_card_take_equal_parts_of_it():
     assert Workers(2).resources is None
     assert Workers(1, gpu=True).resources == {"GPU": 1}
