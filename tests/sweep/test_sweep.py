@@ -298,7 +298,7 @@ def test_a_notebook_is_swept_into_one_table(notebook, tmp_path):
     nb.cells[-1].source = f"None if k == 4 else {nb.cells[-1].source}"
     nbformat.write(nb, book)
     table, failed = sweep_notebook("squares", book, {"k": [1, 3, 4, 2]}, tmp_path / "out", Workers(1, retries=0))
-    assert list(failed) == ["k=3", "k=4"] and "three" in failed["k=3"] and "shows no table" in failed["k=4"]
+    assert list(failed) == ["k=3", "k=4"] and "three" in failed["k=3"] and "hands over no table" in failed["k=4"]
     assert table.read_text() == "k,name,square\n1,row 1,1\n2,row 2,4\n"
     assert len([*(tmp_path / "out").glob("squares-*.ipynb")]) == 4  # one of them the failed one, up to its error
     with pytest.raises(BadInput, match="unknown parameter of book 'kk': did you mean 'k'"):
