@@ -1,3 +1,3 @@
-"""What the study's measurements cost: side by side with a bare loop, in one process, median of several."""
+"""The cost of the study's measurements: each beside a bare loop, in one process, as the median of several runs."""
 
-import thesislib  # noqa: F401  first: it says how threads wait, before torch is there
+import thesislib  # noqa: F401  first: it sets how threads wait, before torch is imported

@@ -1,4 +1,4 @@
-"""`make bench`: print the table, and with --write keep it in benchmarks/results.json. Timings decide no test."""
+"""`make bench`: print the table, and with --write keep it in benchmarks/results.json. No test depends on a timing."""
 
 import argparse
 import json
@@ -15,6 +15,7 @@ from benchmarks.generate import leaving_against_generate
 from benchmarks.lora import lora_against_bare_loop
 from benchmarks.packed import packed_against_dense
 from benchmarks.quantised import quantised_against_dense
+from benchmarks.timing import in_turns, seconds
 from thesislib.compress.franken import franken_plans
 from thesislib.evaluate.perplexity import perplexities, perplexity
 from thesislib.evaluate.setup import Setup
@@ -25,23 +26,17 @@ from thesislib.records.measurement import hardware
 from thesislib.sources.corpus import evaluation_text, questions, windows
 
 
-def seconds(function) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
 def alternating(first, second, repeats: int) -> tuple[float, float]:
-    """Median seconds of each, run in turns so that a busy machine slows both."""
-    pairs = [(seconds(first), seconds(second)) for _ in range(repeats)]
-    return statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
+    """Median seconds of each, run in turns."""
+    times = in_turns({"first": first, "second": second}, repeats)
+    return times["first"], times["second"]
 
 
 def perplexity_against_bare_forward(dtype: str, repeats: int = 3) -> dict:
     """32 windows of 512 in batches of 4: our whole measurement against the model's own forward, logits and all."""
     subject, text = load_subject(dtype=dtype), evaluation_text()
     ids = windows(text, subject.tokenizer, 512, 32).ids
-    subject.fingerprint  # noqa: B018  the first use computes it, once for a loaded model
+    subject.fingerprint  # noqa: B018  computed at first use, once for a loaded model
 
     def bare():
         with torch.inference_mode():
@@ -105,7 +100,7 @@ def load_seconds() -> dict:
 
 
 def in_own_process(module: str, *arguments: str) -> dict:
-    """What a module of this folder prints when it is run: for peaks of memory."""
+    """The JSON that a module of this folder prints when it is run by itself, so that its peak of memory is its own."""
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{module}", *arguments], capture_output=True, text=True, check=True
     )
@@ -152,13 +147,9 @@ def main() -> None:
     if arguments.write:
         path = Path(__file__).parent / "results.json"
         kept = json.loads(path.read_text())["results"] if path.exists() else {}
-        made = {
-            "hardware": hardware(),
-            "torch": torch.__version__,
-            "python": sys.version.split()[0],
-            "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        }
-        path.write_text(json.dumps({**made, "results": {**kept, **results}}, indent=1) + "\n")
+        date = time.strftime("%Y-%m-%d", time.gmtime())
+        machine = {"hardware": hardware(), "torch": torch.__version__, "python": sys.version.split()[0], "date": date}
+        path.write_text(json.dumps({**machine, "results": {**kept, **results}}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

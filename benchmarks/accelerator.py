@@ -2,14 +2,13 @@
 minutes in all.
 
 SUBJECT is a checkpoint folder, a .gguf file or, by default, the embedded model. No other data is needed: the text is
-made up of random tokens. A part that fails says so in its line, the others go on, and the exit code is 1.
+random tokens. A part that fails says so in its line, the others go on, and the exit code is 1.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -21,6 +20,8 @@ from unittest import mock
 
 import torch
 
+from benchmarks.packed import median_speed, speeds_in_turns
+from benchmarks.timing import in_turns
 from thesislib.compress.gptq import Rtn
 from thesislib.compress.width import Width
 from thesislib.evaluate import perplexity
@@ -31,9 +32,7 @@ from thesislib.model.sparse import pack_all, semi_structured
 from thesislib.model.subject import Subject
 
 LENGTH = 512
-DEVICE = (
-    "cuda" if torch.cuda.is_available() else "cpu"
-)  # on a CPU nothing is worth its figures, but it runs: a rehearsal
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # a run on a CPU is a rehearsal; its figures say nothing
 
 
 def clock() -> float:
@@ -42,29 +41,22 @@ def clock() -> float:
     return time.perf_counter()
 
 
-def seconds(function: Callable[[], object]) -> float:
-    start = clock()
-    function()
-    return clock() - start
+def medians(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each function on the card, run in turns after a round that warms up."""
+    return in_turns(functions, repeats, warm_up=1, clock=clock)
 
 
-def in_turns(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, run in turns after a round that does not count."""
-    rounds = [{name: seconds(function) for name, function in functions.items()} for _ in range(repeats + 1)][1:]
-    return {name: statistics.median(times[name] for times in rounds) for name in functions}
+def random_ids(subject: Subject, rows: int, length: int = LENGTH, seed: int = 0) -> torch.Tensor:
+    """(rows, length) random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(100, subject.model.config.vocab_size, (rows, length), generator=generator)
 
 
-def made_up(subject: Subject, rows: int, length: int = LENGTH, seed: int = 0) -> torch.Tensor:
-    return torch.randint(
-        100, subject.model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(seed)
-    )
-
-
-# ---------------------------------------------------------------- as it was before, to compare with
+# ---------------------------------------------------------------- the losses of an earlier version, to compare with
 
 
 def losses_as_before(model, states, targets, rows=1024, columns=2048):
-    """Tiles made for a CPU's cache, and boolean indices that wait for the card."""
+    """In tiles for a CPU's cache, with boolean indices that wait for the card."""
     words = model.get_output_embeddings().weight
     losses = torch.empty(len(states), dtype=torch.float32, device=states.device)
     for i in range(0, len(states), rows):
@@ -85,8 +77,8 @@ def losses_as_before(model, states, targets, rows=1024, columns=2048):
 
 def losses(subject: Subject, batches: list[int], windows: int, repeats: int) -> dict:
     """Perplexity's own loop against the bare forward pass, logits and all, in tokens per second."""
-    found = {}
-    ids = made_up(subject, windows)
+    result = {}
+    ids = random_ids(subject, windows)
 
     def bare(batch: int) -> None:
         with torch.inference_mode():
@@ -99,14 +91,8 @@ def losses(subject: Subject, batches: list[int], windows: int, repeats: int) -> 
             for part in ids.split(batch):
                 part = part.to(DEVICE)
                 states = subject.model.model(input_ids=part, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
-                nats += (
-                    losses_as_before(subject.model, states, part[:, 1:].flatten())
-                    .view(len(part), -1)
-                    .double()
-                    .sum(1)
-                    .cpu()
-                    .tolist()
-                )
+                each = losses_as_before(subject.model, states, part[:, 1:].flatten())
+                nats += each.view(len(part), -1).double().sum(1).cpu().tolist()
             return nats
 
     def now(batch: int) -> list:
@@ -115,17 +101,17 @@ def losses(subject: Subject, batches: list[int], windows: int, repeats: int) -> 
     ways = {"bare": bare, "before": before, "now": now}
     for batch in batches:
         some = {name: (lambda way=way, batch=batch: way(batch)) for name, way in ways.items()}
-        times = in_turns(some, repeats)
+        times = medians(some, repeats)
         rates = {name: round(windows * LENGTH / s) for name, s in times.items()}
         shares = {name: round(times["bare"] / s, 3) for name, s in times.items() if name != "bare"}
         apart = max(abs(a - b) / b for a, b in zip(now(batch), before(batch), strict=True))
-        found[f"batch {batch}"] = {
+        result[f"batch {batch}"] = {
             "tokens_per_s": rates,
             "share_of_bare": shares,
             "largest_relative_difference": f"{apart:.1e}",
         }
     return {
-        **found,
+        **result,
         "tile": tile(DEVICE, subject.model.config.vocab_size),
         "default_batch": batch_for(subject.model, LENGTH, 4),
         "bar": ">= 0.9 at batch 32",
@@ -135,7 +121,7 @@ def losses(subject: Subject, batches: list[int], windows: int, repeats: int) -> 
 def loss_alone(subject: Subject, repeats: int) -> dict:
     """Milliseconds for the losses of 32 windows, without the model: by rows at a time."""
     states = torch.randn(32 * (LENGTH - 1), subject.model.config.hidden_size, device=DEVICE).to(subject.dtype)
-    targets = made_up(subject, 32, LENGTH - 1).flatten().to(DEVICE)
+    targets = random_ids(subject, 32, LENGTH - 1).flatten().to(DEVICE)
     head = subject.model.get_output_embeddings().weight
     ways = {
         f"{rows} rows": (lambda rows=rows: token_losses(subject.model, states, targets, rows))
@@ -144,13 +130,15 @@ def loss_alone(subject: Subject, repeats: int) -> dict:
     ways["product alone"] = lambda: [part @ head.T for part in states.split(4096)]
     ways["before"] = lambda: losses_as_before(subject.model, states, targets)
     with torch.inference_mode():
-        return {name: round(1000 * s, 2) for name, s in in_turns(ways, repeats).items()}
+        return {name: round(1000 * s, 2) for name, s in medians(ways, repeats).items()}
 
 
 def answers(subject: Subject, questions: int, batch: int, prompt: int, new: int) -> dict:
-    """Questions per second: looking at every token, running ahead step by step, and by recorded steps. No row ends
-    early, which is the longest it can take."""
-    ids, mask = made_up(subject, questions, prompt), torch.ones(questions, prompt, dtype=torch.long)
+    """Questions per second: with a check at every token, with one every eight tokens, and with recorded steps besides.
+
+    No row ends early, which is the slowest case.
+    """
+    ids, mask = random_ids(subject, questions, prompt), torch.ones(questions, prompt, dtype=torch.long)
     for row in range(questions):
         mask[row, : row % (prompt // 2)] = 0  # padding on the left
     never = mock.patch("thesislib.model.prompts.end_tokens", lambda subject: [])
@@ -163,17 +151,16 @@ def answers(subject: Subject, questions: int, batch: int, prompt: int, new: int)
             for row in continuations(subject, a, b, new, ahead)
         ]
 
-    said, rates = {}, {}
+    tokens, rates = {}, {}
     with never:
-        for name, ahead, plain in (("before", 0, False), ("ahead", 8, True), ("recorded", 8, False)):
-            with unrecorded if plain else contextlib.nullcontext():
+        for name, ahead, record in (("before", 0, True), ("ahead", 8, False), ("recorded", 8, True)):
+            with contextlib.nullcontext() if record else unrecorded:
                 continuations(subject, ids[:batch], mask[:batch], 4, ahead)
                 start = clock()
-                said[name] = ask(ahead)
+                tokens[name] = ask(ahead)
                 rates[name] = round(questions / (clock() - start), 2)
-    same = {
-        name: sum(a == b for a, b in zip(said[name], said["before"], strict=True)) for name in ("ahead", "recorded")
-    }
+    pairs = {name: zip(tokens[name], tokens["before"], strict=True) for name in ("ahead", "recorded")}
+    same = {name: sum(a == b for a, b in both) for name, both in pairs.items()}
     return {
         "questions_per_s": rates,
         "batch": batch,
@@ -185,39 +172,32 @@ def answers(subject: Subject, questions: int, batch: int, prompt: int, new: int)
 
 
 def agreement(subject: Subject, spec: str) -> dict:
-    """float32: the losses and answers of the card against those of the CPU."""
+    """The losses and answers of the card against those of the CPU, in float32."""
     here = load_subject(spec, "float32")
     there = dataclasses.replace(here, model=here.copy().model.to(DEVICE))
-    ids = made_up(here, 2, 256)
+    ids = random_ids(here, 2, 256)
     ours, theirs = (perplexity._nats(s, ids, None, 2)[0] for s in (there, here))
     mask = torch.ones_like(ids[:, :64])
     mask[1, :20] = 0
-    said = [continuations(s, ids[:, :64], mask, 16) for s in (there, here)]
+    tokens = [continuations(s, ids[:, :64], mask, 16) for s in (there, here)]
     return {
         "largest_relative_difference": float(max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))),
-        "same_answers": said[0] == said[1], "fingerprint": there.fingerprint == here.fingerprint,
+        "same_answers": tokens[0] == tokens[1], "fingerprint": there.fingerprint == here.fingerprint,
     }  # fmt: skip
 
 
 def packed(subject: Subject, repeats: int) -> dict:
     """W2:4 and 4 bits on the card: tokens per second of a prompt of 512 and one token at a time."""
-    from benchmarks.packed import tokens_per_second
-
     pruned, _ = Width(2, 4, metric="magnitude").apply(subject)
-    kinds = {
+    models = {
         "dense": subject,
         "W2:4 packed": pack_all(pruned),
         "W2:4 on sparse kernels": pruned,
         "4 bits": Rtn(grid="asymmetric", clip="none").apply(subject)[0],
     }
     if DEVICE == "cuda":
-        kinds["W2:4 on sparse kernels"] = semi_structured(pruned)
-    found = {}
-    for name, kind in kinds.items():
-        tokens_per_second(kind)
-        runs = [tokens_per_second(kind) for _ in range(repeats)]
-        found[name] = {part: round(statistics.median(run[part] for run in runs), 1) for part in runs[0]}
-    return found
+        models["W2:4 on sparse kernels"] = semi_structured(pruned)
+    return {name: median_speed(speeds) for name, speeds in speeds_in_turns(models, repeats).items()}
 
 
 CHILD = """
@@ -225,12 +205,12 @@ import sys, torch
 from benchmarks import accelerator
 from thesislib.evaluate import perplexity
 from thesislib.formats.load import load_subject
-from thesislib.sweep.task import SHARED
+from thesislib.sweep.task import MEMORY_FOR_TENSORS
 workers, windows, spec = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if accelerator.DEVICE == "cuda":
-    torch.cuda.set_per_process_memory_fraction(SHARED / workers, "cuda:0")
+    torch.cuda.set_per_process_memory_fraction(MEMORY_FOR_TENSORS / workers, "cuda:0")
 subject = load_subject(spec, "bfloat16", accelerator.DEVICE)
-ids = accelerator.made_up(subject, windows)
+ids = accelerator.random_ids(subject, windows)
 perplexity._nats(subject, ids[:4], None, 4)
 print("ready", flush=True)
 sys.stdin.readline()
@@ -267,19 +247,8 @@ def sharing(spec: str, counts: list[int], windows: int) -> dict:
 
 def tests() -> dict:
     """The tests marked cuda."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "cuda",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "addopts=--strict-markers",
-        "tests/test_cuda.py",
-    ]
+    options = ["-q", "-m", "cuda", "-p", "no:cacheprovider", "-o", "addopts=--strict-markers"]
+    command = [sys.executable, "-m", "pytest", *options, "tests/test_cuda.py"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     result = {"summary": done.stdout.strip().splitlines()[-1:]}
     if done.returncode:
@@ -299,23 +268,22 @@ def main() -> None:
         size = SimpleNamespace(windows=2, repeats=1, questions=2)
     torch.backends.cuda.matmul.allow_tf32 = False
     subject = load_subject(spec, "bfloat16", DEVICE)
-    batches = [4, 32]
+    batches, card = [4, 32], DEVICE == "cuda"
+    new, counts = 50 if card else 4, [1, 2, 4] if quick else [1, 2, 4, 8]
+
+    def float32() -> dict:
+        return losses(load_subject(spec, "float32", DEVICE), batches, size.windows // 2 or 1, size.repeats)
+
     parts = {
         "tests": tests,
         "card and CPU": lambda: agreement(subject, spec),
         "perplexity, bfloat16": lambda: losses(subject, batches, size.windows, size.repeats),
-        "losses alone, ms": lambda: loss_alone(subject, size.repeats) if DEVICE == "cuda" else {},
-        "answers": lambda: answers(subject, size.questions, 32, 64, 50 if DEVICE == "cuda" else 4),
-        "answers from a text": lambda: answers(subject, size.questions, 32, 512, 50 if DEVICE == "cuda" else 4),
+        "losses alone, ms": lambda: loss_alone(subject, size.repeats) if card else {},
+        "answers": lambda: answers(subject, size.questions, 32, 64, new),
+        "answers from a text": lambda: answers(subject, size.questions, 32, 512, new),
         "packed": lambda: packed(subject, size.repeats),
-        "sharing": lambda: (
-            sharing(spec, [1, 2, 4] if quick else [1, 2, 4, 8], 64 if DEVICE == "cuda" else 1)
-            if DEVICE == "cuda"
-            else {}
-        ),
-        "perplexity, float32": lambda: losses(
-            load_subject(spec, "float32", DEVICE), batches, size.windows // 2 or 1, size.repeats
-        ),
+        "sharing": lambda: sharing(spec, counts, 64) if card else {},
+        "perplexity, float32": float32,
     }
     name = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
     print(json.dumps({"device": name, "torch": torch.__version__, "subject": subject.name, "quick": quick}), flush=True)
@@ -326,7 +294,7 @@ def main() -> None:
         start = time.perf_counter()
         try:
             result = measure()
-        except Exception as error:  # what a card can raise has no common class
+        except Exception as error:  # the errors of a card have no common class
             failed, result = True, {"failed": f"{type(error).__name__}: {error}"}
             traceback.print_exc()
         print(json.dumps({"part": part, **result, "seconds": round(time.perf_counter() - start, 1)}), flush=True)

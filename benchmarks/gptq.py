@@ -9,14 +9,14 @@ import time
 
 import torch
 
-from benchmarks.memory import peak
+from benchmarks.timing import peak_MB
 from thesislib.compress.gptq import Gptq, gptq, inverse_factor
 from thesislib.formats.load import load_subject
 from thesislib.model.grid import Grid
 
 
-def plain_loop(weight: torch.Tensor, moment: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """The method as its paper's equation 2 has it: after every column all that follow are updated, group by group."""
+def unblocked(weight: torch.Tensor, moment: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """GPTQ as in its paper's equation 2: after every column all later columns are updated, group by group."""
     weight, size = weight.clone(), grid.size(weight.shape[1])
     factor, _ = inverse_factor(moment / moment.diagonal().mean(), 0.01)
     for j in range(weight.shape[1]):
@@ -30,7 +30,7 @@ def plain_loop(weight: torch.Tensor, moment: torch.Tensor, grid: Grid) -> torch.
 
 
 def loops(rows: int, columns: int, repeats: int = 3) -> dict:
-    """Fastest of some runs of each, in turns, with the share of weights on which they agree."""
+    """The fastest run of each, in turns, and the share of weights on which the two agree."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4 * columns, columns, generator=generator)
     weight, moment, grid = torch.randn(rows, columns, generator=generator), x.T @ x, Grid(4, 64)
@@ -39,10 +39,10 @@ def loops(rows: int, columns: int, repeats: int = 3) -> dict:
         start = time.perf_counter()
         blocked = gptq(weight, moment, grid)[0].weight
         middle = time.perf_counter()
-        plain = plain_loop(weight, moment, grid)
+        reference = unblocked(weight, moment, grid)
         ours.append(middle - start)
         theirs.append(time.perf_counter() - middle)
-    agree = float((blocked == plain).float().mean())
+    agree = float((blocked == reference).float().mean())
     return {
         "blocks_s": round(min(ours), 4),
         "plain_s": round(min(theirs), 4),
@@ -60,7 +60,7 @@ def whole_model() -> dict:
     return {
         "linears": report["linears"],
         "seconds": seconds,
-        "peak_MB": round(peak()),
+        "peak_MB": round(peak_MB()),
         "threads": torch.get_num_threads(),
         "bar": "< 240 s, < 3,000 MB",
     }
@@ -70,13 +70,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--loop", action="store_true")
     if parser.parse_args().loop:
-        print(
-            json.dumps(
-                {
-                    f"{rows} x {columns}": loops(rows, columns)
-                    for rows, columns in ((576, 576), (3072, 576), (576, 1536))
-                }
-            )
-        )
+        shapes = ((576, 576), (3072, 576), (576, 1536))
+        print(json.dumps({f"{rows} x {columns}": loops(rows, columns) for rows, columns in shapes}))
     else:
         print(json.dumps(whole_model()))

@@ -2,8 +2,8 @@
 seconds and perplexity.
 
 Run it in the environment that CONTRIBUTING describes: `GPTQMODEL_CPU_WORKERS=2 python -m benchmarks.gptqmodel`. Ours is
-measured with GPTQModel's settings as far as they go (damping 0.05, no act-order, no clipping, tokens equal, sequential;
-its act_group_aware has no counterpart here) and with this study's defaults.
+measured with GPTQModel's settings (damping 0.05, no act-order, no clipping, tokens equal, sequential), though its
+act_group_aware has no counterpart here, and with this study's defaults.
 """
 
 import importlib.util
@@ -40,17 +40,14 @@ def dense(subject: Subject, folder: Path, bits: int = 4) -> Subject:
     result, less = subject.copy(), int(config.get("checkpoint_format", "gptq") == "gptq")
     for i in range(subject.depth):
         for name, linear in result.linears(i).items():
-            path = next(
-                p.removesuffix(".qweight")
-                for p in tensors
-                if p.startswith(f"model.layers.{i}.") and p.endswith(f".{name}.qweight")
-            )
+            end = f".{name}.qweight"
+            codes_of = next(p for p in tensors if p.startswith(f"model.layers.{i}.") and p.endswith(end))
+            path = codes_of.removesuffix(".qweight")
             codes = unpacked(np.ascontiguousarray(tensors[f"{path}.qweight"].T.numpy()), bits)
             zeros = unpacked(np.ascontiguousarray(tensors[f"{path}.qzeros"].numpy()), bits).T + less
             groups, scales = tensors[f"{path}.g_idx"].long().numpy(), tensors[f"{path}.scales"].float().T.numpy()
-            linear.weight.data = torch.from_numpy(scales[:, groups] * (codes - zeros[:, groups])).to(
-                linear.weight.dtype
-            )
+            values = torch.from_numpy(scales[:, groups] * (codes - zeros[:, groups]))
+            linear.weight.data = values.to(linear.weight.dtype)
     return result
 
 
@@ -61,34 +58,29 @@ def main() -> None:
 
     subject = load_subject()
     ids = calibration_windows(subject.tokenizer, "c4", "embedded", WINDOWS, LENGTH, 0)
-    found, text = {}, evaluation_text()
-    found["dense"] = {"perplexity": round(perplexity(subject, text, limit=HELD_OUT).value, 2)}
-    with tempfile.TemporaryDirectory() as place:
-        subject.model.save_pretrained(f"{place}/dense")
-        subject.tokenizer.save_pretrained(f"{place}/dense")
-        model = GPTQModel.load(
-            f"{place}/dense", QuantizeConfig(bits=4, group_size=64, sym=True, desc_act=False), device="cpu"
-        )
+    text = evaluation_text()
+
+    def row(model: Subject, seconds: float) -> dict[str, float]:
+        return {"seconds": round(seconds, 1), "perplexity": round(perplexity(model, text, limit=HELD_OUT).value, 2)}
+
+    result = {"dense": {"perplexity": round(perplexity(subject, text, limit=HELD_OUT).value, 2)}}
+    with tempfile.TemporaryDirectory() as folder:
+        subject.model.save_pretrained(f"{folder}/dense")
+        subject.tokenizer.save_pretrained(f"{folder}/dense")
+        config = QuantizeConfig(bits=4, group_size=64, sym=True, desc_act=False)
+        model = GPTQModel.load(f"{folder}/dense", config, device="cpu")
+        examples = [{"input_ids": window[None], "attention_mask": torch.ones_like(window)[None]} for window in ids]
         start = time.perf_counter()
-        model.quantize(
-            [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in ids], batch_size=4
-        )
+        model.quantize(examples, batch_size=4)
         seconds = time.perf_counter() - start
-        save_checkpoint(model, f"{place}/theirs")
-        theirs = dense(subject, Path(f"{place}/theirs"))
-    found["GPTQModel"] = {
-        "seconds": round(seconds, 1),
-        "perplexity": round(perplexity(theirs, text, limit=HELD_OUT).value, 2),
-    }
+        save_checkpoint(model, f"{folder}/theirs")
+        theirs = dense(subject, Path(f"{folder}/theirs"))
+    result["GPTQModel"] = row(theirs, seconds)
     for name, settings in (("thesislib, the same settings", THEIRS), ("thesislib, its defaults", {})):
         start = time.perf_counter()
         ours, _ = Gptq(bits=4, group=64, windows=WINDOWS, length=LENGTH, **settings).apply(subject)
-        seconds = time.perf_counter() - start
-        found[name] = {
-            "seconds": round(seconds, 1),
-            "perplexity": round(perplexity(ours, text, limit=HELD_OUT).value, 2),
-        }
-    print(json.dumps({**found, "threads": torch.get_num_threads()}))
+        result[name] = row(ours, time.perf_counter() - start)
+    print(json.dumps({**result, "threads": torch.get_num_threads()}))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
-"""What packing costs in speed and saves in bytes: the embedded model masked 2:4, its linears packed, unpacked, and on
-sparse kernels."""
+"""The speed and the bytes of packed weights: the embedded model masked 2:4, its linears dense, packed, and on sparse
+kernels."""
 
 import statistics
 import tempfile
 import time
+from collections.abc import Mapping
 
 import torch
 
 from thesislib.errors import BadInput
 from thesislib.formats.artifact import load_artifact, save_artifact
+from thesislib.formats.artifact_json import read_artifact
 from thesislib.formats.load import load_subject
 from thesislib.formats.sizes import sizes
-from thesislib.model.packing import NINE, pack, unpack
+from thesislib.model.packing import THESIS_PATTERNS, pack, unpack
 from thesislib.model.sparse import semi_structured
 from thesislib.model.subject import Subject
 
@@ -19,7 +21,7 @@ PREFILL, DECODE = 512, 16
 
 
 def masked_2_4(dtype: str, device: str) -> Subject:
-    """The embedded model without the two smallest of each four weights of a row: what it says does not matter here."""
+    """The embedded model without the two smallest of each four weights of a row."""
     subject = load_subject("embedded", dtype, device)
     for i in range(subject.depth):
         for module in subject.linears(i).values():
@@ -47,41 +49,49 @@ def tokens_per_second(subject: Subject) -> dict[str, float]:
     return {"prefill": PREFILL / (read - start), "decode": DECODE / (written - read)}
 
 
+def speeds_in_turns(models: Mapping[str, Subject], repeats: int) -> dict[str, list[dict[str, float]]]:
+    """`tokens_per_second` of each model, `repeats` times in turns, after one run of each that warms up."""
+    for subject in models.values():
+        tokens_per_second(subject)
+    rounds = [{name: tokens_per_second(subject) for name, subject in models.items()} for _ in range(repeats)]
+    return {name: [times[name] for times in rounds] for name in models}
+
+
+def median_speed(speeds: list[dict[str, float]]) -> dict[str, float]:
+    """The medians of `tokens_per_second` over repetitions."""
+    return {part: round(statistics.median(s[part] for s in speeds), 1) for part in speeds[0]}
+
+
+def linears_MB(subject: Subject) -> float:
+    """The memory of the linears."""
+    tensors = (t for i in range(subject.depth) for m in subject.linears(i).values() for t in held(m))
+    return round(sum(t.nbytes for t in tensors) / 1e6, 1)
+
+
 def packed_against_dense(dtype: str = "bfloat16", device: str = "cpu", repeats: int = 3) -> dict:
-    """Tokens per second (median, the kinds in turns) and bytes of a 2:4 model: dense, packed in memory, on sparse
-    kernels."""
+    """Median tokens per second, in turns, and bytes of a 2:4 model: dense, packed in memory, on sparse kernels."""
     with tempfile.TemporaryDirectory() as folder:
         dense = masked_2_4(dtype, device)
         on_disk = {}
-        for kind, packed in (("dense", False), ("packed", True)):
-            save_artifact(dense, f"{folder}/{kind}", packed=packed)
-            on_disk[kind] = sizes_of(f"{folder}/{kind}")
-        kinds = {"dense": dense, "packed": load_artifact(f"{folder}/packed", device=device)}
+        for form, packed in (("dense", False), ("packed", True)):
+            save_artifact(dense, f"{folder}/{form}", packed=packed)
+            on_disk[form] = sizes_of(f"{folder}/{form}")
+        models = {"dense": dense, "packed": load_artifact(f"{folder}/packed", device=device)}
     try:
-        kinds["kernel"] = semi_structured(dense)
+        models["kernel"] = semi_structured(dense)
         kernel = "used"
     except BadInput as error:
         kernel = f"not used: {error}"
-    speeds = {kind: [] for kind in kinds}
-    for subject in kinds.values():  # warm
-        tokens_per_second(subject)
-    for _ in range(repeats):
-        for kind, subject in kinds.items():
-            speeds[kind].append(tokens_per_second(subject))
+    speeds = speeds_in_turns(models, repeats)
     result = {}
-    for kind, subject in kinds.items():
-        speed = {
-            f"{part}_tokens_per_s": round(statistics.median(s[part] for s in speeds[kind]), 1)
-            for part in ("prefill", "decode")
-        }
-        linears = sum(t.nbytes for i in range(subject.depth) for m in subject.linears(i).values() for t in held(m))
-        result[kind] = {
-            **speed,
+    for form, subject in models.items():
+        result[form] = {
+            **{f"{part}_tokens_per_s": speed for part, speed in median_speed(speeds[form]).items()},
             "MB_in_memory": round(sizes(subject)["bytes_in_memory"] / 1e6, 1),
-            "MB_of_linears": round(linears / 1e6, 1),
+            "MB_of_linears": linears_MB(subject),
         }
-        if kind in on_disk:
-            result[kind]["MB_on_disk"] = round(on_disk[kind] / 1e6, 1)
+        if form in on_disk:
+            result[form]["MB_on_disk"] = round(on_disk[form] / 1e6, 1)
     share = result["packed"]["MB_of_linears"] / result["dense"]["MB_of_linears"]
     return {
         **result,
@@ -95,7 +105,7 @@ def packed_against_dense(dtype: str = "bfloat16", device: str = "cpu", repeats: 
 def unpack_milliseconds(repeats: int = 20) -> dict:
     """Unpacking one 1536 x 576 bfloat16 matrix, for each of the nine patterns."""
     result = {}
-    for pattern in NINE:
+    for pattern in THESIS_PATTERNS:
         weight = torch.randn(1536, 576).bfloat16()
         groups = weight.view(-1, pattern.of)
         groups.scatter_(1, groups.abs().topk(pattern.remove, 1, largest=False).indices, 0)
@@ -110,14 +120,12 @@ def unpack_milliseconds(repeats: int = 20) -> dict:
 
 
 def held(module: torch.nn.Module) -> list[torch.Tensor]:
-    """What a projection's weight takes in memory."""
+    """The tensors of a projection's weight in memory."""
     return module.resident if hasattr(module, "resident") else [module.weight]
 
 
 def sizes_of(folder: str) -> int:
-    """Bytes of weights on disk, as the artifact says."""
-    from thesislib.formats.artifact_json import read_artifact
-
+    """The bytes of an artifact's weights on disk."""
     return read_artifact(folder)["sizes"]["bytes_on_disk"]
 
 

@@ -1,19 +1,18 @@
-"""What the streaming engine and block ablation cost, and how much memory; run as a module for one peak: see
+"""The cost of the calibration pass and of block ablation, and their peaks of memory; run as a module for one peak, see
 benchmarks.__main__."""
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.timing import MB, peak_MB, seconds
 from thesislib.compress.calibration import stream
 from thesislib.compress.depth import leave_one_out
 from thesislib.compress.width import Prune, Width
@@ -21,19 +20,6 @@ from thesislib.formats.load import load_subject
 from thesislib.model.blocks import remove
 from thesislib.model.subject import Subject
 from thesislib.sources.corpus import calibration_windows
-
-MB = 1e6
-
-
-def peak_MB() -> float:
-    """Highest resident size of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MB
-
-
-def seconds(function) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def wanda_against_bare_forward(repeats: int = 3) -> dict:
@@ -96,16 +82,9 @@ def embedded_64_windows() -> dict:
 def one_billion(streamed: bool) -> dict:
     """Llama-3.2-1B's shapes with random weights, WANDA 2:4 over 16 windows of 512 in bfloat16."""
     config = LlamaConfig(
-        hidden_size=2048,
-        num_hidden_layers=16,
-        intermediate_size=8192,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        vocab_size=128_256,
-        tie_word_embeddings=True,
-        max_position_embeddings=4096,
-    )
+        hidden_size=2048, num_hidden_layers=16, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8,
+        head_dim=64, vocab_size=128_256, tie_word_embeddings=True, max_position_embeddings=4096,
+    )  # fmt: skip
     ids = torch.randint(0, config.vocab_size, (16, 512), generator=torch.Generator().manual_seed(0))
     if not streamed:
         torch.set_default_dtype(torch.bfloat16)
@@ -116,7 +95,7 @@ def one_billion(streamed: bool) -> dict:
     from thesislib.pipeline.offload import FromFolder
 
     with tempfile.TemporaryDirectory() as folder:
-        # written by another process, whose memory does not count
+        # written by another process, so that its memory does not count
         code = (
             "import sys, torch; from transformers import LlamaConfig, LlamaForCausalLM; "
             "torch.set_default_dtype(torch.bfloat16);"
@@ -135,5 +114,5 @@ PEAKS = {"embedded": embedded_64_windows, "1B": lambda: one_billion(False), "1B-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("which", choices=PEAKS)
-    found = PEAKS[parser.parse_args().which]()
-    print(json.dumps({"peak_MB": round(peak_MB()), **found}))
+    result = PEAKS[parser.parse_args().which]()
+    print(json.dumps({"peak_MB": round(peak_MB()), **result}))

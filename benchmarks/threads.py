@@ -1,7 +1,7 @@
 """How threads should wait: tokens per second of the bare forward pass on two threads, on a quiet machine and with one
 core kept busy.
 
-Each way is a process of its own, in turns, since OpenMP reads its settings once.
+Each setting runs in a process of its own, in turns, since OpenMP reads its settings once.
 """
 
 import json
@@ -28,9 +28,9 @@ print(json.dumps(tokens_per_second(subject)))
 
 
 def waiting(repeats: int = 3, threads: int = 2) -> dict:
-    """Median tokens per second by way of waiting, quiet and with the first core taken by a loop (Linux)."""
+    """Median tokens per second by setting, on a quiet machine and with a loop on the first core (Linux)."""
     cores = sorted(os.sched_getaffinity(0))[:threads]
-    found: dict[str, dict[str, list]] = {}
+    speeds: dict[str, dict[str, list]] = {}
     for _ in range(repeats):
         for busy in (False, True):
             loop = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
@@ -42,14 +42,14 @@ def waiting(repeats: int = 3, threads: int = 2) -> dict:
                     environment = {name: value for name, value in os.environ.items() if name not in SETTINGS} | setting
                     command = [sys.executable, "-c", CHILD, str(threads)]
                     out = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-                    found.setdefault(f"{way}, {'one core busy' if busy else 'quiet'}", []).append(json.loads(out))
+                    speeds.setdefault(f"{way}, {'one core busy' if busy else 'quiet'}", []).append(json.loads(out))
             finally:
                 if loop:
                     loop.kill()
                     loop.wait()
     result = {
         way: {part: round(statistics.median(s[part] for s in samples), 1) for part in samples[0]}
-        for way, samples in found.items()
+        for way, samples in speeds.items()
     }
     return {**result, "threads": threads}
 

@@ -9,6 +9,33 @@ import numpy as np
 from thesislib.records.measurement import Measurement
 
 
+def measurement(**changes):
+    """A measurement of one item; changes: its fields."""
+    plain = {
+        "task": "t",
+        "metric": "m",
+        "value": 1.5,
+        "low": 1.0,
+        "high": 2.0,
+        "n": 1,
+        "unit": "u",
+        "items": [{"id": "é", "x": 1}],
+    }
+    return Measurement(**plain | changes)
+
+
+def row(worker=0, k=0, pad="", **changes):
+    """The k-th measurement of a worker, of three items."""
+    plain = {
+        "value": 1000.0 * worker + k,
+        "n": 3,
+        "items": [{"id": f"{worker}/{k}/{i}", "x": worker * 1000 + k + i / 7} for i in range(3)],
+        "extra": {"pad": pad},
+        "provenance": {"subject": "s", "made": {"label": f"L{worker}"}},
+    }
+    return measurement(**plain | changes)
+
+
 def perplexity(per_token, seed=0, *, texts=None, spread=0.01, n=24, **changes):
     """A perplexity over n documents of 100 tokens.
 

@@ -123,7 +123,7 @@ CALLS = [
     *(["run", "01", "-p", value] for value in (
         "windows=abc", "windows=-1", "windows=0", "windows=1.5", "windows=true", f"windows={HUGE}", "windows=[1]", "windows={a: 1}", "windows=", "windows=*a",
         "windows=&a [*a]", "windows=" + "[" * 5000, "windows=!!python/object:os.system x", "windows=2000000", "windos=3", "windows", "=3", "", "subject=nowhere",
-        "subject=", "subject=~nouser/x", "subject=empty", "data=nowhere", "data=", "device=meta", "device=cuda:99", "dtype=float8", "shown=nothing", "tokens=0",
+        "subject=", "subject=~nouser/x", "subject=empty", "data=nowhere", "device=meta", "device=cuda:99", "dtype=float8", "shown=nothing", "tokens=0",
     )),
     ["run", "01", "-p", "windows=1", "-p", "windows=2"],
     ["run", "00", "-p", "lengths=512"],

@@ -1,7 +1,5 @@
 import os
 import re
-import signal
-import subprocess
 import sys
 import time
 import tomllib
@@ -13,6 +11,7 @@ import nbformat
 import pytest
 import yaml
 
+from tests.fakes import processes
 from thesislib.book import api, clean
 from thesislib.chapters import chapters as study
 from thesislib.chapters import reads
@@ -110,22 +109,20 @@ def test_a_chapter_reads_what_its_notebook_names():
         assert name in named and named <= set(reads(name)), name
 
 
-def test_executed_runs_once_and_again_when_something_changes(checkout, monkeypatch, capsys):
-    monkeypatch.setattr("thesislib.files.ROOT", checkout)
-    monkeypatch.setattr("thesislib.runner.cache_key.__defaults__", (checkout,))
+def test_executed_runs_once_and_again_when_something_changes(checkout, capsys):
     path, cache = checkout / "notebooks" / "01_one.ipynb", checkout / "cache"
-    first = executed("01_one", path, cache)
+    first = executed("01_one", path, cache, checkout)
     stamp = first.stat().st_mtime_ns
-    assert executed("01_one", path, cache) == first and first.stat().st_mtime_ns == stamp
+    assert executed("01_one", path, cache, checkout) == first and first.stat().st_mtime_ns == stamp
     assert "unchanged" in capsys.readouterr().err
     first.write_text(first.read_text("utf8").replace("cell", "sell", 1), "utf8")  # a damaged byte
     assert (
-        executed("01_one", path, cache) == first
+        executed("01_one", path, cache, checkout) == first
         and "damaged" in capsys.readouterr().err
         and "sell" not in first.read_text("utf8")
     )
     (checkout / "thesislib" / "a.py").write_text("x = 2")
-    second = executed("01_one", path, cache)
+    second = executed("01_one", path, cache, checkout)
     assert second != first and not first.exists()
     assert [f.name for f in cache.iterdir()] == [second.name]
 
@@ -143,6 +140,7 @@ def test_execute_with_parameters_and_failure(tmp_path):
     assert not list(tmp_path.glob("never*")) and not list(tmp_path.glob(".*partial*"))
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells whether it lives")
 def test_the_kernel_dies_with_its_run(tmp_path):
     """kill -9 on the run: its kernel, in the middle of a long cell, is gone too and nothing has the final name."""
@@ -151,19 +149,11 @@ def test_the_kernel_dies_with_its_run(tmp_path):
         f"import os, pathlib\npathlib.Path({str(pid_file)!r}).write_text(str(os.getpid()))\nx = 0\nwhile True: x += 1"
     ]
     nbformat.write(notebook(*cells), source)
-    code = (
-        f"from pathlib import Path; from thesislib.runner import execute; execute(Path({str(source)!r}), "
-        f"Path({str(tmp_path / 'out.ipynb')!r}), {{}})"
-    )
-    run = subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
+    run = processes().Process(target=execute, args=(source, tmp_path / "out.ipynb", {}))
+    run.start()
     kernel = int(_wait_for(lambda: pid_file.exists() and pid_file.read_text()))
-    os.kill(run.pid, signal.SIGKILL)
-    run.wait()
+    run.kill()
+    run.join()
     assert _wait_for(lambda: not _alive(kernel)), "the kernel outlived its run"
     assert not (tmp_path / "out.ipynb").exists()
 

@@ -54,23 +54,12 @@ def data_folder(tmp_path):
     return str(tmp_path / "data")
 
 
+def on_wikitext(subject, data, *options):
+    return ["evaluate", subject, "--on", "wikitext", "--data", data, "--length", "16", "--json", *options]
+
+
 def test_evaluate_json_has_value_interval_n_unit_and_provenance(tiny_folder, data_folder):
-    result = run(
-        app,
-        [
-            "evaluate",
-            tiny_folder,
-            "--on",
-            "wikitext",
-            "--data",
-            data_folder,
-            "--length",
-            "16",
-            "--limit",
-            "8",
-            "--json",
-        ],
-    )
+    result = run(app, on_wikitext(tiny_folder, data_folder, "--limit", "8"))
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["low"] < found["value"] < found["high"] and found["n"] == 8 and found["unit"] == "window of 16 tokens"
@@ -97,20 +86,7 @@ def test_evaluate_in_words(tiny_folder, data_folder, task, extra, metric):
 
 
 def test_evaluate_a_plan_and_every_item(tiny_folder, data_folder):
-    args = [
-        "evaluate",
-        tiny_folder,
-        "--on",
-        "wikitext",
-        "--data",
-        data_folder,
-        "--length",
-        "16",
-        "--json",
-        "--items",
-        "--plan",
-        "0-3x2,11",
-    ]
+    args = on_wikitext(tiny_folder, data_folder, "--items", "--plan", "0-3x2,11")
     found = json.loads(run(app, args).stdout)
     assert found["provenance"]["plan"] == [0, 0, 1, 1, 2, 2, 3, 3, 11]
     assert len(found["items"]) == found["n"]
@@ -174,10 +150,11 @@ def test_an_unknown_task_or_data_costs_no_model(monkeypatch):
     assert run(app, ["evaluate", "embedded", "--on", "wikitext", "--data", "nowhere"]).exit_code == 2
 
 
-def test_a_notebook_that_fails_is_exit_code_1(tmp_path, monkeypatch):
+def test_a_notebook_that_fails_is_exit_code_1_and_one_that_refuses_2(tmp_path, monkeypatch):
     notebook = nbformat.v4.new_notebook(
         cells=[
             nbformat.v4.new_code_cell("k = 1", metadata={"tags": ["parameters"]}),
+            nbformat.v4.new_code_cell("from thesislib.errors import BadInput\nif k == 3: raise BadInput('k is 3')"),
             nbformat.v4.new_code_cell("1 / (k - 2)"),
         ]
     )
@@ -188,17 +165,20 @@ def test_a_notebook_that_fails_is_exit_code_1(tmp_path, monkeypatch):
     result = run(app, ["run", "9", "-p", "k=2", "--out", str(out)])
     assert result.exit_code == 1 and "a cell raised ZeroDivisionError" in result.stderr
     assert not out.exists() and (tmp_path / "out.failed.ipynb").exists()
+    refused = run(app, ["run", "9", "-p", "k=3", "--out", str(out)])
+    assert refused.exit_code == 2 and "k is 3" in refused.stderr
+
+
+def test_as_installed():
+    """In a process of its own, as a user calls it."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    called = [sys.executable, "-m", "thesislib.cli", "--help"]
+    done = subprocess.run(called, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "evaluate" in done.stdout, done.stderr
 
 
 @pytest.mark.embedded
-@pytest.mark.parametrize("args", [["--help"], ["evaluate", "--help"], ["fetch"]])
-def test_as_installed(args):
-    """In a process of its own, as a user calls it."""
-    done = subprocess.run(
-        [sys.executable, "-m", "thesislib.cli", *args],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout
+def test_what_fetch_and_help_say():
+    assert "hellaswag" in run(app, ["evaluate", "--help"]).stdout
+    done = run(app, ["fetch"])
+    assert done.exit_code == 0 and done.stdout

@@ -207,8 +207,8 @@ def test_files_come_back(tiny, tmp_path):
 
 SHARING = """
 import sys, torch
-from thesislib.sweep.task import SHARED
-torch.cuda.set_per_process_memory_fraction(SHARED / 2, "cuda:0")
+from thesislib.sweep.task import MEMORY_FOR_TENSORS
+torch.cuda.set_per_process_memory_fraction(MEMORY_FOR_TENSORS / 2, "cuda:0")
 total = torch.cuda.get_device_properties(0).total_memory
 held = torch.empty(int(0.2 * total), dtype=torch.uint8, device="cuda")
 try:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.fakes import measurement
 from thesislib.compress.depth import Depth
 from thesislib.compress.eora import Eora
 from thesislib.compress.gptq import Rtn
@@ -261,17 +262,7 @@ def test_verdicts(then, now, allowed, agrees, said):
     ],
 )
 def test_tolerances(metric, dtype, stages, expected):
-    m = Measurement(
-        task="t",
-        metric=metric,
-        value=1.0,
-        low=1.0,
-        high=1.0,
-        n=1,
-        unit="u",
-        items=[],
-        provenance={"dtype": dtype, "made": {"stages": stages}},
-    )
+    m = measurement(metric=metric, provenance={"dtype": dtype, "made": {"stages": stages}})
     assert tolerance(m) == expected and tolerance(altered(m, tolerance={"absolute": 7})) == {"absolute": 7}
 
 

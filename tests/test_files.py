@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.fakes import processes
 from thesislib.errors import BadInput
 from thesislib.files import (
     ROOT,
@@ -232,28 +233,26 @@ def test_cache_folder_that_cannot_be_written(monkeypatch):
 
 # ---------------------------------------------------------------- what the dead left
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from thesislib.files import whole_file, whole_folder
-kind, final = sys.argv[1], Path(sys.argv[2])
-with (whole_folder if kind == "folder" else whole_file)(final) as temporary:
-    place = temporary / "half" if kind == "folder" else temporary
-    place.write_text("half")
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
+
+def killed(kind, final):
+    """In a process of its own."""
+    with (whole_folder if kind == "folder" else whole_file)(final) as temporary:
+        (temporary / "half" if kind == "folder" else temporary).write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", ["folder", "file"])
 @pytest.mark.parametrize(
     "name", ["final", "x" * 255, "é" * 127, "a-[b]*", "-x"], ids=["plain", "long", "long and no ASCII", "odd", "dash"]
 )
 def test_what_a_killed_process_left_is_cleared_by_the_next_and_nothing_else(tmp_path, kind, name):
     final = tmp_path / "sub" / name
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     for n in (1, 2):
-        done = subprocess.run([sys.executable, "-c", KILLED, kind, str(final)], env=environment)
-        assert done.returncode == -signal.SIGKILL and not final.exists()
+        process = processes().Process(target=killed, args=(kind, final))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL and not final.exists()
         assert len(list(final.parent.iterdir())) == 1, n  # the second one cleared what the first one left
     others = [f".{name[:9]}-2-notes", f".{name[:9]}.swp", f".{name[:9]}-0123456z"]
     for other in others:
@@ -344,6 +343,7 @@ def rights_dropped():
             ctypes.CDLL(None).prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="drops root's rights by a call that Linux has")
 def test_what_an_ordinary_user_may_not_is_one_line(tiny, tmp_path):
     subject = save_checkpoint(tiny(layers=2), tmp_path / "subject")

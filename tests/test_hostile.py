@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
+from tests.fakes import measurement
 from thesislib import notebooks
 from thesislib.cli import app
 from thesislib.errors import BadInput, printable
@@ -20,7 +21,6 @@ from thesislib.formats import checkpoint
 from thesislib.formats.artifact import load_artifact, save_artifact
 from thesislib.formats.gguf_header import check_header
 from thesislib.formats.load import load_subject, save_checkpoint
-from thesislib.records.measurement import Measurement
 from thesislib.records.store import Store
 from thesislib.sources import rows
 from thesislib.sweep.workers import Order, Workers, drive
@@ -247,17 +247,7 @@ def test_errors_of_usage_leave_a_terminal_alone(args):
 
 
 def test_a_record_is_one_line_whatever_it_is_called(tmp_path):
-    m = Measurement(
-        task="a\nb\x1b[31m",
-        metric="perplexity",
-        value=2.0,
-        low=1.0,
-        high=3.0,
-        n=1,
-        unit="window",
-        items=[{"id": 1}],
-        provenance={"made": {"label": "D1\r\nD2"}},
-    )
+    m = measurement(task="a\nb\x1b[31m", metric="perplexity", provenance={"made": {"label": "D1\r\nD2"}})
     name = Store(tmp_path / "x.jsonl").append(m)
     result = CliRunner().invoke(app, ["records", "--store", str(tmp_path / "x.jsonl")])
     assert result.exit_code == 0 and result.stdout.startswith(name) and result.stdout.count("\n") == 1

@@ -12,7 +12,7 @@ import pytest
 from thesislib.files import ROOT
 from thesislib.formats.load import save_checkpoint
 
-pytestmark = [pytest.mark.slow, pytest.mark.embedded]
+pytestmark = [pytest.mark.processes, pytest.mark.embedded]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def installed(tmp_path_factory):
     return call
 
 
-def test_what_works_without_a_checkout(installed, tiny, tiny_data):
+def test_what_works_without_a_checkout_and_what_needs_one_says_so(installed, tiny, tiny_data):
     folder = installed.folder
     save_checkpoint(tiny(layers=9), folder / "tiny")
     said = installed(
@@ -69,7 +69,13 @@ def test_what_works_without_a_checkout(installed, tiny, tiny_data):
         ["recipe", "expand", "data:grid.yaml", "--out", "grid", "--size", "quick"],
         ["compress", "D2", "--subject", "tiny", "--data", tiny_data, "--out", "D2"],
         ["evaluate", "D2", "--on", "wikitext", "--limit", "1", "--length", "32", "--json", "--data", tiny_data],
+        ["run", "1"],
+        ["sweep", "--chapter", "3"],
+        ["book"],
     )
+    for code, out, err in said[6:]:
+        assert out == "" and code == 2 and err.count("\n") == 1 and "needs a checkout of thesislib" in err
+    said = said[:6]
     assert [code for code, *_ in said] == [0] * 6, said
     profile, rows, checked, expanded, _, perplexity = (out for _, out, _ in said)
     assert json.loads(profile)["device"] == "k1"
@@ -83,8 +89,3 @@ def test_what_works_without_a_checkout(installed, tiny, tiny_data):
     )
     assert "D2+W1:8" in checked and len(list((folder / "grid").glob("*.yaml"))) == int(expanded.split()[-2])
     assert json.loads(perplexity)["n"] == 1 and json.loads(perplexity)["provenance"].get("commit") is None
-
-
-def test_what_needs_a_checkout_says_so(installed):
-    for code, out, err in installed(["run", "1"], ["sweep", "--chapter", "3"], ["book"]):
-        assert out == "" and code == 2 and err.count("\n") == 1 and "needs a checkout of thesislib" in err

@@ -71,8 +71,7 @@ def _text(hint: Any) -> str:
 
 
 def positive(**values: int | None) -> None:
-    """Raises BadInput for the first value that is neither None nor a count from 1 to its name's largest
-    (`MAX_COUNTS`)."""
+    """Raises BadInput for the first value that is neither None nor a count from 1 to its name's largest."""
     for name, value in values.items():
         largest = MAX_COUNTS.get(name, MAX_COUNT)
         if value is not None and value < 1:

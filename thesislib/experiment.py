@@ -34,7 +34,7 @@ def recipe_of(stages: Sequence) -> Recipe:
 
 def recipe_hash(recipe: Recipe) -> str | None:
     """12 hex digits of a sha256 over the stages with every setting; None for no stages."""
-    text = json.dumps(recipe.plain(), sort_keys=True)
+    text = json.dumps(recipe.entries(), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12] if recipe.stages else None
 
 
@@ -48,7 +48,7 @@ def build_history(recipe: Recipe, base: dict, data: str, size: dict, reports: Se
         size: parameters and bytes of the result, see `thesislib.formats.sizes.sizes`.
         reports: what each stage reported.
     """
-    stages = recipe.plain()
+    stages = recipe.entries()
     facts = {
         "label": recipe.label or DENSE,
         "recipe": recipe_hash(recipe),
@@ -231,7 +231,7 @@ class Conditions:
         return self._identity(stages, "any", None)
 
     def _identity(self, stages: Sequence[Stage], setup: Setup | str, text: str | None) -> str:
-        return identity(self.fingerprint, self.dtype, self.data, recipe_of(stages).plain(), setup, text)
+        return identity(self.fingerprint, self.dtype, self.data, recipe_of(stages).entries(), setup, text)
 
 
 def without_batch(setup: Setup) -> Setup:

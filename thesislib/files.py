@@ -28,7 +28,7 @@ LARGEST = 1 << 26  # bytes of a text that is read as a whole: twice the largest 
 LONGEST = 100  # bytes of a name that a temporary name repeats: systems allow 255
 HARMLESS = ("readme", "license", "licence", "notice")  # names of files about a model begin so; they are no part of it
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-UNUSABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EIO)
+UNUSABLE: tuple[int, ...] = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EBUSY, errno.EIO)
 UNUSABLE += (errno.ELOOP, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR)
 _SHA256: dict[tuple[int, ...], str] = {}  # of files by device, inode, size and times
 

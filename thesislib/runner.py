@@ -114,10 +114,12 @@ def _checksum(content: dict) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def executed(name: str, notebook: Path, cache: Path, *, reads: Mapping[str, str] | None = None) -> Path:
+def executed(
+    name: str, notebook: Path, cache: Path, root: Path = ROOT, *, reads: Mapping[str, str] | None = None
+) -> Path:
     """The notebook executed with its default parameters, from the cache if nothing it depends on has changed; see
     `cache_key`."""
-    out = cache / f"{name}-{cache_key(notebook, {}, reads=reads)[:16]}.ipynb"
+    out = cache / f"{name}-{cache_key(notebook, {}, root, reads=reads)[:16]}.ipynb"
     if intact(out):
         print(f"{name}: unchanged, not executed again", file=sys.stderr)
         return out

@@ -1,5 +1,4 @@
-"""YAML whose nodes keep their line numbers, for error messages; YAML 1.1's surprising types, aliases and tags are
-refused."""
+"""YAML with line numbers for error messages, without YAML 1.1's surprising types, aliases and tags."""
 
 import math
 import re
@@ -12,7 +11,7 @@ import yaml
 from thesislib.errors import BadInput, shown, unknown
 
 LARGEST, DEEPEST = 1 << 20, 20  # bytes, levels: nobody writes more by hand
-OPENING = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken)
+OPENING: tuple[type[yaml.Token], ...] = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken)
 OPENING += (yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken)
 CLOSING = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
 

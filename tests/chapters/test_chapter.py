@@ -65,7 +65,7 @@ def planned_identity(m, stages, setup):
     """That of a row's plan, on the row's own subject and text."""
     run, base = m.provenance, m.made["base"]["fingerprint"]
     text = run.get("corpus_sha256") or m.settings.get("text_sha256")
-    return identity(base, run["dtype"], m.made["data"], recipe_of(stages).plain(), setup, text)
+    return identity(base, run["dtype"], m.made["data"], recipe_of(stages).entries(), setup, text)
 
 
 @pytest.mark.parametrize("name", ["03_width_pruning", "04_lora_recovery", "05_quantisation"])

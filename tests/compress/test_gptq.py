@@ -9,12 +9,13 @@ import torch
 from thesislib.compress.calibration import stream
 from thesislib.compress.gptq import Gptq, Quantise, Rtn, gptq, inverse_factor
 from thesislib.compress.layerwise import layer_errors, relative_error
-from thesislib.compress.width import THESIS_PATTERNS, Width, least_of_each
+from thesislib.compress.width import Width, least_of_each
 from thesislib.errors import BadInput
 from thesislib.formats.load import save_checkpoint
 from thesislib.model.blocks import apply_plan
 from thesislib.model.grid import Grid, round_to_nearest
 from thesislib.model.layers import LINEARS, Adapted, adapt, replace
+from thesislib.model.packing import THESIS_PATTERNS
 from thesislib.model.quantised import QuantisedLinear, is_quantised
 
 IDS = torch.randint(0, 250, (6, 24), generator=torch.Generator().manual_seed(1))

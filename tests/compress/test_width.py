@@ -5,9 +5,10 @@ import pytest
 import torch
 
 from thesislib.compress.calibration import Statistics, stream
-from thesislib.compress.width import THESIS_PATTERNS, Prune, Width, least_of_each, least_share, zero_shares
+from thesislib.compress.width import Prune, Width, least_of_each, least_share, zero_shares
 from thesislib.errors import BadInput
 from thesislib.model.layers import LINEARS
+from thesislib.model.packing import THESIS_PATTERNS
 
 IDS = torch.randint(0, 250, (4, 16), generator=torch.Generator().manual_seed(1))
 

@@ -27,7 +27,7 @@ from thesislib.device.hardware import (
     devices,
     read_device,
 )
-from thesislib.device.placement import FITS, STREAMS, TOO_LARGE, blocks_that_fit, padded, plan, what_fits
+from thesislib.device.placement import FITS, STREAMS, TOO_LARGE, allocate, blocks_that_fit, padded, what_fits
 from thesislib.device.quantity import UNITS, parse
 from thesislib.device.report import profile_report, readable
 from thesislib.device.roofline import ARITHMETIC, OVERHEAD, TRAFFIC, profile, project, what_each_buys
@@ -321,15 +321,15 @@ def test_a_correction_keeps_its_bytes_at_other_bits(tiny):
 def test_weights_live_in_the_nearest_room(tiny):
     subject = tiny()
     total = distinct_bytes(stored(subject))
-    assert plan(subject, made([(total, 1e6, None, True)])).verdict == FITS
-    two = plan(subject, made([(total / 2, 1e6, None, True), (total, 1e5, None, False)]))
+    assert allocate(subject, made([(total, 1e6, None, True)])).verdict == FITS
+    two = allocate(subject, made([(total / 2, 1e6, None, True), (total, 1e5, None, False)]))
     assert two.verdict == STREAMS and sum(two.bytes.values()) == total and two.bytes["m0"] <= total / 2
-    assert two.places["embedding"] == two.places["head"] == "m0"
-    small = plan(subject, made([(total - 1, 1e6, None, True)]))
+    assert two.tier_of["embedding"] == two.tier_of["head"] == "m0"
+    small = allocate(subject, made([(total - 1, 1e6, None, True)]))
     assert small.verdict == TOO_LARGE and small.missing == total - sum(small.bytes.values())
-    assert plan(subject, made([(total, 1e6, None, True)]), cache_bytes=1).verdict == TOO_LARGE
+    assert allocate(subject, made([(total, 1e6, None, True)]), cache_bytes=1).verdict == TOO_LARGE
     assert (
-        plan(subject, made([(total + 1, 1e6, None, False)]), cache_bytes=1).verdict == FITS
+        allocate(subject, made([(total + 1, 1e6, None, False)]), cache_bytes=1).verdict == FITS
     )  # the only memory there is
 
 
@@ -367,12 +367,12 @@ def test_a_cache_is_never_in_memory_that_is_not_written(tiny):
         (1, 1),
         None,
     )
-    found = plan(subject, frozen, cache_bytes=4000)
-    assert (found.cache, found.verdict) == ("ram", FITS) and plan(
+    found = allocate(subject, frozen, cache_bytes=4000)
+    assert (found.cache, found.verdict) == ("ram", FITS) and allocate(
         subject, frozen, cache_bytes=6000
     ).verdict == TOO_LARGE
-    assert profile(subject, frozen, prompt=4, context=4).plan.verdict == FITS
-    assert profile(subject, frozen, prompt=400, context=4).plan.verdict == TOO_LARGE  # the prompt's own cache
+    assert profile(subject, frozen, prompt=4, context=4).placement.verdict == FITS
+    assert profile(subject, frozen, prompt=400, context=4).placement.verdict == TOO_LARGE  # the prompt's own cache
 
 
 def test_the_other_way_round_agrees_with_the_plan(tiny):
@@ -383,8 +383,8 @@ def test_the_other_way_round_agrees_with_the_plan(tiny):
     d = made([(rest + 3.5 * block, 1e6, None, True)])
     assert blocks_that_fit(subject, d, 32) == 3
     assert (
-        plan(apply_plan(subject, [0, 1, 2]), d).verdict == FITS
-        and plan(apply_plan(subject, [0, 1, 2, 3]), d).verdict == TOO_LARGE
+        allocate(apply_plan(subject, [0, 1, 2]), d).verdict == FITS
+        and allocate(apply_plan(subject, [0, 1, 2, 3]), d).verdict == TOO_LARGE
     )
     assert blocks_that_fit(subject, d, 8) == 6 and blocks_that_fit(subject, made([(10, 1, None, True)]), 8) is None
     assert blocks_that_fit(subject, d, 32, kept=0.5) > 3
@@ -445,7 +445,7 @@ def test_what_fits_agrees_with_blocks_that_fit_and_with_the_plan(tiny):
         < found[found.bits == 8].blocks.max()
         == 6
     )
-    assert plan(apply_plan(subject, [0, 1]), d).verdict == FITS and 2 in set(found[found.bits == 32].blocks)
+    assert allocate(apply_plan(subject, [0, 1]), d).verdict == FITS and 2 in set(found[found.bits == 32].blocks)
 
 
 # ---------------------------------------------------------------- time and energy
@@ -587,13 +587,13 @@ def test_energy_is_the_sum_of_its_parts(tiny):
     subject = tiny()
     d = made([(1e9, 1e6, 2e-12, True)], joules=3e-12, idle=0.5)
     time, c = project(subject, d, 1, 16), costs(subject, 1, 16)
-    found = energy(subject, d, plan(subject, d), time, 1, 16)
+    found = energy(subject, d, allocate(subject, d), time, 1, 16)
     cache = sum(o.cache for o in c.operations)
     assert found.parts["arithmetic"] == pytest.approx(3e-12 * c.macs) and found.parts["traffic"] == pytest.approx(
         2e-12 * (c.weight_bytes + cache)
     )
     assert found.high - found.low == pytest.approx(0.5 * (time.seconds.high - time.seconds.low)) and found.unknown == ()
-    bare = energy(subject, made([(1e9, 1e6, None, True)]), plan(subject, d), time, 1, 16)
+    bare = energy(subject, made([(1e9, 1e6, None, True)]), allocate(subject, d), time, 1, 16)
     assert bare.low == bare.high == 0 and len(bare.unknown) == 3 and not bare.known and found.known and found.how == SUM
 
 

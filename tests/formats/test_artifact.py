@@ -24,7 +24,7 @@ from thesislib.formats.tensors import packed_tensors
 from thesislib.model import packing
 from thesislib.model.blocks import apply_plan, remove, without_parts
 from thesislib.model.layers import Adapted, PackedLinear, replace
-from thesislib.model.packing import NINE
+from thesislib.model.packing import THESIS_PATTERNS
 
 IDS = torch.arange(96).view(2, 48)
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -66,7 +66,7 @@ def on_disk(folder):
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("pattern", [str(p) for p in NINE])
+@pytest.mark.parametrize("pattern", [str(p) for p in THESIS_PATTERNS])
 def test_every_pattern_comes_back_and_has_the_size_that_was_predicted(tiny, tmp_path, pattern):
     dense = tiny(layers=2)
     from_config = predicted_disk_bytes(dense, pattern)  # before anything is masked
@@ -244,7 +244,7 @@ for folder in sys.argv[2:]:
 """
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_plain_checkpoints_load_where_thesislib_is_not(tiny, tmp_path):
     subjects = {
         "masked": masked(tiny(layers=2)),

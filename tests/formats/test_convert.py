@@ -287,6 +287,7 @@ def convert_slowly(path, checkpoint, cache, copied):
     safetensors_folder(path)
 
 
+@pytest.mark.processes
 def test_kills_while_it_converts_leave_nothing_for_good(tmp_path, cache, counted, checkpoint):
     path = tmp_path / "x.gguf"
     path.write_bytes(b"GGUF" + bytes(20) + b"1")

@@ -197,7 +197,6 @@ def test_on_the_command_line(tiny, tmp_path, monkeypatch):
         assert CliRunner().invoke(app, ["export", "small", *options]).exit_code == 2
 
 
-@pytest.mark.slow
 @pytest.mark.embedded
 def test_the_embedded_file_comes_back(embedded_subject, tmp_path, monkeypatch):
     """Rounded to the grid that its weights lie on already, the subject is the file that it came from."""
@@ -208,6 +207,8 @@ def test_the_embedded_file_comes_back(embedded_subject, tmp_path, monkeypatch):
     assert set(there) == set(here)
     for name, tensor in there.items():
         assert here[name].tensor_type == tensor.tensor_type
+        if name.startswith("blk.") and name.split(".")[1] not in ("0", "15", "29"):
+            continue  # the same code for each
         before, after = (dequantize(t.data, t.tensor_type) for t in (tensor, here[name]))
         assert np.abs(before - after).max() <= 2e-3 * np.abs(before).max(), name
     said = [
@@ -233,4 +234,8 @@ def test_the_embedded_file_comes_back(embedded_subject, tmp_path, monkeypatch):
         "tokenizer.chat_template",
     ]
     for key in said:
-        assert ours.fields[key].contents() == theirs.fields[key].contents(), key
+        a, b = ours.fields[key], theirs.fields[key]
+        if len(a.data) > 1000:  # 49,152 tokens: their bytes, for to read each takes seconds
+            assert [part.tobytes() for part in a.parts] == [part.tobytes() for part in b.parts], key
+        else:
+            assert a.contents() == b.contents(), key

@@ -7,7 +7,7 @@ import torch
 
 from thesislib.errors import BadInput
 from thesislib.model.packing import (
-    NINE,
+    THESIS_PATTERNS,
     Pattern,
     most_kept,
     pack,
@@ -48,7 +48,7 @@ def masked(pattern, rows=5, columns=48, dtype=torch.float32, seed=0):
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("pattern", NINE, ids=str)
+@pytest.mark.parametrize("pattern", THESIS_PATTERNS, ids=str)
 def test_patterns_come_back_bit_for_bit(pattern, dtype):
     weight = masked(pattern, dtype=dtype)
     values, codes = pack_nm(weight, pattern)
@@ -57,7 +57,7 @@ def test_patterns_come_back_bit_for_bit(pattern, dtype):
     assert torch.equal(bits(unpack_nm(values, codes, pattern)), bits(weight))
 
 
-@pytest.mark.parametrize("pattern", NINE, ids=str)
+@pytest.mark.parametrize("pattern", THESIS_PATTERNS, ids=str)
 def test_codes_are_ranks_in_the_table_of_combinations_in_the_fewest_bits(pattern):
     table = list(itertools.combinations(range(pattern.of), pattern.keep))
     assert len(table) == pattern.states and 2 ** (pattern.bits - 1) < len(table) <= 2**pattern.bits
@@ -73,7 +73,7 @@ def test_codes_are_ranks_in_the_table_of_combinations_in_the_fewest_bits(pattern
 
 
 def test_bits_of_the_nine():
-    assert {str(p): p.bits for p in NINE} == {
+    assert {str(p): p.bits for p in THESIS_PATTERNS} == {
         "1:2": 1,
         "2:4": 3,
         "3:4": 2,
@@ -170,7 +170,7 @@ def test_bitmaps_come_back_bit_for_bit(share, dtype):
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
 def test_predicted_bytes_are_the_bytes(dtype):
-    for pattern in NINE:
+    for pattern in THESIS_PATTERNS:
         weight = masked(pattern, rows=9, columns=48, dtype=dtype)
         nonzero = int((weight.view(torch.int16 if dtype.itemsize == 2 else torch.int32) != 0).sum())
         for encoding in (str(pattern), "bitmap", "dense"):
@@ -182,11 +182,11 @@ def test_w2_4_in_bfloat16_takes_35_of_64_bits():
     assert predicted_bytes((1536, 576), torch.bfloat16, "2:4") / (1536 * 576 * 2) == 35 / 64 <= 0.60
 
 
-@pytest.mark.parametrize("pattern", NINE, ids=str)
+@pytest.mark.parametrize("pattern", THESIS_PATTERNS, ids=str)
 def test_the_smallest_encoding_is_found_from_the_weights(pattern):
     weight = masked(pattern, rows=16, columns=64, dtype=torch.bfloat16)
     sizes = {encoding: sum(t.nbytes for t in pack(weight, encoding).values()) for encoding in ("dense", "bitmap")}
-    for other in NINE:
+    for other in THESIS_PATTERNS:
         try:
             sizes[str(other)] = sum(t.nbytes for t in pack(weight, str(other)).values())
         except BadInput:
@@ -210,7 +210,7 @@ def test_the_smallest_encoding_of_other_weights():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_the_same_on_a_gpu():
-    for pattern in NINE:
+    for pattern in THESIS_PATTERNS:
         weight = masked(pattern, dtype=torch.bfloat16)
         for encoding in (str(pattern), "bitmap"):
             here, there = pack(weight, encoding), pack(weight.cuda(), encoding)

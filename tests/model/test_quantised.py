@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from thesislib.compress.width import THESIS_PATTERNS, least_of_each
+from thesislib.compress.width import least_of_each
 from thesislib.errors import BadInput
 from thesislib.model.grid import BITS, GRIDS, Grid, round_to_nearest
 from thesislib.model.layers import StoredLinear
+from thesislib.model.packing import THESIS_PATTERNS
 from thesislib.model.quantised import (
     QuantisedEmbedding,
     QuantisedLinear,

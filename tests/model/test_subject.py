@@ -94,7 +94,7 @@ def test_fingerprint_sees_one_weight_the_type_the_shape_and_the_order(tiny):
     assert len({same, *(s.fingerprint for s in (one, half, order, shape, seed))}) == 6
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_saved_checkpoint_needs_no_thesislib(tiny, tmp_path):
     subject = tiny()
     subject.blocks[4] = subject.blocks[1]  # as a plan that repeats a block shares it

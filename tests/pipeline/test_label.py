@@ -43,7 +43,7 @@ def test_every_label_that_a_stage_writes_is_read_as_that_stage(stage):
 def test_a_label_reads_what_it_writes(stages):
     text = "+".join(s.label for s in stages)
     label = Label.parse(text)
-    assert str(label) == text and [k.word for k in label.kinds] == [s.word for s in stages]
+    assert str(label) == text and [k.word for k in label.classes] == [s.word for s in stages]
     assert label.family == max((s.family for s in stages), key=FAMILIES.index)
     assert label.depth == sum(isinstance(s, Depth) for s in stages) and bool(label.width) == any(
         isinstance(s, Width) for s in stages

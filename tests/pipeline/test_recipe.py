@@ -78,8 +78,8 @@ def test_a_recipe_becomes_typed_configs_in_order(write):
         Toy(rate=0.0001, name="12"),
     )
     assert (recipe.label, recipe.data, recipe.name) == ("D2+W1:8+D1+X", "embedded", "any order")
-    assert [place.rpartition(":")[2] for place in recipe.places] == ["6", "7", "11", "12"]
-    plain = recipe.plain()
+    assert [place.rpartition(":")[2] for place in recipe.locations] == ["6", "7", "11", "12"]
+    plain = recipe.entries()
     assert list(plain[0]) == ["depth"] and plain[0]["depth"]["remove"] == 2
     assert plain[0]["depth"]["protect_first"] == 4  # defaults are filled in, so that a changed default changes the hash
 
@@ -182,7 +182,11 @@ def test_an_included_recipe_comes_first(write):
     write("include: parts/first.yaml\nstages: [width: {remove: 1, of: 8}]", "second.yaml")
     recipe = read_recipe(write("label: D2+W1:8+X\ninclude: second.yaml\ndata: embedded\nstages:\n- toy: {rate: 1}"))
     assert recipe.label == "D2+W1:8+X"
-    assert [place.rpartition("/")[2] for place in recipe.places] == ["first.yaml:2", "second.yaml:2", "recipe.yaml:5"]
+    assert [place.rpartition("/")[2] for place in recipe.locations] == [
+        "first.yaml:2",
+        "second.yaml:2",
+        "recipe.yaml:5",
+    ]
     assert recipe.data == "embedded"
     assert read_recipe(write("include: second.yaml", "third.yaml")).data == "hub"
 

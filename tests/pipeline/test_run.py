@@ -565,7 +565,7 @@ MOMENTS = (
 )
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_at_the_worst_moments(folder, place, start, moment):
     recipe, out = of(Toy(2), D2, W18), place / "out"
@@ -583,7 +583,7 @@ def test_killed_at_the_worst_moments(folder, place, start, moment):
     assert leftovers(place / "other") == []
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_killed_at_random_moments(folder, place, start):
     recipe, out, other = of(Toy(2, seconds=0.2), D2, Toy(3, seconds=0.2), W18), place / "out", place / "other"
     expected = read_artifact(compress(folder, recipe, place / "uninterrupted"))["fingerprint"]
@@ -608,7 +608,7 @@ def test_killed_at_random_moments(folder, place, start):
     assert leftovers(other) == []
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_two_at_once_share_the_work_and_the_folder(folder, place, start):
     recipe, other = of(Toy(2, seconds=0.5), W18), place / "other"
     processes = [start(other, folder, recipe, place / "out") for _ in range(2)]

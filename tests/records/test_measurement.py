@@ -3,24 +3,9 @@ import math
 
 import pytest
 
+from tests.fakes import measurement
 from thesislib.errors import BadInput
-from thesislib.records.measurement import Measurement, provenance
-
-
-def measurement(**changes):
-    return Measurement(
-        **{
-            "task": "t",
-            "metric": "m",
-            "value": 1.5,
-            "low": 1.0,
-            "high": 2.0,
-            "n": 1,
-            "unit": "u",
-            "items": [{"id": "é", "x": 1}],
-        }
-        | changes
-    )
+from thesislib.records.measurement import provenance
 
 
 def test_json_has_no_nan():

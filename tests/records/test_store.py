@@ -14,28 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.fakes import processes
+from tests.fakes import processes, row
 from thesislib.errors import BadInput
-from thesislib.records.measurement import Measurement
 from thesislib.records.store import SCHEMA, Store, find, select, stores
 
 ODD = 'é 猫 🙂 \u2028 \u2029 \x85 \x0b \x1c \r \n " \\ end'  # what ends a line for some readers, and what JSON escapes
-
-
-def row(worker=0, k=0, pad="", **changes):
-    items = [{"id": f"{worker}/{k}/{i}", "x": worker * 1000 + k + i / 7} for i in range(3)]
-    plain = {
-        "task": "t",
-        "metric": "m",
-        "value": 1000.0 * worker + k,
-        "low": 1.0,
-        "high": 2.0,
-        "n": 3,
-        "unit": "u",
-        "items": items,
-        "extra": {"pad": pad},
-    }
-    return Measurement(**plain | {"provenance": {"subject": "s", "made": {"label": f"L{worker}"}}} | changes)
 
 
 @pytest.fixture
@@ -261,7 +244,7 @@ def test_threads_at_once_lose_nothing(store):
     assert sorted(store.read()[0]) == sorted(names) and len(set(names)) == 30
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_killed_at_ten_random_moments(context, store, tmp_path):
     rng, acknowledged, own = random.Random(0), tmp_path / "acknowledged", []
     acknowledged.touch()

@@ -13,27 +13,11 @@ from itertools import count
 import pytest
 from typer.testing import CliRunner
 
+from tests.fakes import measurement, row
 from thesislib.cli import app
 from thesislib.errors import BadInput
-from thesislib.records.measurement import Measurement
 from thesislib.records.store import SCHEMA, Store, find, select, study
 from thesislib.sweep.run import known
-
-
-def row(worker=0, k=0, pad="", **changes):
-    items = [{"id": f"{worker}/{k}/{i}", "x": i / 7} for i in range(3)]
-    plain = {
-        "task": "t",
-        "metric": "m",
-        "value": 1000.0 * worker + k,
-        "low": 1.0,
-        "high": 2.0,
-        "n": 3,
-        "unit": "u",
-        "items": items,
-        "extra": {"pad": pad},
-    }
-    return Measurement(**plain | changes)
 
 
 @pytest.fixture
@@ -341,19 +325,7 @@ def test_a_disk_that_says_only_at_the_end_that_it_is_full(store, monkeypatch, ca
 
 def test_a_pipe_in_the_place_of_the_items_is_not_waited_for(tmp_path):
     store = Store(tmp_path / "r.jsonl")
-    store.append(
-        Measurement(
-            task="t",
-            metric="perplexity",
-            value=1.0,
-            low=1.0,
-            high=1.0,
-            n=1,
-            unit="u",
-            items=[{"id": "0"}],
-            provenance={"made": {"label": "dense"}},
-        )
-    )
+    store.append(measurement(metric="perplexity", provenance={"made": {"label": "dense"}}))
     store.items.unlink()
     os.mkfifo(store.items)
     found, damage = store.read()

@@ -145,7 +145,7 @@ def test_offline_switch_is_obeyed(no_hub, monkeypatch):
     assert asked == []
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_model_from_the_hub_and_again_without_it(tiny, tmp_path):
     subject = tiny(layers=2)
     served = save_checkpoint(subject, tmp_path / "served")

@@ -187,6 +187,7 @@ def test_what_a_killed_process_left_does_no_harm(cache, pip):
     assert sorted(p.name for p in cache.iterdir()) == ["tinywheel-1.0", "tinywheel.lock"]
 
 
+@pytest.mark.processes
 def test_two_processes_fetch_once(cache, wheel, entry, tmp_path):
     script = textwrap.dedent(f"""
         import shutil, sys, time

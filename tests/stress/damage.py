@@ -626,7 +626,7 @@ def _recipe(here: Place, path: Path) -> int:
     if code == 0:
         from thesislib.pipeline.recipe import read_recipe
 
-        print(json.dumps(read_recipe(path).plain()))
+        print(json.dumps(read_recipe(path).entries()))
     return code
 
 

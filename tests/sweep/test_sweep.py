@@ -5,14 +5,13 @@ import errno
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,7 +38,6 @@ from thesislib.sweep.task import card_of_worker, carry_out, versions
 from thesislib.sweep.workers import Order, Workers, drive
 
 dask = pytest.importorskip("dask", reason="sweeps need Dask: the extra sweep")
-pytestmark = pytest.mark.usefixtures("forked_workers")
 METHOD = "distributed.worker.multiprocessing-method"
 GRID = """
 groups:
@@ -55,9 +53,14 @@ LOOPBACK = {"127.0.0.1", "::1"}
 LABELS = ["dense", "W1:8", "D1", "D1+W1:8"]
 
 
+def on_workers(test):
+    """A test that starts workers."""
+    return pytest.mark.processes(pytest.mark.usefixtures("forked_workers")(test))
+
+
 @pytest.fixture(scope="module")
 def forked_workers(own_cache):
-    """Dask's own workers begin with everything imported; `swept` and `dask worker` begin as they do elsewhere."""
+    """Workers begin with everything imported, which is not how they begin elsewhere (spawned), and takes no time."""
     processes()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
@@ -67,7 +70,7 @@ def forked_workers(own_cache):
 
 
 @pytest.fixture(scope="module")
-def place(tiny, tiny_data, tmp_path_factory):
+def place(own_cache, tiny, tiny_data, tmp_path_factory):
     folder = save_checkpoint(tiny(layers=8), tmp_path_factory.mktemp("subject") / "tiny")
     return Target(str(folder), tiny_data, "float32")
 
@@ -107,8 +110,8 @@ def watched():
 def swept(place, grid_file, forked_workers, tmp_path_factory):
     """A store with the whole of size quick, what failed, and what was seen meanwhile."""
     store = Store(tmp_path_factory.mktemp("swept") / "small.jsonl")
-    with dask.config.set({METHOD: "spawn"}), watched() as seen:
-        failed = sweep(read_grid(grid_file, "quick"), place, store, Workers(2, threads=2))
+    with watched() as seen:
+        failed = sweep(read_grid(grid_file, "quick"), place, store, Workers(2))
     return SimpleNamespace(store=store, failed=failed, seen=seen)
 
 
@@ -119,6 +122,7 @@ def measured(store):
 WHOLE = sorted((label, metric) for label in LABELS for metric in ("perplexity", "seconds per token"))
 
 
+@on_workers
 def test_a_grid_is_measured_once(swept, place, grid_file, monkeypatch):
     store = swept.store
     assert swept.failed == {} and measured(store) == WHOLE
@@ -128,6 +132,7 @@ def test_a_grid_is_measured_once(swept, place, grid_file, monkeypatch):
     assert not [*store.path.parent.glob("**/*.tmp")]
 
 
+@on_workers
 def test_a_record_of_a_sweep_is_made_again(swept, place):
     rows = [m for m in swept.store.rows().values() if m.metric == "perplexity"]
     pruned = next(m for m in rows if m.provenance["made"]["label"] == "D1+W1:8")
@@ -141,20 +146,27 @@ def test_a_record_of_a_sweep_is_made_again(swept, place):
     }
 
 
-def test_workers_have_the_threads_they_are_given(swept, place, grid_file):
-    assert {m.provenance["hardware"]["torch_threads"] for m in swept.store.rows(items=False).values()} == {2}
-    environments = swept.seen.environments.values()
-    assert len(environments) == 2 and {e["MKL_NUM_THREADS"] for e in environments} == {"2"}
+@on_workers
+def test_workers_have_the_threads_they_are_given(place, grid_file, tmp_path):
+    store, grid = Store(tmp_path / "s.jsonl"), read_grid(grid_file, "quick")
+    one = replace(grid, configurations=grid.configurations[:1])
+    with dask.config.set({METHOD: "spawn"}), watched() as seen:
+        assert sweep(one, place, store, Workers(1, threads=2)) == {}
+    assert {m.provenance["hardware"]["torch_threads"] for m in store.rows(items=False).values()} == {2}
+    (environment,) = seen.environments.values()
+    assert environment["MKL_NUM_THREADS"] == "2"
     # nor does Dask's advice against keeping memory reach them, which halves their speed
-    assert not any("MALLOC_TRIM_THRESHOLD_" in e for e in (os.environ, *environments))
-    timed = missing(replace(read_grid(grid_file, "quick"), timed=7), place, [swept.store])
-    assert timed == {label: ["seconds per token"] for label in LABELS}  # other repetitions are another measurement
+    assert "MALLOC_TRIM_THRESHOLD_" not in environment and "MALLOC_TRIM_THRESHOLD_" not in os.environ
+    timed = missing(replace(one, timed=7), place, [store])  # other repetitions are another measurement
+    assert timed == {"dense": ["seconds per token"]}
 
 
+@on_workers
 def test_everything_listens_on_loopback_only(swept):
     assert swept.seen.addresses and swept.seen.addresses <= LOOPBACK
 
 
+@on_workers
 def test_records_of_another_subject_do_not_count(swept, tiny, place, grid_file, tmp_path):
     other = Target(str(save_checkpoint(tiny(layers=8, seed=1), tmp_path / "tiny")), place.data, "float32")
     grid = read_grid(grid_file, "quick")
@@ -182,6 +194,7 @@ def test_what_cannot_work_is_said_before_the_first_run(place, tmp_path, monkeypa
         sweep(read_grid(file, "quick"), place, Store(tmp_path / "x.jsonl"), Workers(1))
 
 
+@on_workers
 def test_one_that_fails_is_recorded_and_the_rest_goes_on(place, tmp_path):
     file = tmp_path / "hard.yaml"
     text = GRID.replace("groups:", "stages: {Q: {gptq: {group: 32, text: c4, windows: 99999}}}\ngroups:").replace(
@@ -257,6 +270,7 @@ def wait_for(what, seconds=60):
     return found
 
 
+@on_workers
 def test_a_worker_that_dies_is_replaced_its_kernel_dies_and_an_order_that_kills_them_all_is_named(notebook, tmp_path):
     deadly = notebook(
         'mine = Path(folder) / f"{k}-{os.getpid()}.kernel"\n'
@@ -280,6 +294,7 @@ def test_a_worker_that_dies_is_replaced_its_kernel_dies_and_an_order_that_kills_
     assert [f.name for f in out.glob("*book-1*.ipynb")] == ["book-1.ipynb"]  # nothing half written is left
 
 
+@on_workers
 def test_an_error_is_tried_again(notebook, tmp_path):
     flaky = notebook(
         'if k == 2:\n    1 / 0\nmark = Path(folder) / "mark"\n'
@@ -292,6 +307,7 @@ def test_an_error_is_tried_again(notebook, tmp_path):
     assert len(once[1]) == 1 and not always[1]
 
 
+@on_workers
 def test_a_notebook_is_swept_into_one_table(notebook, tmp_path):
     book = notebook("if k == 3: raise ValueError('three')")
     nb = nbformat.read(book, 4)
@@ -411,45 +427,21 @@ def free_port():
         return s.getsockname()[1]
 
 
-@contextmanager
-def running(*command, **environment):
-    process = subprocess.Popen(
-        [sys.executable, "-m", *command],
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        cwd="/",
-    )
-    try:
-        yield process
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-@contextmanager
-def scheduler(port):
-    with running("dask", "scheduler", "--host", "127.0.0.1", "--port", str(port), "--no-dashboard") as process:
-        wait_for(lambda: _open(port))
-        yield process
-
-
 WORKER = ("--nthreads", "1", "--no-nanny", "--no-dashboard", "--host", "127.0.0.1")
 
 
-def work(cache, address):
-    """In a process of its own: what `dask worker` does."""
-    from distributed.cli.dask_worker import main
-
-    os.environ["THESISLIB_CACHE"] = cache
-    main([address, *WORKER], standalone_mode=False)
+def dask_command(name, words, environment, number):
+    """In a process of its own: `dask scheduler` or `dask worker`, of this version of thesislib or another."""
+    os.environ.update(environment)
+    dask.config.refresh()
+    thesislib.__version__ = number
+    import_module(f"distributed.cli.dask_{name}").main(words, standalone_mode=False)
 
 
 @contextmanager
-def forked_worker(port):
-    process = processes().Process(target=work, args=(os.environ["THESISLIB_CACHE"], f"tcp://127.0.0.1:{port}"))
+def running(name, *words, number=thesislib.__version__, **environment):
+    given = {"THESISLIB_CACHE": os.environ["THESISLIB_CACHE"], **environment}
+    process = processes().Process(target=dask_command, args=(name, words, given, number))
     process.start()
     try:
         yield process
@@ -458,25 +450,34 @@ def forked_worker(port):
         process.join()
 
 
+@contextmanager
+def scheduler(port, *words, **environment):
+    words = ("--host", "127.0.0.1", "--port", str(port), "--no-dashboard", *words)
+    with running("scheduler", *words, **environment) as process:
+        wait_for(lambda: _open(port))
+        yield process
+
+
+@on_workers
 def test_a_scheduler_killed_and_started_again(place, grid_file, tmp_path):
     store, grid, port = Store(tmp_path / "s.jsonl"), read_grid(grid_file, "quick"), free_port()
-    crew = Workers(scheduler=f"tcp://127.0.0.1:{port}")
-    with forked_worker(port):
+    at = f"tcp://127.0.0.1:{port}"
+    crew = Workers(scheduler=at)
+    with running("worker", at, *WORKER):
         with scheduler(port) as first:
-            killer = threading.Thread(
-                target=lambda: (wait_for(store.path.exists, 120), os.killpg(first.pid, signal.SIGKILL))
-            )
+            killer = threading.Thread(target=lambda: (wait_for(store.path.exists, 120), first.kill()))
             killer.start()
             with pytest.raises(RuntimeError, match=f"the scheduler at tcp://127.0.0.1:{port} is gone"):
                 sweep(grid, place, store, crew)
             killer.join()
         before = measured(store)
         assert before and len(before) < len(WHOLE)
-    with scheduler(port), forked_worker(port):
+    with scheduler(port), running("worker", at, *WORKER):
         assert sweep(grid, place, store, crew) == {}
     assert measured(store) == WHOLE
 
 
+@on_workers
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
 def test_an_encrypted_sweep_on_workers_with_caches_of_their_own(place, grid_file, tmp_path):
     """As book/rerun.md says for more machines; these two share nothing but the network."""
@@ -510,24 +511,10 @@ def test_an_encrypted_sweep_on_workers_with_caches_of_their_own(place, grid_file
     at, store = f"tls://127.0.0.1:{port}", Store(tmp_path / "s.jsonl")
     caches = [str(tmp_path / name) for name in ("here", "there")]
     with ExitStack() as stack:
-        stack.enter_context(
-            running(
-                "dask",
-                "scheduler",
-                "--protocol",
-                "tls",
-                "--host",
-                "127.0.0.1",
-                "--port",
-                str(port),
-                "--no-dashboard",
-                **environment,
-            )
-        )
-        wait_for(lambda: _open(port))
+        stack.enter_context(scheduler(port, "--protocol", "tls", **environment))
         for cache in caches:
             where = {**environment, "THESISLIB_CACHE": cache}
-            stack.enter_context(running("dask", "worker", at, *WORKER, **where))
+            stack.enter_context(running("worker", at, *WORKER, **where))
         with pytest.raises(BadInput, match="this driver has no certificate"):
             sweep(read_grid(grid_file, "quick"), place, store, Workers(scheduler=at))
         with pytest.raises(BadInput, match="no scheduler answers at tcp://"):  # nor does anyone without TLS
@@ -540,7 +527,8 @@ def test_an_encrypted_sweep_on_workers_with_caches_of_their_own(place, grid_file
     )
 
 
-def test_no_scheduler_is_said(tmp_path):
+def test_no_scheduler_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr("thesislib.sweep.workers.CONNECT", 1)
     one = Order("x", "x", {}, lambda: False, lambda answer: None)
     with pytest.raises(BadInput, match="no scheduler answers at tcp://127.0.0.1"):
         drive([one], Workers(scheduler=f"tcp://127.0.0.1:{free_port()}"), tmp_path)
@@ -548,22 +536,16 @@ def test_no_scheduler_is_said(tmp_path):
         drive([one], Workers(scheduler="nonsense://x"), tmp_path)
 
 
+@on_workers
 def test_a_worker_of_another_version_is_refused(tmp_path):
-    other = tmp_path / "site" / "thesislib"
-    other.mkdir(parents=True)
-    source = Path(thesislib.__file__).parent
-    for child in source.iterdir():
-        if child.name not in ("__init__.py", "__pycache__"):
-            (other / child.name).symlink_to(child)
-    (other / "__init__.py").write_text('__version__ = "0.0.1"\n')
     port = free_port()
-    one = Order("x", "x", {}, lambda: False, lambda answer: None)
+    at, one = f"tcp://127.0.0.1:{port}", Order("x", "x", {}, lambda: False, lambda answer: None)
     with (
         scheduler(port),
-        running("dask", "worker", f"tcp://127.0.0.1:{port}", *WORKER, PYTHONPATH=str(tmp_path / "site")),
+        running("worker", at, *WORKER, number="0.0.1"),
         pytest.raises(BadInput, match=r"has thesislib 0\.0\.1.*Expected thesislib"),
     ):
-        drive([one], Workers(scheduler=f"tcp://127.0.0.1:{port}"), tmp_path)
+        drive([one], Workers(scheduler=at), tmp_path)
     with pytest.raises(RuntimeError, match=r"the order is from thesislib 9"):  # one that joined later
         carry_out(json.dumps({"versions": {**versions(), "thesislib": "9"}}))
 
@@ -576,6 +558,7 @@ def _open(port):
 # ---------------------------------------------------------------- disks, and two drivers
 
 
+@on_workers
 def test_a_full_disk_stops_the_sweep_and_leaves_what_was_there(place, grid_file, tmp_path, monkeypatch):
     store, grid, real = Store(tmp_path / "s.jsonl"), read_grid(grid_file, "quick"), os.fsync
     writes = []
@@ -603,6 +586,7 @@ def command_line(cache, log, args):
     app(args, standalone_mode=False)
 
 
+@on_workers
 def test_two_drivers_on_one_store(place, grid_file, tmp_path):
     from distributed import LocalCluster
 

@@ -231,8 +231,8 @@ def test_the_studys_grid_holds_all_the_thesis_has():
 
 def test_the_studys_recipes_are_those_of_its_grid(tmp_path):
     write_recipes(read_grid(GRID, "full"), tmp_path)
-    grid = {c.label: c.recipe.plain() for c in read_grid(GRID, "full").configurations if c.recipe.stages}
-    read = {recipe.label: recipe.plain() for recipe in read_all([tmp_path]).values()}
+    grid = {c.label: c.recipe.entries() for c in read_grid(GRID, "full").configurations if c.recipe.stages}
+    read = {recipe.label: recipe.entries() for recipe in read_all([tmp_path]).values()}
     assert json.dumps(read, sort_keys=True) == json.dumps(grid, sort_keys=True)
 
 

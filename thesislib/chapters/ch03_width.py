@@ -15,7 +15,7 @@ from tqdm import tqdm
 from thesislib.chapters.chapter import WIKITEXT, Chapter, Keep, Key, Parameters, Part, by_key
 from thesislib.chapters.phrases import factor, p_value, ratio, versus, with_thousands
 from thesislib.chapters.thesis import thesis_row
-from thesislib.compress.width import THESIS_PATTERNS, Width
+from thesislib.compress.width import Width
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import perplexity
 from thesislib.evaluate.setup import Setup
@@ -24,6 +24,7 @@ from thesislib.evaluate.stats import Comparison, by_verdict, holm_adjusted
 from thesislib.experiment import DENSE, described, recipe_hash, recipe_of
 from thesislib.formats.load import load_subject
 from thesislib.model import packing
+from thesislib.model.packing import THESIS_PATTERNS
 from thesislib.model.sparse import pack_all
 from thesislib.model.subject import Subject
 from thesislib.pipeline.recipe import Shape

@@ -532,7 +532,7 @@ def _write_layers(p: QuantChapter, file: Path) -> None:
     }
     facts = {
         "errors": layers(p, [Configuration("layers", name, each) for name, each in stages.items()]),
-        "stages": {name: recipe_of(each).plain() for name, each in stages.items()},
+        "stages": {name: recipe_of(each).entries() for name, each in stages.items()},
         "text": "embedded",
         "windows": 8,
         "length": p.length,

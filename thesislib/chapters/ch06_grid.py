@@ -356,7 +356,7 @@ def interaction(results: Results, depth: str, width: str) -> Comparison | None:
 
 def interactions(results: Results) -> dict[str, Comparison]:
     """Every pair of depth and width that was run together, Holm-adjusted."""
-    words = {x: label.kinds[0].word for x in _measured(results, PPL) if len((label := of(x)).parts) == 1}
+    words = {x: label.classes[0].word for x in _measured(results, PPL) if len((label := of(x)).parts) == 1}
     depths, widths = ([x for x, word in words.items() if word == wanted] for wanted in ("depth", "width"))
     return holm_adjusted({f"{d}+{w}": c for d in depths for w in widths if (c := interaction(results, d, w))})
 

@@ -50,7 +50,7 @@ def thesis_of(label: str) -> ThesisRow | None:
         or set(model.of_family("trained")) - {"W", "T"}
     ):
         return None
-    families, words = [kind.family for kind in model.kinds], [kind.word for kind in model.kinds]
+    families, words = [kind.family for kind in model.classes], [kind.word for kind in model.classes]
     stage = "E" if model.corrected else "Q" if model.bits else ""
     if not stage and "trained" in families and "width" in words[families.index("trained") :]:
         stage = "order"

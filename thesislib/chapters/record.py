@@ -148,7 +148,7 @@ def _check_identities(store: Store, chapter: Chapter, p: Any, parts: Iterable[Pa
             continue
         stages, setup, data = planned[key]
         expected = identity(
-            job.base["fingerprint"], job.dtype, origin_of(p.data), recipe_of(stages).plain(), setup, text(setup, data)
+            job.base["fingerprint"], job.dtype, origin_of(p.data), recipe_of(stages).entries(), setup, text(setup, data)
         )
         if identity_of(m) != expected:
             raise BadInput(

@@ -1,8 +1,8 @@
-"""One pass through the blocks of a model on calibration text: what WANDA, GPTQ, EoRA and the importance metrics share.
+"""The calibration pass, which WANDA, GPTQ, EoRA and the importance metrics share.
 
-For each block in turn: run it on the activations that reach it, hand each projection's input statistics to a visitor,
-let the visitor change the weights, run the block again so that the next one sees what the changed model computes
-(the order of WANDA's and GPTQ's code). Only one block and the activations need to be in memory.
+It takes the blocks of a model in turn. A block runs on its input activations, and a visitor gets the statistics of each
+projection's inputs and changes the weights. Then the block runs again, so that the next block gets the activations of
+the changed model, as in WANDA's and GPTQ's code. Only one block and the activations need to be in memory.
 """
 
 import re
@@ -23,27 +23,20 @@ from thesislib.model.layers import LINEARS, Projection, projections
 from thesislib.model.subject import Subject
 from thesislib.model.tokenizers import check_windows
 
-# projections that read the same input share its statistics
-INPUTS = {
-    "q_proj": "attention",
-    "k_proj": "attention",
-    "v_proj": "attention",
-    "o_proj": "heads",
-    "gate_proj": "mlp",
-    "up_proj": "mlp",
-    "down_proj": "hidden",
-}
+# the input of each projection; those with the same input share its statistics
+INPUTS = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "attention") | dict.fromkeys(("gate_proj", "up_proj"), "mlp")
+INPUTS |= {"o_proj": "heads", "down_proj": "hidden"}
 FEEDS = ("compressed", "original")
 
 
 @dataclass
 class Statistics:
-    """What the inputs x_t of a projection say, as sums over tokens t with weights w_t.
+    """Statistics of a projection's inputs x_t, as sums over tokens t with weights w_t.
 
     Attributes:
-        squares: (D,) float32, sum of w x^2: the diagonal of the moment.
-        moment: (D, D) float32, sum of w x x^T; None if nobody asked for it.
-        tokens: the sum of w, or the number of tokens where they are brought to unit norm.
+        squares: (D,) float32, the sum of w x^2, which is the diagonal of the moment.
+        moment: (D, D) float32, the sum of w x x^T; None if the visitor does not need it.
+        tokens: the sum of w; with weighting 'unit_norm' the number of tokens.
     """
 
     squares: torch.Tensor
@@ -56,43 +49,66 @@ class Statistics:
         return (self.squares / self.tokens).sqrt()
 
 
+def check_moment(moment: torch.Tensor, where: str, remedy: str = "leave it out with 'linears'") -> None:
+    """Raises BadInput for a moment (D, D) of inputs that are not finite, or all zero.
+
+    Args:
+        moment: of a projection's inputs.
+        where: the projection's name in the message.
+        remedy: what the message recommends for inputs that are zero.
+    """
+    if not torch.isfinite(moment).all():
+        raise BadInput(
+            f"the statistics of {where} are not finite: the model or its compression before this block is broken"
+        )
+    if not moment.diagonal().any():
+        raise BadInput(f"{where} saw no tokens: all its inputs are zero on the calibration text; {remedy}")
+
+
 class Visitor:
-    """What a method does with each block; the default looks at nothing and changes nothing.
+    """A method that the calibration pass takes through the blocks; the default collects and changes nothing.
 
     Attributes:
-        groups: projections that change together, after one collecting run each: all seven at once as in WANDA, or
-            step by step, each seeing the changes of the one before, as in GPTQ's true-sequential order.
-        moments: whether the whole X^T X is needed or its diagonal is enough.
+        groups: projections that change together, after one run of the block for each group. WANDA has one group of all
+            seven. In GPTQ's true-sequential order a group sees the changes of the one before.
+        moments: whether the method needs the moment X^T X, or only its diagonal.
     """
 
     groups: Sequence[Sequence[str]] = ()
     moments: bool = False
 
     def wants(self, block: int, name: str) -> bool:
-        """Whether this projection takes part; what takes no part costs nothing."""
+        """Whether this projection takes part; others cost nothing."""
         return True
 
     def change(self, block: int, linears: Mapping[str, Projection], statistics: Mapping[str, Statistics]) -> None:
         """Change the weights of one group of `linears` in place, given the statistics of their inputs."""
 
     def seen(self, block: int, first: int, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Input and output (B, T, D) of the block for the windows from number `first` on, after all changes to it."""
+        """Called with a block's input and output (B, T, D), after all changes to the block.
+
+        Args:
+            block: its index.
+            first: the number of the first of these windows.
+            x: the input.
+            y: the output.
+        """
 
 
 class Blocks(Protocol):
-    """Where `stream` gets a model's blocks from, one at a time."""
+    """A source of a model's blocks, one at a time."""
 
     depth: int
     windows: list[int | None]  # see `thesislib.model.forward.attention_windows`
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """(B, T) tokens to (B, T, D)."""
+        """(B, T) tokens -> (B, T, D) embeddings."""
 
     def rotary(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The position embeddings that a block takes."""
 
     def hold(self, i: int):
-        """A context in which block i is in memory, and after which its changes are kept."""
+        """A context in which block i is in memory; when it ends, changes to the block are saved."""
 
 
 class Resident:
@@ -122,15 +138,15 @@ class Resident:
 
 
 def token_weights(weighting: str, x: torch.Tensor) -> torch.Tensor:
-    """How much each token of (B, T, D) inputs counts, (B, T) float32.
+    """The weight of each token in the statistics, (B, T) float32.
 
-    A window's first token is an attention sink: its residual can be a hundred times as long as the others', and most
-    heads read its value at every step, yet X^T X counts it once in T.
+    A window's first token is an attention sink. Its residual can be a hundred times as long as the others', and most
+    heads read its value at every step, but X^T X counts it only once in T.
 
     Args:
-        weighting: 'equal' (the originals), 'unit_norm' (x over its norm), 'first_N' (the first token of each window
-            counted N times), 'skip_N' (the first N tokens left out).
-        x: the inputs.
+        weighting: 'equal' (as in the methods' papers), 'unit_norm' (x divided by its norm), 'first_N' (the first token
+            of each window counts N times), 'skip_N' (the first N tokens are left out).
+        x: (B, T, D) inputs.
 
     Raises:
         BadInput: another weighting, or one that leaves no token.
@@ -140,16 +156,16 @@ def token_weights(weighting: str, x: torch.Tensor) -> torch.Tensor:
         squared = x.float().square().sum(-1)
         return torch.where(squared > 0, squared.reciprocal(), 0)
     w = torch.ones(x.shape[:2], device=x.device)
-    kind, _, n = weighting.partition("_")
-    if kind == "first":
+    rule, _, n = weighting.partition("_")
+    if rule == "first":
         w[:, 0] = int(n)
-    elif kind == "skip":
+    elif rule == "skip":
         w[:, : int(n)] = 0
     return w
 
 
 def check_weighting(weighting: str, length: int | None = None) -> None:
-    """Raises BadInput for a weighting that `token_weights` does not know, or that leaves no token of a window."""
+    """Raises BadInput for an unknown weighting, or one that leaves no token of a window of `length`."""
     if not isinstance(weighting, str) or not re.fullmatch(r"equal|unit_norm|first_[1-9]\d*|skip_[1-9]\d*", weighting):
         raise BadInput(
             f"token weighting '{weighting}' is not known: expected equal, unit_norm, first_N or skip_N, e.g. first_16"
@@ -174,13 +190,13 @@ def stream(
     Args:
         blocks: a subject, whose weights the visitor changes in place, or another source of blocks.
         windows: (N, T) calibration tokens.
-        visitor: what to do.
-        weighting: how tokens count in the statistics, see `token_weights`.
-        feed: what reaches the next block: the outputs of the changed block ('compressed', as WANDA and GPTQ do), or of
-            the block as it was ('original'), which saves the second run.
-        batch: windows at a time. It changes no result but for the order of sums.
+        visitor: the method.
+        weighting: of tokens in the statistics, see `token_weights`.
+        feed: the input of the next block: the output of the changed block ('compressed', as in WANDA and GPTQ), or of
+            the unchanged block ('original'), which saves the second run.
+        batch: windows at a time; only the order of sums depends on it.
         activations_on_disk: keep the (N, T, D) activations in a memory-mapped temporary file.
-        title: what the progress bar says.
+        title: of the progress bar.
 
     Raises:
         BadInput: no windows, or windows that the model cannot read; inputs of a projection that are not finite; a block
@@ -196,7 +212,7 @@ def stream(
     if isinstance(blocks, Subject):
         check_windows(blocks.model, blocks.tokenizer, windows)
         blocks = Resident(blocks)
-    # no_grad, not inference_mode: what is computed here becomes weights, and those may be trained later
+    # no_grad instead of inference_mode: results become weights, which may be trained later
     with torch.no_grad():
         x = _embedded(blocks, windows, batch, activations_on_disk)
         positions = torch.arange(windows.shape[1])[None]
@@ -204,9 +220,8 @@ def stream(
             with blocks.hold(i) as block:
                 run = _Run(blocks, block, i, x, positions, batch, weighting)
                 linears = {n: m for n, m in projections(block).items() if visitor.wants(i, n)}
-                groups = [
-                    present for group in visitor.groups if (present := {n: linears[n] for n in group if n in linears})
-                ]
+                groups = [{n: linears[n] for n in group if n in linears} for group in visitor.groups]
+                groups = [group for group in groups if group]
                 if feed == "original":
                     statistics = run.collect([n for group in groups for n in group], visitor)
                     for group in groups:
@@ -218,9 +233,11 @@ def stream(
 
 
 def _embedded(blocks: Blocks, windows: torch.Tensor, batch: int, on_disk: bool) -> torch.Tensor:
-    """(N, T, D) embedded windows, on the CPU, in memory or in a file that has no name any more, so that not even a kill
-    leaves it."""
-    parts = (blocks.embed(windows[at : at + batch]).cpu() for at in range(0, len(windows), batch))
+    """The embedded windows (N, T, D), on the CPU, in memory or in a file.
+
+    The file is deleted while it is open, so that a killed process does not leave it behind.
+    """
+    parts = (blocks.embed(windows[start : start + batch]).cpu() for start in range(0, len(windows), batch))
     first = next(parts)
     shape = (*windows.shape, first.shape[-1])
     n = windows.numel() * first.shape[-1]
@@ -235,13 +252,13 @@ def _embedded(blocks: Blocks, windows: torch.Tensor, batch: int, on_disk: bool) 
     return x
 
 
-class _Enough(Exception):
-    """All statistics of this batch are in: the rest of the block need not run."""
+class _Collected(Exception):
+    """All statistics of a batch are collected: the rest of the block need not run."""
 
 
 @dataclass
 class _Run:
-    """Runs of one block over all windows."""
+    """Runs of one block over all windows, whose activations are `x`."""
 
     blocks: Blocks
     block: nn.Module
@@ -252,44 +269,49 @@ class _Run:
     weighting: str
 
     def collect(self, names: Sequence[str], visitor: Visitor, advance: bool = True) -> dict[str, Statistics]:
-        """Statistics of the inputs of the projections `names`; with `advance` the activations move on to the block's
-        output."""
+        """Statistics of the inputs of the projections `names`.
+
+        Args:
+            names: projections of the block.
+            visitor: that needs them.
+            advance: whether the activations become the block's output, which the visitor sees then.
+        """
         linears = projections(self.block)
-        heads = {INPUTS[n]: n for n in reversed(names)}  # of projections with one input, the first listens for all
-        found: dict[str, Statistics] = {}
+        hooked = {INPUTS[n]: n for n in reversed(names)}  # the first of the projections with the same input
+        statistics: dict[str, Statistics] = {}
         waiting: set[str] = set()
 
         def listen(key: str):
             def hook(_module, args):
-                found[key] = self._add(found.get(key), args[0], visitor.moments, heads[key])
+                statistics[key] = self._add(statistics.get(key), args[0], visitor.moments, hooked[key])
                 waiting.discard(key)
                 if not waiting and not advance:
-                    raise _Enough
+                    raise _Collected
 
             return hook
 
         device = next(self.block.parameters()).device
-        mask = window_mask(self.blocks.windows[self.number], self.positions.to(device))
-        handles = [linears[name].register_forward_pre_hook(listen(key)) for key, name in heads.items()]
+        positions = self.positions.to(device)
+        mask = window_mask(self.blocks.windows[self.number], positions)
+        handles = [linears[name].register_forward_pre_hook(listen(key)) for key, name in hooked.items()]
         try:
-            for at in range(0, len(self.x), self.batch):
-                waiting.update(heads)
-                x = self.x[at : at + self.batch].to(device)
+            for start in range(0, len(self.x), self.batch):
+                waiting.update(hooked)
+                x = self.x[start : start + self.batch].to(device)
                 try:
-                    y = self.block(
-                        x, attention_mask=mask, position_embeddings=self.blocks.rotary(x, self.positions.to(device))
-                    )
-                except _Enough:
+                    y = self.block(x, attention_mask=mask, position_embeddings=self.blocks.rotary(x, positions))
+                except _Collected:
                     continue
                 if advance:
-                    visitor.seen(self.number, at, x, y)
-                    self.x[at : at + self.batch] = y.cpu()
+                    visitor.seen(self.number, start, x, y)
+                    self.x[start : start + self.batch] = y.cpu()
         finally:
             for handle in handles:
                 handle.remove()
-        return {name: found[INPUTS[name]] for name in names}
+        return {name: statistics[INPUTS[name]] for name in names}
 
     def _add(self, sofar: Statistics | None, x: torch.Tensor, moments: bool, name: str) -> Statistics:
+        """Add a batch of a projection's inputs to its statistics."""
         w = token_weights(self.weighting, x)
         weighted = (x.float() * w.sqrt()[..., None]).flatten(0, -2)  # (B T, D)
         moment = weighted.T @ weighted if moments else None

@@ -1,10 +1,9 @@
-"""Depth pruning: how much each block matters, and a subject without the blocks, attentions or MLPs that matter
-least."""
+"""Depth pruning: the importance of each block, and removal of the least important blocks, attentions or MLPs."""
 
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -33,18 +32,18 @@ LETTERS = {"block": "", "attention": "A", "mlp": "M"}  # in labels
 @stage("depth")
 @dataclass(frozen=True)
 class Depth(Calibrated):
-    """Remove whole blocks, or only their attention or MLP: those that matter least, or those that are named.
+    """Remove blocks, or only their attention or MLP: the least important ones, or given ones.
 
     Attributes:
-        remove: how many go; either this or `blocks`.
-        blocks: exactly which go, as indices into the subject's.
-        metric: how a block's importance is measured. perplexity: leave it out and measure. taylor: sum of abs(weight *
+        remove: the number of blocks to remove; either this or `blocks`.
+        blocks: the indices of the blocks to remove.
+        metric: of a block's importance. perplexity: of the model without the block. taylor: sum of abs(weight *
             gradient). magnitude: sum of abs(weight). influence: 1 - mean cosine of its input and output. angular: the
-            run of `remove` neighbours whose input and output point most alike.
+            angle between input and output of a run of `remove` neighbours, which is removed as a whole.
         greedy: measure again after each removal.
-        protect_first: blocks at the beginning that always stay; the thesis's four.
-        protect_last: blocks at the end that always stay; the thesis's two.
-        part: block, attention or mlp: what is removed of a block.
+        protect_first: blocks at the beginning that are never removed; four in the thesis.
+        protect_last: blocks at the end that are never removed; two in the thesis.
+        part: the part of a block that is removed: block, attention or mlp.
     """
 
     remove: int | None = None
@@ -66,11 +65,8 @@ class Depth(Calibrated):
             raise BadInput("depth needs either 'remove', a number of blocks, or 'blocks', a list of them")
         if self.blocks is not None:
             self._normalise(blocks=tuple(self.blocks))
-            if (
-                not self.blocks
-                or len(set(self.blocks)) < len(self.blocks)
-                or not all(isinstance(b, int) and b >= 0 for b in self.blocks)
-            ):
+            different = len(set(self.blocks)) == len(self.blocks) > 0
+            if not different or not all(isinstance(b, int) and b >= 0 for b in self.blocks):
                 raise BadInput(f"blocks {list(self.blocks)}: expected different indices from 0 on, at least one")
         if self.remove is not None and self.remove < 1:
             raise BadInput(f"remove is {self.remove}: expected at least 1 block")
@@ -87,28 +83,24 @@ class Depth(Calibrated):
 
     @property
     def count(self) -> int:
-        """How many blocks go."""
+        """The number of blocks to remove."""
         return self.remove if self.blocks is None else len(self.blocks)
 
     @property
     def label(self) -> str:
-        """As the thesis writes it: D2; DA2 and DM2 where only attentions or MLPs go."""
+        """As in the thesis: D2; DA2 and DM2 if only attentions or MLPs are removed."""
         return "D" + LETTERS[self.part] + str(self.count)
 
     @classmethod
     def from_label(cls, part: str) -> "Depth | None":
         """See `Stage`."""
-        match = re.fullmatch(cls.pattern, part, re.ASCII)
-        return (
-            cls(
-                remove=whole_number(match[2]), part=next(name for name, letter in LETTERS.items() if letter == match[1])
-            )
-            if match
-            else None
-        )
+        if not (match := re.fullmatch(cls.pattern, part, re.ASCII)):
+            return None
+        removed = next(name for name, letter in LETTERS.items() if letter == match[1])
+        return cls(remove=whole_number(match[2]), part=removed)
 
     def after(self, previous: Sequence[Stage], shape: Shape | None = None) -> Shape | None:
-        """See `Stage`: it leaves fewer blocks, or as many where it removes parts of them."""
+        """See `Stage`: fewer blocks, or as many if only parts of them are removed."""
         if shape is None:
             return None
         self.check(shape.depth)
@@ -122,14 +114,14 @@ class Depth(Calibrated):
         chosen: Sequence[int] = self.blocks
         if chosen is None:
             free = range(self.protect_first, outline.subject.depth - self.protect_last)
-            if len({outline.facts(i, parts) for i in free}) > 1:
+            if len({outline.size_key(i, parts) for i in free}) > 1:
                 raise SizeUnknown
             chosen = free[: self.count]
             outline.lost |= parts if self.part != "block" else set()
         outline.subject, outline.changed = remove(outline.subject, chosen, self.part), set()
 
     def check(self, depth: int) -> None:
-        """Raises BadInput if a model of `depth` blocks cannot lose what this removes."""
+        """Raises BadInput if a model of `depth` blocks does not have the blocks to remove."""
         if self.blocks is not None:
             if max(self.blocks) >= depth:
                 raise BadInput(f"block {max(self.blocks)} is out of range: the model has blocks 0 to {depth - 1}")
@@ -140,15 +132,16 @@ class Depth(Calibrated):
         if self.remove > free:
             raise BadInput(
                 f"cannot remove {self.remove} of {depth} blocks: {self.protect_first} at the beginning and "
-                f"{self.protect_last} at the end "
-                f"are protected, which leaves {max(free, 0)}"
+                f"{self.protect_last} at the end are protected, which leaves {max(free, 0)}"
             )
 
     def apply(self, subject: Subject, *, data: str = "embedded", work: Path | None = None) -> tuple[Subject, dict]:
-        """The subject without them, sharing the weights of what stays, and a report of which went and why.
+        """The subject without the blocks, and a report of which were removed and of their scores.
+
+        It shares the remaining weights with `subject`.
 
         Raises:
-            BadInput: more blocks than are unprotected, or whatever the calibration text refuses.
+            BadInput: fewer unprotected blocks than are to be removed, or a calibration text that cannot be used.
         """
         self.check(subject.depth)
         lost = removed_parts(subject).get(self.part, [])
@@ -157,7 +150,7 @@ class Depth(Calibrated):
                 f"the {self.part} of block {', '.join(map(str, again))} is gone already: expected blocks that "
                 "still have one"
             )
-        # what is gone costs nothing to leave out, and would be chosen again
+        # a part that was removed earlier has no importance, and would be chosen again
         free = [b for b in range(self.protect_first, subject.depth - self.protect_last) if b not in lost]
         if self.remove and self.remove > len(free):
             raise BadInput(f"cannot remove {self.remove}: {len(free)} unprotected blocks still have an {self.part}")
@@ -167,46 +160,34 @@ class Depth(Calibrated):
         if self.metric != "magnitude":
             ids = self.ids(subject.tokenizer, data)
             check_windows(subject.model, subject.tokenizer, ids)
-        rounds: list[tuple[int, dict[int, float]]] = []
-        gone: list[int] = []
+        removed: list[int] = []  # in order
         if self.metric == "angular":
             distance = angular_distances(subject, ids)[self.remove]
             starts = range(self.protect_first, subject.depth - self.protect_last - self.remove + 1)
             first = min(starts, key=lambda i: distance[i])
-            gone = list(range(first, first + self.remove))
+            removed = list(range(first, first + self.remove))
             scores = {i: float(distance[i]) for i in starts}
         else:
-            scores = self._scores(subject, ids, free, gone)
-            if not self.greedy:
-                gone = sorted(scores, key=lambda b: (scores[b], b))[: self.remove]
-            while len(gone) < self.remove:
-                least = min(scores, key=lambda b: (scores[b], b))
-                rounds.append((least, scores))
-                gone.append(least)
-                scores = self._scores(subject, ids, free, gone) if len(gone) < self.remove else scores
-        report = {
-            "removed": sorted(gone),
-            "order": gone,
-            "part": self.part,
-            "metric": self.metric,
-            "greedy": self.greedy,
-        }
-        return remove(subject, gone, self.part), {**report, "scores": rounds[0][1] if rounds else scores}
+            scores = latest = self._scores(subject, ids, free, removed)
+            while len(removed) < self.remove:
+                order = sorted(latest, key=lambda b: (latest[b], b))
+                removed += order[:1] if self.greedy else order[: self.remove]
+                if len(removed) < self.remove:
+                    latest = self._scores(subject, ids, free, removed)
+        report = {"removed": sorted(removed), "order": removed, "part": self.part, "metric": self.metric}
+        return remove(subject, removed, self.part), {**report, "greedy": self.greedy, "scores": scores}
 
     def _scores(
-        self, subject: Subject, ids: torch.Tensor, free: Sequence[int], gone: Sequence[int]
+        self, subject: Subject, ids: torch.Tensor, free: Sequence[int], removed: Sequence[int]
     ) -> dict[int, float]:
-        """Importance of every block of `free` that is still there, by its index in the whole model."""
-        free = [b for b in free if b not in gone]
-        if self.part == "block":
-            left = [b for b in range(subject.depth) if b not in gone]
-            found = importance(
-                remove(subject, gone) if gone else subject, ids, self.metric, blocks=[left.index(b) for b in free]
-            )
-            return {b: found[left.index(b)] for b in free}
-        return importance(
-            remove(subject, gone, self.part) if gone else subject, ids, self.metric, blocks=free, part=self.part
-        )
+        """The importance of each block of `free` that is not removed yet, by its index in the whole model."""
+        free = [b for b in free if b not in removed]
+        smaller = remove(subject, removed, self.part) if removed else subject
+        if self.part != "block":
+            return importance(smaller, ids, self.metric, blocks=free, part=self.part)
+        left = [b for b in range(subject.depth) if b not in removed]
+        scores = importance(smaller, ids, self.metric, blocks=[left.index(b) for b in free])
+        return {b: scores[left.index(b)] for b in free}
 
 
 # ---------------------------------------------------------------- importance
@@ -215,14 +196,14 @@ class Depth(Calibrated):
 def importance(
     subject: Subject, ids: torch.Tensor, metric: str, *, blocks: Sequence[int] | None = None, part: str = "block"
 ) -> dict[int, float]:
-    """How much each of `blocks` matters (all by default): the lower, the sooner it can go.
+    """The importance of blocks; the block with the lowest is removed first.
 
     Args:
         subject: the model.
-        ids: (N, T) calibration windows; magnitude looks at none.
-        metric: one of `METRICS` but angular, whose scores are runs' (see `angular_distances`).
-        blocks: which to score.
-        part: score whole blocks, or only their attention or MLP (not known to influence, which compares blocks).
+        ids: (N, T) calibration windows; magnitude needs none.
+        metric: one of `METRICS`, without angular, which scores runs of blocks (see `angular_distances`).
+        blocks: to score; all by default.
+        part: score whole blocks, or only their attention or MLP (not with influence, which compares blocks).
 
     Raises:
         BadInput: unknown metric, or one that does not fit the part or the subject.
@@ -239,7 +220,7 @@ def importance(
         scores = influence(subject, ids)
         return {b: scores[b] for b in blocks}
     if metric == "magnitude":
-        return {b: _sum_over(subject, b, part, lambda w: w.detach().float().abs().sum()) for b in blocks}
+        return {b: sum(w.detach().float().abs().sum().item() for w in _weights(subject, b, part)) for b in blocks}
     if metric == "taylor":
         return taylor(subject, ids, blocks, part)
     raise unknown("importance metric", metric, METRICS)
@@ -248,21 +229,20 @@ def importance(
 def leave_one_out(
     subject: Subject, ids: torch.Tensor, blocks: Sequence[int], part: str = "block", batch: int = 4
 ) -> dict[int, float]:
-    """Perplexity with each of `blocks` left out (Kim et al. 2024, one-shot), activations before it computed once.
+    """Perplexity without each of `blocks` (Kim et al. 2024, one-shot).
 
-    Where only an attention or MLP is left out, every variant runs by itself: the tree of plans knows whole blocks only.
+    The activations before a block are computed once. If only an attention or MLP is left out, every variant runs by
+    itself, since a tree of plans is made of blocks.
     """
     nats = dict.fromkeys(blocks, 0.0)
+    whole = tuple(range(subject.depth))
+    plans = [whole[:b] + whole[b + 1 :] for b in blocks]
     with torch.inference_mode():
-        for at in tqdm(range(0, len(ids), batch), desc="leave one out", unit="batch", disable=None, leave=False):
-            some = ids[at : at + batch].to(subject.device)
+        for start in tqdm(range(0, len(ids), batch), desc="leave one out", unit="batch", disable=None, leave=False):
+            some = ids[start : start + batch].to(subject.device)
             targets = some[:, 1:].reshape(-1)
             if part == "block":
-                whole = tuple(range(subject.depth))
-                variants = (
-                    (blocks[k], h)
-                    for k, h in final_states(subject.model, some, [whole[:b] + whole[b + 1 :] for b in blocks])
-                )
+                variants = ((blocks[k], h) for k, h in final_states(subject.model, some, plans))
             else:
                 variants = ((b, h) for b in blocks for _, h in final_states(remove(subject, [b], part).model, some))
             for b, h in variants:
@@ -271,14 +251,15 @@ def leave_one_out(
 
 
 def _exp(x: float) -> float:
+    """exp(x), infinite where it overflows."""
     return math.exp(x) if x < 700 else math.inf
 
 
 def influence(subject: Subject, ids: torch.Tensor) -> list[float]:
     """1 - mean over tokens of cos(block input, block output), for each block (Men et al. 2024, ShortGPT, eq. 1).
 
-    Blocks are watched where they run: the last of transformers' `hidden_states` is the output of the final norm, and
-    would give the last block another block's score.
+    The outputs are those of the blocks themselves. The last of transformers' `hidden_states` is the output of the final
+    norm, which would give the last block another score.
     """
     sums = [0.0] * subject.depth
 
@@ -294,7 +275,7 @@ def angular_distances(subject: Subject, ids: torch.Tensor) -> np.ndarray:
     """arccos(cos(x_l, x_{l+n})) / pi of the last token's residual, mean over windows (Gromov et al. 2024, eq. 8).
 
     Returns:
-        (depth + 1, depth + 1): [n, l] for a run of n blocks from block l on, x_l being the input of block l; nan where
+        (depth + 1, depth + 1): [n, l] for a run of n blocks from block l on, where x_l is the input of block l; nan if
         the run would end after the last block.
     """
     states: list[torch.Tensor] = [torch.empty(0)] * (subject.depth + 1)
@@ -317,48 +298,42 @@ def angular_distances(subject: Subject, ids: torch.Tensor) -> np.ndarray:
 def taylor(
     subject: Subject, ids: torch.Tensor, blocks: Sequence[int], part: str = "block", batch: int = 2
 ) -> dict[int, float]:
-    """Sum over a block's weights of abs(w * g), g the gradient of the mean loss over all windows (Kim et al. 2024, eq.
-    3).
+    """The sum over a block's weights of abs(w * g) (Kim et al. 2024, eq. 3).
+
+    g is the gradient of the mean loss over all windows.
 
     Raises:
-        BadInput: weights that carry no gradient, such as packed or quantised ones.
+        BadInput: weights without a gradient, such as packed or quantised ones.
     """
-    own = {b: list(_weights(subject, b, part)) for b in blocks}
-    if any(not isinstance(w, nn.Parameter) or not w.is_floating_point() for weights in own.values() for w in weights):
+    weights = {b: list(_weights(subject, b, part)) for b in blocks}
+    every = [w for several in weights.values() for w in several]
+    if any(not isinstance(w, nn.Parameter) or not w.is_floating_point() for w in every):
         raise BadInput(
             "metric 'taylor' needs gradients, which packed or quantised weights do not carry: use perplexity, "
             "influence or magnitude"
         )
     try:
-        for weights in own.values():
-            for w in weights:
-                w.requires_grad_(True)
-        for at in tqdm(range(0, len(ids), batch), desc="taylor", unit="batch", disable=None, leave=False):
-            some = ids[at : at + batch].to(subject.device)
+        for w in every:
+            w.requires_grad_(True)
+        for start in tqdm(range(0, len(ids), batch), desc="taylor", unit="batch", disable=None, leave=False):
+            some = ids[start : start + batch].to(subject.device)
             states = subject.model.model(input_ids=some, use_cache=False).last_hidden_state
             logits = subject.model.get_output_embeddings()(states[:, :-1]).float().flatten(0, 1)
-            loss = nn.functional.cross_entropy(logits, some[:, 1:].flatten(), reduction="sum") / (
-                len(ids) * (ids.shape[1] - 1)
-            )
-            loss.backward()
+            total = nn.functional.cross_entropy(logits, some[:, 1:].flatten(), reduction="sum")
+            (total / (len(ids) * (ids.shape[1] - 1))).backward()
         return {
-            b: sum((w.detach().float() * w.grad.float()).abs().sum().item() for w in weights)
-            for b, weights in own.items()
+            b: sum((w.detach().float() * w.grad.float()).abs().sum().item() for w in several)
+            for b, several in weights.items()
         }
     finally:
-        for weights in own.values():
-            for w in weights:
-                w.requires_grad_(False)
-                w.grad = None
+        for w in every:
+            w.requires_grad_(False)
+            w.grad = None
 
 
 def _weights(subject: Subject, block: int, part: str):
-    """The projections' weights of a block or of a part of it; norms, a thousandth of a block, do not count."""
-    whole = subject.blocks[block]
-    for name, module in projections(whole).items():
-        if part == "block" or hasattr(getattr(whole, ATTRIBUTES[part]), name):
-            yield module.weight
-
-
-def _sum_over(subject: Subject, block: int, part: str, of: Callable[[torch.Tensor], torch.Tensor]) -> float:
-    return sum(of(w).item() for w in _weights(subject, block, part))
+    """The projections' weights in a block or a part of it; norms, a thousandth of a block, are left out."""
+    module = subject.blocks[block]
+    for name, linear in projections(module).items():
+        if part == "block" or hasattr(getattr(module, ATTRIBUTES[part]), name):
+            yield linear.weight

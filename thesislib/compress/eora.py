@@ -1,17 +1,16 @@
-"""EoRA: what compression took from each projection, given back as a low-rank correction where the layer's inputs are
-large."""
+"""EoRA: a low-rank correction of each compressed projection that minimises the error of its output."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
-from thesislib.compress.calibration import ALL_AT_ONCE, INPUTS, Statistics, Visitor, stream
-from thesislib.compress.layerwise import Place, check_same_shapes, effective_weight, relative_error
+from thesislib.compress.calibration import ALL_AT_ONCE, INPUTS, Statistics, Visitor, check_moment, stream
+from thesislib.compress.layerwise import check_same_shapes, effective_weight, relative_error
 from thesislib.compress.outline import Outline, SizeUnknown, corrected
-from thesislib.compress.selection import check_all_fit, fits, patterns
+from thesislib.compress.selection import LinearKey, check_all_fit, fits, patterns, selected
 from thesislib.compress.stage import Shape, Stage, Weighted, stage
 from thesislib.errors import BadInput, unknown
 from thesislib.model.layers import Adapted, Projection, adapt, replace
@@ -19,20 +18,23 @@ from thesislib.model.subject import Subject
 
 INPUTS_OF = ("original", "compressed")
 ENTRY = 2  # bytes of an entry of a saved factor: float16 or bfloat16
-GREED = 4  # with a byte budget no projection gets more than this times the rank that an even split would give
+GREED = 4  # with a byte budget, the largest rank is this times the rank of an even split
+
+Factors = dict[LinearKey, tuple[torch.Tensor, torch.Tensor]]  # A (rank, inputs) and B (outputs, rank)
 
 
 @stage("eora")
 @dataclass(frozen=True)
 class Eora(Weighted):
-    """Correct W - W_compressed by a low-rank B A that is best for the layer's inputs (Liu et al. 2024, EoRA).
+    """Approximate W - W_compressed by a low-rank B A, with the least error on the layer's inputs (Liu et al. 2024).
 
     Attributes:
         rank: of every correction, at most the projection's smaller side; 32 if no budget is given.
-        ranks: {pattern: rank} for some projections; of several that fit, the last counts.
-        bytes: instead of ranks a budget for all corrections at 2 bytes an entry, spent on the directions that lessen
-            the projections' relative errors most for a byte.
-        inputs: in whose activations the error is measured: original, or compressed, which the corrected layer will see.
+        ranks: {pattern: rank} for some projections; if several patterns fit, the last counts.
+        bytes: instead of ranks, a budget for all corrections at 2 bytes an entry. It is spent on the directions that
+            reduce the squared relative errors of outputs most for their bytes.
+        inputs: the subject whose activations the error is measured on: original, or compressed, whose activations the
+            corrected layer gets.
         linears: names or patterns of projections; all seven by default.
     """
 
@@ -68,12 +70,17 @@ class Eora(Weighted):
         return any(fits(pattern, block, name) for pattern in self.linears)
 
     def rank_of(self, block: int, name: str) -> int:
-        """The rank asked for at a projection."""
-        found = self.rank
+        """The rank that is set for a projection."""
+        chosen = self.rank
         for pattern, rank in (self.ranks or {}).items():
             if fits(pattern, block, name):
-                found = rank
-        return found
+                chosen = rank
+        return chosen
+
+    def most(self, taken: Mapping[LinearKey, Projection]) -> int:
+        """The largest rank that a byte budget gives to one of these projections."""
+        direction = sum(ENTRY * (m.in_features + m.out_features) for m in taken.values())  # bytes of one for each
+        return GREED * max(1, self.bytes // direction)
 
     @classmethod
     def from_label(cls, part: str) -> "Eora | None":
@@ -81,7 +88,7 @@ class Eora(Weighted):
         return cls() if part == cls.label else None
 
     def after(self, previous: Sequence[Stage], shape: Shape | None = None) -> Shape | None:
-        """See `Stage`: the stage right before must have changed weights that can be corrected."""
+        """See `Stage`: the previous stage must be correctable."""
         if not previous or not previous[-1].correctable:
             before = f"after {previous[-1].label}" if previous else "at the beginning"
             raise BadInput(f"eora {before} has nothing to correct: expected width, rtn or gptq right before it")
@@ -97,23 +104,18 @@ class Eora(Weighted):
             )
             return
         outline.check_alike(self.takes)
-        taken = {
-            (i, n): m
-            for i in range(outline.subject.depth)
-            for n, m in outline.subject.linears(i).items()
-            if self.takes(i, n)
-        }
-        costs = {place: ENTRY * (m.in_features + m.out_features) for place, m in taken.items()}
-        most = GREED * max(1, self.bytes // sum(costs.values()))
-        costs = {place: cost for place, cost in costs.items() if place in outline.changed}
-        # what the run gives to each is its own to tell: here each gets a direction before any gets a second
+        taken = selected(outline.subject, self.takes)
+        most = self.most(taken)
+        taken = {key: m for key, m in taken.items() if key in outline.changed}
+        costs = {key: ENTRY * (m.in_features + m.out_features) for key, m in taken.items()}
+        # only the run knows the gains; with these every projection gets a direction before any gets a second
         gains = {
-            p: [cost / k for k in range(1, min(most, taken[p].in_features, taken[p].out_features) + 1)]
-            for p, cost in costs.items()
+            key: [costs[key] / k for k in range(1, min(most, m.in_features, m.out_features) + 1)]
+            for key, m in taken.items()
         }
-        ranks = {p: rank for p, rank in share_out(gains, costs, self.bytes).items() if rank} if gains else {}
-        if any(isinstance(taken[p], Adapted) and taken[p].lora_A.dtype != outline.dtype for p in costs):
-            raise SizeUnknown  # how many bytes an entry takes depends on where it falls
+        ranks = {key: rank for key, rank in share_out(gains, costs, self.bytes).items() if rank} if gains else {}
+        if any(isinstance(m, Adapted) and m.lora_A.dtype != outline.dtype for m in taken.values()):
+            raise SizeUnknown  # the bytes of an entry depend on the projection that it is spent on
         for (i, name), rank in ranks.items():
             replace(outline.subject.blocks[i], name, corrected(taken[i, name], rank, outline.dtype))
         outline.budgeted, outline.changed = outline.budgeted | set(costs), set()
@@ -124,8 +126,8 @@ class Eora(Weighted):
         """A copy of the subject with corrected projections (`thesislib.model.layers.Adapted`), and a report.
 
         Args:
-            subject: after compression of any kind that keeps its shapes.
-            data: for calibration.
+            subject: after a compression that keeps its shapes.
+            data: a data spec for calibration.
             work: unused.
             original: the subject before that compression.
 
@@ -141,24 +143,23 @@ class Eora(Weighted):
         check_same_shapes(original, subject)
         check_all_fit(self.linears, subject.depth)
         ids = self.ids(subject.tokenizer, data)
-        visitor = Correct(self, original, subject)
-        stream(
-            original if self.inputs == "original" else subject,
-            ids,
-            visitor,
-            weighting=self.weighting,
-            feed="original",
-            title=self.label,
-        )
+        visitor = _corrections(self, original, subject, ids, self.label)
         factors = visitor.factors()
         if not factors:
             raise BadInput("the original's weights equal the compressed subject's: eora has nothing to correct")
         result = subject.copy(unpack=False)
         for (block, name), (A, B) in factors.items():
             module = result.linears(block)[name]
-            kind: dict[str, Any] = {"dtype": module.weight.dtype, "device": module.weight.device}
-            replace(result.blocks[block], name, adapt(module, A.to(**kind), B.to(**kind)))
+            replace(result.blocks[block], name, adapt(module, A.to(module.weight), B.to(module.weight)))
         return result, visitor.report(factors)
+
+
+def _corrections(config: Eora, original: Subject, compressed: Subject, ids: torch.Tensor, title: str) -> "Correct":
+    """The corrections of all projections, computed in one calibration pass over windows (N, T)."""
+    visitor = Correct(config, original, compressed)
+    source = original if config.inputs == "original" else compressed
+    stream(source, ids, visitor, weighting=config.weighting, feed="original", title=title)
+    return visitor
 
 
 def start(
@@ -170,52 +171,46 @@ def start(
     *,
     inputs: str = "compressed",
     weighting: str = "equal",
-) -> dict[Place, tuple[torch.Tensor, torch.Tensor]]:
-    """EoRA's factors as the start of a trainable LoRA: {(block, projection): (A (rank, inputs), B (outputs, rank))},
-    float32.
+) -> Factors:
+    """EoRA's factors as the initial values of a trainable LoRA, float32.
 
-    Every chosen projection gets factors of the full rank: where the difference has less, or there is none, the rest of
-    B is zero and the rest of A random, as in LoRA's own start. See `Eora` for the arguments; ids are (N, T) windows.
+    Every chosen projection gets factors of the full rank. If its correction has a lower rank, or none, the remaining
+    columns of B are zero and the remaining rows of A random, as in LoRA's own initial values.
+
+    Args:
+        subject: after compression.
+        original: the subject before compression.
+        ids: (N, T) calibration windows.
+        rank: of the factors.
+        linears: see `Eora`, as for the other arguments.
+        inputs: see `Eora`.
+        weighting: see `Eora`.
     """
     config = Eora(rank=rank, linears=linears, inputs=inputs, weighting=weighting)
     check_same_shapes(original, subject)
-    visitor = Correct(config, original, subject)
-    stream(
-        original if inputs == "original" else subject, ids, visitor, weighting=weighting, feed="original", title="eora"
-    )
-    found, generator = visitor.factors(), torch.Generator().manual_seed(0)
-    result = {}
-    for i in range(subject.depth):
-        for name, module in subject.linears(i).items():
-            if config.takes(i, name):
-                A = torch.randn(rank, module.in_features, generator=generator) / module.in_features**0.5
-                B = torch.zeros(module.out_features, rank)
-                a, b = found.get((i, name), (A[:0], B[:, :0]))
-                A[: len(a)], B[:, : len(a)] = a, b
-                result[i, name] = A, B
-    return result
+    corrections = _corrections(config, original, subject, ids, "eora").factors()
+    generator, factors = torch.Generator().manual_seed(0), {}
+    for key, module in selected(subject, config.takes).items():
+        A = torch.randn(rank, module.in_features, generator=generator) / module.in_features**0.5
+        B = torch.zeros(module.out_features, rank)
+        a, b = corrections.get(key, (A[:0], B[:, :0]))
+        A[: len(a)], B[:, : len(a)] = a, b
+        factors[key] = A, B
+    return factors
 
 
 class Correct(Visitor):
-    """Finds each projection's correction; changes no weight."""
+    """Computes each projection's correction; changes no weight."""
 
     groups = ALL_AT_ONCE
     moments = True
 
     def __init__(self, config: Eora, original: Subject, compressed: Subject):
         self.config, self.original, self.compressed = config, original, compressed
-        self.found: dict[Place, Correction] = {}
-        self.errors: dict[Place, float] = {}
+        self.corrections: dict[LinearKey, Correction] = {}
+        self.errors: dict[LinearKey, float] = {}
         if config.bytes is not None:
-            places = [
-                (i, n, m)
-                for i in range(compressed.depth)
-                for n, m in compressed.linears(i).items()
-                if config.takes(i, n)
-            ]
-            self.most = GREED * max(
-                1, config.bytes // (ENTRY * sum(m.in_features + m.out_features for _, _, m in places))
-            )
+            self.most = config.most(selected(compressed, config.takes))
 
     def wants(self, block: int, name: str) -> bool:
         """See `Visitor`."""
@@ -226,49 +221,46 @@ class Correct(Visitor):
         roots: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for name in linears:
             before, after = (effective_weight(s.linears(block)[name]) for s in (self.original, self.compressed))
-            missing = before - after
-            if not missing.any():
+            difference = before - after
+            if not difference.any():
                 continue
             moment, key = statistics[name].moment, INPUTS[name]
             if key not in roots:
                 roots[key] = square_root(moment, f"block {block}'s {name}")
             rank = self.most if self.config.bytes is not None else self.config.rank_of(block, name)
-            whole = float(((before @ moment) * before).sum(dtype=torch.float64)) or 1.0
-            self.found[block, name] = correction(missing, *roots[key], rank, whole)
-            self.errors[block, name] = relative_error(missing, before, moment)
+            total = float(((before @ moment) * before).sum(dtype=torch.float64)) or 1.0
+            self.corrections[block, name] = correction(difference, *roots[key], rank, total)
+            self.errors[block, name] = relative_error(difference, before, moment)
 
-    def factors(self) -> dict[Place, tuple[torch.Tensor, torch.Tensor]]:
-        """A and B of each projection, those of rank 0 left out."""
-        ranks = {place: len(c.gains) for place, c in self.found.items()}
-        if self.config.bytes is not None and self.found:
-            ranks = share_out(
-                {place: c.gains for place, c in self.found.items()},
-                {p: c.cost for p, c in self.found.items()},
-                self.config.bytes,
-            )
-        return {place: (c.A[: ranks[place]], c.B[:, : ranks[place]]) for place, c in self.found.items() if ranks[place]}
+    def factors(self) -> Factors:
+        """A and B of each projection, without those of rank 0."""
+        gains = {key: c.gains for key, c in self.corrections.items()}
+        ranks = {key: len(several) for key, several in gains.items()}
+        if self.config.bytes is not None and gains:
+            costs = {key: c.cost for key, c in self.corrections.items()}
+            ranks = share_out(gains, costs, self.config.bytes)
+        return {key: (c.A[: ranks[key]], c.B[:, : ranks[key]]) for key, c in self.corrections.items() if ranks[key]}
 
-    def report(self, factors: Mapping[Place, tuple[torch.Tensor, torch.Tensor]]) -> dict:
-        """Ranks, bytes, and each projection's relative error before and after on the inputs that it was fitted to."""
-        ranks = {place: len(factors[place][0]) if place in factors else 0 for place in self.found}
-        after = {p: max(e**2 - sum(self.found[p].gains[: ranks[p]]), 0) ** 0.5 for p, e in self.errors.items()}
-        return {
-            "bytes": sum(self.found[p].cost * r for p, r in ranks.items()),
-            "ranks": {f"blocks.{i}.{n}": r for (i, n), r in ranks.items()},
-            "relative_errors": {
-                f"blocks.{i}.{n}": [round(e, 6), round(after[i, n], 6)] for (i, n), e in self.errors.items()
-            },
-        }
+    def report(self, factors: Factors) -> dict:
+        """Ranks, bytes, and each projection's relative error before and after, on the inputs that it was fitted to."""
+        ranks, errors = {}, {}
+        for (i, name), c in self.corrections.items():
+            rank, error = len(factors[i, name][0]) if (i, name) in factors else 0, self.errors[i, name]
+            after = max(error**2 - sum(c.gains[:rank]), 0) ** 0.5
+            ranks[f"blocks.{i}.{name}"] = rank
+            errors[f"blocks.{i}.{name}"] = [round(error, 6), round(after, 6)]
+        spent = sum(c.cost * rank for c, rank in zip(self.corrections.values(), ranks.values(), strict=True))
+        return {"bytes": spent, "ranks": ranks, "relative_errors": errors}
 
 
 @dataclass(frozen=True)
 class Correction:
-    """B A, most useful direction first.
+    """A low-rank correction B A, with the direction of the largest gain first.
 
     Attributes:
         A: (rank, inputs) float32.
         B: (outputs, rank) float32.
-        gains: by how much each direction lessens the squared relative error of the output.
+        gains: by how much each direction reduces the squared relative error of the output.
         cost: bytes of one direction.
     """
 
@@ -281,55 +273,57 @@ class Correction:
 def square_root(moment: torch.Tensor, where: str = "the projection") -> tuple[torch.Tensor, torch.Tensor]:
     """S (D, k) with S S^T = X^T X, and its pseudo-inverse (k, D), float64.
 
-    Directions whose eigenvalue is below float32's epsilon of the largest are left out: statistics were summed in
-    float32, and what is below is rounding, of either sign. (EoRA's code lifts negative ones to the smallest positive
-    one, and divides by its root.) The usual D times epsilon would be too much: an attention sink makes the largest
-    eigenvalue so large that 1,455 of the 1,536 directions of SmolLM2-135M's last down_proj but one lie below it.
+    Directions whose eigenvalue is below the largest times float32's epsilon are left out: statistics were summed in
+    float32, so smaller eigenvalues are rounding errors of either sign. (EoRA's code raises negative ones to the
+    smallest positive one, and divides by its root.) The usual cut-off, D times epsilon, would be too high: an attention
+    sink makes the largest eigenvalue so large that 1,455 of the 1,536 directions of SmolLM2-135M's last down_proj but
+    one lie below it.
 
     Raises:
         BadInput: statistics that are not finite, or all zero.
     """
-    if not torch.isfinite(moment).all():
-        raise BadInput(
-            f"the statistics of {where} are not finite: the model or its compression before this block is broken"
-        )
+    check_moment(moment, where)
     values, vectors = torch.linalg.eigh(moment.double())
-    if values[-1] <= 0:
-        raise BadInput(
-            f"{where} saw no tokens: all its inputs are zero on the calibration text; leave it out with 'linears'"
-        )
     kept = values > torch.finfo(torch.float32).eps * values[-1]
     root, vectors = values[kept].sqrt(), vectors[:, kept]
     return vectors * root, (vectors / root).T
 
 
 def correction(
-    missing: torch.Tensor, root: torch.Tensor, inverse: torch.Tensor, rank: int, whole: float = 1.0
+    difference: torch.Tensor, root: torch.Tensor, inverse: torch.Tensor, rank: int, total: float = 1.0
 ) -> Correction:
-    """The B A of the given rank with the least norm of (missing - B A) X (EoRA, section 3): the SVD of missing S, and
-    back.
+    """The B A of a given rank with the least norm of (difference - B A) X (EoRA, section 3).
+
+    It comes from the SVD of difference S.
 
     Args:
-        missing: (outputs, inputs) W - W_compressed.
+        difference: (outputs, inputs) W - W_compressed.
         root: S (inputs, k) with S S^T = X^T X; any root gives the same product.
         inverse: its pseudo-inverse (k, inputs).
-        rank: at most; the projection's smaller side is enough to restore it.
-        whole: squared norm of W X, which gains are relative to.
+        rank: at most; the projection's smaller side restores it completely.
+        total: squared norm of W X; gains are relative to it.
     """
-    m = missing.double() @ root
-    # the singular vectors of the shorter side are the eigenvectors of its Gram matrix, in a quarter of an SVD's time;
-    # with them orthonormal, u u^T m is a projection of m however small a singular value is
+    m = difference.double() @ root
+    # The singular vectors of the shorter side are the eigenvectors of its Gram matrix, in a quarter of an SVD's time.
+    # Since they are orthonormal, u u^T m is a projection of m however small a singular value is.
     tall = m.shape[0] > m.shape[1]
     short = torch.linalg.eigh(m.T @ m if tall else m @ m.T).eigenvectors.flip(1)[:, :rank]
     long = m @ short if tall else m.T @ short  # times the singular values
     s = long.norm(dim=0)
     half = torch.where(s > 0, s.rsqrt(), 0)
     u, v = (long * half, short * s.sqrt()) if tall else (short * s.sqrt(), long * half)
-    return Correction((v.T @ inverse).float(), u.float(), (s.square() / whole).tolist(), ENTRY * sum(missing.shape))
+    return Correction((v.T @ inverse).float(), u.float(), (s.square() / total).tolist(), ENTRY * sum(difference.shape))
 
 
-def share_out(gains: Mapping[Place, list[float]], costs: Mapping[Place, int], budget: int) -> dict[Place, int]:
-    """Ranks within a budget of bytes: directions in order of gain per byte; each projection's gains fall.
+def share_out(
+    gains: Mapping[LinearKey, list[float]], costs: Mapping[LinearKey, int], budget: int
+) -> dict[LinearKey, int]:
+    """Ranks within a budget of bytes, which is spent on directions in order of their gain per byte.
+
+    Args:
+        gains: of each projection's directions, in falling order.
+        costs: bytes of a direction.
+        budget: bytes.
 
     >>> share_out({(0, "a"): [9.0, 1.0], (0, "b"): [8.0, 7.0]}, {(0, "a"): 10, (0, "b"): 10}, 30)
     {(0, 'a'): 1, (0, 'b'): 2}
@@ -339,9 +333,9 @@ def share_out(gains: Mapping[Place, list[float]], costs: Mapping[Place, int], bu
     """
     if budget < (least := min(costs.values())):
         raise BadInput(f"a budget of {budget} bytes buys no correction: the cheapest takes {least}")
-    directions = sorted(((gain / costs[p], p) for p, own in gains.items() for gain in own), key=lambda d: -d[0])
+    directions = ((gain / costs[key], key) for key, several in gains.items() for gain in several)
     ranks = dict.fromkeys(gains, 0)
-    for _, place in directions:
-        if costs[place] <= budget:
-            ranks[place], budget = ranks[place] + 1, budget - costs[place]
+    for _, key in sorted(directions, key=lambda d: -d[0]):
+        if costs[key] <= budget:
+            ranks[key], budget = ranks[key] + 1, budget - costs[key]
     return ranks

@@ -1,8 +1,8 @@
-"""Franken-LLaMA: run a model's blocks in another order, some skipped, some repeated, without copying a weight.
+"""The plans of Franken-LLaMA: orders of a model's blocks, in which some are skipped and some repeated.
 
-A plan is a tuple of block indices in the order in which they run. Written as text it is a list of terms: `7`, `0-6`
-(both ends run), `0-29:2` (every second of them), each with an optional `x3` (each block three times in a row):
-`0-6x2,10,12-29`.
+A plan is a tuple of block indices in the order in which they run. As text it is a list of terms, such as
+`0-6x2,10,12-29`. A term is `7`, `0-6` (both ends run) or `0-29:2` (every second block of these); with `x3` behind it
+each block runs three times in a row.
 """
 
 import itertools
@@ -16,13 +16,13 @@ ORIGINAL_DEPTH = 32
 
 
 def parse_plan(text: str, depth: int) -> Plan:
-    """The plan that `text` writes, for a model of `depth` blocks.
+    """The plan of a text, for a model of `depth` blocks.
 
     >>> parse_plan("0-2x2,5-9:2", depth=10)
     (0, 0, 1, 1, 2, 2, 5, 7, 9)
 
     Raises:
-        BadInput: a term that is not of the form, an empty plan, or an index out of range.
+        BadInput: a term of another form, an empty plan, or an index out of range.
     """
     plan: list[int] = []
     for term in filter(None, (t.strip() for t in str(text).split(","))):
@@ -35,9 +35,8 @@ def parse_plan(text: str, depth: int) -> Plan:
             raise BadInput(
                 f"plan term '{term}' runs no block: expected a range that ascends, a step and a repeat of at least 1"
             )
-        check_plan(
-            range(first, last + 1, step)[: depth + 1], depth
-        )  # before it is counted out: what leaves the model does so in so many steps
+        # checked before all blocks are listed: among the first depth + 1 is one out of range, if any is
+        check_plan(range(first, last + 1, step)[: depth + 1], depth)
         if len(plan) + times * ((last - first) // step + 1) > LONGEST:
             raise BadInput(f"plan term '{term}' makes a plan of more than {LONGEST:,} blocks: expected fewer")
         plan += [block for block in range(first, last + 1, step) for _ in range(times)]
@@ -45,7 +44,7 @@ def parse_plan(text: str, depth: int) -> Plan:
 
 
 def format_plan(plan: Sequence[int]) -> str:
-    """The shortest text of this kind without steps that `parse_plan` turns back into `plan`.
+    """The shortest text without steps that `parse_plan` reads as this plan.
 
     >>> format_plan((0, 1, 2, 2, 3, 3, 9))
     '0-1,2-3x2,9'
@@ -61,9 +60,9 @@ def format_plan(plan: Sequence[int]) -> str:
     return ",".join(terms)
 
 
-# What the original study (AngeloGalav/franken-llama, configurations.py) ran on the 32 blocks of Llama-2-7B-chat:
-# name: (blocks skipped, blocks repeated, how often). Two differ from its file, which does not do what its names say:
-# "0_7_15_23_31" ran every fourth block there, and "skip_every_2_layers_r2" repeated none.
+# The configurations of the original study (AngeloGalav/franken-llama, configurations.py) on the 32 blocks of
+# Llama-2-7B-chat: name: (blocks skipped, blocks repeated, how often). Two follow their names, unlike its file:
+# there "0_7_15_23_31" ran every fourth block, and "skip_every_2_layers_r2" repeated none.
 _ORIGINAL: dict[str, tuple[str, str, int]] = {
     "baseline": ("", "", 1),
     "0-7": ("8-31", "", 1),
@@ -91,26 +90,24 @@ _ORIGINAL: dict[str, tuple[str, str, int]] = {
     "skip_near_end_keep_last_two": ("27-29", "", 1),
     "essential_layers_with_final_repeats": ("10-25", "30-31", 2),
 }
-_STRIDES = {
-    "only_even_layers": (0, 2),
-    "only_odd_layers": (1, 2),
-    "skip_every_2_layers": (0, 3),
-    "skip_every_2_layers_r2": (0, 3),
-}
+# (first block, step) of plans with every second or third block of the model
+_STRIDES = {"only_even_layers": (0, 2), "only_odd_layers": (1, 2)}
+_STRIDES |= dict.fromkeys(("skip_every_2_layers", "skip_every_2_layers_r2"), (0, 3))
 
 
 def franken_plans(depth: int) -> dict[str, Plan]:
-    """The 25 configurations of the original study, carried from its 32 blocks to `depth`.
+    """The 25 configurations of the original study, scaled from its 32 blocks to `depth`.
 
-    The rule: a plan cuts the 32 blocks into runs of neighbours treated alike (skipped, run once, run n times). Runs
-    keep their order and their share of the depth: a boundary at b of 32 moves to b * depth / 32, rounded half up, or
-    as little further as it takes for every run to keep one block. Plans that take every second or third block of the
-    whole model take every second or third block of this one. At depth 32 it gives the original plans.
+    A plan cuts the 32 blocks into runs of neighbours that are treated alike (skipped, run once, run n times). Runs keep
+    their order and their share of the depth: a boundary at b of 32 moves to b * depth / 32, rounded half up, or as
+    little further as every run needs to keep one block. A plan of every second or third block stays one. At depth 32
+    the plans are the original ones.
 
     Raises:
-        BadInput: a model too shallow for the plan with the most runs.
+        BadInput: fewer blocks than the plan with the most runs has runs.
     """
-    plans, most = {}, max(len(_runs(*settings)) for name, settings in _ORIGINAL.items() if name not in _STRIDES)
+    plans = {}
+    most = max(len(_runs(*settings)) for name, settings in _ORIGINAL.items() if name not in _STRIDES)
     if depth < most:
         raise BadInput(
             f"the {len(_ORIGINAL)} plans need a model of at least {most} blocks, a block for each run that they "
@@ -122,7 +119,7 @@ def franken_plans(depth: int) -> dict[str, Plan]:
             plans[name] = tuple(b for b in range(start, depth, step) for _ in range(times))
             continue
         runs = _runs(skipped, repeated, times)
-        edges = _carry(list(itertools.accumulate(length for _, length in runs)), depth)
+        edges = _scaled(list(itertools.accumulate(length for _, length in runs)), depth)
         plan: list[int] = []
         for (t, _), start, end in zip(runs, [0, *edges], edges, strict=False):
             plan += [b for b in range(start, end) for _ in range(t)]
@@ -131,14 +128,15 @@ def franken_plans(depth: int) -> dict[str, Plan]:
 
 
 def _runs(skipped: str, repeated: str, times: int) -> list[tuple[int, int]]:
-    """(how often each block runs, how many blocks) of a plan's runs of neighbours treated alike, on 32 blocks."""
-    skip, repeat = ({*parse_plan(t, ORIGINAL_DEPTH)} if t else set() for t in (skipped, repeated))
-    treatment = [0 if b in skip else times if b in repeat else 1 for b in range(ORIGINAL_DEPTH)]
-    return [(t, len(list(same))) for t, same in itertools.groupby(treatment)]
+    """A plan's runs of neighbours that are treated alike: (how often each block runs, how many blocks), of 32."""
+    often = dict.fromkeys(range(ORIGINAL_DEPTH), 1)
+    for blocks, count in ((repeated, times), (skipped, 0)):
+        often |= dict.fromkeys(parse_plan(blocks, ORIGINAL_DEPTH) if blocks else (), count)
+    return [(count, len(list(same))) for count, same in itertools.groupby(often.values())]
 
 
-def _carry(boundaries: list[int], depth: int) -> list[int]:
-    """Ends of runs on 32 blocks, moved to `depth` so that every run keeps at least one block."""
+def _scaled(boundaries: list[int], depth: int) -> list[int]:
+    """The ends of runs on 32 blocks, scaled to `depth` so that every run keeps at least one block."""
     ends: list[int] = []
     for k, boundary in enumerate(boundaries):
         wanted = (2 * boundary * depth + ORIGINAL_DEPTH) // (2 * ORIGINAL_DEPTH)

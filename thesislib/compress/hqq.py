@@ -1,4 +1,4 @@
-"""HQQ, half-quadratic quantisation: the offset of each group fitted to its weights, without any data."""
+"""HQQ, half-quadratic quantisation: the offset of each group is fitted to its weights, without calibration data."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -16,14 +16,14 @@ from thesislib.model.grid import Quantised, round_to_nearest
 class Hqq(Rtn):
     """Round to levels whose offset makes the errors sparse: few large ones and many near zero (Badri and Shaji 2023).
 
-    A group's scale spans its range, as in rounding; its floating offset is found in a few steps of half-quadratic
-    splitting, which lessen the sum of abs(error)^p. No step at all is rounding on the grid 'minimum'.
+    A group's scale spans its range, as in rounding. Its floating offset is fitted in a few steps of half-quadratic
+    splitting, which reduce the sum of abs(error)^p. With no steps it is rounding on the grid 'minimum'.
 
     Attributes:
-        iterations: the most steps; fewer where the mean error has stopped to fall.
+        iterations: the largest number of steps; a row stops earlier when its mean error no longer falls.
         p: of the norm, in (0, 1]; below 1 it favours sparse errors.
-        beta: how strongly the split errors are held to the true ones, growing by `growth` each step.
-        growth: see `beta`.
+        beta: the weight of the penalty on the difference between split errors and true ones.
+        growth: beta is multiplied by this after each step.
     """
 
     grid: str = "minimum"
@@ -61,22 +61,20 @@ class Hqq(Rtn):
 
 
 def fit_offset(w: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, config: Hqq) -> torch.Tensor:
-    """The offset of each group after half-quadratic steps; of a row's offsets those with the least mean error so far.
+    """The offset of each group after half-quadratic steps, from the step at which its row's mean error was least.
 
     Args:
         w: (rows, groups, n) float32 weights.
         scale: (rows, groups, 1) of the levels.
-        offset: (rows, groups, 1) to begin with.
-        config: steps, norm and weights.
+        offset: (rows, groups, 1) initial values.
+        config: steps, norm and penalty.
 
     Returns:
-        (rows, groups, 1) float32 that float16 holds.
+        (rows, groups, 1) float32, numbers that float16 holds exactly.
     """
     grid, beta, best = config.levels, config.beta, offset
     least = torch.full((len(w), 1, 1), torch.inf, device=w.device)
-    going = torch.ones_like(
-        least, dtype=torch.bool
-    )  # a row stops by itself, at the first step that does not lessen its error
+    going = torch.ones_like(least, dtype=torch.bool)  # each row stops at its first step without a smaller error
     for _ in range(config.iterations + 1):
         codes = grid.codes(w, scale, offset)
         error = w - grid.values(codes, scale, offset)
@@ -85,20 +83,16 @@ def fit_offset(w: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, confi
         if not going.any():
             break
         best, least = torch.where(going, offset, best), torch.where(going, mean, least)
-        offset = (
-            (w - shrink(error, beta, config.p) - scale * codes)
-            .mean(-1, keepdim=True)
-            .clamp(-65504.0, 65504.0)
-            .half()
-            .float()
-        )
+        offset = (w - shrink(error, beta, config.p) - scale * codes).mean(-1, keepdim=True)
+        offset = offset.clamp(-65504.0, 65504.0).half().float()
         beta *= config.growth
     return best
 
 
 def shrink(error: torch.Tensor, beta: float, p: float) -> torch.Tensor:
-    """The generalised soft threshold sign(x) max(abs(x) - abs(x)^(p-1) / beta, 0), the minimiser of abs(e)^p + beta / 2
-    (e - x)^2 nearly.
+    """The generalised soft threshold sign(x) max(abs(x) - abs(x)^(p-1) / beta, 0).
+
+    It nearly minimises abs(e)^p + beta / 2 (e - x)^2 over e.
 
     >>> shrink(torch.tensor([-2.0, 0.05, 1.0]), 10.0, 1.0)
     tensor([-1.9000,  0.0000,  0.9000])

@@ -1,36 +1,38 @@
-"""How far each projection's output is from what it was: the error that GPTQ and EoRA make small, layer by layer."""
+"""The error of each projection's output after compression, which GPTQ and EoRA minimise layer by layer."""
 
 from collections.abc import Mapping
 
 import torch
 
 from thesislib.compress.calibration import ALL_AT_ONCE, Statistics, Visitor, stream
+from thesislib.compress.selection import LinearKey
 from thesislib.errors import BadInput
 from thesislib.model.layers import Adapted, Projection
 from thesislib.model.subject import Subject
 
-Place = tuple[int, str]  # block, projection
-
 
 def effective_weight(module: Projection) -> torch.Tensor:
-    """(outputs, inputs) float32: the weight of a projection, with its correction if it has one."""
+    """The weight of a projection with its low-rank correction, if it has one: (outputs, inputs) float32."""
     weight = module.weight.detach().float()
-    return (
-        weight + module.lora_B.detach().float() @ module.lora_A.detach().float()
-        if isinstance(module, Adapted)
-        else weight
-    )
+    if not isinstance(module, Adapted):
+        return weight
+    return weight + module.lora_B.detach().float() @ module.lora_A.detach().float()
 
 
 def relative_error(difference: torch.Tensor, weight: torch.Tensor, moment: torch.Tensor) -> float:
-    """``|difference X| / |weight X|`` in the Frobenius norm, out of X^T X (D, D) alone: ``|A X|^2 = tr(A X X^T
-    A^T)``."""
-    wrong, whole = (float(((a @ moment) * a).sum(dtype=torch.float64)) for a in (difference, weight))
-    return (max(wrong, 0.0) / whole) ** 0.5 if whole > 0 else 0.0
+    """``|difference X| / |weight X|`` in the Frobenius norm, by ``|A X|^2 = tr(A X X^T A^T)``.
+
+    Args:
+        difference: (outputs, inputs), of the compressed weight from the original.
+        weight: (outputs, inputs), the original.
+        moment: (inputs, inputs), X X^T of the inputs X.
+    """
+    error, total = (float(((a @ moment) * a).sum(dtype=torch.float64)) for a in (difference, weight))
+    return (max(error, 0.0) / total) ** 0.5 if total > 0 else 0.0
 
 
 def check_same_shapes(original: Subject, compressed: Subject) -> None:
-    """Raises BadInput unless both subjects have the same blocks with projections of the same shapes."""
+    """Raises BadInput unless both subjects have as many blocks, with projections of the same shapes."""
     if original.depth != compressed.depth:
         raise BadInput(
             f"the original has {original.depth} blocks and the compressed subject {compressed.depth}: compare "
@@ -46,14 +48,14 @@ def check_same_shapes(original: Subject, compressed: Subject) -> None:
 
 def layer_errors(
     original: Subject, compressed: Mapping[str, Subject], windows: torch.Tensor, *, weighting: str = "equal"
-) -> dict[str, dict[Place, float]]:
-    """For each compressed subject the relative error of each projection's output, all on the original's inputs.
+) -> dict[str, dict[LinearKey, float]]:
+    """The relative error of each projection's output in compressed subjects, on the inputs in the original.
 
     Args:
-        original: before compression.
+        original: the subject before compression.
         compressed: by any name, e.g. {"rounding": ..., "GPTQ": ..., "GPTQ+EoRA": ...}.
         windows: (N, T) tokens.
-        weighting: how they count.
+        weighting: of the tokens, see `thesislib.compress.calibration.token_weights`.
 
     Returns:
         ``{name: {(block, projection): |(W - W') X| / |W X|}}``.
@@ -74,13 +76,12 @@ class _Compare(Visitor):
 
     def __init__(self, compressed: Mapping[str, Subject]):
         self.compressed = compressed
-        self.errors: dict[str, dict[Place, float]] = {name: {} for name in compressed}
+        self.errors: dict[str, dict[LinearKey, float]] = {name: {} for name in compressed}
 
     def change(self, block: int, linears: Mapping[str, Projection], statistics: Mapping[str, Statistics]) -> None:
         """See `Visitor`; it changes nothing."""
-        for kind, subject in self.compressed.items():
+        for subject_name, subject in self.compressed.items():
             for name, module in subject.linears(block).items():
                 weight = effective_weight(linears[name])
-                self.errors[kind][block, name] = relative_error(
-                    weight - effective_weight(module), weight, statistics[name].moment
-                )
+                error = relative_error(weight - effective_weight(module), weight, statistics[name].moment)
+                self.errors[subject_name][block, name] = error

@@ -1,4 +1,4 @@
-"""The shapes that stages would leave, without any weight: what a forecast of sizes is made from."""
+"""The outline of a subject: its shapes without weights, taken through stages to forecast sizes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from thesislib.compress.layerwise import Place
+from thesislib.compress.selection import LinearKey
 from thesislib.model import packing
 from thesislib.model.blocks import ATTRIBUTES
 from thesislib.model.grid import Grid
@@ -17,7 +17,7 @@ from thesislib.model.packing import PRUNED
 from thesislib.model.quantised import EVERYWHERE, stored_shapes
 from thesislib.model.subject import Subject
 
-RUNS = (2, 4, 8, 16)  # groups whose patterns the packer tries
+RUNS = (2, 4, 8, 16)  # groups of the patterns that `packing.smallest` tries
 
 
 class SizeUnknown(Exception):
@@ -26,16 +26,23 @@ class SizeUnknown(Exception):
 
 @dataclass(frozen=True)
 class Zeros:
-    """Where pruning put zeros: exactly `remove` into each `of` consecutive inputs, and at least `least` into each 2, 4,
-    8 and 16."""
+    """The zeros that pruning has made in each row of a weight.
+
+    Attributes:
+        remove: zeros in each `of` consecutive inputs, exactly.
+        of: inputs of such a group.
+        least: zeros in each 2, 4, 8 and 16 consecutive inputs, at least.
+    """
 
     remove: int = 0
     of: int = 1
     least: tuple[int, ...] = (0,) * len(RUNS)
 
     def pruned(self, remove: int, of: int, columns: int) -> "Zeros | None":
-        """After a width stage, which counts zeros that are there among the weights to remove; None if their number then
-        depends on places."""
+        """The zeros after a width stage; None if their number depends on the positions of the present ones.
+
+        Zeros that are there already count among the weights to remove.
+        """
         fewest, most = spread(self.remove, self.of, of)
         if fewest >= remove:
             return self
@@ -46,35 +53,35 @@ class Zeros:
 
     @property
     def patterns(self) -> list[packing.Pattern]:
-        """Those that a weight is sure to obey."""
+        """The patterns that the weight obeys for certain."""
         return [packing.Pattern(least, run) for least, run in zip(self.least, RUNS, strict=True) if least]
 
 
 @cache
 def spread(remove: int, of: int, run: int) -> tuple[int, int]:
-    """The fewest and the most zeros that each `run` consecutive inputs can have if each `of` have exactly `remove`.
+    """The fewest and the most zeros in any `run` consecutive inputs if each group of `of` has exactly `remove`.
 
     >>> spread(6, 8, 4), spread(1, 8, 4), spread(1, 2, 8)
     ((2, 4), (0, 1), (4, 4))
     """
-    found = []
+    fewest, most = [], []
     for start in range(0, lcm(of, run), run):
-        shared = [
-            min(start + run, first + of) - max(start, first) for first in range(start // of * of, start + run, of)
-        ]
-        found.append((sum(max(0, remove - of + n) for n in shared), sum(min(remove, n) for n in shared)))
-    return min(a for a, _ in found), max(b for _, b in found)
+        groups = range(start // of * of, start + run, of)  # those that overlap this run, and by how many inputs
+        overlaps = [min(start + run, first + of) - max(start, first) for first in groups]
+        fewest.append(sum(max(0, remove - of + n) for n in overlaps))
+        most.append(sum(min(remove, n) for n in overlaps))
+    return min(fewest), max(most)
 
 
 class Outlined(ComputedLinear):
-    """Stands where a projection does, with the shapes of what an artifact would keep of it.
+    """Replaces a projection in an outline; its tensors have the shapes that an artifact would store.
 
     Args:
         like: the projection.
         dtype: of its weight.
-        zeros: where pruning put them; None if only the run can tell.
-        grid: of its levels, if it is quantised; pruned weights are left out then, as in `QuantisedLinear`.
-        indexed: whether each input's group is kept.
+        zeros: that pruning has made; None if only the run can tell.
+        grid: if it is quantised; then pruned weights are left out, as in `QuantisedLinear`.
+        indexed: whether each input's group is stored.
     """
 
     def __init__(
@@ -82,32 +89,31 @@ class Outlined(ComputedLinear):
     ):
         shape = like.out_features, like.in_features
         count, known = prod(shape), zeros or Zeros()
-        gone = count // known.of * known.remove
+        pruned = count // known.of * known.remove
         if grid is None:
-            nonzero = {"dense": None, "bitmap": count - gone, **{str(p): None for p in known.patterns}}
+            nonzero = {"dense": None, "bitmap": count - pruned, **{str(p): None for p in known.patterns}}
             encoding = min(nonzero, key=lambda e: packing.predicted_bytes(shape, dtype, e, nonzero[e]))
             sizes = packing.packed_shapes(shape, encoding, nonzero[encoding])
             shapes = {
                 name: (size, torch.uint8 if name in ("codes", "bitmap") else dtype) for name, size in sizes.items()
             }
         else:
-            bits = {EVERYWHERE: count * grid.bits, "bitmap": count + (count - gone) * grid.bits}
+            bits = {EVERYWHERE: count * grid.bits, "bitmap": count + (count - pruned) * grid.bits}
             bits |= {str(p): count // p.of * (p.bits + p.keep * grid.bits) for p in known.patterns}
-            mask = min(bits, key=bits.get) if gone > PRUNED * count else EVERYWHERE
+            mask = min(bits, key=bits.get) if pruned > PRUNED * count else EVERYWHERE
             encoding = f"int{grid.bits}/{grid.kind}/{grid.group}/{mask}"
-            shapes = stored_shapes(encoding, shape, count - gone, indexed)
+            shapes = stored_shapes(encoding, shape, count - pruned, indexed)
         super().__init__(shape, like.bias)
-        self.tensors, self.encoding, self.zeros, self.grid, self.gone = empty(shapes), encoding, zeros, grid, gone
+        self.tensors, self.encoding, self.zeros, self.grid, self.pruned = empty(shapes), encoding, zeros, grid, pruned
 
     @property
     def stored(self) -> dict[str, torch.Tensor]:
-        """Tensors of the shapes that an artifact would keep."""
+        """Tensors of the shapes that an artifact would store."""
         return self.tensors
 
 
 def empty(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, torch.Tensor]:
-    """Tensors of these shapes, each one element in a place of its own, since tensors are told apart by where they
-    lie."""
+    """Tensors of these shapes, each with one element of memory, so that their addresses tell them apart."""
     return {name: torch.empty(1, dtype=dtype).expand(shape) for name, (shape, dtype) in shapes.items()}
 
 
@@ -121,61 +127,65 @@ def corrected(module: Projection, rank: int, dtype: torch.dtype) -> Adapted:
 
 
 class Outline:
-    """A subject of which only shapes are known, taken through stages: each one's `outline` changes it as its `apply`
-    does a subject.
+    """The outline of a subject. Each stage's `outline` changes it as its `apply` changes a subject.
 
     Args:
-        subject: without weights; it is used up.
+        subject: without weights; it is changed in place.
 
     Attributes:
         subject: its projections are `Outlined`.
         dtype: of its weights.
         changed: the projections whose weights the last stage changed.
-        lost: parts ("self_attn", "mlp") that are gone from blocks which only the run can tell.
-        budgeted: the projections whose ranks only the run can tell, out of a budget.
+        lost: parts ("attention", "mlp") that some blocks have lost; only the run can tell which blocks.
+        budgeted: projections whose ranks come out of a budget; only the run can tell them.
     """
 
     def __init__(self, subject: Subject):
-        # memory of which nothing is ever touched: tensors are told apart by where they lie
+        # tensors are told apart by their addresses; the memory costs nothing, since none of it is touched
         subject.model.to_empty(device="cpu").tie_weights()
         self.subject, self.dtype = subject, subject.dtype
-        self.changed: set[Place] = set()
+        self.changed: set[LinearKey] = set()
         self.lost: set[str] = set()
-        self.budgeted: set[Place] = set()
+        self.budgeted: set[LinearKey] = set()
         self.change(lambda module, _: Outlined(module, self.dtype, Zeros()), lambda *_: True)
 
     def change(
         self,
         make: Callable[[Projection, Any], Projection],
         setting: Callable[[int, str], Any],
-        among: set[Place] | None = None,
+        among: set[LinearKey] | None = None,
     ) -> None:
-        """Replace the projections for which there is a setting, `among` these places."""
+        """Replace projections.
+
+        Args:
+            make: the replacement, given a projection and its setting.
+            setting: of a projection, by block and name; if it is falsy the projection stays.
+            among: the projections that may be replaced; None for all.
+        """
         self.check_alike(setting)
         subject, self.changed = self.subject, set()
         for i in range(subject.depth):
             for name, module in subject.linears(i).items():
-                mine = setting(i, name) if among is None or (i, name) in among else None
-                if mine:
-                    made = make(module, mine)
-                    replace(subject.blocks[i], name, made)
-                    if base_of(made) is not base_of(module):
+                if (among is None or (i, name) in among) and (value := setting(i, name)):
+                    new = make(module, value)
+                    replace(subject.blocks[i], name, new)
+                    if base_of(new) is not base_of(module):
                         self.changed.add((i, name))
 
     def check_alike(self, setting: Callable[[int, str], Any]) -> None:
-        """Raises SizeUnknown for settings that differ by block where it is not known which block is which."""
+        """Raises SizeUnknown for settings that differ by block if only the run can tell which blocks lost a part."""
         if self.lost and any(len({setting(i, name) for i in range(self.subject.depth)}) > 1 for name in LINEARS):
             raise SizeUnknown
 
     def outlined(
         self, module: Projection, zeros: Zeros | None, grid: Grid | None = None, indexed: bool = False
     ) -> Projection:
-        """A projection with another weight, inside its correction if it has one."""
-        made = Outlined(base_of(module), self.dtype, zeros, grid, indexed)
-        return Adapted(made, module.lora_A, module.lora_B) if isinstance(module, Adapted) else made
+        """A projection with another weight; its correction, if it has one, stays."""
+        new = Outlined(base_of(module), self.dtype, zeros, grid, indexed)
+        return Adapted(new, module.lora_A, module.lora_B) if isinstance(module, Adapted) else new
 
-    def facts(self, block: int, parts: set[str]) -> tuple:
-        """What is the same for two blocks if these parts of them are of one size."""
+    def size_key(self, block: int, parts: set[str]) -> tuple:
+        """A key that two blocks share if these parts of them have the same size."""
         children = [
             child
             for part in sorted(parts)

@@ -1,31 +1,34 @@
-"""Which projections a stage takes: by name, by pattern, or by the block they stand in."""
+"""The patterns that select a stage's projections, such as 'q_proj', '*_proj', 'blocks.3.*' and '*' for all."""
 
 import fnmatch
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from thesislib.bounds import MAX_SIZES
 from thesislib.errors import BadInput, unknown
-from thesislib.model.layers import LINEARS
+from thesislib.model.layers import LINEARS, Projection
+from thesislib.model.subject import Subject
+
+LinearKey = tuple[int, str]  # a projection by its block and its name
 
 MOST_BLOCKS = MAX_SIZES["num_hidden_layers"]
 
 
-def patterns(given: str | Iterable[str]) -> tuple[str, ...]:
-    """The patterns that a setting gives, checked: 'q_proj', '*_proj', 'blocks.3.*', '*' for all.
+def patterns(setting: str | Iterable[str]) -> tuple[str, ...]:
+    """A stage's setting, one pattern or several, as a tuple.
 
     Raises:
         BadInput: a pattern that fits no projection of any model.
     """
-    given = (given,) if isinstance(given, str) else tuple(given)
-    for pattern in given:
+    several = (setting,) if isinstance(setting, str) else tuple(setting)
+    for pattern in several:
         if not any(fits(pattern, i, name) for i in range(MOST_BLOCKS) for name in LINEARS):
             raise unknown("projection or pattern", pattern, LINEARS)
-    return given
+    return several
 
 
-def check_all_fit(given: Iterable[str], depth: int) -> None:
-    """Raises BadInput for a pattern that names nothing in a model of `depth` blocks, such as 'blocks.30.*' of 30."""
-    for pattern in given:
+def check_all_fit(patterns: Iterable[str], depth: int) -> None:
+    """Raises BadInput for a pattern that fits no projection in `depth` blocks, such as 'blocks.30.*' in 30."""
+    for pattern in patterns:
         if not any(fits(pattern, i, name) for i in range(depth) for name in LINEARS):
             raise BadInput(
                 f"no projection fits '{pattern}': the model has {', '.join(LINEARS)} in blocks 0 to {depth - 1}"
@@ -33,15 +36,21 @@ def check_all_fit(given: Iterable[str], depth: int) -> None:
 
 
 def fits(pattern: str, block: int, name: str) -> bool:
-    """Whether a pattern names projection `name` of a block."""
+    """Whether a pattern fits projection `name` of a block."""
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(f"blocks.{block}.{name}", pattern)
 
 
+def selected(subject: Subject, takes: Callable[[int, str], bool]) -> dict[LinearKey, Projection]:
+    """The projections of a subject that a stage takes."""
+    every = ((i, name, module) for i in range(subject.depth) for name, module in subject.linears(i).items())
+    return {(i, name): module for i, name, module in every if takes(i, name)}
+
+
 def whole_number(text: str) -> int:
-    """The number that digits of a label write.
+    """The number of a label's digits.
 
     Raises:
-        BadInput: more digits than any number here has.
+        BadInput: more than 18 digits.
     """
     if len(text) > 18:
         raise BadInput(f"{text[:18]}... is too large a number")

@@ -1,7 +1,7 @@
-"""What a compression stage is: settings under the word that a recipe calls it by, which make a smaller or better
-subject of a subject.
+"""The base of all compression stages.
 
-A stage of one's own is one file in this folder: a frozen dataclass derived from `Stage` and registered by `@stage`.
+A stage is a frozen dataclass of settings. It is derived from `Stage`, registered under its word in recipes by `@stage`,
+and has a file of its own in this folder.
 """
 
 import dataclasses
@@ -23,17 +23,17 @@ from thesislib.model.subject import Subject
 from thesislib.sources.corpus import calibration_windows
 
 FAMILIES = ("pruned", "trained", "quantised", "compensated")
-STAGES: dict[str, type["Stage"]] = {}  # by the word; see `thesislib.pipeline.recipe`, which imports them all
-Kind = TypeVar("Kind", bound="type[Stage]")
+STAGES: dict[str, type["Stage"]] = {}  # by word; `thesislib.pipeline.recipe` imports them all
+StageClass = TypeVar("StageClass", bound="type[Stage]")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a subject's config.json says about sizes.
+    """The sizes of a subject that its config.json tells.
 
     Attributes:
-        depth: its blocks.
-        inputs: the length of each projection's rows, by the projection's name.
+        depth: the number of blocks.
+        inputs: the length of each projection's rows by the projection's name.
     """
 
     depth: int
@@ -45,13 +45,12 @@ class Stage:
     """One compression step.
 
     Attributes:
-        word: what recipes call it.
-        family: what it does to a model, one of `FAMILIES`.
+        word: its name in recipes.
+        family: its effect on a model, one of `FAMILIES`.
         pattern: a regular expression that all of its labels match, and no other stage's.
-        correctable: whether it changes weights and keeps their shapes, so that EoRA may follow.
-        needs_original: whether `apply` also takes `original`, the subject that the stage right before it was given.
-        amplifies: whether it follows its own rounding for many steps, so that sums in another order end at other
-            weights.
+        correctable: whether EoRA may follow: it changes weights and keeps their shapes.
+        needs_original: whether `apply` also takes `original`, the subject before the previous stage.
+        amplifies: whether rounding errors grow over its steps, so that sums in another order end at other weights.
     """
 
     word: ClassVar[str] = ""
@@ -63,62 +62,73 @@ class Stage:
 
     @property
     def streams(self) -> bool:
-        """Whether `stream_weights` does the same on blocks that are in memory one at a time."""
+        """Whether `stream_weights` does the stage's work on blocks that are in memory one at a time."""
         return False
 
     @property
+    def leaves_corrections(self) -> bool:
+        """Whether low-rank corrections are beside the weights after it."""
+        return self.family == "compensated"
+
+    @property
     def label(self) -> str:
-        """Its part of a configuration's label, as the thesis writes it."""
+        """Its part of a configuration's label, as in the thesis."""
         raise NotImplementedError
 
     @classmethod
     def from_label(cls, part: str) -> "Stage | None":
-        """The settings that a part of a label fixes, all others at their defaults; None for a label that fixes too
-        little, or another stage's."""
+        """The stage of a part of a label, with other settings at their defaults.
+
+        None if the part is another stage's, or does not give all settings that have no default.
+        """
         return None
 
     def after(self, previous: Sequence["Stage"], shape: Shape | None = None) -> Shape | None:
-        """The shape that this stage leaves of the one that it meets; None if none is known.
+        """The subject's shape after this stage; None if the shape before it is not known.
+
+        Args:
+            previous: the stages before it.
+            shape: before it.
 
         Raises:
-            BadInput: it cannot follow the stages before it, or does not fit the shape.
+            BadInput: it cannot follow these stages, or does not fit the shape.
         """
         if shape is not None:
             check_all_fit(getattr(self, "linears", ()), shape.depth)
         return shape
 
     def outline(self, outline: Outline) -> None:
-        """Do to the shapes of a subject what the stage does to the subject.
+        """Change an outline as `apply` changes a subject. The default cannot tell the sizes.
 
         Raises:
-            SizeUnknown: sizes depend on what the stage finds; so they do if a stage does not say.
-            BadInput: the stage would refuse these shapes.
+            SizeUnknown: the sizes after the stage depend on its run.
+            BadInput: the stage refuses these shapes.
         """
         raise SizeUnknown
 
     def apply(self, subject: Subject, *, data: str = "embedded", work: Path | None = None) -> tuple[Subject, dict]:
-        """A new subject and a report that JSON can hold.
+        """The compressed subject, and a report as JSON data.
 
         Args:
-            subject: as it was before; it stays as it is.
+            subject: it is not changed.
             data: a data spec for calibration or training.
-            work: a folder for checkpoints of long work.
+            work: a folder in which a long stage keeps checkpoints.
         """
         raise NotImplementedError
 
     def _normalise(self, **values: Any) -> None:
-        """Settings in the form that the rest reads: only while the stage is made, since it is frozen."""
+        """Set fields of the frozen dataclass, for `__post_init__` only."""
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibrated(Stage):
-    """A stage that looks at the model's inputs on some text.
+    """A stage that runs the model on calibration text.
 
     Attributes:
-        text: which calibration text, see `thesislib.sources.corpus.calibration_windows`.
-        windows: how many windows of it.
+        text: the calibration text's name, see `thesislib.sources.corpus.calibration_windows`.
+        windows: the number of windows.
         length: tokens of a window.
         seed: of the choice of windows.
     """
@@ -139,10 +149,10 @@ class Calibrated(Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class Weighted(Calibrated):
-    """A calibrated stage whose tokens need not count equally.
+    """A calibrated stage that can weight tokens.
 
     Attributes:
-        weighting: how they count, see `thesislib.compress.calibration.token_weights`.
+        weighting: of the calibration's tokens, see `thesislib.compress.calibration.token_weights`.
     """
 
     weighting: str = "equal"
@@ -152,31 +162,31 @@ class Weighted(Calibrated):
         check_weighting(self.weighting, self.length)
 
 
-def stage(word: str) -> Callable[[Kind], Kind]:
-    """Register a class of stages under the word that recipes call it by.
+def stage(word: str) -> Callable[[StageClass], StageClass]:
+    """The decorator that registers a stage under its word in recipes.
 
     Raises:
-        ValueError: a word that is taken, a family that there is not, or a pattern that is no regular expression.
+        ValueError: a word that is taken, an unknown family, or a pattern that is no regular expression.
     """
 
-    def register(kind: Kind) -> Kind:
-        if STAGES.get(word, kind).__qualname__ != kind.__qualname__:
+    def register(cls: StageClass) -> StageClass:
+        if STAGES.get(word, cls).__qualname__ != cls.__qualname__:
             raise ValueError(
-                f"stage '{word}' is {STAGES[word].__module__}'s already: expected another word for {kind.__module__}'s"
+                f"stage '{word}' is {STAGES[word].__module__}'s already: expected another word for {cls.__module__}'s"
             )
-        if kind.family not in FAMILIES or not kind.pattern:
+        if cls.family not in FAMILIES or not cls.pattern:
             raise ValueError(
-                f"stage '{word}' has family '{kind.family}' and pattern '{kind.pattern}': expected one of "
+                f"stage '{word}' has family '{cls.family}' and pattern '{cls.pattern}': expected one of "
                 f"{', '.join(FAMILIES)}, and a pattern of its labels"
             )
-        re.compile(kind.pattern)
-        kind.word, STAGES[word] = word, kind
-        return kind
+        re.compile(cls.pattern)
+        cls.word, STAGES[word] = word, cls
+        return cls
 
     return register
 
 
-def plain(stage: Stage) -> dict[str, dict]:
-    """A stage as a recipe or a record holds it: {word: settings}, every default filled in."""
+def as_entry(stage: Stage) -> dict[str, dict]:
+    """A stage as its entry in a recipe or a record: {word: settings}, with every default."""
     values = dataclasses.asdict(stage)
     return {stage.word: {name: values[name] for name in fields_of(type(stage))}}

@@ -1,4 +1,4 @@
-"""Width pruning: single weights set to zero, by magnitude or by WANDA, unstructured or n of each m neighbours."""
+"""Width pruning: single weights set to zero by magnitude or WANDA, unstructured or in a pattern n:m."""
 
 import re
 import warnings
@@ -18,7 +18,6 @@ from thesislib.model.layers import LINEARS, Projection, base_of
 from thesislib.model.subject import Subject
 
 METRICS = ("wanda", "magnitude")
-THESIS_PATTERNS = ((1, 2), (2, 4), (3, 4), (1, 8), (4, 8), (6, 8), (1, 16), (8, 16), (12, 16))
 
 
 @stage("width")
@@ -27,12 +26,12 @@ class Width(Weighted):
     """Set single weights to zero: `remove` of each `of` consecutive inputs of a row, or a share of each row.
 
     Attributes:
-        remove: how many of each `of` go.
-        of: consecutive inputs that lose `remove`.
-        ratio: the share of each row that goes, instead of `remove` and `of`.
-        ratios: {pattern: ratio} for some projections; of several that fit, the last counts.
-        metric: wanda: abs(weight) times the root mean square of its input (Sun et al. 2023, eq. 1). magnitude:
-            abs(weight).
+        remove: weights that are removed of each `of`.
+        of: consecutive inputs of a group.
+        ratio: the share of each row that is removed, instead of `remove` and `of`.
+        ratios: {pattern: ratio} for some projections; if several patterns fit, the last counts.
+        metric: of a weight's importance. wanda: abs(weight) times the root mean square of its input (Sun et al. 2023,
+            eq. 1). magnitude: abs(weight).
         linears: names or patterns of projections, e.g. 'q_proj', '*_proj', 'blocks.3.*'; all seven by default.
     """
 
@@ -49,9 +48,8 @@ class Width(Weighted):
 
     def __post_init__(self):
         super().__post_init__()
-        if (self.remove is None) != (self.of is None) or (self.remove is None) == (
-            self.ratio is None and self.ratios is None
-        ):
+        no_ratio = self.ratio is None and self.ratios is None
+        if (self.remove is None) != (self.of is None) or (self.remove is None) == no_ratio:
             raise BadInput("width needs either 'remove' and 'of' (n of each m inputs), or 'ratio' or 'ratios'")
         if self.of is not None and not 0 < self.remove < self.of:
             raise BadInput(
@@ -68,12 +66,14 @@ class Width(Weighted):
 
     @property
     def label(self) -> str:
-        """As the thesis writes it: W1:8; W50% where unstructured, W~ where the ratio differs by layer."""
-        return f"W{self.remove}:{self.of}" if self.of else "W~" if self.ratios else f"W{100 * self.ratio:g}%"
+        """W1:8 as in the thesis; W50% for an unstructured share, W~ for shares that differ by projection."""
+        if self.of:
+            return f"W{self.remove}:{self.of}"
+        return "W~" if self.ratios else f"W{100 * self.ratio:g}%"
 
     @classmethod
     def from_label(cls, part: str) -> "Width | None":
-        """See `Stage`; W~ does not say which ratios."""
+        """See `Stage`; W~ does not give the ratios."""
         match = re.fullmatch(cls.pattern, part, re.ASCII)
         if not match or part == "W~":
             return None
@@ -96,45 +96,47 @@ class Width(Weighted):
         def pruned(module: Projection, share: float) -> Projection:
             base, columns = cast("Outlined", base_of(module)), module.in_features
             remove, of = (self.remove, self.of) if self.of else (int(columns * share), columns)
-            # quantised weights become plain ones, among whose zeros are those that rounding made
+            # quantised weights become dense ones, and rounding may have made some of them zero
             zeros = base.zeros.pruned(remove, of, columns) if base.zeros and not base.grid else None
             return module if zeros and zeros is base.zeros else outline.outlined(module, zeros)
 
         outline.change(pruned, self.share)
 
     def share(self, block: int, name: str) -> float | None:
-        """The share of this projection's weights that goes, None if it takes no part."""
-        found = None
+        """The share of a projection's weights that is removed; None if none is."""
+        share = None
         if any(fits(pattern, block, name) for pattern in self.linears):
-            found = self.remove / self.of if self.of else self.ratio
+            share = self.remove / self.of if self.of else self.ratio
         for pattern, ratio in (self.ratios or {}).items():
             if fits(pattern, block, name):
-                found = ratio
-        return found or None
+                share = ratio
+        return share or None
 
     def check(self, inputs: Mapping[str, int], depth: int) -> None:
-        """Raises BadInput if some projection's row length ({name: inputs}) in `depth` blocks is no multiple of `of`,
-        with those that fit."""
+        """Raises BadInput if `of` does not divide a projection's rows; the message lists groups that divide all rows.
+
+        Args:
+            inputs: the row length of each projection by name.
+            depth: the number of blocks.
+        """
         for name, length in inputs.items():
             if self.of and length % self.of and any(self.share(i, name) for i in range(depth)):
                 fit = [m for m in range(2, 33) if all(n % m == 0 for n in inputs.values())]
                 raise BadInput(
                     f"pattern {self.remove}:{self.of} does not fit {name}: its rows have {length} inputs, which "
-                    f"{self.of} does not divide; "
-                    f"all rows of this model are multiples of {', '.join(map(str, fit)) or 'no m up to 32'}"
+                    f"{self.of} does not divide; all rows of this model are multiples of "
+                    f"{', '.join(map(str, fit)) or 'no m up to 32'}"
                 )
 
     def apply(self, subject: Subject, *, data: str = "embedded", work: Path | None = None) -> tuple[Subject, dict]:
-        """A pruned copy of the subject, and a report of the shares removed.
+        """A pruned copy of the subject, and a report of how many weights were removed.
 
         Raises:
             BadInput: rows that the pattern does not divide, text too short, inputs that are not finite.
         """
         check_all_fit(self.linears, subject.depth)
-        self.check(
-            {name: m.weight.shape[1] for b in range(subject.depth) for name, m in subject.linears(b).items()},
-            subject.depth,
-        )
+        inputs = {name: m.weight.shape[1] for b in range(subject.depth) for name, m in subject.linears(b).items()}
+        self.check(inputs, subject.depth)
         pruned = subject.copy()
         visitor = Prune(self)
         if self.metric == "magnitude":
@@ -146,21 +148,21 @@ class Width(Weighted):
         return pruned, visitor.report()
 
     def stream_weights(self, blocks: Blocks, windows: torch.Tensor) -> dict:
-        """The same on blocks that are in memory one at a time; the report."""
+        """The report of `apply`, after the same changes to blocks that are in memory one at a time."""
         visitor = Prune(self)
         stream(blocks, windows, visitor, weighting=self.weighting, title=self.label)
         return visitor.report()
 
 
 class Prune(Visitor):
-    """Sets each projection's least important weights to zero, all seven by the statistics of the unpruned block."""
+    """Sets each projection's least important weights to zero. All statistics are those of the unpruned block."""
 
     groups = ALL_AT_ONCE
 
     def __init__(self, config: Width):
         self.config = config
         self.removed = self.total = 0
-        self.dead: list[str] = []
+        self.dead: list[str] = []  # projections whose inputs are all zero
 
     def wants(self, block: int, name: str) -> bool:
         """See `Visitor`."""
@@ -176,32 +178,27 @@ class Prune(Visitor):
                     score *= rms
                 else:
                     self.dead.append(f"blocks.{block}.{name}")
-                    said = (
+                    warnings.warn(
                         f"all inputs of block {block}'s {name} are zero on the calibration text: its weights are "
-                        "compared by magnitude alone"
+                        "compared by magnitude alone",
+                        stacklevel=2,
                     )
-                    warnings.warn(said, stacklevel=2)
             c = self.config
-            gone = least_of_each(score, c.remove, c.of) if c.of else least_share(score, c.share(block, name))
-            linear.weight.data.masked_fill_(
-                gone, 0
-            )  # not a product with a mask, which would leave zeros of either sign
-            self.removed += int(gone.sum())
-            self.total += gone.numel()
+            mask = least_of_each(score, c.remove, c.of) if c.of else least_share(score, c.share(block, name))
+            linear.weight.data.masked_fill_(mask, 0)  # a product with a mask would leave zeros of either sign
+            self.removed += int(mask.sum())
+            self.total += mask.numel()
 
     def report(self) -> dict:
-        """What was done, as plain data."""
-        return {
-            "removed_weights": self.removed,
-            "of_weights": self.total,
-            **({"compared by magnitude": self.dead} if self.dead else {}),
-        }
+        """The numbers of weights, as JSON data."""
+        report = {"removed_weights": self.removed, "of_weights": self.total}
+        return report | ({"compared by magnitude": self.dead} if self.dead else {})
 
 
 def least_of_each(score: torch.Tensor, remove: int, of: int) -> torch.Tensor:
-    """True for the `remove` lowest of each `of` consecutive entries of a row; equal scores go from the left.
+    """True for the `remove` lowest of each `of` consecutive entries of a row; of equal scores the leftmost first.
 
-    This is WANDA's and the thesis's reading of N:M, in which N counts what is REMOVED; NVIDIA's N counts what is kept.
+    This is N:M as in WANDA and the thesis, where N counts the REMOVED ones; NVIDIA's N counts the kept ones.
 
     >>> least_of_each(torch.tensor([[3.0, 1.0, 2.0, 4.0]]), 1, 2)
     tensor([[False,  True,  True, False]])
@@ -210,8 +207,8 @@ def least_of_each(score: torch.Tensor, remove: int, of: int) -> torch.Tensor:
     if columns % of:
         raise BadInput(f"rows of {columns} do not divide into groups of {of}")
     order = score.reshape(rows, -1, of).argsort(dim=-1, stable=True)
-    gone = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order[..., :remove], True)
-    return gone.view(rows, columns)
+    mask = torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order[..., :remove], True)
+    return mask.view(rows, columns)
 
 
 def least_share(score: torch.Tensor, ratio: float) -> torch.Tensor:
@@ -222,12 +219,9 @@ def least_share(score: torch.Tensor, ratio: float) -> torch.Tensor:
 
 
 def zero_shares(subject: Subject) -> dict[str, list[float]]:
-    """For each projection the share of zeros in each block."""
-    return {
-        name: [
-            float((m.weight == 0).float().mean())
-            for b in range(subject.depth)
-            if (m := subject.linears(b).get(name)) is not None
-        ]
-        for name in LINEARS
-    }
+    """The share of zeros in each projection by name, block by block."""
+    shares: dict[str, list[float]] = {name: [] for name in LINEARS}
+    for block in range(subject.depth):
+        for name, module in subject.linears(block).items():
+            shares[name].append(float((module.weight == 0).float().mean()))
+    return shares

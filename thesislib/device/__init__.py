@@ -1,1 +1,1 @@
-"""What a model would cost on a device: analytic projections, and their error against what was measured."""
+"""The cost of a model on a device: analytic projections, and their error against measurements."""

@@ -1,14 +1,14 @@
-"""Joules of a pass, modelled and never measured: the whole device's power for as long as it takes where that is known,
-else the sum of what is known.
+"""The energy of a pass, modelled and never measured.
 
-That sum: bytes by the memory they come from, multiplications, and idle power for as long as it takes.
+Where the power of the whole device is known, it is that power times the time. Elsewhere it is a sum over the known
+parts: bytes by the memory that they are read from, multiplications, and idle power times the time.
 """
 
 from dataclasses import dataclass
 
-from thesislib.device.cost import Sketch, costs, stored
+from thesislib.device.cost import Sketch, costs
 from thesislib.device.hardware import Device
-from thesislib.device.placement import Plan, padded
+from thesislib.device.placement import Placement, reads
 from thesislib.device.roofline import Projection
 from thesislib.model.subject import Subject
 
@@ -20,10 +20,14 @@ WHOLE, SUM = (
 
 @dataclass(frozen=True)
 class Energy:
-    """Joules. low, high: with the lower power over the shorter time, and the higher over the longer.
+    """The joules of a pass.
 
-    how: `WHOLE` or `SUM`. parts: of the sum, idling apart. unknown: what was left out of it, so that the true figure is
-    higher.
+    Attributes:
+        low: with the lower power over the shorter time.
+        high: with the higher power over the longer time.
+        how: `WHOLE` or `SUM`.
+        parts: of the sum, without idle power.
+        unknown: what the sum lacks; the true figure is higher.
     """
 
     low: float
@@ -34,27 +38,30 @@ class Energy:
 
     @property
     def known(self) -> bool:
-        """Whether anything of it is."""
+        """Whether any part is known."""
         return self.how == WHOLE or sum(self.parts.values()) > 0
 
 
 def energy(
-    subject: Subject | Sketch, device: Device, found: Plan, time: Projection, tokens: int = 1, context: int = 128
+    subject: Subject | Sketch,
+    device: Device,
+    placement: Placement,
+    time: Projection,
+    tokens: int = 1,
+    context: int = 128,
 ) -> Energy:
-    """Of a pass whose plan and time are known."""
+    """The energy of a pass whose placement and time are known."""
     if device.power is not None:
         return Energy(device.power[0] * time.seconds.low, device.power[1] * time.seconds.high, WHOLE, {}, ())
     c = costs(subject, tokens, context)
-    padding = {w.name: padded(w, device) / max(w.bytes, 1) for w in stored(subject)}
-    tiers = {tier.name: tier for tier in device.tiers}
+    joules = {tier.name: tier.joules_per_byte for tier in device.tiers}
     traffic, unknown = 0.0, set()
-    for o in c.operations:
-        for size, place in ((o.weights * padding.get(o.name, 1), found.places.get(o.name)), (o.cache, found.cache)):
-            if size and place is not None:
-                if tiers[place].joules_per_byte is None:
-                    unknown.add(f"energy of a byte from {place}")
-                else:
-                    traffic += size * tiers[place].joules_per_byte
+    for read in reads(subject, device, placement, c.operations).values():
+        for size, tier in read:
+            if (each_byte := joules[tier]) is None:
+                unknown.add(f"energy of a byte from {tier}")
+            else:
+                traffic += size * each_byte
     each = device.engines[0].joules_per_mac
     if each is None:
         unknown.add("energy of a multiplication")

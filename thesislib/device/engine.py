@@ -1,8 +1,8 @@
 """llama.cpp on one pinned thread, in a process of its own: `python -m thesislib.device.engine` takes a request as JSON
 and answers with every sample.
 
-A process of its own, because its peak memory is to be the engine's, its thread must not share a core with ours, and a
-file that makes the engine abort must not take us along. It imports neither torch nor the rest of thesislib.
+It has its own process for three reasons: the peak memory is then the engine's, the thread shares no core with ours, and
+a file that makes the engine abort does not end this process. It imports neither torch nor the rest of thesislib.
 """
 
 import json
@@ -29,12 +29,17 @@ HOW_TO_GET_IT = (
 
 @dataclass(frozen=True)
 class Request:
-    """What to run.
+    """A request to the engine.
 
-    file: a GGUF file. prompts: token ids of each. tokens: how many to decode greedily after each prompt, the first from
-    the prompt's own pass. repeats: how often each prompt runs. warm_up: runs before that do not count. core: to which
-    the thread is pinned, None for any. exact: keys and values in float32 and attention in steps, as transformers has
-    them, instead of llama.cpp's float16 and fused.
+    Attributes:
+        file: a GGUF file.
+        prompts: the token ids of each.
+        tokens: how many to decode greedily after each prompt; the first comes from the prompt's own pass.
+        repeats: how often each prompt runs.
+        warm_up: runs before the samples.
+        core: that the thread is pinned to; None for any.
+        exact: whether keys and values are in float32 and attention is not fused, as in transformers. llama.cpp's
+            default is float16 and fused.
     """
 
     file: str
@@ -50,14 +55,14 @@ def run_engine(request: Request, timeout: float = 3600) -> dict[str, Any]:
     """Run a request in a new process.
 
     Returns:
-        {"samples": for each prompt and repetition {"prompt": which, "ids": tokens chosen, "seconds": of the prompt's
-        pass and of each token after it, "cpu": the same in seconds of the thread, "others": how many cores other
-        processes kept busy meanwhile}, "bytes": {"weights", "cache", "resident before", "resident"}, in bytes, the last
-        at its highest, "versions": {...}}.
+        {"samples": for each prompt and repetition {"prompt": its number, "ids": the chosen tokens, "seconds": of the
+        prompt's pass and of each token after it, "cpu": the same in CPU seconds of the thread, "others": how many cores
+        other processes kept busy meanwhile}, "bytes": {"weights", "cache", "resident before", "resident": its peak},
+        "versions": {...}}.
 
     Raises:
-        BadInput: llama.cpp is not installed; there is no such file; the engine cannot load it or run out of context; it
-            takes longer than `timeout` seconds.
+        BadInput: llama.cpp is not installed; no such file; the engine cannot load the file, or its context is too
+            short; it takes longer than `timeout` seconds.
     """
     if find_spec("llama_cpp") is None:
         raise BadInput(HOW_TO_GET_IT)
@@ -91,19 +96,21 @@ def run_engine(request: Request, timeout: float = 3600) -> dict[str, Any]:
 
 
 def busy_seconds() -> float | None:
-    """Seconds that all cores together have been busy since the machine started; None where the system does not say."""
+    """The seconds that all cores together have been busy since the machine started; None if the system does not say."""
     try:
         fields = [int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
     except (OSError, ValueError, IndexError):
         return None
-    return (sum(fields[:3]) + sum(fields[5:8])) / os.sysconf(
-        "SC_CLK_TCK"
-    )  # user, nice, system; interrupts and what a hypervisor took
+    ticks = sum(fields[:3]) + sum(fields[5:8])  # user, nice, system; interrupts, soft interrupts, hypervisor
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def watched() -> Callable[[], float | None]:
-    """Begin to watch the machine; what is returned says, when called, how many cores other processes kept busy since,
-    None where nothing says."""
+    """Begin to watch the machine.
+
+    Returns:
+        A function that says how many cores other processes have kept busy since; None if the system does not say.
+    """
     began, all_cores, mine = time.perf_counter(), busy_seconds(), time.process_time()
 
     def others() -> float | None:
@@ -116,7 +123,7 @@ def watched() -> Callable[[], float | None]:
 
 
 def _resident() -> int:
-    """Bytes that this process holds now."""
+    """The resident memory of this process, in bytes."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
@@ -124,16 +131,11 @@ def _resident() -> int:
 
 
 def _peak() -> int:
-    """Bytes that this program has held at most. Not getrusage's, which Linux hands down from the process that started
-    us."""
+    """The peak resident memory of this program, in bytes. getrusage's would contain that of the process that started
+    it."""
     try:
-        return 1024 * int(
-            next(
-                line.split()[1]
-                for line in Path("/proc/self/status").read_text().splitlines()
-                if line.startswith("VmHWM")
-            )
-        )
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
     except (OSError, StopIteration):
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak
@@ -146,31 +148,12 @@ def main() -> None:
         os.sched_setaffinity(0, {request.core})
     import llama_cpp as ll
 
-    said: list[str] = []
-    # its log, so that its last words say why it failed; kept in a variable, or the callback would be collected
-    log = ll.llama_log_callback(lambda _level, text, _data: said.append(text.decode("utf8", "replace")))
+    messages: list[str] = []  # its log, which says why it failed
+    # the callback is kept in a variable, or it would be garbage collected
+    log = ll.llama_log_callback(lambda _level, text, _data: messages.append(text.decode("utf8", "replace")))
     ll.llama_log_set(log, None)
     before = _resident()
-    options = ll.llama_model_default_params()
-    options.n_gpu_layers = 0
-    model = ll.llama_model_load_from_file(request.file.encode(), options)
-    if not model:
-        sys.exit("".join(said[-8:]) or "the file cannot be loaded")
-    room = max(map(len, request.prompts)) + request.tokens
-    settings = ll.llama_context_default_params()
-    settings.n_ctx, settings.n_batch, settings.n_threads, settings.n_threads_batch, settings.no_perf = (
-        room,
-        room,
-        1,
-        1,
-        True,
-    )
-    if request.exact:
-        settings.type_k = settings.type_v = ll.GGML_TYPE_F32
-        settings.flash_attn_type = ll.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    context = ll.llama_init_from_model(model, settings)
-    if not context:
-        sys.exit("".join(said[-8:]) or f"no context of {room} tokens")
+    model, context = _load(ll, request, messages)
     size = ll.llama_vocab_n_tokens(ll.llama_model_get_vocab(model))
     if (largest := max(max(p) for p in request.prompts)) >= size:
         sys.exit(f"token {largest} is beyond the file's {size} tokens")
@@ -178,23 +161,23 @@ def main() -> None:
     def step(ids: list[int]) -> int:
         tokens = (ll.llama_token * len(ids))(*ids)
         if ll.llama_decode(context, ll.llama_batch_get_one(tokens, len(ids))):
-            sys.exit("".join(said[-4:]) or "decoding failed")
+            sys.exit("".join(messages[-4:]) or "decoding failed")
         return int(np.ctypeslib.as_array(ll.llama_get_logits_ith(context, -1), (size,)).argmax())
 
-    def one(which: int) -> dict[str, Any]:
+    def sample(prompt: int) -> dict[str, Any]:
         ll.llama_memory_clear(ll.llama_get_memory(context), True)
-        ids, wall, cpu, feed, others = [], [], [], request.prompts[which], watched()
+        ids, wall, cpu, feed, others = [], [], [], request.prompts[prompt], watched()
         for _ in range(request.tokens):
             at, cpu_at = time.perf_counter(), time.process_time()
             ids.append(step(feed))
             wall.append(time.perf_counter() - at)
             cpu.append(time.process_time() - cpu_at)
             feed = ids[-1:]
-        return {"prompt": which, "ids": ids, "seconds": wall, "cpu": cpu, "others": others()}
+        return {"prompt": prompt, "ids": ids, "seconds": wall, "cpu": cpu, "others": others()}
 
     for _ in range(request.warm_up):
-        one(0)
-    samples = [one(which) for _ in range(request.repeats) for which in range(len(request.prompts))]
+        sample(0)
+    samples = [sample(prompt) for _ in range(request.repeats) for prompt in range(len(request.prompts))]
     answer = {
         "samples": samples,
         "bytes": {
@@ -206,6 +189,27 @@ def main() -> None:
         "versions": {"llama_cpp_python": ll.__version__, "system": ll.llama_print_system_info().decode().strip(" |")},
     }
     json.dump(answer, sys.stdout)
+
+
+def _load(ll, request: Request, messages: list[str]) -> tuple[Any, Any]:
+    """The model of a request and a context for it; the process ends with llama.cpp's last messages if there is none."""
+    options = ll.llama_model_default_params()
+    options.n_gpu_layers = 0
+    model = ll.llama_model_load_from_file(request.file.encode(), options)
+    if not model:
+        sys.exit("".join(messages[-8:]) or "the file cannot be loaded")
+    room = max(map(len, request.prompts)) + request.tokens
+    settings = ll.llama_context_default_params()
+    settings.n_ctx = settings.n_batch = room
+    settings.n_threads = settings.n_threads_batch = 1
+    settings.no_perf = True
+    if request.exact:
+        settings.type_k = settings.type_v = ll.GGML_TYPE_F32
+        settings.flash_attn_type = ll.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    context = ll.llama_init_from_model(model, settings)
+    if not context:
+        sys.exit("".join(messages[-8:]) or f"no context of {room} tokens")
+    return model, context
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""How fast a model decodes on this machine, in llama.cpp and in transformers: one pinned thread, every sample kept, and
-whether the machine was quiet."""
+"""The speed of decoding on this machine, in llama.cpp and in transformers: on one pinned thread, with every sample, and
+with a verdict on whether the machine was quiet."""
 
 import statistics
 import time
@@ -21,7 +21,7 @@ from thesislib.formats.gguf import export_gguf
 from thesislib.model.subject import Subject
 from thesislib.records.measurement import Measurement, provenance
 
-LOADED = 0.25  # cores that others kept busy: from there on memory and the last cache are shared with something
+LOADED = 0.25  # cores that other processes kept busy; beyond, memory and the last cache were shared
 NOISY = 0.15  # spread of the repetitions' medians, as a share of their median
 METRIC = "seconds per token"
 QUIET, NOISY_HOST = "quiet", "inconclusive: noisy host"
@@ -32,26 +32,28 @@ SAMPLE = (
 
 
 def engine_name(kind: str) -> str:
-    """What `Timing.engine` is: "llama.cpp Q8_0" for a GGUF type, "transformers bfloat16" for one of torch."""
+    """The name of an engine, as in `Timing`: "llama.cpp Q8_0" for a GGUF type, "transformers bfloat16" for a dtype."""
     return f"{'transformers' if kind.startswith(('float', 'bfloat')) else 'llama.cpp'} {kind}"
 
 
 def computed_in(kind: str) -> str:
-    """The precision in which an engine multiplies by matrices of a GGUF type or of one of torch: what its arithmetic is
-    a share of."""
-    return {"F16": "float32", "F32": "float32", "BF16": "bfloat16", "float32": "float32", "bfloat16": "bfloat16"}.get(
-        kind, "int8"
-    )
+    """The precision in which an engine multiplies by matrices of a GGUF type or a dtype."""
+    floating = {"F16": "float32", "F32": "float32", "BF16": "bfloat16", "float32": "float32", "bfloat16": "bfloat16"}
+    return floating.get(kind, "int8")
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One model in one engine.
+    """The times of one model in one engine.
 
-    engine: see `engine_name`. prompt: tokens that were read at once. first: seconds from the prompt to the first token,
-    one a repetition. later: seconds of each token after it, by repetition. others: cores that other processes kept
-    busy, by repetition; None where the system does not say. bytes: of weights, cache and the process, as far as the
-    engine tells. versions: of the engine.
+    Attributes:
+        engine: see `engine_name`.
+        prompt: how many tokens were read at once.
+        first: the seconds from the prompt to the first token, one a repetition.
+        later: the seconds of each token after it, by repetition.
+        others: how many cores other processes kept busy, by repetition; None if the system does not say.
+        bytes: of weights, cache and the process, as far as the engine tells.
+        versions: of the engine.
     """
 
     engine: str
@@ -64,45 +66,46 @@ class Timing:
 
     @property
     def seconds_to_first_token(self) -> float:
-        """Median over repetitions."""
+        """The median over repetitions."""
         return statistics.median(self.first)
 
     @property
     def seconds_per_token(self) -> float:
-        """Median over all tokens but the first, which pays for the prompt."""
+        """The median over all tokens but the first, whose time contains the prompt's."""
         return statistics.median(self.seconds)
 
     @property
     def seconds(self) -> list[float]:
-        """Of every token but the first, all repetitions."""
+        """The seconds of every token but the first, over all repetitions."""
         return [s for repetition in self.later for s in repetition]
 
     @property
     def spread(self) -> float:
-        """By how much repetitions differ: the range of their medians over the median of these."""
+        """How much repetitions differ: the range of their medians, as a share of the median of these."""
         middles = [statistics.median(repetition) for repetition in self.later]
         return (max(middles) - min(middles)) / statistics.median(middles)
 
     @property
     def verdict(self) -> str:
-        """Whether it can be believed: "quiet", "inconclusive: noisy host", or "loaded: others kept 1.0 cores busy"."""
-        seen = [x for x in self.others if x is not None]
-        if seen and (most := statistics.median(seen)) > LOADED:
-            return f"loaded: others kept {most:.1f} cores busy"
+        """Whether the machine was quiet: "quiet", "inconclusive: noisy host", or "loaded: others kept 1.0 cores
+        busy"."""
+        others = [x for x in self.others if x is not None]
+        if others and (busy := statistics.median(others)) > LOADED:
+            return f"loaded: others kept {busy:.1f} cores busy"
         return NOISY_HOST if self.spread > NOISY else QUIET
 
 
 def time_llama_cpp(
     file: str | Path, ids: Sequence[int], tokens: int = 32, repeats: int = 5, core: int | None = 0
 ) -> Timing:
-    """Time llama.cpp, one thread pinned to a core, after one run that does not count.
+    """Time llama.cpp on one thread that is pinned to a core, after one run that warms up.
 
     Args:
-        file: GGUF.
+        file: a GGUF file.
         ids: the prompt's tokens.
-        tokens: to decode after the first.
-        repeats: at least five make a median that can be believed.
-        core: which.
+        tokens: how many to decode after the first.
+        repeats: at least five, for a median that can be relied on.
+        core: that the thread is pinned to.
 
     Raises:
         BadInput: see `thesislib.device.engine.run_engine`.
@@ -121,25 +124,31 @@ def time_llama_cpp(
 
 
 def prompt_ids(subject: Subject, n: int) -> list[int]:
-    """The first `n` tokens of a text that repeats as often as need be: what is said changes no cost."""
+    """The first `n` tokens of a text that is repeated as often as needed; the text does not change the cost."""
     ids = subject.tokenizer(SAMPLE, add_special_tokens=False)["input_ids"]
     return (ids * (n // len(ids) + 1))[:n]
 
 
 def file_type(file: str | Path) -> str:
-    """The type of a GGUF file's matrices: the one that most of its bytes have, embedding and head apart."""
-    found: dict[str, int] = {}
+    """The GGUF type that most bytes of a file's matrices have, embedding and head apart.
+
+    Raises:
+        BadInput: the file has no other matrices.
+    """
+    size: dict[str, int] = {}
     for tensor in gguf.GGUFReader(file).tensors:
         if len(tensor.shape) > 1 and tensor.name not in ("token_embd.weight", "output.weight"):
-            found[tensor.tensor_type.name] = found.get(tensor.tensor_type.name, 0) + int(tensor.n_bytes)
-    if not found:
+            size[tensor.tensor_type.name] = size.get(tensor.tensor_type.name, 0) + int(tensor.n_bytes)
+    if not size:
         raise BadInput(f"{file} has no matrices beside its embedding: expected a language model")
-    return max(found, key=lambda name: found[name])
+    return max(size, key=lambda name: size[name])
 
 
 def bytes_per_token(file: str | Path) -> int:
-    """Bytes of weights that decoding one token reads from a GGUF file: all but the embedding, of which it reads a row,
-    unless it is the head too."""
+    """The bytes of weights that decoding one token reads from a GGUF file.
+
+    They are all weights, but only one row of an embedding that is not the head too.
+    """
     tensors = {t.name: t for t in gguf.GGUFReader(file).tensors}
     sizes = {name: int(t.n_bytes) for name, t in tensors.items()}
     if "output.weight" in sizes:
@@ -148,8 +157,10 @@ def bytes_per_token(file: str | Path) -> int:
 
 
 def time_transformers(subject: Subject, ids: Sequence[int], tokens: int = 32, repeats: int = 5) -> Timing:
-    """Time the same greedy decoding by transformers with its KV cache, one thread of this process, after one run that
-    does not count."""
+    """Time the same greedy decoding by transformers with its KV cache, on one thread of this process.
+
+    One run before warms up.
+    """
     with one_thread():
         greedy_steps(subject, ids, 2)
         runs = []
@@ -170,10 +181,13 @@ def time_transformers(subject: Subject, ids: Sequence[int], tokens: int = 32, re
 def greedy_steps(
     subject: Subject, ids: Sequence[int], tokens: int
 ) -> tuple[list[int], list[torch.Tensor], list[float]]:
-    """Greedy decoding past any end token: the tokens chosen, the logits (vocabulary,) each was chosen from, and seconds
-    of each."""
+    """Greedy decoding that goes on after end tokens.
+
+    Returns:
+        The chosen tokens, the logits (vocabulary,) that each was chosen from, and the seconds of each.
+    """
     cache, feed = DynamicCache(config=subject.model.config), torch.tensor([list(ids)])
-    chosen, seen, seconds = [], [], []
+    chosen, scores, seconds = [], [], []
     with torch.inference_mode():
         for _ in range(tokens):
             at = time.perf_counter()
@@ -182,18 +196,21 @@ def greedy_steps(
             ).logits[0, -1]
             chosen.append(int(logits.argmax()))
             seconds.append(time.perf_counter() - at)
-            seen.append(logits.float().cpu())
+            scores.append(logits.float().cpu())
             feed = torch.tensor([chosen[-1:]])
-    return chosen, seen, seconds
+    return chosen, scores, seconds
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two engines choose the same tokens after a prompt.
+    """How long two engines choose the same tokens after a prompt.
 
-    same: tokens until they part; all of them if they never do. margin: by how much the reference's logit of its own
-    token exceeds that of the other's token where they part, None if they never do. gap: the smallest lead of the
-    reference's first token over its second anywhere before.
+    Attributes:
+        same: how many tokens are the same before the first that differs.
+        of: how many tokens there are.
+        margin: at the first that differs, the reference's logit of its own token less that of the other's token; None
+            if all are the same.
+        gap: the smallest difference between the reference's two largest logits, up to there.
     """
 
     same: int
@@ -205,8 +222,8 @@ class Agreement:
 def agreement(
     subject: Subject, file: str | Path, prompts: Sequence[Sequence[int]], tokens: int = 32
 ) -> list[Agreement]:
-    """Greedy decoding of a GGUF file in llama.cpp, its cache in float32, against the subject's in transformers, prompt
-    by prompt.
+    """Compare greedy decoding of a GGUF file in llama.cpp, its cache in float32, with the subject's in transformers,
+    prompt by prompt.
 
     Raises:
         BadInput: see `thesislib.device.engine.run_engine`.
@@ -220,7 +237,7 @@ def agreement(
 
 
 def agreed(ours: Sequence[int], theirs: Sequence[int], logits: Sequence[torch.Tensor]) -> Agreement:
-    """Two sequences of tokens against the logits (vocabulary,) from which ours were chosen."""
+    """Compare two sequences of tokens, given the logits (vocabulary,) that each of ours was chosen from."""
     same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
     leads = [float(torch.subtract(*torch.topk(step, 2).values)) for step in logits[: same + 1]]
     margin = None if same == len(ours) else float(logits[same][ours[same]] - logits[same][theirs[same]])
@@ -231,15 +248,15 @@ def gguf_file(subject: Subject, kind: str) -> Path:
     """The subject as a GGUF file in the cache, written once; low-rank corrections are merged into the weights.
 
     Raises:
-        BadInput: what `thesislib.formats.gguf.export_gguf` refuses.
+        BadInput: see `thesislib.formats.gguf.export_gguf`.
     """
     file = cache_dir() / "gguf" / f"{subject.fingerprint[:16]}-{kind}.gguf"
     return file if file.exists() else export_gguf(subject, file, kind, merge_corrections=True)
 
 
 def as_measurement(subject: Subject, timing: Timing, started: float, **settings: Any) -> Measurement:
-    """A record of a timing: the median over tokens and, as its interval, the quartiles of what was seen (no confidence
-    interval).
+    """The measurement of a timing: the median over tokens, with the quartiles as its interval. That is no confidence
+    interval.
 
     It depends on the machine and on what else runs there, so a record of it cannot be made again.
     """
@@ -258,27 +275,12 @@ def as_measurement(subject: Subject, timing: Timing, started: float, **settings:
         "spread": timing.spread,
         "cores that others kept busy": list(timing.others),
     }
-    made = provenance(
-        subject,
-        started,
-        engine=timing.engine,
-        prompt=timing.prompt,
-        tokens=len(timing.later[0]),
-        repeats=len(timing.later),
-        threads=1,
-        interval="quartiles",
-        **settings,
-    )
-    made["versions"] = {**made["versions"], **timing.versions}
+    facts = provenance(
+        subject, started, engine=timing.engine, prompt=timing.prompt, tokens=len(timing.later[0]),
+        repeats=len(timing.later), threads=1, interval="quartiles", **settings,
+    )  # fmt: skip
+    facts["versions"] = {**facts["versions"], **timing.versions}
     return Measurement(
-        task=f"{timing.engine}, after {timing.prompt} tokens",
-        metric=METRIC,
-        value=middle,
-        low=low,
-        high=high,
-        n=len(seconds),
-        unit="token",
-        items=items,
-        extra=extra,
-        provenance=made,
-    )
+        task=f"{timing.engine}, after {timing.prompt} tokens", metric=METRIC, value=middle, low=low, high=high,
+        n=len(seconds), unit="token", items=items, extra=extra, provenance=facts,
+    )  # fmt: skip

@@ -1,5 +1,5 @@
-"""A measurement on this machine in words and as JSON: times, bytes, and which shares of what the machine can do they
-are."""
+"""A measurement on this machine in words and as JSON: times, bytes, and their shares of the machine's bandwidth and
+arithmetic."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from thesislib.device.cost import costs
 from thesislib.device.host import mac_rate, read_bandwidth
 from thesislib.device.measure import (
     QUIET,
+    Timing,
     as_measurement,
     bytes_per_token,
     computed_in,
@@ -23,6 +24,8 @@ from thesislib.device.measure import (
 from thesislib.errors import BadInput
 from thesislib.model.subject import Subject
 
+MEMORY_READ = "what one thread of this machine reads from memory, measured just before by a sum over 256 MiB"
+
 
 def measured_report(
     subject: Subject,
@@ -34,22 +37,21 @@ def measured_report(
     core: int = 0,
     beside: bool = True,
 ) -> dict:
-    """Everything that was measured, in SI units, JSON's types only.
+    """The whole measurement in SI units, with JSON's types only.
 
     Args:
         subject: the model.
-        spec: what it was loaded from; a .gguf file runs as it is, of anything else one is made.
-        kind: GGUF type of that file.
+        spec: that it was loaded from. A .gguf file runs as it is; of anything else one is written.
+        kind: the GGUF type of that file.
         prompt, tokens, repeats, core: see `thesislib.device.measure.time_llama_cpp`.
-        beside: measure transformers' own generation too, in the type in which the subject is held.
+        beside: measure transformers' own generation too, in the subject's dtype.
 
     Returns:
-        llama.cpp, transformers: records with every sample (see `thesislib.device.measure.as_measurement`). utilisation:
-            MBU and MFU, llama.cpp's, each with its
-        denominator, measured just before. notes: what a reader must know.
+        llama.cpp, transformers: records with every sample, see `thesislib.device.measure.as_measurement`. utilisation:
+        MBU and MFU of llama.cpp, each with its denominator, measured just before. notes: for readers.
 
     Raises:
-        BadInput: more tokens than the model's context; a type that cannot be written; what the engine refuses.
+        BadInput: more tokens than the model's context; a type that cannot be written; whatever the engine refuses.
     """
     most = subject.model.config.max_position_embeddings
     if prompt + tokens + 1 > most:
@@ -65,21 +67,19 @@ def measured_report(
     arithmetic = statistics.median(mac_rate(precision, "gemm"))
     started, ids = time.perf_counter(), prompt_ids(subject, prompt)
     timing = time_llama_cpp(file, ids, tokens, repeats, core)
-    # what a token reads of the cache: half of what is added while we measure, and all of the prompt's
+    # of the cache a token reads the prompt's part, and on average half of the part that decoding adds
     cache = timing.bytes["cache"] * (prompt + tokens / 2) / (prompt + tokens)
     read, macs = bytes_per_token(file) + cache, costs(subject, prompt, 0).macs
-    plain = {
+    report = {
         "kind": "measurement",
         "subject": subject.name,
-        "llama.cpp": json.loads(as_measurement(subject, timing, started).to_json(items=True)),
+        "llama.cpp": _as_json(subject, timing, started),
         "utilisation": {
             "MBU": {
                 "value": read / timing.seconds_per_token / bandwidth,
                 "bytes per token": read,
                 "bytes per second": bandwidth,
-                "denominator": "what one thread of this machine reads from memory, measured just before by a sum "
-                "over 256 "
-                "MiB",
+                "denominator": MEMORY_READ,
             },
             "MFU": {
                 "value": macs / timing.seconds_to_first_token / arithmetic,
@@ -92,22 +92,25 @@ def measured_report(
     }
     if beside:
         started = time.perf_counter()
-        plain["transformers"] = json.loads(
-            as_measurement(subject, time_transformers(subject, ids, tokens, repeats), started).to_json(items=True)
-        )
-    return plain
+        report["transformers"] = _as_json(subject, time_transformers(subject, ids, tokens, repeats), started)
+    return report
+
+
+def _as_json(subject: Subject, timing: Timing, started: float) -> dict:
+    """The record of a timing, as JSON."""
+    return json.loads(as_measurement(subject, timing, started).to_json())
 
 
 def _cores() -> list[int]:
+    """The cores that this process may use."""
     return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
 
 
 def _notes(verdict: str, own: bool, kind: str) -> list[str]:
-    notes = (
-        []
-        if verdict == QUIET
-        else [f"Not to be believed as it stands, {verdict}: stop what else runs here and measure again."]
-    )
+    """The notes of a report: on a busy machine, and on a file of type `kind` that is not the user's own."""
+    notes = []
+    if verdict != QUIET:
+        notes.append(f"Not to be believed as it stands, {verdict}: stop what else runs here and measure again.")
     if not own and kind != "F16":
         notes.append(
             f"The file rounds every matrix to {kind}'s own grid, also those that were quantised before; zeros "
@@ -116,27 +119,23 @@ def _notes(verdict: str, own: bool, kind: str) -> list[str]:
     return notes
 
 
-def readable(plain: dict) -> str:
-    """A few lines of what `measured_report` says."""
-    lines = [f"{plain['subject']}, measured on this machine, one thread"]
-    for m in (plain["llama.cpp"], plain.get("transformers")):
+def readable(report: dict) -> str:
+    """A measurement of `measured_report` in a few lines."""
+    lines = [f"{report['subject']}, measured on this machine, one thread"]
+    for m in (report["llama.cpp"], report.get("transformers")):
         if m is None:
             continue
         extra, size = m["extra"], m["extra"]["bytes"]
         value, low, high = (f"{1e3 * m[key]:.2f}" for key in ("value", "low", "high"))
         lines.append(
             f"  {m['task']}: {value} ms per token [{low}, {high}] (quartiles), {extra['tokens per second']:.1f} "
-            "tokens/s; first in "
-            f"{1e3 * extra['seconds to first token']:.0f} ms, prompt "
-            f"{extra['prompt tokens per second']:.0f} tokens/s; "
-            f"{extra['verdict']}"
+            f"tokens/s; first in {1e3 * extra['seconds to first token']:.0f} ms, prompt "
+            f"{extra['prompt tokens per second']:.0f} tokens/s; {extra['verdict']}"
         )
-        rest = (
-            f", cache {size['cache'] / 1e6:.1f} MB, process {size['resident'] / 1e6:.0f} MB at its highest"
-            if "cache" in size
-            else ""
-        )
+        rest = ""
+        if "cache" in size:
+            rest = f", cache {size['cache'] / 1e6:.1f} MB, process {size['resident'] / 1e6:.0f} MB at its highest"
         lines.append(f"    weights {size['weights'] / 1e6:.1f} MB{rest}")
-    for name, share in plain["utilisation"].items():
+    for name, share in report["utilisation"].items():
         lines.append(f"  {name} {share['value']:.0%} of {share['denominator']}")
-    return "\n".join([*lines, *(f"  note: {note}" for note in plain["notes"])])
+    return "\n".join([*lines, *(f"  note: {note}" for note in report["notes"])])

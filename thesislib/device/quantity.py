@@ -1,4 +1,5 @@
-"""Numbers with units, as device files write them: `11.52 GB/s`, `4 MiB`, `211 pJ/B`; in SI base units once read."""
+"""Numbers with units, as device files write them: `11.52 GB/s`, `4 MiB`, `211 pJ/B`. They are read into SI base
+units."""
 
 import math
 import re
@@ -26,11 +27,11 @@ def parse(text: object, unit: str, where: str) -> float:
     4194304.0
 
     Raises:
-        BadInput: no number, another kind of unit, not finite, or not above 0: what is not known is null.
+        BadInput: no number, a unit of another quantity, not finite, or not above 0; an unknown number is null.
     """
-    found = re.fullmatch(r"\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*(\S*)\s*", str(text), re.ASCII)
+    parts = re.fullmatch(r"\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*(\S*)\s*", str(text), re.ASCII)
     try:
-        number = float(found[1]) if found else math.nan
+        number = float(parts[1]) if parts else math.nan
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
@@ -38,13 +39,13 @@ def parse(text: object, unit: str, where: str) -> float:
             f"{where} is {text!r}: expected a "
             f"number{f' with one of the units {_listed(unit)}' if unit else ' without a unit'}"
         )
-    if found[2] not in UNITS[unit]:
+    if parts[2] not in UNITS[unit]:
         if not unit:
             raise BadInput(f"{where} is {text!r}: expected a number without a unit")
-        raise unknown(f"unit of {where}", found[2], UNITS[unit])
+        raise unknown(f"unit of {where}", parts[2], UNITS[unit])
     if number <= 0:
         raise BadInput(f"{where} is {text!r}: expected a number above 0, or null if it is not known")
-    return number * UNITS[unit][found[2]]
+    return number * UNITS[unit][parts[2]]
 
 
 def _listed(unit: str) -> str:

@@ -1,5 +1,5 @@
-"""Time per token as a line over the bytes that a token reads, fitted on some models in one format and held against
-others that it has not seen."""
+"""Time per token as a line over the bytes that a token reads, fitted on some models of one format and tested on
+others."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,12 @@ BETWEEN, BEYOND, FITTED = "between", "beyond", "fitted"
 
 @dataclass(frozen=True)
 class Point:
-    """A measured model: bytes of weights that decoding a token reads, and the median seconds per token of each
-    repetition."""
+    """A measured model.
+
+    Attributes:
+        bytes: of weights that decoding a token reads.
+        seconds: the median seconds per token of each repetition.
+    """
 
     bytes: int
     seconds: tuple[float, ...]
@@ -31,15 +35,16 @@ class Point:
 class Line:
     """seconds per token = start + bytes / rate.
 
-    start: seconds that a token costs whatever is read. rate: bytes per second of this format's kernels, which unpack as
-    they read: not the memory's bandwidth.
+    Attributes:
+        start: seconds of a token that do not depend on the bytes.
+        rate: bytes per second of this format's kernels. They unpack as they read, so it is not the memory's bandwidth.
     """
 
     start: float
     rate: float
 
     def seconds(self, size: float) -> float:
-        """Of a token that reads `size` bytes."""
+        """The seconds of a token that reads `size` bytes."""
         return self.start + size / self.rate
 
 
@@ -47,13 +52,10 @@ def fit(points: Sequence[Point]) -> Line:
     """The line of least squares through the points' medians.
 
     Raises:
-        BadInput: fewer than two sizes; or larger models that are not slower, which no machine that was left alone
-            shows.
+        BadInput: fewer than two sizes; larger models that are not slower, as only a busy machine shows.
     """
-    if len({p.bytes for p in points}) < 2:
-        raise BadInput(
-            f"a line was to be fitted to {len({p.bytes for p in points})} size of model: expected at least two"
-        )
+    if (sizes := len({p.bytes for p in points})) < 2:
+        raise BadInput(f"a line was to be fitted to {sizes} size of model: expected at least two")
     slope, start = np.polyfit([p.bytes for p in points], [p.middle for p in points], 1)
     if slope <= 0:
         raise BadInput(
@@ -64,10 +66,10 @@ def fit(points: Sequence[Point]) -> Line:
 
 
 def predict(points: Sequence[Point], size: float, draws: int = 1000, seed: int = 0) -> tuple[float, float, float]:
-    """Seconds per token of a model that reads `size` bytes a token: low, middle, high.
+    """The seconds per token of a model that reads `size` bytes a token: low, middle, high.
 
     The middle is the fitted line's. The interval holds 95 % of the lines through one repetition of each point, drawn
-    with replacement: what repetitions differ by, not what another machine or format would.
+    with replacement. It shows how repetitions differ, not how another machine or format would.
     """
     middle = fit(points).seconds(size)
     draw = np.random.default_rng(seed)
@@ -87,7 +89,7 @@ def held_out(points: Mapping[int, Point], fitted: Sequence[int]) -> pd.DataFrame
 
     Returns:
         Indexed by depth; where: fitted, between or beyond the fitted depths; MB per token; measured, low, predicted and
-        high in ms; error: of the prediction, as a share of what was measured.
+        high in ms; error: of the prediction, as a share of the measured time.
 
     Raises:
         BadInput: a depth that was not measured; see also `fit`.
@@ -97,23 +99,15 @@ def held_out(points: Mapping[int, Point], fitted: Sequence[int]) -> pd.DataFrame
     known, rows = [points[d] for d in fitted], []
     for depth, p in sorted(points.items(), reverse=True):
         low, middle, high = predict(known, p.bytes)
-        where = FITTED if depth in fitted else BETWEEN if min(fitted) < depth < max(fitted) else BEYOND
-        rows.append(
-            {
-                "depth": depth,
-                "where": where,
-                "MB per token": p.bytes / 1e6,
-                "measured": 1e3 * p.middle,
-                "low": 1e3 * low,
-                "predicted": 1e3 * middle,
-                "high": 1e3 * high,
-                "error": middle / p.middle - 1,
-            }
-        )
-    return pd.DataFrame(rows).set_index("depth")
+        inside = BETWEEN if min(fitted) < depth < max(fitted) else BEYOND
+        milliseconds = (1e3 * s for s in (p.middle, low, middle, high))
+        where = FITTED if depth in fitted else inside
+        rows.append((depth, where, p.bytes / 1e6, *milliseconds, middle / p.middle - 1))
+    columns = ["depth", "where", "MB per token", "measured", "low", "predicted", "high", "error"]
+    return pd.DataFrame(rows, columns=columns).set_index("depth")
 
 
 def mean_error(tables: Sequence[pd.DataFrame], where: str) -> float:
-    """Mean of the absolute errors of all tables' rows between, or beyond, the fitted depths; NaN without any."""
-    found = [abs(e) for table in tables for e in table.loc[table["where"] == where, "error"]]
-    return float(np.mean(found)) if found else float("nan")
+    """The mean absolute error over the rows of all tables with this `where`; NaN without rows."""
+    errors = [abs(e) for table in tables for e in table.loc[table["where"] == where, "error"]]
+    return float(np.mean(errors)) if errors else float("nan")

@@ -8,21 +8,21 @@ from thesislib.sources.rows import ARROW, KEYED_CHOICES, WORDS, Row, Source
 COLUMNS = {"question": WORDS, "choices": KEYED_CHOICES, "answerKey": WORDS}
 
 
+def _source(name: str, rows: str, config: str) -> Source:
+    """One of the data set's two configurations."""
+    hub = ("allenai/ai2_arc", config, "validation")
+    return Source(name, COLUMNS, f"ai2_arc/{rows}", ARROW.format(f"ai2_arc/{config}"), hub)
+
+
 class ArcEasy(MultipleChoice):
     """The easy set."""
 
     name = "arc_easy"
     stock = "arc/arc_easy.yaml"
-    source = Source(
-        name,
-        COLUMNS,
-        "ai2_arc/easy_validation",
-        ARROW.format("ai2_arc/ARC-Easy"),
-        ("allenai/ai2_arc", "ARC-Easy", "validation"),
-    )
+    source = _source(name, "easy_validation", "ARC-Easy")
 
     def context(self, row: Row) -> str:
-        """What the answers follow."""
+        """The text before the answers."""
         return f"Question: {row['question']}\nAnswer:"
 
     def item(self, i: int, row: Row) -> Choice:
@@ -36,14 +36,8 @@ class ArcEasy(MultipleChoice):
 
 
 class ArcChallenge(ArcEasy):
-    """The challenge set: what a retriever and a counter of words get wrong."""
+    """The challenge set: the questions that a retriever and a word counter answer wrongly."""
 
     name = "arc_challenge"
     stock = "arc/arc_challenge.yaml"
-    source = Source(
-        name,
-        COLUMNS,
-        "ai2_arc/challenge_validation",
-        ARROW.format("ai2_arc/ARC-Challenge"),
-        ("allenai/ai2_arc", "ARC-Challenge", "validation"),
-    )
+    source = _source(name, "challenge_validation", "ARC-Challenge")

@@ -23,11 +23,10 @@ class BoolQ(MultipleChoice):
         )
 
     def stock_row(self, row: Row) -> Row:
-        """As SuperGLUE has it."""
+        """A row as SuperGLUE has it."""
         return {"question": row["question"], "passage": row["passage"], "label": int(row["answer"])}
 
     def chance(self, items: list[Choice]) -> float:
-        """What the more frequent answer gets on these items: more than a coin, and a model that always says the same is
-        no better."""
+        """The score of always giving the more frequent answer of these items, which is more than a coin's."""
         yes = sum(item.label for item in items) / len(items)
         return max(yes, 1 - yes)

@@ -102,7 +102,8 @@ def continuations(
             windows. By default 0 on a CPU and `AHEAD` elsewhere.
     """
     model, device = subject.model, subject.device
-    ahead = (0 if device.type == "cpu" else AHEAD) if ahead is None else ahead
+    if ahead is None:
+        ahead = 0 if device.type == "cpu" else AHEAD
     static = StaticCache(config=model.config, max_cache_len=ids.shape[1] + max_new_tokens)  # nothing is allocated yet
     if ahead and not any(layer.is_sliding for layer in cast("list[Any]", static.layers)):
         return _run_ahead(subject, ids.to(device), mask.to(device), max_new_tokens, ahead, static)

@@ -80,13 +80,13 @@ def _nats(subject: Subject, reference: Subject, ids: torch.Tensor, batch: int) -
         states = [
             next(final_states(one.model, part))[1][:, :-1].flatten(0, 1) for one in (reference, subject)
         ]  # (B (T - 1), D) each
-        found = []
+        divergences = []
         for i in range(0, len(states[0]), rows):
             p, q = (
                 torch.log_softmax(h[i : i + rows].float() @ head.T, 1) for h, head in zip(states, heads, strict=True)
             )
-            found.append((p.exp() * (p - q)).sum(1, dtype=torch.float64))
-        nats[at : at + len(part)] = torch.cat(found).view(len(part), -1).sum(1)
+            divergences.append((p.exp() * (p - q)).sum(1, dtype=torch.float64))
+        nats[at : at + len(part)] = torch.cat(divergences).view(len(part), -1).sum(1)
     return nats.cpu().numpy()
 
 

@@ -16,5 +16,5 @@ class OpenBookQA(ArcEasy):
     )  # fmt: skip
 
     def context(self, row: Row) -> str:
-        """The stem, which an answer completes."""
+        """The stem; an answer completes it."""
         return row["question_stem"]

@@ -1,7 +1,7 @@
 """WinoGrande: which of two names fills a gap (Sakaguchi et al. 2020), by lm-evaluation-harness alone.
 
-It scores one ending, what follows the gap, after two contexts: the fast way, many endings after one context, has no
-place for that.
+It scores one ending, the text after the gap, with two contexts. `thesislib.evaluate.choice` scores many endings with
+one context and cannot do that.
 """
 
 from thesislib.errors import BadInput
@@ -40,5 +40,5 @@ class WinoGrande(MultipleChoice):
             )
 
     def item(self, i: int, row: Row) -> Choice:
-        """The two names as what may be chosen; it is never scored, and says what chance is."""
+        """The two names as endings. The item is never scored; its number of endings gives the chance."""
         return Choice(str(i), row["sentence"], (row["option1"], row["option2"]), int(row["answer"]) - 1)

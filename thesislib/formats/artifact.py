@@ -314,10 +314,10 @@ def _fill(subject: Subject, tensors: _Tensors, encodings: Mapping[str, str]) -> 
         tensors.used |= {f"{path}.{name}" for name in table.stored}
         set_embedding(model, path, table)
     tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    for name, empty in list(model.named_parameters(remove_duplicate=False)):
-        if empty.is_meta and name not in tied:
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        if parameter.is_meta and name not in tied:
             parent, _, attribute = name.rpartition(".")
-            tensor = tensors.take(tensors.key(name.replace(".base.", ".")), empty.shape)
+            tensor = tensors.take(tensors.key(name.replace(".base.", ".")), parameter.shape)
             setattr(model.get_submodule(parent), attribute, nn.Parameter(tensor, requires_grad=False))
     for key in tensors.stored:
         if key not in tensors.used:

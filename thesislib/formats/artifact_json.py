@@ -135,8 +135,7 @@ def read_artifact(folder: str | Path) -> dict[str, Any]:
 
 
 def _contradiction(record: dict[str, Any], folder: Path) -> str | None:
-    """The first contradiction, in words, between an artifact's fields about blocks and its config.json; None if there
-    is none."""
+    """The first contradiction, in words, between fields about blocks and config.json; None if there is none."""
     if "config.json" not in record["files"]:
         return "files lacks config.json"
     config = read_json(inside(folder, "config.json"))

@@ -55,7 +55,13 @@ PROBES = (
 RUN = 32  # weights that share a scale in Q8_0, Q4_0 and Q4_1
 NORMAL, UNUSED = 1, 5  # llama.cpp's types of tokens, with gguf_reader's
 # settings that must read back as they were written
-COMPARED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+COMPARED: tuple[str, ...] = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
 COMPARED += ("vocab_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "no_rope_layers")
 
 

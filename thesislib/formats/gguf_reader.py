@@ -34,6 +34,8 @@ HARMLESS = re.compile(
     r"|\w+\.(vocab_size|tensor_data_layout|rope\.scaling\.finetuned)"
 )
 PART = re.compile(r"-(\d{5})-of-(\d{5})$")  # the end of a part's name
+# settings of an architecture that are whole numbers
+WHOLE = ("block_count", "embedding_length", "attention.head_count", "feed_forward_length", "context_length")
 NEUTRAL = {  # settings that are known only with these values
     "tokenizer.ggml.add_sep_token": False,
     "expert_count": 0,
@@ -112,16 +114,7 @@ class GgufModel:
         Raises:
             BadInput: a setting that is missing, or that no configuration here has.
         """
-        depth, hidden, heads, inner, context = (
-            _whole(key, self._take(key))
-            for key in (
-                "block_count",
-                "embedding_length",
-                "attention.head_count",
-                "feed_forward_length",
-                "context_length",
-            )
-        )
+        depth, hidden, heads, inner, context = (_whole(key, self._take(key)) for key in WHOLE)
         kv_heads = _whole("attention.head_count_kv", self._take("attention.head_count_kv", heads))
         head = self._take("attention.key_length", hidden // heads)
         for key in ("attention.value_length", "rope.dimension_count"):

@@ -35,8 +35,9 @@ WORD = 32  # codes that fill whole int32 words, at any number of bits
 
 
 def export_gptq(subject: Subject, folder: str | Path) -> Path:
-    """Write a quantised subject as a GPTQ checkpoint, whole or not at all; corrections beside it as a PEFT adapter in
-    `adapter/`.
+    """Write a quantised subject as a GPTQ checkpoint, as a whole or not at all.
+
+    Low-rank corrections become a PEFT adapter in `adapter/`.
 
     Codes, scales and zeros are the subject's own, so the weights are the same numbers. Pruned weights, which artifacts
     leave out, are written as codes of zero: this layout has no sparse form.

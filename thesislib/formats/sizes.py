@@ -16,7 +16,7 @@ from thesislib.model.subject import Subject
 
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of tensors by name
 # a safetensors file is sorted by dtype, in this order from the last to the first, then by name
-FILE_ORDER = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16)
+FILE_ORDER: tuple[torch.dtype, ...] = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16)
 FILE_ORDER += (torch.int32, torch.float32, torch.float64, torch.int64)
 
 

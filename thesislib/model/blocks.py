@@ -130,8 +130,7 @@ def without_parts(subject: Subject, parts: Mapping[int, str]) -> Subject:
 
 
 def removed_parts(subject: Subject) -> dict[str, list[int]]:
-    """The blocks that `without_parts` stripped, {'attention': blocks, 'mlp': blocks}; a part that none lost is left
-    out."""
+    """The blocks that lost a part, {'attention': blocks, 'mlp': blocks}; a part that no block lost is left out."""
     removed: dict[str, list[int]] = {}
     for part, attribute in ATTRIBUTES.items():
         for i, block in enumerate(subject.blocks):

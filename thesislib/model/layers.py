@@ -1,5 +1,4 @@
-"""Replacements for a block's nn.Linear: a linear whose weight is computed at each use, and one with a low-rank
-correction.
+"""Replacements for a block's nn.Linear: one whose weight is computed at each use, and one with a low-rank correction.
 
 Both have `weight` (the dense weight, of an adapted linear without its correction), `bias`, `in_features` and
 `out_features`. In the state dict both have a dense `weight`, so fingerprints and checkpoints need not know about them.
@@ -7,7 +6,7 @@ Both have `weight` (the dense weight, of an adapted linear without its correctio
 
 import re
 from collections.abc import Callable, Mapping
-from typing import ClassVar, NamedTuple, TypeVar
+from typing import ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
@@ -351,7 +350,7 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
 def unpack(module: Projection) -> nn.Linear | Adapted:
     """A computed linear as an nn.Linear. An adapted one keeps its correction; a dense one is returned as it is."""
     if not isinstance(base_of(module), ComputedLinear):
-        return module
+        return cast("nn.Linear | Adapted", module)
     dense = _linear(module.weight, module.bias)
     return Adapted(dense, module.lora_A, module.lora_B) if isinstance(module, Adapted) else dense
 

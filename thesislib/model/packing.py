@@ -77,7 +77,10 @@ class Pattern(NamedTuple):
         return (self.states - 1).bit_length()
 
 
-NINE = tuple(Pattern.parse(text) for text in ("1:2", "2:4", "3:4", "1:8", "4:8", "6:8", "1:16", "8:16", "12:16"))
+_REMOVED = {2: (1,), 4: (2, 3), 8: (1, 4, 6), 16: (1, 8, 12)}
+THESIS_PATTERNS = tuple(
+    Pattern.parse(text) for text in ("1:2", "2:4", "3:4", "1:8", "4:8", "6:8", "1:16", "8:16", "12:16")
+)
 
 
 def pack_nm(weight: torch.Tensor, pattern: Pattern) -> tuple[torch.Tensor, torch.Tensor]:

@@ -129,13 +129,13 @@ class QuantisedLinear(ComputedLinear):
         if mask == "bitmap" and "bitmap" in tensors:
             nonzero = int(unpack_bits(tensors["bitmap"], 1, 8 * len(tensors["bitmap"])).sum())
         expected = stored_shapes(encoding, shape, nonzero, "index" in tensors)
-        for part, (size, kind) in expected.items():
+        for part, (size, expected_dtype) in expected.items():
             if part not in tensors:
                 raise BadInput(f"it lacks the weight '{name}.{part}'")
             tensor = tensors[part]
-            if tensor.shape != torch.Size(size) or tensor.dtype != kind:
+            if tensor.shape != torch.Size(size) or tensor.dtype != expected_dtype:
                 actual = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-                raise BadInput(f"'{name}.{part}' is {actual}, expected {kind} of shape {size}")
+                raise BadInput(f"'{name}.{part}' is {actual}, expected {expected_dtype} of shape {size}")
         groups = shape[1] // grid.size(shape[1])
         if "index" in tensors and not 0 <= tensors["index"].min() <= tensors["index"].max() < groups:
             raise BadInput(f"'{name}.index' names groups that it does not have")

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from torch.sparse import to_sparse_semi_structured
 
@@ -81,12 +82,14 @@ def semi_structured(subject: Subject) -> Subject:
     if dtype not in (torch.float16, torch.bfloat16):
         raise BadInput(f"2:4 kernels cannot run in {dtype}: expected torch.bfloat16 or torch.float16")
     result = subject.copy(unpack=False)
-    bases: dict[int, tuple[Projection, Projection]] = {}  # each linear, kept alive so that ids stay unique, and its new
+    # each linear, kept alive so that ids stay unique, and its replacement
+    bases: dict[int, tuple[nn.Linear | ComputedLinear, nn.Linear | ComputedLinear]] = {}
     for i, block in enumerate(result.blocks):
         for name, module in result.linears(i).items():
             base = base_of(module)
             if id(base) not in bases:
-                weight, new = base.weight.detach(), base
+                weight = base.weight.detach()
+                new: nn.Linear | ComputedLinear = base
                 if weight.shape[0] % 32 == 0 and weight.shape[1] % 64 == 0 and packing.most_kept(weight, 4) <= 2:
                     new = SemiStructuredLinear(to_sparse_semi_structured(weight.contiguous()), base.bias)
                 bases[id(base)] = base, new

@@ -1,4 +1,4 @@
-"""A configuration's label: the stages that made it in order, as D2+W1:8+W+Q+E; the model as it was is 'dense'."""
+"""A configuration's label: its stages in order, such as D2+W1:8+W+Q+E; 'dense' is the uncompressed model."""
 
 import re
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ DENSE = "dense"
 
 
 def stage_class(part: str) -> type[Stage]:
-    """The stage that writes this part of a label.
+    """The class of the stage whose label is this part.
 
     Raises:
-        BadInput: no stage does.
+        BadInput: no stage has such a label.
     """
-    for kind in STAGES.values():
-        if re.fullmatch(kind.pattern, part, re.ASCII):
-            return kind
+    for cls in STAGES.values():
+        if re.fullmatch(cls.pattern, part, re.ASCII):
+            return cls
     raise BadInput(
         f"part '{part}' is not understood: expected a recipe's .yaml file, or parts like D2 or W1:8 joined by '+'"
     )
@@ -27,7 +27,7 @@ def stage_class(part: str) -> type[Stage]:
 
 @dataclass(frozen=True)
 class Label:
-    """What was done to a model, stage by stage; `str` is the only writer.
+    """The label of a configuration; `str` gives its text.
 
     Attributes:
         parts: the labels of the stages, e.g. ("D2", "W1:8", "W"); none for the dense model.
@@ -37,43 +37,42 @@ class Label:
 
     @classmethod
     def parse(cls, text: str) -> "Label":
-        """The label that a text writes.
+        """The label of a text.
 
         >>> Label.parse("D2+W1:8").parts
         ('D2', 'W1:8')
 
         Raises:
-            BadInput: a part that no stage writes.
+            BadInput: a part that is no stage's.
         """
         label = cls(() if text == DENSE else tuple(text.split("+")))
-        label.kinds  # noqa: B018, refuses what is no part
+        label.classes  # noqa: B018, raises for a part that is no stage's
         return label
 
     def __str__(self) -> str:
         return "+".join(self.parts) or DENSE
 
     @property
-    def kinds(self) -> tuple[type[Stage], ...]:
-        """The stage of each part."""
+    def classes(self) -> tuple[type[Stage], ...]:
+        """The class of each part's stage."""
         return tuple(stage_class(part) for part in self.parts)
 
     def of_family(self, family: str) -> tuple[str, ...]:
         """The parts of stages of one family, see `thesislib.compress.stage.FAMILIES`."""
-        return tuple(part for part, kind in zip(self.parts, self.kinds, strict=True) if kind.family == family)
+        return tuple(part for part, cls in zip(self.parts, self.classes, strict=True) if cls.family == family)
 
     def of(self, word: str) -> tuple[str, ...]:
-        """The parts of one stage, by the word that recipes call it."""
-        return tuple(part for part, kind in zip(self.parts, self.kinds, strict=True) if kind.word == word)
+        """The parts of one stage, by its word in recipes."""
+        return tuple(part for part, cls in zip(self.parts, self.classes, strict=True) if cls.word == word)
 
     @property
     def family(self) -> str:
-        """The last of the families, pruned to compensated, that some stage belongs to; the dense model counts as pruned
-        by nothing."""
-        return max((kind.family for kind in self.kinds), key=FAMILIES.index, default=FAMILIES[0])
+        """The family of its stages that comes last in `FAMILIES`; 'pruned' for the dense model."""
+        return max((cls.family for cls in self.classes), key=FAMILIES.index, default=FAMILIES[0])
 
     @property
     def depth(self) -> int:
-        """How many whole blocks were removed."""
+        """The number of whole blocks that were removed."""
         return sum(int(part[1:]) for part in self.of("depth") if part[1:].isdigit())
 
     @property
@@ -83,30 +82,30 @@ class Label:
 
     @property
     def pruned(self) -> "Label":
-        """The pruning alone."""
+        """The label of its pruning stages alone."""
         return Label(self.of_family("pruned"))
 
     @property
     def training(self) -> tuple[str, ...]:
-        """What it was trained on, in order: W for WikiText, T for TriviaQA."""
+        """The texts that it was trained on, in order: W for WikiText, T for TriviaQA."""
         return tuple(part[0] for part in self.of_family("trained"))
 
     @property
     def bits(self) -> int | None:
-        """Of quantised weights; None if they are not quantised."""
+        """The bits of quantised weights; None if they are not quantised."""
         quantised = self.of_family("quantised")
         return int(re.sub(r"\D", "", quantised[-1]) or 4) if quantised else None
 
     @property
     def corrected(self) -> bool:
-        """Whether low-rank corrections that were not trained make up for a loss."""
+        """Whether a stage added low-rank corrections without training."""
         return bool(self.of_family("compensated"))
 
     def before(self) -> "Label":
         """The label without its last stage.
 
         Raises:
-            BadInput: the dense model has none.
+            BadInput: the dense model has no stage.
         """
         if not self.parts:
             raise BadInput(f"'{DENSE}' is the model as it was: there is none before it")

@@ -1,5 +1,4 @@
-"""Blocks read from a checkpoint's safetensors one at a time and written back: models larger than memory, see
-`stream`."""
+"""Pruning a model larger than memory: its blocks are read from a checkpoint and written back one at a time."""
 
 import copy
 import json
@@ -13,7 +12,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoTokenizer
 
 from thesislib.errors import BadInput, unknown
 from thesislib.files import whole_folder, write_whole
@@ -28,8 +26,8 @@ from thesislib.formats.checkpoint import (
     empty_model,
     full_name,
     headers,
-    quiet_transformers,
     read_config,
+    read_tokenizer,
 )
 from thesislib.formats.load import checkpoint_folder
 from thesislib.formats.options import check_dtype, own_dtype
@@ -38,21 +36,21 @@ from thesislib.model.layers import projections
 from thesislib.model.subject import DTYPES, fingerprint
 from thesislib.model.tokenizers import check_windows
 from thesislib.pipeline.recipe import read_recipe
-from thesislib.pipeline.run import place_for
+from thesislib.pipeline.run import artifact_folder
 from thesislib.sources.rows import default_data
 
 
 class FromFolder:
-    """The blocks of a plain checkpoint folder; each is written into `target` when it has been visited.
+    """The blocks of a plain checkpoint folder; after its visit each is written into `target`.
 
-    After the pass, `finish` writes what is no block (embedding, last norm, head), the index, configuration and
-    tokenizer: a plain sharded checkpoint, one file a block.
+    After the pass, `finish` writes the embedding, the last norm and the head, the index, the configuration and the
+    tokenizer. The result is a plain sharded checkpoint with a file for each block.
 
     Args:
         source: a folder with config.json and safetensors.
         target: an existing folder, best a temporary one (`thesislib.files.whole_folder`).
-        dtype: 'float32' or 'bfloat16', of the computation and of what is written.
-        device: where the one block is that is in memory.
+        dtype: 'float32' or 'bfloat16', of the computation and of the result.
+        device: of the one block in memory.
 
     Raises:
         BadInput: a folder that is no such checkpoint, unknown architecture or dtype.
@@ -70,20 +68,15 @@ class FromFolder:
             )
         stored = headers(self.source)
         self.model = empty_model(config, self.dtype).eval().requires_grad_(False)
-        check_tensors(
-            self.source,
-            stored,
-            {key: tuple(t.shape) for key, t in self.model.state_dict().items()},
-            bool(config.tie_word_embeddings),
-        )
-        # {name in the model: (file, name in it)}
-        self.files = {
-            full_name(key): (header.file, key) for key, header in stored.items() if not DERIVED.fullmatch(key)
-        }
+        expected = {key: tuple(t.shape) for key, t in self.model.state_dict().items()}
+        check_tensors(self.source, stored, expected, bool(config.tie_word_embeddings))
+        # by a tensor's name in the model: its file, and its name there
+        used = ((key, header.file) for key, header in stored.items() if not DERIVED.fullmatch(key))
+        self.files = {full_name(key): (file, key) for key, file in used}
         if config.tie_word_embeddings and HEAD in self.files:
             if EMBEDDING not in self.files or torch.equal(self._tensor(HEAD), self._tensor(EMBEDDING)):
                 self.files.setdefault(EMBEDDING, self.files.pop(HEAD))
-            else:  # as everywhere, a head of its own is left alone
+            else:  # another head is kept, see `thesislib.formats.checkpoint.read_tensors`
                 config.tie_word_embeddings = False
         self.config, self.depth = config, config.num_hidden_layers
         self.windows = attention_windows(config)
@@ -92,28 +85,27 @@ class FromFolder:
 
     @property
     def inputs(self) -> dict[str, int]:
-        """{projection: inputs} of one block."""
+        """The inputs of each projection of a block by name."""
         return {name: m.weight.shape[1] for name, m in projections(self.model.model.layers[0]).items()}
 
     @property
     def fingerprint(self) -> str:
-        """As `Subject.fingerprint`, reading one tensor at a time."""
+        """As `Subject.fingerprint`, with one tensor in memory at a time."""
         tied = {"lm_head.weight": "model.embed_tokens.weight"} if self.config.tie_word_embeddings else {}
         return fingerprint((key, self._tensor(tied.get(key, key))) for key in sorted(self.model.state_dict()))
 
     @property
     def sizes(self) -> dict[str, int]:
-        """As `thesislib.formats.sizes.sizes`, reading one tensor at a time; in memory the whole model would take
-        what it has on disk."""
+        """As `thesislib.formats.sizes.sizes` of the whole model, with one tensor in memory at a time."""
         parameters = nonzero = 0
         for key in self.files:
             tensor = self._tensor(key)
             parameters, nonzero = parameters + tensor.numel(), nonzero + int(torch.count_nonzero(tensor))
-        held = parameters * self.dtype.itemsize + sum(buffer.nbytes for buffer in self._rotary.buffers())
-        return {"parameters": parameters, "nonzero_parameters": nonzero, "bytes_in_memory": held}
+        nbytes = parameters * self.dtype.itemsize + sum(buffer.nbytes for buffer in self._rotary.buffers())
+        return {"parameters": parameters, "nonzero_parameters": nonzero, "bytes_in_memory": nbytes}
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """(B, T) tokens to (B, T, D); the embedding stays in memory only for this call."""
+        """(B, T) tokens -> (B, T, D); the embedding is in memory only during this call."""
         file, key = self.files[EMBEDDING]
         with safe_open(file, framework="pt") as opened:
             table = opened.get_tensor(key)
@@ -125,7 +117,7 @@ class FromFolder:
 
     @contextmanager
     def hold(self, i: int) -> Iterator[nn.Module]:
-        """Block i in memory; its changes are written when the context ends without an error."""
+        """Block i in memory; it is written when the context ends without an error."""
         block, prefix = copy.deepcopy(self.model.model.layers[i]), f"model.layers.{i}."
         block.load_state_dict({k: self._tensor(prefix + k) for k in block.state_dict()}, assign=True)
         block.requires_grad_(False)
@@ -137,36 +129,27 @@ class FromFolder:
 
     def finish(self) -> None:
         """Write the rest of the checkpoint."""
-        rest = {
-            k: self._tensor(k).cpu()
-            for k in self.model.state_dict()
-            if not k.startswith("model.layers.") and k in self.files
-        }
-        self._write(f"model-{self.depth:05d}.safetensors", rest)
+        names = [k for k in self.model.state_dict() if not k.startswith("model.layers.") and k in self.files]
+        self._write(f"model-{self.depth:05d}.safetensors", {name: self._tensor(name).cpu() for name in names})
         size = sum((self.target / f).stat().st_size for f in set(self.written.values()))
-        write_whole(
-            self.target / INDEX, json.dumps({"metadata": {"total_size": size}, "weight_map": self.written}, indent=1)
-        )
+        index = {"metadata": {"total_size": size}, "weight_map": self.written}
+        write_whole(self.target / INDEX, json.dumps(index, indent=1))
         config = copy.deepcopy(self.config)
         config.dtype = self.dtype
         config.save_pretrained(self.target)
         for file in self.source.iterdir():  # tokenizer, chat template, generation settings
-            if (
-                file.is_file()
-                and file.suffix in (".json", ".jinja", ".model", ".txt")
-                and not (self.target / file.name).exists()
-                and file.name != "artifact.json"
-            ):
+            copied = file.is_file() and file.suffix in (".json", ".jinja", ".model", ".txt") and file.name != RECORD
+            if copied and not (self.target / file.name).exists():
                 shutil.copyfile(file, self.target / file.name)
 
     def _tensor(self, name: str) -> torch.Tensor:
+        """A tensor of the source by its name in the model."""
         file, key = self.files[name]
-        with safe_open(
-            file, framework="pt"
-        ) as opened:  # opened anew each time: a file kept open keeps its pages in memory
+        with safe_open(file, framework="pt") as opened:  # each time, since an open file keeps its pages in memory
             return opened.get_tensor(key).to(self.device, self.dtype)
 
     def _write(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        """Write a file of the target, and check that it reads back."""
         tensors = {k: v.contiguous() for k, v in tensors.items()}
         save_file(tensors, self.target / name, metadata={"format": "pt"})
         with safe_open(self.target / name, framework="pt") as file:
@@ -181,28 +164,27 @@ class FromFolder:
 def compress_streamed(
     spec: str, recipe: str | Path, out: Path, *, data: str | None = None, dtype: str | None = None, device: str = "cpu"
 ) -> Path:
-    """Carry out a recipe of one width stage on weights that are read and written one block at a time; writes an
-    artifact folder.
+    """Run a recipe of one width stage with one block in memory at a time, and write an artifact folder.
 
     Args:
         spec: a subject that is a plain checkpoint.
         recipe: a recipe's file or label.
         out: a new folder, or an artifact that this one replaces.
-        data: calibration data spec; by default the recipe's own, else THESISLIB_DATA, else embedded.
-        dtype: of the computation and of what is written; by default the subject's own, see
-            `thesislib.formats.options.own_dtype`. device: a torch device.
+        data: a data spec for calibration; by default the recipe's own, else THESISLIB_DATA, else embedded.
+        dtype: of the computation and of the result; by default the subject's own, see
+            `thesislib.formats.options.own_dtype`.
+        device: a torch device.
 
     Raises:
-        BadInput: other stages, or whatever the stage or the checkpoint refuses.
+        BadInput: other stages; a checkpoint, a text or a shape that cannot be used.
     """
-    plan = read_recipe(recipe)
-    if len(plan.stages) != 1 or not plan.stages[0].streams or plan.stages[0].family != "pruned":
+    parsed = read_recipe(recipe)
+    if len(parsed.stages) != 1 or not parsed.stages[0].streams or parsed.stages[0].family != "pruned":
         raise BadInput(
-            f"--stream-weights takes a recipe of one WANDA stage, e.g. W2:4, and this one is {plan.label}: carry "
-            "out the others first with --plain, "
-            "then stream over the checkpoint they leave"
+            f"--stream-weights takes a recipe of one WANDA stage, e.g. W2:4, and this one is {parsed.label}: carry "
+            "out the others first with --plain, then stream over the checkpoint they leave"
         )
-    config: Any = plan.stages[0]  # of a class that can stream
+    stage: Any = parsed.stages[0]  # of a class with `stream_weights`
     check_dtype(dtype)
     source, name = checkpoint_folder(spec)
     dtype = dtype or own_dtype(spec)
@@ -211,23 +193,23 @@ def compress_streamed(
             f"{source} is a packed artifact: weights are streamed from a plain checkpoint, which `thesislib "
             "compress --plain` writes"
         )
-    out = place_for(out, source)
-    with quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    windows = config.ids(tokenizer, next(given for given in (data, plan.data, default_data()) if given is not None))
+    out = artifact_folder(out, source)
+    tokenizer = read_tokenizer(source)
+    spec_of_data = next(spec for spec in (data, parsed.data, default_data()) if spec is not None)
+    windows = stage.ids(tokenizer, spec_of_data)
     with whole_folder(out) as folder:
         blocks = FromFolder(source, folder, dtype, device)
         check_windows(blocks.model, tokenizer, windows)
-        config.check(blocks.inputs, blocks.depth)
-        report = config.stream_weights(blocks, windows)
+        stage.check(blocks.inputs, blocks.depth)
+        report = stage.stream_weights(blocks, windows)
         blocks.finish()
         before, after = FromFolder(source, folder, dtype), FromFolder(folder, folder, dtype)
         write_record(
             folder,
-            label=plan.label,
+            label=parsed.label,
             name=name,
             plan=None,
-            stages=plan.plain(),
+            stages=parsed.entries(),
             reports=[report],
             base={"name": name, "fingerprint": before.fingerprint},
             fingerprint=after.fingerprint,

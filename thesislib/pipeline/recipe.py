@@ -1,8 +1,8 @@
-"""Recipes: which compression stages, with which settings, in which order; what cannot work fails before anything loads.
+"""Recipes: compression stages with their settings, in order, checked before a model is loaded.
 
-A recipe is a YAML file, or a label such as D2+W1:8 where the label says it all::
+A recipe is a YAML file, or a label such as D2+W1:8 if all other settings have their defaults::
 
-    label: D2+W1:8          # optional, checked against what the stages make
+    label: D2+W1:8          # optional, checked against the stages' own label
     include: other.yaml     # optional: its stages come first; a file in this one's folder or below
     data: embedded          # optional: a data spec for calibration; a folder is one in this file's folder or below
     stages:
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import yaml
 
-from thesislib.compress.stage import STAGES, Shape, Stage, plain
+from thesislib.compress.stage import STAGES, Shape, Stage, as_entry
 from thesislib.config import build, fields_of
 from thesislib.errors import BadInput, unknown
 from thesislib.files import expanded, is_folder
@@ -30,29 +30,36 @@ KEYS = ("label", "name", "include", "data", "stages")
 
 @dataclass(frozen=True)
 class Recipe:
-    """Stages in order, where each was written ("FILE:LINE", or the label), and the data spec, None if not given."""
+    """A recipe.
+
+    Attributes:
+        stages: in order.
+        locations: where each stage is written, for messages: "FILE:LINE", or the label.
+        data: a data spec; None if the recipe has none.
+        name: the recipe's name; None if it has none.
+    """
 
     stages: tuple[Stage, ...]
-    places: tuple[str, ...]
+    locations: tuple[str, ...]
     data: str | None = None
     name: str | None = None
 
     @property
     def label(self) -> str:
-        """As the thesis writes a configuration: D2+W1:8+W+Q+E."""
+        """The configuration's label as in the thesis: D2+W1:8+W+Q+E."""
         return self.label_of(len(self.stages))
 
     def label_of(self, n: int) -> str:
-        """Of the first `n` stages."""
+        """The label of the first `n` stages."""
         return "+".join(stage.label for stage in self.stages[:n])
 
-    def plain(self) -> list[dict[str, dict]]:
-        """The stages as a YAML file would give them, every default filled in."""
-        return [plain(stage) for stage in self.stages]
+    def entries(self) -> list[dict[str, dict]]:
+        """The stages as entries of a YAML file, with every default."""
+        return [as_entry(stage) for stage in self.stages]
 
     def check(self, shape: Shape | None = None) -> None:
         """Raises BadInput if a stage cannot follow those before it or, given a shape, does not fit such a subject."""
-        for i, (stage, where) in enumerate(zip(self.stages, self.places, strict=True)):
+        for i, (stage, where) in enumerate(zip(self.stages, self.locations, strict=True)):
             try:
                 shape = stage.after(self.stages[:i], shape)
             except BadInput as error:
@@ -63,10 +70,10 @@ class Recipe:
 
 
 def read_recipe(source: str | Path) -> Recipe:
-    """The recipe that a file holds or that a label is, checked for what needs no subject.
+    """The recipe of a file or a label, with every check that needs no subject.
 
     Raises:
-        BadInput: anything that cannot work, with file and line and the nearest thing that would.
+        BadInput: a recipe that cannot work; the message has file and line.
     """
     path = expanded(source)
     looks_like_a_file = path.suffix in (".yaml", ".yml") or len(path.parts) > 1
@@ -76,7 +83,7 @@ def read_recipe(source: str | Path) -> Recipe:
 
 
 def read_all(sources: Iterable[str | Path]) -> dict[str, Recipe]:
-    """Several recipes by their file's path; a folder stands for all .yaml files in it.
+    """Several recipes by their file's path; for a folder those of all .yaml files in it.
 
     Raises:
         BadInput: see `read_recipe`; a folder without recipes; two files with one label.
@@ -101,13 +108,13 @@ def read_all(sources: Iterable[str | Path]) -> dict[str, Recipe]:
 
 
 def parse_label(label: str) -> Recipe:
-    """The recipe that a label writes, every setting that it does not name at its default.
+    """The recipe of a label, with defaults for all settings that the label does not give.
 
     >>> parse_label("D2+W1:8").stages[1].of
     8
 
     Raises:
-        BadInput: a part that is no stage's label, or of a stage whose settings the label does not fix.
+        BadInput: a part that is no stage's label, or does not give all settings that have no default.
     """
     parts = [part.strip() for part in str(label).split("+")]
     stages = []
@@ -121,68 +128,68 @@ def parse_label(label: str) -> Recipe:
 
 def _of_label(part: str) -> Stage:
     """The stage whose label `part` is."""
-    kind = stage_class(part)
-    found = kind.from_label(part)
-    if found is None:
+    cls = stage_class(part)
+    stage = cls.from_label(part)
+    if stage is None:
         raise BadInput(
-            f"'{part}' does not say all settings of the stage '{kind.word}': expected a recipe's .yaml file with them"
+            f"'{part}' does not say all settings of the stage '{cls.word}': expected a recipe's .yaml file with them"
         )
-    return found
+    return stage
 
 
-def _load(path: Path, above: tuple[Path, ...]) -> Recipe:
-    """The recipe in a file that the files `above` include, outermost first."""
+def _load(path: Path, including: tuple[Path, ...]) -> Recipe:
+    """The recipe in a file; `including` are the files that include it, outermost first."""
     root = compose(path)
     if not isinstance(root, yaml.MappingNode):
         raise at(path, root, f"a recipe is a mapping with the keys {', '.join(KEYS)}")
-    given = entries(root, path, "key of a recipe", KEYS)
+    nodes = entries(root, path, "key of a recipe", KEYS)
     texts = {}
     for key in ("label", "name", "include", "data"):
-        if key in given:
-            texts[key] = given[key].value
-            if not isinstance(given[key], yaml.ScalarNode) or not texts[key]:
-                raise at(path, given[key], f"'{key}' must be a text")
-    stages, places, data = [], [], None
-    if "include" in given:
-        included, chain = _inside(path, given["include"]), (*above, path)
-        if len(chain) > DEEPEST:
-            raise at(path, given["include"], f"recipes include each other more than {DEEPEST} deep")
-        if included.resolve() in {file.resolve() for file in chain}:
-            raise at(
-                path,
-                given["include"],
-                f"including '{texts['include']}' closes a cycle: {' -> '.join(f.name for f in (*chain, included))}",
-            )
-        if not is_file(included):
-            raise at(path, given["include"], f"there is no file {included} to include")
-        first = _load(included, chain)
-        stages, places, data = list(first.stages), list(first.places), first.data
-    if "data" in given:
-        data = texts["data"] if texts["data"] in ("embedded", "hub") else str(_inside(path, given["data"]))
+        if key in nodes:
+            texts[key] = nodes[key].value
+            if not isinstance(nodes[key], yaml.ScalarNode) or not texts[key]:
+                raise at(path, nodes[key], f"'{key}' must be a text")
+    first = _included(path, nodes["include"], (*including, path)) if "include" in nodes else Recipe((), ())
+    stages, locations, data = list(first.stages), list(first.locations), first.data
+    if "data" in nodes:
+        data = texts["data"] if texts["data"] in ("embedded", "hub") else str(_inside(path, nodes["data"]))
         try:
             rows.origin_of(data)
         except BadInput as error:
-            raise at(path, given["data"], error) from error
-    listed = given.get("stages")
+            raise at(path, nodes["data"], error) from error
+    listed = nodes.get("stages")
     if listed is not None and not isinstance(listed, yaml.SequenceNode):
         raise at(path, listed, "'stages' must be a list, each entry one stage such as '- depth: {remove: 2}'")
     for entry in listed.value if listed is not None else []:
         stages.append(_stage(entry, path))
-        places.append(location(path, entry))
+        locations.append(location(path, entry))
     if not stages:
         raise at(
             path, listed or root, f"the recipe has no stages: expected 'stages:' and a list of {', '.join(STAGES)}"
         )
-    recipe = Recipe(tuple(stages), tuple(places), data, texts.get("name"))
-    if "label" in given and texts["label"] != recipe.label:
+    recipe = Recipe(tuple(stages), tuple(locations), data, texts.get("name"))
+    if "label" in nodes and texts["label"] != recipe.label:
         raise at(
-            path, given["label"], f"label '{texts['label']}' is not that of these stages, which is '{recipe.label}'"
+            path, nodes["label"], f"label '{texts['label']}' is not that of these stages, which is '{recipe.label}'"
         )
     return recipe
 
 
+def _included(path: Path, node: yaml.Node, chain: tuple[Path, ...]) -> Recipe:
+    """The recipe that a file includes; `chain` are the files that include each other, down to this one."""
+    included = _inside(path, node)
+    if len(chain) > DEEPEST:
+        raise at(path, node, f"recipes include each other more than {DEEPEST} deep")
+    if included.resolve() in {file.resolve() for file in chain}:
+        cycle = " -> ".join(file.name for file in (*chain, included))
+        raise at(path, node, f"including '{node.value}' closes a cycle: {cycle}")
+    if not is_file(included):
+        raise at(path, node, f"there is no file {included} to include")
+    return _load(included, chain)
+
+
 def _stage(entry: yaml.Node, path: Path) -> Stage:
-    """One entry of `stages`: 'name', 'name:' or 'name: {setting: value}'."""
+    """The stage of an entry of `stages`: 'name', 'name:' or 'name: {setting: value}'."""
     if isinstance(entry, yaml.ScalarNode):
         if entry.value not in STAGES:
             raise at(path, entry, unknown("stage", entry.value, STAGES))
@@ -192,41 +199,34 @@ def _stage(entry: yaml.Node, path: Path) -> Stage:
     else:
         raise at(path, entry, "expected one stage an entry, such as '- depth: {remove: 2}'")
     fields = fields_of(STAGES[name])
-    given = {}
+    nodes = {}
     if isinstance(settings, yaml.MappingNode):
-        given = entries(settings, path, f"setting of stage '{name}'", fields)
+        nodes = entries(settings, path, f"setting of stage '{name}'", fields)
     elif settings is not None and settings.value != "":
-        raise at(
-            path,
-            settings,
-            f"stage '{name}' takes its settings as '- {name}: {{setting: value}}', any of {', '.join(fields)}",
-        )
-    missing = [
-        f
-        for f, field in fields.items()
-        if f not in given and field.default is field.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise at(path, entry, f"stage '{name}' lacks the setting '{missing[0]}'")
-    values = {key: value(node, path) for key, node in given.items()}
+        form = f"'- {name}: {{setting: value}}', any of {', '.join(fields)}"
+        raise at(path, settings, f"stage '{name}' takes its settings as {form}")
+    for key, field in fields.items():
+        if key not in nodes and field.default is field.default_factory is dataclasses.MISSING:
+            raise at(path, entry, f"stage '{name}' lacks the setting '{key}'")
+    values = {key: value(node, path) for key, node in nodes.items()}
     try:
         return build(STAGES[name], values)
-    except (BadInput, TypeError) as error:  # TypeError: a list or mapping of other things than the stage takes
-        raise at(path, _blamed(str(error), given) or entry, f"stage '{name}': {error}") from error
+    except (BadInput, TypeError) as error:  # TypeError: a list or mapping with elements of another type
+        raise at(path, _blamed(str(error), nodes) or entry, f"stage '{name}': {error}") from error
 
 
-def _blamed(message: str, given: Mapping[str, yaml.Node]) -> yaml.Node | None:
-    """The setting that an error is about, so that its line can be said: the one whose name or value the message has."""
+def _blamed(message: str, nodes: Mapping[str, yaml.Node]) -> yaml.Node | None:
+    """The node of the setting that an error is about, for its line: its name or its value is in the message."""
     signs = (
         lambda key, node: f"'{key}'" in message,
         lambda key, node: message.startswith(f"{key} "),
         lambda key, node: node.value and f"'{node.value}'" in message,
     )
-    return next((node for sign in signs for key, node in given.items() if sign(key, node)), None)
+    return next((node for sign in signs for key, node in nodes.items() if sign(key, node)), None)
 
 
 def _inside(path: Path, node: yaml.Node) -> Path:
-    """The path that a recipe's file names, if it is in the file's folder or below."""
+    """The path in a node of a recipe's file, which must be in the file's folder or below."""
     target, root = path.parent / node.value, path.parent.resolve()
     try:
         inside = target.resolve().is_relative_to(root)

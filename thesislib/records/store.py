@@ -329,7 +329,7 @@ def _append(path: Path, content: bytes, new_line: bool = False) -> int:
 
     If the disk is full, the file is cut back to its old length.
     """
-    # no buffer: on closing it would write into the space just freed what it could not write before
+    # no buffer: on closing it would write its rest into the space just freed
     with path.open("ab", buffering=0) as file:
         end = file.seek(0, os.SEEK_END)
         if new_line and end:

@@ -57,10 +57,10 @@ def evaluation_text(data: str | Path = "embedded") -> Text:
     text_rows = rows("wikitext", data)
     if origin_of(data) == "embedded":
         return join("Wikipedia, evaluation half (embedded)", _wikipedia(text_rows[0]["text"], "evaluation"))
-    return _wikitext("WikiText-2 test", text_rows)
+    return wikitext("WikiText-2 test", text_rows)
 
 
-def _wikitext(name: str, text_rows: list[Row]) -> Text:
+def wikitext(name: str, text_rows: list[Row]) -> Text:
     """The text of WikiText's rows, which are lines; its documents are the articles."""
     text = join(name, wikitext_lines(text_rows)).text
     return Text(name, text, (0, *(start for start in article_starts(text) if start > 0)))
@@ -91,7 +91,7 @@ def calibration_text(name: str = "wikipedia", data: str | Path = "embedded") -> 
         raise unknown("calibration text", name, ("wikipedia", "c4"))
     text_rows = rows(f"calibration_{name}", data)
     if name == "wikipedia" and origin_of(data) == "hub":
-        return _wikitext("WikiText-2 train", text_rows)
+        return wikitext("WikiText-2 train", text_rows)
     if origin_of(data) != "embedded":
         # a sample of the same Wikipedia dump must not bring the evaluation half back in
         kept = [row["text"] for row in text_rows if not ("id" in row and _for_evaluation(str(row["id"])))]
@@ -181,7 +181,7 @@ def windows(text: Text, tokenizer, length: int = 512, limit: int | None = None) 
         )
     if limit is not None and limit < 1:
         raise BadInput(f"limit {limit} is too small: expected at least 1 window")
-    ids, span = _encode(text, tokenizer)
+    ids, span = encode(text, tokenizer)
     n = len(ids) // length
     if n == 0:
         raise BadInput(f"window length {length} is longer than text '{text.name}', which has {len(ids)} tokens")
@@ -213,7 +213,7 @@ def calibration_windows(
 
 
 @lru_cache(maxsize=4)  # a study measures many models on one text, and a second of tokenising each time adds up
-def _encode(text: Text, tokenizer) -> tuple[torch.Tensor, np.ndarray]:
+def encode(text: Text, tokenizer) -> tuple[torch.Tensor, np.ndarray]:
     """The tokens (N,) of a text and the character offsets (N, 2) at which each begins and ends."""
     # verbose=False: no warning that the text is longer than the model's context, since it is cut into windows
     encoded = tokenizer(text.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

@@ -1,2 +1,1 @@
-"""Many configurations, or one notebook with many parameters: described in few lines, carried out by many processes,
-resumable."""
+"""Sweeps: many configurations, or one notebook with many values of its parameters, by many processes, resumable."""

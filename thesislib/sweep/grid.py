@@ -1,11 +1,10 @@
-"""A grid of configurations in a few lines of YAML: which labels, what their letters stand for, and what is measured of
-each.
+"""A grid of configurations in a few lines of YAML: labels, the stages of their parts, and the measures of each.
 
-A group is a list of lists: every combination of one part from each, in that order; `none` leaves a part out, and the
-name of a group before it stands for its labels::
+A group is a list of lists. Its labels are all combinations of one part from each list, in that order; `none` leaves a
+part out, and the name of an earlier group stands for that group's labels::
 
     name: example
-    stages:                     # what a label's part stands for, where the label does not say it all
+    stages:                     # the stage of a label's part, where the label does not have all settings
       W: {lora: {text: wikitext, learning_rate: 0.004, steps: 96}}
     groups:
       pruned: [[none, D2, D4], [none, W1:8, W2:4]]
@@ -44,8 +43,14 @@ WRITTEN = "written by `thesislib recipe expand`, do not edit"
 
 @dataclass(frozen=True)
 class Configuration:
-    """One model of a grid: its label ("dense" for no stage), the first group that has it, how it is made and what is
-    measured of it."""
+    """One model of a grid.
+
+    Attributes:
+        label: "dense" for no stage.
+        group: the first that has it.
+        recipe: its stages.
+        measures: {name: setup} of its measurements.
+    """
 
     label: str
     group: str
@@ -57,8 +62,12 @@ class Configuration:
 class Grid:
     """A grid at one size.
 
-    configurations: in the order they are carried out. timed: tokens that single-token speed is measured over, None for
-    no timing. refused: why other labels make none, on any subject (see `read_grid`).
+    Attributes:
+        name: of the grid.
+        size: of `sizes`.
+        configurations: in the order in which they are carried out.
+        timed: over how many tokens the seconds of a token are measured; None for no timing.
+        refused: why other labels can work on no subject, see `read_grid`.
     """
 
     name: str
@@ -91,106 +100,112 @@ class Grid:
 def read_grid(
     file: str | Path, size: str, strict: bool = True, only: Sequence[str] = (), measures: Sequence[str] = ()
 ) -> Grid:
-    """The grid that a file describes, at one of its sizes; every label is read before anything runs.
+    """The grid of a file at one of its sizes. Every label is read before anything runs.
 
     Args:
-        file, size: which.
-        strict: False leaves labels that can work on no subject to `Grid.check`, which names them beside those that do
-            not fit the subject at hand.
-        only: these labels of it, in the grid's order; none for all.
-        measures: these measures of it, "seconds per token" among them where the size is timed; none for all.
+        file: a YAML file.
+        size: one of its sizes.
+        strict: whether a label that can work on no subject is an error. False leaves it to `Grid.check`, which names it
+            beside the labels that do not fit the subject at hand.
+        only: keep these labels, in the grid's order; none for all.
+        measures: keep these measures, among them "seconds per token" if the size is timed; none for all.
 
     Raises:
-        BadInput: a file that is none; an unknown size, key, measure or label. Labels that cannot work are all named.
+        BadInput: a file that is no grid; an unknown size, key, measure or label. Labels that cannot work are all named.
     """
     path = expanded(file)
-    plain = _mapping(value(compose(path), path), KEYS, str(path))
+    top = _mapping(value(compose(path), path), KEYS, str(path))
     for key in ("groups", "sizes"):
-        if not isinstance(plain.get(key), dict) or not plain[key]:
+        if not isinstance(top.get(key), dict) or not top[key]:
             raise BadInput(f"{path}: '{key}' is missing or empty: expected a mapping")
-    if size not in plain["sizes"]:
-        raise unknown(f"size of {path}", size, plain["sizes"])
-    sized = _mapping(plain["sizes"][size], SIZE_KEYS, f"{path}, size {size}")
-    for where, given in ((str(path), plain), (f"{path}, size {size}", sized)):
-        if not isinstance(given.get("stages", {}), dict):
-            raise BadInput(
-                f"{where}: 'stages' is {given['stages']!r}: expected a mapping such as {{W: {{lora: {{text: "
-                "wikitext}}}, or no such key"
-            )
-    stages = _stages({**plain.get("stages", {}), **sized.get("stages", {})}, path)
-    groups = _groups(plain["groups"], str(path))
-    for name in _texts(sized.get("groups", []), f"{path}, size {size}, groups"):
-        if name not in groups:
-            raise unknown(f"group of {path}", name, groups)
-    kept = {name: groups[name] for name in sized.get("groups", groups)}
-    by_label = {
-        label: name for name, labels in reversed(kept.items()) for label in labels
-    }  # of several, the first group
-    order = dict.fromkeys(label for labels in kept.values() for label in labels)
+    if size not in top["sizes"]:
+        raise unknown(f"size of {path}", size, top["sizes"])
+    at = f"{path}, size {size}"
+    sized = _mapping(top["sizes"][size], SIZE_KEYS, at)
+    stages = _stages({**_given_stages(top, str(path)), **_given_stages(sized, at)}, path)
+    groups = _size_groups(_groups(top["groups"], str(path)), sized, at, path)
+    group_of = {label: name for name, labels in reversed(groups.items()) for label in labels}  # the first that has it
+    labels = dict.fromkeys(label for labels in groups.values() for label in labels)
     if "take" in sized:
-        order = dict.fromkeys(_texts(sized["take"], f"{path}, size {size}, take"))
-    order = _chosen(f"label of {path}, size {size}", only, order)
+        labels = dict.fromkeys(_texts(sized["take"], f"{at}, take"))
     every = _measures(sized.get("measures"), path)
-    few = _mapping(sized.get("few", {}), set(kept), f"{path}, size {size}, few")
-    for name in itertools.chain.from_iterable(_texts(names, f"{path}, size {size}, few") for names in few.values()):
-        if name not in every:
-            raise unknown(f"measure under 'few' of {path}", name, every)
+    few = _few(sized, set(groups), every, at, path)
     timed = sized.get("timed")
     if timed is not None and not (isinstance(timed, int) and timed > 0):
         raise BadInput(f"{path}: 'timed' is {timed!r}: expected how many tokens, e.g. 32")
-    chosen = _chosen(f"measure of {path}, size {size}", measures, [*every, *([SECONDS_PER_TOKEN] if timed else [])])
-    found, wrong = [], []
-    for label in order:
+    chosen = _chosen(f"measure of {at}", measures, [*every, *([SECONDS_PER_TOKEN] if timed else [])])
+    configurations, wrong = [], []
+    for label in _chosen(f"label of {at}", only, labels):
         try:
             recipe = _recipe(label, stages)
             recipe.check()
         except BadInput as error:
             wrong.append(str(error))
             continue
-        group = by_label.get(label, "taken")
-        found.append(
-            Configuration(
-                label, group, recipe, {n: m for n, m in every.items() if n in chosen and n in few.get(group, every)}
-            )
-        )
+        group = group_of.get(label, "taken")
+        setups = {name: setup for name, setup in every.items() if name in chosen and name in few.get(group, every)}
+        configurations.append(Configuration(label, group, recipe, setups))
     if wrong and strict:
         raise BadInput(f"{path}: {len(wrong)} configurations cannot work:\n  " + "\n  ".join(wrong))
-    return Grid(
-        str(plain.get("name", path.stem)),
-        size,
-        tuple(found),
-        timed if SECONDS_PER_TOKEN in chosen else None,
-        tuple(wrong),
-    )
+    timed = timed if SECONDS_PER_TOKEN in chosen else None
+    return Grid(str(top.get("name", path.stem)), size, tuple(configurations), timed, tuple(wrong))
 
 
-def _chosen(what: str, names: Sequence[str], known: Iterable[str]) -> dict[str, None]:
-    """Those of `known` that are named, or all where none is; in the order of `known`."""
+def _given_stages(entries: Mapping, at: str) -> dict:
+    """The `stages` of a grid or of a size."""
+    given = entries.get("stages", {})
+    if not isinstance(given, dict):
+        example = "{W: {lora: {text: wikitext}}}"
+        raise BadInput(f"{at}: 'stages' is {given!r}: expected a mapping such as {example}, or no such key")
+    return given
+
+
+def _size_groups(groups: dict[str, list[str]], sized: Mapping, at: str, path: Path) -> dict[str, list[str]]:
+    """The groups of a size; by default all."""
+    for name in _texts(sized.get("groups", []), f"{at}, groups"):
+        if name not in groups:
+            raise unknown(f"group of {path}", name, groups)
+    return {name: groups[name] for name in sized.get("groups", groups)}
+
+
+def _few(sized: Mapping, groups: set[str], measures: Mapping, at: str, path: Path) -> dict[str, list[str]]:
+    """{group: the only measures of its configurations}, from the `few` of a size."""
+    few = _mapping(sized.get("few", {}), groups, f"{at}, few")
+    for name in itertools.chain.from_iterable(_texts(names, f"{at}, few") for names in few.values()):
+        if name not in measures:
+            raise unknown(f"measure under 'few' of {path}", name, measures)
+    return few
+
+
+def _chosen(title: str, names: Sequence[str], known: Iterable[str]) -> dict[str, None]:
+    """Those of `known` that are in `names`, or all if that is empty, in the order of `known`.
+
+    Raises:
+        BadInput: a name that is not known; `title` says of what.
+    """
     known = dict.fromkeys(known)
     for name in names:
         if name not in known:
-            raise unknown(what, name, known)
+            raise unknown(title, name, known)
     return dict.fromkeys(name for name in known if not names or name in names)
 
 
 def write_recipes(grid: Grid, folder: Path) -> list[Path]:
-    """One recipe a configuration, D2+W1:8 as d2_w1_8.yaml, for `thesislib compress`; files that it wrote of
-    configurations that are gone go."""
+    """Write one recipe a configuration, D2+W1:8 as d2_w1_8.yaml, for `thesislib compress`. Files that it wrote earlier
+    for other configurations are removed."""
     texts = {}
     for c in grid.configurations:
         if c.recipe.stages:
-            stages = [
-                {name: _given(STAGES[name], values) for name, values in stage.items()} for stage in c.recipe.plain()
-            ]
-            body = yaml.safe_dump(
-                {"label": c.recipe.label, "stages": stages}, sort_keys=False, default_flow_style=None, width=120
-            )
+            every = c.recipe.entries()
+            stages = [{name: _given(STAGES[name], values) for name, values in stage.items()} for stage in every]
+            entries = {"label": c.recipe.label, "stages": stages}
+            body = yaml.safe_dump(entries, sort_keys=False, default_flow_style=None, width=120)
             texts[folder / f"{file_name(c.label)}.yaml"] = f"# {grid.name}, size {grid.size}: {WRITTEN}\n{body}"
     for file in {*folder.glob("*.yaml")} - set(texts):
         if file.is_file():
             with file.open("rb") as opened:
-                own = WRITTEN.encode() in opened.readline(1000)
-            if own:
+                written_here = WRITTEN.encode() in opened.readline(1000)
+            if written_here:
                 file.unlink()
     for file, text in texts.items():
         write_whole(file, text)
@@ -202,31 +217,34 @@ def file_name(label: str) -> str:
     return label.lower().replace("+", "_").replace(":", "_")
 
 
-def _given(kind: type, values: Mapping) -> dict:
-    """A stage's settings that differ from their defaults, as YAML holds them; a single pattern is kept as a list of
-    one."""
+def _given(stage: type, values: Mapping) -> dict:
+    """The settings of a stage that differ from their defaults, as YAML holds them. A single pattern equals a list of
+    it."""
     shown = {name: list(given) if isinstance(given, tuple) else given for name, given in values.items()}
-    return {name: shown[name] for name, f in fields_of(kind).items() if shown[name] not in (f.default, [f.default])}
+    return {name: shown[name] for name, f in fields_of(stage).items() if shown[name] not in (f.default, [f.default])}
 
 
-def _texts(plain: object, where: str) -> list[str]:
-    if not isinstance(plain, list) or not all(isinstance(x, str) for x in plain):
-        raise BadInput(f"{where} is {plain!r}: expected a list of texts")
-    return plain
+def _texts(entry: object, at: str) -> list[str]:
+    """An entry, if it is a list of texts."""
+    if not isinstance(entry, list) or not all(isinstance(x, str) for x in entry):
+        raise BadInput(f"{at} is {entry!r}: expected a list of texts")
+    return entry
 
 
-def _mapping(plain: object, keys: set[str], where: str) -> dict:
-    if not isinstance(plain, dict):
-        raise BadInput(f"{where}: expected a mapping with the keys {', '.join(sorted(keys))}")
-    for name in plain:
+def _mapping(entry: object, keys: set[str], at: str) -> dict:
+    """An entry, if it is a mapping with no other keys than these."""
+    if not isinstance(entry, dict):
+        raise BadInput(f"{at}: expected a mapping with the keys {', '.join(sorted(keys))}")
+    for name in entry:
         if name not in keys:
-            raise unknown(f"key in {where}", name, sorted(keys))
-    return plain
+            raise unknown(f"key in {at}", name, sorted(keys))
+    return entry
 
 
-def _stages(plain: Mapping[str, Mapping], path: Path) -> dict[str, Stage]:
-    made = {}
-    for letter, entry in plain.items():
+def _stages(entries: Mapping[str, Mapping], path: Path) -> dict[str, Stage]:
+    """{part of a label: its stage}."""
+    stages = {}
+    for letter, entry in entries.items():
         if not isinstance(entry, dict) or len(entry) != 1:
             raise BadInput(
                 f"{path}, stage '{letter}': expected one stage with its settings, such as {{gptq: {{bits: 4}}}}"
@@ -235,61 +253,59 @@ def _stages(plain: Mapping[str, Mapping], path: Path) -> dict[str, Stage]:
         if name not in STAGES:
             raise unknown(f"stage in {path}", name, STAGES)
         try:
-            made[letter] = build(STAGES[name], settings or {})
+            stages[letter] = build(STAGES[name], settings or {})
         except (BadInput, TypeError) as error:
             raise BadInput(f"{path}, stage '{letter}': {error}") from error
-        if made[letter].label != letter:
+        if stages[letter].label != letter:
             raise BadInput(
-                f"{path}: '{letter}' is {entry}, whose label is '{made[letter].label}': expected it under that name"
+                f"{path}: '{letter}' is {entry}, whose label is '{stages[letter].label}': expected it under that name"
             )
-    return made
+    return stages
 
 
-def _groups(plain: Mapping[str, object], where: str) -> dict[str, list[str]]:
-    """{name: labels}; a group may build on those before it."""
-    found: dict[str, list[str]] = {}
-    for name, parts in plain.items():
+def _groups(entries: Mapping[str, object], at: str) -> dict[str, list[str]]:
+    """{name: labels} of the groups; a group may contain those before it."""
+    groups: dict[str, list[str]] = {}
+    for name, parts in entries.items():
         if not isinstance(parts, list) or not parts:
-            raise BadInput(f"{where}, group '{name}': expected a list of lists, such as [[none, D2], [none, W1:8]]")
+            raise BadInput(f"{at}, group '{name}': expected a list of lists, such as [[none, D2], [none, W1:8]]")
         choices = []
         for part in parts:
-            if isinstance(part, str) and part not in found:
-                raise unknown(f"group in {where}, group '{name}'", part, found)
-            if not isinstance(part, str) and not (
-                isinstance(part, list) and part and all(isinstance(x, str) for x in part)
-            ):
+            if isinstance(part, str) and part not in groups:
+                raise unknown(f"group in {at}, group '{name}'", part, groups)
+            is_list = isinstance(part, list) and part and all(isinstance(x, str) for x in part)
+            if not isinstance(part, str) and not is_list:
                 raise BadInput(
-                    f"{where}, group '{name}': {part!r} is neither a list of labels' parts nor the name of a "
+                    f"{at}, group '{name}': {part!r} is neither a list of labels' parts nor the name of a "
                     "group before it"
                 )
-            choices.append(found[part] if isinstance(part, str) else part)
-        if prod(map(len, choices)) > LARGEST:
-            raise BadInput(
-                f"{where}, group '{name}': {prod(map(len, choices)):.3g} configurations: expected at most {LARGEST:,}"
-            )
-        found[name] = [
+            choices.append(groups[part] if isinstance(part, str) else part)
+        if (count := prod(map(len, choices))) > LARGEST:
+            raise BadInput(f"{at}, group '{name}': {count:.3g} configurations: expected at most {LARGEST:,}")
+        groups[name] = [
             "+".join(x for x in chosen if x not in (NOTHING, DENSE)) or DENSE for chosen in itertools.product(*choices)
         ]
-    return found
+    return groups
 
 
-def _measures(plain: object, path: Path) -> dict[str, Setup]:
-    if not isinstance(plain, dict) or not plain:
+def _measures(entries: object, path: Path) -> dict[str, Setup]:
+    """{name: setup} of a size's measures."""
+    if not isinstance(entries, dict) or not entries:
         raise BadInput(f"{path}: no 'measures': expected e.g. {{perplexity: {{on: wikitext, limit: 8}}}}")
     try:
-        return {name: build(Setup, settings) for name, settings in plain.items()}
+        return {name: build(Setup, settings) for name, settings in entries.items()}
     except (BadInput, TypeError, AttributeError) as error:
         raise BadInput(f"{path}, measures: {error}") from error
 
 
 def _recipe(label: str, stages: Mapping[str, object]) -> Recipe:
-    """The recipe of a label, its letters as the grid defines them."""
+    """The recipe of a label, with the grid's own stages for its parts."""
     if label == DENSE:
         return recipe_of(())
-    parts, made = label.split("+"), []
+    parts, chosen = label.split("+"), []
     for part in parts:
-        made += [stages[part]] if part in stages else parse_label(part).stages
-    recipe = Recipe(tuple(made), tuple(f"{label}, {part}" for part in parts))
+        chosen += [stages[part]] if part in stages else parse_label(part).stages
+    recipe = Recipe(tuple(chosen), tuple(f"{label}, {part}" for part in parts))
     if recipe.label != label:
         raise BadInput(f"label '{label}' is not that of its stages, which is '{recipe.label}'")
     return recipe

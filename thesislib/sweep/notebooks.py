@@ -1,5 +1,4 @@
-"""A notebook swept: one executed copy for every combination of parameters, and one table of what their results cells
-show."""
+"""A sweep of a notebook: one executed copy for every combination of parameters, and one table of their results."""
 
 import hashlib
 import itertools
@@ -33,8 +32,19 @@ def sweep_notebook(
     kind: type | None = None,
     reads: Mapping[str, str] | None = None,
 ) -> tuple[Path, dict[str, str]]:
-    """Execute a notebook with every combination of parameters that is not in `out` yet; the table's path, and {cell:
-    why} of those that failed.
+    """Execute a notebook with every combination of parameters that is not in `out` yet.
+
+    Args:
+        name: of the notebook, for the names of files.
+        notebook: its path.
+        axes: {parameter: values}.
+        out: the folder of the executed notebooks and the table.
+        workers: see `thesislib.sweep.workers.drive`.
+        kind: the class of the notebook's parameters, which checks them.
+        reads: see `thesislib.runner.cache_key`.
+
+    Returns:
+        The path of the table, and {combination: why} of those that failed.
 
     Raises:
         BadInput: a parameter or a value that the notebook does not take, before anything runs; too many combinations;
@@ -45,44 +55,38 @@ def sweep_notebook(
     count = prod(map(len, axes.values()))
     if count > LARGEST:
         raise BadInput(f"these values make {count:.3g} combinations: expected at most {LARGEST:,}")
-    files = {}
+    files, orders = {}, []
     for parameters in combinations(axes):
         in_full = ready(notebook, parameters, kind)
-        written = " ".join(f"{key}={json.dumps(value)}" for key, value in parameters.items()) or "defaults"
-        safe = "".join(x if x.isalnum() or x in "=.-" else "_" for x in written)[:60].strip("_")
+        text = " ".join(f"{key}={json.dumps(value)}" for key, value in parameters.items()) or "defaults"
+        safe = "".join(x if x.isalnum() or x in "=.-" else "_" for x in text)[:60].strip("_")
         digest = hashlib.sha256(cache_key(notebook, in_full, reads=reads).encode()).hexdigest()[:8]
-        files[written] = (out / f"{name}-{safe}-{digest}.ipynb", parameters, in_full)
-    orders = []
-    for written, (file, _, in_full) in files.items():
-        text = {
-            "do": "notebook",
-            "notebook": str(notebook.resolve()),
-            "out": str(file.resolve()),
-            "parameters": in_full,
-        }
-        orders.append(Order(written, file.stem, text, partial(intact, file), lambda answer: None))
+        file = out / f"{name}-{safe}-{digest}.ipynb"
+        files[text] = (file, parameters)
+        paths = {"notebook": str(notebook.resolve()), "out": str(file.resolve())}
+        order = {"do": "notebook", **paths, "parameters": in_full}
+        orders.append(Order(text, file.stem, order, partial(intact, file), lambda answer: None))
     failed = drive(orders, workers, out / ".claims")
-    found = []
-    for written, (file, parameters, _) in files.items():
+    rows = []
+    for text, (file, parameters) in files.items():
         if intact(file):
             try:
-                found += [(parameters, row) for row in results(file)]
-            except BadInput as error:  # the others' rows are a table all the same
-                failed[written] = str(error)
-    rows = [
-        dict(zip(distinct([*parameters, *row]), [*parameters.values(), *row.values()], strict=True))
-        for parameters, row in found
-    ]
+                rows += [_table_row(parameters, row) for row in results(file)]
+            except BadInput as error:  # the rows of the other notebooks still make a table
+                failed[text] = str(error)
     if not rows:
         raise BadInput(f"no cell of the sweep ran: {'; '.join(f'{cell}: {why}' for cell, why in failed.items())}")
     import pandas as pd
 
-    frame = pd.DataFrame(
-        [
-            {key: json.dumps(value) if isinstance(value, (list, dict)) else value for key, value in row.items()}
-            for row in rows
-        ]
-    )
     table = out / f"{name}.csv"
-    write_whole(table, frame.to_csv(index=False, lineterminator="\n"))
+    write_whole(table, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
     return table, failed
+
+
+def _table_row(parameters: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters and one row of results as a row of the table; lists and mappings are written as JSON."""
+    values = [
+        json.dumps(value) if isinstance(value, (list, dict)) else value
+        for value in (*parameters.values(), *result.values())
+    ]
+    return dict(zip(distinct([*parameters, *result]), values, strict=True))

@@ -1,4 +1,4 @@
-"""A grid carried out: what its store lacks is ordered from workers, and appended as it comes."""
+"""A grid carried out: measurements that its store lacks are ordered from workers, and appended as they come."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -163,7 +163,7 @@ def _order(
     text = {
         "do": "configuration",
         **dataclasses.asdict(target),
-        "stages": c.recipe.plain(),
+        "stages": c.recipe.entries(),
         "cell": grid.cell(c),
         "setups": [c.measures[measure].plain() for measure in measures if measure in c.measures],
         "timed": grid.timed if SECONDS_PER_TOKEN in measures else None,
@@ -174,7 +174,7 @@ def _order(
 
 def _failure(grid: Grid, c: Configuration, target: Target, base: dict, why: str) -> Measurement:
     """The record of a configuration that could not be made or measured."""
-    history = {"label": c.label, "stages": c.recipe.plain(), "base": base, "data": origin_of(target.data)}
+    history = {"label": c.label, "stages": c.recipe.entries(), "base": base, "data": origin_of(target.data)}
     return Measurement(
         task="sweep",
         metric=FAILED,

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -18,21 +19,25 @@ from tqdm import tqdm
 
 from thesislib.config import positive
 from thesislib.errors import BadInput, shown
-from thesislib.sweep.task import OtherVersion, carry_out, versions
+from thesislib.sweep.task import OtherVersion, carry_out, in_words, versions
 
-CONNECT = 6  # seconds until a scheduler that does not answer is given up
-PATIENCE = 60  # seconds until a scheduler without workers is: they may just be starting
+CONNECT = 6  # seconds to wait for a scheduler's answer
+PATIENCE = 60  # seconds to wait for a scheduler's first worker, which may just be starting
 LOOPBACK = "127.0.0.1"
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # the smallest counts
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # torch takes the smallest
 
 
 @dataclass(frozen=True)
 class Order:
     """One task.
 
-    name: for the reader. key: what no two orders share. text: what `thesislib.sweep.task.carry_out` takes, less the
-    versions. done: whether its answer is kept already, asked right before it is begun. keep: takes the answer. fail:
-    takes the reason why there is none.
+    Attributes:
+        name: for readers.
+        key: unique among the orders.
+        text: the order for `thesislib.sweep.task.carry_out`, without the versions.
+        done: whether its answer is kept already; called right before the task begins.
+        keep: called with the answer.
+        fail: called with the reason, if there is no answer.
     """
 
     name: str
@@ -45,13 +50,17 @@ class Order:
 
 @dataclass(frozen=True)
 class Workers:
-    """Who carries orders out: `count` processes on this machine, bound to `host`, or whoever is at a running scheduler.
+    """The processes that carry orders out: those of this machine, or the workers of a running scheduler.
 
-    retries: how often an order is tried again after an error, or, on this machine, after the death of its worker (a
-    running scheduler has its own number for that, distributed.scheduler.allowed-failures). gpu: one worker a card; at a
-    running scheduler only workers that were started with the resource GPU. threads: of each process, None for the cores
-    shared out. per_card: how many workers share a card instead, each with its share of the memory: a small model does
-    not fill a large card.
+    Attributes:
+        count: processes on this machine.
+        scheduler: the address of a running scheduler; None for this machine.
+        host: the address that this machine's processes listen at.
+        retries: how often an order is tried again after an error and, on this machine, after the death of its worker.
+            (A running scheduler has its own number for deaths, distributed.scheduler.allowed-failures.)
+        gpu: whether each worker has a card; at a running scheduler, those started with the resource GPU.
+        threads: of each process; None shares out the cores.
+        per_card: how many workers share a card and its memory, since a small model does not fill a large card.
     """
 
     count: int = 2
@@ -76,27 +85,23 @@ class Workers:
                     raise OSError("it is empty")
                 with socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET) as test:
                     test.bind((self.host, 0))
-            except (
-                OSError,
-                ValueError,
-                TypeError,
-            ) as error:  # of a name too long for one, or with characters that none has
+            except (OSError, ValueError, TypeError) as error:  # the latter two of a malformed name
                 raise BadInput(
                     f"--host is {shown(self.host)} ({error}): expected an address of this machine, such as {LOOPBACK}"
                 ) from error
         elif not re.fullmatch(r"(tcp|tls)://[^\s/]+:\d{1,5}", self.scheduler):
             raise BadInput(
-                f"--scheduler is {shown(self.scheduler)}: expected such as tcp://127.0.0.1:8786, which `dask "
-                "scheduler` says"
+                f"--scheduler is {shown(self.scheduler)}: expected such as tcp://127.0.0.1:8786, which "
+                "`dask scheduler` says"
             )
 
     @property
     def resources(self) -> dict[str, float] | None:
-        """What an order takes of a worker, and a worker of this machine has: its part of a card."""
+        """The part of a card that an order takes, and that a worker of this machine has."""
         return {"GPU": 1 / self.per_card} if self.gpu else None
 
     def check_cards(self, cards: int) -> None:
-        """Raises BadInput for more workers than this machine's `cards` have places for."""
+        """Raises BadInput if this machine's cards are too few for the workers."""
         if self.gpu and self.scheduler is None and self.count > cards * self.per_card:
             has = f"{cards} card{'s' * (cards != 1)}"
             more = f", or --per-card {-(-self.count // cards)}" if cards else ""
@@ -106,15 +111,15 @@ class Workers:
 
 
 def drive(orders: Sequence[Order], workers: Workers, locks: Path) -> dict[str, str]:
-    """Carry out what is not done yet; {name: why} of what failed, the rest goes on.
+    """Carry out the orders that are not done yet; {name: why} of those that failed. A failure does not stop the others.
 
-    Two drivers with one `locks` folder share the work: what one has claimed, the other leaves, and looks at again when
-    that is released.
+    Two drivers with one `locks` folder share the work: an order that one has claimed is left by the other, which looks
+    at it again when it is released.
 
     Raises:
         BadInput: no scheduler there; workers of another version, or without the card that is needed; whatever `keep`
             raises, such as a full disk.
-        RuntimeError: the scheduler is gone. In both cases what was kept stays, and the same call goes on from there.
+        RuntimeError: the scheduler is gone. In both cases the kept answers stay, and the same call goes on from there.
     """
     waiting = deque(order for order in orders if not order.done())
     if not waiting:
@@ -122,36 +127,12 @@ def drive(orders: Sequence[Order], workers: Workers, locks: Path) -> dict[str, s
     failed: dict[str, str] = {}
     locks.mkdir(parents=True, exist_ok=True)
     with _client(workers) as client, tqdm(total=len(waiting), unit="task", disable=None, smoothing=0) as bar:
-        started, finished, running, others = time.monotonic(), 0, {}, 0
+        started, finished, elsewhere = time.monotonic(), 0, 0
+        running: dict[Any, tuple[Order, FileLock]] = {}
         while waiting or running:
-            # no more than workers: if one dies, Dask counts it against every order that it had in hand, and gives up
-            # the innocent too
-            slots = max(1, _able(client, workers))
-            for _ in range(len(waiting)):
-                if len(running) >= slots:
-                    break
-                order = waiting.popleft()
-                lock = FileLock(locks / f"{order.key}.lock")
-                try:
-                    lock.acquire(timeout=0)
-                except Timeout:
-                    waiting.append(order)  # another driver is at it
-                    continue
-                if order.done():
-                    lock.release()
-                    others += 1
-                    bar.update()
-                    continue
-                text = json.dumps({"versions": versions(), "per_card": workers.per_card, **order.text})
-                future = client.submit(
-                    carry_out,
-                    text,
-                    key=f"{order.key}-{time.time_ns()}",
-                    pure=False,
-                    retries=workers.retries,
-                    resources=workers.resources,
-                )
-                running[future] = (order, lock)
+            done_elsewhere = _submit(client, workers, waiting, running, locks)
+            elsewhere += done_elsewhere
+            bar.update(done_elsewhere)
             try:
                 for future in _finished(client, running, workers):
                     order, lock = running.pop(future)
@@ -165,11 +146,9 @@ def drive(orders: Sequence[Order], workers: Workers, locks: Path) -> dict[str, s
                     finished += 1
                     bar.update()
                     left = (time.monotonic() - started) / finished * (len(waiting) + len(running))
-                    word = f"failed: {why}" if why else "done"
-                    tqdm.write(
-                        f"{order.name}: {word}; {finished + others} of {bar.total}, about {_minutes(left)} left",
-                        file=sys.stderr,
-                    )
+                    outcome = f"failed: {why}" if why else "done"
+                    progress = f"{finished + elsewhere} of {bar.total}, about {_minutes(left)} left"
+                    tqdm.write(f"{order.name}: {outcome}; {progress}", file=sys.stderr)
             except BaseException:
                 client.cancel(list(running))
                 for _, lock in running.values():
@@ -178,8 +157,36 @@ def drive(orders: Sequence[Order], workers: Workers, locks: Path) -> dict[str, s
     return failed
 
 
+def _submit(client, workers: Workers, waiting: deque[Order], running: dict, locks: Path) -> int:
+    """Give each free worker an order that no other driver has claimed; the number of those found done by another."""
+    done = 0
+    # no more orders than workers: if a worker dies, Dask counts it against every order that it had in hand
+    slots = max(1, _able(client, workers))
+    for _ in range(len(waiting)):
+        if len(running) >= slots:
+            break
+        order = waiting.popleft()
+        lock = FileLock(locks / f"{order.key}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            waiting.append(order)
+            continue
+        if order.done():
+            lock.release()
+            done += 1
+            continue
+        text = json.dumps({"versions": versions(), "per_card": workers.per_card, **order.text})
+        future = client.submit(
+            carry_out, text, key=f"{order.key}-{time.time_ns()}", pure=False, retries=workers.retries,
+            resources=workers.resources,
+        )  # fmt: skip
+        running[future] = (order, lock)
+    return done
+
+
 def _finished(client, running: dict, workers: Workers) -> list:
-    """Those of the futures that have ended; after a second at most.
+    """The futures that have ended, after a second at most.
 
     Raises:
         RuntimeError: the scheduler is gone.
@@ -193,14 +200,13 @@ def _finished(client, running: dict, workers: Workers) -> list:
     if client.status != "running" or any(future.status in ("cancelled", "lost") for future in running):
         raise RuntimeError(
             f"the scheduler{f' at {workers.scheduler}' if workers.scheduler else ''} is gone: what was measured is "
-            "kept; start it again, "
-            "and give the same command to go on"
+            "kept; start it again, and give the same command to go on"
         )
     return [future for future in running if future.done()]
 
 
 def _answer(future, order: Order) -> str | None:
-    """Keep a future's answer, or say why there is none.
+    """Keep a future's answer; the reason if there is none.
 
     Raises:
         BadInput: it went to a worker of another version that had joined later.
@@ -224,7 +230,7 @@ def _minutes(seconds: float) -> str:
 
 @contextmanager
 def _client(workers: Workers) -> Iterator:
-    """A client of the workers, all of them with this driver's versions."""
+    """A client of the workers, which all have this driver's versions."""
     try:
         import dask
         from distributed import Client, LocalCluster
@@ -238,28 +244,28 @@ def _client(workers: Workers) -> Iterator:
         settings = {
             "distributed.scheduler.allowed-failures": workers.retries,
             "distributed.comm.timeouts.connect": f"{CONNECT}s",
-            # empty, for by default it is one thread, and MALLOC_TRIM_THRESHOLD_=65536: the memory of every tensor would
-            # go back to the system and be asked for again, half of the time that a measurement takes
+            # empty, since the default is one thread and MALLOC_TRIM_THRESHOLD_=65536: with it the memory of every
+            # tensor goes back to the system and is asked for again, which takes half the time of a measurement
             "distributed.nanny.pre-spawn-environ": {},
         }
         stack.enter_context(dask.config.set(settings))
         if workers.scheduler is None:
             threads = workers.threads or max(1, _cores() // workers.count)
-            stack.enter_context(_environment(dict.fromkeys(THREADS, str(threads))))  # which the workers inherit
+            stack.enter_context(_environment(dict.fromkeys(THREADS, str(threads))))  # the workers inherit it
             client = stack.enter_context(Client(stack.enter_context(_cluster(LocalCluster, workers)), timeout=60))
         else:
             security = Security(require_encryption=True) if workers.scheduler.startswith("tls://") else None
             if security is not None and not getattr(security, "tls_client_cert", None):
-                raise BadInput(f"{workers.scheduler} is encrypted, and this driver has no certificate: expected "
-                    "DASK_DISTRIBUTED__COMM__TLS__CA_FILE, "
-                               "..._CLIENT__CERT and ..._CLIENT__KEY to name files")  # fmt: skip
+                raise BadInput(
+                    f"{workers.scheduler} is encrypted, and this driver has no certificate: expected "
+                    "DASK_DISTRIBUTED__COMM__TLS__CA_FILE, ..._CLIENT__CERT and ..._CLIENT__KEY to name files"
+                )
             try:
                 client = stack.enter_context(Client(workers.scheduler, timeout=CONNECT, security=security))
             except (OSError, TimeoutError, ValueError, TypeError) as error:
                 raise BadInput(
                     f"no scheduler answers at {workers.scheduler} ({type(error).__name__}): expected one that `dask "
-                    "scheduler` started, "
-                    "such as tcp://127.0.0.1:8786; without --scheduler this machine does the work"
+                    "scheduler` started, such as tcp://127.0.0.1:8786; without --scheduler this machine does the work"
                 ) from error
         if client.dashboard_link:
             print(f"dashboard: {client.dashboard_link}", file=sys.stderr)
@@ -267,21 +273,14 @@ def _client(workers: Workers) -> Iterator:
         yield client
 
 
-def _cluster(kind: type, workers: Workers):
-    """The workers of this machine; started anew, as often as an order is tried again, where one of them died before it
-    was ready."""
+def _cluster(local_cluster: type, workers: Workers):
+    """The workers of this machine. If one dies before it is ready, they are started again, up to `retries` times."""
     for left in reversed(range(workers.retries + 1)):
         try:
-            return kind(
-                n_workers=workers.count,
-                threads_per_worker=1,
-                processes=True,
-                host=workers.host,
-                dashboard_address=f"{workers.host}:0",
-                resources=workers.resources,
-                memory_limit=0,
-                silence_logs=50,
-            )
+            return local_cluster(
+                n_workers=workers.count, threads_per_worker=1, processes=True, host=workers.host,
+                dashboard_address=f"{workers.host}:0", resources=workers.resources, memory_limit=0, silence_logs=50,
+            )  # fmt: skip
         except RuntimeError as error:
             if not left:
                 raise
@@ -304,27 +303,18 @@ def _refuse_other_versions(client, workers: Workers) -> None:
             f"no worker has the resource {has}: start one for each, by `dask worker ADDRESS --nthreads 1 "
             f"--resources {has}`"
         )
-    here, other = versions(), {}
-    for address, found in client.run(versions, on_error="return").items():
-        if isinstance(found, OSError):  # it died meanwhile; the others go on
+    here, other = versions(), []
+    for address, there in client.run(versions, on_error="return").items():
+        if isinstance(there, OSError) or there == here:  # one that died meanwhile does not stop the others
             continue
-        if found != here:
-            other[address] = (
-                str(found)
-                if isinstance(found, BaseException)
-                else ", ".join(f"{name} {number}" for name, number in found.items())
-            )
+        other.append(f"{address} has {there if isinstance(there, BaseException) else in_words(there)}")
     if other:
-        listed = "; ".join(f"{address} has {found}" for address, found in other.items())
-        raise BadInput(
-            f"workers of another version: {listed}. Expected "
-            f"{', '.join(f'{name} {number}' for name, number in here.items())}, as here"
-        )
+        raise BadInput(f"workers of another version: {'; '.join(other)}. Expected {in_words(here)}, as here")
 
 
 @contextmanager
 def _environment(given: dict[str, str]) -> Iterator[None]:
-    """Variables set, and all as it was afterwards: Dask leaves its own behind."""
+    """Set environment variables, and restore all of them afterwards, since Dask leaves its own behind."""
     before = dict(os.environ)
     os.environ.update(given)
     try:
@@ -335,10 +325,11 @@ def _environment(given: dict[str, str]) -> Iterator[None]:
 
 
 def _able(client, workers: Workers) -> int:
-    """How many workers can take an order now."""
-    found = client.scheduler_info(n_workers=-1)["workers"].values()
-    return sum(not workers.gpu or worker["resources"].get("GPU", 0) >= workers.resources["GPU"] for worker in found)
+    """How many workers can take an order."""
+    known = client.scheduler_info(n_workers=-1)["workers"].values()
+    return sum(not workers.gpu or worker["resources"].get("GPU", 0) >= workers.resources["GPU"] for worker in known)
 
 
 def _cores() -> int:
+    """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -29,7 +29,6 @@ from thesislib.errors import BadInput
 from thesislib.formats.load import load_subject, save_checkpoint
 from thesislib.model.blocks import apply_plan, remove
 from thesislib.model.layers import LINEARS, Adapted, PackedLinear, adapt, replace
-from thesislib.sources.rows import SOURCES
 
 SMALL = {
     "length": 64,
@@ -45,25 +44,10 @@ SMALL = {
 WORDS = ["alpha", "beta", "gamma", "delta", "of", "the", "and"]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+@pytest.fixture(scope="session")
+def folder(tiny_data):
     """Training and evaluation text, small."""
-    root, r = tmp_path_factory.mktemp("text"), random.Random(0)
-    prose = {
-        half: [row for i in range(20) for row in (f" = {half} {i} = \n", " ".join(r.choices(WORDS, k=60)) + "\n")]
-        for half in ("Train", "Test")
-    }
-    tables = {
-        "wikitext_train": [{"text": t} for t in prose["Train"]],
-        "wikitext": [{"text": t} for t in prose["Test"]],
-        "trivia_train": [{"question": f"What is {i}?", "answer": {"value": f"number {i % 7}"}} for i in range(200)],
-        "trivia": [{"question": "Who?", "answer": {"value": "me"}}],
-    }
-    for task, rows in tables.items():
-        path = root / f"{SOURCES[task].folder}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(root)
+    return tiny_data
 
 
 @pytest.fixture
@@ -256,7 +240,7 @@ def test_how_a_step_is_cut_into_batches_does_not_matter(subject, folder):
             text="trivia", **{**SMALL, "length": 128, "batch": batch, "accumulate": accumulate, "dropout": 0.0}
         )
         torch.manual_seed(0)
-        training = Training(config, subject, config.places(subject), False)
+        training = Training(config, subject, config.shared_keys(subject), False)
         loss, tokens = training.step(split.train, 1)
         found.append((loss, tokens, {key: p.grad.clone() for key, p in training.parameters.items()}))
     for loss, tokens, gradients in found[1:]:
@@ -353,7 +337,7 @@ def test_beside_masked_and_dense_are_what_they_are_called(subject, folder):
 def test_the_model_that_comes_out_computes_what_was_trained(subject, folder):
     config = Lora(**SMALL | {"validation": 0})
     torch.manual_seed(config.seed)
-    training = Training(config, subject, config.places(subject), False)
+    training = Training(config, subject, config.shared_keys(subject), False)
     training.run(sequences("wikitext", subject, folder, length=64, validation=0))
     training.subject.model.eval()
     trained, _ = config.apply(subject, data=folder)
@@ -440,7 +424,7 @@ def test_init_eora_trains_the_corrections_that_are_there(subject, folder, repeat
 @pytest.mark.parametrize("init", ["default", "gaussian", "orthogonal"])
 def test_every_init_starts_at_the_subject_itself(subject, folder, init):
     config = Lora(**SMALL, init=init)
-    training = Training(config, subject, config.places(subject), False)
+    training = Training(config, subject, config.shared_keys(subject), False)
     training.subject.model.eval()
     torch.testing.assert_close(logits(training.subject), logits(subject), rtol=1e-4, atol=1e-4)
     B = next(iter(training.layers.values())).lora_B["default"].weight
@@ -524,7 +508,7 @@ def train(source, folder, work, out, threads, settings):
     save_file(found | {"resumed_at": torch.tensor(report["resumed_at"])}, out)
 
 
-@pytest.mark.slow
+@pytest.mark.processes
 def test_killed_at_any_moment_it_ends_with_the_same_bits(subject, folder, tmp_path):
     settings = SMALL | {"steps": 250, "checkpoint_every": 1, "every": 50}
     source, work, out = save_checkpoint(subject, tmp_path / "subject"), tmp_path / "work", tmp_path / "out.safetensors"
@@ -673,7 +657,7 @@ def test_a_rank_larger_than_the_layer(subject, folder):
         BadInput, match=r"rank 17 is larger than k_proj of block 0, of shape \(16, 32\): expected at most 16"
     ):
         Lora(**SMALL, rank=17).apply(subject, data=folder)
-    Lora(rank=17, linears="q_proj").places(subject)
+    Lora(rank=17, linears="q_proj").shared_keys(subject)
 
 
 def test_a_projection_that_this_subject_lacks(subject, folder):

