@@ -4,7 +4,7 @@ import ast
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from thesislib.bounds import read_sizes
 from thesislib.config import build
@@ -16,11 +16,7 @@ from thesislib.pipeline.forecast import shape_of, stand_in
 from thesislib.sources.rows import origin_of
 from thesislib.yaml_lines import is_file, value_of_text
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 TAG = "parameters"  # of the cell with a notebook's defaults
-RESULTS = "application/vnd.thesislib.results+json"  # MIME type: {"columns": names, "rows": lists}
 PATHS = ("subject", "data", "devices")  # parameters that may be paths, or lists of them
 
 
@@ -201,35 +197,6 @@ def _in_full(value: Any) -> Any:
         return value
     path = expanded(value)
     return str(path.absolute()) if is_file(path) or is_folder(path) else value
-
-
-class ResultsTable:
-    """A table of results, as the last line of the cell tagged `results`: shown, and handed over as data.
-
-    The cell's output holds the table as text, as HTML, and as JSON. Headings that stand twice are numbered there.
-    """
-
-    def __init__(self, table: "pd.DataFrame"):
-        self.table = table
-
-    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, Any]:
-        table = self.table.reset_index() if self.table.index.name else self.table
-        columns = distinct(str(name).strip() for name in table.columns)
-        rows = json.loads(table.to_json(orient="values", double_precision=15))
-        return {
-            "text/plain": repr(self.table),
-            "text/html": self.table._repr_html_(),
-            RESULTS: {"columns": columns, "rows": rows},
-        }
-
-
-def distinct(names: Iterable[str]) -> list[str]:
-    """Names, those that are there already with a number."""
-    numbered: list[str] = []
-    for name in names:
-        taken = sum(other == name or other.startswith(f"{name} (") for other in numbered)
-        numbered.append(f"{name} ({taken + 1})" if name in numbered else name)
-    return numbered
 
 
 def _check_subject(spec: str) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 from thesislib.errors import BadInput
 from thesislib.files import ROOT, alive, check_checkout, read_json
 from thesislib.imports import digest_of, imported, sources
-from thesislib.notebooks import RESULTS, read_notebook, ready
+from thesislib.notebooks import read_notebook, ready
+from thesislib.tables import RESULTS
 
 SEAL = "thesislib_sha256"
 TAG = "results"  # of the cell whose table is a notebook's result
@@ -149,7 +150,7 @@ def results_cell(notebook: Path):
 
 
 def results(notebook: Path) -> list[dict[str, Any]]:
-    """The rows that a notebook's cell tagged `results` hands over, see `thesislib.notebooks.ResultsTable`.
+    """The rows that a notebook's cell tagged `results` hands over, see `thesislib.tables.ResultsTable`.
 
     Raises:
         BadInput: no such cell, or no rows in its output.

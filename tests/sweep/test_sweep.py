@@ -28,7 +28,7 @@ from thesislib.cli import app
 from thesislib.errors import BadInput
 from thesislib.experiment import again, identity_of
 from thesislib.formats.load import save_checkpoint
-from thesislib.notebooks import ResultsTable, listed
+from thesislib.notebooks import listed
 from thesislib.records.store import Store, select
 from thesislib.runner import chapters, results
 from thesislib.sweep.grid import read_grid
@@ -36,6 +36,7 @@ from thesislib.sweep.notebooks import sweep_notebook
 from thesislib.sweep.run import FAILED, Target, missing, possible, sweep
 from thesislib.sweep.task import card_of_worker, carry_out, versions
 from thesislib.sweep.workers import Order, Workers, drive
+from thesislib.tables import ResultsTable
 
 dask = pytest.importorskip("dask", reason="sweeps need Dask: the extra sweep")
 METHOD = "distributed.worker.multiprocessing-method"
@@ -222,7 +223,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import pandas as pd
 from thesislib.config import settings
-from thesislib.notebooks import ResultsTable
+from thesislib.tables import ResultsTable
 
 @dataclass(frozen=True)
 class P:

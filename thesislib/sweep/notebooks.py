@@ -11,9 +11,10 @@ from typing import Any
 
 from thesislib.errors import BadInput
 from thesislib.files import write_whole
-from thesislib.notebooks import check_names, distinct, ready
+from thesislib.notebooks import check_names, ready
 from thesislib.runner import cache_key, intact, results, results_cell
 from thesislib.sweep.workers import Order, Workers, drive
+from thesislib.tables import distinct
 
 LARGEST = 10_000  # combinations
 
