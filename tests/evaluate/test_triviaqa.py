@@ -1,7 +1,8 @@
 import pytest
 
 from thesislib.errors import BadInput
-from thesislib.evaluate.triviaqa import TIERS, compare, default_prompt, tier, triviaqa
+from thesislib.evaluate.answers import TIERS, tier
+from thesislib.evaluate.triviaqa import compare, default_prompt, triviaqa
 from thesislib.model.prompts import normalise, prompt_for
 from thesislib.sources.corpus import Question
 

@@ -10,11 +10,12 @@ import pandas as pd
 from thesislib.chapters.chapter import Chapter, Keep, Key, Parameters, Part
 from thesislib.chapters.phrases import interval, number, share
 from thesislib.errors import BadInput
+from thesislib.evaluate.answers import TIERS
 from thesislib.evaluate.choice import multiple_choice
 from thesislib.evaluate.perplexity import perplexity
 from thesislib.evaluate.setup import Setup, task_of
 from thesislib.evaluate.task import SHARE
-from thesislib.evaluate.triviaqa import TIERS, triviaqa
+from thesislib.evaluate.triviaqa import triviaqa
 from thesislib.experiment import DENSE, described
 from thesislib.formats.load import load_subject
 from thesislib.model.prompts import PROMPTS, default_prompt

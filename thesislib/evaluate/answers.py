@@ -8,10 +8,15 @@ every model as many chances: that is the fair one where models end their answers
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
+from thesislib.errors import BadInput
+from thesislib.evaluate.stats import bootstrap_mean
+from thesislib.evaluate.task import share_correct
 from thesislib.model.prompts import normalise
+from thesislib.records.measurement import Measurement
 
 TIERS = ("exact", "substring", "overlap")
 FIRST_WORDS = 8  # more than any alias needs but 1 %, fewer than a model that does not end writes
@@ -23,13 +28,13 @@ def tier(answer: str, aliases: Sequence[str]) -> str:
     exact: the whole answer is an alias. substring: an alias occurs in it, even inside a word ("not Mark Twain"
     counts for Mark Twain, "Austria" for US). overlap: at least 80 % of the words of an alias of several words occur.
     """
-    said = normalise(answer)
+    answer = normalise(answer)
     names = {n for n in map(normalise, aliases) if n}
-    if said in names:
+    if answer in names:
         return "exact"
-    if any(name in said for name in names):
+    if any(name in answer for name in names):
         return "substring"
-    words = set(said.split())
+    words = set(answer.split())
     several = [set(name.split()) for name in names if " " in name]
     if any(len(name & words) >= 0.8 * len(name) for name in several):
         return "overlap"
@@ -46,12 +51,12 @@ def token_f1(answer: str, aliases: Sequence[str]) -> float:
 
     SQuAD's formula (Rajpurkar et al., 2016) after TriviaQA's normalisation, as TriviaQA's own script has it.
     """
-    said = normalise(answer).split()
+    words = Counter(normalise(answer).split())
     best = 0.0
-    for name in (normalise(alias).split() for alias in aliases):
-        common = (Counter(said) & Counter(name)).total()
-        if common:
-            best = max(best, 2 * common / (len(said) + len(name)))
+    for alias in aliases:
+        name = Counter(normalise(alias).split())
+        if common := (words & name).total():
+            best = max(best, 2 * common / (words.total() + name.total()))
     return best
 
 
@@ -66,23 +71,61 @@ def correct_at_once(answer: str, aliases: Sequence[str]) -> bool:
     return bool(tier(first_words(answer), aliases))
 
 
-def length(answer: str, aliases: Sequence[str]) -> int:
-    """Words of an answer."""
-    return len(answer.split())
-
-
 @dataclass(frozen=True)
-class Score:
-    """One scoring of an answer.
+class Scoring:
+    """One way to score a free answer.
 
     Attributes:
-        metric: what a measurement calls it.
-        of: (answer, aliases) -> right or wrong, or a number.
-        share: whether its mean is a share of 1.
-        higher_is_better: which way is better; of a length neither is.
+        metric: what a measurement under it calls its number, which is a mean over questions between 0 and 1.
+        of: (answer, aliases) -> right or wrong, or a number between 0 and 1.
+        reads_the_end: whether what stands after the answer counts, such as a control token that was decoded with it.
     """
 
     metric: str
     of: Callable[[str, Sequence[str]], bool | float]
-    share: bool = True
-    higher_is_better: bool = True
+    reads_the_end: bool
+
+
+EXACT = Scoring("exact match", exact_match, True)
+F1 = Scoring("token F1", token_f1, True)
+AT_ONCE = Scoring(f"accuracy in {FIRST_WORDS} words", correct_at_once, False)
+
+
+def score_again(m: Measurement, aliases: Mapping[str, Sequence[str]], scoring: Scoring) -> Measurement:
+    """The same answers under another scoring; `extra` has the mean number of words of an answer.
+
+    Args:
+        m: a measurement with the answers to free questions among its items.
+        aliases: {id of a question: the answers that are right}, at least of the questions of `m`.
+        scoring: the scoring.
+
+    Raises:
+        BadInput: no answers in the items, or a question without aliases.
+    """
+    if not m.items or any("answer" not in item for item in m.items):
+        raise BadInput(f"'{m.task}' has no answers in its items: expected a measurement of free answers")
+    if unknown := [item["id"] for item in m.items if item["id"] not in aliases]:
+        raise BadInput(f"question '{unknown[0]}' of '{m.task}' is not among these data: name those it was made with")
+    scores = [scoring.of(item["answer"], aliases[item["id"]]) for item in m.items]
+    key = "correct" if isinstance(scores[0], bool) else "score"
+    items = [{"id": item["id"], key: score} for item, score in zip(m.items, scores, strict=True)]
+    words = [len(item["answer"].split()) for item in m.items]
+    extra = {"words": mean_with_interval(words)}
+    if key == "correct":
+        return share_correct(m.task, scoring.metric, m.unit, items, extra, dict(m.provenance))
+    return Measurement(
+        task=m.task,
+        metric=scoring.metric,
+        n=m.n,
+        unit=m.unit,
+        items=items,
+        extra=extra,
+        provenance=dict(m.provenance),
+        **mean_with_interval(scores),
+    )
+
+
+def mean_with_interval(values: Sequence[float]) -> dict[str, float]:
+    """The mean over questions with its 95 % interval: value, low, high."""
+    low, high = bootstrap_mean(values, [1] * len(values), range(len(values)))
+    return {"value": fmean(values), "low": low, "high": high}

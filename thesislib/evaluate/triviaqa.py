@@ -2,10 +2,13 @@
 
 import time
 from collections import Counter
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, ClassVar, NamedTuple
 
 from thesislib.errors import BadInput, unknown
+from thesislib.evaluate.answers import AT_ONCE, EXACT, F1, TIERS, Scoring, score_again, tier
 from thesislib.evaluate.generate import greedy
+from thesislib.evaluate.stats import Comparison, paired_means
 from thesislib.evaluate.task import (
     Answers,
     Options,
@@ -14,12 +17,10 @@ from thesislib.evaluate.task import (
     share_correct,
     share_with_interval,
 )
-from thesislib.model.prompts import PROMPTS, default_prompt, normalise, prompt_facts, prompt_for
+from thesislib.model.prompts import PROMPTS, default_prompt, prompt_facts, prompt_for
 from thesislib.model.subject import Subject
 from thesislib.records.measurement import Measurement, provenance
 from thesislib.sources.corpus import Question, question_source, questions
-
-TIERS = ("exact", "substring", "overlap")
 
 
 class Asked(NamedTuple):
@@ -32,25 +33,6 @@ class Asked(NamedTuple):
 
     questions: list[Question]
     source: str
-
-
-def tier(answer: str, aliases: tuple[str, ...]) -> str:
-    """The strictest tier by which an answer counts as correct, or "".
-
-    exact: the whole answer is an alias. substring: an alias occurs in it, even inside a word ("not Mark Twain"
-    counts for Mark Twain, "Austria" for US). overlap: at least 80 % of the words of an alias of several words occur.
-    """
-    answer = normalise(answer)
-    names = {n for n in map(normalise, aliases) if n}
-    if answer in names:
-        return "exact"
-    if any(name in answer for name in names):
-        return "substring"
-    words = set(answer.split())
-    several = [set(name.split()) for name in names if " " in name]
-    if any(len(name & words) >= 0.8 * len(name) for name in several):
-        return "overlap"
-    return ""
 
 
 def triviaqa(
@@ -132,4 +114,73 @@ class OpenTrivia(Trivia):
     """TriviaQA, each question with a passage that holds its answer."""
 
     name = "trivia_open"
+    open_book = True
+
+
+class Scored(Trivia):
+    """The same questions and answers under another scoring than the thesis's, see `thesislib.evaluate.answers`."""
+
+    scoring: ClassVar[Scoring]
+
+    def measure(self, subject: Subject, items: Asked, options: Options) -> Measurement:
+        """See `triviaqa`; the items keep the answers."""
+        m = super().measure(subject, items, options)
+        again = score_again(m, aliases_of(items), self.scoring)
+        kept = [{**item, "answer": asked["answer"]} for item, asked in zip(again.items, m.items, strict=True)]
+        return replace(again, items=kept)
+
+    def compare(self, a: Measurement, b: Measurement) -> Comparison:
+        """See `Task.compare`: McNemar's test of right and wrong, a paired t test of numbers."""
+        if "score" in a.items[0]:
+            return paired_means(*a.paired_with(b, "score"))
+        return compare_answers(a, b)
+
+
+def aliases_of(items: Asked) -> dict[str, tuple[str, ...]]:
+    """{id of a question: the answers that are right}."""
+    return {q.id: q.aliases for q in items.questions}
+
+
+class ExactMatch(Scored):
+    """TriviaQA, closed book, by exact match."""
+
+    name = "trivia_exact"
+    metric = EXACT.metric
+    scoring = EXACT
+
+
+class TokenF1(Scored):
+    """TriviaQA, closed book, by token F1."""
+
+    name = "trivia_f1"
+    metric = F1.metric
+    scoring = F1
+
+
+class AtOnce(Scored):
+    """TriviaQA, closed book, by the thesis's rule on the first words."""
+
+    name = "trivia_at_once"
+    metric = AT_ONCE.metric
+    scoring = AT_ONCE
+
+
+class OpenExactMatch(ExactMatch):
+    """TriviaQA, open book, by exact match."""
+
+    name = "trivia_open_exact"
+    open_book = True
+
+
+class OpenTokenF1(TokenF1):
+    """TriviaQA, open book, by token F1."""
+
+    name = "trivia_open_f1"
+    open_book = True
+
+
+class OpenAtOnce(AtOnce):
+    """TriviaQA, open book, by the thesis's rule on the first words."""
+
+    name = "trivia_open_at_once"
     open_book = True
