@@ -742,6 +742,33 @@ def verify(
         raise typer.Exit(1)
 
 
+@listed.command()
+@one_line_errors
+def score(
+    store: Annotated[list[Path] | None, STORES] = None,
+    data: Annotated[
+        str | None, typer.Option(help="where the questions are; default THESISLIB_DATA, else embedded")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="the .jsonl file that gets the rows; default the study's own")
+    ] = None,
+) -> None:
+    """Score recorded answers by exact match, token F1 and their first words. Nothing is asked again; run again, it does
+    what is missing."""
+    from thesislib.evaluate.rescored import scored_rows
+    from thesislib.records.store import Store, stores, study
+    from thesislib.sources.rows import default_data
+
+    target = Store(writable_file(out or study() / "answers.jsonl"))
+    every = [s for s in stores(store or [study()]) if s.path.resolve() != target.path.resolve()]
+    done = target.rows().values() if target.path.exists() else ()
+    count = 0
+    for row in scored_rows(every, default_data() if data is None else data, done):
+        target.append(row)
+        count += 1
+    typer.echo(f"{target.path}: {count} rows more")
+
+
 def main() -> None:
     """The entry point."""
     for stream in (sys.stdout, sys.stderr):

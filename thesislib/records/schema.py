@@ -95,3 +95,4 @@ class Provenance(TypedDict):
     corpus_sha256: NotRequired[str | None]  # of the text or items
     chapter: NotRequired[dict[str, Any]]  # what tells the row from others of its chapter, in that module's form
     sweep: NotRequired[Sweep]
+    origin: NotRequired[str]  # the id of the row whose recorded answers were scored again

@@ -88,6 +88,7 @@ PROVENANCE = {
     "sweep?": dict,
     "chapter?": dict,
     "made?": (None, MADE),
+    "origin?": str,
 }
 ROW = {
     "schema": _known_schema,
