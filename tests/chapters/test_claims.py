@@ -14,14 +14,16 @@ from thesislib.chapters.claims import (
     CLAIMS,
     CLOSED,
     MISSING,
+    SCORINGS,
     WHOLE_PAGE,
     WIKITEXT,
     judge,
     large,
     page,
     recorded_pool,
+    scored_by,
 )
-from thesislib.chapters.phrases import FAILS, HOLDS, UNDECIDED
+from thesislib.chapters.phrases import DEPENDS, FAILS, HOLDS, UNDECIDED
 from thesislib.compress.franken import parse_plan
 from thesislib.files import ROOT
 from thesislib.records.measurement import Measurement
@@ -80,6 +82,38 @@ def test_a_verdict_turns_with_the_records(claim):
         for key, m in story(claim, middle, middle).items()
     }
     assert judge(claim, alike).word == UNDECIDED
+
+
+@pytest.mark.parametrize("claim", [c for c in CLAIMS if c.scored], ids=["closed", "open"])
+def test_a_verdict_may_depend_on_the_scoring(claim):
+    """Two scorings that point in opposite ways decide it; one that tells nothing apart does not."""
+    plain = story(claim, 0.1, 0.4)
+
+    def under(metric, first, second):
+        return {(label, scored_by(measure, metric)): m for (label, measure), m in story(claim, first, second).items()}
+
+    assert judge(claim, plain).word == HOLDS  # the other scorings are not measured
+    assert {v.word for v in judge(claim, plain).by_scoring.values()} == {MISSING}
+    agreed = plain | {k: m for metric in SCORINGS for k, m in under(metric, 0.1, 0.4).items()}
+    assert judge(claim, agreed).word == HOLDS
+    opposite = judge(claim, agreed | under(SCORINGS[0], 0.4, 0.1))
+    assert opposite.word == DEPENDS and opposite.by_scoring[SCORINGS[0]].word == FAILS
+    assert opposite.by_scoring[SCORINGS[2]].word == HOLDS and opposite.comparisons[0][1].difference > 0
+    assert judge(claim, {**under(SCORINGS[0], 0.4, 0.1), **plain}).word == DEPENDS
+    text = page(agreed | under(SCORINGS[0], 0.4, 0.1))
+    assert f"**{DEPENDS}**" in text and f"| {SCORINGS[0]} | {FAILS} |" in text
+
+
+def test_answers_that_ramble_win_by_the_thesis_rule_only():
+    """Of the study's own records: trained on WikiText a model writes on, and never the name alone."""
+    records = recorded_pool()
+    (claim, *_) = (c for c in CLAIMS if c.scored)
+    verdict = judge(claim, records)
+    assert verdict.word == DEPENDS and verdict.by_scoring["exact match"].word == FAILS
+    for name, (a, x), (b, y) in claim.pairs(records):
+        questions, ramble = (records[label, scored_by(m, "exact match")] for label, m in ((a, x), (b, y)))
+        assert questions.extra["words"]["value"] < 6 < 30 < ramble.extra["words"]["value"], name
+        assert ramble.value < questions.value
 
 
 def test_what_is_not_measured_keeps_a_claim_from_holding():

@@ -1,22 +1,27 @@
-"""The thesis's conclusions, each held against the recorded runs: holds, does not hold, undecided, or not measured.
+"""The thesis's conclusions, each held against the recorded runs.
+
+A claim holds, does not hold, depends on the scoring, is undecided, or is not measured.
 
 A claim names paired comparisons of records and which way they should point. It **holds** if every one, Holm-adjusted
 within the claim, is told apart in the claim's direction at the 5 % level; it **does not hold** if one is told apart in
 the other direction; else it is **undecided**. A claim of "often" holds, or does not, if more than half of its
 comparisons say so. A claim about a size ("3 to 6 points") holds if the whole 95 % interval lies in the claimed range,
-and does not if the interval misses it.
+and does not if the interval misses it. A claim about answers is judged by the thesis's rule and by each further scoring
+(exact match, token F1, the thesis's rule on the first words): it **depends on the scoring** if it holds by one and does
+not by another.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from thesislib.chapters import chapters
 from thesislib.chapters.chapter import CLOSED, LARGE, OPEN, WHOLE, WIKITEXT, large
 from thesislib.chapters.labels import of
-from thesislib.chapters.phrases import FAILS, HOLDS, UNDECIDED, decided, p_number
+from thesislib.chapters.phrases import DEPENDS, FAILS, HOLDS, UNDECIDED, decided, p_number
 from thesislib.chapters.thesis import thesis_row
+from thesislib.evaluate.answers import AT_ONCE, EXACT, F1
 from thesislib.evaluate.compare import compare
 from thesislib.evaluate.setup import task_of
 from thesislib.evaluate.stats import Comparison, holm_adjusted
@@ -26,7 +31,10 @@ from thesislib.records.store import Store, study
 MISSING = "not measured"
 WHOLE_PAGE = "../notebooks/06_evaluation.html#the-whole-text-and-other-measures"
 MOST = 8  # comparisons of a claim that its page shows
+SCORINGS = (EXACT.metric, F1.metric, AT_ONCE.metric)
+ANSWERS_FILE = "answers.jsonl"  # what `thesislib records score` writes
 Records = Mapping[tuple[str, str], Measurement]  # by label and what was measured
+Pair = tuple[str, tuple[str, str], tuple[str, str]]  # a name, and the keys of the two records
 
 
 def pool(records: Mapping[str, Iterable[Measurement]]) -> dict[tuple[str, str], Measurement]:
@@ -44,8 +52,23 @@ def pool(records: Mapping[str, Iterable[Measurement]]) -> dict[tuple[str, str], 
 
 def recorded_pool(folder: Path | None = None) -> dict[tuple[str, str], Measurement]:
     """The records in a folder, by default the study's own; claims of a chapter without one stay unmeasured."""
-    files = {name: (folder or study()) / f"{name}.jsonl" for name in chapters()}
-    return pool({name: Store(file).rows().values() for name, file in files.items() if file.exists()})
+    folder = folder or study()
+    files = {name: folder / f"{name}.jsonl" for name in chapters()}
+    rows = {name: Store(file).rows() for name, file in files.items() if file.exists()}
+    records = pool({name: by_id.values() for name, by_id in rows.items()})
+    if (folder / ANSWERS_FILE).exists():
+        ids = {id(m): name for by_id in rows.values() for name, m in by_id.items()}
+        again = {(m.provenance["origin"], m.metric): m for m in Store(folder / ANSWERS_FILE).rows().values()}
+        for (label, measure), m in list(records.items()):
+            for metric in SCORINGS:
+                if scored := again.get((ids[id(m)], metric)):
+                    records[label, scored_by(measure, metric)] = scored
+    return records
+
+
+def scored_by(measure: str, metric: str) -> str:
+    """What a measure of answers is called under another scoring than the thesis's."""
+    return f"{measure}, {metric}"
 
 
 # ---------------------------------------------------------------- claims
@@ -65,16 +88,18 @@ class Claim:
             answers); None for a claim that is not about a size.
         often: whether more than half of the comparisons are enough.
         ours: a control that the thesis did not claim.
+        scored: whether it is judged under every scoring of answers.
     """
 
     says: str
-    pairs: Callable[[Records], list[tuple[str, tuple[str, str], tuple[str, str]]]]
+    pairs: Callable[[Records], list[Pair]]
     where: tuple[str, str]
     thesis: str = ""
     higher: bool = True
     within: tuple[float, float] | None = None
     often: bool = False
     ours: bool = False
+    scored: bool = False
 
     def word(self, tests: Mapping[str, Comparison], ratios: Mapping[str, bool]) -> str:
         """The verdict by all of its comparisons; `ratios` says which are of logarithms."""
@@ -97,17 +122,37 @@ class Verdict:
         word: the verdict.
         comparisons: (name, comparison, whether it is of logarithms), those behind the verdict.
         missing: names of the comparisons whose records are missing.
+        by_scoring: {scoring: the verdict under it}, of a claim that is judged under several.
     """
 
     claim: Claim
     word: str
     comparisons: list[tuple[str, Comparison, bool]]
     missing: list[str]
+    by_scoring: Mapping[str, "Verdict"] = field(default_factory=dict)
 
 
 def judge(claim: Claim, records: Records) -> Verdict:
     """The verdict on a claim. With records missing a claim cannot hold."""
-    pairs = {name: (records.get(first), records.get(second)) for name, first, second in claim.pairs(records)}
+    pairs = claim.pairs(records)
+    verdict = _judged(claim, pairs, records)
+    if not claim.scored:
+        return verdict
+    further = {
+        metric: _judged(
+            claim,
+            [(name, (a, scored_by(x, metric)), (b, scored_by(y, metric))) for name, (a, x), (b, y) in pairs],
+            records,
+        )
+        for metric in SCORINGS
+    }
+    words = {verdict.word, *(v.word for v in further.values())}
+    return replace(verdict, word=DEPENDS if {HOLDS, FAILS} <= words else verdict.word, by_scoring=further)
+
+
+def _judged(claim: Claim, named: Iterable[Pair], records: Records) -> Verdict:
+    """The verdict on a claim by these comparisons."""
+    pairs = {name: (records.get(first), records.get(second)) for name, first, second in named}
     missing = [name for name, pair in pairs.items() if None in pair]
     measured = {name: pair for name, pair in pairs.items() if None not in pair}
     if not measured:
@@ -222,12 +267,14 @@ CLAIMS = (
         _on(CLOSED, *((f"{m}+T", f"{m}+W") for m in _ASKED), ("T", "W")),
         TEXTS,
         f"D2+W {_closed('W')}, D2+T {_closed('T')}",
+        scored=True,
     ),
     Claim(
         "The same, open book.",
         _on(OPEN, *((f"{m}+T", f"{m}+W") for m in _ASKED), ("T", "W")),
         TEXTS,
         ", ".join(f"{m}+{t} {thesis_row(m, t).open} %" for m in ("D2", "D2+W1:8") for t in "WT"),
+        scored=True,
     ),
     Claim(
         "Pruning depth and width and then training beats training between the two (single trainings: the test is "
@@ -266,7 +313,9 @@ def page(records: Records) -> str:
     verdicts = [judge(claim, records) for claim in CLAIMS]
     theirs, ours = ([v for v in verdicts if v.claim.ours == mine] for mine in (False, True))
     counts = ", ".join(
-        f"{word} {n}" for word in (HOLDS, FAILS, UNDECIDED, MISSING) if (n := sum(v.word == word for v in theirs))
+        f"{word} {n}"
+        for word in (HOLDS, FAILS, DEPENDS, UNDECIDED, MISSING)
+        if (n := sum(v.word == word for v in theirs))
     )
     controls = "".join(f"; a control of ours (claim {verdicts.index(v) + 1}): {v.word}" for v in ours)
     lines = [
@@ -301,6 +350,8 @@ def _section(v: Verdict) -> list[str]:
         lines += ["| compared | effect | 95 % interval | n | test | p, Holm |"]
         lines += ["| --- | ---: | --- | ---: | --- | ---: |"]
         lines += [*(_row(*row) for row in _shown(v.comparisons)), ""]
+    if v.by_scoring:
+        lines += _scorings(v)
     if len(v.comparisons) > MOST:
         lines += [f"The extremes of {len(v.comparisons)} comparisons, all adjusted together.", ""]
     if v.missing:
@@ -310,6 +361,21 @@ def _section(v: Verdict) -> list[str]:
     if any(LARGE in name for name, *_ in v.comparisons):
         shown += f' What was measured at size full: <a href="{WHOLE_PAGE}">chapter 6</a>.'
     return [*lines, shown, ""]
+
+
+def _scorings(v: Verdict) -> list[str]:
+    """The verdict by each further scoring, with the effects in points and how many words the answers have."""
+    lines = ["By each further scoring of the same answers (in points, with its 95 % interval):", ""]
+    lines += ["| scoring | verdict | compared | effect | p, Holm |", "| --- | --- | --- | --- | ---: |"]
+    for metric, verdict in v.by_scoring.items():
+        if not verdict.comparisons:
+            lines.append(f"| {metric} | {verdict.word} | | | |")
+        for i, (name, c, _) in enumerate(verdict.comparisons):
+            effect = f"{100 * c.difference:+.1f} [{100 * c.low:+.1f}, {100 * c.high:+.1f}]"
+            compared = in_markdown(name.partition(",")[0])
+            first = (metric, verdict.word) if i == 0 else ("", "")
+            lines.append(f"| {first[0]} | {first[1]} | {compared} | {effect} | {p_number(c.p)} |")
+    return [*lines, ""]
 
 
 def _shown(comparisons: list) -> list:

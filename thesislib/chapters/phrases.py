@@ -98,7 +98,7 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names) or "none"
 
 
-HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
+HOLDS, FAILS, UNDECIDED, DEPENDS = "holds", "does not hold", "undecided", "depends on the scoring"
 
 
 def decided(holds: bool, fails: bool) -> str:
