@@ -345,6 +345,14 @@ def test_other_data_is_refused(folder, data, tmp_path, protocol, file, change, m
         again(m, str(tmp_path / "nowhere"), other)
 
 
+def test_calibrated_on_one_text_and_measured_on_another(folder, data):
+    """As in chapter 5: the stages take the data that are named, the measure the embedded text, known by its sha256."""
+    stages = [Width(remove=2, of=4, windows=2, length=32)]
+    m = prepare(folder, stages, data=data, dtype="float32").measure(PPL, "embedded")
+    verdict = again(m, folder, data)
+    assert verdict.same_bits and verdict.same_subject and verdict.again.task == m.task != "WikiText-2 test"
+
+
 @pytest.mark.parametrize("change", [lambda rows: rows[:3], lambda rows: rows[::-1]], ids=["fewer", "another order"])
 def test_other_items_are_refused_where_no_sha256_is_recorded(folder, data, tmp_path, change):
     m = altered(direct(TRIVIA, folder, data), corpus_sha256=None)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -322,7 +323,8 @@ def again(
     Args:
         m: the record.
         subject: a spec of the model that its stages began with.
-        data: a data spec that has its text; by default `thesislib.sources.rows.default_data()`.
+        data: a data spec for its stages, by default `thesislib.sources.rows.default_data()`. What is measured is looked
+            for there, then in the embedded data.
         device: a torch device.
         reference: a spec of the model that it was held against; by default the record's own.
 
@@ -337,11 +339,11 @@ def again(
     missing = [key for key in ("subject", "fingerprint", "dtype", "settings") if key not in recorded]
     if missing:
         raise BadInput(f"the record does not say its {', '.join(missing)}: it cannot be measured again")
-    _check_same_text(m, data, setup)  # first: the stages may take minutes
+    text_data = _data_with_text(m, data, setup)  # first: the stages may take minutes
     model, same_subject = _compressed_again(m, subject, data, device)
     # with the weights unpacked, as they were when the record was made: packed ones take another kernel for few rows
-    result = setup.measure(Prepared(model, {}).unpacked, data)
-    _check_same_items(m, result, data, setup)
+    result = setup.measure(Prepared(model, {}).unpacked, text_data)
+    _check_same_items(m, result, text_data, setup)
     return Verdict(m, result, tolerance(m), same_subject)
 
 
@@ -373,15 +375,25 @@ def _compressed_again(m: Measurement, subject: str, data: str, device: str) -> t
     return model, same
 
 
-def _check_same_text(m: Measurement, data: str, setup: Setup) -> None:
-    """Raises BadInput unless the data have the text or the items of the record `m`, as far as it says their sha256."""
+def _data_with_text(m: Measurement, data: str, setup: Setup) -> str:
+    """The data spec that has the text or the items of the record `m`: `data`, or the embedded text.
+
+    Chapter 5 calibrates on one and measures on the other.
+
+    Raises:
+        BadInput: neither has them.
+    """
     recorded = m.provenance.get("corpus_sha256") or m.settings.get("text_sha256")
     now = setup.corpus_sha256(data) if recorded else None
-    if now is not None and now != recorded:
-        raise BadInput(
-            f"data '{data}' has another text for {m.task} (sha256 {now[:12]}..., recorded {recorded[:12]}...): "
-            "name the data that it was made with"
-        )
+    if now is None or now == recorded:
+        return data
+    with suppress(BadInput):  # there is no embedded text for every task
+        if setup.corpus_sha256("embedded") == recorded:
+            return "embedded"
+    raise BadInput(
+        f"data '{data}' has another text for {m.task} (sha256 {now[:12]}..., recorded {recorded[:12]}...): "
+        "name the data that it was made with"
+    )
 
 
 def _check_same_items(m: Measurement, result: Measurement, data: str, setup: Setup) -> None:
