@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from thesislib.device.time_line import BETWEEN, BEYOND, FITTED, Point, fit, held_out, mean_error, predict
+from thesislib.device.time_line import BETWEEN, BEYOND, FITTED, Point, fit, held_out, predict
 from thesislib.errors import BadInput
 
 
@@ -42,8 +42,6 @@ def test_depths_that_were_not_fitted_are_told_apart():
     assert table.loc[20, "error"] == pytest.approx(0) and table.loc[4, "error"] == pytest.approx(
         1
     )  # predicted twice what it took
-    assert mean_error([table, table], BETWEEN) == pytest.approx(0) and mean_error([table], BEYOND) == pytest.approx(1)
-    assert np.isnan(mean_error([table.loc[[30]]], BETWEEN))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from thesislib.compress.outline import Outline, Outlined
 from thesislib.compress.selection import check_all_fit, fits, patterns, whole_number
 from thesislib.compress.stage import Shape, Stage, Weighted, stage
 from thesislib.errors import BadInput, unknown
-from thesislib.model.layers import LINEARS, Projection, base_of
+from thesislib.model.layers import Projection, base_of
 from thesislib.model.subject import Subject
 
 METRICS = ("wanda", "magnitude")
@@ -216,12 +216,3 @@ def least_share(score: torch.Tensor, ratio: float) -> torch.Tensor:
     count = int(score.shape[1] * ratio)
     order = score.argsort(dim=-1, stable=True)
     return torch.zeros_like(order, dtype=torch.bool).scatter_(-1, order[:, :count], True)
-
-
-def zero_shares(subject: Subject) -> dict[str, list[float]]:
-    """The share of zeros in each projection by name, block by block."""
-    shares: dict[str, list[float]] = {name: [] for name in LINEARS}
-    for block in range(subject.depth):
-        for name, module in subject.linears(block).items():
-            shares[name].append(float((module.weight == 0).float().mean()))
-    return shares

@@ -20,7 +20,7 @@ from thesislib.device.placement import TOO_LARGE, Placement, allocate, reads
 from thesislib.errors import BadInput
 from thesislib.model.subject import Subject
 
-ARITHMETIC, TRAFFIC, OVERHEAD, UNKNOWN = "arithmetic", "traffic", "overhead", "unknown"
+ARITHMETIC, TRAFFIC, OVERHEAD = "arithmetic", "traffic", "overhead"
 
 
 @dataclass(frozen=True)

@@ -105,9 +105,3 @@ def held_out(points: Mapping[int, Point], fitted: Sequence[int]) -> pd.DataFrame
         rows.append((depth, where, p.bytes / 1e6, *milliseconds, middle / p.middle - 1))
     columns = ["depth", "where", "MB per token", "measured", "low", "predicted", "high", "error"]
     return pd.DataFrame(rows, columns=columns).set_index("depth")
-
-
-def mean_error(tables: Sequence[pd.DataFrame], where: str) -> float:
-    """The mean absolute error over the rows of all tables with this `where`; NaN without rows."""
-    errors = [abs(e) for table in tables for e in table.loc[table["where"] == where, "error"]]
-    return float(np.mean(errors)) if errors else float("nan")

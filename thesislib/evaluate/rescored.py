@@ -38,16 +38,19 @@ def scored_rows(stores: Iterable[Store], data: str, known: Iterable[Measurement]
     sha256 = cache(lambda setup: setup.corpus_sha256(data))
     for store in stores:
         for name, m in store.rows().items():
-            if not m.items or "answer" not in m.items[0] or m.metric != Trivia.metric:
+            if not m.items or "answer" not in m.items[0]:
                 continue
             setup = setup_of(m)
+            asked = setup.task
+            if not isinstance(asked, Trivia) or isinstance(asked, Scored):
+                continue
             recorded = m.provenance.get("corpus_sha256")
             if recorded and sha256(replace(setup, batch=None)) != recorded:
                 raise BadInput(
                     f"row {name} was asked other questions than data '{data}' has for {m.task}: name the data that it "
                     "was made with"
                 )
-            book = TASKS[setup.on].open_book
+            book = asked.open_book
             if book not in aliases:
                 aliases[book] = aliases_of(replace(setup, limit=None).items(data))
             glued = sum(bool(ROLE.search(item["answer"])) for item in m.items) > GLUED * m.n
