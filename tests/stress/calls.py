@@ -125,6 +125,7 @@ def good(here: Place) -> dict[tuple[str, ...], list]:
         ("recipe", "expand"): [here / "grid.yaml", "--out", "recipes", "--size", "quick"],
         ("records",): ["--store", here / "records.jsonl"],
         ("records", "verify"): ["0", "--store", here / "records.jsonl", "--subject", subject, "--data", texts],
+        ("records", "score"): ["--store", here / "records.jsonl", "--data", texts, "--out", "answers.jsonl"],
     }
 
 
@@ -191,8 +192,8 @@ def tables(here: Place) -> Iterator[list]:
     yield from (
         ["record", "03", "--data", texts, "-p", f"subject={subject}", "--limit", 1, "--out", out]
         for out in PLACES
-        if out
-    )  # "" is where one stands
+        if out not in ("", "full")  # where one stands; a folder of other files may get a record
+    )
     yield from (["run", c, "--out", "out.ipynb"] for c in ("99", "", "nope", "../01", "1e0", "a\0b", "-1", LONG))
     yield from (["run", "01", "--out", out] for out in PLACES)
     yield from (

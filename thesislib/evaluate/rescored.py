@@ -12,6 +12,7 @@ from thesislib.evaluate.setup import TASKS, setup_of
 from thesislib.evaluate.triviaqa import Scored, Trivia, aliases_of
 from thesislib.records.measurement import Measurement
 from thesislib.records.store import Store
+from thesislib.sources.rows import origin_of
 
 # answers of before the first control token ended them: one that was decoded over it has the next turn's role glued on
 ROLE = re.compile(r"\w(assistant|user|system)\b")
@@ -33,6 +34,7 @@ def scored_rows(stores: Iterable[Store], data: str, known: Iterable[Measurement]
     Raises:
         BadInput: data that lack a question, or have it otherwise than a row says.
     """
+    origin_of(data)  # whether there are such data, even if no row has answers
     done = {(m.provenance.get("origin"), m.metric) for m in known}
     aliases: dict[bool, dict[str, tuple[str, ...]]] = {}
     sha256 = cache(lambda setup: setup.corpus_sha256(data))
