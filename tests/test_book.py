@@ -127,10 +127,11 @@ def test_executed_runs_once_and_again_when_something_changes(checkout, capsys):
     assert [f.name for f in cache.iterdir()] == [second.name]
 
 
-def test_execute_with_parameters_and_failure(tmp_path):
+def test_execute_with_parameters_and_failure(capfd, tmp_path):
     source = tmp_path / "one.ipynb"
     nbformat.write(notebook("print(seconds * 2)", "assert seconds < 5, 'too many'"), source)
     execute(source, tmp_path / "out.ipynb", {"seconds": 4})
+    assert "IPKernelApp" not in capfd.readouterr().err  # nothing to read between two chapters
     assert "8\n" in (tmp_path / "out.ipynb").read_text().replace("\\n", "\n")
     with pytest.raises(RuntimeError, match="raised AssertionError: too many"):
         execute(source, tmp_path / "bad.ipynb", {"seconds": 6})

@@ -16,6 +16,8 @@ from thesislib.notebooks import read_notebook, ready
 from thesislib.tables import RESULTS
 
 SEAL = "thesislib_sha256"
+# kernels listen on TCP ports of this machine, where other users are; unencrypted ones warn of it once a chapter
+ENCRYPTED = {"KernelManager": {"transport_encryption": "auto"}}
 TAG = "results"  # of the cell whose table is a notebook's result
 
 
@@ -75,6 +77,7 @@ def execute(notebook: Path, out: Path, parameters: Mapping[str, Any], kind: type
     """
     from papermill import execute_notebook
     from papermill.exceptions import PapermillExecutionError
+    from traitlets.config import Config
 
     parameters = ready(notebook, parameters, kind)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +87,7 @@ def execute(notebook: Path, out: Path, parameters: Mapping[str, Any], kind: type
             left.unlink(missing_ok=True)
     try:  # a kernel ends by itself, within a second, when its parent is killed: ipykernel looks for that
         execute_notebook(str(notebook), str(partial), parameters, kernel_name="python3", cwd=str(notebook.parent),
-                         progress_bar=sys.stderr.isatty(), start_timeout=300)  # fmt: skip
+                         progress_bar=sys.stderr.isatty(), start_timeout=300, config=Config(ENCRYPTED))  # fmt: skip
         seal(partial)
         os.replace(partial, out)
     except PapermillExecutionError as error:

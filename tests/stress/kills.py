@@ -92,8 +92,10 @@ def kill(job: Job, here: Place, kills: int, seed: int) -> dict:
             bad += _judged(job, case, ended if ended.code == 0 else None, expected, how)
         else:
             bad.append((f"neither done nor killed: {ended.trouble or ended.err.strip()[-200:]}", how))
-        if job.worker or ended.code == 0 or rng.random() < 0.5 or done == kills:
-            over = (job.worker and ended.code == 0) or (job.once and (case / "out.gguf").exists())
+        # killed between its last step and its end: started again, it would refuse to replace what it has written
+        finished = job.once and (case / "out.gguf").exists()
+        if job.worker or ended.code == 0 or finished or rng.random() < 0.5 or done == kills:
+            over = (job.worker and ended.code == 0) or finished
             if not over:
                 again = call(_in(job, case), case, environment(here, case), 120, ROOM)
                 runs += 1
