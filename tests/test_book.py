@@ -12,13 +12,14 @@ import pytest
 import yaml
 
 from tests.fakes import processes
-from thesislib.book import api, clean
+from thesislib.book import api, clean, without_data
 from thesislib.chapters import chapters as study
 from thesislib.chapters import reads
 from thesislib.errors import BadInput
 from thesislib.files import ROOT
 from thesislib.notebooks import check_names
 from thesislib.runner import cache_key, chapters, execute, executed, results
+from thesislib.tables import RESULTS
 
 
 def notebook(*cells, parameters="seconds = 0"):
@@ -189,6 +190,19 @@ def test_clean_takes_out_what_differs_and_refuses_paths():
     nb.cells[1].outputs = [nbformat.v4.new_output("stream", text="saved in " + "/".join(["", "root", "secret"]))]
     with pytest.raises(BadInput, match="path of this machine"):
         clean(nbformat.writes(nb))
+
+
+def test_pages_show_tables_and_not_their_data():
+    """MyST-NB warns of each type in an output that it does not know, and a warning fails the book."""
+    known = {"text/plain", "text/html", "text/markdown", "image/png", "application/json"}
+    for name, path in chapters().items():
+        stored, shown = (
+            nbformat.reads(text, 4) for text in (path.read_text("utf8"), without_data(path.read_text("utf8")))
+        )
+        types = [{*o.get("data", {})} for cell in shown.cells for o in cell.get("outputs", ())]
+        assert set().union(*types) <= known, name
+        data = [{*o.get("data", {})} for cell in stored.cells for o in cell.get("outputs", ())]
+        assert [t - known for t in data if t - known] == [{RESULTS}] and len(data) == len(types), name
 
 
 def test_stored_notebooks_are_clean_thin_and_tagged():

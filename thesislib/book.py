@@ -11,6 +11,7 @@ from thesislib.chapters import reads
 from thesislib.errors import BadInput
 from thesislib.files import ROOT, check_checkout
 from thesislib.runner import chapters, executed
+from thesislib.tables import RESULTS
 
 
 def build(out: Path, stored: bool = False, root: Path = ROOT) -> Path:
@@ -30,7 +31,8 @@ def build(out: Path, stored: bool = False, root: Path = ROOT) -> Path:
     pages = set()
     for name, notebook in chapters(root).items():
         outputs = notebook if stored else executed(name, notebook, out / "executed", reads=reads(name))
-        pages.add(_copy(outputs, source / "notebooks" / f"{name}.ipynb", strip=True))
+        shown = without_data(clean(outputs.read_text("utf8")))
+        pages.add(_write(shown.encode(), source / "notebooks" / f"{name}.ipynb"))
     for page in [root / "_config.yml", root / "_toc.yml", *(p for p in (root / "book").rglob("*") if p.is_file())]:
         pages.add(_copy(page, source / page.relative_to(root)))
     for name, text in (("_findings.md", chapter_findings()), ("_api.md", api(root))):  # pages include them
@@ -78,12 +80,12 @@ def api(root: Path = ROOT) -> str:
     return "\n".join(lines)
 
 
-def _copy(source: Path, target: Path, strip: bool = False) -> Path:
-    """Copy only what differs, so that Sphinx rebuilds only what changed."""
-    return _write(clean(source.read_text("utf8")).encode() if strip else source.read_bytes(), target)
+def _copy(source: Path, target: Path) -> Path:
+    return _write(source.read_bytes(), target)
 
 
 def _write(content: bytes, target: Path) -> Path:
+    """Write only what differs, so that Sphinx rebuilds only what changed."""
     if not target.exists() or target.read_bytes() != content:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
@@ -114,10 +116,22 @@ def clean(notebook: str) -> str:
     return text + "\n"
 
 
+def without_data(notebook: str) -> str:
+    """A notebook's JSON without its results as data: Sphinx warns of a type that it cannot show."""
+    import nbformat
+
+    nb = nbformat.reads(notebook, 4)
+    for output in (o for cell in nb.cells for o in cell.get("outputs", ())):
+        output.get("data", {}).pop(RESULTS, None)
+    return nbformat.writes(nb, indent=1) + "\n"
+
+
 def store(out: Path, root: Path = ROOT) -> list[Path]:
     """Put the executed notebooks, cleaned, into `notebooks/`: what nbval compares with and readers see on the web."""
     return [
-        _copy(executed(name, notebook, out / "executed", reads=reads(name)), notebook, strip=True)
+        _write(
+            clean(executed(name, notebook, out / "executed", reads=reads(name)).read_text("utf8")).encode(), notebook
+        )
         for name, notebook in chapters(root).items()
     ]
 

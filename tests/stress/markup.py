@@ -30,7 +30,7 @@ CELLS = (
     ("", "import dataclasses, json\nfrom IPython.display import HTML, Markdown, display\n"
          "from thesislib.records import measurement, store\n"
          "from thesislib.chapters import ch00_measures, figures, pareto, recorded\n"
-         "from thesislib.config import settings\nfrom thesislib.model.subject import load_subject"),
+         "from thesislib.config import settings\nfrom thesislib.formats.load import load_subject"),
     ("parameters", "subject = 'x'\ntexts = ['x']\nmade = 'x'\nartifact = 'x'"),
     ("", "p = settings(dataclasses.make_dataclass('P', [('subject', str), ('texts', list), ('made', str), "
         "('artifact', str)]), globals())"),
@@ -177,6 +177,8 @@ def run(here: Place) -> dict:
     (book / "_config.yml").write_text(config)
     (book / "_toc.yml").write_text("format: jb-book\nroot: book/intro\nchapters:\n- file: notebooks/01_hostile\n")
     (book / "book" / "intro.md").write_text("# Intro\n")
+    shutil.copytree(checkout / "book" / "_ext", book / "book" / "_ext")
+    (book / "README.md").write_text("<!-- imports -->\n<!-- imports -->\n")  # no module for the API page
     shutil.copytree(
         checkout / "thesislib", book / "thesislib", dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__")
     )
