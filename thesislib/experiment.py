@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,6 +24,7 @@ from thesislib.pipeline.label import DENSE
 from thesislib.pipeline.recipe import Recipe
 from thesislib.pipeline.run import Job
 from thesislib.records.measurement import Measurement
+from thesislib.sources.corpus import EMBEDDED_TEXT
 from thesislib.sources.rows import default_data, origin_of
 
 
@@ -387,9 +387,8 @@ def _data_with_text(m: Measurement, data: str, setup: Setup) -> str:
     now = setup.corpus_sha256(data) if recorded else None
     if now is None or now == recorded:
         return data
-    with suppress(BadInput):  # there is no embedded text for every task
-        if setup.corpus_sha256("embedded") == recorded:
-            return "embedded"
+    if m.task == EMBEDDED_TEXT and setup.corpus_sha256("embedded") == recorded:
+        return "embedded"
     raise BadInput(
         f"data '{data}' has another text for {m.task} (sha256 {now[:12]}..., recorded {recorded[:12]}...): "
         "name the data that it was made with"

@@ -351,7 +351,7 @@ def _usual(here: Place, case: Path, args: list, ended: Ended, usual: dict[str, E
         args[-1]
     )  # whether it fits a subject is not asked
     literal = "~nouser/x" in map(str, args) and (case / "~nouser" / "x").exists()
-    literal |= words == ("recipe", "expand") and args[-1] == ""  # the current folder, as "." is
+    literal |= words in (("recipe", "expand"), ("record",)) and args[-1] == ""  # the current folder, as "." is
     return taken or literal or (usual[name].code == 0 and usual[name].out == ended.out)
 
 

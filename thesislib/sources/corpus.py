@@ -20,6 +20,9 @@ from thesislib.sources.rows import Row, is_text, listed, origin_of, rows, take
 # ---------------------------------------------------------------- running text
 
 
+EMBEDDED_TEXT = "Wikipedia, evaluation half (embedded)"  # its name, in tables and records
+
+
 @dataclass(frozen=True)
 class Text:
     """Running text made of documents.
@@ -56,7 +59,7 @@ def evaluation_text(data: str | Path = "embedded") -> Text:
     """
     text_rows = rows("wikitext", data)
     if origin_of(data) == "embedded":
-        return join("Wikipedia, evaluation half (embedded)", _wikipedia(text_rows[0]["text"], "evaluation"))
+        return join(EMBEDDED_TEXT, _wikipedia(text_rows[0]["text"], "evaluation"))
     return wikitext("WikiText-2 test", text_rows)
 
 
