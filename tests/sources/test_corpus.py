@@ -3,6 +3,7 @@ import hashlib
 import itertools
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -668,3 +669,15 @@ def test_every_task_of_the_folder_reads(shared_data):
     assert all(q.context for q in questions(shared_data, open_book=True))
     for task in CHOICES:
         assert all(0 <= TASKS[task].item(i, row).label < 5 for i, row in enumerate(rows(task, shared_data)))
+
+
+@pytest.mark.parametrize("value", [["copper"], {"a": "copper"}, 5])
+def test_an_answer_whose_value_is_no_text_is_refused(tiny_data, tmp_path, value):
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    file = data / "trivia_qa" / "validation_closed_book.jsonl"
+    first, *rest = [json.loads(line) for line in file.read_text("utf8").splitlines()]
+    first["answer"] = {**first["answer"], "value": value}
+    file.write_text("".join(json.dumps(row) + "\n" for row in (first, *rest)), "utf8")
+    with pytest.raises(BadInput, match="row 1.*answer"):
+        corpus.questions(str(data))

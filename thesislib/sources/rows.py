@@ -51,6 +51,8 @@ def _is_keyed_choices(value: Any) -> bool:
 
 def _is_answers(value: Any) -> bool:
     if isinstance(value, dict):
+        if value.get("value") is not None and not is_text(value["value"]):  # one answer; several are aliases
+            return False
         columns = [value.get("value"), *(value.get(key) for key in ("aliases", "normalized_aliases"))]
         value = [answer for column in columns if column is not None for answer in listed(column)]
     return _is_list_of(is_text, value) and any(map(_is_words, value))
