@@ -1,18 +1,20 @@
 """Recorded answers under further scorings: one row each, from the row that has the answers, and none twice."""
 
+import itertools
 import json
 import shutil
 
 import pytest
 from typer.testing import CliRunner
 
+from thesislib.chapters.claims import ANSWERS_FILE, SCORINGS
 from thesislib.cli import app
 from thesislib.errors import BadInput
 from thesislib.evaluate.rescored import scored_rows
 from thesislib.evaluate.setup import Setup
 from thesislib.experiment import again, identity_of, prepare
 from thesislib.formats.load import save_checkpoint
-from thesislib.records.store import Store
+from thesislib.records.store import Store, study
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +78,26 @@ def test_other_questions_are_refused(store, tiny_data, tmp_path):
         file.write_text("\n".join(json.dumps({**row, "question": "Why?"}) for row in rows))
     with pytest.raises(BadInput, match="was asked other questions than data"):
         list(scored_rows([store], str(other)))
+
+
+def test_the_studys_answers_are_all_scored_and_from_rows_that_are_there():
+    """By exact match as the origin's own tiers say, which were counted when the model was asked."""
+    folder = study()
+    answered = {
+        name: m
+        for file in folder.glob("0*.jsonl")
+        for name, m in Store(file).rows().items()
+        if m.metric == "accuracy" and m.items and "answer" in m.items[0]
+    }
+    scored = {(m.provenance["origin"], m.metric): m for m in Store(folder / ANSWERS_FILE).rows().values()}
+    assert set(scored) == set(itertools.product(answered, SCORINGS)) and len(answered) > 100
+    for (origin, metric), m in scored.items():
+        before = answered[origin]
+        assert m.column("id") == before.column("id") and m.label == before.label
+        if metric == "exact match":
+            assert m.column("correct") == [tier == "exact" for tier in before.column("tier")], origin
+        elif metric == "token F1":  # the whole answer is a name: nothing is missing and nothing too much
+            scores = zip(m.column("score"), before.column("tier"), strict=True)
+            assert all(score == 1 for score, tier in scores if tier == "exact"), origin
+        else:
+            assert m.value <= before.value, origin
