@@ -1,6 +1,8 @@
 """Chapter 4: what it measures on a tiny model, that a run killed goes on, and that its sentences turn with the
 numbers."""
 
+import dataclasses
+
 import pytest
 
 from tests.fakes import accuracy, perplexity
@@ -229,6 +231,17 @@ def test_texts_are_compared_by_model(story):
     assert _told(story) == {"better": ["D2"], "worse": [], "not told apart": ["dense"]}
     story[Configuration("D2", "wikitext"), CLOSED] = accuracy(0.02)
     assert _told(story) == {"better": [], "worse": ["D2"], "not told apart": ["dense"]}
+
+
+def test_texts_are_compared_by_exact_match_too(story):
+    """Answers that hold a name among other words count by the thesis's rule alone."""
+    rambles = Configuration("D2", "wikitext")
+    m = story[rambles, CLOSED]
+    items = [{**item, "tier": "substring" if item["correct"] else ""} for item in m.items]
+    story[rambles, CLOSED] = dataclasses.replace(m, items=items)
+    assert _told(story)["better"] == ["D2"]
+    exact = by_verdict(recovery.texts_compared(story, exact=True), higher_is_better=True)
+    assert exact == {"better": [], "worse": ["D2"], "not told apart": ["dense"]}
 
 
 def test_pruning_after_training_is_held_against_pruning_before(story):
