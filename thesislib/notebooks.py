@@ -1,4 +1,4 @@
-"""What goes into a notebook and what it hands over: parameters, checked before it runs, and its table of results."""
+"""What goes into a notebook: its parameters, checked before it runs."""
 
 import ast
 import json
