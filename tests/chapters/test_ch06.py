@@ -228,12 +228,21 @@ def test_bad_parameters(key, value):
 
 def test_the_record_shares_what_other_chapters_measured():
     record = recorded("06_evaluation")
-    assert ("dense", PPL) in record and record["dense", PPL].n == 24
-    assert all(m.provenance["dtype"] == "bfloat16" for m in record.values())
-    exact = evaluation.read_recorded(record_file("06_evaluation"), evaluation.PRECISION, "float32")
+    assert record.sample["dense", PPL].n == 24 and record.full["dense", PPL].n == 595
+    assert all(m.provenance["dtype"] == "bfloat16" for results in record for m in results.values())
+    exact = evaluation.read_size(record_file("06_evaluation"), evaluation.PRECISION, "float32")
     assert len(exact) == len(evaluation.grid("precision").configurations) and {
         m.provenance["dtype"] for m in exact.values()
     } == {"float32"}
+
+
+def test_a_section_is_of_one_sample():
+    """The whole text's, once it has every model of the section."""
+    sample = {(label, PPL): ppl(3, 24) for label in ("dense", "D2", "W1:8", "D2+W1:8")}
+    whole = {key: ppl(3.1, 595) for key in list(sample)[:3]}
+    record = evaluation.Record(whole, sample)
+    assert record.on_one(["depth", "width"]) is whole and record.on_one(evaluation.PRUNED) is sample
+    assert evaluation.Record({**whole, ("D2+W1:8", PPL): ppl(3.1, 595)}, sample).on_one(evaluation.PRUNED) is not sample
 
 
 def test_the_readme_has_the_three_findings_and_their_figure():
@@ -247,4 +256,4 @@ def test_the_readme_has_the_three_findings_and_their_figure():
             key, _, value = image[position + 8 : position + 8 + length].partition(b"\0")
             said[key.decode()] = value.decode()
         position += length + 12
-    assert said["Description"] == trade_offs.digest(recorded("06_evaluation")), "run `make findings`"
+    assert said["Description"] == trade_offs.digest(recorded("06_evaluation").full), "run `make findings`"

@@ -24,7 +24,6 @@ from thesislib.chapters.ch05_runs import (
     calibrations,
     eora_choices,
     eora_ranks,
-    for_claims,
     key,
     layers_file,
     leave_one_out,
@@ -723,6 +722,5 @@ CHAPTER = Chapter(
     read_recorded,
     headline,
     RECORDED,
-    reads=("00_measures", "04_lora_recovery"),
-    claims=for_claims,
+    reads=("06_evaluation",),
 )

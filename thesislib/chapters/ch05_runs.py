@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from thesislib.chapters.chapter import CLOSED, OPEN, Keep, Key, Parameters, Part, by_key
+from thesislib.chapters.chapter import CLOSED, OPEN, WIKITEXT, Keep, Key, Parameters, Part, by_key, on_one_sample
+from thesislib.chapters.pool import largest, recorded_pool
 from thesislib.compress.calibration import ALL_AT_ONCE, Statistics, Visitor, stream
 from thesislib.compress.eora import Eora
 from thesislib.compress.gptq import Gptq, Rtn
@@ -444,16 +445,13 @@ def from_measurements(measurements: Iterable[Measurement]) -> dict[tuple[str | N
 
 
 def read_recorded(path: Path) -> Results:
-    """A recorded run. The dense model on the test text is chapter 0's and its answers are chapter 4's, on the same
-    items."""
-    measures, lora = (
-        Store(path.with_name(f"{name}.jsonl")).rows().values() for name in ("00_measures", "04_lora_recovery")
-    )
+    """A recorded run. The dense model's perplexity is the one that all chapters quote; its answers are chapter 4's, on
+    the same items."""
+    lora = Store(path.with_name("04_lora_recovery.jsonl")).rows().values()
     dense = {(None, m.chapter["what"]): m for m in lora if m.label == DENSE and m.chapter["what"] in (CLOSED, OPEN)}
-    for m in measures:
-        if m.metric == "perplexity" and m.settings["length"] == 512:
-            dense[None, PPL] = m.with_provenance(chapter={"what": PPL})
-    return dense | from_measurements(Store(path).rows().values())
+    for m in largest(recorded_pool(path.parent), WIKITEXT, [DENSE]).values():
+        dense[None, PPL] = m.with_provenance(chapter={"what": PPL})
+    return dense | from_measurements(on_one_sample(Store(path).rows().values(), key).values())
 
 
 RECORDED = {
@@ -544,12 +542,3 @@ def key(m: Measurement) -> Key:
     """Label, hash of the stages, and task."""
     ((recipe, task),) = from_measurements([m])
     return m.label, recipe, task
-
-
-def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurement]]:
-    """Answers to questions of the chapter's table, under the table's names."""
-    names = {c.key: c.name for c in main_models(recorded_parameters())}
-    for m in rows:
-        _, recipe, task = key(m)
-        if recipe in names and task not in (PPL, HELD_OUT):
-            yield names[recipe], task, m

@@ -15,6 +15,7 @@ from thesislib.evaluate.stats import Comparison
 from thesislib.records.measurement import Measurement
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # Okabe and Ito
+TIMES_DENSE = "perplexity, times the dense model's (log)"
 
 
 def style() -> None:
@@ -195,12 +196,12 @@ def block_ranks(table: pd.DataFrame, protected: Sequence[int]) -> plt.Figure:
     return figure
 
 
-def removal_curves(table: pd.DataFrame, dense: float) -> plt.Figure:
-    """Perplexity over the number of blocks removed, one line a method with 95 % intervals; random removals as a band.
+def removal_curves(table: pd.DataFrame) -> plt.Figure:
+    """Perplexity, as a ratio to the whole model's, over the number of blocks removed: one line a method with 95 %
+    intervals, random removals as a band.
 
     Args:
         table: columns method, removed, value, low, high (see `thesislib.chapters.ch02_depth.curves`).
-        dense: the whole model's perplexity.
     """
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
     random = table[table["method"].str.startswith("random")].groupby("removed")["value"]
@@ -220,24 +221,22 @@ def removal_curves(table: pd.DataFrame, dense: float) -> plt.Figure:
         if len(rows):
             at = rows["removed"] + shift
             intervals(axis, at, (rows["value"], rows["low"], rows["high"]), f"{marker}-", colour, label=method)
-    axis.axhline(dense, color=GREY, linestyle="--", linewidth=1)
-    axis.annotate("whole model", (table["removed"].max(), dense), ha="right", va="bottom", fontsize=9, color=GREY)
+    axis.axhline(1, color=GREY, linestyle="--", linewidth=1)
+    axis.annotate("whole model", (table["removed"].max(), 1), ha="right", va="bottom", fontsize=9, color=GREY)
     axis.set_yscale("log")
     _thousands(axis.yaxis)
-    axis.set(xlabel="blocks removed", ylabel="perplexity (log)", xticks=sorted(set(table["removed"]) - {0}))
+    axis.set(xlabel="blocks removed", ylabel=TIMES_DENSE, xticks=sorted(set(table["removed"]) - {0}))
     axis.legend(fontsize=9)
     return figure
 
 
-def pattern_chart(
-    series: Mapping[str, Mapping[str, Measurement]], zeros: Mapping[str, float], dense: float
-) -> plt.Figure:
-    """Perplexity of each pattern with its interval, patterns ordered by the share of zeros; one marker a metric.
+def pattern_chart(series: Mapping[str, Mapping[str, Measurement]], zeros: Mapping[str, float]) -> plt.Figure:
+    """Perplexity of each pattern as a ratio to the whole model's, with its interval, patterns ordered by the share of
+    zeros; one marker a metric.
 
     Args:
-        series: {metric: {pattern: measurement}}.
+        series: {metric: {pattern: ratio}}, see `thesislib.evaluate.perplexity.relative`.
         zeros: {pattern: share of weights removed}.
-        dense: the whole model's perplexity.
     """
     order = sorted(
         zeros, key=lambda x: (zeros[x], -int(x.split(":")[-1]) if ":" in x else -1000)
@@ -247,12 +246,12 @@ def pattern_chart(
         here = [x for x in order if x in found]
         at = [order.index(x) + shift for x in here]
         intervals(axis, at, _of(found[x] for x in here), marker, colour, markersize=6, capsize=3, label=name)
-    axis.axhline(dense, color=GREY, linestyle="--", linewidth=1)
-    axis.annotate("whole model", (len(order) - 0.6, dense), ha="right", va="bottom", fontsize=9, color=GREY)
+    axis.axhline(1, color=GREY, linestyle="--", linewidth=1)
+    axis.annotate("whole model", (len(order) - 0.6, 1), ha="right", va="bottom", fontsize=9, color=GREY)
     axis.set_yscale("log")
     _thousands(axis.yaxis)
     axis.set_xticks(range(len(order)), [f"{x if ':' in x else 'ratio'}\n{100 * zeros[x]:.3g} %" for x in order])
-    axis.set(xlabel="removed:of and share of weights removed", ylabel="perplexity (log)")
+    axis.set(xlabel="removed:of and share of weights removed", ylabel=TIMES_DENSE)
     axis.legend()
     return figure
 
@@ -282,7 +281,7 @@ def calibration_chart(table: pd.DataFrame) -> plt.Figure:
     axis.set_xticks(rows.index, map(str, rows.index))
     axis.set(
         xlabel="calibration windows of 512 tokens (log)",
-        ylabel="perplexity of 2:4",
+        ylabel="perplexity of 2:4, times the dense model's",
         title="a dot a seed, lines through the means",
     )
     axis.legend()
@@ -293,11 +292,12 @@ LOOKS = {"untrained": ("o", GREY, "none"), "+W": ("s", BLUE, BLUE), "+T": ("^", 
 
 
 def recovery_chart(points: Mapping[str, Mapping[str, Measurement]], dense: str = "dense") -> plt.Figure:
-    """Perplexity of each model untrained and trained on each text; lines mark the dense model untrained and trained
-    alike.
+    """Perplexity of each model untrained and trained on each text, as a ratio to the untrained dense model's.
+
+    Lines mark the dense model untrained and trained alike.
 
     Args:
-        points: {model: {"untrained", "+W" or "+T": measurement}}.
+        points: {model: {"untrained", "+W" or "+T": ratio}}.
         dense: the control's name.
     """
     models = [*(m for m in points if m != dense), *(m for m in points if m == dense)]
@@ -315,7 +315,7 @@ def recovery_chart(points: Mapping[str, Mapping[str, Measurement]], dense: str =
     axis.set_xscale("log")
     _thousands(axis.xaxis, small=True)
     axis.set(
-        xlabel="perplexity (log), 95 % interval; lines: the dense model, untrained and trained alike",
+        xlabel=f"{TIMES_DENSE}; lines: the dense model, untrained and trained alike",
         yticks=range(len(models)),
         yticklabels=models,
     )
