@@ -283,7 +283,7 @@ def test_thesis_figures_stand_beside():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bits": [5]}, "5 bits"),
+        ({"bits": [9]}, "9 bits"),
         ({"calibration": 0}, "calibration"),
         ({"dtype": "int8"}, "'int8'"),
         ({"group": 1}, "group '1'"),

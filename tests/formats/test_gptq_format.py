@@ -125,6 +125,9 @@ def test_what_the_layout_cannot_hold(tiny, subject, tmp_path):
         export_gptq(Rtn(linears="v_proj", group=32).apply(subject)[0], out)
     with pytest.raises(BadInput, match="'minimum' cannot be held"):
         export_gptq(Rtn(grid="minimum", group=32).apply(subject)[0], out)
+    for bits in (5, 6, 7):
+        with pytest.raises(BadInput, match=f"{bits} bits cannot be held: GPTQ's loaders share a layout for 2, 3, 4, 8"):
+            export_gptq(Rtn(bits=bits, group=32).apply(subject)[0], out)
     with pytest.raises(BadInput, match="group 8 is none that GPTQ's loaders know: here 16, 32 or 'row' would be"):
         export_gptq(Rtn(group=8).apply(subject)[0], out)
     with pytest.raises(BadInput, match=r"k_proj of shape \(16, 32\) cannot be held: .* multiples of 32"):
