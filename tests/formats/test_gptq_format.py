@@ -14,7 +14,7 @@ from thesislib.compress.eora import Eora
 from thesislib.compress.gptq import Gptq, Rtn
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
-from thesislib.formats.artifact import save_artifact
+from thesislib.formats.artifact import load_artifact, save_artifact
 from thesislib.formats.gptq import export_gptq, words
 from thesislib.model.layers import LINEARS
 
@@ -108,6 +108,18 @@ def test_act_order_masks_and_corrections(subject, tiny_data, tmp_path):
     adapter = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert adapter["r"] == 4 and len(adapter["target_modules"]) == 14
     assert {stat.S_IMODE(f.stat().st_mode) for f in folder.rglob("*") if f.is_file()} == {0o644}
+
+
+def test_the_order_of_groups_leaves_them_where_they_lie(subject, tiny_data, tmp_path):
+    made, _ = Gptq(bits=4, group=32, act_order="groups", **SMALL).apply(subject, data=tiny_data)
+    folder, path = export_gptq(made, tmp_path / "out"), "model.layers.1.mlp.down_proj"
+    tensors = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert not config["desc_act"] and tensors[f"{path}.g_idx"].tolist() == [i // 32 for i in range(96)]
+    assert torch.equal(read_linear(tensors, path, config), made.linears(1)["down_proj"].weight)
+    assert "index" not in made.linears(1)["down_proj"].stored
+    again = load_artifact(save_artifact(made, tmp_path / "artifact"))
+    assert again.fingerprint == made.fingerprint
 
 
 def test_words_are_strings_of_bits():
