@@ -116,7 +116,33 @@ def test_ingredients_change_one_thing_each():
     assert long.windows * long.length == p.calibration * p.length  # as many tokens
 
 
+def test_what_stands_beside_the_table_on_the_test():
+    p = gptq.recorded_parameters()
+    configs = {c.name: c for c in gptq.on_the_test(p)}
+    assert len({c.key for c in configs.values()}) == len(configs)  # no model twice
+    assert {c.bits for c in configs.values()} == {None, 3, 4, 5, 6}
+    assert all(c.measured == (PPL, HELD_OUT) for c in configs.values())
+    planned = {(c.key, task) for c in gptq.recorded_configurations(p) for task in c.measured}
+    assert {(c.key, task) for c in configs.values() if c.stages for task in c.measured} <= planned
+    papers = [c.stages[0] for name, c in configs.items() if "the paper's calibration" in name]
+    assert [(s.windows, s.length) for s in papers] == [(128, 2048)] * 3
+    theirs = configs["GPTQ 4-bit symmetric, GPTQModel's settings"].stages[0]
+    assert (theirs.act_order, theirs.damping, theirs.clip, theirs.weighting) == ("groups", 0.05, "none", "equal")
+    shapes = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
+    fifth = sum(o * i + o * i / p.group for o, i in shapes) / 8  # a bit more of each code and each zero-point, in bytes
+    assert fifth // sum(2 * (o + i) for o, i in shapes) == gptq.EQUAL_RANK  # a rank is a float16 for each in and output
+
+
 # ---------------------------------------------------------------- sentences
+
+
+def test_gptqmodel_stands_beside_rounding():
+    names = ("dense", "rounding", "GPTQModel", "thesislib, the same settings", "thesislib, from left to right")
+    rows = [{"model": name, "threads": 1, "perplexity": 20.0 + i} for i, name in enumerate(names)]
+    found = {"GPTQModel": "1.2", "rows": [*rows, {**rows[-1], "threads": 2, "perplexity": 25.5}]}
+    said = quantisation.gptqmodel_sentence(found)
+    assert said.startswith("GPTQModel 1.2,") and "has 22.00 there" in said and "rounding 21.00, dense 20.00" in said
+    assert "has 23.00 in that order and 24.00 and 25.50 from left to right" in said
 
 
 def loss(per_token, seed=0):
@@ -283,7 +309,7 @@ def test_thesis_figures_stand_beside():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bits": [5]}, "5 bits"),
+        ({"bits": [9]}, "9 bits"),
         ({"calibration": 0}, "calibration"),
         ({"dtype": "int8"}, "'int8'"),
         ({"group": 1}, "group '1'"),

@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from thesislib import runner
-from thesislib.chapters import chapter_of, chapters, parameters_of, reads, record_file
+from thesislib.chapters import ch05_runs, chapter_of, chapters, parameters_of, reads, record_file
 from thesislib.chapters.chapter import Chapter, Part
 from thesislib.chapters.pool import recorded_pool
 from thesislib.chapters.record import parameters, record
@@ -57,6 +57,9 @@ def test_the_recorded_parameters_are_those_of_the_committed_rows(name):
     if name == "06_evaluation":  # the chapters before have the rest of the sample; the whole text is still being run
         pool = chapter.read(record_file(name)).sample
         absent = {(label, what) for label, size, _, what in absent if size == "sample"} - set(pool)
+    if name == "05_quantisation":  # what stands beside its table on the test is still being run
+        beside = {c.key for c in ch05_runs.on_the_test(ch05_runs.recorded_parameters())}
+        absent = {key for key in absent if key[1] not in beside}
     assert not absent
 
 

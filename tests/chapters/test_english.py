@@ -63,6 +63,7 @@ def english() -> dict[str, str]:
         "05.method_sentence": quantisation.method_sentence(r5, gptq.main_models(p5)),
         "05.bytes_sentence": quantisation.bytes_sentence(r5, p5),
         "05.textbook_sentence": quantisation.textbook_sentence(r5, q5),
+        "05.gptqmodel_sentence": quantisation.gptqmodel_sentence(quantisation.read_gptqmodel()),
         "05.calibration_sentence": quantisation.calibration_sentence(r5, q5),
         "05.kinds_sentence": quantisation.kinds_sentence(r5, q5),
         "05.worth_sentence": quantisation.worth_sentence(r5, q5),
