@@ -11,6 +11,7 @@ import pandas as pd
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
+from thesislib.chapters import ch02_stability
 from thesislib.chapters.chapter import CLOSED, OPEN, WIKITEXT, Chapter, Keep, Key, Parameters, Part, book, shape
 from thesislib.chapters.phrases import listed, number, share, times
 from thesislib.chapters.thesis import thesis_row
@@ -42,6 +43,7 @@ class DepthChapter(Parameters):
     Attributes:
         length: tokens in a window.
         calibration: windows of the calibration text that blocks are scored on.
+        stability: of the recorded run: windows from which it is told how stable the choice is; 0 for not at all.
         windows: that perplexity is measured on after each removal.
         metrics: how blocks are scored.
         greedy: also score by perplexity again after each removal, up to this many blocks; 0 for not at all.
@@ -55,6 +57,7 @@ class DepthChapter(Parameters):
 
     length: int = 512
     calibration: int = 4
+    stability: int = 0
     windows: int | None = 8
     metrics: list = field(default_factory=lambda: list(METRICS))
     greedy: int = 0
@@ -64,7 +67,7 @@ class DepthChapter(Parameters):
     passages: int = 12
     tokens: int = 30
     prompt: str = "Once upon a time"
-    may_be_zero = ("greedy", "seeds")
+    may_be_zero = ("greedy", "seeds", "stability")
 
     def __post_init__(self):
         super().__post_init__()
@@ -405,11 +408,16 @@ def read_recorded(path: Path) -> Results:
 
 
 def _scores_file(path: Path) -> Path:
-    return path.with_name(path.name.removesuffix(".jsonl") + "_scores.json")
+    return _beside(path, "scores")
+
+
+def _beside(path: Path, what: str) -> Path:
+    return path.with_name(f"{path.name.removesuffix('.jsonl')}_{what}.json")
 
 
 def recorded_parts(p: DepthChapter, file: Path) -> Iterator[Part]:
-    """One part: all rows follow from the scores, which lie in a file beside the record.
+    """Two parts: all rows, which follow from the scores in a file beside the record, and a second file, of the
+    choice's stability.
 
     All perplexities are one tree of plans.
     """
@@ -451,6 +459,16 @@ def recorded_parts(p: DepthChapter, file: Path) -> Iterator[Part]:
                     keep(described(named, subject, p.data, stages_of(named, subject.depth)))
 
     yield Part("all", rows, make, _scores_file(file))
+    if p.stability:
+        beside = _beside(file, "stability")
+        yield Part(
+            "stability",
+            {},
+            lambda *_: ch02_stability.record(
+                load_subject(p.subject, p.dtype, p.device), p.data, p.stability, p.length, beside
+            ),
+            beside,
+        )
 
 
 def label_of(removed: int) -> str:
@@ -482,6 +500,7 @@ CHAPTER = Chapter(
     claims=for_claims,
     recorded={
         "calibration": 8,
+        "stability": 64,
         "windows": 24,
         "greedy": 12,
         "counts": [1, 2, 3, 4, 5, 6, 7, 8, 10, 12],
