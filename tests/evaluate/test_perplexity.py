@@ -63,12 +63,34 @@ def test_compare_needs_the_same_windows_and_knows_the_sign(tiny):
     subject = tiny()
     found = perplexities(subject, TEXT, {"a": range(6), "b": (0,)}, length=32)
     c = compare(found["a"], found["b"])
-    assert math.exp(c.difference) == pytest.approx(
-        found["b"].value / found["a"].value, rel=0.05
-    )  # documents weigh alike here
+    assert math.exp(c.difference) == pytest.approx(found["b"].value / found["a"].value)
     assert compare(found["a"], found["a"]).p == 1.0
     with pytest.raises(BadInput, match="needs the same ones"):
-        compare(found["a"], perplexity(subject, TEXT, length=32, limit=3))
+        compare(perplexity(subject, TEXT, length=32, limit=4), perplexity(subject, TEXT, length=32, limit=3))
+    with pytest.raises(BadInput, match="needs the same ones"):
+        compare(found["a"], perplexity(subject, TEXT, length=16, limit=3))
+
+
+def test_a_comparison_is_the_ratio_of_the_perplexities_that_tables_show(tiny):
+    subject = tiny()
+    both = perplexities(subject, TEXT, {"a": range(subject.depth), "b": range(1, subject.depth)}, length=16)
+    a, b = both.values()
+    assert len(set(a.column("document"))) < a.n  # documents of several windows
+    assert math.exp(compare(a, b).difference) == pytest.approx(b.value / a.value, rel=1e-9)
+
+
+def test_a_whole_text_and_a_sample_compare_on_the_windows_that_both_have(tiny):
+    subject = tiny()
+    plans = {"a": range(subject.depth), "b": range(1, subject.depth)}
+    whole, sample = (perplexities(subject, TEXT, plans, length=16, limit=n) for n in (None, 5))
+    assert whole["a"].n > 5
+    expected = compare(sample["a"], sample["b"])
+    for a, b in ((whole, sample), (sample, whole)):
+        mixed = compare(a["a"], b["b"])
+        assert mixed.n == expected.n and mixed.difference == pytest.approx(expected.difference)
+    other = perplexity(subject, join("another", ["other words, " * 200] * 3), length=16, limit=5)
+    with pytest.raises(BadInput, match="other items"):
+        compare(whole["a"], other)
 
 
 def test_bad_input(tiny):

@@ -94,6 +94,34 @@ def test_paired_means_is_the_paired_t_test():
     assert grouped.n == 10 and grouped.difference == pytest.approx(c.difference)
 
 
+def test_weighted_means_against_least_squares():
+    """A constant fitted by weighted least squares, with errors clustered by group, has the same standard error."""
+    rng = np.random.default_rng(5)
+    groups = np.repeat(np.arange(9), rng.integers(1, 8, 9))
+    d, w = rng.normal(0.2, 1, len(groups)), rng.uniform(0.5, 3, len(groups))
+    c = paired_means(np.zeros(len(d)), d, groups, w)
+    constant = (w * d).sum() / w.sum()
+    scores = np.array([(w * (d - constant))[groups == g].sum() for g in range(9)])
+    error = np.sqrt(9 / 8 * (scores**2).sum()) / w.sum()
+    half = scipy_stats.t.ppf(0.975, 8) * error
+    assert (c.difference, c.low, c.high) == pytest.approx((constant, constant - half, constant + half))
+    assert c.p == pytest.approx(2 * scipy_stats.t.sf(abs(constant / error), 8)) and c.n == 9
+    alike = paired_means(np.zeros(12), d[:12], np.arange(12) // 3, np.full(12, 7.0))
+    assert alike.p == pytest.approx(paired_means(np.zeros(12), d[:12], np.arange(12) // 3).p)
+
+
+def test_weighted_intervals_cover_the_truth_where_documents_differ_in_length():
+    """As WikiText's 62 articles do. Long documents err less, so weighting is not the same as not weighting."""
+    rng, hits = np.random.default_rng(6), 0
+    for _ in range(400):
+        sizes = rng.integers(2, 30, 62)
+        groups = np.repeat(np.arange(62), sizes)
+        d = rng.normal(0, 1, 62)[groups] + rng.normal(0, 1, len(groups))
+        c = paired_means(np.zeros(len(d)), d, groups, np.full(len(d), 511.0))
+        hits += c.low <= 0 <= c.high
+    assert 364 <= hits <= 394, hits  # 95 % of 400 is 380, the deviation 4.4
+
+
 def test_paired_means_edges():
     assert paired_means([1, 2], [1, 2]).p == 1.0
     assert paired_means([1, 2], [2, 3]).p == 0.0  # the same difference every time
@@ -220,6 +248,8 @@ def test_paired_bootstrap_repeats_itself_by_its_seed():
 def test_weights_that_weigh_nothing(weights):
     with pytest.raises(BadInput, match="expected 3 finite weights above 0, one for each item: got 2 such"):
         paired_bootstrap([1, 2, 3], [2, 2, 2], weights=weights)
+    with pytest.raises(BadInput, match="expected 3 finite weights above 0, one for each item: got 2 such"):
+        paired_means([1, 2, 3], [2, 2, 2], weights=weights)
 
 
 def test_intervals_over_documents_cover_the_truth_as_often_as_they_say():

@@ -352,7 +352,7 @@ def tests_table(results: Results) -> pd.DataFrame:
             continue
         x, y, documents = _per_token(a), _per_token(b), a.column("document")
         tests = (
-            paired_means(x, y, documents),
+            paired_means(x, y, documents, a.column("tokens")),
             paired_bootstrap(x, y, documents, a.column("tokens")),
             signed_rank(x, y, documents),
         )

@@ -351,7 +351,7 @@ def interaction(results: Results, depth: str, width: str) -> Comparison | None:
     for m in four[1:]:
         four[0].paired_with(m, "id")
     dense, d, w, both = (np.asarray(m.column("nats")) / tokens for m in four)
-    return paired_means(d - dense + w - dense, both - dense, four[0].column("document"))
+    return paired_means(d - dense + w - dense, both - dense, four[0].column("document"), tokens)
 
 
 def interactions(results: Results) -> dict[str, Comparison]:

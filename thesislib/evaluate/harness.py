@@ -213,4 +213,4 @@ class LmEvalWikitext(PerplexityTask):
         perplexities."""
         nats_a, nats_b = (np.asarray(x) for x in a.paired_with(b, "nats"))
         words = np.asarray(a.column("words"))
-        return paired_means(nats_a / words, nats_b / words)
+        return paired_means(nats_a / words, nats_b / words, weights=words)

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -164,15 +165,39 @@ def _exp(x: float) -> float:
 
 
 def compare(a: Measurement, b: Measurement) -> Comparison:
-    """Paired t test of b's loss against a's in nats per token, the windows of a document averaged.
+    """Paired t test of b's loss against a's in nats per token, over documents, each weighted by its tokens.
 
-    exp(difference) is the ratio of two geometric means over documents: the ratio of the perplexities where every
-    document has as many windows, and close to it elsewhere. `thesislib.evaluate.stats.paired_bootstrap` with tokens as
-    weights is exact.
+    exp(difference) is the ratio of the two perplexities. Of a whole text and a sample of its windows those windows are
+    compared that both have.
+
+    Raises:
+        BadInput: the two were measured on different windows.
     """
+    a, b = on_common_windows(a, b)
     nats_a, nats_b = (np.asarray(x) for x in a.paired_with(b, "nats"))
     tokens = np.asarray(a.column("tokens"))
-    return paired_means(nats_a / tokens, nats_b / tokens, a.column("document"))
+    return paired_means(nats_a / tokens, nats_b / tokens, a.column("document"), tokens)
+
+
+def on_common_windows(*measurements: Measurement) -> list[Measurement]:
+    """The measurements, a whole text's restricted to the windows of the smallest sample among them.
+
+    They are left as they are if they are not of one text and one length. Only `items` and `n` are restricted.
+    """
+    protocols = {(m.settings.get("text_sha256"), m.settings.get("length")) for m in measurements}
+    smallest = min(measurements, key=lambda m: m.n)
+    if len(protocols) > 1 or None in next(iter(protocols)):
+        return list(measurements)
+    return [
+        _restricted(m, smallest) if m.n > smallest.n and m.settings.get("limit") is None else m for m in measurements
+    ]
+
+
+def _restricted(whole: Measurement, sample: Measurement) -> Measurement:
+    items = [{**whole.items[at], "id": i} for i, at in enumerate(corpus.spread(whole.n, sample.n).tolist())]
+    if [item["document"] for item in items] != sample.column("document"):
+        return whole  # other windows than `corpus.windows` takes: the pairing refuses them
+    return replace(whole, items=items, n=len(items))
 
 
 class PerplexityTask(Task):

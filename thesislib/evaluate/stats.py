@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
-from scipy.stats import binomtest, friedmanchisquare, norm, rankdata, t, ttest_1samp, wilcoxon
+from scipy.stats import binomtest, friedmanchisquare, norm, rankdata, t, wilcoxon
 
 from thesislib.errors import BadInput
 
@@ -124,18 +124,39 @@ def _averaged(values: np.ndarray, index: np.ndarray) -> np.ndarray:
     return np.bincount(index, weights=values) / np.bincount(index)
 
 
-def paired_means(a: Floats, b: Floats, groups: Groups | None = None) -> Comparison:
-    """Paired t test of b - a; the pairs of a group are averaged first.
+def _checked_weights(weights: Floats, n: int) -> np.ndarray:
+    """Raises BadInput unless there are `n` finite weights above 0."""
+    w = np.asarray(weights, float)
+    good = np.isfinite(w) & (w > 0)
+    if w.shape != (n,) or not good.all():
+        raise BadInput(f"expected {n} finite weights above 0, one for each item: got {good.sum()} such of {len(good)}")
+    return w
+
+
+def paired_means(a: Floats, b: Floats, groups: Groups | None = None, weights: Floats | None = None) -> Comparison:
+    """Paired t test of mean(b) - mean(a) over the same items, whole groups as the independent units.
+
+    The difference is sum(w (b - a)) / sum(w). A group counts by the sum of its weights, and the standard error is that
+    of a ratio of two sums over groups (Cochran 1977, section 6.4). For nats per token with tokens as weights the
+    difference is thus exactly that of two perplexities' logarithms. Groups of equal weight give the usual paired t test
+    of the groups' means.
+
+    Args:
+        a, b: one value an item.
+        groups: the group of each item; None for every item by itself.
+        weights: the weight of each item; None to let every group count alike, and its items alike.
 
     Raises:
-        BadInput: different lengths, NaN or infinite values, or fewer than two groups.
+        BadInput: different lengths, NaN or infinite values, fewer than two groups, or a weight that is not above 0.
     """
     (x, y), index = _aligned({"a": a, "b": b}, groups)
-    d = _averaged(y - x, index)
-    spread = d.std(ddof=1) / np.sqrt(len(d))
-    half = t.ppf((1 + LEVEL) / 2, len(d) - 1) * spread
-    p = float(ttest_1samp(d, 0).pvalue) if spread > 0 else float(d.mean() == 0)
-    return Comparison(float(d.mean()), float(d.mean() - half), float(d.mean() + half), p, len(d), "paired t")
+    w = 1 / np.bincount(index)[index] if weights is None else _checked_weights(weights, len(x))
+    total, weight = np.bincount(index, weights=w * (y - x)), np.bincount(index, weights=w)
+    n, mean = len(total), float(total.sum() / weight.sum())
+    spread = (total - mean * weight).std(ddof=1) / weight.mean() / np.sqrt(n)
+    half = float(t.ppf((1 + LEVEL) / 2, n - 1) * spread)
+    p = float(2 * t.sf(abs(mean) / spread, n - 1)) if spread > 0 else float(mean == 0)
+    return Comparison(mean, mean - half, mean + half, p, n, "paired t")
 
 
 def paired_bootstrap(
@@ -167,12 +188,7 @@ def paired_bootstrap(
         BadInput: different lengths, NaN or infinite values, fewer than two groups, or a weight that is not above 0.
     """
     (x, y), index = _aligned({"a": a, "b": b}, groups)
-    w = np.ones(len(x)) if weights is None else np.asarray(weights, float)
-    good = np.isfinite(w) & (w > 0)
-    if w.shape != x.shape or not good.all():
-        raise BadInput(
-            f"expected {len(x)} finite weights above 0, one for each item: got {good.sum()} such of {len(good)}"
-        )
+    w = np.ones(len(x)) if weights is None else _checked_weights(weights, len(x))
     d = w * (y - x)
     means = _resampled(d, w, index, resamples, seed)
     beyond = min((means <= 0).sum(), (means >= 0).sum())

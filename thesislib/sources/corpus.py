@@ -188,7 +188,7 @@ def windows(text: Text, tokenizer, length: int = 512, limit: int | None = None) 
     n = len(ids) // length
     if n == 0:
         raise BadInput(f"window length {length} is longer than text '{text.name}', which has {len(ids)} tokens")
-    taken = np.arange(n) if limit is None or limit >= n else np.linspace(0, n - 1, limit).round().astype(int)
+    taken = spread(n, limit)
     first, last = taken * length, taken * length + length - 1
     document = np.searchsorted(np.array(text.starts), span[first, 0], side="right") - 1
     scored = [text.text[a:b] for a, b in zip(span[first + 1, 0], span[last, 1], strict=True)]
@@ -198,6 +198,11 @@ def windows(text: Text, tokenizer, length: int = 512, limit: int | None = None) 
         np.array([len(s.encode()) for s in scored]),
         np.array([len(s.split()) for s in scored]),
     )
+
+
+def spread(n: int, limit: int | None) -> np.ndarray:
+    """The numbers of `limit` of n windows, evenly spread from the first to the last; of all where None or too many."""
+    return np.arange(n) if limit is None or limit >= n else np.linspace(0, n - 1, limit).round().astype(int)
 
 
 def calibration_windows(
