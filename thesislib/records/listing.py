@@ -32,7 +32,10 @@ def listing(rows: Mapping[str, Measurement]) -> Iterator[str]:
                 yield (start + differs).rstrip()
             else:
                 yield start.rstrip()
-                yield from textwrap.wrap(differs, WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
+                pad = " " * 6
+                yield from textwrap.wrap(
+                    differs, WIDTH, initial_indent=pad, subsequent_indent=pad, break_on_hyphens=False
+                )
 
 
 def _numbers(m: Measurement) -> str:
