@@ -202,6 +202,26 @@ def block_ranks(table: pd.DataFrame, protected: Sequence[int]) -> plt.Figure:
     return figure
 
 
+def stability_chart(shares: Mapping[str, pd.DataFrame]) -> plt.Figure:
+    """How often each block goes, in percent, by the number of calibration windows that chose; a panel a model.
+
+    Args:
+        shares: by label, see `thesislib.chapters.ch02_stability.shares`.
+    """
+    widths = [table.shape[1] for table in shares.values()]
+    figure, axes = plt.subplots(
+        1, len(shares), figsize=(12, 3.2), width_ratios=widths, layout="constrained", squeeze=False
+    )
+    for axis, (label, table) in zip(axes[0], shares.items(), strict=True):
+        sns.heatmap(
+            100 * table, cmap="Blues", vmin=0, vmax=100, annot=True, fmt=".0f", annot_kws={"size": 8}, linewidths=0.4,
+            cbar=False, ax=axis,
+        )  # fmt: skip
+        axis.set(title=f"{label}: % of resamples in which a block goes", xlabel="block", ylabel="calibration windows")
+        axis.tick_params(axis="y", rotation=0)
+    return figure
+
+
 def removal_curves(table: pd.DataFrame, dense: float) -> plt.Figure:
     """Perplexity over the number of blocks removed, one line a method with 95 % intervals; random removals as a band.
 
