@@ -12,7 +12,19 @@ from scipy.stats import spearmanr
 from tqdm import tqdm
 
 from thesislib.chapters import ch02_stability
-from thesislib.chapters.chapter import CLOSED, OPEN, WIKITEXT, Chapter, Keep, Key, Parameters, Part, book, shape
+from thesislib.chapters.chapter import (
+    CLOSED,
+    DEPTH_WINDOWS,
+    OPEN,
+    WIKITEXT,
+    Chapter,
+    Keep,
+    Key,
+    Parameters,
+    Part,
+    book,
+    shape,
+)
 from thesislib.chapters.phrases import listed, number, share, times
 from thesislib.chapters.thesis import thesis_row
 from thesislib.compress.depth import METRICS, Depth, angular_distances, importance
@@ -383,7 +395,7 @@ def _named(m: Measurement, **names) -> Measurement:
 def stages_of(m: Measurement, depth: int) -> list[Depth]:
     """The stage that made a row's subject of one with `depth` blocks. It removes blocks by number."""
     gone = tuple(sorted(set(range(depth)) - set(m.provenance["plan"] or range(depth))))
-    return [Depth(blocks=gone)] if gone else []
+    return [Depth(blocks=gone, windows=DEPTH_WINDOWS)] if gone else []
 
 
 def from_measurements(measurements: Sequence[Measurement], scores: Scores) -> Results:

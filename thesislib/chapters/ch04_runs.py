@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from thesislib.chapters.chapter import CLOSED, OPEN, WIKITEXT, Keep, Key, Parameters, Part, by_key
+from thesislib.chapters.chapter import CLOSED, OPEN, WIKITEXT, Keep, Key, Parameters, Part, by_key, recorded_stages
 from thesislib.chapters.labels import of
 from thesislib.compress.lora.sequences import TEXTS
 from thesislib.compress.lora.stage import MERGES, Lora
@@ -132,7 +132,7 @@ class Configuration:
 
     def stages(self, p: LoraChapter) -> list:
         """What makes it."""
-        before, after = ([] if x in ("", DENSE) else list(parse_label(x).stages) for x in (self.pruned, self.after))
+        before, after = ([] if x in ("", DENSE) else recorded_stages(x) for x in (self.pruned, self.after))
         trained = p.training(self.text, merge=self.merge, seed=self.seed) if self.text else None
         if trained and self.learning_rate is not None:
             trained = dataclasses.replace(trained, learning_rate=self.learning_rate)

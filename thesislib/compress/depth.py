@@ -54,7 +54,6 @@ class Depth(Calibrated):
     protect_last: int = 2
     part: str = "block"
     text: str = field(default="wikipedia", kw_only=True)
-    windows: int = field(default=8, kw_only=True)
 
     family: ClassVar[str] = "pruned"
     pattern: ClassVar[str] = r"D([AM]?)(\d+)"
