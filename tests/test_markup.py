@@ -127,16 +127,15 @@ def test_a_dollar_in_a_figure_is_one():
     figures.plt.close(figure)
 
 
-def test_records_are_listed_a_line_each(tmp_path):
+def test_what_records_say_is_listed_on_lines_of_their_own(tmp_path):
     (m, *_) = recorded("00_measures")
-    labels = ["a\nb", "a\x1b[2Jb", "\u202eevil", "ü <b>"]
-    for label in labels:
-        Store(tmp_path / "r.jsonl").append(
-            dataclasses.replace(m, task=label, provenance={**m.provenance, "made": {"label": label}})
-        )
+    texts = ["a\nb", "a\x1b[2Jb", "\u202eevil", "ü <b>"]
+    for text in texts:
+        for note in (text, "another"):
+            facts = {**m.provenance, "made": {"label": text}, "chapter": {"method": note}}
+            Store(tmp_path / "r.jsonl").append(dataclasses.replace(m, task=text, unit=text, provenance=facts))
     lines = CliRunner().invoke(app, ["records", "--store", str(tmp_path / "r.jsonl")]).stdout.splitlines()
-    assert (
-        [line.split("  ")[1] for line in lines]
-        == ["a\\nb", "a\\x1b[2Jb", "\\u202eevil", "ü <b>"]
-        == [*map(printable, labels)]
-    )
+    shown = ["a\\nb", "a\\x1b[2Jb", "\\u202eevil", "ü <b>"]
+    assert shown == [*map(printable, texts)] and len(lines) == 3 * len(texts)
+    for heading, line, text in zip(lines[::3], lines[1::3], shown, strict=True):
+        assert heading == f"{text}  {text}  {m.metric}" and line.endswith(f"n = {m.n} {text}s  method {text}")

@@ -699,6 +699,7 @@ def records(
             )
         return
     from thesislib.records import store as stored
+    from thesislib.records.listing import listing
 
     target = csv and writable_file(csv)
     rows = stored.select(stored.stores(store or [stored.study()]), label=label, task=task, metric=metric)
@@ -706,13 +707,15 @@ def records(
         stored.write_csv(rows, target)
         typer.echo(f"{csv}: {len(rows)} records")
         return
-    for name, m in rows.items():
-        if as_json:
-            typer.echo(json.dumps({"id": name, **json.loads(m.to_json(items=False))}, ensure_ascii=False))
-        else:
-            value, low, high = ("?" if x is None else f"{x:.4g}" for x in (m.value, m.low, m.high))  # None: not finite
-            which, on, what = map(printable, (stored.flat(name, m)["label"], m.task, m.metric))
-            typer.echo(f"{name}  {which:<28} {on:<34} {what:<11} {value:>10} [{low}, {high}]  n = {m.n}")
+    if as_json:
+        lines = (
+            json.dumps({"id": name, **json.loads(m.to_json(items=False))}, ensure_ascii=False)
+            for name, m in rows.items()
+        )
+    else:
+        lines = listing(rows)
+    for line in lines:
+        typer.echo(line)
 
 
 @listed.command()

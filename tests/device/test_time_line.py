@@ -1,5 +1,7 @@
 """The line over bytes: what it recovers exactly, what it makes of noise, and what it refuses."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -8,7 +10,8 @@ from thesislib.errors import BadInput
 
 
 def on_the_line(size, start=2e-3, rate=2e9, noise=(0.0,)):
-    return Point(size, tuple((start + size / rate) * (1 + x) for x in noise))
+    middle = start + size / rate
+    return Point(size, middle, tuple(middle * (1 + x) for x in noise))
 
 
 def test_a_line_without_noise_is_found_again():
@@ -29,14 +32,14 @@ def test_the_interval_is_what_repetitions_differ_by():
 
 
 def test_the_draws_are_those_of_polyfit():
-    points = [Point(10, (1.0,)), Point(20, (2.5,)), Point(40, (3.0,))]
+    points = [Point(10, 1.0, (1.0,)), Point(20, 2.5, (2.5,)), Point(40, 3.0, (3.0,))]
     slope, start = np.polyfit([10, 20, 40], [1.0, 2.5, 3.0], 1)
     assert predict(points, 30) == pytest.approx((start + 30 * slope,) * 3)
 
 
 def test_depths_that_were_not_fitted_are_told_apart():
     points = {d: on_the_line(5_000_000 * d + 1_000_000) for d in (30, 20, 10, 4)}
-    points[4] = Point(points[4].bytes, (points[4].middle / 2,))
+    points[4] = replace(points[4], middle=points[4].middle / 2)
     table = held_out(points, (30, 10))
     assert table["where"].to_dict() == {30: FITTED, 20: BETWEEN, 10: FITTED, 4: BEYOND}
     assert table.loc[20, "error"] == pytest.approx(0) and table.loc[4, "error"] == pytest.approx(
@@ -49,7 +52,7 @@ def test_depths_that_were_not_fitted_are_told_apart():
     [
         ({30: on_the_line(9), 10: on_the_line(3)}, (30, 20), "depth 20 was not measured: expected among 10, 30"),
         ({30: on_the_line(9), 10: on_the_line(3)}, (30,), "at least two"),
-        ({30: Point(9, (1.0,)), 10: Point(3, (2.0,))}, (30, 10), "larger models were not slower"),
+        ({30: Point(9, 1.0, (1.0,)), 10: Point(3, 2.0, (2.0,))}, (30, 10), "larger models were not slower"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused(points, fitted, message):

@@ -60,17 +60,14 @@ def rewrite(store, **changes):
 # ---------------------------------------------------------------- listed
 
 
-def test_listed_one_line_each(store):
+def test_listed_below_their_label_task_and_metric(store):
     for place in (store.path, store.path.parent):
         result = run(app, ["records", "--store", str(place)])
         assert result.exit_code == 0 and result.stderr == ""
         lines = result.stdout.splitlines()
-        assert [line.split()[0] for line in lines] == list(store.rows())
-        assert [line.split()[1] for line in lines] == ["dense", "dense", "D1+W1:8", "D1+W1:8"]
-        for line, m in zip(lines, store.rows().values(), strict=True):
-            assert f"{m.task} " in line and line.endswith(
-                f"{m.metric:<11} {m.value:>10.4g} [{m.low:.4g}, {m.high:.4g}]  n = {m.n}"
-            )
+        for heading, line, (name, m) in zip(lines[::2], lines[1::2], store.rows().items(), strict=True):
+            assert heading == f"{m.label}  {m.task}  {m.metric}"
+            assert line == f"  {name}  {m.value:.4g} [{m.low:.4g}, {m.high:.4g}]  n = {m.n} {m.unit}" + "s" * (m.n > 1)
 
 
 def test_the_studys_own_are_the_default():
@@ -189,7 +186,7 @@ def test_what_is_not_finite_or_not_said_is_listed(tmp_path):
         )
     )
     shown = run(app, ["records", "--store", str(store.path)])
-    assert shown.exit_code == 0 and "? [1, ?]  n = 1" in shown.stdout
+    assert shown.exit_code == 0 and "? [1, ?]  n = 1 u\n" in shown.stdout
     assert json.loads(run(app, ["records", "--store", str(store.path), "--json"]).stdout)["value"] is None
     assert run(app, ["records", "--store", str(store.path), "--csv", str(tmp_path / "r.csv")]).exit_code == 0
     with (tmp_path / "r.csv").open(newline="", encoding="utf8") as lines:
@@ -208,7 +205,7 @@ def test_damage_is_said_on_stderr_and_the_rest_is_listed(store):
     whole = store.path.read_bytes()
     store.path.write_bytes(whole[:-30])
     result = run(app, ["records", "--store", str(store.path)])
-    assert result.exit_code == 0 and len(result.stdout.splitlines()) == 3
+    assert result.exit_code == 0 and result.stdout.count("  n = ") == 3
     assert result.stderr == f"{store.path}, line 4: left out, it was not written to its end\n"
     store.path.write_bytes(b"")
     store.items.unlink()

@@ -257,8 +257,8 @@ def claims(results: Results) -> list[Claim]:
     """The original study's conclusions, each held against these measurements at the 5 % level."""
     against = results.against_baseline()
     return [
-        _skipping_helps(against),
-        _few_late(against),
+        _skipping_helps(results, against),
+        _few_late(results, against),
         _repetition(results),
         _middle(results),
         _gibberish(against),
@@ -300,7 +300,7 @@ def headline(results: Results) -> str:
     return in_markdown(
         f"On {base.task} (windows of {base.items[0]['tokens'] + 1} tokens, n = {base.n}) the whole model has "
         f"perplexity {number(base, '.1f')}. {len(ruined(against))} of the {len(against)} ways to skip and repeat "
-        f"blocks multiply it by ten or more; the mildest, {plan}, multiplies it by "
+        f"blocks multiply it by ten or more; the mildest, {plan} ({left_out(results, plan)}), multiplies it by "
         f"{np.exp(losses[plan].difference):.2f}. Running one block twice {change} it even where that does least harm "
         f"(block {block}: {ratio(twice[block])}). {skip_or_repeat(results)} "
         f"Of the original study's {verdicts.total()} conclusions {verdicts[HOLDS]} hold here, "
@@ -308,7 +308,14 @@ def headline(results: Results) -> str:
     )
 
 
-def _skipping_helps(against) -> Claim:
+def left_out(results: Results, name: str) -> str:
+    """Which blocks a plan leaves out here; its name counts those of the original's model."""
+    run = results.plans[name]
+    gone = [b for b in results.plans[BASELINE] if b not in run]
+    return f"here without block{'s' * (len(gone) > 1)} {format_plan(gone)}" if gone else "here with all blocks"
+
+
+def _skipping_helps(results: Results, against) -> Claim:
     name = "skip_near_end_keep_last_two"
     c = against[name][1]
     word = c.verdict(higher_is_better=True)
@@ -320,17 +327,17 @@ def _skipping_helps(against) -> Claim:
         f"Skipping three blocks near the end raises HellaSwag: {after} against {before} ({ORIGINAL_ITEMS} items; "
         "intervals ours).",
         decided(word == "better", word == "worse"),
-        f"HellaSwag {points(c)}, {p_value(c.p)} over {c.n} items.",
+        f"{name}, {left_out(results, name)}: HellaSwag {points(c)}, {p_value(c.p)} over {c.n} items.",
     )
 
 
-def _few_late(against) -> Claim:
+def _few_late(results: Results, against) -> Claim:
     losses = {n: against[n][0] for n in ("15_single_skip", "0-23_27-31", "skip_near_end_keep_last_two")}
     worst, c = max(losses.items(), key=lambda pair: pair[1].difference)
     return Claim(
         "Skipping one to three blocks leaves a usable, lighter model (read here as: perplexity up by less than 10 %).",
         decided(c.high < np.log(1.1), c.low > np.log(1.1)),
-        f"Worst of the three, {worst}: {_ratio(c)}.",
+        f"Worst of the three, {worst}, {left_out(results, worst)}: {_ratio(c)}.",
     )
 
 

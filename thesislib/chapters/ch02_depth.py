@@ -12,8 +12,10 @@ import pandas as pd
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
+from thesislib.chapters import ch02_stability
 from thesislib.chapters.chapter import (
     CLOSED,
+    DEPTH_WINDOWS,
     OPEN,
     WIKITEXT,
     Chapter,
@@ -58,6 +60,7 @@ class DepthChapter(Parameters):
     Attributes:
         length: tokens in a window.
         calibration: windows of the calibration text that blocks are scored on.
+        stability: of the recorded run: windows from which it is told how stable the choice is; 0 for not at all.
         windows: that perplexity is measured on after each removal.
         metrics: how blocks are scored.
         greedy: also score by perplexity again after each removal, up to this many blocks; 0 for not at all.
@@ -71,6 +74,7 @@ class DepthChapter(Parameters):
 
     length: int = 512
     calibration: int = 4
+    stability: int = 0
     windows: int | None = 8
     metrics: list = field(default_factory=lambda: list(METRICS))
     greedy: int = 0
@@ -80,7 +84,7 @@ class DepthChapter(Parameters):
     passages: int = 12
     tokens: int = 30
     prompt: str = "Once upon a time"
-    may_be_zero = ("greedy", "seeds")
+    may_be_zero = ("greedy", "seeds", "stability")
 
     def __post_init__(self):
         super().__post_init__()
@@ -424,7 +428,7 @@ def _named(m: Measurement, **names) -> Measurement:
 def stages_of(m: Measurement, depth: int) -> list[Depth]:
     """The stage that made a row's subject of one with `depth` blocks. It removes blocks by number."""
     gone = tuple(sorted(set(range(depth)) - set(m.provenance["plan"] or range(depth))))
-    return [Depth(blocks=gone)] if gone else []
+    return [Depth(blocks=gone, windows=DEPTH_WINDOWS)] if gone else []
 
 
 def from_measurements(measurements: Sequence[Measurement], scores: Scores) -> Results:
@@ -455,11 +459,16 @@ def read_recorded(path: Path) -> Results:
 
 
 def _scores_file(path: Path) -> Path:
-    return path.with_name(path.name.removesuffix(".jsonl") + "_scores.json")
+    return _beside(path, "scores")
+
+
+def _beside(path: Path, what: str) -> Path:
+    return path.with_name(f"{path.name.removesuffix('.jsonl')}_{what}.json")
 
 
 def recorded_parts(p: DepthChapter, file: Path) -> Iterator[Part]:
-    """One part: all rows follow from the scores, which lie in a file beside the record."""
+    """Two parts: all rows, which follow from the scores in a file beside the record, and a second file, of the
+    choice's stability."""
     counts = p.possible(shape(p.subject).depth)
     methods = [*p.metrics, *(f"{RANDOM} {seed}" for seed in range(p.seeds))]
     removed = [
@@ -498,6 +507,16 @@ def recorded_parts(p: DepthChapter, file: Path) -> Iterator[Part]:
                     keep(described(named, subject, p.data, stages_of(named, subject.depth)))
 
     yield Part("all", rows, make, _scores_file(file))
+    if p.stability:
+        beside = _beside(file, "stability")
+        yield Part(
+            "stability",
+            {},
+            lambda *_: ch02_stability.record(
+                load_subject(p.subject, p.dtype, p.device), p.data, p.stability, p.length, beside
+            ),
+            beside,
+        )
 
 
 def label_of(removed: int) -> str:
@@ -530,6 +549,7 @@ CHAPTER = Chapter(
     claims=for_claims,
     recorded={
         "calibration": 8,
+        "stability": 64,
         "windows": None,
         "greedy": 12,
         "counts": [1, 2, 3, 4, 5, 6, 7, 8, 10, 12],

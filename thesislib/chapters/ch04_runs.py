@@ -7,7 +7,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from thesislib.chapters.chapter import CLOSED, OPEN, WIKITEXT, Keep, Key, Parameters, Part, by_key, on_one_sample
+from thesislib.chapters.chapter import (
+    CLOSED,
+    OPEN,
+    WIKITEXT,
+    Keep,
+    Key,
+    Parameters,
+    Part,
+    by_key,
+    on_one_sample,
+    recorded_stages,
+)
 from thesislib.chapters.labels import of
 from thesislib.chapters.pool import recorded_pool
 from thesislib.chapters.trainings import Records
@@ -134,7 +145,7 @@ class Configuration:
 
     def stages(self, p: LoraChapter) -> list:
         """What makes it."""
-        before, after = ([] if x in ("", DENSE) else list(parse_label(x).stages) for x in (self.pruned, self.after))
+        before, after = ([] if x in ("", DENSE) else recorded_stages(x) for x in (self.pruned, self.after))
         trained = p.training(self.text, merge=self.merge, seed=self.seed) if self.text else None
         if trained and self.learning_rate is not None:
             trained = dataclasses.replace(trained, learning_rate=self.learning_rate)

@@ -10,7 +10,18 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from thesislib.chapters.chapter import CLOSED, OPEN, WIKITEXT, Keep, Key, Parameters, Part, by_key, on_one_sample
+from thesislib.chapters.chapter import (
+    CLOSED,
+    OPEN,
+    WIKITEXT,
+    Keep,
+    Key,
+    Parameters,
+    Part,
+    by_key,
+    on_one_sample,
+    recorded_stages,
+)
 from thesislib.chapters.pool import largest, recorded_pool
 from thesislib.compress.calibration import ALL_AT_ONCE, Statistics, Visitor, stream
 from thesislib.compress.eora import Eora
@@ -23,7 +34,7 @@ from thesislib.experiment import DENSE, prepare, recipe_hash, recipe_of
 from thesislib.files import write_whole
 from thesislib.model.layers import LINEARS
 from thesislib.model.subject import Subject
-from thesislib.pipeline.recipe import Shape, parse_label
+from thesislib.pipeline.recipe import Shape
 from thesislib.records.measurement import Measurement
 from thesislib.records.store import Store
 from thesislib.sources import corpus
@@ -369,7 +380,7 @@ def pruned_models(p: QuantChapter, labels: Iterable[str] = ("W2:4", "D4"), bits:
     """Pruned models, quantised and compensated."""
     configs = []
     for label in labels:
-        before = parse_label(label).stages
+        before = recorded_stages(label)
         grid = "symmetric" if any(stage.word == "width" for stage in before) else "asymmetric"  # which keeps zeros
         gptq = p.gptq(bits, grid=grid)
         models = {

@@ -403,7 +403,7 @@ def point(m: Measurement) -> Point:
     runs: dict[str, list[float]] = {}
     for item in m.items:
         runs.setdefault(item["id"].split(".")[0], []).append(item["seconds"])
-    return Point(m.extra["bytes"]["weights"], tuple(statistics.median(r) for r in runs.values()))
+    return Point(m.extra["bytes"]["weights"], m.value, tuple(statistics.median(r) for r in runs.values()))
 
 
 def prediction_table(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

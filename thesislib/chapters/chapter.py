@@ -1,7 +1,7 @@
 """A chapter: its notebook, its parameters, and its recorded run, which `thesislib.chapters.record` carries out."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -13,12 +13,14 @@ from thesislib.experiment import recipe_of
 from thesislib.formats.options import check_dtype
 from thesislib.model.blocks import Plan
 from thesislib.pipeline.forecast import shape_of, stand_in
-from thesislib.pipeline.recipe import Shape
+from thesislib.pipeline.recipe import Shape, parse_label
 from thesislib.pipeline.run import Job
 from thesislib.records.measurement import Measurement
 
 # what a row is of, for the claims that compare rows of different chapters
 WIKITEXT, CLOSED, OPEN = "WikiText-2", "closed book", "open book"
+
+DEPTH_WINDOWS = 8  # that blocks are chosen on in all recorded runs, which are older than the default of `Depth`
 
 Key = tuple[Any, ...]  # hashable: what tells a row from the others of its chapter; the first is its label
 Keep = Callable[[Measurement], object]
@@ -96,6 +98,16 @@ class Chapter:
     recorded: Mapping[str, Any] = field(default_factory=dict)
     reads: tuple[str, ...] = ()
     claims: Callable[[Iterable[Measurement]], Iterable[tuple[str, str, Measurement]]] = lambda rows: ()
+
+
+def recorded_stages(label: str) -> list[Any]:
+    """The stages of a label as recorded runs have them.
+
+    Raises:
+        BadInput: see `thesislib.pipeline.recipe.parse_label`.
+    """
+    stages: Iterable[Any] = parse_label(label).stages
+    return [replace(stage, windows=DEPTH_WINDOWS) if stage.word == "depth" else stage for stage in stages]
 
 
 def book(m: Measurement) -> str:

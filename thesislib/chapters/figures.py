@@ -10,6 +10,7 @@ import seaborn as sns
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
 
 from thesislib.chapters.labels import of
+from thesislib.chapters.phrases import COVERED
 from thesislib.evaluate.perplexity import compare
 from thesislib.evaluate.stats import Comparison
 from thesislib.records.measurement import Measurement
@@ -45,6 +46,12 @@ def intervals(axis: plt.Axes, at, values: Iterable, marker: str, colour: str, ac
     x, y, side = (value, at, "xerr") if across else (at, value, "yerr")
     options: dict[str, Any] = {"markersize": 5, "capsize": 2, "linewidth": 1, side: [value - low, high - value], **look}
     axis.errorbar(x, y, fmt=marker, color=colour, **options)
+
+
+def _covered(figure: plt.Figure) -> plt.Figure:
+    """The figure with the sentence that says what its intervals cover, below it."""
+    figure.supxlabel(COVERED, fontsize=8, color=GREY)
+    return figure
 
 
 def _of(measurements: Iterable[Measurement]) -> tuple[list[float], list[float], list[float]]:
@@ -98,7 +105,7 @@ def plan_chart(plans: Mapping[str, Sequence[int]], table: pd.DataFrame, baseline
     middle.set_xscale("log")
     right.axvline(0.25, color=GREY, linestyle=":", linewidth=1)
     right.set_xlabel("acc_norm; dotted: chance")
-    return figure
+    return _covered(figure)
 
 
 def single_blocks(
@@ -124,7 +131,7 @@ def single_blocks(
         xlabel="block", ylabel="change of perplexity", title="one block left out or run twice, 95 % paired interval"
     )
     axis.legend()
-    return figure
+    return _covered(figure)
 
 
 def attention_and_spectrum(
@@ -196,6 +203,26 @@ def block_ranks(table: pd.DataFrame, protected: Sequence[int]) -> plt.Figure:
     return figure
 
 
+def stability_chart(shares: Mapping[str, pd.DataFrame]) -> plt.Figure:
+    """How often each block goes, in percent, by the number of calibration windows that chose; a panel a model.
+
+    Args:
+        shares: by label, see `thesislib.chapters.ch02_stability.shares`.
+    """
+    widths = [table.shape[1] for table in shares.values()]
+    figure, axes = plt.subplots(
+        1, len(shares), figsize=(12, 3.2), width_ratios=widths, layout="constrained", squeeze=False
+    )
+    for axis, (label, table) in zip(axes[0], shares.items(), strict=True):
+        sns.heatmap(
+            100 * table, cmap="Blues", vmin=0, vmax=100, annot=True, fmt=".0f", annot_kws={"size": 8}, linewidths=0.4,
+            cbar=False, ax=axis,
+        )  # fmt: skip
+        axis.set(title=f"{label}: % of resamples in which a block goes", xlabel="block", ylabel="calibration windows")
+        axis.tick_params(axis="y", rotation=0)
+    return figure
+
+
 def removal_curves(table: pd.DataFrame) -> plt.Figure:
     """Perplexity, as a ratio to the whole model's, over the number of blocks removed: one line a method with 95 %
     intervals, random removals as a band.
@@ -227,7 +254,7 @@ def removal_curves(table: pd.DataFrame) -> plt.Figure:
     _thousands(axis.yaxis)
     axis.set(xlabel="blocks removed", ylabel=TIMES_DENSE, xticks=sorted(set(table["removed"]) - {0}))
     axis.legend(fontsize=9)
-    return figure
+    return _covered(figure)
 
 
 def pattern_chart(series: Mapping[str, Mapping[str, Measurement]], zeros: Mapping[str, float]) -> plt.Figure:
@@ -253,7 +280,7 @@ def pattern_chart(series: Mapping[str, Mapping[str, Measurement]], zeros: Mappin
     axis.set_xticks(range(len(order)), [f"{x if ':' in x else 'ratio'}\n{100 * zeros[x]:.3g} %" for x in order])
     axis.set(xlabel="removed:of and share of weights removed", ylabel=TIMES_DENSE)
     axis.legend()
-    return figure
+    return _covered(figure)
 
 
 def calibration_chart(table: pd.DataFrame) -> plt.Figure:
@@ -321,7 +348,7 @@ def recovery_chart(points: Mapping[str, Mapping[str, Measurement]], dense: str =
     )
     axis.invert_yaxis()
     axis.legend()
-    return figure
+    return _covered(figure)
 
 
 def loss_curves(curves: Mapping[str, Mapping[str, tuple[Sequence[dict], Sequence[dict]]]]) -> plt.Figure:
@@ -386,7 +413,7 @@ def bytes_chart(table: pd.DataFrame, dense: float, most: float = 150) -> plt.Fig
         title=f"numbers: bits a weight without scales{left_out}",
     )
     axis.legend()
-    return figure
+    return _covered(figure)
 
 
 def layers_chart(errors: Mapping[str, Mapping[str, float]], kinds: Sequence[str]) -> plt.Figure:
@@ -463,7 +490,7 @@ def pareto_chart(
                 title=f"n = {len(shown)} models{left}",
             )
     axes[0][0].legend()
-    return figure
+    return _covered(figure)
 
 
 def _label_front(axis: plt.Axes, front: pd.DataFrame, size: str, measure: str, below: bool) -> None:
@@ -505,7 +532,7 @@ def interaction_chart(table: pd.DataFrame) -> plt.Figure:
         xlabel="blocks removed", ylabel="perplexity (log), 95 % interval", xticks=sorted(table["removed"].unique())
     )
     figure.legend(title="of each\ngroup removed", fontsize=8, loc="outside right upper")
-    return figure
+    return _covered(figure)
 
 
 def steps_chart(steps: Sequence[tuple[str, str, str, Comparison]]) -> plt.Figure:
@@ -545,7 +572,7 @@ def steps_chart(steps: Sequence[tuple[str, str, str, Comparison]]) -> plt.Figure
             ylim=(tallest - 0.5, -0.5),
         )
         axis.tick_params(labelsize=8)
-    return figure
+    return _covered(figure)
 
 
 def throughput_chart(rows: pd.DataFrame, measured: Mapping[str, float] | None = None) -> plt.Figure:

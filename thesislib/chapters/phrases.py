@@ -8,6 +8,12 @@ from thesislib.evaluate.stats import Comparison
 from thesislib.evaluate.task import SHARE, Task
 from thesislib.records.measurement import Measurement
 
+# what an interval covers: in every figure that draws one, and beside the first table of chapter 0
+COVERED = (
+    "95 % intervals: other documents or questions of the same kind. Not covered: other calibration windows, another "
+    "seed of training."
+)
+
 
 def interval(value: float, low: float, high: float, form: str) -> str:
     """A value with its interval, each in a format of Python's."""

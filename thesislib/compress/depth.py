@@ -54,7 +54,6 @@ class Depth(Calibrated):
     protect_last: int = 2
     part: str = "block"
     text: str = field(default="wikipedia", kw_only=True)
-    windows: int = field(default=8, kw_only=True)
 
     family: ClassVar[str] = "pruned"
     pattern: ClassVar[str] = r"D([AM]?)(\d+)"
@@ -229,12 +228,19 @@ def importance(
 def leave_one_out(
     subject: Subject, ids: torch.Tensor, blocks: Sequence[int], part: str = "block", batch: int = 4
 ) -> dict[int, float]:
-    """Perplexity without each of `blocks` (Kim et al. 2024, one-shot).
+    """Perplexity without each of `blocks` (Kim et al. 2024, one-shot)."""
+    return dict(zip(blocks, map(_exp, window_losses(subject, ids, blocks, part, batch).mean(1)), strict=True))
+
+
+def window_losses(
+    subject: Subject, ids: torch.Tensor, blocks: Sequence[int], part: str = "block", batch: int = 4
+) -> np.ndarray:
+    """Each window's mean loss without each of `blocks`, (len(blocks), N) in nats a token.
 
     The activations before a block are computed once. If only an attention or MLP is left out, every variant runs by
     itself, since a tree of plans is made of blocks.
     """
-    nats = dict.fromkeys(blocks, 0.0)
+    losses = np.zeros((len(blocks), len(ids)))
     whole = tuple(range(subject.depth))
     plans = [whole[:b] + whole[b + 1 :] for b in blocks]
     with torch.inference_mode():
@@ -242,12 +248,17 @@ def leave_one_out(
             some = ids[start : start + batch].to(subject.device)
             targets = some[:, 1:].reshape(-1)
             if part == "block":
-                variants = ((blocks[k], h) for k, h in final_states(subject.model, some, plans))
+                variants = final_states(subject.model, some, plans)
             else:
-                variants = ((b, h) for b in blocks for _, h in final_states(remove(subject, [b], part).model, some))
-            for b, h in variants:
-                nats[b] += token_losses(subject.model, h[:, :-1].flatten(0, 1), targets).double().sum().item()
-    return {b: _exp(total / (len(ids) * (ids.shape[1] - 1))) for b, total in nats.items()}
+                variants = (
+                    (k, h)
+                    for k, b in enumerate(blocks)
+                    for _, h in final_states(remove(subject, [b], part).model, some)
+                )
+            for k, h in variants:
+                nats = token_losses(subject.model, h[:, :-1].flatten(0, 1), targets).double()
+                losses[k, start : start + batch] = nats.view(len(some), -1).mean(1).cpu().numpy()
+    return losses
 
 
 def _exp(x: float) -> float:

@@ -1,7 +1,6 @@
 """Time per token as a line over the bytes that a token reads, fitted on some models of one format and tested on
 others."""
 
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,16 +18,13 @@ class Point:
 
     Attributes:
         bytes: of weights that decoding a token reads.
-        seconds: the median seconds per token of each repetition.
+        middle: the median seconds per token, over all repetitions' tokens.
+        seconds: that of each repetition.
     """
 
     bytes: int
+    middle: float
     seconds: tuple[float, ...]
-
-    @property
-    def middle(self) -> float:
-        """Median seconds per token."""
-        return statistics.median(self.seconds)
 
 
 @dataclass(frozen=True)

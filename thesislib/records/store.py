@@ -48,7 +48,7 @@ MADE = {
     "label?": OPTIONAL_TEXT,
     "recipe?": OPTIONAL_TEXT,
     "stage?": OPTIONAL_TEXT,
-    "stages?": [dict],
+    "stages?": [{str: dict}],
     "base?": {"name?": str, "fingerprint?": str},
     "data?": str,
     "bytes?": (None, {str: (None, natural)}),
