@@ -19,6 +19,7 @@ from thesislib.sources.wheels import manifest
 PPL, OPEN = "perplexity", "open book"
 MEASURES = {PPL: TASKS["wikitext"], OPEN: TASKS["trivia_open"]}
 USABLE = 1.25  # times the dense model's perplexity: what a summary still calls small
+ENGINE_FILE = "llama_cpp.jsonl"  # llama.cpp's own files of the subject, see benchmarks/llama_cpp.py
 Results = Mapping[tuple[str, str], Measurement]  # by label and measure
 
 
