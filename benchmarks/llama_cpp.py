@@ -2,8 +2,8 @@
 
 llama.cpp's quantiser makes them from this package's F16 file. Their weights, as `thesislib.formats.gguf_reader` decodes
 them, are measured like any other subject's, on WikiText-2 whole and on the held-out text of chapter 5. The rows are
-added to data/results/llama_cpp.jsonl, about 15 minutes each on one thread; run again, it makes those that are missing.
-The extra `engine` and THESISLIB_DATA are needed.
+added to data/results/05_llama_cpp.jsonl, about 7 minutes a file on one thread of a quiet machine; run again, it makes
+those that are missing. The extra `engine` and THESISLIB_DATA are needed.
 """
 
 import argparse

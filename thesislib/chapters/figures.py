@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.collections import LineCollection
 from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
 from matplotlib.transforms import Bbox
@@ -432,21 +433,22 @@ def _write(axis: plt.Axes, labels: Iterable[Label], size: float = 7) -> None:
 
     Call it last: a later change of the axes moves the marks.
     """
-    axis.figure.draw_without_rendering()  # the layout is settled
-    taken, pixels = [text.get_window_extent() for text in axis.texts], axis.figure.dpi / 72
+    figure: Any = axis.figure
+    figure.draw_without_rendering()  # the layout is settled
+    taken, pixels = [text.get_window_extent() for text in axis.texts], figure.dpi / 72
     for line in axis.lines:
         if line.get_marker() not in ("", "None", None):
             half = line.get_markersize() / 2 * pixels
             at = axis.transData.transform(line.get_xydata())
             taken += [Bbox.from_extents(x - half, y - half, x + half, y + half) for x, y in at]
-    for bars in axis.collections:
+    for bars in (c for c in axis.collections if isinstance(c, LineCollection)):
         ends = (axis.transData.transform(ends) for ends in bars.get_segments())
         taken += [Bbox(np.array([pair.min(0) - 1, pair.max(0) + 1])) for pair in ends]
     if axis.get_legend():
         taken.append(axis.get_legend().get_window_extent())
     for x, y, text, colour in labels:
-        line: dict[str, Any] = {"arrowstyle": "-", "linewidth": 0.4, "color": colour, "shrinkA": 0, "shrinkB": 2}
-        look: dict[str, Any] = {"fontsize": size, "color": colour, "in_layout": False, "arrowprops": line}
+        arrow: dict[str, Any] = {"arrowstyle": "-", "linewidth": 0.4, "color": colour, "shrinkA": 0, "shrinkB": 2}
+        look: dict[str, Any] = {"fontsize": size, "color": colour, "in_layout": False, "arrowprops": arrow}
         note = axis.annotate(text, (x, y), (0, 0), textcoords="offset points", **look)
         for far, (dx, dy) in itertools.product((6, 12, 20, 30), SIDES):
             across, up = ("right", "center", "left")[1 + dx], ("top", "center", "bottom")[1 + dy]

@@ -23,7 +23,7 @@ MEASURES = {PPL: TASKS["wikitext"], OPEN: TASKS["trivia_open"]}
 USABLE = 1.25  # times the dense model's perplexity: what a summary still calls small
 ENDS = ("", " low", " high")
 AS_IT_CAME = "as it came, Q4_1"  # the file that the subject is unpacked from
-ENGINE_FILE = "llama_cpp.jsonl"  # llama.cpp's own files of the subject, see benchmarks/llama_cpp.py
+ENGINE_FILE = "05_llama_cpp.jsonl"  # llama.cpp's own files of the subject, see benchmarks/llama_cpp.py
 Results = Mapping[tuple[str, str], Measurement]  # by label and measure
 
 
@@ -113,8 +113,8 @@ def marks(dense: Mapping[str, Measurement], files: Iterable[Measurement] | None 
         if size := original_file(d):
             rows.setdefault(AS_IT_CAME, {"MB": size / 1e6}).update(_values({measure: d}))
         for m in _engine_files() if files is None else files:
-            alike = all(m.settings[key] == d.settings.get(key) for key in ("text_sha256", "length", "limit"))
-            if alike and m.provenance["file"]["of"] == d.provenance.get("fingerprint"):
+            same = all(m.settings[key] == d.settings.get(key) for key in ("text_sha256", "length", "limit"))
+            if same and m.metric == d.metric and m.provenance["file"]["of"] == d.provenance.get("fingerprint"):
                 rows.setdefault(m.label, {"MB": m.disk_bytes / 1e6}).update(_values({measure: m}))
     return pd.DataFrame([{"label": label, **row} for label, row in rows.items()])
 
@@ -155,12 +155,12 @@ def front_sentence(results: Results, measure: str = PPL) -> str:
         f"{name} {sum(family(x) == name for x in on_one)} of {(table['family'] == name).sum()}" for name in FAMILIES
     )
     untrained = by_base.get(DENSE, [])
-    files = ", ".join(
-        f"{shown(row['label'], row)} {len(no_better(table, untrained, row, measure))}"
+    files = "; ".join(
+        f"{shown(row['label'], row)}, no larger and no worse than {len(no_better(table, untrained, row, measure))}"
         for _, row in beside.iterrows()
         if pd.notna(row.get(measure))
     )
-    held = f" Of the {len(untrained)} untrained ones as many are no smaller and no better than a file: {files}."
+    held = f" Files of the dense model beside these {len(untrained)} untrained ones: {files}."
     return (
         f"On the front of {measure} against bytes on disk, each among models trained alike: {models}. By last stage: "
         f"{families}.{held if files else ''}"
@@ -217,8 +217,8 @@ def bytes_finding(results: Results) -> str:
     """Which models are worth their bytes, in sentences, for the chapter's first lines and the README."""
     table = points(results)
     rows, by_base = table.set_index("label"), front(table, "MB", PPL)
-    counts = " and ".join(
-        f"of the {len(labels)} {group(base)} {sum(family(x) in FAMILIES[2:] for x in labels)}"
+    counts = ", ".join(
+        f"{sum(family(x) in FAMILIES[2:] for x in labels)} of the {len(labels)} {group(base)}"
         for base, labels in by_base.items()
     )
     smallest = ", ".join(
@@ -227,8 +227,8 @@ def bytes_finding(results: Results) -> str:
         for base, x in smallest_usable(results).items()
     )
     return (
-        "**Bits or weights.** Models trained alike have a front of perplexity against bytes each: "
-        f"{counts} models on it are quantised. {equal_bytes_sentence(results)} The smallest whose perplexity is at "
+        "**Bits or weights.** Quantised are, of the models on the front of perplexity against bytes, each among models "
+        f"trained alike: {counts}. {equal_bytes_sentence(results)} The smallest whose perplexity is at "
         f"most {USABLE:g} times that of the dense model trained alike: {smallest}; the dense model has "
         f"{rows.loc[DENSE, 'MB']:.0f} MB in bfloat16.{_as_it_came(results, table, by_base[DENSE])}"
     )
