@@ -17,7 +17,9 @@ from benchmarks.llama_cpp import main, quantise, type_shares
 from thesislib.chapters.ch05_runs import HELD_OUT, PPL
 from thesislib.compress.gptq import Rtn
 from thesislib.compress.width import Width
+from thesislib.errors import BadInput
 from thesislib.evaluate.perplexity import perplexity
+from thesislib.experiment import again
 from thesislib.files import sha256_of
 from thesislib.formats.gguf import export_gguf
 from thesislib.formats.gguf_reader import GgufModel
@@ -193,3 +195,7 @@ def test_its_files_are_recorded(tiny, tokenizer, tiny_data, tmp_path):
     assert five.provenance["fingerprint"] == five.made["base"]["fingerprint"] == decoded.fingerprint != facts["of"]
     assert five.value == perplexity(decoded, evaluation_text(tiny_data)).value
     assert (five.settings["length"], five.settings["limit"], five.provenance["dtype"]) == (512, None, "bfloat16")
+    verdict = again(five, str(file), tiny_data)
+    assert verdict.same_bits and verdict.same_subject
+    with pytest.raises(BadInput, match="name the record's subject"):
+        again(five, str(folder), tiny_data)
