@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from tests.fakes import perplexity
@@ -10,6 +11,7 @@ from thesislib.chapters import ch05_quantisation as quantisation
 from thesislib.chapters import ch05_runs as gptq
 from thesislib.chapters import figures, recorded
 from thesislib.chapters.ch05_runs import BEST, CLOSED, HELD_OUT, INGREDIENTS, OPEN, PLAIN, PPL, QuantChapter
+from thesislib.chapters.pareto import AS_IT_CAME
 from thesislib.errors import BadInput
 from thesislib.evaluate.stats import by_verdict
 from thesislib.experiment import again
@@ -278,6 +280,12 @@ def test_every_cell_says_what_its_numbers_say():
     assert {t.get_text() for t in axis.get_legend().get_texts()} == set(
         both.loc[both["perplexity"] <= 52, "method"]
     ) and f"{above} above 52 not drawn" in axis.get_title()
+    files = pd.DataFrame({"label": [AS_IT_CAME, "llama.cpp Q4_0"], "MB": [98.0, 92.0], PPL: [30.0, 37.0]})
+    for most, there in ((52, ["Q4_1", "Q4_0"]), (35, ["Q4_1"])):
+        axis = figures.bytes_chart(both, 30.0, files, most).axes[0]
+        stars = [xy for line in axis.lines if "file" in line.get_label() for xy in line.get_xydata().tolist()]
+        assert stars == [[98.0, 30.0], [92.0, 37.0]][: len(there)]
+        assert [t.get_text() for t in axis.texts if t.get_text().startswith("Q")] == there
     errors = {
         how: {f"blocks.{b}.{kind}": 0.1 * (b + 1) for b in range(3) for kind in LINEARS} for how in ("rounding", "GPTQ")
     }
