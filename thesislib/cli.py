@@ -5,7 +5,7 @@ import functools
 import io
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -707,13 +707,12 @@ def records(
         stored.write_csv(rows, target)
         typer.echo(f"{csv}: {len(rows)} records")
         return
+    lines: Iterable[str] = listing(rows)
     if as_json:
         lines = (
             json.dumps({"id": name, **json.loads(m.to_json(items=False))}, ensure_ascii=False)
             for name, m in rows.items()
         )
-    else:
-        lines = listing(rows)
     for line in lines:
         typer.echo(line)
 

@@ -201,7 +201,7 @@ def explorer_data(html):
 
 
 def test_the_recorded_figure_covers_nothing():
-    record = recorded("06_evaluation")
+    record = recorded("06_evaluation").for_fronts
     table = points(record)
     chart = figures.pareto_chart(table, trade_offs.fronts(table), {PPL: True, OPEN: False}, trade_offs.marks_of(record))
     for axis in chart.axes:
@@ -369,4 +369,4 @@ def test_the_readme_has_the_three_findings_and_their_figure():
             key, _, value = image[position + 8 : position + 8 + length].partition(b"\0")
             said[key.decode()] = value.decode()
         position += length + 12
-    assert said["Description"] == trade_offs.digest(recorded("06_evaluation").full), "run `make findings`"
+    assert said["Description"] == trade_offs.digest(recorded("06_evaluation").for_fronts), "run `make findings`"
