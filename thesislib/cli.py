@@ -707,13 +707,12 @@ def records(
         stored.write_csv(rows, target)
         typer.echo(f"{csv}: {len(rows)} records")
         return
+    lines = listing(rows)
     if as_json:
         lines = (
             json.dumps({"id": name, **json.loads(m.to_json(items=False))}, ensure_ascii=False)
             for name, m in rows.items()
         )
-    else:
-        lines = listing(rows)
     for line in lines:
         typer.echo(line)
 

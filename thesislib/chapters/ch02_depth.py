@@ -512,7 +512,7 @@ CHAPTER = Chapter(
     claims=for_claims,
     recorded={
         "calibration": 8,
-        "stability": 64,
+        "stability": 48,
         "windows": 24,
         "greedy": 12,
         "counts": [1, 2, 3, 4, 5, 6, 7, 8, 10, 12],
