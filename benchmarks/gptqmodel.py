@@ -1,14 +1,17 @@
 """GPTQ of the embedded model side by side with GPTQModel: the same 16 windows of 512, 4 bits, groups of 64, symmetric;
 seconds and perplexity.
 
-Run it in the environment that CONTRIBUTING describes: `GPTQMODEL_CPU_WORKERS=2 python -m benchmarks.gptqmodel`. Ours is
-measured with GPTQModel's settings (damping 0.05, no act-order, no clipping, tokens equal, sequential), though its
-act_group_aware has no counterpart here, and with this study's defaults.
+Run it in the environment that CONTRIBUTING describes: `GPTQMODEL_CPU_WORKERS=2 python -m benchmarks.gptqmodel --write`
+keeps the result in data/results/05_gptqmodel.json, which chapter 5 quotes: a row for each number of threads, since sums
+in another order end at other weights. Without GPTQModel its recorded row stays and the others are measured: rounding,
+GPTQ with GPTQModel's settings (damping 0.05, groups by importance, no clipping, tokens equal, sequential), the same
+from left to right, and GPTQ with this study's defaults.
 """
 
+import argparse
+import importlib.metadata
 import importlib.util
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -17,14 +20,21 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from thesislib.compress.gptq import Gptq
+from thesislib.chapters.ch05_runs import GPTQMODEL
+from thesislib.compress.gptq import Gptq, Rtn
 from thesislib.evaluate.perplexity import perplexity
+from thesislib.files import data_file, read_json, write_whole
 from thesislib.formats.load import load_subject, save_checkpoint
 from thesislib.model.subject import Subject
 from thesislib.sources.corpus import calibration_windows, evaluation_text
 
 WINDOWS, LENGTH, HELD_OUT = 16, 512, 24
-THEIRS = {"damping": 0.05, "act_order": "none", "clip": "none", "weighting": "equal", "sequential": True}
+OURS = {
+    "rounding": Rtn(4, 64, clip="none"),
+    "thesislib, the same settings": Gptq(4, 64, windows=WINDOWS, length=LENGTH, **GPTQMODEL),
+    "thesislib, from left to right": Gptq(4, 64, windows=WINDOWS, length=LENGTH, **{**GPTQMODEL, "act_order": "none"}),
+    "thesislib, its defaults": Gptq(4, 64, windows=WINDOWS, length=LENGTH),
+}
 
 
 def unpacked(words: np.ndarray, bits: int) -> np.ndarray:
@@ -51,19 +61,11 @@ def dense(subject: Subject, folder: Path, bits: int = 4) -> Subject:
     return result
 
 
-def main() -> None:
-    if importlib.util.find_spec("gptqmodel") is None:
-        sys.exit("skipped: GPTQModel is not installed here; CONTRIBUTING says how")
+def theirs(subject: Subject) -> tuple[Subject, float]:
+    """The subject as GPTQModel quantises it, and the seconds that took."""
     from gptqmodel import GPTQModel, QuantizeConfig
 
-    subject = load_subject()
     ids = calibration_windows(subject.tokenizer, "c4", "embedded", WINDOWS, LENGTH, 0)
-    text = evaluation_text()
-
-    def row(model: Subject, seconds: float) -> dict[str, float]:
-        return {"seconds": round(seconds, 1), "perplexity": round(perplexity(model, text, limit=HELD_OUT).value, 2)}
-
-    result = {"dense": {"perplexity": round(perplexity(subject, text, limit=HELD_OUT).value, 2)}}
     with tempfile.TemporaryDirectory() as folder:
         subject.model.save_pretrained(f"{folder}/dense")
         subject.tokenizer.save_pretrained(f"{folder}/dense")
@@ -74,13 +76,35 @@ def main() -> None:
         model.quantize(examples, batch_size=4)
         seconds = time.perf_counter() - start
         save_checkpoint(model, f"{folder}/theirs")
-        theirs = dense(subject, Path(f"{folder}/theirs"))
-    result["GPTQModel"] = row(theirs, seconds)
-    for name, settings in (("thesislib, the same settings", THEIRS), ("thesislib, its defaults", {})):
+        return dense(subject, Path(f"{folder}/theirs")), seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--write", action="store_true")
+    write = parser.parse_args().write
+    subject, text, path = load_subject(), evaluation_text(), data_file("results/05_gptqmodel.json")
+    facts, threads = read_json(path), torch.get_num_threads()
+    rows = {(row["model"], row["threads"]): row for row in facts["rows"]}
+
+    def measure(name: str, model: Subject, seconds: float = 0.0) -> None:
+        value = round(perplexity(model, text, limit=HELD_OUT).value, 3)
+        row = {"model": name, "threads": threads, "seconds": round(seconds, 1), "perplexity": value}
+        rows[name, threads] = row
+        print(row, flush=True)
+
+    measure("dense", subject)
+    if importlib.util.find_spec("gptqmodel"):
+        measure("GPTQModel", *theirs(subject))
+        facts["GPTQModel"] = importlib.metadata.version("gptqmodel")
+    else:
+        print("GPTQModel is not installed here; CONTRIBUTING says how. Its recorded row stays")
+    for name, stage in OURS.items():
         start = time.perf_counter()
-        ours, _ = Gptq(bits=4, group=64, windows=WINDOWS, length=LENGTH, **settings).apply(subject)
-        result[name] = row(ours, time.perf_counter() - start)
-    print(json.dumps({**result, "threads": torch.get_num_threads()}))
+        ours, _ = stage.apply(subject)
+        measure(name, ours, time.perf_counter() - start)
+    if write:
+        write_whole(path, json.dumps({**facts, "rows": list(rows.values())}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

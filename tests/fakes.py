@@ -65,7 +65,10 @@ def perplexity(per_token, seed=0, *, texts=None, spread=0.01, n=24, **changes):
 
 def accuracy(share, n=200, **changes):
     """Answers to n questions, the first of them right."""
-    items = [{"id": i, "correct": i < share * n, "tier": "exact" if i < share * n else None} for i in range(n)]
+    items = [
+        {"id": i, "answer": "a name", "correct": i < share * n, "tier": "exact" if i < share * n else None}
+        for i in range(n)
+    ]
     plain = {
         "task": "questions",
         "metric": "accuracy",

@@ -153,17 +153,32 @@ def test_the_explorer_finds_what_fits_a_budget(site, page):
     page.goto(f"{site}/notebooks/06_evaluation.html")
     box = page.locator(".explorer")
     names = box.locator("tbody th")
-    size, measure = box.locator("select").nth(0), box.locator("select").nth(1)
-    rows = page.evaluate(
-        "() => document.querySelector('.explorer').nextElementSibling.textContent.match(/const rows = (.*);/)[1]"
+    size, measure, group = (box.locator("select").nth(i) for i in range(3))
+    rows, fronts, marks = (
+        json.loads(
+            page.evaluate(
+                "(name) => document.querySelector('.explorer').nextElementSibling.textContent"
+                ".match(`const ${name} = (.*);`)[1]",
+                name,
+            )
+        )
+        for name in ("rows", "fronts", "marks")
     )
-    rows = [row for row in json.loads(rows) if row["MB"] is not None and row.get("perplexity") is not None]
+    every = [row for row in rows if row["MB"] is not None and row.get("perplexity") is not None]
+    rows = [row for row in every if row["base"] == "dense"]
     assert names.first.text_content() == min(rows, key=lambda row: row["perplexity"])["label"]
     budget = sorted(row["MB"] for row in rows)[len(rows) // 2] + 0.01
     box.locator("input").evaluate("(e, v) => { e.value = v; e.dispatchEvent(new Event('input')); }", budget)
     within = [row for row in rows if row["MB"] <= budget]
     assert names.first.text_content() == min(within, key=lambda row: row["perplexity"])["label"]
     assert box.locator("p").last.text_content().startswith(f"{len(within)} of {len(rows)} models fit")
+    assert names.first.text_content() == [x for x in fronts["MB"]["perplexity"]["dense"] if x in names_of(within)][-1]
+    titles = box.locator("svg title").all_text_contents()
+    assert sum("a file beside the study" in title for title in titles) == len(marks) >= 1
+    group.select_option("W")
+    assert names.first.text_content() == fronts["MB"]["perplexity"]["W"][-1]
+    assert set(names.all_text_contents()) <= names_of(row for row in every if row["base"] == "W")
+    group.select_option("dense")
     measure.select_option("open book")
     size.select_option("M")
     answered = [row for row in rows if row.get("open book") is not None and row["M"] is not None]
@@ -172,3 +187,7 @@ def test_the_explorer_finds_what_fits_a_budget(site, page):
         == f"{100 * max(row['open book'] for row in answered):.1f} %"
     )
     assert box.locator("svg title").count() == len(answered) and page.wrong == []
+
+
+def names_of(rows):
+    return {row["label"] for row in rows}

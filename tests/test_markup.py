@@ -14,7 +14,7 @@ from myst_parser.config.main import MdParserConfig
 from myst_parser.parsers.mdit import create_md_parser
 from typer.testing import CliRunner
 
-from thesislib.chapters import ch00_measures, ch06_grid, claims, figures, pareto, recorded
+from thesislib.chapters import ch00_measures, ch06_grid, claims, figures, pareto, pool, recorded
 from thesislib.cli import app
 from thesislib.errors import printable
 from thesislib.records.measurement import cost, in_markdown
@@ -81,18 +81,15 @@ def test_a_record_s_words_are_text_in_sentences(parser, text):
 
 def test_labels_are_text_in_the_page_of_claims(parser, monkeypatch):
     label = "<img src=x onerror=alert(1)>|*a*"
-    known = claims.recorded_pool()
-    rows = {
-        (f"{label}+W", claims.WIKITEXT): known["D2+W", claims.WIKITEXT],
-        (label, claims.WIKITEXT): known["D2", claims.WIKITEXT],
-    }
+    known = pool.recorded_pool()
+    rows = {(f"{label}{end}", claims.WIKITEXT): known[f"D2{end}", claims.WIKITEXT] for end in ("", "+W")}
     hostile = claims.Claim(
         "c",
-        lambda records: [(label, (label, claims.WIKITEXT), (f"{label}+W", claims.WIKITEXT))],
+        lambda records: [(label, f"{label}+W", claims.WIKITEXT)],
         ("02_depth_pruning", "x"),
     )
     monkeypatch.setattr(claims, "CLAIMS", [hostile])
-    page = claims.page(known | rows)
+    page = claims.page({**known, **rows})
     assert "\\<img" in page and "<img" not in page.replace("\\<img", "")
     assert not [
         t
@@ -123,7 +120,8 @@ def test_a_dollar_in_a_figure_is_one():
         }
     )
     table = table.assign(**{"perplexity low": table["perplexity"], "perplexity high": table["perplexity"]})
-    figure = figures.pareto_chart(table, {(size, "perplexity"): names for size in ("MB", "M")}, {"perplexity": True})
+    fronts = {(size, "perplexity"): {"dense": names} for size in ("MB", "M")}
+    figure = figures.pareto_chart(table, fronts, {"perplexity": True})
     figure.canvas.draw()
     drawn = figure.axes[0].texts
     assert [t.get_text() for t in drawn] == names and not any(t.get_parse_math() for t in drawn)

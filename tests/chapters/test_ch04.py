@@ -10,6 +10,8 @@ from thesislib.chapters import ch04_recovery as recovery
 from thesislib.chapters import ch04_runs as lora
 from thesislib.chapters import figures
 from thesislib.chapters.ch04_runs import CLOSED, OPEN, PPL, Configuration, LoraChapter
+from thesislib.chapters.pool import scored_by
+from thesislib.chapters.trainings import collect
 from thesislib.errors import BadInput
 from thesislib.evaluate.stats import by_verdict
 from thesislib.experiment import again
@@ -223,25 +225,40 @@ def test_recovery_is_counted_against_the_control(story):
     assert recovery.recovered(story).loc["D2", "fair"] == pytest.approx(0.6 / 0.7, abs=0.02)
 
 
-def _told(story):
-    return by_verdict(recovery.texts_compared(story), higher_is_better=True)
+def as_pool(story, measure=CLOSED):
+    """The story's answers as all chapters' records have them, and two trainings that tell how far they lie apart."""
+    rows = []
+    for (c, task), m in story.items():
+        if task == CLOSED:
+            letter = recovery.LETTERS.get(c.text, "")
+            label = f"{c.pruned}+{letter}" if letter and c.pruned != "dense" else letter or c.pruned
+            rows.append((label, measure, m.with_provenance(made={"stages": [{"lora": {"seed": 0}}]})))
+    second = accuracy(0.3).with_provenance(made={"stages": [{"lora": {"seed": 1}}]})
+    return collect([*rows, ("W", measure, dataclasses.replace(second, value=0.301))])
+
+
+def _told(pool, measure=CLOSED):
+    return by_verdict(recovery.texts_compared(pool, ["D2", "dense"], measure), higher_is_better=True)
 
 
 def test_texts_are_compared_by_model(story):
-    assert _told(story) == {"better": ["D2"], "worse": [], "not told apart": ["dense"]}
+    assert _told(as_pool(story)) == {"better": ["D2"], "worse": [], "not told apart": ["dense"]}
     story[Configuration("D2", "wikitext"), CLOSED] = accuracy(0.02)
-    assert _told(story) == {"better": [], "worse": ["D2"], "not told apart": ["dense"]}
+    assert _told(as_pool(story)) == {"better": [], "worse": ["D2"], "not told apart": ["dense"]}
 
 
-def test_texts_are_compared_by_exact_match_too(story):
+def test_texts_are_compared_by_every_scoring(story):
     """Answers that hold a name among other words count by the thesis's rule alone."""
-    rambles = Configuration("D2", "wikitext")
-    m = story[rambles, CLOSED]
-    items = [{**item, "tier": "substring" if item["correct"] else ""} for item in m.items]
-    story[rambles, CLOSED] = dataclasses.replace(m, items=items)
-    assert _told(story)["better"] == ["D2"]
-    exact = by_verdict(recovery.texts_compared(story, exact=True), higher_is_better=True)
-    assert exact == {"better": [], "worse": ["D2"], "not told apart": ["dense"]}
+    exact = scored_by(CLOSED, "exact match")
+    pool = as_pool(story)
+    story[Configuration("D2", "wikitext"), CLOSED] = accuracy(0.02)
+    both = {**pool, **as_pool(story, exact)}
+    assert _told(both)["better"] == ["D2"] and _told(both, exact)["worse"] == ["D2"]
+    said = recovery.texts_sentence(both, ["D2", "dense"])
+    assert "a name anywhere in the answer, better for D2, undecided for dense; by exact match worse for D2, " in said
+    assert "by token F1 not measured" in said
+    table = recovery.answers_table(pool, ["D2", "dense"])
+    assert list(table.index) == ["D2", "D2+T", "D2+W", "dense", "T", "W"] and set(table["exact"]) == {"-"}
 
 
 def test_pruning_after_training_is_held_against_pruning_before(story):
@@ -264,11 +281,8 @@ def test_seeds_of_one_training(story):
 def test_tables_and_figures_hold_what_was_measured(story):
     p = LoraChapter(pruned=["D2", "W2:4", "D2+W1:8"], texts=["wikitext", "trivia"])
     assert list(recovery.recovery_table(story).index) == ["D2", "W2:4", "D2+W1:8", "dense"]
-    assert recovery.recovery_table(story).loc["D2", "thesis +W"] == "21.3"
-    assert (
-        "*" in recovery.answers_table(story).loc["D2", "closed book, +W"]
-        and "*" not in recovery.answers_table(story).loc["dense", "closed book, +W"]
-    )
+    assert recovery.recovery_table(story).loc["D2", "thesis: x dense, +W"] == "0.802"
+    assert recovery.recovery_table(story).loc["D2", "x dense"].startswith("2.0")
     merge = recovery.merge_table(story)
     assert set(merge.index) == {
         (m, way) for m in ("W2:4+W", "W2:4+T", "D2+W1:8+W") for way in ("beside", "masked", "dense")

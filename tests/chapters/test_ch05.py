@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from tests.fakes import perplexity
@@ -10,6 +11,7 @@ from thesislib.chapters import ch05_quantisation as quantisation
 from thesislib.chapters import ch05_runs as gptq
 from thesislib.chapters import figures, recorded
 from thesislib.chapters.ch05_runs import BEST, CLOSED, HELD_OUT, INGREDIENTS, OPEN, PLAIN, PPL, QuantChapter
+from thesislib.chapters.pareto import AS_IT_CAME
 from thesislib.errors import BadInput
 from thesislib.evaluate.stats import by_verdict
 from thesislib.experiment import again
@@ -116,7 +118,33 @@ def test_ingredients_change_one_thing_each():
     assert long.windows * long.length == p.calibration * p.length  # as many tokens
 
 
+def test_what_stands_beside_the_table_on_the_test():
+    p = gptq.recorded_parameters()
+    configs = {c.name: c for c in gptq.on_the_test(p)}
+    assert len({c.key for c in configs.values()}) == len(configs)  # no model twice
+    assert {c.bits for c in configs.values()} == {None, 3, 4, 5, 6}
+    assert all(c.measured == (PPL, HELD_OUT) for c in configs.values())
+    planned = {(c.key, task) for c in gptq.recorded_configurations(p) for task in c.measured}
+    assert {(c.key, task) for c in configs.values() if c.stages for task in c.measured} <= planned
+    papers = [c.stages[0] for name, c in configs.items() if "the paper's calibration" in name]
+    assert [(s.windows, s.length) for s in papers] == [(128, 2048)] * 3
+    theirs = configs["GPTQ 4-bit symmetric, GPTQModel's settings"].stages[0]
+    assert (theirs.act_order, theirs.damping, theirs.clip, theirs.weighting) == ("groups", 0.05, "none", "equal")
+    shapes = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
+    fifth = sum(o * i + o * i / p.group for o, i in shapes) / 8  # a bit more of each code and each zero-point, in bytes
+    assert fifth // sum(2 * (o + i) for o, i in shapes) == gptq.EQUAL_RANK  # a rank is a float16 for each in and output
+
+
 # ---------------------------------------------------------------- sentences
+
+
+def test_gptqmodel_stands_beside_rounding():
+    names = ("dense", "rounding", "GPTQModel", "thesislib, the same settings", "thesislib, from left to right")
+    rows = [{"model": name, "threads": 1, "perplexity": 20.0 + i} for i, name in enumerate(names)]
+    found = {"GPTQModel": "1.2", "rows": [*rows, {**rows[-1], "threads": 2, "perplexity": 25.5}]}
+    said = quantisation.gptqmodel_sentence(found)
+    assert said.startswith("GPTQModel 1.2,") and "has 22.00 there" in said and "rounding 21.00, dense 20.00" in said
+    assert "has 23.00 in that order and 24.00 and 25.50 from left to right" in said
 
 
 def loss(per_token, seed=0):
@@ -252,6 +280,12 @@ def test_every_cell_says_what_its_numbers_say():
     assert {t.get_text() for t in axis.get_legend().get_texts()} == set(
         both.loc[both["perplexity"] <= 52, "method"]
     ) and f"{above} above 52 not drawn" in axis.get_title()
+    files = pd.DataFrame({"label": [AS_IT_CAME, "llama.cpp Q4_0"], "MB": [98.0, 92.0], PPL: [30.0, 37.0]})
+    for most, there in ((52, ["Q4_1", "Q4_0"]), (35, ["Q4_1"])):
+        axis = figures.bytes_chart(both, 30.0, files, most).axes[0]
+        stars = [xy for line in axis.lines if "file" in line.get_label() for xy in line.get_xydata().tolist()]
+        assert stars == [[98.0, 30.0], [92.0, 37.0]][: len(there)]
+        assert [t.get_text() for t in axis.texts if t.get_text().startswith("Q")] == there
     errors = {
         how: {f"blocks.{b}.{kind}": 0.1 * (b + 1) for b in range(3) for kind in LINEARS} for how in ("rounding", "GPTQ")
     }
@@ -283,7 +317,7 @@ def test_thesis_figures_stand_beside():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"bits": [5]}, "5 bits"),
+        ({"bits": [9]}, "9 bits"),
         ({"calibration": 0}, "calibration"),
         ({"dtype": "int8"}, "'int8'"),
         ({"group": 1}, "group '1'"),

@@ -81,17 +81,132 @@ def test_the_thesis_stands_beside():
 
 def test_a_front_is_what_nothing_beats(story):
     table = points(story)
-    labels = front(table, "MB", PPL)
-    assert labels == ["D2+W+Q", "D2+W+Q+E", "D2+W", "dense", "W"]
+    by_base = front(table, "MB", PPL)
+    assert by_base == {"dense": ["D2+W1:8", "D2", "W1:8", "dense"], "W": ["D2+W+Q", "D2+W+Q+E", "D2+W", "W"]}
     rows = table.set_index("label")
     for x in rows.index:  # by the definition
         beaten = any(
             rows.loc[y, "MB"] <= rows.loc[x, "MB"] and rows.loc[y, PPL] <= rows.loc[x, PPL]
             for y in rows.index
-            if y != x
+            if y != x and rows.loc[y, "base"] == rows.loc[x, "base"]
         )
-        assert (x in labels) == (not beaten), x
-    assert front(table, "MB", OPEN) == ["D2", "dense"]
+        assert (x in by_base[rows.loc[x, "base"]]) == (not beaten), x
+    assert front(table, "MB", OPEN) == {"dense": ["D2", "dense"]} and front(points({}), "MB", PPL) == {}
+
+
+def test_a_trained_model_wins_over_no_untrained_one(story):
+    """The smallest and best of all saw WikiText: everything else says of the untrained models what it said before."""
+    seen = {**story, ("D8+W+Q", PPL): ppl(2.5, 60, 30), ("D8+T", PPL): ppl(2.4, 50, 31)}
+    table = points(seen)
+    by_base = front(table, "MB", PPL)
+    assert by_base == {"dense": front(points(story), "MB", PPL)["dense"], "T": ["D8+T"], "W": ["D8+W+Q"]}
+    assert next(iter(by_base)) == "dense"
+    assert trade_offs.smallest_usable(seen)["dense"] == trade_offs.smallest_usable(story)["dense"] == "W1:8"
+    assert trade_offs.smallest_usable(seen)["W"] == "D8+W+Q" and "T" not in trade_offs.smallest_usable(seen)
+    said = trade_offs.front_sentence(seen)
+    assert (
+        "untrained D2+W1:8 (240 MB, 36.6)" in said and "trained on TriviaQA D8+T (50 MB, 11); trained on Wiki" in said
+    )
+    found = trade_offs.bytes_finding(seen)
+    assert "alike: 0 of the 4 untrained, 0 of the 1 trained on TriviaQA, 1 of the 1 trained on WikiText." in found
+    assert "untrained W1:8 (265 MB, perplexity 22.2 against 20.1)" in found
+    shown = explorer_data(trade_offs.explorer(seen))
+    assert shown["fronts"]["MB"][PPL] == by_base and list(shown["groups"]) == ["dense", "T", "W"]
+    chart = figures.pareto_chart(table, trade_offs.fronts(table), {PPL: True})
+    lines = {line.get_label(): list(line.get_xdata()) for line in chart.axes[0].lines}
+    assert lines["front, untrained"] == [240, 250, 265, 270] and lines["front, trained on WikiText"] == [60]
+    figures.plt.close(chart)
+
+
+def file_row(kind, per_token, megabytes, of="f", limit=None, text="t"):
+    """A measurement of a file of llama.cpp's."""
+    made = {"label": f"llama.cpp {kind}", "bytes": {"bytes_on_disk": megabytes * 1e6}}
+    settings = {"text_sha256": text, "length": 512, "limit": limit}
+    return perplexity(per_token, texts=1, provenance={"made": made, "settings": settings, "file": {"of": of}})
+
+
+def as_came(story, of="f", limit=None):
+    """The story of the embedded subject."""
+    facts = {
+        "subject": "SmolLM2-135M-Instruct",
+        "fingerprint": of,
+        "settings": {"text_sha256": "t", "length": 512, "limit": limit},
+    }
+    return {key: replace(m, provenance={**m.provenance, **facts}) for key, m in story.items()}
+
+
+def test_files_beside_the_study_are_marks(story, monkeypatch):
+    files = (file_row("Q4_0", 3.2, 92), file_row("Q8_0", 3.0, 145))
+    monkeypatch.setattr(trade_offs, "_engine_files", lambda: files)
+    came = as_came(story)
+    marks = trade_offs.marks_of(came).set_index("label")
+    assert list(marks.index) == [trade_offs.AS_IT_CAME, "llama.cpp Q4_0", "llama.cpp Q8_0"]
+    star, dense = marks.loc[trade_offs.AS_IT_CAME], came["dense", PPL]
+    assert round(star["MB"]) == 98 and [star[f"{PPL}{end}"] for end in ("", " low", " high")] == [
+        dense.value,
+        dense.low,
+        dense.high,
+    ]
+    assert star[OPEN] == came["dense", OPEN].value and marks[OPEN].notna().sum() == 1
+    assert list(marks["MB"].round()) == [98, 92, 145] and marks.loc["llama.cpp Q4_0", PPL] == files[0].value
+    # of another subject, of a part of the text, of another text
+    for other in (as_came(story, of="g"), as_came(story, limit=24)):
+        assert list(trade_offs.marks_of(other)["label"]) == [trade_offs.AS_IT_CAME]
+    assert len(trade_offs.marks({PPL: dense}, [file_row("Q5_0", 3.0, 105, text="u")])) == 1
+    assert trade_offs.marks_of(story).empty and trade_offs.marks_of({}).empty
+
+    table = points(came)
+    untrained = front(table, "MB", PPL)["dense"]
+    assert trade_offs.no_better(table, untrained, star, PPL) == ["D2+W1:8", "D2", "W1:8", "dense"]
+    assert trade_offs.no_better(table, untrained, marks.loc["llama.cpp Q4_0"], PPL) == ["D2+W1:8", "D2"]
+    assert trade_offs.no_better(table, ["D2", "dense"], star, OPEN) == ["D2", "dense"]
+    assert trade_offs.no_better(table, ["dense"], {"MB": 98, OPEN: 0.5}, OPEN) == []
+    said = trade_offs.front_sentence(came)
+    assert said.endswith(
+        "Files of the dense model beside these 4 untrained ones: as it came, Q4_1 (98 MB, 20.1), no larger and no "
+        "worse than 4; llama.cpp Q4_0 (92 MB, 24.5), no larger and no worse than 2; llama.cpp Q8_0 (145 MB, 20.1), no "
+        "larger and no worse than 4."
+    )
+    assert "4 of the 4 untrained models on the front are no smaller and no better" in trade_offs.bytes_finding(came)
+    assert "came" not in trade_offs.bytes_finding(story) + trade_offs.front_sentence(story)
+
+    shown = explorer_data(trade_offs.explorer(came))["marks"]
+    assert [(r["label"], round(r["MB"])) for r in shown] == [(x, round(marks.loc[x, "MB"])) for x in marks.index]
+    assert trade_offs.digest(came) != trade_offs.digest(story)  # a figure with other marks is drawn again
+    beside = trade_offs.marks_of(came)
+    chart = figures.pareto_chart(table, trade_offs.fronts(table), {PPL: True, OPEN: False}, beside)
+    drawn = {line.get_label(): line.get_xydata() for line in chart.axes[0].lines}
+    assert drawn["the file it came in"].tolist() == [[star["MB"], star[PPL]]]
+    assert drawn["llama.cpp's files"].tolist() == beside[["MB", PPL]][1:].to_numpy().tolist()
+    assert not {"the file it came in", "llama.cpp's files"} & {line.get_label() for line in chart.axes[1].lines}
+    assert {"Q4_1", "Q4_0", "Q8_0", "dense", "W"} <= {text.get_text() for text in chart.axes[0].texts}
+    for axis in chart.axes:
+        assert_nothing_covered(axis)
+    figures.plt.close(chart)
+
+
+def assert_nothing_covered(axis):
+    """No label lies on a mark or on another label."""
+    boxes = [figures.Text.get_window_extent(text) for text in axis.texts]
+    at = [axis.transData.transform(line.get_xydata()) for line in axis.lines if line.get_marker() not in ("None", "")]
+    assert boxes and not any(box.contains(x, y) for box in boxes for xys in at for x, y in xys)
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
+
+
+def explorer_data(html):
+    """{name: value} of the constants in an explorer's script."""
+    lines = html.partition("(() => {\n")[2].splitlines()[:4]
+    pairs = (line.removeprefix("const ").removesuffix(";").split(" = ", 1) for line in lines)
+    return {name: json.loads(value) for name, value in pairs}
+
+
+def test_the_recorded_figure_covers_nothing():
+    record = recorded("06_evaluation")
+    table = points(record)
+    chart = figures.pareto_chart(table, trade_offs.fronts(table), {PPL: True, OPEN: False}, trade_offs.marks_of(record))
+    for axis in chart.axes:
+        assert_nothing_covered(axis)
+    figures.plt.close(chart)
 
 
 def test_depth_and_width_together_cost_more_than_their_sum(story):
@@ -135,10 +250,8 @@ def test_findings_turn_with_the_records(story):
     assert not trade_offs.at_equal_bytes({key: m for key, m in story.items() if "Q" not in key[0]})
     # D2+W+Q is smaller than D2+W, and more than 1.25 times worse than W
     assert trade_offs.smallest_usable(untrained) == {"dense": "Q", "W": "D2+W"}
-    came = {
-        key: replace(m, provenance={**m.provenance, "subject": "SmolLM2-135M-Instruct"}) for key, m in story.items()
-    }
-    assert round(trade_offs.original_file(came) / 1e6) == 98 and trade_offs.original_file(story) is None
+    came, own = as_came(story)["dense", PPL], story["dense", PPL]
+    assert round(trade_offs.original_file(came) / 1e6) == 98 and trade_offs.original_file(own) is None
     assert evaluation.pruned_and_trained(story) == ["D2+W", "D2+W1:8+W"]
     assert evaluation.below(story, "dense") == evaluation.below(story, "W") == []
     better = {**story, ("D2+W", PPL): ppl(2.7, 251, 9)}
@@ -200,7 +313,7 @@ def test_costs_are_reported(story):
 def test_the_explorers_text_is_safe_and_whole(story):
     html = trade_offs.explorer({**story, ("</script>", PPL): ppl(3, 100)})
     assert html.count("</script>") == 1
-    rows = json.loads(html.split("const rows = ")[1].split(";\n")[0].replace("<\\/", "</"))
+    rows = explorer_data(html)["rows"]
     assert len(rows) == 10 and {"label", "family", "MB", "M", PPL, f"{PPL} low"} <= set(rows[0])
 
 
@@ -228,12 +341,21 @@ def test_bad_parameters(key, value):
 
 def test_the_record_shares_what_other_chapters_measured():
     record = recorded("06_evaluation")
-    assert ("dense", PPL) in record and record["dense", PPL].n == 24
-    assert all(m.provenance["dtype"] == "bfloat16" for m in record.values())
-    exact = evaluation.read_recorded(record_file("06_evaluation"), evaluation.PRECISION, "float32")
+    assert record.sample["dense", PPL].n == 24 and record.full["dense", PPL].n == 595
+    assert all(m.provenance["dtype"] == "bfloat16" for results in record for m in results.values())
+    exact = evaluation.read_size(record_file("06_evaluation"), evaluation.PRECISION, "float32")
     assert len(exact) == len(evaluation.grid("precision").configurations) and {
         m.provenance["dtype"] for m in exact.values()
     } == {"float32"}
+
+
+def test_a_section_is_of_one_sample():
+    """The whole text's, once it has every model of the section."""
+    sample = {(label, PPL): ppl(3, 24) for label in ("dense", "D2", "W1:8", "D2+W1:8")}
+    whole = {key: ppl(3.1, 595) for key in list(sample)[:3]}
+    record = evaluation.Record(whole, sample)
+    assert record.on_one(["depth", "width"]) is whole and record.on_one(evaluation.PRUNED) is sample
+    assert evaluation.Record({**whole, ("D2+W1:8", PPL): ppl(3.1, 595)}, sample).on_one(evaluation.PRUNED) is not sample
 
 
 def test_the_readme_has_the_three_findings_and_their_figure():
@@ -247,4 +369,4 @@ def test_the_readme_has_the_three_findings_and_their_figure():
             key, _, value = image[position + 8 : position + 8 + length].partition(b"\0")
             said[key.decode()] = value.decode()
         position += length + 12
-    assert said["Description"] == trade_offs.digest(recorded("06_evaluation")), "run `make findings`"
+    assert said["Description"] == trade_offs.digest(recorded("06_evaluation").full), "run `make findings`"

@@ -9,21 +9,19 @@ from docutils.nodes import make_id
 
 from tests.fakes import perplexity
 from thesislib.chapters.ch01_franken import plan_name
-from thesislib.chapters.ch05_runs import QuantChapter, main_models
 from thesislib.chapters.claims import (
     CLAIMS,
     CLOSED,
+    GRID_PAGE,
     MISSING,
-    SCORINGS,
-    WHOLE_PAGE,
     WIKITEXT,
     judge,
-    large,
     page,
-    recorded_pool,
-    scored_by,
 )
 from thesislib.chapters.phrases import DEPENDS, FAILS, HOLDS, UNDECIDED
+from thesislib.chapters.pool import recorded_pool, scored_by
+from thesislib.chapters.scorings import SCORINGS
+from thesislib.chapters.trainings import collect, spread
 from thesislib.compress.franken import parse_plan
 from thesislib.files import ROOT
 from thesislib.records.measurement import Measurement
@@ -32,11 +30,13 @@ from thesislib.runner import chapters
 COMPARING = [c for c in CLAIMS if c.within is None]
 
 
-def ppl(per_token, seed):
-    return perplexity(per_token, seed, texts=0, spread=0.02)
+def ppl(per_token, seed, training=0):
+    """A perplexity, of a training with that seed."""
+    m = perplexity(per_token, seed, texts=0, spread=0.02)
+    return m.with_provenance(made={"stages": [{"lora": {"seed": training}}]})
 
 
-def answers(share, seed, n=400):
+def answers(share, seed, n=400, training=0):
     right = np.random.default_rng(seed).permutation(n) < share * n
     return Measurement(
         task="questions",
@@ -47,60 +47,69 @@ def answers(share, seed, n=400):
         n=n,
         unit="question",
         items=[{"id": i, "correct": bool(r), "tier": "exact" if r else None} for i, r in enumerate(right)],
+        provenance={"made": {"stages": [{"lora": {"seed": training}}]}},
     )
 
 
-def story(claim, first, second):
-    """Records in which every first of a claim's pairs has one value and every second another."""
-    pairs = claim.pairs({("block 3 twice", "WikiText-2, 32 windows"): None})
-    made = {}
-    for k, (_, a, b) in enumerate(pairs):
-        make = ppl if "WikiText" in a[1] else answers
-        made |= {a: make(first, 2 * k), b: make(second, 2 * k + 1)}
-    return made
+def of_measure(measure, value, seed, training=0):
+    return (ppl if measure.startswith(WIKITEXT) else answers)(value, seed, training=training)
+
+
+def trained_twice(measure):
+    """Two trainings of another model, by which it is known how far trainings lie apart."""
+    near = of_measure(measure, 0.2 if "book" in measure else 3.2, 98)
+    far = replace(near.with_provenance(made={"stages": [{"lora": {"seed": 1}}]}), value=near.value * 1.001)
+    return [("D8+W+T", measure, near), ("D8+W+T", measure, far)]
+
+
+def story(claim, first, second, scored=()):
+    """Rows in which every first of a claim's pairs has one value and every second another.
+
+    Args:
+        scored: words after the measure, of a further scoring.
+    """
+    rows = []
+    for k, (a, b, measure) in enumerate(claim.pairs({("block 3 twice", WIKITEXT): {}})):
+        measure = scored_by(measure, scored) if scored else measure
+        rows += [(a, measure, of_measure(measure, first, 2 * k)), (b, measure, of_measure(measure, second, 2 * k + 1))]
+    return [*rows, *trained_twice(measure)]
 
 
 @pytest.mark.parametrize("claim", COMPARING, ids=range(len(COMPARING)))
 def test_a_verdict_turns_with_the_records(claim):
-    about_answers = "book" in claim.pairs({})[0][1][1]
+    about_answers = "book" in claim.pairs({})[0][2]
     low, high = (0.1, 0.4) if about_answers else (3.0, 3.5)
     chained = claim.says.startswith("With half")  # one record stands in two pairs
     said = {}
     for first, second in ((low, high), (high, low)):
-        records = story(claim, first, second)
+        rows = story(claim, first, second)
         if chained:
-            records = {
-                (label, WIKITEXT): ppl(3 + (i if second > first else -i) * 0.2, i)
+            rows = [
+                (label, WIKITEXT, ppl(3 + (i if second > first else -i) * 0.2, i))
                 for i, label in enumerate(("W1:2", "W2:4", "W4:8", "W8:16"))
-            }
-        said[second > first] = judge(claim, records).word
+            ]
+        said[second > first] = judge(claim, collect(rows)).word
     assert said == {claim.higher: HOLDS, not claim.higher: FAILS}
     assert judge(claim, {}).word == MISSING
-    middle = 0.2 if about_answers else 3.2
-    alike = {
-        key: replace(m, items=next(iter(story(claim, middle, middle).values())).items)
-        for key, m in story(claim, middle, middle).items()
-    }
-    assert judge(claim, alike).word == UNDECIDED
+    middle = story(claim, *(2 * [0.2 if about_answers else 3.2]))
+    alike = [(label, measure, replace(m, items=middle[0][2].items)) for label, measure, m in middle]
+    assert judge(claim, collect(alike)).word == UNDECIDED
 
 
 @pytest.mark.parametrize("claim", [c for c in CLAIMS if c.scored], ids=["closed", "open"])
 def test_a_verdict_may_depend_on_the_scoring(claim):
     """Two scorings that point in opposite ways decide it; one that tells nothing apart does not."""
     plain = story(claim, 0.1, 0.4)
-
-    def under(metric, first, second):
-        return {(label, scored_by(measure, metric)): m for (label, measure), m in story(claim, first, second).items()}
-
-    assert judge(claim, plain).word == HOLDS  # the other scorings are not measured
-    assert {v.word for v in judge(claim, plain).by_scoring.values()} == {MISSING}
-    agreed = plain | {k: m for metric in SCORINGS for k, m in under(metric, 0.1, 0.4).items()}
-    assert judge(claim, agreed).word == HOLDS
-    opposite = judge(claim, agreed | under(SCORINGS[0], 0.4, 0.1))
+    assert judge(claim, collect(plain)).word == HOLDS  # the other scorings are not measured
+    assert {v.word for v in judge(claim, collect(plain)).by_scoring.values()} == {MISSING}
+    others = [row for metric in SCORINGS[1:] for row in story(claim, 0.1, 0.4, metric)]
+    assert judge(claim, collect(plain + others + story(claim, 0.1, 0.4, SCORINGS[0]))).word == HOLDS
+    turned = collect(plain + others + story(claim, 0.4, 0.1, SCORINGS[0]))
+    opposite = judge(claim, turned)
     assert opposite.word == DEPENDS and opposite.by_scoring[SCORINGS[0]].word == FAILS
     assert opposite.by_scoring[SCORINGS[2]].word == HOLDS and opposite.comparisons[0][1].difference > 0
-    assert judge(claim, {**under(SCORINGS[0], 0.4, 0.1), **plain}).word == DEPENDS
-    text = page(agreed | under(SCORINGS[0], 0.4, 0.1))
+    assert judge(claim, collect(story(claim, 0.4, 0.1, SCORINGS[0]) + plain)).word == DEPENDS
+    text = page(turned)
     assert f"**{DEPENDS}**" in text and f"| {SCORINGS[0]} | {FAILS} |" in text
 
 
@@ -110,17 +119,35 @@ def test_answers_that_ramble_win_by_the_thesis_rule_only():
     (claim, *_) = (c for c in CLAIMS if c.scored)
     verdict = judge(claim, records)
     assert verdict.word == DEPENDS and verdict.by_scoring["exact match"].word == FAILS
-    for name, (a, x), (b, y) in claim.pairs(records):
-        questions, ramble = (records[label, scored_by(m, "exact match")] for label, m in ((a, x), (b, y)))
-        assert questions.extra["words"]["value"] < 6 < 30 < ramble.extra["words"]["value"], name
+    for a, b, measure in claim.pairs(records):
+        questions, ramble = (records[label, scored_by(measure, "exact match")][1200][0] for label in (a, b))
+        assert questions.extra["words"]["value"] < 6 < 30 < ramble.extra["words"]["value"], (a, b)
         assert ramble.value < questions.value
+
+
+def test_a_claim_about_training_rests_on_the_spread_over_trainings():
+    """Two single trainings that documents tell apart are not, if trainings lie further apart, or if nobody knows."""
+    claim = next(c for c in CLAIMS if c.says.startswith("Pruning depth and width"))
+    rows = story(claim, 3.0, 3.02)
+    assert judge(claim, collect(rows)).word == HOLDS
+    alone = collect(row for row in rows if row[0] != "D8+W+T")
+    assert spread(alone, WIKITEXT) is None and judge(claim, alone).word == UNDECIDED
+    near, far = (row[2] for row in rows if row[0] == "D8+W+T")
+    wide = [row for row in rows if row[0] != "D8+W+T"] + [
+        ("D8+W+T", WIKITEXT, near),
+        ("D8+W+T", WIKITEXT, replace(far, value=near.value * 1.05)),
+    ]
+    verdict = judge(claim, collect(wide))
+    assert verdict.word == UNDECIDED and all(c.low < 0 < c.high for _, c, _ in verdict.comparisons)
+    text = page(collect(wide))
+    assert f"Of {len(verdict.comparisons)} comparisons 0 are told apart." in text
 
 
 def test_what_is_not_measured_keeps_a_claim_from_holding():
     claim = next(c for c in CLAIMS if c.says.startswith("LoRA on WikiText takes"))
-    records = story(claim, 3.5, 3.0)
-    assert judge(claim, records).word == HOLDS
-    gone = {key: m for key, m in records.items() if key[0] != "D4+W"}
+    rows = story(claim, 3.5, 3.0)
+    assert judge(claim, collect(rows)).word == HOLDS
+    gone = collect(row for row in rows if row[0] != "D4+W")
     verdict = judge(claim, gone)
     assert verdict.word == UNDECIDED and verdict.missing == [f"D4 to D4+W, {WIKITEXT}"]
     text = page(gone)
@@ -131,44 +158,40 @@ def test_often_is_more_than_half():
     claim = next(c for c in CLAIMS if c.often)
     pairs = claim.pairs({})
     for better, word in ((5, HOLDS), (3, HOLDS), (2, FAILS), (0, FAILS)):
-        records = {("dense", WIKITEXT): ppl(3.5, 99)} | {
-            b: ppl(3.0 if k < better else 4.0, k) for k, (_, _, b) in enumerate(pairs)
-        }
+        rows = [(b, WIKITEXT, ppl(3.0 if k < better else 4.0, k)) for k, (_, b, _) in enumerate(pairs)]
+        records = collect([("dense", WIKITEXT, ppl(3.5, 99)), *rows, *trained_twice(WIKITEXT)])
         assert judge(claim, records).word == word
 
 
 def test_sizes_are_held_against_the_whole_interval():
     free = next(c for c in CLAIMS if "nearly free" in c.says)
-    dense = ("dense", WIKITEXT)
     for nats, word in ((3.05, HOLDS), (3.3, FAILS), (3.095, UNDECIDED)):
-        assert judge(free, {dense: ppl(3.0, 1), ("W1:8", WIKITEXT): ppl(nats, 2)}).word == word
+        rows = [("dense", WIKITEXT, ppl(3.0, 1)), ("W1:8", WIKITEXT, ppl(nats, 2))]
+        assert judge(free, collect(rows)).word == word
     points = next(c for c in CLAIMS if "3 to 6 points" in c.says)
-    ((_, a, b),) = points.pairs({})
-    right = answers(0.5, 0, 20_000)
-    fewer = [{**item, "correct": item["correct"] and i % 11 != 0} for i, item in enumerate(right.items)]
-    assert judge(points, {a: right, b: replace(right, items=fewer)}).word == HOLDS
-    assert judge(points, {a: right, b: right}).word == FAILS
-    assert a[1] == b[1] == CLOSED
+    ((a, b, measure),) = points.pairs({})
+    assert measure == CLOSED
+
+    def fewer(step, n=20_000):
+        right = answers(0.5, 0, n)
+        items = [{**item, "correct": item["correct"] and i % step != 0} for i, item in enumerate(right.items)]
+        return collect([(a, measure, right), (b, measure, replace(right, items=items))])
+
+    assert judge(points, fewer(11)).word == HOLDS
+    assert judge(points, fewer(10**6)).word == FAILS
+    assert judge(points, fewer(8, 1200)).word == UNDECIDED
+    text = page(fewer(8, 1200))
+    assert "There surely is an effect; whether it lies between -6 and -3 points, 1,200 questions leave open." in text
 
 
 def test_the_larger_measurement_of_a_pair_is_taken_where_both_have_it():
     claim = next(c for c in CLAIMS if "EoRA gives" in c.says)
-    names = [c.name for c in main_models(QuantChapter()) if c.method == "GPTQ"]
-    small = {(name, CLOSED): answers(0.2, 0) for name in names}
-    ((_, *keys),) = claim.pairs({**small, ("Q", large(CLOSED)): answers(0.2, 0)})
-    assert keys == [(name, CLOSED) for name in names]
-    both = {**small, ("Q", large(CLOSED)): answers(0.2, 0, 1200), ("Q+E", large(CLOSED)): answers(0.2, 0, 1200)}
-    verdict = judge(claim, both)
-    assert [(n, c.n) for n, c, _ in verdict.comparisons] == [("Q to Q+E, closed book, size full", 1200)]
-    assert large(WIKITEXT) == "WikiText-2, size full"
-    free = next(c for c in CLAIMS if "nearly free" in c.says)
-    told = {
-        ("dense", WIKITEXT): ppl(3.0, 1),
-        ("W1:8", WIKITEXT): ppl(3.3, 2),
-        ("dense", large(WIKITEXT)): ppl(3.0, 1),
-        ("W1:8", large(WIKITEXT)): ppl(3.05, 2),
-    }
-    assert judge(free, told).word == HOLDS
+    small = [(name, CLOSED, answers(0.2, 0, 200)) for name in ("Q", "Q+E")]
+    large = [(name, CLOSED, answers(0.2, 0, 1200)) for name in ("Q", "Q+E")]
+    for rows, n in ((small, 200), ([*small, large[0]], 200), ([*small, *large], 1200), ([*large, *small], 1200)):
+        verdict = judge(claim, collect(rows))
+        assert [(name, c.n) for name, c, _ in verdict.comparisons] == [(f"Q to Q+E, closed book, {n:,} questions", n)]
+    assert judge(claim, collect([small[0], large[1]])).word == MISSING  # on no sample in common
 
 
 def test_every_claim_is_shown_where_it_says():
@@ -190,7 +213,7 @@ def test_the_heading_of_size_full_is_there():
         for line in cell.source.splitlines()
         if line.startswith("#")
     ]
-    assert WHOLE_PAGE.partition("#")[2] in map(make_id, headings)
+    assert GRID_PAGE.partition("#")[2] in map(make_id, headings)
 
 
 def test_plans_by_name():

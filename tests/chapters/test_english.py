@@ -36,7 +36,7 @@ def english() -> dict[str, str]:
         gptq.ablation_parameters(),
     )
     file = record_file("06_evaluation")
-    exact, rounded = (grid.read_recorded(file, grid.PRECISION, dtype) for dtype in ("float32", "bfloat16"))
+    exact, rounded = (grid.read_size(file, grid.PRECISION, dtype) for dtype in ("float32", "bfloat16"))
     sentences = {f"{name[:2]}.headline": chapter.headline(record[name]) for name, chapter in chapters().items()}
     sentences |= {
         "00.cost": measurement.cost(record["00_measures"]),
@@ -63,6 +63,7 @@ def english() -> dict[str, str]:
         "05.method_sentence": quantisation.method_sentence(r5, gptq.main_models(p5)),
         "05.bytes_sentence": quantisation.bytes_sentence(r5, p5),
         "05.textbook_sentence": quantisation.textbook_sentence(r5, q5),
+        "05.gptqmodel_sentence": quantisation.gptqmodel_sentence(quantisation.read_gptqmodel()),
         "05.calibration_sentence": quantisation.calibration_sentence(r5, q5),
         "05.kinds_sentence": quantisation.kinds_sentence(r5, q5),
         "05.worth_sentence": quantisation.worth_sentence(r5, q5),
@@ -70,14 +71,14 @@ def english() -> dict[str, str]:
         "05.pruned_sentence": quantisation.pruned_sentence(r5, q5),
         "05.starts_sentence": quantisation.starts_sentence(r5, q5),
         "05.answers_sentence": quantisation.answers_sentence(r5, p5),
-        "06.cost_sentence": grid.cost_sentence(r6),
-        "06.coverage_sentence": grid.coverage_sentence(r6),
-        "06.interaction_sentence": grid.interaction_sentence(r6),
-        "06.front_sentence": pareto.front_sentence(r6),
-        "06.front_sentence, open book": pareto.front_sentence(r6, pareto.OPEN),
-        "06.equal_bytes_sentence": pareto.equal_bytes_sentence(r6),
+        "06.cost_sentence": grid.cost_sentence(r6.full),
+        "06.coverage_sentence": grid.coverage_sentence(r6.sample),
+        "06.interaction_sentence": grid.interaction_sentence(r6.on_one(grid.PRUNED)),
+        "06.front_sentence": pareto.front_sentence(r6.full),
+        "06.front_sentence, open book": pareto.front_sentence(r6.full, pareto.OPEN),
+        "06.equal_bytes_sentence": pareto.equal_bytes_sentence(r6.full),
         "06.precision_sentence": grid.precision_sentence(exact, rounded),
-        "06.full_sentence": grid.full_sentence(grid.read_recorded(file, grid.FULL)),
+        "06.full_sentence": grid.full_sentence(r6.full),
         "07.zeros_sentence": device.zeros_sentence(r7),
         "07.same_sentence": device.same_sentence(r7),
         "07.prediction_sentence": device.prediction_sentence(r7),

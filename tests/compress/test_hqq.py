@@ -12,6 +12,7 @@ from thesislib.formats.artifact import load_artifact, save_artifact
 from thesislib.formats.gguf import export_gguf
 from thesislib.formats.gptq import export_gptq
 from thesislib.formats.load import load_subject
+from thesislib.model.grid import BITS
 from thesislib.model.quantised import QuantisedLinear
 from thesislib.pipeline.recipe import parse_label
 
@@ -45,7 +46,7 @@ def by_hand(w, bits, group, iterations, p=0.7, beta=10.0, growth=1.01):
     return out
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", BITS)
 def test_no_iteration_is_rounding(bits):
     w = weights()
     rounded = Rtn(bits=bits, group=16, grid="minimum", clip="none").rounded(w)
@@ -119,7 +120,7 @@ def test_pruned_weights_are_refused(tiny):
         ({"iterations": -1}, "iterations is -1: expected 0 to 1000"),
         ({"p": 0}, r"p is 0: expected a norm in \(0, 1\]"),
         ({"beta": -1.0}, "beta is -1.0"),
-        ({"bits": 5}, "5 bits"),
+        ({"bits": 9}, "9 bits: expected 2, 3, 4, 5, 6, 7, 8"),
         ({"clip": "squared"}, "unknown clip 'squared'"),
     ],
 )

@@ -464,6 +464,9 @@ def test_weights_that_do_not_fit_the_configuration(tiny, tmp_path):
 ROUNDED = [
     Rtn(group=16),
     Rtn(3, group=16, grid="asymmetric"),
+    Rtn(5, group=16, grid="asymmetric"),
+    Rtn(6, group=16),
+    Rtn(7, group=32, grid="minimum"),
     Rtn(8, group="row", embedding_bits=8),
     Rtn(group=32, grid="minimum"),
 ]

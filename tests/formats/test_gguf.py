@@ -68,7 +68,7 @@ def test_transformers_reads_the_same_model(tiny, tmp_path, kind, tied):
         lambda s: apply_plan(s, [0, 1, 1, 2]),
         lambda s: without_parts(s, {1: "mlp"}),
         lambda s: Width(remove=2, of=4, metric="magnitude").apply(s)[0],
-        lambda s: Rtn(bits=4, group=16).apply(s)[0],
+        lambda s: Rtn(bits=5, group=16).apply(s)[0],
     ],
     ids=["depth", "repeated", "part", "masked", "quantised"],
 )

@@ -14,7 +14,7 @@ from thesislib.compress.eora import Eora
 from thesislib.compress.gptq import Gptq, Rtn
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
-from thesislib.formats.artifact import save_artifact
+from thesislib.formats.artifact import load_artifact, save_artifact
 from thesislib.formats.gptq import export_gptq, words
 from thesislib.model.layers import LINEARS
 
@@ -110,6 +110,18 @@ def test_act_order_masks_and_corrections(subject, tiny_data, tmp_path):
     assert {stat.S_IMODE(f.stat().st_mode) for f in folder.rglob("*") if f.is_file()} == {0o644}
 
 
+def test_the_order_of_groups_leaves_them_where_they_lie(subject, tiny_data, tmp_path):
+    made, _ = Gptq(bits=4, group=32, act_order="groups", **SMALL).apply(subject, data=tiny_data)
+    folder, path = export_gptq(made, tmp_path / "out"), "model.layers.1.mlp.down_proj"
+    tensors = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert not config["desc_act"] and tensors[f"{path}.g_idx"].tolist() == [i // 32 for i in range(96)]
+    assert torch.equal(read_linear(tensors, path, config), made.linears(1)["down_proj"].weight)
+    assert "index" not in made.linears(1)["down_proj"].stored
+    again = load_artifact(save_artifact(made, tmp_path / "artifact"))
+    assert again.fingerprint == made.fingerprint
+
+
 def test_words_are_strings_of_bits():
     codes = torch.arange(64).view(2, 32).remainder(8).to(torch.uint8)
     packed = words(codes, 3)
@@ -125,6 +137,9 @@ def test_what_the_layout_cannot_hold(tiny, subject, tmp_path):
         export_gptq(Rtn(linears="v_proj", group=32).apply(subject)[0], out)
     with pytest.raises(BadInput, match="'minimum' cannot be held"):
         export_gptq(Rtn(grid="minimum", group=32).apply(subject)[0], out)
+    for bits in (5, 6, 7):
+        with pytest.raises(BadInput, match=f"{bits} bits cannot be held: GPTQ's loaders share a layout for 2, 3, 4, 8"):
+            export_gptq(Rtn(bits=bits, group=32).apply(subject)[0], out)
     with pytest.raises(BadInput, match="group 8 is none that GPTQ's loaders know: here 16, 32 or 'row' would be"):
         export_gptq(Rtn(group=8).apply(subject)[0], out)
     with pytest.raises(BadInput, match=r"k_proj of shape \(16, 32\) cannot be held: .* multiples of 32"):

@@ -13,11 +13,19 @@ from test_gguf_reader import CASES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.llama_cpp import main, quantise, type_shares
+from thesislib.chapters.ch05_runs import HELD_OUT, PPL
 from thesislib.compress.gptq import Rtn
 from thesislib.compress.width import Width
+from thesislib.errors import BadInput
+from thesislib.evaluate.perplexity import perplexity
+from thesislib.experiment import again
+from thesislib.files import sha256_of
 from thesislib.formats.gguf import export_gguf
-from thesislib.formats.load import load_subject
+from thesislib.formats.gguf_reader import GgufModel
+from thesislib.formats.load import load_subject, save_checkpoint
 from thesislib.model.blocks import remove as without_blocks
+from thesislib.records.store import Store
 from thesislib.sources.corpus import evaluation_text
 
 pytestmark = pytest.mark.skipif(
@@ -115,3 +123,79 @@ def test_the_subject_compressed(embedded_subject, tmp_path, chain):
     ids = subject.tokenizer(evaluation_text().text[:2000])["input_ids"][:128]
     theirs, ours = check(export_gguf(subject, tmp_path / f"{type_}.gguf", type_), ids, exact=1.0, rounded=0.5)
     assert theirs == pytest.approx(ours, abs=0.005 if type_ == "F16" else 0.03)
+
+
+# ---------------------------------------------------------------- llama.cpp's own quantiser
+
+
+def quantised(subject, folder, kind):
+    """The file that llama.cpp makes of a subject's F16 file."""
+    f16, file = folder / "F16.gguf", folder / f"{kind}.gguf"
+    quantise(f16 if f16.exists() else export_gguf(subject, f16, "F16"), file, kind)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("kind", "embedding"), [("Q4_0", "Q6_K"), ("Q5_0", "Q6_K"), ("Q8_0", "Q8_0"), ("Q4_K_M", "Q6_K")]
+)
+def test_what_llama_cpp_quantises_is_read(tiny, tokenizer, tmp_path, kind, embedding):
+    """Rows of 256, which its K types divide."""
+    subject = dataclasses.replace(
+        tiny(layers=2, hidden_size=256, intermediate_size=256, head_dim=64, initializer_range=0.05), tokenizer=tokenizer
+    )
+    file = quantised(subject, tmp_path, kind)
+    assert GgufModel(file).stored["token_embd.weight"].tensor_type.name == embedding
+    theirs, ours = check(file, IDS[0].tolist(), rounded=0.02)
+    assert theirs == pytest.approx(ours, abs=0.03)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
+def test_our_files_hold_the_same_bytes_as_llama_cpp_s(tiny, tokenizer, tmp_path, kind):
+    """Of weights that the F16 file holds exactly."""
+    subject = dataclasses.replace(tiny(), tokenizer=tokenizer)
+    subject.model.load_state_dict({name: t.half().float() for name, t in subject.model.state_dict().items()})
+    theirs, ours = (
+        GgufModel(file).stored
+        for file in (quantised(subject, tmp_path, kind), export_gguf(subject, tmp_path / "ours.gguf", kind))
+    )
+    assert theirs.keys() == ours.keys()
+    for name, tensor in theirs.items():
+        assert tensor.tensor_type == ours[name].tensor_type and np.array_equal(tensor.data, ours[name].data), name
+
+
+@pytest.mark.embedded
+def test_the_subject_quantised_by_llama_cpp(embedded_subject, tmp_path):
+    """576 is no multiple of 256: the embedding is Q8_0 instead of Q6_K."""
+    file = quantised(embedded_subject, tmp_path, "Q5_0")
+    shares = type_shares(file)
+    assert list(shares) == ["Q5_0", "Q8_0", "F32"] and sum(shares.values()) == pytest.approx(1)
+    assert shares["Q8_0"] == pytest.approx(49152 * 576 / 134515008)
+    ids = embedded_subject.tokenizer(evaluation_text().text[:2000])["input_ids"][:128]
+    theirs, ours = check(file, ids, rounded=0.5)
+    assert theirs == pytest.approx(ours, abs=0.03)
+
+
+@pytest.mark.embedded
+def test_its_files_are_recorded(tiny, tokenizer, tiny_data, tmp_path):
+    folder, out = tmp_path / "tiny", tmp_path / "rows.jsonl"
+    save_checkpoint(dataclasses.replace(tiny(layers=2), tokenizer=tokenizer), folder)
+    arguments = ["--out", str(out), "--subject", str(folder), "--data", tiny_data]
+    main(arguments)
+    rows, before = list(Store(out).rows().values()), out.read_bytes()
+    labels = [f"llama.cpp {kind}" for kind in ("Q4_0", "Q5_0", "Q8_0")]
+    assert [(m.label, m.chapter["what"]) for m in rows] == [(x, what) for x in labels for what in (PPL, HELD_OUT)]
+    main(arguments)
+    assert out.read_bytes() == before
+    five, facts = rows[2], rows[2].provenance["file"]
+    file = quantised(load_subject(folder), tmp_path, "Q5_0")
+    assert facts["sha256"] == sha256_of(file) and five.disk_bytes == facts["bytes"] == file.stat().st_size
+    assert facts["types"] == type_shares(file) and facts["made_by"].keys() == {"llama_cpp_python", "llama.cpp"}
+    assert facts["of"] == load_subject(folder, "bfloat16").fingerprint
+    decoded = load_subject(file, "bfloat16")
+    assert five.provenance["fingerprint"] == five.made["base"]["fingerprint"] == decoded.fingerprint != facts["of"]
+    assert five.value == perplexity(decoded, evaluation_text(tiny_data)).value
+    assert (five.settings["length"], five.settings["limit"], five.provenance["dtype"]) == (512, None, "bfloat16")
+    verdict = again(five, str(file), tiny_data)
+    assert verdict.same_bits and verdict.same_subject
+    with pytest.raises(BadInput, match="name the record's subject"):
+        again(five, str(folder), tiny_data)

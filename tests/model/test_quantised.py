@@ -172,7 +172,7 @@ def test_encodings():
     for text, message in (
         ("int4/symmetric/64", "encoding 'int4/symmetric/64' is not understood"),
         ("int4/symmetric/64/4:2", "pattern '4:2' removes"),
-        ("int5/symmetric/64/all", "5 bits: expected"),
+        ("int9/symmetric/64/all", "9 bits: expected"),
     ):
         with pytest.raises(BadInput, match=message):
             parse_encoding(text)

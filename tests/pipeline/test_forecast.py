@@ -145,6 +145,7 @@ IN_FLOAT32 = [
     (W24, W18),
     (MIXED,),
     (W24, Q),
+    (W18, Rtn(bits=5, group=16, grid="asymmetric")),
     (W18, Rtn(bits=2, group=16)),  # its places would take more than its codes
     (width(ratio=0.5), Q3),
     (width(ratio=0.2), Q),

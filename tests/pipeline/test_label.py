@@ -8,11 +8,13 @@ import pytest
 from thesislib.compress.depth import Depth
 from thesislib.compress.eora import Eora
 from thesislib.compress.gptq import Gptq, Rtn
+from thesislib.compress.hqq import Hqq
 from thesislib.compress.lora.sequences import TEXTS
 from thesislib.compress.lora.stage import MERGES, Lora
 from thesislib.compress.stage import FAMILIES, STAGES
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
+from thesislib.model.grid import BITS
 from thesislib.pipeline.label import DENSE, Label, stage_class
 from thesislib.pipeline.recipe import parse_label
 
@@ -23,7 +25,7 @@ WRITTEN = [
     *(Width(ratio=r) for r in (0.5, 0.25, 0.125, 1 / 3, 1e-6)),
     Width(ratios={"q_proj": 0.5}),
     *(Lora(text=text, merge=merge) for text in TEXTS for merge in MERGES),
-    *(kind(bits=b) for kind in (Rtn, Gptq) for b in (2, 3, 4, 8)),
+    *(kind(bits=b) for kind in (Rtn, Gptq, Hqq) for b in BITS),
     Eora(),
     Eora(rank=7),
 ]

@@ -6,9 +6,9 @@ import pytest
 
 from thesislib.files import data_file
 from thesislib.records.measurement import provenance
-from thesislib.records.schema import Base, Hardware, Made, Provenance, Settings, Sweep
+from thesislib.records.schema import Base, File, Hardware, Made, Provenance, Settings, Sweep
 
-PARTS = {"made": Made, "hardware": Hardware, "settings": Settings, "sweep": Sweep}
+PARTS = {"made": Made, "hardware": Hardware, "settings": Settings, "sweep": Sweep, "file": File}
 FILES = sorted(data_file("results").glob("*.jsonl"))
 
 

@@ -5,7 +5,8 @@ import io
 import matplotlib
 
 from thesislib.chapters import FIGURE, block, figures, findings, pareto, recorded, three_findings
-from thesislib.chapters.claims import page, recorded_pool
+from thesislib.chapters.claims import page
+from thesislib.chapters.pool import recorded_pool
 from thesislib.files import ROOT, write_whole
 
 matplotlib.use("agg")
@@ -16,7 +17,7 @@ for name, content in (("findings", findings()), ("three", three_findings())):
     text = before + content + after
 write_whole(readme, text)
 write_whole(ROOT / "book" / "claims.md", page(recorded_pool()))
-record = recorded("06_evaluation")
+record = recorded("06_evaluation").full
 figures.style()
 table = pareto.points(record)
 drawn = figures.pareto_chart(table, pareto.fronts(table), {name: task.ratio for name, task in pareto.MEASURES.items()})

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from thesislib.chapters.chapter import Chapter, Keep, Key, Parameters, Part
+from thesislib.chapters import scorings
+from thesislib.chapters.chapter import WIKITEXT, Chapter, Keep, Key, Parameters, Part, book
 from thesislib.chapters.phrases import interval, number, share
+from thesislib.chapters.pool import largest, recorded_pool
 from thesislib.errors import BadInput
 from thesislib.evaluate.answers import TIERS
 from thesislib.evaluate.choice import multiple_choice
@@ -197,9 +199,24 @@ def key(m: Measurement) -> Key:
 
 
 def read_recorded(path: Path) -> tuple[Measurement, ...]:
-    """A recorded run."""
-    return tuple(Store(path).rows().values())
+    """A recorded run. Of what later chapters measured too, on more items or in the type of all chapters, their row: so
+    the dense model has one perplexity in the whole book."""
+    pool = recorded_pool(path.parent)
+    rows = []
+    for m in Store(path).rows().values():
+        shared = {("perplexity", 512): WIKITEXT, ("accuracy", "chat"): book(m)}
+        measure = shared.get((m.metric, m.settings.get("length") or m.settings.get("prompt")), "")
+        larger = largest(pool, measure, [DENSE]).get(DENSE, m)
+        rows.append(larger if larger.n >= m.n else m)
+    return tuple(rows)
+
+
+def answers_table(found: Sequence[Measurement]) -> pd.DataFrame:
+    """TriviaQA with each prompt, closed and open book, by every scoring."""
+    asked = {f"{book(m)}, {m.settings['prompt']} prompt": m for m in found if m.metric == "accuracy"}
+    return scorings.answers_table(asked)
 
 
 CHAPTER = Chapter("00_measures", "the subject and its measures", Measures, recorded_parts, key, read_recorded, headline,
-                  recorded={"windows": None, "questions": 1200, "passages": 96, "items": None})  # fmt: skip
+                  recorded={"windows": None, "questions": 1200, "passages": 96, "items": None},
+                  reads=("06_evaluation",))  # fmt: skip

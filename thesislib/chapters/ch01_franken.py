@@ -13,7 +13,18 @@ import pandas as pd
 from scipy.stats import spearmanr
 from tqdm import tqdm
 
-from thesislib.chapters.chapter import WHOLE, Chapter, K, Keep, Key, Parameters, Part, shape
+from thesislib.chapters.chapter import (
+    WIKITEXT,
+    Chapter,
+    K,
+    Keep,
+    Key,
+    Parameters,
+    Part,
+    neighbours,
+    on_one_sample,
+    shape,
+)
 from thesislib.chapters.phrases import (
     FAILS,
     HOLDS,
@@ -420,12 +431,13 @@ def from_measurements(measurements: Sequence[Measurement]) -> Results:
 
 def read_recorded(path: Path) -> Results:
     """A recorded run."""
-    return from_measurements(list(Store(path).rows().values()))
+    rows = on_one_sample(Store(path).rows().values(), lambda m: (m.metric, tuple(m.provenance["plan"] or ())))
+    return from_measurements(list(rows.values()))
 
 
 def recorded_parts(p: Franken, file: Path) -> Iterator[Part]:
-    """Two trees of plans, perplexity's and HellaSwag's: blocks that plans share run once, so what a tree lacks is made
-    at one go."""
+    """Two trees of plans, perplexity's and HellaSwag's. Neighbours in a tree are measured together: blocks that they
+    share run once."""
     load = functools.cache(load_subject)
     plans, skipped, repeated = all_plans(shape(p.subject).depth, p)
     by_name = {f"plan {format_plan(plan)}": plan for plan in (*plans.values(), *skipped.values(), *repeated.values())}
@@ -433,9 +445,10 @@ def recorded_parts(p: Franken, file: Path) -> Iterator[Part]:
     def make(missing: Collection[Key], keep: Keep) -> None:
         subject = load(p.subject, p.dtype, p.device)
         tree: dict[Key, Plan] = {key: by_name[key[0]] for key in missing}
-        measured = _losses(subject, tree, p) if next(iter(tree))[1] == "perplexity" else _answers(subject, tree, p)
-        for m in measured.values():
-            keep(described(m, subject, p.data, label=plan_label(m)))
+        measured = _losses if next(iter(tree))[1] == "perplexity" else _answers
+        for some in neighbours(tree):
+            for m in measured(subject, some, p).values():
+                keep(described(m, subject, p.data, label=plan_label(m)))
 
     yield Part("perplexity", {(name, "perplexity"): p.windows for name in by_name}, make)
     yield Part("HellaSwag", {(f"plan {format_plan(plan)}", "acc_norm"): p.items for plan in plans.values()}, make)
@@ -451,7 +464,7 @@ def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurem
     perplexities = [m for m in rows if m.metric == "perplexity"]
     depth = max((max(m.provenance["plan"] or [0]) for m in perplexities), default=0) + 1
     for m in perplexities:
-        yield plan_name(m.provenance["plan"], depth), WHOLE, m
+        yield plan_name(m.provenance["plan"], depth), WIKITEXT, m
 
 
 def plan_name(plan: Sequence[int] | None, depth: int) -> str:
@@ -470,6 +483,6 @@ CHAPTER = Chapter(
     key,
     read_recorded,
     headline,
-    recorded={"windows": 32, "items": 200, "singles": 15},
+    recorded={"windows": None, "items": 200, "singles": 15},
     claims=for_claims,
 )

@@ -1,5 +1,6 @@
 """Chapter 2, depth pruning: how each metric ranks the blocks, and what is left when the least important ones go."""
 
+import dataclasses
 import json
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -23,10 +24,14 @@ from thesislib.chapters.chapter import (
     Parameters,
     Part,
     book,
+    neighbours,
+    on_one_sample,
     shape,
 )
 from thesislib.chapters.phrases import listed, number, share, times
+from thesislib.chapters.pool import largest, recorded_pool
 from thesislib.chapters.thesis import thesis_row
+from thesislib.chapters.trainings import Records
 from thesislib.compress.depth import METRICS, Depth, angular_distances, importance
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import perplexity, triviaqa
@@ -199,17 +204,49 @@ class Results:
         perplexity: {(method, k blocks removed): measurement}; (NOTHING, 0) is the whole model.
         trivia: {(k, open book): accuracy} with the removals of `Scores.main`; 0 is the whole model.
         texts: {k: completion}.
+        pool: what all chapters recorded of the same models; empty for a run that is not recorded.
     """
 
     scores: Scores
     perplexity: dict[tuple[str, int], Measurement]
     trivia: dict[tuple[int, bool], Measurement]
     texts: dict[int, str]
+    pool: Records = field(default_factory=dict, repr=False)
+
+    def quoted(self, k: int) -> Measurement:
+        """The perplexity without the k blocks of `Scores.main`: of all chapters the measurement on the most windows."""
+        return larger(self.dense if k == 0 else self.perplexity[self.scores.main, k], k, WIKITEXT, self.pool)
 
     @property
     def dense(self) -> Measurement:
         """Perplexity of the whole model."""
         return self.perplexity[NOTHING, 0]
+
+
+def larger(m: Measurement, k: int, measure: str, pool: Records) -> Measurement:
+    """The measurement on the most items of the model of `m`, which lacks k blocks. A label does not tell which blocks:
+    another machine may have chosen others."""
+    other = largest(pool, measure, [label_of(k)]).get(label_of(k), m)
+    return other if other.n > m.n and (other.provenance["plan"] == m.provenance["plan"] or not k) else m
+
+
+def chosen_elsewhere(results: Results) -> str:
+    """Models of the same settings whose blocks another machine chose otherwise, in words; "" if there are none."""
+    said = []
+    for k in (k for k in THESIS if (results.scores.main, k) in results.perplexity):
+        own = results.perplexity[results.scores.main, k]
+        other = largest(results.pool, WIKITEXT, [label_of(k)]).get(label_of(k), own)
+        here, there = (set(own.provenance["plan"]), set(other.provenance["plan"]))
+        if here != there:
+            ratio = perplexity.relative(other, results.quoted(0)).value
+            blocks = f"block {listed([*map(str, here - there)])} instead of {listed([*map(str, there - here)])}"
+            said.append(f"{blocks} for D{k} ({times(ratio)} on {other.n} windows)")
+    return (
+        "The choice is not firm: with the same settings another machine, which rounds otherwise, removed "
+        f"{'; '.join(said)}."
+        if said
+        else ""
+    )
 
 
 def plan_without(depth: int, gone: Sequence[int]) -> Plan:
@@ -289,12 +326,11 @@ def rank_correlations(scores: Scores) -> pd.DataFrame:
 
 
 def curves(results: Results) -> pd.DataFrame:
-    """One row a (method, blocks removed): perplexity with its interval; random seeds stay apart."""
+    """One row a (method, blocks removed): perplexity as a ratio to the whole model's, with its interval; random seeds
+    stay apart."""
+    ratios = {key: perplexity.relative(m, results.dense) for key, m in results.perplexity.items()}
     return pd.DataFrame(
-        [
-            {"method": m, "removed": k, "value": x.value, "low": x.low, "high": x.high}
-            for (m, k), x in results.perplexity.items()
-        ]
+        [{"method": m, "removed": k, "value": x.value, "low": x.low, "high": x.high} for (m, k), x in ratios.items()]
     )
 
 
@@ -310,19 +346,19 @@ def thesis_table(results: Results) -> pd.DataFrame:
     """D2, D4, D6, D8 by perplexity: ours beside the thesis's own subject."""
     rows = []
     for k in sorted({k for k, _ in results.trivia}):
-        label = f"D{k}" if k else "dense"
-        ppl = results.dense if k == 0 else results.perplexity[results.scores.main, k]
-        closed, opened, theirs = results.trivia[k, False], results.trivia[k, True], thesis_row(label)
+        ppl, theirs = results.quoted(k), thesis_row(label_of(k))
+        ratio = perplexity.relative(ppl, results.quoted(0))
         rows.append(
             {
-                "configuration": label,
+                "configuration": label_of(k),
                 "blocks removed": ", ".join(map(str, results.scores.removed[results.scores.main][k])) if k else "none",
+                "x dense": number(ratio, ".3g") if k else "1",
+                "thesis: x dense": f"{theirs.perplexity / thesis_row('dense').perplexity:,.2f}",
                 "perplexity": number(ppl),
-                "x dense": f"{ppl.value / results.dense.value:.2f}",
-                "closed book": share(closed),
-                "open book": share(opened),
+                "windows": ppl.n,
+                "closed book": share(results.trivia[k, False]),
+                "open book": share(results.trivia[k, True]),
                 "thesis: perplexity": f"{theirs.perplexity:,.2f}",
-                "x dense ": f"{theirs.perplexity / thesis_row('dense').perplexity:,.2f}",
                 "thesis: closed, open": f"{theirs.closed:.1f} %, {theirs.open:.1f} %",
             }
         )
@@ -341,10 +377,7 @@ def verdict(results: Results, k: int) -> str:
         f"{word}: {listed([f'{m} (x {np.exp(tests[m].difference):.2f})' for m in methods])}"
         for word, methods in by_verdict(tests).items()
     ]
-    return (
-        f"With {k} blocks removed, against one-shot perplexity ({results.perplexity['perplexity', k].value:.3g}): "
-        f"{'; '.join(groups)}."
-    )
+    return f"With {k} blocks removed, against one-shot perplexity: {'; '.join(groups)}."
 
 
 def best(results: Results, k: int) -> str:
@@ -357,17 +390,17 @@ def best(results: Results, k: int) -> str:
 
 def headline(results: Results) -> str:
     """What chapter 2 found, in sentences, for the book's first page and the README."""
-    dense, counts = results.dense, [k for k in THESIS if ("perplexity", k) in results.perplexity]
-    ours = {k: results.perplexity["perplexity", k].value for k in counts}
-    grow = ", ".join(f"{x:.3g} with D{k} ({times(x / dense.value)})" for k, x in ours.items())
+    dense, counts = results.quoted(0), [k for k in THESIS if ("perplexity", k) in results.perplexity]
+    ours = {k: results.quoted(k) for k in counts}
+    grow = ", ".join(f"{times(perplexity.relative(m, dense).value)} with D{k} ({m.value:.3g})" for k, m in ours.items())
     theirs = ", ".join(times(thesis_row(f"D{k}").perplexity / thesis_row("dense").perplexity) for k in counts)
     correlation = rank_correlations(results.scores)["perplexity"].drop("perplexity")
     near, far = correlation.idxmax(), correlation.idxmin()
     last, trivia = counts[-1], results.trivia
     depth = len(results.scores.metrics["perplexity"])
     return in_markdown(
-        f"Removing the blocks whose removal costs least takes perplexity on {dense.task} from "
-        f"{number(dense, '.3g')} to {grow}; "
+        f"Removing the blocks whose removal costs least multiplies perplexity on {dense.task} "
+        f"({number(dense, '.3g')}, {dense.n} windows) by {grow.removeprefix('x ').replace(', x ', ', ')}; "
         f"the thesis's subject, which has 16 blocks and not {depth}, lost more: {theirs}. Of the other scores "
         f"{near} ranks blocks most like perplexity "
         f"does (rank correlation {correlation[near]:.2f}), {far} least ({correlation[far]:.2f}). "
@@ -416,7 +449,13 @@ def from_measurements(measurements: Sequence[Measurement], scores: Scores) -> Re
 
 def read_recorded(path: Path) -> Results:
     """A recorded run: PATH.jsonl and, beside it, the scores."""
-    return from_measurements(list(Store(path).rows().values()), Scores.from_json(read_json(_scores_file(path))))
+    rows = on_one_sample(
+        Store(path).rows().values(), lambda m: (m.metric, m.open_book, m.chapter["removed"], m.chapter["method"])
+    )
+    own = from_measurements(list(rows.values()), Scores.from_json(read_json(_scores_file(path))))
+    pool = recorded_pool(path.parent)
+    trivia = {(k, is_open): larger(m, k, OPEN if is_open else CLOSED, pool) for (k, is_open), m in own.trivia.items()}
+    return dataclasses.replace(own, trivia=trivia, pool=pool)
 
 
 def _scores_file(path: Path) -> Path:
@@ -429,10 +468,7 @@ def _beside(path: Path, what: str) -> Path:
 
 def recorded_parts(p: DepthChapter, file: Path) -> Iterator[Part]:
     """Two parts: all rows, which follow from the scores in a file beside the record, and a second file, of the
-    choice's stability.
-
-    All perplexities are one tree of plans.
-    """
+    choice's stability."""
     counts = p.possible(shape(p.subject).depth)
     methods = [*p.metrics, *(f"{RANDOM} {seed}" for seed in range(p.seeds))]
     removed = [
@@ -456,9 +492,9 @@ def recorded_parts(p: DepthChapter, file: Path) -> Iterator[Part]:
             for (m, k), plan in plans_of(subject.depth, scores).items()
             if (label_of(k), "perplexity", m) in missing
         }
-        if plans:
+        for some in neighbours(plans):
             for (method, k), m in perplexity.perplexities(
-                subject, evaluation_text(p.data), plans, length=p.length, limit=p.windows
+                subject, evaluation_text(p.data), some, length=p.length, limit=p.windows
             ).items():
                 named = _named(m, method=method, removed=k)
                 keep(described(named, subject, p.data, stages_of(named, subject.depth)))
@@ -509,11 +545,12 @@ CHAPTER = Chapter(
     key,
     read_recorded,
     headline,
+    reads=("06_evaluation",),
     claims=for_claims,
     recorded={
         "calibration": 8,
         "stability": 48,
-        "windows": 24,
+        "windows": None,
         "greedy": 12,
         "counts": [1, 2, 3, 4, 5, 6, 7, 8, 10, 12],
         "seeds": 3,

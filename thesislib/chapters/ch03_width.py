@@ -5,16 +5,18 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
 import torch
 from tqdm import tqdm
 
-from thesislib.chapters.chapter import WIKITEXT, Chapter, Keep, Key, Parameters, Part, by_key
+from thesislib.chapters.chapter import WIKITEXT, Chapter, Keep, Key, Parameters, Part, by_key, on_one_sample
 from thesislib.chapters.phrases import factor, p_value, ratio, versus, with_thousands
+from thesislib.chapters.pool import largest, recorded_pool
 from thesislib.chapters.thesis import thesis_row
+from thesislib.chapters.trainings import Records
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import perplexity
@@ -109,6 +111,16 @@ def calibrations(
 Results = Mapping[Width | None, Measurement]  # None: the whole model
 
 
+class Recorded(dict[Width | None, Measurement]):
+    """A recorded run, and what all chapters together recorded of the same models.
+
+    Attributes:
+        pool: see `thesislib.chapters.pool.recorded_pool`.
+    """
+
+    pool: Records
+
+
 def measure(
     subject: Subject, configs: Iterable[Width], p: WidthChapter, done: Results | None = None, keep: Keep | None = None
 ) -> dict[Width | None, Measurement]:
@@ -174,14 +186,35 @@ def conventions() -> pd.DataFrame:
 
 
 def main_results(results: Results, p: WidthChapter, metric: str = "wanda") -> dict[str, Measurement]:
-    """{pattern or ratio: measurement} with the chapter's own calibration."""
+    """{pattern or ratio: measurement} with the chapter's own calibration.
+
+    Of WANDA's in a recorded run all chapters' measurement on the most windows.
+    """
     wanted = {p.width(x, metric=metric): x for x in (*NINE, *map(str, p.ratios))}
-    return {wanted[config]: m for config, m in results.items() if config in wanted}
+    own = {wanted[config]: m for config, m in results.items() if config in wanted}
+    return {x: _larger(results, f"W{x}", m) for x, m in own.items()} if metric == "wanda" else own
+
+
+def _larger(results: Results, label: str, m: Measurement) -> Measurement:
+    other = largest(results.pool, WIKITEXT, [label]).get(label, m) if isinstance(results, Recorded) else m
+    return replace(other, provenance={**other.provenance, "chapter": m.chapter}) if other.n > m.n else m
+
+
+def dense_of(results: Results) -> Measurement:
+    """The whole model's perplexity; of a recorded run on the most windows that any chapter has."""
+    return _larger(results, DENSE, results[None])
+
+
+def ratios(results: Results, measured: Mapping[str, Measurement]) -> dict[str, Measurement]:
+    """Perplexities as ratios to the whole model's, each on the windows that both have."""
+    return {x: perplexity.relative(m, dense_of(results)) for x, m in measured.items()}
 
 
 def pattern_table(results: Results, p: WidthChapter) -> pd.DataFrame:
-    """One row a pattern: perplexity by WANDA and magnitude, ratio to dense, bytes, and the thesis's figures."""
-    dense, wanda, magnitude = results[None], main_results(results, p), main_results(results, p, "magnitude")
+    """One row a pattern: perplexity by WANDA and by magnitude as ratios to dense, WANDA's itself, bytes, and the
+    thesis's figures."""
+    dense, wanda, magnitude = dense_of(results), main_results(results, p), main_results(results, p, "magnitude")
+    by_wanda, by_magnitude = ratios(results, wanda), ratios(results, magnitude)
     zeros = shares(wanda)
     rows = []
     for pattern, m in {DENSE: dense, **wanda}.items():
@@ -189,16 +222,17 @@ def pattern_table(results: Results, p: WidthChapter) -> pd.DataFrame:
         row = {
             "pattern": pattern,
             "zeros": "0 %" if whole else f"{zeros[pattern]:.1%}",
-            "WANDA": with_thousands(m),
-            "x dense": f"{m.value / dense.value:,.2f}",
-            "magnitude": with_thousands(magnitude[pattern]) if pattern in magnitude else "",
+            "x dense": "1" if whole else with_thousands(by_wanda[pattern]),
+            "x dense, magnitude": with_thousands(by_magnitude[pattern]) if pattern in magnitude else "",
+            "perplexity": with_thousands(m),
+            "windows": m.n,
             "linears' bytes": "100 %" if whole else f"{size['packed'] / size['dense']:.1%}",
         }
         if whole or ":" in pattern:
             theirs = thesis_row(DENSE if whole else f"W{pattern}").perplexity
             row |= {
+                "thesis: x dense": f"{theirs / thesis_row(DENSE).perplexity:,.2f}",
                 "thesis: perplexity": f"{theirs:,.2f}",
-                "x dense ": f"{theirs / thesis_row(DENSE).perplexity:,.2f}",
             }
         rows.append(row)
     return pd.DataFrame(rows).fillna("").set_index("pattern")
@@ -210,13 +244,18 @@ def shares(measured: Mapping[str, Measurement]) -> dict[str, float]:
 
 
 def calibration_table(results: Results, p: WidthChapter) -> pd.DataFrame:
-    """Perplexity of 2:4 by calibration text and number of windows, one column a seed."""
+    """Perplexity of 2:4 as a ratio to dense, by calibration text and number of windows, one column a seed."""
     rows = [
-        {"text": c.text, "windows": c.windows, "seed": c.seed, "perplexity": results[c].value}
+        {
+            "text": c.text,
+            "windows": c.windows,
+            "seed": c.seed,
+            "ratio": perplexity.relative(results[c], results[None]).value,
+        }
         for c in calibrations(p)
         if c in results
     ]
-    return pd.DataFrame(rows).pivot(index=["text", "windows"], columns="seed", values="perplexity")
+    return pd.DataFrame(rows).pivot(index=["text", "windows"], columns="seed", values="ratio")
 
 
 def halves(results: Results, p: WidthChapter) -> dict[tuple[str, str], Comparison]:
@@ -265,7 +304,7 @@ def weightings(results: Results, p: WidthChapter) -> dict[str, Comparison]:
 def weighting_sentence(results: Results, p: WidthChapter) -> str:
     """`weightings` in words."""
     others = "; ".join(f"{name}: {ratio(c)}" for name, c in weightings(results, p).items())
-    return f"2:4 with tokens counted otherwise, against equally ({results[p.width('2:4')].value:.4g}): {others}."
+    return f"2:4 with tokens counted otherwise, against equally: {others}."
 
 
 def calibration_sentence(results: Results, p: WidthChapter) -> str:
@@ -274,17 +313,18 @@ def calibration_sentence(results: Results, p: WidthChapter) -> str:
     mean = table.mean(axis=1)
     spread = table.std(axis=1, ddof=1) / mean
     texts, counts = (sorted(set(table.index.get_level_values(level))) for level in ("text", "windows"))
-    gains = ", ".join(f"{t} {mean[t, counts[0]]:.1f} to {mean[t, counts[-1]]:.1f}" for t in texts)
+    gains = ", ".join(f"{t} x {mean[t, counts[0]]:.2f} to x {mean[t, counts[-1]]:.2f}" for t in texts)
     return (
-        f"From {counts[0]} to {counts[-1]} calibration windows the mean over {table.shape[1]} seeds goes, by text: "
-        f"{gains}. Seeds differ by {spread.min():.1%} to {spread.max():.1%} (standard deviation)."
+        f"From {counts[0]} to {counts[-1]} calibration windows the mean ratio to dense over {table.shape[1]} seeds "
+        f"goes, by text: {gains}. Seeds differ by {spread.min():.1%} to {spread.max():.1%} (standard deviation)."
     )
 
 
 def headline(results: Results) -> str:
     """What chapter 3 found, in sentences, for the book's first page and the README."""
     p = recorded_parameters()
-    dense, main = results[None], main_results(results, p)
+    dense, main = dense_of(results), main_results(results, p)
+    by_seed = calibration_table(results, p).loc[(p.text, p.calibration)]
     sizes = {x: main[x].chapter["sizes"] for x in ("1:8", "2:4")}
     packed = {x: f"{size['packed'] / size['dense']:.1%}" for x, size in sizes.items()}
     theirs = ", ".join(
@@ -293,7 +333,9 @@ def headline(results: Results) -> str:
     return in_markdown(
         f"Removing 1 of 8 weights by WANDA multiplies perplexity on {dense.task} ({dense.value:.3g}) by "
         f"{ratio(perplexity.compare(dense, main['1:8'])).removeprefix('x ')}, "
-        f"2 of 4 by {main['2:4'].value / dense.value:.2f} (the thesis's subject: {theirs}). "
+        f"2 of 4 by {perplexity.relative(main['2:4'], dense).value:.2f} (the thesis's subject: {theirs}). Other "
+        f"calibration text moves the latter: {len(by_seed)} seeds, on {results[None].n} windows, have a mean of x "
+        f"{by_seed.mean():.2f}, from {by_seed.min():.2f} to {by_seed.max():.2f}. "
         f"{halves_sentence(results, p)} {magnitude_sentence(results, p)} Packed, 1:8 takes {packed['1:8']} of the "
         f"linears' bytes and 2:4 {packed['2:4']}; the thesis's files stayed as large as they were."
     )
@@ -318,7 +360,7 @@ def stages_of(m: Measurement) -> list[Width]:
     return [Width(**config)] if (config := m.chapter["config"]) else []
 
 
-def from_measurements(measurements: Iterable[Measurement]) -> Results:
+def from_measurements(measurements: Iterable[Measurement]) -> dict[Width | None, Measurement]:
     """The results, by configuration, the whole model first.
 
     Raises:
@@ -330,14 +372,18 @@ def from_measurements(measurements: Iterable[Measurement]) -> Results:
     return {None: results[None], **results}
 
 
-def read_recorded(path: Path) -> Results:
+def read_recorded(path: Path) -> Recorded:
     """A recorded run."""
-    return from_measurements(list(Store(path).rows().values()))
+    record = Recorded(
+        from_measurements(on_one_sample(Store(path).rows().values(), lambda m: tuple(stages_of(m))).values())
+    )
+    record.pool = recorded_pool(path.parent)
+    return record
 
 
 RECORDED = {
     "calibration": 32,
-    "windows": 24,
+    "windows": None,
     "ratios": [0.125, 0.25, 0.5, 0.75],
     "by_magnitude": [*NINE],
     "weightings": ["unit_norm", "first_16", "skip_1"],
@@ -394,5 +440,6 @@ CHAPTER = Chapter(
     read_recorded,
     headline,
     RECORDED,
+    reads=("06_evaluation",),
     claims=for_claims,
 )

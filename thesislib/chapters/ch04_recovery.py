@@ -5,20 +5,21 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from thesislib.chapters import scorings
 from thesislib.chapters.ch04_runs import (
     CLOSED,
-    OPEN,
     PPL,
     RECORDED,
     Configuration,
     LoraChapter,
+    Recorded,
     Results,
     for_claims,
     is_main,
@@ -28,11 +29,13 @@ from thesislib.chapters.ch04_runs import (
     read_recorded,
     recorded_parts,
 )
-from thesislib.chapters.chapter import Chapter
-from thesislib.chapters.phrases import interval, listed, number, p_value, ratio, ratio_and_p, share, versus
+from thesislib.chapters.chapter import WIKITEXT, Chapter
+from thesislib.chapters.labels import thesis_of
+from thesislib.chapters.phrases import interval, listed, number, p_value, ratio, ratio_and_p, times, versus
+from thesislib.chapters.pool import largest, scored_by
 from thesislib.chapters.thesis import thesis_row
+from thesislib.chapters.trainings import Records, compare_models, spread
 from thesislib.compress.lora.sequences import TEXTS
-from thesislib.errors import BadInput
 from thesislib.evaluate import perplexity, triviaqa
 from thesislib.evaluate.stats import (
     Comparison,
@@ -43,7 +46,6 @@ from thesislib.evaluate.stats import (
     holm_adjusted,
     paired_bootstrap,
     paired_means,
-    paired_outcomes,
     signed_rank,
 )
 from thesislib.experiment import DENSE
@@ -51,6 +53,7 @@ from thesislib.records import measurement
 from thesislib.records.measurement import Measurement, in_markdown
 
 LETTERS = {"wikitext": "W", "trivia": "T"}
+THESIS_RULE = "the thesis's rule, a name anywhere in the answer,"
 
 
 def _models(results: Results) -> list[str]:
@@ -67,6 +70,27 @@ def _get(results: Results, task: str, *args, **settings) -> Measurement | None:
     return results.get((Configuration(*args, **settings), task))
 
 
+def perplexities(results: Results) -> dict[tuple[str, str], Measurement]:
+    """{(model, text or ""): perplexity} of the models untrained and after their first training.
+
+    In a recorded run all chapters' measurements on the most windows, once all of these models have one on so many.
+    """
+    own = {
+        (model, text): m
+        for model in _models(results)
+        for text in ("", *_texts(results))
+        if (m := _get(results, PPL, model, text or None))
+    }
+    if not isinstance(results, Recorded):
+        return own
+    labels = {names: _trained(names[0], LETTERS.get(names[1], "")) for names in own}
+    larger = largest(results.pool, WIKITEXT, labels.values())
+    if own.keys() != {names for names, label in labels.items() if label in larger}:
+        return own
+    whole = {names: larger[label] for names, label in labels.items()}
+    return whole if min(m.n for m in whole.values()) > max(m.n for m in own.values()) else own
+
+
 def _beside(results: Results) -> Iterator[tuple[Configuration, Measurement]]:
     """Perplexities of the models whose adapter, if they have one, is kept beside the weights; not those pruned after
     training."""
@@ -74,21 +98,30 @@ def _beside(results: Results) -> Iterator[tuple[Configuration, Measurement]]:
 
 
 def recovery_table(results: Results) -> pd.DataFrame:
-    """One row a model: perplexity untrained and trained on each text, with the thesis's own figures beside it."""
-    rows = []
+    """One row a model: perplexity untrained and trained on each text as a ratio to the untrained dense model's, then
+    itself, with the thesis's own figures beside it."""
+    rows, measured = [], perplexities(results)
     for model in _models(results):
-        row = {"model": model, "untrained": number(_get(results, PPL, model))}
-        for text in _texts(results):
-            row[f"+{LETTERS[text]}"] = number(_get(results, PPL, model, text))
-        for text in ("", *_texts(results)):
-            letter = LETTERS.get(text, "")
-            try:
-                theirs = f"{thesis_row(model, letter).perplexity:,.1f}"
-            except BadInput:
-                theirs = ""
-            row[f"thesis{' +' if letter else ': untrained'}{letter}"] = theirs
-        rows.append(row)
+        ms = {text: measured[model, text] for text in ("", *_texts(results)) if (model, text) in measured}
+        row: dict[str, Any] = {"model": model}
+        row |= {f"x dense{_plus(text)}": number(_to_dense(m, measured), ".3g") for text, m in ms.items()}
+        row |= {f"thesis: x dense{_plus(text)}": _thesis_ratio(model, text) for text in ms}
+        row |= {f"perplexity{_plus(text)}": f"{m.value:.4g}" for text, m in ms.items()}
+        rows.append(row | {"windows": next(iter(ms.values())).n})
     return pd.DataFrame(rows).set_index("model")
+
+
+def _to_dense(m: Measurement, measured: Mapping[tuple[str, str], Measurement]) -> Measurement:
+    return perplexity.relative(m, measured[DENSE, ""])
+
+
+def _thesis_ratio(model: str, text: str) -> str:
+    row = thesis_of(_trained(model, LETTERS.get(text, "")))
+    return f"{row.perplexity / thesis_row(DENSE).perplexity:,.3g}" if row else ""
+
+
+def _plus(text: str) -> str:
+    return f", +{LETTERS[text]}" if text else ""
 
 
 def recovered(results: Results, text: str = "wikitext") -> pd.DataFrame:
@@ -99,9 +132,10 @@ def recovered(results: Results, text: str = "wikitext") -> pd.DataFrame:
     is the bootstrap's over documents.
     """
     rows = []
-    dense, control = _get(results, PPL, DENSE), _get(results, PPL, DENSE, text)
+    measured = perplexities(results)
+    dense, control = measured.get((DENSE, "")), measured.get((DENSE, text))
     for model in _models(results):
-        before, after = _get(results, PPL, model), _get(results, PPL, model, text)
+        before, after = measured.get((model, "")), measured.get((model, text))
         if model == DENSE or None in (before, after, control):
             continue
         nats_dense, nats_control, nats_before, nats_after = map(_per_token, (dense, control, before, after))
@@ -121,7 +155,8 @@ def _per_token(m: Measurement) -> np.ndarray:
 
 def adaptation(results: Results, text: str = "wikitext") -> Comparison:
     """The dense model trained on a text against itself untrained."""
-    return perplexity.compare(_get(results, PPL, DENSE), _get(results, PPL, DENSE, text))
+    measured = perplexities(results)
+    return perplexity.compare(measured[DENSE, ""], measured[DENSE, text])
 
 
 def control_sentence(results: Results, text: str = "wikitext") -> str:
@@ -148,62 +183,44 @@ def _against_untrained(results: Results, task: str) -> dict[Configuration, Compa
     return holm_adjusted(pairs)
 
 
-def answers_table(results: Results) -> pd.DataFrame:
-    """TriviaQA closed and open book, untrained and after each training; * where the paired test tells it from
-    untrained."""
-    tests = {task: _against_untrained(results, task) for task in (CLOSED, OPEN)}
-    rows = []
-    for model in _models(results):
-        row = {"model": model}
-        for task in (CLOSED, OPEN):
-            for text in (None, *_texts(results)):
-                m = _get(results, task, model, text)
-                test = tests[task].get(Configuration(model, text))
-                star = "%*" if test and test.told else "%"
-                name = f"{task}{f', +{LETTERS[text]}' if text else ''}"
-                row[name] = "not asked" if m is None else share(m).replace("%", star, 1)
-        rows.append(row)
-    return pd.DataFrame(rows).set_index("model")
+def answers_table(pool: Records, models: Iterable[str], task: str = CLOSED) -> pd.DataFrame:
+    """Answers by every scoring, of each model untrained and after each training, from the largest measurement of
+    each."""
+    return scorings.answers_table(largest(pool, task, [_trained(m, end) for m in models for end in ("", "T", "W")]))
 
 
-def texts_compared(results: Results, task: str = CLOSED, exact: bool = False) -> dict[str, Comparison]:
-    """Questions answered after training on WikiText against after training on questions, for each model that was
-    trained on both and asked, Holm-adjusted.
+def _trained(model: str, letter: str) -> str:
+    """The label of a model after a training: the dense one's is the letter alone."""
+    return (letter or DENSE) if model == DENSE else f"{model}+{letter}" if letter else model
 
-    Args:
-        results: the chapter's.
-        task: closed or open book.
-        exact: count answers that are a name and nothing else, instead of all that the thesis's rule counts.
+
+def texts_compared(pool: Records, models: Iterable[str], measure: str = CLOSED) -> dict[str, Comparison]:
+    """Answers after training on WikiText against after training on questions, for each model that was trained on both
+    and asked, on the largest sample that both were asked. Holm-adjusted.
+
+    The test counts how far trainings lie apart, see `thesislib.chapters.trainings`.
     """
-    pairs = {m: (_get(results, task, m, "trivia"), _get(results, task, m, "wikitext")) for m in _models(results)}
-    both = {m: pair for m, pair in pairs.items() if None not in pair}
-    if not exact:
-        return holm_adjusted({m: triviaqa.compare(*pair) for m, pair in both.items()})
-    tiers = {m: a.paired_with(b, "tier") for m, (a, b) in both.items()}
-    return holm_adjusted({m: paired_outcomes(*([t == "exact" for t in x] for x in pair)) for m, pair in tiers.items()})
+    tests, apart = {}, spread(pool, measure)
+    for model in models:
+        labels = [_trained(model, letter) for letter in "TW"]
+        a, b = (pool.get((label, measure), {}) for label in labels)
+        if both := a.keys() & b.keys():
+            tests[model] = compare_models(labels[0], a[max(both)], labels[1], b[max(both)], apart)
+    return holm_adjusted(tests)
 
 
-def _both_texts(results: Results, task: str, model: str) -> str:
-    wikitext, questions = (_get(results, task, model, text).value for text in ("wikitext", "trivia"))
-    return f"{wikitext:.1%} against {questions:.1%}"
-
-
-def texts_sentence(results: Results, task: str = CLOSED) -> str:
-    """`texts_compared` in words."""
-    tests = texts_compared(results, task)
-    by_rule, by_exact = (
-        f"WikiText is better for {listed(better)}, worse for {listed(worse)}, and within noise for the other "
-        f"{len(undecided)}"
-        for better, worse, undecided in (
-            by_verdict(scored, higher_is_better=True).values()
-            for scored in (tests, texts_compared(results, task, True))
-        )
-    )
-    shares = ", ".join(f"{model} {_both_texts(results, task, model)}" for model in tests)
+def texts_sentence(pool: Records, models: Sequence[str], task: str = CLOSED) -> str:
+    """`texts_compared` in words, by every scoring."""
+    said = []
+    for metric in (None, *scorings.SCORINGS):
+        tests = texts_compared(pool, models, scored_by(task, metric) if metric else task)
+        better, worse, undecided = by_verdict(tests, higher_is_better=True).values()
+        verdicts = {"better for": better, "worse for": worse, "undecided for": undecided}
+        words = ", ".join(f"{word} {listed(found)}" for word, found in verdicts.items() if found)
+        said.append(f"by {metric or THESIS_RULE} {words or 'not measured'}")
     return (
-        f"{task.capitalize()}, trained on WikiText against trained on questions: {shares}. By exact McNemar tests, "
-        f"Holm-adjusted, {by_rule}. That is the thesis's rule, which finds a name anywhere in an answer; by exact "
-        f"match {by_exact}."
+        f"{task.capitalize()}, answers after training on WikiText against after training on questions: "
+        f"{'; '.join(said)} (paired t tests that count how far trainings lie apart, Holm-adjusted)."
     )
 
 
@@ -232,11 +249,13 @@ def orders(results: Results) -> dict[Configuration, Comparison]:
 def order_sentence(results: Results) -> str:
     """`orders` in words."""
     tests = "; ".join(
-        f"{c.label} ({results[c, PPL].value:.4g}) is {versus(test)} {c.pruned}+{c.after}+{LETTERS[c.text]} "
-        f"({_get(results, PPL, f'{c.pruned}+{c.after}', c.text).value:.4g}; {ratio_and_p(test)})"
+        f"{c.label} is {versus(test)} {c.pruned}+{c.after}+{LETTERS[c.text]} ({ratio_and_p(test)})"
         for c, test in orders(results).items()
     )
-    return f"Paired t tests over documents: {tests}."
+    return (
+        f"Paired t tests over documents, of single trainings: {tests}. Whether it holds of other trainings is for the "
+        "claims, which count how far trainings lie apart."
+    )
 
 
 def mergings(results: Results) -> dict[tuple[str, str], tuple[Measurement, Measurement]]:
@@ -432,15 +451,11 @@ def curves(results: Results) -> dict[str, dict[str, tuple[list, list]]]:
 
 
 def points(results: Results) -> dict[str, dict[str, Measurement]]:
-    """{model: {"untrained", "+W", "+T": perplexity}} for the chart."""
-    return {
-        model: {
-            f"+{LETTERS[t]}" if t else "untrained": m
-            for t in (None, *_texts(results))
-            if (m := _get(results, PPL, model, t))
-        }
-        for model in _models(results)
-    }
+    """{model: {"untrained", "+W", "+T": perplexity as a ratio to the untrained dense model's}} for the chart."""
+    measured, ratios = perplexities(results), {}
+    for (model, text), m in measured.items():
+        ratios.setdefault(model, {})[f"+{LETTERS[text]}" if text else "untrained"] = _to_dense(m, measured)
+    return ratios
 
 
 def samples(results: Results, p: LoraChapter) -> pd.DataFrame:
@@ -453,40 +468,26 @@ def samples(results: Results, p: LoraChapter) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("model")
 
 
-def headline(results: Results) -> str:
+def _times(m: Measurement, dense: Measurement) -> str:
+    return times(perplexity.relative(m, dense).value)
+
+
+def headline(results: Recorded) -> str:
     """What chapter 4 found, in sentences, for the book's first page and the README."""
-    before, after, dense, control = (
-        _get(results, PPL, *c) for c in (("D2",), ("D2", "wikitext"), (DENSE,), (DENSE, "wikitext"))
-    )
-    theirs = (
-        f"{thesis_row('D2').perplexity:.1f} to {thesis_row('D2', 'W').perplexity:.1f}, dense "
-        f"{thesis_row(DENSE).perplexity:.1f}"
+    measured = perplexities(results)
+    before, after, dense, control = (measured[c, text] for c in ("D2", DENSE) for text in ("", "wikitext"))
+    theirs = " to ".join(
+        times(thesis_row("D2", letter).perplexity / thesis_row(DENSE).perplexity) for letter in ("", "W")
     )
     word = {"worse": "above", "better": "below"}.get(perplexity.compare(dense, after).verdict(), "within noise of")
-    shares, tests = recovered(results), texts_compared(results)
-    told, exactly = (
-        by_verdict(scored, higher_is_better=True) for scored in (tests, texts_compared(results, exact=True))
-    )
-    numbers = {
-        m: f"{m} ({_both_texts(results, CLOSED, m)}, untrained {_get(results, CLOSED, m).value:.1%})" for m in tests
-    }
-    answers = "; ".join(
-        f"{verdict} for {', '.join(numbers[m] for m in told[verdict])}"
-        for verdict in ("better", "worse")
-        if told[verdict]
-    )
-    exact = "; ".join(
-        f"{verdict} for {listed(exactly[verdict])}" for verdict in ("better", "worse") if exactly[verdict]
-    )
+    shares = recovered(results)
     return in_markdown(
-        f"LoRA on {training_report(after)['tokens']:,} tokens of WikiText takes D2 from perplexity {before.value:.1f} "
-        f"to {after.value:.1f}, {word} the dense model's {dense.value:.1f} (the thesis's subject: {theirs}). But the "
-        f"dense model, trained alike, goes to {control.value:.1f}: of the loss that pruning caused, D2 seems to win "
-        f"back {shares.naive['D2']:.0%}, and against that control it is {shares.fair['D2']:.0%}; over all "
-        f"{len(shares)} pruned models {shares.fair.min():.0%} to {shares.fair.max():.0%}. On closed-book questions, "
-        f"training on WikiText against training on questions is {answers or 'told from it for none'}, of "
-        f"{len(tests)} models, by the thesis's rule, which finds a name anywhere in an answer; by exact match it is "
-        f"{exact or 'told from it for none'}. {order_sentence(results)}"
+        f"LoRA on {training_report(after)['tokens']:,} tokens of WikiText takes D2 from {_times(before, dense)} the "
+        f"dense model's perplexity to {_times(after, dense)}, {word} it (the thesis's subject: {theirs}). But the "
+        f"dense model, trained alike, goes to {_times(control, dense)}: of the loss that pruning caused, D2 seems to "
+        f"win back {shares.naive['D2']:.0%}, and against that control it is {shares.fair['D2']:.0%}; over all "
+        f"{len(shares)} pruned models {shares.fair.min():.0%} to {shares.fair.max():.0%}. "
+        f"{texts_sentence(results.pool, _models(results))} {order_sentence(results)}"
     )
 
 
@@ -499,5 +500,6 @@ CHAPTER = Chapter(
     read_recorded,
     headline,
     RECORDED,
+    reads=("06_evaluation",),
     claims=for_claims,
 )

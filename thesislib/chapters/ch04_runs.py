@@ -7,8 +7,21 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from thesislib.chapters.chapter import CLOSED, OPEN, WIKITEXT, Keep, Key, Parameters, Part, by_key, recorded_stages
+from thesislib.chapters.chapter import (
+    CLOSED,
+    OPEN,
+    WIKITEXT,
+    Keep,
+    Key,
+    Parameters,
+    Part,
+    by_key,
+    on_one_sample,
+    recorded_stages,
+)
 from thesislib.chapters.labels import of
+from thesislib.chapters.pool import recorded_pool
+from thesislib.chapters.trainings import Records
 from thesislib.compress.lora.sequences import TEXTS
 from thesislib.compress.lora.stage import MERGES, Lora
 from thesislib.errors import BadInput, shown, unknown
@@ -254,9 +267,21 @@ def from_measurements(measurements: Iterable[Measurement]) -> dict[tuple[Configu
     return by_key(measurements, lambda m: (Configuration(**m.chapter["configuration"]), m.chapter["what"]), 4)
 
 
-def read_recorded(path: Path) -> Results:
+class Recorded(dict[tuple[Configuration, str], Measurement]):
+    """A recorded run, and what all chapters together recorded of the same models.
+
+    Attributes:
+        pool: see `thesislib.chapters.pool.recorded_pool`.
+    """
+
+    pool: Records
+
+
+def read_recorded(path: Path) -> Recorded:
     """A recorded run."""
-    return from_measurements(Store(path).rows().values())
+    record = Recorded(from_measurements(on_one_sample(Store(path).rows().values(), key).values()))
+    record.pool = recorded_pool(path.parent)
+    return record
 
 
 RECORDED = {
@@ -266,7 +291,7 @@ RECORDED = {
     "validation": 8,
     "every": 16,
     "seeds": 3,
-    "windows": 24,
+    "windows": None,
     "questions": 200,
     "passages": 64,
     "tokens": 40,
@@ -301,8 +326,8 @@ def key(m: Measurement) -> Key:
 
 
 def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurement]]:
-    """The first seed at the chapter's learning rate."""
+    """Every seed at the chapter's learning rate."""
     for m in rows:
         label, config, task = key(m)
-        if config.seed == 0 and config.learning_rate is None:
+        if config.learning_rate is None:
             yield label, WIKITEXT if task == PPL else task, m

@@ -10,7 +10,19 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
-from thesislib.chapters.chapter import CLOSED, OPEN, Keep, Key, Parameters, Part, by_key, recorded_stages
+from thesislib.chapters.chapter import (
+    CLOSED,
+    OPEN,
+    WIKITEXT,
+    Keep,
+    Key,
+    Parameters,
+    Part,
+    by_key,
+    on_one_sample,
+    recorded_stages,
+)
+from thesislib.chapters.pool import largest, recorded_pool
 from thesislib.compress.calibration import ALL_AT_ONCE, Statistics, Visitor, stream
 from thesislib.compress.eora import Eora
 from thesislib.compress.gptq import Gptq, Rtn
@@ -28,8 +40,7 @@ from thesislib.records.store import Store
 from thesislib.sources import corpus
 
 PPL, HELD_OUT = "perplexity", "held-out perplexity"
-# GPTQ as it is usually set up. Its paper's code has an integer zero-point by default, whole rows, and 128 windows of
-# 2,048 tokens
+# GPTQ without act-order. Its paper's code also has an integer zero-point by default, whole rows, and `PAPER` tokens
 PLAIN: dict = {
     "grid": "symmetric",
     "clip": "none",
@@ -48,6 +59,9 @@ BEST: dict = {
     "weighting": "unit_norm",
     "text": "c4",
 }
+# GPTQModel's defaults for 4 bits on a symmetric grid (see benchmarks.gptqmodel)
+GPTQMODEL: dict = {**PLAIN, "act_order": "groups", "damping": 0.05, "sequential": True}
+PAPER: dict = {"windows": 128, "length": 2048}  # the calibration of GPTQ's paper
 # every ingredient, and what it can be instead of the plain recipe's; the first is what the chapter's best settings have
 INGREDIENTS = {
     "token weighting": ("weighting", ("unit_norm", "first_16", "skip_1")),
@@ -63,6 +77,7 @@ INGREDIENTS = {
 # calibration on the kind of text that is measured on, and four times as much of it
 MORE: dict = {"text": "wikipedia", "windows": 128}
 BUDGET = 19_537_920  # bytes of EoRA's corrections at rank 32 of the embedded subject, for a budget to be compared with
+EQUAL_RANK = 22  # of EoRA on 4 bits: with it the embedded subject takes as many bytes as at 5 bits
 RATES = (2e-3, 2e-4)  # of training: the first suits a start at zero, and may be too fast for one that is not
 SHAPES = {8: (64,), 4: (32, 64, "row"), 3: (32, 64), 2: (64,)}  # groups tried at each number of bits
 
@@ -294,6 +309,30 @@ def calibrations(
     ]
 
 
+def on_the_test(p: QuantChapter) -> list[Configuration]:
+    """What the table's models are held against on the whole test: rounding with and without clipping, GPTQ without
+    act-order and in GPTQModel's order, calibration as large as the paper's, and 5 and 6 bits."""
+    stages: dict[str, tuple] = {DENSE: ()}
+    for bits in dict.fromkeys((*p.bits, 5, 6)):
+        stages[f"rounding {bits}-bit"] = (p.rtn(bits, clip="none"),)
+        stages[f"rounding {bits}-bit, clipped"] = (p.rtn(bits),)
+        stages[f"GPTQ {bits}-bit"] = (p.gptq(bits),)
+    plain, zero_point = p.gptq(4, **PLAIN), p.gptq(4, **{**PLAIN, "grid": "asymmetric"})
+    stages |= {
+        "GPTQ 4-bit, the paper's calibration": (dataclasses.replace(p.gptq(4), **PAPER),),
+        f"GPTQ 4-bit + EoRA of rank {p.rank}": (p.gptq(4), p.eora()),
+        f"GPTQ 4-bit + EoRA of rank {EQUAL_RANK}": (p.gptq(4), p.eora(rank=EQUAL_RANK)),
+        "rounding 4-bit symmetric": (p.rtn(4, grid="symmetric", clip="none"),),
+        "GPTQ 4-bit symmetric, the plain recipe": (plain,),
+        "GPTQ 4-bit symmetric, the plain recipe, the paper's calibration": (dataclasses.replace(plain, **PAPER),),
+        "GPTQ 4-bit, the plain recipe with a zero-point, the paper's calibration": (
+            dataclasses.replace(zero_point, **PAPER),
+        ),
+        "GPTQ 4-bit symmetric, GPTQModel's settings": (p.gptq(4, **GPTQMODEL),),
+    }
+    return [Configuration("test", name, each, (PPL, HELD_OUT)) for name, each in stages.items()]
+
+
 def calibration_search(p: QuantChapter, bits: int = 3) -> list[Configuration]:
     """How `MORE` was found, at 3 bits on held-out text: the table's calibration, and what else was tried."""
     tried = {
@@ -444,16 +483,13 @@ def from_measurements(measurements: Iterable[Measurement]) -> dict[tuple[str | N
 
 
 def read_recorded(path: Path) -> Results:
-    """A recorded run. The dense model on the test text is chapter 0's and its answers are chapter 4's, on the same
-    items."""
-    measures, lora = (
-        Store(path.with_name(f"{name}.jsonl")).rows().values() for name in ("00_measures", "04_lora_recovery")
-    )
+    """A recorded run. The dense model's perplexity is the one that all chapters quote; its answers are chapter 4's, on
+    the same items."""
+    lora = Store(path.with_name("04_lora_recovery.jsonl")).rows().values()
     dense = {(None, m.chapter["what"]): m for m in lora if m.label == DENSE and m.chapter["what"] in (CLOSED, OPEN)}
-    for m in measures:
-        if m.metric == "perplexity" and m.settings["length"] == 512:
-            dense[None, PPL] = m.with_provenance(chapter={"what": PPL})
-    return dense | from_measurements(Store(path).rows().values())
+    for m in largest(recorded_pool(path.parent), WIKITEXT, [DENSE]).values():
+        dense[None, PPL] = m.with_provenance(chapter={"what": PPL})
+    return dense | from_measurements(on_one_sample(Store(path).rows().values(), key).values())
 
 
 RECORDED = {
@@ -495,7 +531,9 @@ def recorded_configurations(p: QuantChapter) -> list[Configuration]:
     symmetric = [c for c in main_models(q, ("symmetric",), (HELD_OUT,)) if not c.corrected]
     chosen = [*one_change(q), *leave_one_out(q), *recorded_table(p), *calibration_search(p), *more_calibration(p)]
     compared = [*eora_choices(q), *one_projection(q), *lora_starts(q), *eora_ranks(q), *pruned_models(q)]
-    return [*chosen, *compared, *calibrations(q), *symmetric, *bits_by_group(q)]
+    # the dense model's perplexity on the test is chapter 0's
+    test = [c for c in on_the_test(p) if c.stages]
+    return [*chosen, *compared, *calibrations(q), *symmetric, *bits_by_group(q), *test]
 
 
 def layers_file(path: Path) -> Path:
@@ -544,12 +582,3 @@ def key(m: Measurement) -> Key:
     """Label, hash of the stages, and task."""
     ((recipe, task),) = from_measurements([m])
     return m.label, recipe, task
-
-
-def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurement]]:
-    """Answers to questions of the chapter's table, under the table's names."""
-    names = {c.key: c.name for c in main_models(recorded_parameters())}
-    for m in rows:
-        _, recipe, task = key(m)
-        if recipe in names and task not in (PPL, HELD_OUT):
-            yield names[recipe], task, m

@@ -5,12 +5,12 @@ import itertools
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
-from thesislib.chapters.chapter import WIKITEXT, Chapter, Keep, Key, Parameters, Part, book, large
+from thesislib.chapters.chapter import WIKITEXT, Chapter, Keep, Key, Parameters, Part, book
 from thesislib.chapters.labels import FAMILIES, family, of, thesis_of
 from thesislib.chapters.pareto import MEASURES, OPEN, PPL, Results, bytes_finding, size_of
 from thesislib.chapters.phrases import difference, few, interval, number, ratio, share
@@ -104,8 +104,31 @@ def collect(g: Grid, rows: Iterable[Measurement], at: Conditions) -> Results:
     return {cell: measured[name] for cell, name in names.items() if name in measured}
 
 
-def read_recorded(path: Path, size: str = RECORDED, dtype: str = "bfloat16") -> Results:
-    """The recorded run of a size of the grid: its own rows, and the same measurements of earlier chapters."""
+class Record(NamedTuple):
+    """What was recorded of the grid, at its two sizes.
+
+    Args:
+        full: the whole text, 1,200 questions and 902 passages, as far as it was run.
+        sample: 24 windows of the text and 64 passages.
+    """
+
+    full: Results
+    sample: Results
+
+    def on_one(self, groups: Sequence[str]) -> Results:
+        """The whole text's results if they have the perplexity of all configurations of these groups that the sample
+        has; else the sample's."""
+        labels = [c.label for c in grid(RECORDED).configurations if c.group in groups and (c.label, PPL) in self.sample]
+        return self.full if all((label, PPL) in self.full for label in labels) else self.sample
+
+
+def read_recorded(path: Path) -> Record:
+    """The recorded run."""
+    return Record(read_size(path, FULL), read_size(path, RECORDED))
+
+
+def read_size(path: Path, size: str, dtype: str = "bfloat16") -> Results:
+    """The recorded run of one size of the grid: its own rows, and the same measurements of earlier chapters."""
     own = list(Store(path).rows().values())
     before = [m for store in _before(path) for m in store.rows().values()]
     return collect(grid(size), [*before, *own], recorded_conditions(own, dtype))
@@ -438,14 +461,14 @@ def precision_sentence(exact: Results, rounded: Results) -> str:
 # ---------------------------------------------------------------- findings
 
 
-def headline(results: Results) -> str:
+def headline(record: Record) -> str:
     """What chapter 6 found, in sentences, for the book's first page and the README."""
-    return f"{' '.join(top_findings(results))} {interaction_sentence(results)}"
+    return f"{' '.join(top_findings(record))} {interaction_sentence(record.on_one(PRUNED))}"
 
 
-def top_findings(results: Results) -> list[str]:
-    """The three that matter most, filled in from records."""
-    return [bytes_finding(results), _control_finding(results), _width_finding(results)]
+def top_findings(record: Record) -> list[str]:
+    """The three that matter most, filled in from records on the whole text."""
+    return [bytes_finding(record.full), _control_finding(record.full), _width_finding(record.full)]
 
 
 def pruned_and_trained(results: Results) -> list[str]:
@@ -491,16 +514,30 @@ def _width_finding(results: Results) -> str:
 
 # ---------------------------------------------------------------- the recorded run
 
-TRAINED = ("D2+W", "W", "D2+T", "T", "W2:4+W", "D2+W1:8+W", "D2+W1:8+T", "W2:4+T")
+PRUNED = ("depth", "width", "first", "pruned")  # groups without training or quantisation
+SINGLES = ("D2", "D4", "D8", "W1:2", "W2:4", "W1:8", "W4:8", "W8:16")
+HEADLINES = (  # models that a finding or a claim names
+    *("dense", "D2", "D4", "D6", "D8", "W1:2", "W2:4", "W3:4", "W1:8", "W4:8", "W6:8", "W1:16", "W8:16", "W12:16"),
+    *("W", "T", *(f"{model}+{text}" for model in (*SINGLES, "D2+W1:8") for text in "WT"), "D2+W1:8", "Q", "Q+E"),
+)
 CHOICES = ("dense", "D2", "D4", "W1:8", "W2:4", "W", "Q", "Q+E")
-PART_OF_FULL = {  # what of size full was measured, by measure: nobody has run all of it
-    "perplexity": ("dense", "D4", "W1:8", "W2:4"),
-    "closed book": ("dense", "D4", "W1:8", "W2:4", "Q", "Q+E", *TRAINED),
-    "open book": ("W2:4+T", "W2:4+W"),
-    "HellaSwag": CHOICES,
-    "ARC-Easy": CHOICES,
-    "PIQA": CHOICES,
-}
+
+
+@functools.cache
+def part_of_full() -> dict[str, tuple[str, ...]]:
+    """{measure: labels} of what of size full is recorded: of all that the sample has the perplexity, and of the models
+    that a finding or a claim names also the answers. Nobody has run all of it."""
+    whole = [c.label for c in grid(RECORDED).configurations]
+    return {
+        "perplexity": tuple(dict.fromkeys([*whole, *HEADLINES, "H", "H3", "H2"])),
+        "closed book": HEADLINES,
+        "open book": HEADLINES,
+        "HellaSwag": CHOICES,
+        "ARC-Easy": CHOICES,
+        "PIQA": CHOICES,
+    }
+
+
 # in bfloat16 size precision is a part of size sample
 RUNS = ((RECORDED, "bfloat16"), (PRECISION, "float32"), (FULL, "bfloat16"))
 
@@ -521,7 +558,7 @@ def recorded_parts(p: EvaluationChapter, file: Path) -> Iterator[Part]:
         for c in g.configurations:
             everything = p.size != RECORDED or size != FULL
             ways = {
-                task: way for task, way in c.measures.items() if everything or c.label in PART_OF_FULL.get(task, ())
+                task: way for task, way in c.measures.items() if everything or c.label in part_of_full().get(task, ())
             }
 
             def make(
@@ -562,13 +599,11 @@ def key(m: Measurement) -> Key:
 
 
 def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurement]]:
-    """Perplexities and answers in bfloat16. Those at size full have a name of their own."""
+    """Perplexities in windows of 512 tokens and answers, in bfloat16."""
     for m in rows:
         run = m.provenance
-        size, fits = run["sweep"]["size"], m.metric in ("perplexity", "accuracy")
-        if fits and run["dtype"] == "bfloat16" and size in (RECORDED, FULL) and run["protocol"]["length"] == 512:
-            task = WIKITEXT if m.metric == "perplexity" else book(m)
-            yield run["sweep"]["label"], large(task) if size == FULL else task, m
+        if run["dtype"] == "bfloat16" and run["protocol"]["length"] == 512 and m.metric in ("perplexity", "accuracy"):
+            yield run["sweep"]["label"], WIKITEXT if m.metric == "perplexity" else book(m), m
 
 
 CHAPTER = Chapter(

@@ -1,6 +1,6 @@
 """A chapter: its notebook, its parameters, and its recorded run, which `thesislib.chapters.record` carries out."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -11,13 +11,14 @@ from thesislib.errors import BadInput
 from thesislib.evaluate.setup import Setup
 from thesislib.experiment import recipe_of
 from thesislib.formats.options import check_dtype
+from thesislib.model.blocks import Plan
 from thesislib.pipeline.forecast import shape_of, stand_in
 from thesislib.pipeline.recipe import Shape, parse_label
 from thesislib.pipeline.run import Job
 from thesislib.records.measurement import Measurement
 
 # what a row is of, for the claims that compare rows of different chapters
-WIKITEXT, CLOSED, OPEN, WHOLE = "WikiText-2, 24 windows", "closed book", "open book", "WikiText-2, 32 windows"
+WIKITEXT, CLOSED, OPEN = "WikiText-2", "closed book", "open book"
 
 DEPTH_WINDOWS = 8  # that blocks are chosen on in all recorded runs, which are older than the default of `Depth`
 
@@ -114,12 +115,29 @@ def book(m: Measurement) -> str:
     return OPEN if m.open_book else CLOSED
 
 
-LARGE = "size full"  # of the grid: the whole text, 1,200 questions
+AT_ONCE = 8  # plans of a recorded run that are measured together, so that a killed run loses no more
 
 
-def large(task: str) -> str:
-    """What a measure is called where it was measured at the grid's size full."""
-    return f"{task.partition(',')[0]}, {LARGE}"
+def neighbours(plans: Mapping[K, Plan]) -> Iterator[dict[K, Plan]]:
+    """A few plans at a time, those together that begin with the same blocks: these run once."""
+    names = sorted(plans, key=lambda name: tuple(plans[name]))
+    for at in range(0, len(names), AT_ONCE):
+        yield {name: plans[name] for name in names[at : at + AT_ONCE]}
+
+
+def on_one_sample(measurements: Iterable[Measurement], key: Callable[[Measurement], K]) -> dict[K, Measurement]:
+    """A chapter's rows by key, those of one task all measured on equally many items.
+
+    A recorded run that goes on from a sample to all items has rows of both. A task's rows are those of its largest
+    sample that has every key; until there is one, those of the sample with the most keys.
+    """
+    samples: dict[tuple, dict[int, dict[K, Measurement]]] = {}
+    for m in measurements:
+        samples.setdefault((m.task, m.metric), {}).setdefault(m.n, {})[key(m)] = m
+    rows: dict[K, Measurement] = {}
+    for sizes in samples.values():
+        rows |= max(sizes.items(), key=lambda sample: (len(sample[1]), sample[0]))[1]
+    return rows
 
 
 def by_key(measurements: Iterable[Measurement], key: Callable[[Measurement], K], chapter: int) -> dict[K, Measurement]:

@@ -8,67 +8,30 @@ the other direction; else it is **undecided**. A claim of "often" holds, or does
 comparisons say so. A claim about a size ("3 to 6 points") holds if the whole 95 % interval lies in the claimed range,
 and does not if the interval misses it. A claim about answers is judged by the thesis's rule and by each further scoring
 (exact match, token F1, the thesis's rule on the first words): it **depends on the scoring** if it holds by one and does
-not by another.
+not by another. Two models are compared on the largest sample that both were measured on. Where one of them was trained,
+the test counts two sources of chance: the items, and how far trainings of one model lie apart (other seeds, or the same
+seed on another kind of processor; the standard deviation pooled over all models that were trained more than once).
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
-from thesislib.chapters import chapters
-from thesislib.chapters.chapter import CLOSED, LARGE, OPEN, WHOLE, WIKITEXT, large
+from thesislib.chapters.chapter import CLOSED, OPEN, WIKITEXT
 from thesislib.chapters.labels import of
 from thesislib.chapters.phrases import DEPENDS, FAILS, HOLDS, UNDECIDED, decided, p_number
+from thesislib.chapters.pool import scored_by
+from thesislib.chapters.scorings import SCORINGS
 from thesislib.chapters.thesis import thesis_row
-from thesislib.evaluate.answers import AT_ONCE, EXACT, F1
-from thesislib.evaluate.compare import compare
+from thesislib.chapters.trainings import Records, compare_models, spread
 from thesislib.evaluate.setup import task_of
 from thesislib.evaluate.stats import Comparison, holm_adjusted
-from thesislib.records.measurement import Measurement, in_markdown
-from thesislib.records.store import Store, study
+from thesislib.records.measurement import in_markdown
 
 MISSING = "not measured"
-WHOLE_PAGE = "../notebooks/06_evaluation.html#the-whole-text-and-other-measures"
+GRID_PAGE = "../notebooks/06_evaluation.html#the-whole-text-and-other-measures"
 MOST = 8  # comparisons of a claim that its page shows
-SCORINGS = (EXACT.metric, F1.metric, AT_ONCE.metric)
-ANSWERS_FILE = "answers.jsonl"  # what `thesislib records score` writes
-Records = Mapping[tuple[str, str], Measurement]  # by label and what was measured
-Pair = tuple[str, tuple[str, str], tuple[str, str]]  # a name, and the keys of the two records
-
-
-def pool(records: Mapping[str, Iterable[Measurement]]) -> dict[tuple[str, str], Measurement]:
-    """Every chapter's rows by label and measure; of several with one label, the first chapter's first.
-
-    Args:
-        records: {"02_depth_pruning": its rows, ...}; those that are missing leave claims unmeasured.
-    """
-    rows: dict[tuple[str, str], Measurement] = {}
-    for name, chapter in chapters().items():
-        for label, task, m in chapter.claims(records.get(name, ())):
-            rows.setdefault((label, task), m)
-    return rows
-
-
-def recorded_pool(folder: Path | None = None) -> dict[tuple[str, str], Measurement]:
-    """The records in a folder, by default the study's own; claims of a chapter without one stay unmeasured."""
-    folder = folder or study()
-    files = {name: folder / f"{name}.jsonl" for name in chapters()}
-    rows = {name: Store(file).rows() for name, file in files.items() if file.exists()}
-    records = pool({name: by_id.values() for name, by_id in rows.items()})
-    if (folder / ANSWERS_FILE).exists():
-        ids = {id(m): name for by_id in rows.values() for name, m in by_id.items()}
-        again = {(m.provenance["origin"], m.metric): m for m in Store(folder / ANSWERS_FILE).rows().values()}
-        for (label, measure), m in list(records.items()):
-            for metric in SCORINGS:
-                if scored := again.get((ids[id(m)], metric)):
-                    records[label, scored_by(measure, metric)] = scored
-    return records
-
-
-def scored_by(measure: str, metric: str) -> str:
-    """What a measure of answers is called under another scoring than the thesis's."""
-    return f"{measure}, {metric}"
+Pair = tuple[str, str, str]  # the labels of two models, and what was measured of both
 
 
 # ---------------------------------------------------------------- claims
@@ -139,65 +102,55 @@ def judge(claim: Claim, records: Records) -> Verdict:
     if not claim.scored:
         return verdict
     further = {
-        metric: _judged(
-            claim,
-            [(name, (a, scored_by(x, metric)), (b, scored_by(y, metric))) for name, (a, x), (b, y) in pairs],
-            records,
-        )
+        metric: _judged(claim, [(a, b, scored_by(measure, metric)) for a, b, measure in pairs], records)
         for metric in SCORINGS
     }
     words = {verdict.word, *(v.word for v in further.values())}
     return replace(verdict, word=DEPENDS if {HOLDS, FAILS} <= words else verdict.word, by_scoring=further)
 
 
-def _judged(claim: Claim, named: Iterable[Pair], records: Records) -> Verdict:
+def _judged(claim: Claim, pairs: Iterable[Pair], records: Records) -> Verdict:
     """The verdict on a claim by these comparisons."""
-    pairs = {name: (records.get(first), records.get(second)) for name, first, second in named}
-    missing = [name for name, pair in pairs.items() if None in pair]
-    measured = {name: pair for name, pair in pairs.items() if None not in pair}
-    if not measured:
+    tests: dict[str, Comparison] = {}
+    ratios: dict[str, bool] = {}
+    missing = []
+    for first, second, measure in pairs:
+        a, b = (records.get((label, measure), {}) for label in (first, second))
+        both = a.keys() & b.keys()
+        if not both:
+            missing.append(f"{first} to {second}, {measure}")
+            continue
+        n = max(both)
+        name = f"{first} to {second}, {measure}, {n:,} {a[n][0].unit.split()[0]}s"
+        ratios[name] = task_of(a[n][0]).ratio
+        tests[name] = compare_models(first, a[n], second, b[n], spread(records, measure))
+    if not tests:
         return Verdict(claim, MISSING, [], missing)
-    ratios = {name: task_of(a).ratio for name, (a, _) in measured.items()}
-    tests = holm_adjusted({name: compare(a, b) for name, (a, b) in measured.items()})
+    tests = holm_adjusted(tests)
     word = claim.word(tests, ratios)
     comparisons = [(name, c, ratios[name]) for name, c in tests.items()]
     return Verdict(claim, UNDECIDED if missing and word == HOLDS else word, comparisons, missing)
 
 
-def _trained(base: str | None) -> Callable[[Records], list]:
+def _trained(base: str | None) -> Callable[[Records], list[Pair]]:
     """Chapter 4's pruned models and all others that were trained on WikiText, each against what it was before, or
     against `base`."""
 
-    def pairs(records: Records) -> list:
+    def pairs(records: Records) -> list[Pair]:
         trained = [of(label).before() for label, task in records if task == WIKITEXT and of(label).parts[-1:] == ("W",)]
         others = [str(x) for x in trained if x.parts and x == x.pruned]
-        return _on(WIKITEXT, *((base or x, f"{x}+W") for x in dict.fromkeys([*_RECOVERED, *others])))(records)
+        return [(base or x, f"{x}+W", WIKITEXT) for x in dict.fromkeys([*_RECOVERED, *others])]
 
     return pairs
 
 
-def _on(task: str, *pairs: tuple[str, str]) -> Callable[[Records], list]:
-    """Each pair at the grid's size full where both were measured so; else as the chapters measured it, under their
-    names."""
-
-    def chosen(records: Records) -> list:
-        keys = []
-        for pair in pairs:
-            if all((label, large(task)) in records for label in pair):
-                labels, measure = pair, large(task)
-            else:
-                labels, measure = (_NAMES.get(pair[0], pair[0]), _NAMES.get(pair[1], pair[1])), task
-            keys.append((f"{' to '.join(labels)}, {measure}", *((label, measure) for label in labels)))
-        return keys
-
-    return chosen
+def _on(measure: str, *labels: tuple[str, str]) -> Callable[[Records], list[Pair]]:
+    return lambda records: [(first, second, measure) for first, second in labels]
 
 
-def _repeats(records: Records) -> list:
-    blocks = [label for label, task in records if task == WHOLE and label.endswith("twice")]
-    return [(f"dense to {label}, {WHOLE}", ("dense", WHOLE), (label, WHOLE)) for label in blocks] or [
-        ("one block run twice", ("dense", WHOLE), ("block 0 twice", WHOLE))
-    ]
+def _repeats(records: Records) -> list[Pair]:
+    blocks = [label for label, task in records if task == WIKITEXT and label.endswith("twice")]
+    return [("dense", label, WIKITEXT) for label in blocks or ["block 0 twice"]]
 
 
 def _ppl(*labels: tuple[str, ...]) -> str:
@@ -206,7 +159,6 @@ def _ppl(*labels: tuple[str, ...]) -> str:
 
 _RECOVERED = ("D2", "D4", "W2:4", "W8:16", "D2+W1:8")
 _ASKED = ("D2", "W2:4", "D2+W1:8")
-_NAMES = {"Q": "GPTQ 4-bit asymmetric", "Q+E": "GPTQ 4-bit asymmetric + EoRA"}  # chapter 5's
 
 WIDTH = ("03_width_pruning", "nine-patterns-and-some-ratios")
 TRAINED = ("04_lora_recovery", "before-and-after")
@@ -277,8 +229,7 @@ CLAIMS = (
         scored=True,
     ),
     Claim(
-        "Pruning depth and width and then training beats training between the two (single trainings: the test is "
-        "over documents, not over seeds).",
+        "Pruning depth and width and then training beats training between the two.",
         _on(WIKITEXT, ("D2+W1:8+W", "D2+W+W1:8"), ("D2+W1:8+T", "D2+T+W1:8")),
         ("04_lora_recovery", "prune-recover-prune"),
     ),
@@ -350,6 +301,8 @@ def _section(v: Verdict) -> list[str]:
         lines += ["| compared | effect | 95 % interval | n | test | p, Holm |"]
         lines += ["| --- | ---: | --- | ---: | --- | ---: |"]
         lines += [*(_row(*row) for row in _shown(v.comparisons)), ""]
+    if v.word == UNDECIDED and v.comparisons:
+        lines += [_what_is_known(v), ""]
     if v.by_scoring:
         lines += _scorings(v)
     if len(v.comparisons) > MOST:
@@ -357,10 +310,20 @@ def _section(v: Verdict) -> list[str]:
     if v.missing:
         lines += [f"Not measured: {'; '.join(map(in_markdown, v.missing))}.", ""]
     notebook, anchor = v.claim.where
-    shown = f'Shown in <a href="../notebooks/{notebook}.html#{anchor}">chapter {int(notebook[:2])}</a>.'
-    if any(LARGE in name for name, *_ in v.comparisons):
-        shown += f' What was measured at size full: <a href="{WHOLE_PAGE}">chapter 6</a>.'
-    return [*lines, shown, ""]
+    shown = f'Shown in <a href="../notebooks/{notebook}.html#{anchor}">chapter {int(notebook[:2])}</a>'
+    return [*lines, f'{shown}; what was measured on the whole text: <a href="{GRID_PAGE}">chapter 6</a>.', ""]
+
+
+def _what_is_known(v: Verdict) -> str:
+    """What an undecided claim's comparisons do say."""
+    told = sum(c.told for _, c, _ in v.comparisons)
+    if v.claim.within is None:
+        return f"Of {len(v.comparisons)} comparisons {told} are told apart."
+    _, c, ratio = v.comparisons[0]
+    low, high = v.claim.within
+    bounds = f"x {low:g} and x {high:g}" if ratio else f"{100 * low:+.0f} and {100 * high:+.0f} points"
+    surely = "There surely is an effect" if c.told else "Whether there is an effect is open"
+    return f"{surely}; whether it lies between {bounds}, {c.n:,} {'documents' if ratio else 'questions'} leave open."
 
 
 def _scorings(v: Verdict) -> list[str]:

@@ -1,5 +1,6 @@
 """The study's plots: colour-blind-safe, different markers, intervals drawn."""
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -7,15 +8,20 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.collections import LineCollection
+from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.transforms import Bbox
 
 from thesislib.chapters.labels import of
+from thesislib.chapters.pareto import AS_IT_CAME, group
 from thesislib.chapters.phrases import COVERED
 from thesislib.evaluate.perplexity import compare
 from thesislib.evaluate.stats import Comparison
 from thesislib.records.measurement import Measurement
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # Okabe and Ito
+TIMES_DENSE = "perplexity, times the dense model's (log)"
 
 
 def style() -> None:
@@ -222,12 +228,12 @@ def stability_chart(shares: Mapping[str, pd.DataFrame]) -> plt.Figure:
     return figure
 
 
-def removal_curves(table: pd.DataFrame, dense: float) -> plt.Figure:
-    """Perplexity over the number of blocks removed, one line a method with 95 % intervals; random removals as a band.
+def removal_curves(table: pd.DataFrame) -> plt.Figure:
+    """Perplexity, as a ratio to the whole model's, over the number of blocks removed: one line a method with 95 %
+    intervals, random removals as a band.
 
     Args:
         table: columns method, removed, value, low, high (see `thesislib.chapters.ch02_depth.curves`).
-        dense: the whole model's perplexity.
     """
     figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
     random = table[table["method"].str.startswith("random")].groupby("removed")["value"]
@@ -247,24 +253,22 @@ def removal_curves(table: pd.DataFrame, dense: float) -> plt.Figure:
         if len(rows):
             at = rows["removed"] + shift
             intervals(axis, at, (rows["value"], rows["low"], rows["high"]), f"{marker}-", colour, label=method)
-    axis.axhline(dense, color=GREY, linestyle="--", linewidth=1)
-    axis.annotate("whole model", (table["removed"].max(), dense), ha="right", va="bottom", fontsize=9, color=GREY)
+    axis.axhline(1, color=GREY, linestyle="--", linewidth=1)
+    axis.annotate("whole model", (table["removed"].max(), 1), ha="right", va="bottom", fontsize=9, color=GREY)
     axis.set_yscale("log")
     _thousands(axis.yaxis)
-    axis.set(xlabel="blocks removed", ylabel="perplexity (log)", xticks=sorted(set(table["removed"]) - {0}))
+    axis.set(xlabel="blocks removed", ylabel=TIMES_DENSE, xticks=sorted(set(table["removed"]) - {0}))
     axis.legend(fontsize=9)
     return _covered(figure)
 
 
-def pattern_chart(
-    series: Mapping[str, Mapping[str, Measurement]], zeros: Mapping[str, float], dense: float
-) -> plt.Figure:
-    """Perplexity of each pattern with its interval, patterns ordered by the share of zeros; one marker a metric.
+def pattern_chart(series: Mapping[str, Mapping[str, Measurement]], zeros: Mapping[str, float]) -> plt.Figure:
+    """Perplexity of each pattern as a ratio to the whole model's, with its interval, patterns ordered by the share of
+    zeros; one marker a metric.
 
     Args:
-        series: {metric: {pattern: measurement}}.
+        series: {metric: {pattern: ratio}}, see `thesislib.evaluate.perplexity.relative`.
         zeros: {pattern: share of weights removed}.
-        dense: the whole model's perplexity.
     """
     order = sorted(
         zeros, key=lambda x: (zeros[x], -int(x.split(":")[-1]) if ":" in x else -1000)
@@ -274,12 +278,12 @@ def pattern_chart(
         here = [x for x in order if x in found]
         at = [order.index(x) + shift for x in here]
         intervals(axis, at, _of(found[x] for x in here), marker, colour, markersize=6, capsize=3, label=name)
-    axis.axhline(dense, color=GREY, linestyle="--", linewidth=1)
-    axis.annotate("whole model", (len(order) - 0.6, dense), ha="right", va="bottom", fontsize=9, color=GREY)
+    axis.axhline(1, color=GREY, linestyle="--", linewidth=1)
+    axis.annotate("whole model", (len(order) - 0.6, 1), ha="right", va="bottom", fontsize=9, color=GREY)
     axis.set_yscale("log")
     _thousands(axis.yaxis)
     axis.set_xticks(range(len(order)), [f"{x if ':' in x else 'ratio'}\n{100 * zeros[x]:.3g} %" for x in order])
-    axis.set(xlabel="removed:of and share of weights removed", ylabel="perplexity (log)")
+    axis.set(xlabel="removed:of and share of weights removed", ylabel=TIMES_DENSE)
     axis.legend()
     return _covered(figure)
 
@@ -309,7 +313,7 @@ def calibration_chart(table: pd.DataFrame) -> plt.Figure:
     axis.set_xticks(rows.index, map(str, rows.index))
     axis.set(
         xlabel="calibration windows of 512 tokens (log)",
-        ylabel="perplexity of 2:4",
+        ylabel="perplexity of 2:4, times the dense model's",
         title="a dot a seed, lines through the means",
     )
     axis.legend()
@@ -320,11 +324,12 @@ LOOKS = {"untrained": ("o", GREY, "none"), "+W": ("s", BLUE, BLUE), "+T": ("^", 
 
 
 def recovery_chart(points: Mapping[str, Mapping[str, Measurement]], dense: str = "dense") -> plt.Figure:
-    """Perplexity of each model untrained and trained on each text; lines mark the dense model untrained and trained
-    alike.
+    """Perplexity of each model untrained and trained on each text, as a ratio to the untrained dense model's.
+
+    Lines mark the dense model untrained and trained alike.
 
     Args:
-        points: {model: {"untrained", "+W" or "+T": measurement}}.
+        points: {model: {"untrained", "+W" or "+T": ratio}}.
         dense: the control's name.
     """
     models = [*(m for m in points if m != dense), *(m for m in points if m == dense)]
@@ -342,7 +347,7 @@ def recovery_chart(points: Mapping[str, Mapping[str, Measurement]], dense: str =
     axis.set_xscale("log")
     _thousands(axis.xaxis, small=True)
     axis.set(
-        xlabel="perplexity (log), 95 % interval; lines: the dense model, untrained and trained alike",
+        xlabel=f"{TIMES_DENSE}; lines: the dense model, untrained and trained alike",
         yticks=range(len(models)),
         yticklabels=models,
     )
@@ -381,7 +386,10 @@ QUANTISED_LOOKS = {
 }
 
 
-def bytes_chart(table: pd.DataFrame, dense: float, most: float = 150) -> plt.Figure:
+FILE_LOOKS = {True: ("*", "#E69F00", 15), False: ("P", "#56B4E9", 8)}  # the file that the subject came in; others
+
+
+def bytes_chart(table: pd.DataFrame, dense: float, marks: pd.DataFrame | None = None, most: float = 150) -> plt.Figure:
     """Perplexity over megabytes on disk, a marker a method, bits beside it; what lies above `most` is left out and
     counted.
 
@@ -389,17 +397,21 @@ def bytes_chart(table: pd.DataFrame, dense: float, most: float = 150) -> plt.Fig
         table: columns method, bits, MB, perplexity, low, high (see
             `thesislib.chapters.ch05_quantisation.sizes_and_losses`).
         dense: the whole model's perplexity.
+        marks: files beside the study's models, see `thesislib.chapters.pareto.marks`.
         most: the highest perplexity drawn.
     """
-    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 5.5), layout="constrained")
     shown = table[table["perplexity"] <= most]
+    labels: list[Label] = []
     for method, (marker, colour) in QUANTISED_LOOKS.items():
         rows = shown[shown["method"] == method]
         if len(rows):
             values = (rows[column] for column in ("perplexity", "low", "high"))
-            intervals(axis, rows["MB"], values, marker, colour, markersize=7, linewidth=0.7, label=method)
-            for _, row in rows.iterrows():
-                axis.annotate(f" {row['bits']}", (row["MB"], row["perplexity"]), fontsize=8, color=colour, va="bottom")
+            intervals(axis, rows["MB"], values, marker, colour, markersize=6, capsize=0, linewidth=0.4, label=method)
+            labels += [
+                (x, y, str(n), colour) for x, y, n in zip(rows["MB"], rows["perplexity"], rows["bits"], strict=True)
+            ]
+    labels = [*_draw_files(axis, marks, "perplexity", most), *labels]
     axis.axhline(dense, color=GREY, linestyle="--", linewidth=1)
     axis.annotate(
         "dense", (0.99, dense), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9, color=GREY
@@ -413,7 +425,70 @@ def bytes_chart(table: pd.DataFrame, dense: float, most: float = 150) -> plt.Fig
         title=f"numbers: bits a weight without scales{left_out}",
     )
     axis.legend()
-    return _covered(figure)
+    _covered(figure)
+    _write(axis, labels)
+    return figure
+
+
+def _draw_files(axis: plt.Axes, marks: pd.DataFrame | None, measure: str, most: float = np.inf) -> list[tuple]:
+    """Draw the files beside the study's models, a star for the one that the subject came in.
+
+    Returns:
+        The labels for `_write`.
+    """
+    labels: list[tuple] = []
+    if marks is None or measure not in marks:
+        return labels
+    for first, rows in marks[marks[measure] <= most].groupby(marks["label"] == AS_IT_CAME, sort=False):
+        marker, colour, size = FILE_LOOKS[bool(first)]
+        name = "the file it came in" if first else "llama.cpp's files"
+        look: dict[str, Any] = {"color": colour, "markersize": size, "markeredgecolor": "black", "zorder": 5}
+        axis.plot(rows["MB"], rows[measure], marker, linestyle="", label=name, **look)
+        labels += [
+            (x, y, label.split()[-1], "black")
+            for x, y, label in zip(rows["MB"], rows[measure], rows["label"], strict=True)
+        ]
+    return labels
+
+
+Label = tuple[float, float, str, str]  # x, y, text, colour
+SIDES = ((1, 1), (-1, -1), (-1, 1), (1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))  # of a mark, where a label may stand
+
+
+def _write(axis: plt.Axes, labels: Iterable[Label], size: float = 7) -> None:
+    """Write labels beside their points, each with a line to it, where they cover neither a mark nor an interval, the
+    legend or each other; those that have no such place are left out.
+
+    Call it last: a later change of the axes moves the marks.
+    """
+    figure: Any = axis.figure
+    figure.draw_without_rendering()  # the layout is settled
+    taken, pixels = [text.get_window_extent() for text in axis.texts], figure.dpi / 72
+    for line in axis.lines:
+        if line.get_marker() not in ("", "None", None):
+            half = line.get_markersize() / 2 * pixels
+            at = axis.transData.transform(line.get_xydata())
+            taken += [Bbox.from_extents(x - half, y - half, x + half, y + half) for x, y in at]
+    for bars in (c for c in axis.collections if isinstance(c, LineCollection)):
+        ends = (axis.transData.transform(ends) for ends in bars.get_segments())
+        taken += [Bbox(np.array([pair.min(0) - 1, pair.max(0) + 1])) for pair in ends]
+    if axis.get_legend():
+        taken.append(axis.get_legend().get_window_extent())
+    for x, y, text, colour in labels:
+        arrow: dict[str, Any] = {"arrowstyle": "-", "linewidth": 0.4, "color": colour, "shrinkA": 0, "shrinkB": 2}
+        look: dict[str, Any] = {"fontsize": size, "color": colour, "in_layout": False, "arrowprops": arrow}
+        note = axis.annotate(text, (x, y), (0, 0), textcoords="offset points", **look)
+        for far, (dx, dy) in itertools.product((6, 12, 20, 30), SIDES):
+            across, up = ("right", "center", "left")[1 + dx], ("top", "center", "bottom")[1 + dy]
+            note.set(position=(far * dx, far * dy), ha=across, va=up)
+            note.get_window_extent()  # moves it; this box contains the line too
+            box = Text.get_window_extent(note)
+            inside = axis.bbox.x0 < box.x0 and box.x1 < axis.bbox.x1 and axis.bbox.y0 < box.y0 and box.y1 < axis.bbox.y1
+            if inside and not box.count_overlaps(taken):
+                taken.append(box)
+                break
+        else:
+            note.remove()
 
 
 def layers_chart(errors: Mapping[str, Mapping[str, float]], kinds: Sequence[str]) -> plt.Figure:
@@ -445,25 +520,32 @@ def layers_chart(errors: Mapping[str, Mapping[str, float]], kinds: Sequence[str]
 FAMILY_LOOKS = {"pruned": ("o", GREY), "+ LoRA": ("s", BLUE), "+ GPTQ": ("^", ORANGE), "+ EoRA": ("D", GREEN)}
 
 
+FRONT_LOOKS = ("black", "-"), (BLUE, "--"), (GREEN, ":"), (ORANGE, "-.")  # of the models trained alike, untrained first
+
+
 def pareto_chart(
     table: pd.DataFrame,
-    fronts: Mapping[tuple[str, str], Sequence[str]],
+    fronts: Mapping[tuple[str, str], Mapping[str, Sequence[str]]],
     measures: Mapping[str, bool],
+    marks: pd.DataFrame | None = None,
     most: float = 100,
 ) -> plt.Figure:
-    """Each measure over bytes and over parameters that are not zero; the line joins the models that none beats at once
-    in size and measure.
+    """Each measure over bytes and over parameters that are not zero; a line joins those of the models trained alike
+    that none of these beats at once in size and measure.
 
     Args:
         table: see `thesislib.chapters.pareto.points`.
-        fronts: {(size, measure): labels}.
+        fronts: {(size, measure): {base: labels}}, see `thesislib.chapters.pareto.front`.
         measures: {column: whether it is a perplexity, drawn on a logarithmic scale up to `most`}.
+        marks: files beside these models, see `thesislib.chapters.pareto.marks`.
         most: perplexities above it are not drawn, but counted.
     """
     sizes = {"MB": "MB on disk", "M": "million parameters that are not zero"}
     figure, axes = plt.subplots(
-        len(measures), 2, figsize=(12, 4.6 * len(measures)), layout="constrained", squeeze=False
+        len(measures), 2, figsize=(13, 5.2 * len(measures)), layout="constrained", squeeze=False
     )
+    bases = list(dict.fromkeys(base for by_base in fronts.values() for base in by_base))
+    labels: dict[plt.Axes, list[Label]] = {}
     for row, (measure, logarithmic) in zip(axes, measures.items(), strict=True):
         for axis, (size, words) in zip(row, sizes.items(), strict=True):
             known = table.dropna(subset=[size, measure])
@@ -472,44 +554,43 @@ def pareto_chart(
                 here = shown[shown["family"] == name]
                 if len(here):
                     values = (here[column] for column in (measure, f"{measure} low", f"{measure} high"))
-                    look: dict[str, Any] = {"markersize": 6, "capsize": 0, "linewidth": 0.5, "label": name}
+                    look: dict[str, Any] = {"markersize": 5, "capsize": 0, "linewidth": 0.4, "label": name}
                     intervals(axis, here[size], values, marker, colour, **look)
-            front = shown[shown["label"].isin(fronts[size, measure])].sort_values(size)
-            axis.plot(front[size], front[measure], "-", color="black", linewidth=1, zorder=0)
-            axis.margins(x=0.2)
+            files = _draw_files(axis, marks, measure, most if logarithmic else np.inf) if size == "MB" else []
+            labels[axis] = files
+            for base, front in fronts[size, measure].items():
+                colour, line = FRONT_LOOKS[bases.index(base) % len(FRONT_LOOKS)]
+                on_it = shown[shown["label"].isin(front)].sort_values(size)
+                axis.plot(
+                    on_it[size],
+                    on_it[measure],
+                    line,
+                    color=colour,
+                    linewidth=1,
+                    zorder=0,
+                    label=f"front, {group(base)}",
+                )
+                labels[axis] += [
+                    (x, y, label, colour)
+                    for x, y, label in zip(on_it[size], on_it[measure], on_it["label"], strict=True)
+                ]
+            axis.margins(x=0.15, y=0.08)
             if logarithmic:
                 axis.set_yscale("log")
                 _thousands(axis.yaxis, small=True)
             else:
                 axis.yaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f}%")
-            _label_front(axis, front, size, measure, below=logarithmic)
             left = f"; {len(known) - len(shown)} above {most:.0f} not drawn" if len(known) > len(shown) else ""
             axis.set(
                 xlabel=words,
                 ylabel=f"{measure}{' (log), lower is better' if logarithmic else ', higher is better'}",
                 title=f"n = {len(shown)} models{left}",
             )
-    axes[0][0].legend()
-    return _covered(figure)
-
-
-def _label_front(axis: plt.Axes, front: pd.DataFrame, size: str, measure: str, below: bool) -> None:
-    """Labels on the side where nothing lies, since nothing is smaller and better; those that would cover another's are
-    left out."""
-    placed: list[np.ndarray] = []
-    for _, point in front.iterrows():
-        at = axis.transData.transform((point[size], point[measure]))
-        if all(abs(at[1] - other[1]) > 11 or abs(at[0] - other[0]) > 90 for other in placed):
-            placed.append(at)
-            axis.annotate(
-                point["label"],
-                (point[size], point[measure]),
-                textcoords="offset points",
-                xytext=(-4, -4 if below else 3),
-                ha="right",
-                va="top" if below else "bottom",
-                fontsize=7,
-            )
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
+    _covered(figure)
+    for axis, texts in labels.items():
+        _write(axis, texts)
+    return figure
 
 
 def interaction_chart(table: pd.DataFrame) -> plt.Figure:

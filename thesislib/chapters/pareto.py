@@ -1,8 +1,9 @@
 """Which models are worth their bytes: size against quality, the Pareto front, and a widget to choose by."""
 
+import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.resources import files
 
 import pandas as pd
@@ -14,11 +15,15 @@ from thesislib.evaluate.stats import Comparison, holm_adjusted
 from thesislib.evaluate.task import SHARE
 from thesislib.experiment import DENSE
 from thesislib.records.measurement import Measurement
+from thesislib.records.store import Store, study
 from thesislib.sources.wheels import manifest
 
 PPL, OPEN = "perplexity", "open book"
 MEASURES = {PPL: TASKS["wikitext"], OPEN: TASKS["trivia_open"]}
 USABLE = 1.25  # times the dense model's perplexity: what a summary still calls small
+ENDS = ("", " low", " high")
+AS_IT_CAME = "as it came, Q4_1"  # the file that the subject is unpacked from
+ENGINE_FILE = "05_llama_cpp.jsonl"  # llama.cpp's own files of the subject, see benchmarks/llama_cpp.py
 Results = Mapping[tuple[str, str], Measurement]  # by label and measure
 
 
@@ -34,53 +39,132 @@ def size_of(results: Results, label: str, key: str) -> float | None:
     return next((value for size in held if (value := size.get(key))), None)
 
 
+def trained_like(label: str) -> str:
+    """The dense model that a model is held against: dense, or the dense model trained on the same texts, e.g. W."""
+    return "+".join(training(label)) or DENSE
+
+
+def group(base: str) -> str:
+    """What the models of a base, see `trained_like`, are called."""
+    return {DENSE: "untrained", "W": "trained on WikiText", "T": "trained on TriviaQA"}.get(base, f"trained as {base}")
+
+
 def points(results: Results) -> pd.DataFrame:
-    """One row a model: label, family, MB on disk, M parameters not zero, and each measure's value, low and high."""
+    """One row a model: label, family, base (see `trained_like`), MB on disk, M parameters not zero, and each measure's
+    value, low and high."""
     rows = []
     for label in dict.fromkeys(label for label, _ in results):
         disk, nonzero = size_of(results, label, "bytes_on_disk"), size_of(results, label, "nonzero_parameters")
         row = {
             "label": label,
             "family": family(label),
+            "base": trained_like(label),
             "MB": None if disk is None else disk / 1e6,
             "M": None if nonzero is None else nonzero / 1e6,
         }
-        for measure in MEASURES:
-            if m := results.get((label, measure)):
-                row |= {measure: m.value, f"{measure} low": m.low, f"{measure} high": m.high}
-        rows.append(row)
+        rows.append(row | _values({measure: m for measure in MEASURES if (m := results.get((label, measure)))}))
     return pd.DataFrame(rows)
 
 
-def front(table: pd.DataFrame, size: str, measure: str) -> list[str]:
-    """The Pareto front, smallest first: labels of the models for which no other is both as small and as good."""
+def _values(measured: Mapping[str, Measurement]) -> dict[str, float]:
+    """{measure: value, "measure low": ..., "measure high": ...}."""
+    return {
+        f"{name}{end}": x for name, m in measured.items() for end, x in zip(ENDS, (m.value, m.low, m.high), strict=True)
+    }
+
+
+def front(table: pd.DataFrame, size: str, measure: str) -> dict[str, list[str]]:
+    """{base: the Pareto front of its models}, smallest first: those for which no other is both as small and as good.
+
+    Models that were trained differently do not meet: one that has seen WikiText would win by that.
+    """
+    if not {size, measure} <= {*table}:
+        return {}
     up = MEASURES[measure].higher_is_better
     rows = table.dropna(subset=[size, measure]).sort_values([size, measure], ascending=[True, not up])
-    best, kept = None, []
+    best: dict[str, float] = {}
+    kept: dict[str, list[str]] = {base: [] for base in sorted(set(rows["base"]), key=lambda x: (x != DENSE, x))}
     for _, row in rows.iterrows():
-        if best is None or (row[measure] > best if up else row[measure] < best):
-            best = row[measure]
-            kept.append(row["label"])
+        base, value = row["base"], row[measure]
+        if base not in best or (value > best[base] if up else value < best[base]):
+            best[base] = value
+            kept[base].append(row["label"])
     return kept
 
 
-def front_sentence(results: Results, measure: str = PPL) -> str:
-    """Which models are worth their bytes."""
-    table = points(results).set_index("label", drop=False)
-    labels = front(table, "MB", measure)
-    form = ".0%" if MEASURES[measure].unit == SHARE else ".3g"
-    models = ", ".join(f"{x} ({table.loc[x, 'MB']:.0f} MB, {table.loc[x, measure]:{form}})" for x in labels)
-    families = ", ".join(
-        f"{name} {sum(family(x) == name for x in labels)} of {(table['family'] == name).sum()}" for name in FAMILIES
-    )
-    return f"On the front of {measure} against bytes on disk: {models}. By last stage: {families}."
-
-
-def fronts(table: pd.DataFrame) -> dict[tuple[str, str], list[str]]:
+def fronts(table: pd.DataFrame) -> dict[tuple[str, str], dict[str, list[str]]]:
     """{(size, measure): front}, of all that `points` has."""
     return {
         (size, measure): front(table, size, measure) for size in ("MB", "M") for measure in MEASURES if measure in table
     }
+
+
+def marks(dense: Mapping[str, Measurement], files: Iterable[Measurement] | None = None) -> pd.DataFrame:
+    """Files of the subject that are no models of the study, in the form of `points`: the one that it came in, whose
+    numbers are the dense model's, and llama.cpp's own.
+
+    Args:
+        dense: the dense model's measurement by each measure.
+        files: measurements of llama.cpp's files, by default the recorded ones; those of another subject, or on other
+            text, are left out.
+    """
+    rows: dict[str, dict] = {}
+    for measure, d in dense.items():
+        if size := original_file(d):
+            rows.setdefault(AS_IT_CAME, {"MB": size / 1e6}).update(_values({measure: d}))
+        for m in _engine_files() if files is None else files:
+            same = all(m.settings[key] == d.settings.get(key) for key in ("text_sha256", "length", "limit"))
+            if same and m.metric == d.metric and m.provenance["file"]["of"] == d.provenance.get("fingerprint"):
+                rows.setdefault(m.label, {"MB": m.disk_bytes / 1e6}).update(_values({measure: m}))
+    return pd.DataFrame([{"label": label, **row} for label, row in rows.items()])
+
+
+@functools.cache
+def _engine_files() -> tuple[Measurement, ...]:
+    """The recorded measurements of llama.cpp's files, without their items."""
+    path = study() / ENGINE_FILE
+    return tuple(Store(path).rows(items=False).values()) if path.exists() else ()
+
+
+def marks_of(results: Results) -> pd.DataFrame:
+    """`marks` beside these results."""
+    return marks({measure: m for measure in MEASURES if (m := results.get((DENSE, measure)))})
+
+
+def no_better(table: pd.DataFrame, labels: Iterable[str], mark: Mapping, measure: str) -> list[str]:
+    """Those of some models, by `points`, that are no smaller and no better than a row of `marks`."""
+    rows, up = table.set_index("label").loc[[*labels]], MEASURES[measure].higher_is_better
+    worse = rows[measure] <= mark[measure] if up else rows[measure] >= mark[measure]
+    return list(rows.index[(rows["MB"] >= mark["MB"]) & worse])
+
+
+def front_sentence(results: Results, measure: str = PPL) -> str:
+    """Which models are worth their bytes."""
+    table, beside = points(results), marks_of(results)
+    rows, by_base = table.set_index("label"), front(table, "MB", measure)
+    form = ".0%" if MEASURES[measure].unit == SHARE else ".3g"
+
+    def shown(name: str, row: Mapping) -> str:
+        return f"{name} ({row['MB']:.0f} MB, {row[measure]:{form}})"
+
+    models = "; ".join(
+        f"{group(base)} {', '.join(shown(x, rows.loc[x]) for x in labels)}" for base, labels in by_base.items()
+    )
+    on_one = [x for labels in by_base.values() for x in labels]
+    families = ", ".join(
+        f"{name} {sum(family(x) == name for x in on_one)} of {(table['family'] == name).sum()}" for name in FAMILIES
+    )
+    untrained = by_base.get(DENSE, [])
+    files = "; ".join(
+        f"{shown(row['label'], row)}, no larger and no worse than {len(no_better(table, untrained, row, measure))}"
+        for _, row in beside.iterrows()
+        if pd.notna(row.get(measure))
+    )
+    held = f" Files of the dense model beside these {len(untrained)} untrained ones: {files}."
+    return (
+        f"On the front of {measure} against bytes on disk, each among models trained alike: {models}. By last stage: "
+        f"{families}.{held if files else ''}"
+    )
 
 
 def at_equal_bytes(results: Results) -> dict[str, Comparison | None]:
@@ -92,7 +176,7 @@ def at_equal_bytes(results: Results) -> dict[str, Comparison | None]:
     plain, packed = (rows[rows["family"].isin(names)].index for names in (FAMILIES[:2], FAMILIES[2:]))
     pairs = {}
     for x in plain if len(packed) else ():
-        rivals = [q for q in packed if training(q) == training(x) and rows.loc[q, "MB"] <= rows.loc[x, "MB"]]
+        rivals = [q for q in packed if trained_like(q) == trained_like(x) and rows.loc[q, "MB"] <= rows.loc[x, "MB"]]
         pairs[x] = min(rivals, key=lambda q: rows.loc[q, PPL], default=None)
     tests = holm_adjusted({x: compare(results[x, PPL], results[q, PPL]) for x, q in pairs.items() if q})
     return {x: tests.get(x) for x in pairs}
@@ -117,45 +201,55 @@ def equal_bytes_sentence(results: Results) -> str:
 def smallest_usable(results: Results) -> dict[str, str]:
     """{base: the smallest model whose perplexity is at most `USABLE` times the base's}.
 
-    The bases are the dense model and the dense model trained on WikiText. Each is compared with models trained alike.
+    The bases are the dense model, and the dense model trained on each text, see `trained_like`: only models trained
+    alike are compared.
     """
-    table, smallest = points(results).set_index("label"), {}
-    for base in (x for x in (DENSE, "W") if x in table.index):
-        alike = table[[training(x) == training(base) for x in table.index]].dropna(subset="MB")
-        usable = alike[alike[PPL] <= USABLE * table.loc[base, PPL]]
-        if len(usable):
-            smallest[base] = usable["MB"].idxmin()
+    table = points(results)
+    value, smallest = table.set_index("label")[PPL], {}
+    for base, labels in front(table, "MB", PPL).items():
+        usable = [x for x in labels if base in value and value[x] <= USABLE * value[base]]
+        if usable:
+            smallest[base] = usable[0]
     return smallest
 
 
 def bytes_finding(results: Results) -> str:
     """Which models are worth their bytes, in sentences, for the chapter's first lines and the README."""
-    table = points(results).set_index("label", drop=False)
-    labels = front(table, "MB", PPL)
-    quantised = [x for x in labels if family(x) in FAMILIES[2:]]
+    table = points(results)
+    rows, by_base = table.set_index("label"), front(table, "MB", PPL)
+    counts = ", ".join(
+        f"{sum(family(x) in FAMILIES[2:] for x in labels)} of the {len(labels)} {group(base)}"
+        for base, labels in by_base.items()
+    )
     smallest = ", ".join(
-        f"{'untrained' if base == DENSE else 'trained'} {x} ({table.loc[x, 'MB']:.0f} MB, perplexity "
-        f"{table.loc[x, PPL]:.3g} against {table.loc[base, PPL]:.3g})"
+        f"{group(base)} {x} ({rows.loc[x, 'MB']:.0f} MB, perplexity {rows.loc[x, PPL]:.3g} against "
+        f"{rows.loc[base, PPL]:.3g})"
         for base, x in smallest_usable(results).items()
     )
-    file = original_file(results)
     return (
-        f"**Bits or weights.** Of the {len(labels)} models on the front of perplexity against bytes {len(quantised)} "
-        f"are quantised. {equal_bytes_sentence(results)} The smallest whose perplexity is at most {USABLE:g} times "
-        f"that of the dense model trained alike: {smallest}; the dense model has {table.loc[DENSE, 'MB']:.0f} MB in "
-        f"bfloat16.{'' if file is None else _AS_IT_CAME.format(file / 1e6)}"
+        "**Bits or weights.** Quantised are, of the models on the front of perplexity against bytes, each among models "
+        f"trained alike: {counts}. {equal_bytes_sentence(results)} The smallest whose perplexity is at "
+        f"most {USABLE:g} times that of the dense model trained alike: {smallest}; the dense model has "
+        f"{rows.loc[DENSE, 'MB']:.0f} MB in bfloat16.{_as_it_came(results, table, by_base[DENSE])}"
     )
 
 
-_AS_IT_CAME = (
-    " It came as a file of {:.0f} MB in Q4_1, from which its weights are recovered exactly: sizes compare methods, "
-    "none saves over that file."
-)
+def _as_it_came(results: Results, table: pd.DataFrame, untrained: list[str]) -> str:
+    """What the file that the subject came in says of the untrained models on the front; nothing without one."""
+    beside = marks_of(results)
+    if beside.empty or (mark := beside.iloc[0])["label"] != AS_IT_CAME:
+        return ""
+    return (
+        f" It came as a file of {mark['MB']:.0f} MB in Q4_1, from which its weights are recovered exactly: "
+        f"{len(no_better(table, untrained, mark, PPL))} of the {len(untrained)} untrained models on the front are no "
+        "smaller and no better than that file."
+    )
 
 
-def original_file(results: Results) -> int | None:
-    """Bytes of the 4-bit file that the embedded subject is unpacked from; None for another subject."""
-    name = results[DENSE, PPL].provenance.get("subject")
+def original_file(dense: Measurement) -> int | None:
+    """Bytes of the 4-bit file that the embedded subject, in a measurement of it, is unpacked from; None for another
+    subject."""
+    name = dense.provenance.get("subject")
     members = {
         path.rpartition("/")[2]: facts for wheel in manifest().values() for path, facts in wheel["members"].items()
     }
@@ -165,19 +259,30 @@ def original_file(results: Results) -> int | None:
 
 def trade_offs(results: Results) -> list[dict]:
     """What the explorer shows: one dict a model, JSON's types only."""
-    rows = points(results)
-    return json.loads(rows.to_json(orient="records"))
+    return _plain(points(results))
+
+
+def _plain(table: pd.DataFrame) -> list[dict]:
+    return json.loads(table.to_json(orient="records"))
 
 
 def digest(results: Results) -> str:
-    """16 digits over all that `points` has. They tell whether a figure was drawn from these results."""
-    return hashlib.sha256(points(results).to_json(double_precision=6).encode()).hexdigest()[:16]
+    """16 digits over all that `points` and `marks_of` have. They tell whether a figure was drawn from these results."""
+    drawn = "".join(table.to_json(double_precision=6) for table in (points(results), marks_of(results)))
+    return hashlib.sha256(drawn.encode()).hexdigest()[:16]
 
 
 def explorer(results: Results) -> str:
-    """A page's widget as HTML: a size budget, a measure, and which models win. Everything is in the text; no server and
-    no network."""
+    """A page's widget as HTML: which models, a size budget, a measure, and which of them win, by `front`. Everything is
+    in the text; no server and no network."""
     script = files("thesislib.chapters").joinpath("explorer.js").read_text("utf8")
+    by_base: dict[str, dict] = {}
+    for (size, measure), found in fronts(points(results)).items():
+        by_base.setdefault(size, {})[measure] = found
+    bases = {base: group(base) for size in by_base.values() for found in size.values() for base in found}
+    data = {"rows": trade_offs(results), "fronts": by_base, "groups": bases, "marks": _plain(marks_of(results))}
     # the page's parser takes </script> and <!-- for its own
-    data = json.dumps(trade_offs(results)).replace("<", "\\u003c")
-    return f'<div class="explorer"></div>\n<script>\n(() => {{\nconst rows = {data};\n{script}\n}})();\n</script>'
+    constants = "\n".join(
+        f"const {name} = {json.dumps(values)};".replace("<", "\\u003c") for name, values in data.items()
+    )
+    return f'<div class="explorer"></div>\n<script>\n(() => {{\n{constants}\n{script}\n}})();\n</script>'

@@ -87,7 +87,7 @@ def record(chapter: Chapter, p: Any, folder: Path, limit: int | None = None) -> 
 
     def missing(keys: Iterable[Key]) -> list[Key]:
         rows = store.rows(items=False).values() if store.path.exists() else ()
-        have = {chapter.key(m) for m in rows}
+        have = {key for m in rows if not _of_a_sample(m, wanted[key := chapter.key(m)])}
         return [key for key in keys if key not in have]
 
     with tqdm(
@@ -113,6 +113,12 @@ def record(chapter: Chapter, p: Any, folder: Path, limit: int | None = None) -> 
             except Timeout:
                 busy.append(part.name)
     return Recorded(added, len(missing(wanted)), busy)
+
+
+def _of_a_sample(m: Measurement, n: int | None) -> bool:
+    """Whether a row is of an earlier run on a sample, where all items are wanted now (n is None). Such rows stay."""
+    limits = m.provenance.get("protocol") or m.settings
+    return n is None and limits.get("limit") is not None
 
 
 def _lacks(part: Part, missing: Callable[[Iterable[Key]], list[Key]]) -> bool:
@@ -147,6 +153,8 @@ def _check_identities(store: Store, chapter: Chapter, p: Any, parts: Iterable[Pa
         if job is None or (key := chapter.key(m)) not in planned:
             continue
         stages, setup, data = planned[key]
+        if _of_a_sample(m, setup.limit):
+            continue
         expected = identity(
             job.base["fingerprint"], job.dtype, origin_of(p.data), recipe_of(stages).entries(), setup, text(setup, data)
         )

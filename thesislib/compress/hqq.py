@@ -34,7 +34,7 @@ class Hqq(Rtn):
     growth: float = 1.01
 
     letter: ClassVar[str] = "H"
-    pattern: ClassVar[str] = r"H([238]?)"
+    pattern: ClassVar[str] = r"H([235-8]?)"
     clips: ClassVar[tuple[str, ...]] = ("none",)
 
     def __post_init__(self):

@@ -113,19 +113,26 @@ def score_again(m: Measurement, aliases: Mapping[str, Sequence[str]], scoring: S
     extra = {"words": mean_with_interval(words)}
     if key == "correct":
         return share_correct(m.task, scoring.metric, m.unit, items, extra, dict(m.provenance))
+    low, high = _interval(scores)
     return Measurement(
         task=m.task,
         metric=scoring.metric,
+        value=fmean(scores),
+        low=low,
+        high=high,
         n=m.n,
         unit=m.unit,
         items=items,
         extra=extra,
         provenance=dict(m.provenance),
-        **mean_with_interval(scores),
     )
 
 
 def mean_with_interval(values: Sequence[float]) -> dict[str, float]:
     """The mean over questions with its 95 % interval: value, low, high."""
-    low, high = bootstrap_mean(values, [1] * len(values), range(len(values)))
+    low, high = _interval(values)
     return {"value": fmean(values), "low": low, "high": high}
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float]:
+    return bootstrap_mean(values, [1] * len(values), range(len(values)))

@@ -179,6 +179,16 @@ def compare(a: Measurement, b: Measurement) -> Comparison:
     return paired_means(nats_a / tokens, nats_b / tokens, a.column("document"), tokens)
 
 
+def relative(m: Measurement, base: Measurement) -> Measurement:
+    """A perplexity as a ratio to another model's on the windows that both have, with the interval of the paired test.
+
+    Ratios compare across samples of one text: the difficulty of the windows cancels.
+    """
+    c = compare(base, m)
+    value, low, high = (_exp(x) for x in (c.difference, c.low, c.high))
+    return replace(m, metric="ratio of perplexities", value=value, low=low, high=high)
+
+
 def on_common_windows(*measurements: Measurement) -> list[Measurement]:
     """The measurements, a whole text's restricted to the windows of the smallest sample among them.
 

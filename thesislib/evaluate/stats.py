@@ -159,6 +159,26 @@ def paired_means(a: Floats, b: Floats, groups: Groups | None = None, weights: Fl
     return Comparison(mean, mean - half, mean + half, p, n, "paired t")
 
 
+def with_spread(c: Comparison, error: float, df: float) -> Comparison:
+    """A comparison over items with a second, independent error: that of how the two subjects were made.
+
+    The variances add. Degrees of freedom are Satterthwaite's (1946): the comparison's own are its n - 1.
+
+    Args:
+        c: over items; its interval is a t interval.
+        error: the second standard error, in the unit of the difference.
+        df: degrees of freedom of the second.
+    """
+    own = (c.high - c.low) / 2 / t.ppf((1 + LEVEL) / 2, c.n - 1)
+    total = np.hypot(own, error)
+    if not total > 0:
+        return c
+    freedom = total**4 / (own**4 / (c.n - 1) + error**4 / df)
+    half = float(t.ppf((1 + LEVEL) / 2, freedom) * total)
+    p = float(2 * t.sf(abs(c.difference) / total, freedom))
+    return replace(c, low=c.difference - half, high=c.difference + half, p=p, test="t, items and trainings")
+
+
 def paired_bootstrap(
     a: Floats,
     b: Floats,

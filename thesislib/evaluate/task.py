@@ -149,16 +149,19 @@ def share_correct(
     task: str, metric: str, unit: str, items: list[dict[str, Any]], extra: Mapping[str, Any], provenance: dict
 ) -> Measurement:
     """The measurement of answers that are right or wrong: the share of the items whose "correct" is true."""
-    n = len(items)
+    n, right = len(items), sum(item["correct"] for item in items)
+    low, high = proportion(right, n)
     return Measurement(
         task=task,
         metric=metric,
+        value=right / n,
+        low=low,
+        high=high,
         n=n,
         unit=unit,
         items=items,
         extra=dict(extra),
         provenance=provenance,
-        **share_with_interval(sum(item["correct"] for item in items), n),
     )
 
 

@@ -31,6 +31,7 @@ from thesislib.model.subject import Subject
 from thesislib.model.tokenizers import prepared, rows_of
 
 GROUPS = (16, 32, 64, 128, 256, 512, 1024)  # that GPTQModel's kernels know, besides a whole row
+BITS = (2, 3, 4, 8)  # that the layout is defined for: GPTQModel lays 5 to 7 out otherwise, transformers refuses them
 WORD = 32  # codes that fill whole int32 words, at any number of bits
 
 
@@ -51,8 +52,8 @@ def export_gptq(subject: Subject, folder: str | Path) -> Path:
         folder: a new or empty one.
 
     Raises:
-        BadInput: projections that are not quantised, or on different grids; a grid with a floating minimum; groups or
-            shapes that the layout cannot hold; a folder that holds something.
+        BadInput: projections that are not quantised, or on different grids; 5, 6 or 7 bits; a grid with a floating
+            minimum; groups or shapes that the layout cannot hold; a folder that holds something.
     """
     folder = replaceable_folder(folder)
     linears: dict[str, Any] = {path: base_of(module) for path, module in projection_paths(subject)}
@@ -112,6 +113,8 @@ def load_gptq(folder: Path, config: PretrainedConfig, dtype: torch.dtype) -> Pre
             f"{folder}: GPTQ of format '{version}' with these settings is not read here: expected gptq or gptq_v2, "
             "all projections alike, the head plain"
         )
+    if bits not in BITS:
+        raise BadInput(f"{folder}: GPTQ of {bits} bits is not read here: expected {', '.join(map(str, BITS))}")
     grid = Grid(bits, ROW if group == -1 else group, "symmetric" if settings.get("sym", True) else "asymmetric")
     opened = {file: load_file(file) for file in {header.file for header in where.values()}}
     stored = {key: opened[header.file][key] for key, header in where.items()}
@@ -217,6 +220,11 @@ def _settings(subject: Subject, linears: dict[str, Any]) -> dict[str, Any]:
             f"projections have different grids ({', '.join(map(str, grids))}): a GPTQ checkpoint has one for all"
         )
     (grid,) = grids
+    if grid.bits not in BITS:
+        raise BadInput(
+            f"{grid.bits} bits cannot be held: GPTQ's loaders share a layout for {', '.join(map(str, BITS))} bits; an "
+            "artifact and a GGUF file hold them"
+        )
     if not grid.holds_zero:
         raise BadInput(
             "grid 'minimum' cannot be held: a GPTQ checkpoint has integer zeros, so quantise on the symmetric or "

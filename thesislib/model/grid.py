@@ -7,7 +7,7 @@ import torch
 
 from thesislib.errors import BadInput, unknown
 
-BITS = (2, 3, 4, 8)
+BITS = (2, 3, 4, 5, 6, 7, 8)
 GRIDS = ("symmetric", "asymmetric", "minimum")
 CLIPS = ("none", "squared", "weighted")
 SHRINKS = tuple(1 - 0.02 * k for k in range(31))  # of the range, down to 0.4: best for 2 bits is about 0.6, for 4 0.9
@@ -20,7 +20,7 @@ class Grid:
     """2^bits levels for each run of `group` consecutive weights of a row.
 
     Attributes:
-        bits: 2, 3, 4 or 8.
+        bits: 2 to 8.
         group: weights that share a scale; 'row' for all of a row.
         kind: 'symmetric', 'asymmetric' or 'minimum', see below.
 

@@ -39,6 +39,7 @@ class Measurement:
         items: one dict an item, in order, with at least "id", so that two subjects can be compared item by item.
         extra: further numbers of the same run, by name.
         provenance: everything needed to make it again, see `thesislib.records.schema.Provenance`.
+        id: of the row that it was read from; "" for one that was not read from records.
     """
 
     task: str
@@ -51,6 +52,7 @@ class Measurement:
     items: list[dict[str, Any]] = field(repr=False)
     extra: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict, repr=False)
+    id: str = field(default="", repr=False, compare=False)
 
     @property
     def made(self) -> Made:
@@ -109,6 +111,7 @@ class Measurement:
         """One line of JSON. A number that is not finite, such as a bound where too few items allow no interval, becomes
         null."""
         fields = asdict(self)
+        del fields["id"]
         if not items:
             del fields["items"]
         line = json.dumps(finite(fields), ensure_ascii=False, allow_nan=False)

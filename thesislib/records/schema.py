@@ -73,6 +73,16 @@ class Sweep(TypedDict):
     seconds_to_make: NotRequired[float]  # of its stages; those in the cache take none
 
 
+class File(TypedDict):
+    """A file in which another program quantised a subject, and whose decoded weights were measured."""
+
+    of: str  # the subject's fingerprint
+    made_by: dict[str, str]  # the program's versions
+    sha256: str
+    bytes: int
+    types: dict[str, float]  # the share of the file's numbers that each of its types holds
+
+
 class Provenance(TypedDict):
     """Everything needed to make a measurement again."""
 
@@ -95,4 +105,5 @@ class Provenance(TypedDict):
     corpus_sha256: NotRequired[str | None]  # of the text or items
     chapter: NotRequired[dict[str, Any]]  # what tells the row from others of its chapter, in that module's form
     sweep: NotRequired[Sweep]
+    file: NotRequired[File]
     origin: NotRequired[str]  # the id of the row whose recorded answers were scored again

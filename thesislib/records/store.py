@@ -249,7 +249,8 @@ class Store:
             outcomes -= row["items"]["bytes"]
             try:
                 outcomes_of_row = self._outcomes(row["items"]) if items else []
-                measurements[row["id"]] = Measurement(**{field: row[field] for field in FIELDS}, items=outcomes_of_row)
+                fields = {field: row[field] for field in FIELDS}
+                measurements[row["id"]] = Measurement(**fields, items=outcomes_of_row, id=row["id"])
             except UNREADABLE as error:
                 damage.append(Damage(line, f"its items in {self.items.name} are damaged ({error})"))
         if lost and not measurements and not damage:

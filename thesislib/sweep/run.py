@@ -76,8 +76,12 @@ def wanted(grid: Grid, c: Configuration, shared: Conditions) -> dict[str, str]:
 
 
 def by_identity(rows: Iterable[Measurement]) -> dict[str, Measurement]:
-    """The rows that have an identity, by it; records of failures have none."""
-    return {name: m for m in rows if m.metric != FAILED and (name := identity_of(m))}
+    """The rows that have an identity, by it; of several with one the first. Records of failures have none."""
+    named: dict[str, Measurement] = {}
+    for m in rows:
+        if m.metric != FAILED and (name := identity_of(m)):
+            named.setdefault(name, m)
+    return named
 
 
 def known(stores: Iterable[Store]) -> set[str]:
