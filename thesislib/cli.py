@@ -707,7 +707,7 @@ def records(
         stored.write_csv(rows, target)
         typer.echo(f"{csv}: {len(rows)} records")
         return
-    lines: Iterable[str] = listing(rows)
+    lines = listing(rows)
     if as_json:
         lines = (
             json.dumps({"id": name, **json.loads(m.to_json(items=False))}, ensure_ascii=False)

@@ -158,7 +158,7 @@ COMMON = {"dtype": "float32", "length": 64, "windows": 3, "tokens": 4, "question
 TINY = {
     "00_measures": {"dtype": "float32", "lengths": [64, 128], "windows": 4, "questions": 2, "passages": 2, "items": 3},
     "01_franken_llama": {"dtype": "float32", "length": 64, "windows": 3, "items": 3, "singles": 2},
-    "02_depth_pruning": COMMON | {"calibration": 2, "greedy": 2, "counts": [1, 2], "seeds": 1},
+    "02_depth_pruning": COMMON | {"calibration": 2, "stability": 3, "greedy": 2, "counts": [1, 2], "seeds": 1},
     "03_width_pruning": {
         "dtype": "float32",
         "length": 32,

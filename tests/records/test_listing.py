@@ -43,7 +43,7 @@ def depth(**settings):
         ([made(depth=depth())], [""]),
         ([made(depth=depth()), made(depth=depth(windows=64))], ["depth.windows 8", "depth.windows 64"]),
         ([made(depth=depth()), made(depth=depth(), dtype="float32")], ["dtype bfloat16", "dtype float32"]),
-        ([made(depth=depth()), made(depth=depth(), card="H100")], ["card none", "card H100"]),
+        ([made(depth=depth()), made(depth=depth(), card="H100")], ["", "card H100"]),
         ([made(depth=depth()), made(depth=depth(), seed=1)], ["seed 0", "seed 1"]),
         (
             [made(depth=depth(text="c4")), made(depth=depth(remove=None, blocks=[14, 17]))],

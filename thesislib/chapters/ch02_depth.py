@@ -549,7 +549,7 @@ CHAPTER = Chapter(
     claims=for_claims,
     recorded={
         "calibration": 8,
-        "stability": 64,
+        "stability": 48,
         "windows": None,
         "greedy": 12,
         "counts": [1, 2, 3, 4, 5, 6, 7, 8, 10, 12],

@@ -11,7 +11,7 @@ import pandas as pd
 
 from thesislib.compress.depth import Depth, window_losses
 from thesislib.compress.stability import Resampled, chosen, resampled
-from thesislib.files import read_json, write_whole
+from thesislib.files import data_file, read_json, write_whole
 from thesislib.model.subject import Subject
 from thesislib.records.measurement import provenance
 from thesislib.sources.corpus import calibration_text, calibration_windows
@@ -82,9 +82,9 @@ def record(subject: Subject, data: str, windows: int, length: int, file: Path) -
 AT_ALL = 0.005  # a block that goes in fewer resamples is not shown
 
 
-def read_recorded(path: Path) -> Losses:
-    """The file that `record` wrote."""
-    return Losses.from_json(read_json(path))
+def read_recorded(path: Path | None = None) -> Losses:
+    """The file that `record` wrote, by default the study's own."""
+    return Losses.from_json(read_json(path or data_file("results/02_depth_pruning_stability.json")))
 
 
 def choices(record: Losses, k: int) -> dict[int, Resampled]:

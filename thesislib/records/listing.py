@@ -40,7 +40,8 @@ def listing(rows: Mapping[str, Measurement]) -> Iterator[str]:
 
 def _numbers(m: Measurement) -> str:
     value, low, high = ("?" if x is None else f"{x:.4g}" for x in (m.value, m.low, m.high))  # None: not finite
-    return f"{value} [{low}, {high}]  n = {m.n} {printable(m.unit)}{'' if m.n == 1 else 's'}"
+    unit = m.unit.partition(" ")[0]  # without "of 512 tokens", which is said where lengths differ
+    return f"{value} [{low}, {high}]  n = {m.n} {printable(unit)}{'' if m.n == 1 else 's'}"
 
 
 def _differences(rows: Mapping[str, Measurement]) -> dict[str, str]:
@@ -72,5 +73,5 @@ def _settings(m: Measurement) -> dict[str, str]:
             found |= {f"{word}.{key}": x for key, x in values.items()}
     found |= {"dtype": run.get("dtype"), **{key: m.settings.get(key) for key in ("length", "prompt")}}
     found |= {"seed": (run.get("protocol") or {}).get("seed")}
-    found["card"] = (run.get("hardware") or {}).get("accelerator") or "none"
+    found["card"] = (run.get("hardware") or {}).get("accelerator")
     return {key: "-".join(map(str, x)) if isinstance(x, (list, tuple)) else str(x) for key, x in found.items()}
