@@ -255,6 +255,7 @@ def test_every_cell_says_what_its_numbers_say():
         both.loc[both["perplexity"] <= 52, "method"]
     ) and f"{above} above 52 not drawn" in axis.get_title()
     files = pd.DataFrame({"label": [AS_IT_CAME, "llama.cpp Q4_0"], "MB": [98.0, 92.0], PPL: [30.0, 37.0]})
+    files = files.assign(**{f"{PPL} low": files[PPL] - 3, f"{PPL} high": files[PPL] + 3})
     for most, there in ((52, ["Q4_1", "Q4_0"]), (35, ["Q4_1"])):
         axis = figures.bytes_chart(both, 30.0, files, most).axes[0]
         stars = [xy for line in axis.lines if "file" in line.get_label() for xy in line.get_xydata().tolist()]

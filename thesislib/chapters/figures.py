@@ -359,7 +359,7 @@ QUANTISED_LOOKS = {
 }
 
 
-FILE_LOOKS = {True: ("*", "#E69F00", 15), False: ("P", "#56B4E9", 8)}  # the file that the subject came in; others
+FILE_LOOKS = {True: ("*", "#E69F00", 15), False: ("P", "#56B4E9", 9)}  # the file that the subject came in; others
 
 
 def bytes_chart(table: pd.DataFrame, dense: float, marks: pd.DataFrame | None = None, most: float = 150) -> plt.Figure:
@@ -415,6 +415,7 @@ def _draw_files(axis: plt.Axes, marks: pd.DataFrame | None, measure: str, most: 
         marker, colour, size = FILE_LOOKS[bool(first)]
         name = "the file it came in" if first else "llama.cpp's files"
         look: dict[str, Any] = {"color": colour, "markersize": size, "markeredgecolor": "black", "zorder": 5}
+        axis.vlines(rows["MB"], rows[f"{measure} low"], rows[f"{measure} high"], colour, linewidth=0.6)
         axis.plot(rows["MB"], rows[measure], marker, linestyle="", label=name, **look)
         labels += [
             (x, y, label.split()[-1], "black")
@@ -492,7 +493,7 @@ def layers_chart(errors: Mapping[str, Mapping[str, float]], kinds: Sequence[str]
 FAMILY_LOOKS = {"pruned": ("o", GREY), "+ LoRA": ("s", BLUE), "+ GPTQ": ("^", ORANGE), "+ EoRA": ("D", GREEN)}
 
 
-FRONT_LOOKS = ("black", "-"), (BLUE, "--"), (GREEN, ":"), (ORANGE, "-.")  # of the models trained alike, untrained first
+FRONT_LOOKS = {"dense": ("black", "-"), "W": (BLUE, "--"), "T": (GREEN, ":")}  # of models trained alike, by their base
 
 
 def pareto_chart(
@@ -516,7 +517,6 @@ def pareto_chart(
     figure, axes = plt.subplots(
         len(measures), 2, figsize=(13, 5.2 * len(measures)), layout="constrained", squeeze=False
     )
-    bases = list(dict.fromkeys(base for by_base in fronts.values() for base in by_base))
     labels: dict[plt.Axes, list[Label]] = {}
     for row, (measure, logarithmic) in zip(axes, measures.items(), strict=True):
         for axis, (size, words) in zip(row, sizes.items(), strict=True):
@@ -531,7 +531,7 @@ def pareto_chart(
             files = _draw_files(axis, marks, measure, most if logarithmic else np.inf) if size == "MB" else []
             labels[axis] = files
             for base, front in fronts[size, measure].items():
-                colour, line = FRONT_LOOKS[bases.index(base) % len(FRONT_LOOKS)]
+                colour, line = FRONT_LOOKS.get(base, (ORANGE, "-."))
                 on_it = shown[shown["label"].isin(front)].sort_values(size)
                 axis.plot(
                     on_it[size],
