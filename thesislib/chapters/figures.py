@@ -362,7 +362,7 @@ QUANTISED_LOOKS = {
 FILE_LOOKS = {True: ("*", "#E69F00", 15), False: ("P", "#56B4E9", 9)}  # the file that the subject came in; others
 
 
-def bytes_chart(table: pd.DataFrame, dense: float, marks: pd.DataFrame | None = None, most: float = 150) -> plt.Figure:
+def bytes_chart(table: pd.DataFrame, dense: float, marks: pd.DataFrame, most: float = 150) -> plt.Figure:
     """Perplexity over megabytes on disk, a marker a method, bits beside it; what lies above `most` is left out and
     counted.
 
@@ -402,14 +402,14 @@ def bytes_chart(table: pd.DataFrame, dense: float, marks: pd.DataFrame | None = 
     return figure
 
 
-def _draw_files(axis: plt.Axes, marks: pd.DataFrame | None, measure: str, most: float = np.inf) -> list[tuple]:
+def _draw_files(axis: plt.Axes, marks: pd.DataFrame, measure: str, most: float = np.inf) -> list[tuple]:
     """Draw the files beside the study's models, a star for the one that the subject came in.
 
     Returns:
         The labels for `_write`.
     """
     labels: list[tuple] = []
-    if marks is None or measure not in marks:
+    if measure not in marks:
         return labels
     for first, rows in marks[marks[measure] <= most].groupby(marks["label"] == AS_IT_CAME, sort=False):
         marker, colour, size = FILE_LOOKS[bool(first)]
@@ -500,7 +500,7 @@ def pareto_chart(
     table: pd.DataFrame,
     fronts: Mapping[tuple[str, str], Mapping[str, Sequence[str]]],
     measures: Mapping[str, bool],
-    marks: pd.DataFrame | None = None,
+    marks: pd.DataFrame,
     most: float = 100,
 ) -> plt.Figure:
     """Each measure over bytes and over parameters that are not zero; a line joins those of the models trained alike
