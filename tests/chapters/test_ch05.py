@@ -11,7 +11,7 @@ from thesislib.chapters import ch05_quantisation as quantisation
 from thesislib.chapters import ch05_runs as gptq
 from thesislib.chapters import figures, recorded
 from thesislib.chapters.ch05_runs import BEST, CLOSED, HELD_OUT, INGREDIENTS, OPEN, PLAIN, PPL, QuantChapter
-from thesislib.chapters.pareto import AS_IT_CAME
+from thesislib.chapters.pareto import AS_IT_CAME, marks
 from thesislib.errors import BadInput
 from thesislib.evaluate.stats import by_verdict
 from thesislib.experiment import again
@@ -275,12 +275,13 @@ def test_every_cell_says_what_its_numbers_say():
     assert more["GPTQ 3-bit"][PPL].difference == pytest.approx(np.log(47 / 50), abs=0.01)
     both = quantisation.sizes_and_losses(results)
     assert set(both["method"]) >= {"GPTQ", "rounding", "GPTQ + EoRA"} and (both["MB"] > 0).all()
-    chart = figures.bytes_chart(both, 30.0, most=52)
+    chart = figures.bytes_chart(both, 30.0, marks({}), most=52)
     axis, above = chart.axes[0], int((both["perplexity"] > 52).sum())
     assert {t.get_text() for t in axis.get_legend().get_texts()} == set(
         both.loc[both["perplexity"] <= 52, "method"]
     ) and f"{above} above 52 not drawn" in axis.get_title()
     files = pd.DataFrame({"label": [AS_IT_CAME, "llama.cpp Q4_0"], "MB": [98.0, 92.0], PPL: [30.0, 37.0]})
+    files = files.assign(**{f"{PPL} low": files[PPL] - 3, f"{PPL} high": files[PPL] + 3})
     for most, there in ((52, ["Q4_1", "Q4_0"]), (35, ["Q4_1"])):
         axis = figures.bytes_chart(both, 30.0, files, most).axes[0]
         stars = [xy for line in axis.lines if "file" in line.get_label() for xy in line.get_xydata().tolist()]

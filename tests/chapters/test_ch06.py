@@ -112,7 +112,7 @@ def test_a_trained_model_wins_over_no_untrained_one(story):
     assert "untrained W1:8 (265 MB, perplexity 22.2 against 20.1)" in found
     shown = explorer_data(trade_offs.explorer(seen))
     assert shown["fronts"]["MB"][PPL] == by_base and list(shown["groups"]) == ["dense", "T", "W"]
-    chart = figures.pareto_chart(table, trade_offs.fronts(table), {PPL: True})
+    chart = figures.pareto_chart(table, trade_offs.fronts(table), {PPL: True}, trade_offs.marks_of(seen))
     lines = {line.get_label(): list(line.get_xdata()) for line in chart.axes[0].lines}
     assert lines["front, untrained"] == [240, 250, 265, 270] and lines["front, trained on WikiText"] == [60]
     figures.plt.close(chart)
@@ -201,7 +201,7 @@ def explorer_data(html):
 
 
 def test_the_recorded_figure_covers_nothing():
-    record = recorded("06_evaluation")
+    record = recorded("06_evaluation").for_fronts
     table = points(record)
     chart = figures.pareto_chart(table, trade_offs.fronts(table), {PPL: True, OPEN: False}, trade_offs.marks_of(record))
     for axis in chart.axes:
@@ -319,7 +319,8 @@ def test_the_explorers_text_is_safe_and_whole(story):
 
 def test_figures_hold_every_model(story):
     table = points(story)
-    chart = figures.pareto_chart(table, trade_offs.fronts(table), {PPL: True, OPEN: False}, most=30)
+    marks = trade_offs.marks_of(story)
+    chart = figures.pareto_chart(table, trade_offs.fronts(table), {PPL: True, OPEN: False}, marks, most=30)
     assert "1 above 30 not drawn" in chart.axes[0].get_title() and "n = 8 models" in chart.axes[0].get_title()
     assert len(chart.axes) == 4 and chart.axes[0].get_xlabel() == "MB on disk"
     lines = figures.interaction_chart(evaluation.by_depth_and_width(story))
@@ -369,4 +370,4 @@ def test_the_readme_has_the_three_findings_and_their_figure():
             key, _, value = image[position + 8 : position + 8 + length].partition(b"\0")
             said[key.decode()] = value.decode()
         position += length + 12
-    assert said["Description"] == trade_offs.digest(recorded("06_evaluation").full), "run `make findings`"
+    assert said["Description"] == trade_offs.digest(recorded("06_evaluation").for_fronts), "run `make findings`"

@@ -17,10 +17,11 @@ for name, content in (("findings", findings()), ("three", three_findings())):
     text = before + content + after
 write_whole(readme, text)
 write_whole(ROOT / "book" / "claims.md", page(recorded_pool()))
-record = recorded("06_evaluation").full
+record = recorded("06_evaluation").for_fronts
 figures.style()
 table = pareto.points(record)
-drawn = figures.pareto_chart(table, pareto.fronts(table), {name: task.ratio for name, task in pareto.MEASURES.items()})
+measures = {name: task.ratio for name, task in pareto.MEASURES.items()}
+drawn = figures.pareto_chart(table, pareto.fronts(table), measures, pareto.marks_of(record))
 image = io.BytesIO()
 drawn.savefig(image, dpi=80, metadata={"Description": pareto.digest(record), "Software": None})
 write_whole(ROOT / FIGURE, image.getvalue())

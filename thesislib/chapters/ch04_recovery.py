@@ -56,7 +56,7 @@ LETTERS = {"wikitext": "W", "trivia": "T"}
 THESIS_RULE = "the thesis's rule, a name anywhere in the answer,"
 
 
-def _models(results: Results) -> list[str]:
+def trained_models(results: Results) -> list[str]:
     """The models that were trained, dense last."""
     trained = dict.fromkeys(c.pruned for c, _ in results if c.text and not c.after)
     return [*(m for m in trained if m != DENSE), *(m for m in trained if m == DENSE)]
@@ -77,7 +77,7 @@ def perplexities(results: Results) -> dict[tuple[str, str], Measurement]:
     """
     own = {
         (model, text): m
-        for model in _models(results)
+        for model in trained_models(results)
         for text in ("", *_texts(results))
         if (m := _get(results, PPL, model, text or None))
     }
@@ -101,7 +101,7 @@ def recovery_table(results: Results) -> pd.DataFrame:
     """One row a model: perplexity untrained and trained on each text as a ratio to the untrained dense model's, then
     itself, with the thesis's own figures beside it."""
     rows, measured = [], perplexities(results)
-    for model in _models(results):
+    for model in trained_models(results):
         ms = {text: measured[model, text] for text in ("", *_texts(results)) if (model, text) in measured}
         row: dict[str, Any] = {"model": model}
         row |= {f"x dense{_plus(text)}": number(_to_dense(m, measured), ".3g") for text, m in ms.items()}
@@ -134,7 +134,7 @@ def recovered(results: Results, text: str = "wikitext") -> pd.DataFrame:
     rows = []
     measured = perplexities(results)
     dense, control = measured.get((DENSE, "")), measured.get((DENSE, text))
-    for model in _models(results):
+    for model in trained_models(results):
         before, after = measured.get((model, "")), measured.get((model, text))
         if model == DENSE or None in (before, after, control):
             continue
@@ -487,7 +487,7 @@ def headline(results: Recorded) -> str:
         f"dense model, trained alike, goes to {_times(control, dense)}: of the loss that pruning caused, D2 seems to "
         f"win back {shares.naive['D2']:.0%}, and against that control it is {shares.fair['D2']:.0%}; over all "
         f"{len(shares)} pruned models {shares.fair.min():.0%} to {shares.fair.max():.0%}. "
-        f"{texts_sentence(results.pool, _models(results))} {order_sentence(results)}"
+        f"{texts_sentence(results.pool, trained_models(results))} {order_sentence(results)}"
     )
 
 

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
+from thesislib.chapters import scorings
 from thesislib.chapters.chapter import WIKITEXT, Chapter, Keep, Key, Parameters, Part, book
 from thesislib.chapters.labels import FAMILIES, family, of, thesis_of
 from thesislib.chapters.pareto import MEASURES, OPEN, PPL, Results, bytes_finding, size_of
 from thesislib.chapters.phrases import difference, few, interval, number, ratio, share
 from thesislib.chapters.thesis import thesis_row
 from thesislib.evaluate.compare import compare
+from thesislib.evaluate.perplexity import relative
 from thesislib.evaluate.setup import setup_of, task_of
 from thesislib.evaluate.speed import SECONDS_PER_TOKEN
 from thesislib.evaluate.stats import Comparison, by_verdict, holm_adjusted, paired_means
@@ -121,6 +123,26 @@ class Record(NamedTuple):
         labels = [c.label for c in grid(RECORDED).configurations if c.group in groups and (c.label, PPL) in self.sample]
         return self.full if all((label, PPL) in self.full for label in labels) else self.sample
 
+    @property
+    def for_fronts(self) -> Results:
+        """The whole text's results once they have quantised models and the dense model trained alike; else the
+        sample's."""
+        has_all = all((label, PPL) in self.full for label in (DENSE, "W", "Q", "Q+E", "D2+W1:8+W+Q"))
+        return self.full if has_all else self.sample
+
+
+def size_measured(results: Results) -> str:
+    """Of which size of the grid results are: full if perplexities are of the whole text, else the sample."""
+    return FULL if any(m.settings.get("limit") is None for m in _measured(results, PPL).values()) else RECORDED
+
+
+def protocol_sentence(results: Results) -> str:
+    """On how much the models of some results were measured."""
+    counts = {task: sorted({f"{m.n:,}" for m in _measured(results, task).values()}) for task in MEASURES}
+    units = {task: next(iter(_measured(results, task).values())).unit for task, numbers in counts.items() if numbers}
+    said = ", ".join(f"{task} on {' or '.join(counts[task])} {unit.split()[0]}s" for task, unit in units.items())
+    return f"Measured here: {said}; the dense model's perplexity is {number(results[DENSE, PPL], '.4g')}."
+
 
 def read_recorded(path: Path) -> Record:
     """The recorded run."""
@@ -157,28 +179,30 @@ SIZES = {
 
 
 def grid_table(
-    results: Results, groups: Sequence[str] | None = None, size: str = RECORDED, run: bool = False
+    results: Results, groups: Sequence[str] | None = None, size: str | None = None, run: bool = False
 ) -> pd.DataFrame:
-    """One row a configuration of the grid: measures with intervals, sizes, and the thesis's own figures for its
-    subject.
+    """One row a configuration of the grid: perplexity as a ratio to the dense model's, then itself, the other measures
+    that any of them has, sizes, and the thesis's own figures for its subject.
 
     Args:
-        results: of that size.
+        results: of one size.
         groups: these groups' configurations only.
-        size: of the grid.
+        size: of the grid; by default that of the results.
         run: leave out configurations of which nothing was measured.
     """
-    rows, measured = [], _labels(results)
+    size, rows, measured = size or size_measured(results), [], _labels(results)
     dense, dense_thesis = results.get((DENSE, PPL)), thesis_row(DENSE)
-    for c in grid(size).configurations:
-        if (groups and c.group not in groups) or (run and c.label not in measured):
-            continue
+    shown = [
+        c for c in grid(size).configurations if (not groups or c.group in groups) and (not run or c.label in measured)
+    ]
+    taken = {task for c in shown for task in c.measures if (c.label, task) in results}
+    for c in shown:
         row: dict[str, object] = {"model": c.label}
-        for measure in c.measures:
+        for measure in (task for task in c.measures if task in taken):
             m = results.get((c.label, measure))
-            row[measure] = _shown(m)
             if measure == PPL:
-                row["x dense"] = f"{m.value / dense.value:,.3g}" if m and dense else ""
+                row["x dense"] = number(relative(m, dense), ",.3g") if m and dense else ""
+            row[measure] = _shown(m)
         if m := results.get((c.label, SECONDS_PER_TOKEN)):
             row["ms per token"] = interval(1e3 * m.value, 1e3 * m.low, 1e3 * m.high, ".1f")
         for column, key in SIZES.items():
@@ -201,14 +225,9 @@ def _measured(results: Results, measure: str) -> dict[str, Measurement]:
     return {label: m for (label, task), m in results.items() if task == measure}
 
 
-def tier_table(results: Results) -> pd.DataFrame:
-    """Open-book answers by the tier that found them right, of the models that were asked."""
-    rows = [
-        {"model": label, "any": f"{m.value:.1%}"}
-        | {tier: interval(x["value"], x["low"], x["high"], ".1%") for tier, x in m.extra.items()}
-        for label, m in _measured(results, OPEN).items()
-    ]
-    return pd.DataFrame(rows).set_index("model")
+def answers_table(results: Results, task: str = OPEN) -> pd.DataFrame:
+    """Answers by every scoring, of the models that were asked."""
+    return scorings.answers_table(_measured(results, task))
 
 
 def complete(results: Results, size: str = RECORDED) -> list[str]:
@@ -467,8 +486,8 @@ def headline(record: Record) -> str:
 
 
 def top_findings(record: Record) -> list[str]:
-    """The three that matter most, filled in from records on the whole text."""
-    return [bytes_finding(record.full), _control_finding(record.full), _width_finding(record.full)]
+    """The three that matter most, filled in from records."""
+    return [bytes_finding(record.for_fronts), _control_finding(record.for_fronts), _width_finding(record.full)]
 
 
 def pruned_and_trained(results: Results) -> list[str]:
@@ -515,6 +534,13 @@ def _width_finding(results: Results) -> str:
 # ---------------------------------------------------------------- the recorded run
 
 PRUNED = ("depth", "width", "first", "pruned")  # groups without training or quantisation
+STAGED = (
+    "fewer bits",
+    "fewer bits, compensated",
+    "first, recovered",
+    "first, quantised",
+    "first, compensated",
+)
 SINGLES = ("D2", "D4", "D8", "W1:2", "W2:4", "W1:8", "W4:8", "W8:16")
 HEADLINES = (  # models that a finding or a claim names
     *("dense", "D2", "D4", "D6", "D8", "W1:2", "W2:4", "W3:4", "W1:8", "W4:8", "W6:8", "W1:16", "W8:16", "W12:16"),

@@ -386,10 +386,10 @@ QUANTISED_LOOKS = {
 }
 
 
-FILE_LOOKS = {True: ("*", "#E69F00", 15), False: ("P", "#56B4E9", 8)}  # the file that the subject came in; others
+FILE_LOOKS = {True: ("*", "#E69F00", 15), False: ("P", "#56B4E9", 9)}  # the file that the subject came in; others
 
 
-def bytes_chart(table: pd.DataFrame, dense: float, marks: pd.DataFrame | None = None, most: float = 150) -> plt.Figure:
+def bytes_chart(table: pd.DataFrame, dense: float, marks: pd.DataFrame, most: float = 150) -> plt.Figure:
     """Perplexity over megabytes on disk, a marker a method, bits beside it; what lies above `most` is left out and
     counted.
 
@@ -430,19 +430,20 @@ def bytes_chart(table: pd.DataFrame, dense: float, marks: pd.DataFrame | None = 
     return figure
 
 
-def _draw_files(axis: plt.Axes, marks: pd.DataFrame | None, measure: str, most: float = np.inf) -> list[tuple]:
+def _draw_files(axis: plt.Axes, marks: pd.DataFrame, measure: str, most: float = np.inf) -> list[tuple]:
     """Draw the files beside the study's models, a star for the one that the subject came in.
 
     Returns:
         The labels for `_write`.
     """
     labels: list[tuple] = []
-    if marks is None or measure not in marks:
+    if measure not in marks:
         return labels
     for first, rows in marks[marks[measure] <= most].groupby(marks["label"] == AS_IT_CAME, sort=False):
         marker, colour, size = FILE_LOOKS[bool(first)]
         name = "the file it came in" if first else "llama.cpp's files"
         look: dict[str, Any] = {"color": colour, "markersize": size, "markeredgecolor": "black", "zorder": 5}
+        axis.vlines(rows["MB"], rows[f"{measure} low"], rows[f"{measure} high"], colour, linewidth=0.6)
         axis.plot(rows["MB"], rows[measure], marker, linestyle="", label=name, **look)
         labels += [
             (x, y, label.split()[-1], "black")
@@ -520,14 +521,14 @@ def layers_chart(errors: Mapping[str, Mapping[str, float]], kinds: Sequence[str]
 FAMILY_LOOKS = {"pruned": ("o", GREY), "+ LoRA": ("s", BLUE), "+ GPTQ": ("^", ORANGE), "+ EoRA": ("D", GREEN)}
 
 
-FRONT_LOOKS = ("black", "-"), (BLUE, "--"), (GREEN, ":"), (ORANGE, "-.")  # of the models trained alike, untrained first
+FRONT_LOOKS = {"dense": ("black", "-"), "W": (BLUE, "--"), "T": (GREEN, ":")}  # of models trained alike, by their base
 
 
 def pareto_chart(
     table: pd.DataFrame,
     fronts: Mapping[tuple[str, str], Mapping[str, Sequence[str]]],
     measures: Mapping[str, bool],
-    marks: pd.DataFrame | None = None,
+    marks: pd.DataFrame,
     most: float = 100,
 ) -> plt.Figure:
     """Each measure over bytes and over parameters that are not zero; a line joins those of the models trained alike
@@ -544,7 +545,6 @@ def pareto_chart(
     figure, axes = plt.subplots(
         len(measures), 2, figsize=(13, 5.2 * len(measures)), layout="constrained", squeeze=False
     )
-    bases = list(dict.fromkeys(base for by_base in fronts.values() for base in by_base))
     labels: dict[plt.Axes, list[Label]] = {}
     for row, (measure, logarithmic) in zip(axes, measures.items(), strict=True):
         for axis, (size, words) in zip(row, sizes.items(), strict=True):
@@ -559,7 +559,7 @@ def pareto_chart(
             files = _draw_files(axis, marks, measure, most if logarithmic else np.inf) if size == "MB" else []
             labels[axis] = files
             for base, front in fronts[size, measure].items():
-                colour, line = FRONT_LOOKS[bases.index(base) % len(FRONT_LOOKS)]
+                colour, line = FRONT_LOOKS.get(base, (ORANGE, "-."))
                 on_it = shown[shown["label"].isin(front)].sort_values(size)
                 axis.plot(
                     on_it[size],

@@ -230,7 +230,8 @@ def bytes_finding(results: Results) -> str:
         "**Bits or weights.** Quantised are, of the models on the front of perplexity against bytes, each among models "
         f"trained alike: {counts}. {equal_bytes_sentence(results)} The smallest whose perplexity is at "
         f"most {USABLE:g} times that of the dense model trained alike: {smallest}; the dense model has "
-        f"{rows.loc[DENSE, 'MB']:.0f} MB in bfloat16.{_as_it_came(results, table, by_base[DENSE])}"
+        f"{rows.loc[DENSE, 'MB']:.0f} MB in bfloat16.{_as_it_came(results, table, by_base[DENSE])} Perplexities here "
+        f"are of {results[DENSE, PPL].n} windows of {results[DENSE, PPL].task}."
     )
 
 
