@@ -221,3 +221,15 @@ def test_measures_table_and_flattering_answers(tiny, monkeypatch):
         items=[{"id": "1", "answer": "long answer", "tier": "substring"}, {"id": "2", "answer": "x", "tier": "exact"}],
     )
     assert measures.flattering(loose)["answer"].tolist() == ["long answer"]
+
+
+def test_a_plan_says_which_blocks_it_leaves_out_here_whatever_its_name_counts():
+    plans = franken_plans(30)
+    results = franken.Results(plans, {}, {}, {}, {})
+    assert [
+        franken.left_out(results, name) for name in ("15_single_skip", "skip_near_end_keep_last_two", "baseline")
+    ] == [
+        "here without block 14",
+        "here without blocks 25-27",
+        "here with all blocks",
+    ]

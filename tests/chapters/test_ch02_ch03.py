@@ -9,6 +9,7 @@ import pytest
 from tests.fakes import perplexity
 from thesislib.chapters import ch02_depth as depth
 from thesislib.chapters import ch03_width as width
+from thesislib.chapters import recorded
 from thesislib.chapters.thesis import thesis_row, thesis_rows
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
@@ -154,6 +155,14 @@ def test_what_a_subject_cannot_lose_is_left_out_or_refused(tiny, capsys):
     } == {4}
     with pytest.raises(BadInput, match="of this subject's 6 blocks 0 can go"):
         depth.score(tiny(layers=6), SMALL)
+
+
+def test_the_ranks_are_as_the_figure_s_text_says():
+    ranks = depth.importance_table(recorded("02_depth_pruning").scores).rank()
+    assert all({*ranks[metric].nlargest(2).index} == {0, 1} for metric in ("perplexity", "taylor"))
+    assert all({*ranks[metric].nlargest(2).index} == {0, 29} for metric in ("influence", "angular"))
+    assert ranks["magnitude"].idxmin() == 0
+    assert ranks.loc[[14, 17]].max(axis=None) == 9 and ranks.loc[[12, 13]].drop(columns="magnitude").max(axis=None) == 7
 
 
 # ---------------------------------------------------------------- chapter 3
