@@ -286,7 +286,8 @@ def test_the_full_size_is_shown_as_far_as_it_was_run(story):
     }
     table = evaluation.grid_table(full, size="full", run=True)
     assert list(table.index) == ["dense", "D2", "W1:8"] and table.loc["dense", "HellaSwag"] == "50.0% [40.0%, 60.0%]"
-    assert table.loc["D2", "HellaSwag"] == table.loc["dense", "PIQA"] == "not run"
+    assert table.loc["D2", "HellaSwag"] == "not run" and "PIQA" not in table  # nobody was asked
+    assert list(table.columns)[:2] == ["x dense", PPL] and table.loc["D2", "x dense"].startswith("1.3")
     beside = evaluation.against_dense(full)
     assert (
         list(beside.index) == ["D2", "W1:8"]

@@ -133,7 +133,7 @@ class Record(NamedTuple):
 
 def size_measured(results: Results) -> str:
     """Of which size of the grid results are: full if perplexities are of the whole text, else the sample."""
-    return FULL if any(m.settings.get("limit") is None for m in _measured(results, PPL).values()) else RECORDED
+    return FULL if any(m.settings.get("limit", 0) is None for m in _measured(results, PPL).values()) else RECORDED
 
 
 def protocol_sentence(results: Results) -> str:

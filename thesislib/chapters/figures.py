@@ -66,10 +66,11 @@ def _of(measurements: Iterable[Measurement]) -> tuple[list[float], list[float], 
 
 
 def _thousands(axis, small: bool = False) -> None:
-    """Numbers on a logarithmic axis with commas and without decimals; small: between its powers of ten too."""
-    axis.set_major_formatter("{x:,.0f}")
+    """Numbers on a logarithmic axis with commas, below 1 with the decimals that they need; small: between its powers of
+    ten too."""
+    axis.set_major_formatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:.1g}")
     if small:
-        axis.set_minor_formatter("{x:,.0f}")
+        axis.set_minor_formatter(lambda x, _: f"{x:,.0f}" if x >= 1 else f"{x:.1g}")
         axis.set_tick_params(which="minor", labelsize=8)
 
 
@@ -587,7 +588,7 @@ def pareto_chart(
                 title=f"n = {len(shown)} models{left}",
             )
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
-    _covered(figure)
+    figure.suptitle(COVERED, fontsize=8, color=GREY)  # below stands the legend
     for axis, texts in labels.items():
         _write(axis, texts)
     return figure
