@@ -36,6 +36,7 @@ from thesislib.chapters.phrases import (
     points,
     ratio,
     ratio_and_p,
+    sample_note,
 )
 from thesislib.compress.franken import ORIGINAL_DEPTH, format_plan, franken_plans
 from thesislib.errors import BadInput, unknown
@@ -305,6 +306,7 @@ def headline(results: Results) -> str:
         f"(block {block}: {ratio(twice[block])}). {skip_or_repeat(results)} "
         f"Of the original study's {verdicts.total()} conclusions {verdicts[HOLDS]} hold here, "
         f"{verdicts[FAILS]} do not, and {verdicts[UNDECIDED]} stay undecided."
+        f"{sample_note([*results.perplexity.values(), *results.skipped.values(), *results.repeated.values()])}"
     )
 
 

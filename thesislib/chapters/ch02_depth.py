@@ -28,7 +28,7 @@ from thesislib.chapters.chapter import (
     on_one_sample,
     shape,
 )
-from thesislib.chapters.phrases import listed, number, share, times
+from thesislib.chapters.phrases import listed, number, sample_note, share, times
 from thesislib.chapters.pool import largest, recorded_pool
 from thesislib.chapters.thesis import thesis_row
 from thesislib.chapters.trainings import Records
@@ -406,7 +406,7 @@ def headline(results: Results) -> str:
         f"does (rank correlation {correlation[near]:.2f}), {far} least ({correlation[far]:.2f}). "
         f"{verdict(results, last)} Closed-book TriviaQA goes "
         f"from {share(trivia[0, False])} to {share(trivia[2, False])} at D2 and {share(trivia[last, False])} at "
-        f"D{last}."
+        f"D{last}.{sample_note(results.perplexity.values())}"
     )
 
 

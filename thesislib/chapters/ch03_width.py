@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from thesislib.chapters.chapter import WIKITEXT, Chapter, Keep, Key, Parameters, Part, by_key, on_one_sample
-from thesislib.chapters.phrases import factor, p_value, ratio, versus, with_thousands
+from thesislib.chapters.phrases import factor, p_value, ratio, sample_note, versus, with_thousands
 from thesislib.chapters.pool import largest, recorded_pool
 from thesislib.chapters.thesis import thesis_row
 from thesislib.chapters.trainings import Records
@@ -338,6 +338,7 @@ def headline(results: Results) -> str:
         f"{by_seed.mean():.2f}, from {by_seed.min():.2f} to {by_seed.max():.2f}. "
         f"{halves_sentence(results, p)} {magnitude_sentence(results, p)} Packed, 1:8 takes {packed['1:8']} of the "
         f"linears' bytes and 2:4 {packed['2:4']}; the thesis's files stayed as large as they were."
+        f"{sample_note([m for c, m in results.items() if c])}"
     )
 
 

@@ -31,7 +31,7 @@ from thesislib.chapters.ch04_runs import (
 )
 from thesislib.chapters.chapter import WIKITEXT, Chapter
 from thesislib.chapters.labels import thesis_of
-from thesislib.chapters.phrases import interval, listed, number, p_value, ratio, ratio_and_p, times, versus
+from thesislib.chapters.phrases import interval, listed, number, p_value, ratio, ratio_and_p, sample_note, times, versus
 from thesislib.chapters.pool import largest, scored_by
 from thesislib.chapters.thesis import thesis_row
 from thesislib.chapters.trainings import Records, compare_models, spread
@@ -488,6 +488,7 @@ def headline(results: Recorded) -> str:
         f"win back {shares.naive['D2']:.0%}, and against that control it is {shares.fair['D2']:.0%}; over all "
         f"{len(shares)} pruned models {shares.fair.min():.0%} to {shares.fair.max():.0%}. "
         f"{texts_sentence(results.pool, trained_models(results))} {order_sentence(results)}"
+        f"{sample_note([m for (_, task), m in results.items() if task == PPL])}"
     )
 
 

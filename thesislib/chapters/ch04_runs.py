@@ -51,7 +51,8 @@ class LoraChapter(Parameters):
         rank: of the adapter.
         validation: held-out sequences.
         every: steps between validations.
-        seeds: how many, for the first pruned model on the first text.
+        seeds: of the first model on the first text, and of `seeded`.
+        seeded: models that have all these seeds on every text, and are asked questions with each.
         answering: how many of the pruned models are asked questions, and the dense one.
         windows: that perplexity is measured on.
         questions: of TriviaQA, closed book.
@@ -70,6 +71,7 @@ class LoraChapter(Parameters):
     validation: int = 4
     every: int = 8
     seeds: int = 1
+    seeded: list = field(default_factory=list)
     answering: int = 3
     windows: int | None = 6
     questions: int = 24
@@ -160,10 +162,11 @@ class Configuration:
 
 def configurations(p: LoraChapter) -> list[Configuration]:
     """What the chapter measures, the dense model first: each model untrained and trained on each text, more seeds of
-    one."""
+    the first on the first text and of those that have them on every text."""
     models = [DENSE, *p.pruned]
     trained = [Configuration(m, text) for text in p.texts for m in (*p.pruned, DENSE)]
-    seeds = [Configuration(p.pruned[0], p.texts[0], seed=seed) for seed in range(1, p.seeds)]
+    several = [(p.pruned[0], p.texts[0]), *((m, text) for m in p.seeded for text in p.texts)]
+    seeds = [Configuration(m, text, seed=seed) for m, text in dict.fromkeys(several) for seed in range(1, p.seeds)]
     return [*map(Configuration, models), *trained, *seeds]
 
 
@@ -215,9 +218,8 @@ def measure(
 
 def asked_of(c: Configuration, p: LoraChapter) -> list[str]:
     """What is measured of a configuration: perplexity, and of some models answers."""
-    return [
-        task for task in p.protocols() if task == PPL or (is_main(c) and c.pruned in (DENSE, *p.pruned[: p.answering]))
-    ]
+    asked = is_main(c) and c.pruned in (DENSE, *p.pruned[: p.answering])
+    return [task for task in p.protocols() if task == PPL or asked or (c.seed and c.pruned in p.seeded)]
 
 
 def is_main(c: Configuration) -> bool:
@@ -291,6 +293,7 @@ RECORDED = {
     "validation": 8,
     "every": 16,
     "seeds": 3,
+    "seeded": ["dense", "D2", "D4", "W2:4", "D2+W1:8"],
     "windows": None,
     "questions": 200,
     "passages": 64,

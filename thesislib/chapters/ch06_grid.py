@@ -203,6 +203,8 @@ def grid_table(
             if measure == PPL:
                 row["x dense"] = number(relative(m, dense), ",.3g") if m and dense else ""
             row[measure] = _shown(m)
+            if measure == PPL:
+                row["windows"] = m.n if m else ""
         if m := results.get((c.label, SECONDS_PER_TOKEN)):
             row["ms per token"] = interval(1e3 * m.value, 1e3 * m.low, 1e3 * m.high, ".1f")
         for column, key in SIZES.items():

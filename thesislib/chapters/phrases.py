@@ -1,6 +1,7 @@
 """How chapters write numbers, intervals and tests, so that the same thing reads the same on every page."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -43,6 +44,14 @@ def ratio(c: Comparison, form: str = ".3f") -> str:
     """
     value, low, high = (np.exp(min(x, 50)) for x in (c.difference, c.low, c.high))
     return f"x {interval(value, low, high, form)}"
+
+
+def sample_note(measurements: Iterable[Measurement]) -> str:
+    """How many of these perplexities are of a sample of the text's windows and not yet of all, in a sentence; "" if
+    none is."""
+    samples = Counter(m.n for m in measurements if m.metric == "perplexity" and m.settings.get("limit"))
+    said = ", ".join(f"{count} perplexities are of {n} windows" for n, count in sorted(samples.items()))
+    return f" Not yet measured on the whole text: {said} that are spread over it." if said else ""
 
 
 def factor(c: Comparison, form: str = ".2f") -> str:
