@@ -2,6 +2,7 @@
 numbers."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -266,6 +267,25 @@ def test_pruning_after_training_is_held_against_pruning_before(story):
     for made, verdict in ((loss(3.7), "worse"), (loss(3.3), "better"), (loss(3.5, seed=77), "not told apart")):
         story[late, PPL] = made
         assert {c: test.verdict() for c, test in recovery.orders(story).items()} == {late: verdict}
+
+
+def test_longer_trainings_are_counted_against_the_control(story):
+    p = LoraChapter(pruned=["D2"], steps=4)
+    said = recovery.tokens_sentence(story, p)
+    assert "57% after 1,000; longer trainings are not run yet." in said  # of 0.7 nats 0.3 are left
+    for steps, pruned, dense in ((8, 3.2, 3.0), (16, 3.05, 2.95)):
+        for model, nats in (("D2", pruned), ("dense", dense)):
+            m = loss(nats, seed=steps)
+            report = {**m.made["reports"][-1], "tokens": 1000 * steps}
+            m = m.with_provenance(made={**m.made, "reports": [report]})
+            story[Configuration(model, "wikitext", steps=steps), PPL] = m
+    said = recovery.tokens_sentence(story, p)
+    shares = {tokens: int(share) for share, tokens in re.findall(r"(\d+)% after ([\d,]+\d)", said)}
+    assert shares == {
+        "1,000": pytest.approx(57, abs=2), "8,000": pytest.approx(71, abs=2), "16,000": pytest.approx(86, abs=2)
+    }  # fmt: skip
+    assert not lora.is_main(lora.longer(p)[0])
+    assert lora.longer(p)[0].stages(p)[-1].steps == 8
 
 
 def test_seeds_of_one_training(story):

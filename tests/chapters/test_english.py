@@ -57,6 +57,7 @@ def english() -> dict[str, str]:
         "04.order_sentence": recovery.order_sentence(r4),
         "04.merge_sentence": recovery.merge_sentence(r4),
         "04.seeds_sentence": recovery.seeds_sentence(r4),
+        "04.tokens_sentence": recovery.tokens_sentence(r4, p4),
         "04.rates_sentence": recovery.rates_sentence(r4, p4),
         "05.cost_sentence": quantisation.cost_sentence(r5),
         "05.more_sentence": quantisation.more_sentence(r5, p5),

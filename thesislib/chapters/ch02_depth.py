@@ -392,7 +392,11 @@ def headline(results: Results) -> str:
     """What chapter 2 found, in sentences, for the book's first page and the README."""
     dense, counts = results.quoted(0), [k for k in THESIS if ("perplexity", k) in results.perplexity]
     ours = {k: results.quoted(k) for k in counts}
-    grow = ", ".join(f"{times(perplexity.relative(m, dense).value)} with D{k} ({m.value:.3g})" for k, m in ours.items())
+    grow = ", ".join(
+        f"{times(perplexity.relative(m, dense).value)} with D{k} ({m.value:.3g}"
+        f"{'' if m.n == dense.n else f' on {m.n} windows'})"
+        for k, m in ours.items()
+    )
     theirs = ", ".join(times(thesis_row(f"D{k}").perplexity / thesis_row("dense").perplexity) for k in counts)
     correlation = rank_correlations(results.scores)["perplexity"].drop("perplexity")
     near, far = correlation.idxmax(), correlation.idxmin()

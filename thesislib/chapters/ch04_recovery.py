@@ -24,6 +24,7 @@ from thesislib.chapters.ch04_runs import (
     for_claims,
     is_main,
     key,
+    longer,
     merges,
     rates,
     read_recorded,
@@ -422,23 +423,43 @@ def cost_sentence(results: Results) -> str:
     )
 
 
-def by_rate(results: Results, p: LoraChapter) -> dict[float, Measurement]:
-    """{learning rate: perplexity} of the first training, lowest rate first."""
-    tried = [Configuration(p.pruned[0], p.texts[0]), *rates(p)]
+def by_rate(results: Results, p: LoraChapter, model: str | None = None) -> dict[float, Measurement]:
+    """{learning rate: perplexity} of a model's training on the first text, by default the first pruned model's, lowest
+    rate first."""
+    tried = [Configuration(model or p.pruned[0], p.texts[0]), *rates(p, model)]
     return dict(sorted((c.learning_rate or p.learning_rate, results[c, PPL]) for c in tried if (c, PPL) in results))
 
 
 def rates_sentence(results: Results, p: LoraChapter) -> str:
-    """Which learning rate did best on held-out text."""
-    tried = by_rate(results, p)
-    held_out = {rate: training_report(m)["best_loss"] for rate, m in tried.items()}
-    losses = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in held_out.items())
-    test = ", ".join(f"{rate:g}: {m.value:.2f}" for rate, m in tried.items())
-    return (
-        f"Held-out loss of {p.pruned[0]}+{LETTERS[p.texts[0]]} by learning rate: {losses}. Best of these: "
-        f"{min(held_out, key=held_out.get):g}; the chapter trains with {p.learning_rate:g}. Perplexity on the test "
-        f"text, which decided nothing: {test}."
-    )
+    """Which learning rate did best on held-out text, for the first pruned model and for the control."""
+    said = []
+    for model in (p.pruned[0], DENSE):
+        tried = by_rate(results, p, model)
+        held_out = {rate: training_report(m)["best_loss"] for rate, m in tried.items()}
+        losses = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in held_out.items())
+        test = ", ".join(f"{rate:g}: {m.value:.2f}" for rate, m in tried.items())
+        best = f"Best of these: {min(held_out, key=held_out.get):g}; the chapter trains with {p.learning_rate:g}. "
+        said.append(
+            f"Held-out loss of {_trained(model, LETTERS[p.texts[0]])} by learning rate: {losses}. "
+            f"{best}Perplexity on the test text, which decided nothing: {test}."
+            if len(tried) > 1
+            else f"{_trained(model, LETTERS[p.texts[0]])} was trained with one learning rate yet."
+        )
+    return " ".join(said)
+
+
+def tokens_sentence(results: Results, p: LoraChapter) -> str:
+    """What the first pruned model wins back, counted against the control, by how many tokens both are trained on."""
+    model, text, shares = p.pruned[0], p.texts[0], {}
+    before, dense = (results.get((Configuration(m), PPL)) for m in (model, DENSE))
+    for steps in (None, *dict.fromkeys(c.steps for c in longer(p))):
+        after, control = (results.get((Configuration(m, text, steps=steps), PPL)) for m in (model, DENSE))
+        if None not in (before, dense, after, control):
+            lost, left = (perplexity.compare(*pair).difference for pair in ((dense, before), (control, after)))
+            shares[training_report(after)["tokens"]] = 1 - left / lost
+    said = ", ".join(f"{share:.0%} after {tokens:,}" for tokens, share in shares.items())
+    more = "" if len(shares) > 1 else "; longer trainings are not run yet"
+    return f"By tokens of training, {model} wins back, counted against the dense model trained alike: {said}{more}."
 
 
 def curves(results: Results) -> dict[str, dict[str, tuple[list, list]]]:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -136,6 +137,7 @@ class Configuration:
         merge: see `thesislib.compress.lora.stage.MERGES`.
         seed: of training.
         learning_rate: None for the chapter's.
+        steps: of the optimiser; None for the chapter's.
     """
 
     pruned: str
@@ -144,13 +146,15 @@ class Configuration:
     merge: str = "beside"
     seed: int = 0
     learning_rate: float | None = None
+    steps: int | None = None
 
     def stages(self, p: LoraChapter) -> list:
         """What makes it."""
         before, after = ([] if x in ("", DENSE) else recorded_stages(x) for x in (self.pruned, self.after))
         trained = p.training(self.text, merge=self.merge, seed=self.seed) if self.text else None
-        if trained and self.learning_rate is not None:
-            trained = dataclasses.replace(trained, learning_rate=self.learning_rate)
+        own: dict[str, Any] = {"learning_rate": self.learning_rate, "steps": self.steps}
+        if trained:
+            trained = dataclasses.replace(trained, **{name: x for name, x in own.items() if x is not None})
         return [*before, *([trained] if trained else []), *after]
 
     @property
@@ -175,9 +179,15 @@ def order_experiment(p: LoraChapter, depth: str = "D2", width: str = "W1:8") -> 
     return [Configuration(depth, text, after=width) for text in p.texts]
 
 
-def rates(p: LoraChapter, others: Sequence[float] = (0.25, 0.5, 2)) -> list[Configuration]:
-    """The first training at other learning rates, multiples of the chapter's: what its default was chosen among."""
-    return [Configuration(p.pruned[0], p.texts[0], learning_rate=x * p.learning_rate) for x in others]
+def rates(p: LoraChapter, model: str | None = None, others: Sequence[float] = (0.25, 0.5, 2)) -> list[Configuration]:
+    """A model's training on the first text at other learning rates, multiples of the chapter's: what its default was
+    chosen among. By default the first pruned model's."""
+    return [Configuration(model or p.pruned[0], p.texts[0], learning_rate=x * p.learning_rate) for x in others]
+
+
+def longer(p: LoraChapter, times: Sequence[int] = (2, 4)) -> list[Configuration]:
+    """The first pruned model and the control, trained on the first text for more tokens."""
+    return [Configuration(m, p.texts[0], steps=x * p.steps) for x in times for m in (p.pruned[0], DENSE)]
 
 
 Results = Mapping[tuple[Configuration, str], Measurement]
@@ -224,7 +234,7 @@ def asked_of(c: Configuration, p: LoraChapter) -> list[str]:
 
 def is_main(c: Configuration) -> bool:
     """Whether this is one of the chapter's main models: no further seed, rate, or order."""
-    return c.seed == 0 and c.learning_rate is None and not c.after
+    return c.seed == 0 and c.learning_rate is None and c.steps is None and not c.after
 
 
 def merges(c: Configuration) -> list[Configuration]:
@@ -309,7 +319,7 @@ def recorded_parameters(**settings) -> LoraChapter:
 def recorded_parts(p: LoraChapter, file: Path) -> Iterator[Part]:
     """Each training by itself, with all that is measured of it and of its merges."""
     items = {PPL: p.windows, CLOSED: p.questions, OPEN: p.passages}
-    for c in [*configurations(p), *order_experiment(p), *rates(p)]:
+    for c in [*configurations(p), *order_experiment(p), *rates(p), *rates(p, DENSE), *longer(p)]:
         mine = [(c, task) for task in asked_of(c, p)] + [(way, PPL) for way in merges(c)]
         rows: dict[Key, int | None] = {
             (recipe_of(one.stages(p)).label or DENSE, one, task): items[task] for one, task in mine
@@ -319,7 +329,7 @@ def recorded_parts(p: LoraChapter, file: Path) -> Iterator[Part]:
             measure([c], p, {key[1:]: None for key in rows if key not in missing}, keep)
 
         planned = {key: (key[1].stages(p), p.protocols()[key[2]], p.data) for key in rows}
-        yield Part(f"{c.label} {c.seed} {c.learning_rate}", rows, make, planned=planned)
+        yield Part(f"{c.label} {c.seed} {c.learning_rate} {c.steps}", rows, make, planned=planned)
 
 
 def key(m: Measurement) -> Key:
@@ -332,5 +342,5 @@ def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurem
     """Every seed at the chapter's learning rate."""
     for m in rows:
         label, config, task = key(m)
-        if config.learning_rate is None:
+        if config.learning_rate is None and config.steps is None:
             yield label, WIKITEXT if task == PPL else task, m
