@@ -291,13 +291,16 @@ def articles(nats, words=(10, 20, 5, 8), **changes):
 
 
 def test_word_perplexities_are_compared_by_article():
-    a, b = [3.0, 3.5, 2.5, 4.0], [3.2, 3.6, 2.4, 4.4]
-    found, expected = compare(articles(a), articles(b)), stats.ttest_rel(b, a)
+    a, b, alike = [3.0, 3.5, 2.5, 4.0], [3.2, 3.6, 2.4, 4.4], (7, 7, 7, 7)
+    found, expected = compare(articles(a, alike), articles(b, alike)), stats.ttest_rel(b, a)
     assert (found.p, found.n) == (pytest.approx(expected.pvalue), 4)
     interval = expected.confidence_interval(0.95)
     assert (found.low, found.difference, found.high) == pytest.approx(
         (interval.low, sum(b) / 4 - sum(a) / 4, interval.high)
     )
+    words = (10, 20, 5, 8)  # a long article counts for more: the difference is that of the two word perplexities
+    difference = sum(n * (y - x) for x, y, n in zip(a, b, words, strict=True)) / sum(words)
+    assert compare(articles(a), articles(b)).difference == pytest.approx(difference)
     with pytest.raises(BadInput, match="measured on other items"):
         compare(articles(a), articles(b[:3], (10, 20, 5)))
 
