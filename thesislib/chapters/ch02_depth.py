@@ -29,7 +29,7 @@ from thesislib.chapters.chapter import (
     shape,
 )
 from thesislib.chapters.phrases import listed, number, sample_note, share, times
-from thesislib.chapters.pool import largest, recorded_pool
+from thesislib.chapters.pool import larger, recorded_pool
 from thesislib.chapters.thesis import thesis_row
 from thesislib.chapters.trainings import Records
 from thesislib.compress.depth import METRICS, Depth, angular_distances, importance
@@ -215,7 +215,7 @@ class Results:
 
     def quoted(self, k: int) -> Measurement:
         """The perplexity without the k blocks of `Scores.main`: of all chapters the measurement on the most windows."""
-        return larger(self.dense if k == 0 else self.perplexity[self.scores.main, k], k, WIKITEXT, self.pool)
+        return quoted(self.dense if k == 0 else self.perplexity[self.scores.main, k], k, WIKITEXT, self.pool)
 
     @property
     def dense(self) -> Measurement:
@@ -223,11 +223,11 @@ class Results:
         return self.perplexity[NOTHING, 0]
 
 
-def larger(m: Measurement, k: int, measure: str, pool: Records) -> Measurement:
+def quoted(m: Measurement, k: int, measure: str, pool: Records) -> Measurement:
     """The measurement on the most items of the model of `m`, which lacks k blocks. A label does not tell which blocks:
     another machine may have chosen others."""
-    other = largest(pool, measure, [label_of(k)]).get(label_of(k), m)
-    return other if other.n > m.n and (other.provenance["plan"] == m.provenance["plan"] or not k) else m
+    other = larger(pool, measure, label_of(k), m)
+    return other if other.provenance["plan"] == m.provenance["plan"] or not k else m
 
 
 def chosen_elsewhere(results: Results) -> str:
@@ -235,7 +235,7 @@ def chosen_elsewhere(results: Results) -> str:
     said = []
     for k in (k for k in THESIS if (results.scores.main, k) in results.perplexity):
         own = results.perplexity[results.scores.main, k]
-        other = largest(results.pool, WIKITEXT, [label_of(k)]).get(label_of(k), own)
+        other = larger(results.pool, WIKITEXT, label_of(k), own)
         here, there = (set(own.provenance["plan"]), set(other.provenance["plan"]))
         if here != there:
             ratio = perplexity.relative(other, results.quoted(0)).value
@@ -458,7 +458,7 @@ def read_recorded(path: Path) -> Results:
     )
     own = from_measurements(list(rows.values()), Scores.from_json(read_json(_scores_file(path))))
     pool = recorded_pool(path.parent)
-    trivia = {(k, is_open): larger(m, k, OPEN if is_open else CLOSED, pool) for (k, is_open), m in own.trivia.items()}
+    trivia = {(k, is_open): quoted(m, k, OPEN if is_open else CLOSED, pool) for (k, is_open), m in own.trivia.items()}
     return dataclasses.replace(own, trivia=trivia, pool=pool)
 
 

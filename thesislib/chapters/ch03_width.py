@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -14,9 +14,8 @@ from tqdm import tqdm
 
 from thesislib.chapters.chapter import WIKITEXT, Chapter, Keep, Key, Parameters, Part, by_key, on_one_sample
 from thesislib.chapters.phrases import factor, p_value, ratio, sample_note, versus, with_thousands
-from thesislib.chapters.pool import largest, recorded_pool
+from thesislib.chapters.pool import Recorded, larger, recorded_pool
 from thesislib.chapters.thesis import thesis_row
-from thesislib.chapters.trainings import Records
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import perplexity
@@ -111,16 +110,6 @@ def calibrations(
 Results = Mapping[Width | None, Measurement]  # None: the whole model
 
 
-class Recorded(dict[Width | None, Measurement]):
-    """A recorded run, and what all chapters together recorded of the same models.
-
-    Attributes:
-        pool: see `thesislib.chapters.pool.recorded_pool`.
-    """
-
-    pool: Records
-
-
 def measure(
     subject: Subject, configs: Iterable[Width], p: WidthChapter, done: Results | None = None, keep: Keep | None = None
 ) -> dict[Width | None, Measurement]:
@@ -196,8 +185,8 @@ def main_results(results: Results, p: WidthChapter, metric: str = "wanda") -> di
 
 
 def _larger(results: Results, label: str, m: Measurement) -> Measurement:
-    other = largest(results.pool, WIKITEXT, [label]).get(label, m) if isinstance(results, Recorded) else m
-    return replace(other, provenance={**other.provenance, "chapter": m.chapter}) if other.n > m.n else m
+    other = larger(results.pool, WIKITEXT, label, m) if isinstance(results, Recorded) else m
+    return other.with_provenance(chapter=m.chapter)
 
 
 def dense_of(results: Results) -> Measurement:
@@ -375,11 +364,8 @@ def from_measurements(measurements: Iterable[Measurement]) -> dict[Width | None,
 
 def read_recorded(path: Path) -> Recorded:
     """A recorded run."""
-    record = Recorded(
-        from_measurements(on_one_sample(Store(path).rows().values(), lambda m: tuple(stages_of(m))).values())
-    )
-    record.pool = recorded_pool(path.parent)
-    return record
+    rows = on_one_sample(Store(path).rows().values(), lambda m: tuple(stages_of(m)))
+    return Recorded(from_measurements(rows.values()), recorded_pool(path.parent))
 
 
 RECORDED = {

@@ -19,7 +19,6 @@ from thesislib.chapters.ch04_runs import (
     RECORDED,
     Configuration,
     LoraChapter,
-    Recorded,
     Results,
     for_claims,
     is_main,
@@ -33,9 +32,9 @@ from thesislib.chapters.ch04_runs import (
 from thesislib.chapters.chapter import WIKITEXT, Chapter
 from thesislib.chapters.labels import thesis_of
 from thesislib.chapters.phrases import interval, listed, number, p_value, ratio, ratio_and_p, sample_note, times, versus
-from thesislib.chapters.pool import largest, scored_by
+from thesislib.chapters.pool import Recorded, largest, scored_by
 from thesislib.chapters.thesis import thesis_row
-from thesislib.chapters.trainings import Records, compare_models, spread
+from thesislib.chapters.trainings import Records, compare_models, on_largest_sample, spread
 from thesislib.compress.lora.sequences import TEXTS
 from thesislib.evaluate import perplexity, triviaqa
 from thesislib.evaluate.stats import (
@@ -203,10 +202,9 @@ def texts_compared(pool: Records, models: Iterable[str], measure: str = CLOSED) 
     """
     tests, apart = {}, spread(pool, measure)
     for model in models:
-        labels = [_trained(model, letter) for letter in "TW"]
-        a, b = (pool.get((label, measure), {}) for label in labels)
-        if both := a.keys() & b.keys():
-            tests[model] = compare_models(labels[0], a[max(both)], labels[1], b[max(both)], apart)
+        questions, wikitext = (_trained(model, letter) for letter in "TW")
+        if both := on_largest_sample(pool, questions, wikitext, measure):
+            tests[model] = compare_models(questions, both[0], wikitext, both[1], apart)
     return holm_adjusted(tests)
 
 

@@ -21,8 +21,7 @@ from thesislib.chapters.chapter import (
     recorded_stages,
 )
 from thesislib.chapters.labels import of
-from thesislib.chapters.pool import recorded_pool
-from thesislib.chapters.trainings import Records
+from thesislib.chapters.pool import Recorded, recorded_pool
 from thesislib.compress.lora.sequences import TEXTS
 from thesislib.compress.lora.stage import MERGES, Lora
 from thesislib.errors import BadInput, shown, unknown
@@ -279,21 +278,10 @@ def from_measurements(measurements: Iterable[Measurement]) -> dict[tuple[Configu
     return by_key(measurements, lambda m: (Configuration(**m.chapter["configuration"]), m.chapter["what"]), 4)
 
 
-class Recorded(dict[tuple[Configuration, str], Measurement]):
-    """A recorded run, and what all chapters together recorded of the same models.
-
-    Attributes:
-        pool: see `thesislib.chapters.pool.recorded_pool`.
-    """
-
-    pool: Records
-
-
 def read_recorded(path: Path) -> Recorded:
     """A recorded run."""
-    record = Recorded(from_measurements(on_one_sample(Store(path).rows().values(), key).values()))
-    record.pool = recorded_pool(path.parent)
-    return record
+    rows = on_one_sample(Store(path).rows().values(), key)
+    return Recorded(from_measurements(rows.values()), recorded_pool(path.parent))
 
 
 RECORDED = {

@@ -39,8 +39,10 @@ from thesislib.chapters.ch05_runs import (
     recorded_parts,
 )
 from thesislib.chapters.chapter import Chapter, K
-from thesislib.chapters.phrases import factor, listed, number, p_value, ratio, ratio_and_p, share, versus, word
+from thesislib.chapters.phrases import factor, listed, number, p_value, points, ratio, ratio_and_p, share, versus, word
+from thesislib.chapters.pool import Recorded
 from thesislib.chapters.thesis import thesis_row
+from thesislib.chapters.trainings import Records, compare_models, on_largest_sample
 from thesislib.errors import BadInput
 from thesislib.evaluate.compare import compare
 from thesislib.evaluate.stats import Comparison, by_verdict, holm_adjusted
@@ -69,6 +71,11 @@ def stage_report(m: Measurement, word: str) -> dict:
     raise BadInput(f"no stage '{word}' made {m.label}")
 
 
+def _of_n(m: Measurement | None) -> str:
+    """A share with its interval, and of how many questions."""
+    return f"{share(m)}, n = {m.n}" if m else ""
+
+
 def main_table(results: Results, configs: Sequence[Configuration]) -> pd.DataFrame:
     """One row a configuration: perplexity on the test and the held-out text, answers, and bytes on disk."""
     dense = results.get((None, PPL))
@@ -84,8 +91,8 @@ def main_table(results: Results, configs: Sequence[Configuration]) -> pd.DataFra
                 "WikiText-2": number(here[PPL]),
                 "x dense": f"{here[PPL].value / dense.value:.2f}" if here[PPL] and dense else "",
                 "held-out Wikipedia": number(here[HELD_OUT]),
-                "closed book": share(here[CLOSED]),
-                "open book": share(here[OPEN]),
+                "closed book": _of_n(here[CLOSED]),
+                "open book": _of_n(here[OPEN]),
                 "MB": f"{size.get('bytes_on_disk', size.get('bytes_in_memory', 0)) / 1e6:.1f}",
                 "linears, of bfloat16": _share_of_bfloat16(c, here),
             }
@@ -722,7 +729,7 @@ def samples(results: Results) -> pd.DataFrame:
 
 def answers_sentence(results: Results, p: QuantChapter) -> str:
     """Questions answered by the quantised models against the dense one, and with EoRA against without, exact McNemar
-    tests."""
+    tests: of chapter 6's models on more questions, in a recorded run, and of this chapter's on its own."""
     dense, *configs = main_models(p)
     pairs = {f"{c.name} against dense": (dense, c) for c in configs}
     for c in (c for c in configs if c.corrected):
@@ -734,8 +741,27 @@ def answers_sentence(results: Results, p: QuantChapter) -> str:
             f"{p_value(test.p)})"
             for name, test in tested(results, pairs, task).items()
         )
-        books.append(f"{task}, dense {results[None, task].value:.1%}: {answers or 'not run'}")
-    return f"{'. '.join(x[0].upper() + x[1:] for x in books)}. Exact McNemar tests, Holm-adjusted."
+        m = results[None, task]
+        books.append(f"{task}, {m.n} questions, dense {m.value:.1%}: {answers or 'not run'}")
+    own = f"{'. '.join(x[0].upper() + x[1:] for x in books)}. Exact McNemar tests, Holm-adjusted."
+    return f"{_on_more_questions(results.pool)}{own}" if isinstance(results, Recorded) else own
+
+
+def _on_more_questions(pool: Records) -> str:
+    """What chapter 6's models of 4 bits say on the most questions, closed book, as the claims have it."""
+    said, n, windows = [], 0, 0
+    for first, second in ((DENSE, "Q"), ("Q", "Q+E")):
+        if both := on_largest_sample(pool, first, second, CLOSED):
+            (a,), (b,) = both
+            c = compare_models(first, [a], second, [b], None)
+            n, windows = a.n, b.stages[0]["gptq"]["windows"]
+            said.append(f"{second} {b.value:.1%} against {first} {a.value:.1%}, {points(c)}, {p_value(c.p)}")
+    return (
+        f"Closed book, {n:,} questions, chapter 6's models (calibrated on {windows} windows): {'; '.join(said)}. "
+        "The fewer questions below tell less. "
+        if said
+        else ""
+    )
 
 
 CHAPTER = Chapter(

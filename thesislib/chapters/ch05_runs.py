@@ -22,7 +22,7 @@ from thesislib.chapters.chapter import (
     on_one_sample,
     recorded_stages,
 )
-from thesislib.chapters.pool import largest, recorded_pool
+from thesislib.chapters.pool import Recorded, largest, recorded_pool
 from thesislib.compress.calibration import ALL_AT_ONCE, Statistics, Visitor, stream
 from thesislib.compress.eora import Eora
 from thesislib.compress.gptq import Gptq, Rtn
@@ -482,14 +482,15 @@ def from_measurements(measurements: Iterable[Measurement]) -> dict[tuple[str | N
     return by_key(measurements, lambda m: (m.made["recipe"], m.chapter["what"]), 5)
 
 
-def read_recorded(path: Path) -> Results:
+def read_recorded(path: Path) -> Recorded:
     """A recorded run. The dense model's perplexity is the one that all chapters quote; its answers are chapter 4's, on
     the same items."""
     lora = Store(path.with_name("04_lora_recovery.jsonl")).rows().values()
     dense = {(None, m.chapter["what"]): m for m in lora if m.label == DENSE and m.chapter["what"] in (CLOSED, OPEN)}
-    for m in largest(recorded_pool(path.parent), WIKITEXT, [DENSE]).values():
+    pool = recorded_pool(path.parent)
+    for m in largest(pool, WIKITEXT, [DENSE]).values():
         dense[None, PPL] = m.with_provenance(chapter={"what": PPL})
-    return dense | from_measurements(on_one_sample(Store(path).rows().values(), key).values())
+    return Recorded(dense | from_measurements(on_one_sample(Store(path).rows().values(), key).values()), pool)
 
 
 RECORDED = {

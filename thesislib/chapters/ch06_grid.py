@@ -489,7 +489,8 @@ def headline(record: Record) -> str:
 
 def top_findings(record: Record) -> list[str]:
     """The three that matter most, filled in from records."""
-    return [bytes_finding(record.for_fronts), _control_finding(record.for_fronts), _width_finding(record.full)]
+    trained = record.full if ("W", PPL) in record.full else record.sample
+    return [bytes_finding(record.for_fronts), _control_finding(trained), _width_finding(record.full)]
 
 
 def pruned_and_trained(results: Results) -> list[str]:
@@ -515,8 +516,8 @@ def _control_finding(results: Results) -> str:
     )
     return (
         f"**Recovery or adaptation.** Of {len(pruned_and_trained(results))} pruned models trained on WikiText "
-        f"{len(dense)} end with a perplexity told apart below the untrained dense model's, {fair} (paired t tests, "
-        "Holm-adjusted)."
+        f"{len(dense)} end with a perplexity told apart below the untrained dense model's, {fair} (paired t tests on "
+        f"{results[DENSE, PPL].n} windows, Holm-adjusted)."
     )
 
 

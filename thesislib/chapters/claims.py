@@ -23,7 +23,7 @@ from thesislib.chapters.phrases import DEPENDS, FAILS, HOLDS, UNDECIDED, decided
 from thesislib.chapters.pool import scored_by
 from thesislib.chapters.scorings import SCORINGS
 from thesislib.chapters.thesis import thesis_row
-from thesislib.chapters.trainings import Records, compare_models, spread
+from thesislib.chapters.trainings import Records, compare_models, on_largest_sample, spread
 from thesislib.evaluate.setup import task_of
 from thesislib.evaluate.stats import Comparison, holm_adjusted
 from thesislib.records.measurement import in_markdown
@@ -115,15 +115,13 @@ def _judged(claim: Claim, pairs: Iterable[Pair], records: Records) -> Verdict:
     ratios: dict[str, bool] = {}
     missing = []
     for first, second, measure in pairs:
-        a, b = (records.get((label, measure), {}) for label in (first, second))
-        both = a.keys() & b.keys()
-        if not both:
+        if (both := on_largest_sample(records, first, second, measure)) is None:
             missing.append(f"{first} to {second}, {measure}")
             continue
-        n = max(both)
-        name = f"{first} to {second}, {measure}, {n:,} {a[n][0].unit.split()[0]}s"
-        ratios[name] = task_of(a[n][0]).ratio
-        tests[name] = compare_models(first, a[n], second, b[n], spread(records, measure))
+        a, b = both
+        name = f"{first} to {second}, {measure}, {a[0].n:,} {a[0].unit.split()[0]}s"
+        ratios[name] = task_of(a[0]).ratio
+        tests[name] = compare_models(first, a, second, b, spread(records, measure))
     if not tests:
         return Verdict(claim, MISSING, [], missing)
     tests = holm_adjusted(tests)

@@ -6,12 +6,15 @@ A page that quotes a model takes its largest measurement from here, so that two 
 import functools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from thesislib.chapters import chapters
 from thesislib.chapters.scorings import SCORINGS, scored_again
 from thesislib.chapters.trainings import Records, collect
 from thesislib.records.measurement import Measurement
 from thesislib.records.store import Store, study
+
+K = TypeVar("K")
 
 
 def pool(records: Mapping[str, Iterable[Measurement]]) -> Records:
@@ -52,6 +55,24 @@ def _read(folder: Path, state: tuple) -> Records:
 def scored_by(measure: str, metric: str) -> str:
     """What a measure of answers is called under another scoring than the thesis's."""
     return f"{measure}, {metric}"
+
+
+class Recorded(dict[K, Measurement]):
+    """A chapter's recorded run, and what all chapters together recorded.
+
+    Attributes:
+        pool: see `recorded_pool`.
+    """
+
+    def __init__(self, rows: Mapping[K, Measurement], pool: Records):
+        super().__init__(rows)
+        self.pool = pool
+
+
+def larger(records: Records, measure: str, label: str, m: Measurement) -> Measurement:
+    """The measurement of a label on the most items, if that are more than those of `m`; else `m`."""
+    other = largest(records, measure, [label]).get(label, m)
+    return other if other.n > m.n else m
 
 
 def largest(records: Records, measure: str, labels: Iterable[str]) -> dict[str, Measurement]:

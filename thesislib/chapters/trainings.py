@@ -71,6 +71,15 @@ def _on_scale(m: Measurement) -> float:
     return math.log(m.value) if task_of(m).ratio else m.value
 
 
+def on_largest_sample(
+    records: Records, first: str, second: str, measure: str
+) -> tuple[Sequence[Measurement], Sequence[Measurement]] | None:
+    """The rows of two models on the largest sample that both were measured on; None if there is none."""
+    a, b = (records.get((label, measure), {}) for label in (first, second))
+    both = a.keys() & b.keys()
+    return (a[max(both)], b[max(both)]) if both else None
+
+
 def compare_models(
     first: str, a: Sequence[Measurement], second: str, b: Sequence[Measurement], apart: Spread | None
 ) -> Comparison:
