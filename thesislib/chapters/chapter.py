@@ -71,6 +71,25 @@ class Part:
     planned: Mapping[Key, tuple[Sequence[Stage], Setup, str]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Opening:
+    """What a chapter's first box and its line on the book's first page say, of the record that its `read` gives.
+
+    Attributes:
+        question: that the chapter asks, in one sentence.
+        answer: of a record, in two sentences.
+        short: the answer in about ten words, of a record.
+        protocol: text, windows, n and the dense model's value, of a record.
+        learn: what a reader can do afterwards, in one sentence.
+    """
+
+    question: str
+    answer: Callable[[Any], str]
+    short: Callable[[Any], str]
+    protocol: Callable[[Any], str]
+    learn: str
+
+
 @dataclass(frozen=True)
 class Chapter:
     """A notebook and its recorded run: CHAPTER in one module `chNN_name.py` of each number.
@@ -86,6 +105,7 @@ class Chapter:
         headline: what was found, in sentences, from what `read` gives.
         reads: the notebooks' names of the other chapters whose records this one reads, in its notebook or in `read`.
         claims: (label, what was measured, row) of those rows that the thesis's claims may be held against.
+        opening: its first box.
     """
 
     notebook: str
@@ -98,6 +118,7 @@ class Chapter:
     recorded: Mapping[str, Any] = field(default_factory=dict)
     reads: tuple[str, ...] = ()
     claims: Callable[[Iterable[Measurement]], Iterable[tuple[str, str, Measurement]]] = lambda rows: ()
+    opening: Opening | None = None
 
 
 def recorded_stages(label: str) -> list[Any]:

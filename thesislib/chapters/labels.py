@@ -1,8 +1,11 @@
 """A configuration's label as the study's tables and charts show it, and the thesis's model that it stands beside."""
 
+import html
+import re
 from functools import cache
 
 from thesislib.chapters.thesis import ThesisRow, thesis_row
+from thesislib.compress.stage import STAGES
 from thesislib.errors import BadInput
 from thesislib.pipeline.label import DENSE, Label
 
@@ -22,6 +25,34 @@ def of(label: str) -> Label:
         return Label.parse(label)
     except BadInput:
         return Label(())
+
+
+@cache
+def _labels() -> re.Pattern:
+    """What is not looked at in Markdown and HTML (code, formulas, tags, addresses), or a label."""
+    part = "(?:" + "|".join(re.sub(r"\((?!\?)", "(?:", cls.pattern) for cls in STAGES.values()) + ")"
+    other = r"`[^`]*`|\$[^$\n]*\$|<abbr.*?</abbr>|<code.*?</code>|<[^>]*>|\]\([^)]*\)|https?://\S+"
+    return re.compile(rf"(?P<other>{other})|(?<![\w:.~/-])(?<!\w\+)(?P<label>{part}(?:\+{part})*)(?![\w+%~]|[-:.]\w)")
+
+
+def marked(text: str, letters: bool = True) -> str:
+    """A text of Markdown or HTML whose labels are abbreviations: as the book shows them, with their meaning.
+
+    >>> print(marked("D2+W costs less than `D2`"))
+    <abbr title="D2+W: 2 blocks removed, LoRA trained on WikiText-2">D2+LoRA(wiki)</abbr> costs less than `D2`
+
+    Args:
+        text: code, formulas and tags in it stay as they are.
+        letters: whether a letter by itself, such as Q, is a label too.
+    """
+
+    def one(found: re.Match) -> str:
+        if found["other"] is not None or (not letters and len(found["label"]) == 1):
+            return found[0]
+        label = of(found["label"])
+        return f'<abbr title="{html.escape(f"{label}: {label.in_words}")}">{html.escape(label.shown)}</abbr>'
+
+    return _labels().sub(one, text)
 
 
 def family(label: str) -> str:

@@ -119,11 +119,3 @@ HOLDS, FAILS, UNDECIDED, DEPENDS = "holds", "does not hold", "undecided", "depen
 def decided(holds: bool, fails: bool) -> str:
     """The verdict on a claim."""
     return FAILS if fails else HOLDS if holds else UNDECIDED
-
-
-def expect(holds: bool, sentence: str) -> None:
-    """Print whether a sentence holds in this run.
-
-    It was written about the embedded model. That another model differs is a result and no error.
-    """
-    print(f"{HOLDS if holds else f'{FAILS} for this subject'}: {sentence}")

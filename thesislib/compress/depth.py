@@ -27,6 +27,7 @@ from thesislib.model.tokenizers import check_windows
 METRICS = ("perplexity", "taylor", "magnitude", "influence", "angular")
 PARTS = ("block", "attention", "mlp")
 LETTERS = {"block": "", "attention": "A", "mlp": "M"}  # in labels
+NAMES = {"block": "block", "attention": "attention", "mlp": "MLP"}  # in sentences
 
 
 @stage("depth")
@@ -89,6 +90,11 @@ class Depth(Calibrated):
     def label(self) -> str:
         """As in the thesis: D2; DA2 and DM2 if only attentions or MLPs are removed."""
         return "D" + LETTERS[self.part] + str(self.count)
+
+    @property
+    def in_words(self) -> str:
+        """See `Stage`."""
+        return f"{self.count} {NAMES[self.part]}{'s' if self.count > 1 else ''} removed"
 
     @classmethod
     def from_label(cls, part: str) -> "Depth | None":

@@ -82,6 +82,11 @@ class Eora(Weighted):
         direction = sum(ENTRY * (m.in_features + m.out_features) for m in taken.values())  # bytes of one for each
         return GREED * max(1, self.bytes // direction)
 
+    @property
+    def in_words(self) -> str:
+        """See `Stage`."""
+        return "EoRA's low-rank correction"
+
     @classmethod
     def from_label(cls, part: str) -> "Eora | None":
         """See `Stage`."""

@@ -69,6 +69,7 @@ class Rtn(Stage):
 
     family: ClassVar[str] = "quantised"
     letter: ClassVar[str] = "R"
+    method: ClassVar[str] = "rounded"
     pattern: ClassVar[str] = r"R([235-8]?)"
     correctable: ClassVar[bool] = True
     clips: ClassVar[tuple[str, ...]] = ("none", "squared")
@@ -93,6 +94,11 @@ class Rtn(Stage):
     def label(self) -> str:
         """Q for GPTQ at 4 bits, R for rounding; Q3, R3 and so on at others."""
         return self.letter + ("" if self.bits == 4 else str(self.bits))
+
+    @property
+    def in_words(self) -> str:
+        """See `Stage`."""
+        return f"{self.method} to {self.bits} bits"
 
     @classmethod
     def from_label(cls, part: str) -> "Rtn | None":
@@ -231,6 +237,7 @@ class Gptq(Weighted, Rtn):
     weighting: str = field(default="unit_norm", kw_only=True)
 
     letter: ClassVar[str] = "Q"
+    method: ClassVar[str] = "GPTQ"
     amplifies: ClassVar[bool] = True
     pattern: ClassVar[str] = r"Q([235-8]?)"
     clips: ClassVar[tuple[str, ...]] = CLIPS

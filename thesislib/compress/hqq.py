@@ -34,6 +34,7 @@ class Hqq(Rtn):
     growth: float = 1.01
 
     letter: ClassVar[str] = "H"
+    method: ClassVar[str] = "HQQ"
     pattern: ClassVar[str] = r"H([235-8]?)"
     clips: ClassVar[tuple[str, ...]] = ("none",)
 

@@ -75,6 +75,16 @@ class Stage:
         """Its part of a configuration's label, as in the thesis."""
         raise NotImplementedError
 
+    @property
+    def shown(self) -> str:
+        """Its part of a label where it is read by people: as recorded, unless that has a second meaning."""
+        return self.label
+
+    @property
+    def in_words(self) -> str:
+        """What its label means, in a few words."""
+        return self.word
+
     @classmethod
     def from_label(cls, part: str) -> "Stage | None":
         """The stage of a part of a label, with other settings at their defaults.

@@ -71,6 +71,13 @@ class Width(Weighted):
             return f"W{self.remove}:{self.of}"
         return "W~" if self.ratios else f"W{100 * self.ratio:g}%"
 
+    @property
+    def in_words(self) -> str:
+        """See `Stage`."""
+        if self.of:
+            return f"{self.remove} of each {self.of} neighbouring weights set to zero"
+        return f"{100 * self.ratio:g} % of the weights set to zero" if self.ratio else "some weights set to zero"
+
     @classmethod
     def from_label(cls, part: str) -> "Width | None":
         """See `Stage`; W~ does not give the ratios."""

@@ -53,6 +53,18 @@ class Label:
         return "+".join(self.parts) or DENSE
 
     @property
+    def shown(self) -> str:
+        """Its text in the book, e.g. D2+LoRA(wiki)+Q for D2+W+Q."""
+        stages = [cls.from_label(part) for part, cls in zip(self.parts, self.classes, strict=True)]
+        return "+".join(s.shown if s else part for part, s in zip(self.parts, stages, strict=True)) or DENSE
+
+    @property
+    def in_words(self) -> str:
+        """What each part means, in order."""
+        stages = [cls.from_label(part) or cls for part, cls in zip(self.parts, self.classes, strict=True)]
+        return ", ".join(s.in_words if isinstance(s, Stage) else s.word for s in stages) or "the model as it came"
+
+    @property
     def classes(self) -> tuple[type[Stage], ...]:
         """The class of each part's stage."""
         return tuple(stage_class(part) for part in self.parts)

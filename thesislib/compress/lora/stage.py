@@ -112,6 +112,17 @@ class Lora(Stage):
         """As in the thesis: W for WikiText, T for TriviaQA; W-masked or W-dense if the adapter is merged."""
         return ("W" if self.text == "wikitext" else "T") + ("" if self.merge == "beside" else f"-{self.merge}")
 
+    @property
+    def shown(self) -> str:
+        """See `Stage`: LoRA(wiki) or LoRA(trivia), since W is width's letter too."""
+        return f"LoRA({'wiki' if self.text == 'wikitext' else self.text}{self.label[1:]})"
+
+    @property
+    def in_words(self) -> str:
+        """See `Stage`."""
+        merged = "" if self.merge == "beside" else f", merged {self.merge}"
+        return f"LoRA trained on {'WikiText-2' if self.text == 'wikitext' else 'TriviaQA'}{merged}"
+
     @classmethod
     def from_label(cls, part: str) -> "Lora | None":
         """See `Stage`."""
