@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 
 from tests.fakes import accuracy, perplexity
-from thesislib.chapters import FIGURE, block, figures, labels, record_file, recorded, three_findings
+from thesislib.chapters import FIGURE, figures, labels, record_file, recorded
 from thesislib.chapters import ch06_grid as evaluation
+from thesislib.chapters import ch06_runs as runs
 from thesislib.chapters import pareto as trade_offs
-from thesislib.chapters.ch06_grid import EvaluationChapter
+from thesislib.chapters.ch06_runs import EvaluationChapter
 from thesislib.chapters.labels import family
 from thesislib.chapters.pareto import OPEN, PPL, front, points
 from thesislib.errors import BadInput
@@ -269,7 +270,7 @@ def test_bfloat16_is_held_against_float32(story):
 
 def test_what_was_not_run_is_shown(story):
     table = evaluation.grid_table(story)
-    assert len(table) == len(evaluation.grid("sample").configurations)
+    assert len(table) == len(runs.grid("sample").configurations)
     assert (
         table.loc["D8", PPL] == table.loc["D2+W", OPEN] == "not run" and table.loc["D2", "thesis: open book"] == "53.0%"
     )
@@ -345,8 +346,8 @@ def test_the_record_shares_what_other_chapters_measured():
     record = recorded("06_evaluation")
     assert record.sample["dense", PPL].n == 24 and record.full["dense", PPL].n == 595
     assert all(m.provenance["dtype"] == "bfloat16" for results in record for m in results.values())
-    exact = evaluation.read_size(record_file("06_evaluation"), evaluation.PRECISION, "float32")
-    assert len(exact) == len(evaluation.grid("precision").configurations) and {
+    exact = runs.read_size(record_file("06_evaluation"), runs.PRECISION, "float32")
+    assert len(exact) == len(runs.grid("precision").configurations) and {
         m.provenance["dtype"] for m in exact.values()
     } == {"float32"}
 
@@ -355,15 +356,12 @@ def test_a_section_is_of_one_sample():
     """The whole text's, once it has every model of the section."""
     sample = {(label, PPL): ppl(3, 24) for label in ("dense", "D2", "W1:8", "D2+W1:8")}
     whole = {key: ppl(3.1, 595) for key in list(sample)[:3]}
-    record = evaluation.Record(whole, sample)
+    record = runs.Record(whole, sample)
     assert record.on_one(["depth", "width"]) is whole and record.on_one(evaluation.PRUNED) is sample
-    assert evaluation.Record({**whole, ("D2+W1:8", PPL): ppl(3.1, 595)}, sample).on_one(evaluation.PRUNED) is not sample
+    assert runs.Record({**whole, ("D2+W1:8", PPL): ppl(3.1, 595)}, sample).on_one(evaluation.PRUNED) is not sample
 
 
-def test_the_readme_has_the_three_findings_and_their_figure():
-    text = (ROOT / "README.md").read_text("utf8")
-    before, after = block(text, "three")
-    assert text == before + three_findings() + after and FIGURE in text, "run `make findings`"
+def test_the_figure_is_of_the_record():
     image, position, said = (ROOT / FIGURE).read_bytes(), 8, {}
     while position < len(image):  # a PNG's chunks
         length, kind = struct.unpack(">I4s", image[position : position + 8])

@@ -18,6 +18,7 @@ from thesislib.chapters import ch04_runs as lora
 from thesislib.chapters import ch05_quantisation as quantisation
 from thesislib.chapters import ch05_runs as gptq
 from thesislib.chapters import ch06_grid as grid
+from thesislib.chapters import ch06_runs as grid_runs
 from thesislib.chapters import ch07_device as device
 from thesislib.chapters import chapters, pareto, record_file, recorded
 from thesislib.records import measurement
@@ -36,7 +37,7 @@ def english() -> dict[str, str]:
         gptq.ablation_parameters(),
     )
     file = record_file("06_evaluation")
-    exact, rounded = (grid.read_size(file, grid.PRECISION, dtype) for dtype in ("float32", "bfloat16"))
+    exact, rounded = (grid_runs.read_size(file, grid_runs.PRECISION, dtype) for dtype in ("float32", "bfloat16"))
     sentences = {f"{name[:2]}.headline": chapter.headline(record[name]) for name, chapter in chapters().items()}
     sentences |= {
         "00.cost": measurement.cost(record["00_measures"]),
