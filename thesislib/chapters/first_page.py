@@ -91,7 +91,8 @@ def table(link: str) -> str:
     """Chapters as a Markdown table: question, the answer in ten words, and how long it takes to run again."""
     rows = ["| | question | answer | to run again |", "| --- | --- | --- | --- |"]
     for name, chapter in chapters().items():
-        opening = chapter.opening
+        if not (opening := chapter.opening):
+            continue
         short = marked(opening.short(recorded(name)))
         rows.append(f"| [{int(name[:2])}]({link.format(name)}) | {opening.question} | {short} | {minutes(name)} |")
     return "\n".join(rows)
