@@ -98,9 +98,6 @@ def findings() -> str:
     )
 
 
-FIGURE = "book/_static/pareto.png"  # the README's, drawn by `make findings`
-
-
 def block(text: str, name: str) -> tuple[str, str]:
     """What stands before and after the part of a text that is written from records.
 

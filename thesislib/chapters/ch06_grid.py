@@ -10,6 +10,7 @@ import pandas as pd
 
 from thesislib.chapters import scorings
 from thesislib.chapters.ch06_runs import (
+    CHOICES,
     FULL,
     READS,
     RECORDED,
@@ -21,10 +22,27 @@ from thesislib.chapters.ch06_runs import (
     read_recorded,
     recorded_parts,
 )
-from thesislib.chapters.chapter import Chapter
+from thesislib.chapters.chapter import Chapter, Opening
 from thesislib.chapters.labels import FAMILIES, family, of, thesis_of
-from thesislib.chapters.pareto import MEASURES, OPEN, PPL, Results, bytes_finding, size_of
-from thesislib.chapters.phrases import difference, few, interval, number, ratio, share
+from thesislib.chapters.pareto import (
+    MEASURES,
+    OPEN,
+    PPL,
+    USABLE,
+    Results,
+    at_equal_bytes,
+    equal_bytes_sentence,
+    file_sentence,
+    front,
+    group,
+    marks_of,
+    points,
+    size_of,
+    smallest_usable,
+    trained_like,
+    usable_sentence,
+)
+from thesislib.chapters.phrases import difference, few, interval, number, ratio, sample_note, share
 from thesislib.chapters.thesis import thesis_row
 from thesislib.evaluate.compare import compare
 from thesislib.evaluate.perplexity import relative
@@ -246,11 +264,6 @@ def steps(results: Results, measure: str = PPL) -> list[tuple[str, str, str, Com
     return [(*names, c) for names, c in holm_adjusted(tests).items()]
 
 
-def shown_steps(results: Results) -> list[tuple[str, str, str, Comparison]]:
-    """`steps`, but of pruning only those from the dense model: the chart of interactions has the others."""
-    return [row for row in steps(results) if row[0] != FAMILIES[0] or row[1] == DENSE]
-
-
 def stage_table(results: Results) -> pd.DataFrame:
     """The effect of each stage on the model before it: number of pairs, lowest, median and highest effect, and how
     many are told apart."""
@@ -274,8 +287,8 @@ def stage_table(results: Results) -> pd.DataFrame:
                         "lowest": lowest,
                         "median": median,
                         "highest": highest,
-                        "told worse": worse,
-                        "told better": better,
+                        "worse": worse,
+                        "better": better,
                     }
                 )
     return pd.DataFrame(rows).set_index("stage")
@@ -308,30 +321,28 @@ def interaction_sentence(results: Results) -> str:
     tests = interactions(results)
     if not tests:
         return "No model was pruned both ways."
-    less, more, rest = by_verdict(tests).values()
+    less, more, rest = map(len, by_verdict(tests).values())
+    counts = [f"{n} cost {words}" for n, words in ((more, "more together"), (less, "less")) if n]
+    counts += [f"{rest} cannot be told from the sum"] if rest else []
     furthest = max(tests, key=lambda name: abs(tests[name].difference))
-    more_names, less_names = (f" ({few(names)})" if names else "" for names in (more, less))
     return (
-        f"If pruning depth and width acted apart, their losses in nats a token would add up. Of {len(tests)} pairs, "
-        f"they lose more than that for {len(more)}{more_names}, less for {len(less)}{less_names}, and are not told "
-        f"apart from it for {len(rest)}; furthest off is {furthest}, perplexity {ratio(tests[furthest], '.3g')} of the "
-        "sum's (paired t tests over documents, Holm-adjusted)."
+        f"Do the two losses, in nats a token, add up? Of {len(tests)} pairs {', '.join(counts)} (paired t tests over "
+        f"documents, Holm-adjusted). Furthest off is {furthest}, {ratio(tests[furthest], '.3g')} of the perplexity "
+        "that the sum predicts."
     )
 
 
-def by_depth_and_width(results: Results) -> pd.DataFrame:
-    """(removed, width, perplexity, low, high) of every model that was pruned and nothing else."""
-    rows = []
-    for label, m in _measured(results, PPL).items():
-        model = of(label)
-        if model.family == "pruned" and (model.depth > 0) == (
-            len(model.of("depth")) > 0
-        ):  # parts of blocks are no depth
-            width = next(iter(model.width), "none")
-            rows.append({"removed": model.depth, "width": width, "perplexity": m.value, "low": m.low, "high": m.high})
+def interaction_grid(results: Results) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """For `figures.interaction_chart`: the factor by which each pair is off the sum, blocks removed by width patterns;
+    and whether it is told apart from 1."""
+    rows = [
+        {"removed": of(pair).depth, "width": next(iter(of(pair).width)), "off": np.exp(c.difference), "told": c.told}
+        for pair, c in interactions(results).items()
+    ]
     table = pd.DataFrame(rows)
-    several = table.groupby("width")["removed"].transform("nunique") > 1  # a single point has no line
-    return table[several]
+    order = sorted(set(table["width"]), key=lambda x: (int(x.split(":")[0]) / int(x.split(":")[1]), len(x), x))
+    off, told = (table.pivot(index="removed", columns="width", values=name)[order] for name in ("off", "told"))
+    return off, told.map(lambda x: x is True)
 
 
 @dataclass(frozen=True)
@@ -380,15 +391,120 @@ def precision_sentence(exact: Results, rounded: Results) -> str:
 # ---------------------------------------------------------------- findings
 
 
+def answer(record: Record) -> str:
+    """The chapter's answer in two sentences."""
+    results = record.for_fronts
+    tests = at_equal_bytes(results)
+    beaten = sum(c is not None and c.verdict() == "better" for c in tests.values())
+    smallest = smallest_usable(results)[DENSE]
+    return (
+        f"Fewer bits beat fewer weights: {beaten} of {len(tests)} models that are not quantised lose to a quantised "
+        f"one that is no larger. Without training, {smallest} is the smallest that stays within {USABLE - 1:.0%} of "
+        "the dense model's perplexity."
+    )
+
+
+def short(record: Record) -> str:
+    """The answer in about ten words."""
+    tests = at_equal_bytes(record.for_fronts)
+    beaten = sum(c is not None and c.verdict() == "better" for c in tests.values())
+    return f"fewer bits beat fewer weights at equal bytes: {beaten} of {len(tests)}"
+
+
+def protocol(record: Record) -> str:
+    """Text, windows, questions and the dense model's value."""
+    results = record.for_fronts
+    note = sample_note(results.values())
+    whole = f" On the whole text: {number(record.full[DENSE, PPL])}." if note and (DENSE, PPL) in record.full else ""
+    return f"WikiText-2 test. {protocol_sentence(results)}{note}{whole}"
+
+
+def front_caption(record: Record) -> str:
+    """What the first figure finds."""
+    by_base = front(points(record.for_fronts), "MB", PPL)
+    counts = " and ".join(
+        f"{sum(family(x) in FAMILIES[2:] for x in labels)} of the {len(labels)} {group(base)}"
+        for base, labels in by_base.items()
+    )
+    star = " No untrained model reaches the star, the file that the model came in." if _star_wins(record) else ""
+    return f"Of the models that none beats at once in size and perplexity {counts} are quantised.{star}"
+
+
+def _star_wins(record: Record) -> bool:
+    results = record.for_fronts
+    table, beside = points(results), marks_of(results)
+    if beside.empty:
+        return False
+    mark = beside.iloc[0]
+    rows = table[(table["base"] == DENSE) & (table["MB"] <= mark["MB"]) & (table[PPL] <= mark[PPL])]
+    return rows.empty
+
+
+def answers_caption(results: Results) -> str:
+    """What the front of open-book answers finds."""
+    counts = _measured(results, OPEN)
+    none = [x for x, m in counts.items() if trained_like(x) == DENSE and m.low == 0 and m.value < 0.02]
+    untrained = [x for x in counts if trained_like(x) == DENSE]
+    best = front(points(results), "MB", OPEN)[DENSE]
+    return (
+        f"{len(none)} of {len(untrained)} untrained models answer next to nothing (under 2 %); of the {len(best)} on "
+        f"the front {sum(family(x) in FAMILIES[2:] for x in best)} are quantised."
+    )
+
+
+def interaction_caption(results: Results) -> str:
+    """What the heat map of interactions finds."""
+    less, more, _ = map(len, by_verdict(interactions(results)).values())
+    return (
+        f"Mild pairs cost a little more than their sum ({more} differ), broken ones less ({less}). Each cell: the "
+        "perplexity over the one that the sum predicts; a star: p < 0.05."
+    )
+
+
+def quantised_steps(results: Results) -> list[tuple[str, str, str, Comparison]]:
+    """`steps` to fewer bits and to EoRA; what pruning and LoRA change is shown by chapters 2 to 4."""
+    return [row for row in steps(results) if row[0] in FAMILIES[2:]]
+
+
+def steps_caption(results: Results) -> str:
+    """What quantisation costs and EoRA gives back, at 4 bits."""
+    four = {name: [np.exp(c.difference) for stage, _, label, c in quantised_steps(results)
+                   if stage == name and of(label).bits == 4] for name in FAMILIES[2:]}  # fmt: skip
+    cost, gain = (f"x {min(x):.3g} to x {max(x):.3g}" for x in four.values())
+    return (
+        f"Four bits cost perplexity {cost}, and EoRA changes that by {gain}, whatever was done before. Hollow: no "
+        "difference that a test finds. Arrows: beyond the panel."
+    )
+
+
+def with_control(record: Record) -> Results:
+    """The whole text's results once they have the dense model trained on WikiText; else the sample's."""
+    return record.full if ("W", PPL) in record.full else record.sample
+
+
+def chosen(beside: pd.DataFrame) -> pd.DataFrame:
+    """Of `against_dense` the models and measures that chapter 6 compares by all tasks."""
+    return beside.loc[[x for x in CHOICES if x in beside.index], [c for c in beside if "2048" not in c]]
+
+
+def agreement(results: Results, record: Record) -> str:
+    """Whether a run's models come in the order of the record's by perplexity, in a line."""
+    ours, theirs = _measured(results, PPL), _measured(record.for_fronts, PPL)
+    both = [x for x in ours if x in theirs]
+    same = sorted(both, key=lambda x: ours[x].value) == sorted(both, key=lambda x: theirs[x].value)
+    return f"{len(ours)} models measured here. In the recorded order of perplexity: {'yes' if same else 'no'}"
+
+
 def headline(record: Record) -> str:
-    """What chapter 6 found, in sentences, for the book's first page and the README."""
-    return f"{' '.join(top_findings(record))} {interaction_sentence(record.on_one(PRUNED))}"
-
-
-def top_findings(record: Record) -> list[str]:
-    """The three that matter most, filled in from records."""
-    trained = record.full if ("W", PPL) in record.full else record.sample
-    return [bytes_finding(record.for_fronts), _control_finding(trained), _width_finding(record.full)]
+    """What chapter 6 found, in sentences."""
+    results = record.for_fronts
+    said = (equal_bytes_sentence(results), usable_sentence(results), file_sentence(results))
+    more = (
+        control_sentence(with_control(record)),
+        width_sentence(record.full),
+        interaction_sentence(record.on_one(PRUNED)),
+    )
+    return " ".join(filter(None, (*said, *more)))
 
 
 def pruned_and_trained(results: Results) -> list[str]:
@@ -405,17 +521,13 @@ def below(results: Results, base: str) -> list[str] | None:
     return by_verdict(holm_adjusted(tests))["better"]
 
 
-def _control_finding(results: Results) -> str:
+def control_sentence(results: Results) -> str:
+    """Do pruned models with LoRA beat the dense model, and the dense model with LoRA?"""
     dense, control = (below(results, base) for base in (DENSE, "W"))
-    fair = (
-        "the dense model trained alike was not run"
-        if control is None
-        else f"{len(control)} below that of the dense model trained alike"
-    )
+    fair = "" if control is None else f" {len(control) or 'None'} beat{'s' * (len(control) < 2)} the dense model W."
     return (
-        f"**Recovery or adaptation.** Of {len(pruned_and_trained(results))} pruned models trained on WikiText "
-        f"{len(dense)} end with a perplexity told apart below the untrained dense model's, {fair} (paired t tests on "
-        f"{results[DENSE, PPL].n} windows, Holm-adjusted)."
+        f"After LoRA {len(dense) or 'none'} of {len(pruned_and_trained(results))} pruned models beat the untrained "
+        f"dense model in perplexity.{fair}"
     )
 
 
@@ -424,11 +536,48 @@ def _times(results: Results, labels: Iterable[str]) -> str:
     return ", ".join(f"{x[1:]} x {results[x, PPL].value / dense:.3g}" for x in labels if (x, PPL) in results)
 
 
-def _width_finding(results: Results) -> str:
+def width_sentence(results: Results) -> str:
+    """Perplexity by the width of the group from which zeros are chosen."""
     return (
-        "**Which zeros.** With half of the linears' weights gone, perplexity by the width of the group: "
+        "With half of the linears' weights zero, the dense model's perplexity grows by the group's width: "
         f"{_times(results, ('W1:2', 'W2:4', 'W4:8', 'W8:16'))}; "
-        f"with one of eight or of sixteen gone: {_times(results, ('W1:8', 'W1:16'))}."
+        f"with one of eight or of sixteen zero: {_times(results, ('W1:8', 'W1:16'))}."
+    )
+
+
+# ---------------------------------------------------------------- exercises
+
+
+def best_within(results: Results, budget: float) -> str:
+    """Which untrained model a budget in MB buys, and what it costs."""
+    rows, dense = points(results).set_index("label"), results[DENSE, PPL]
+    label = next(x for x in reversed(front(points(results), "MB", PPL)[DENSE]) if rows.loc[x, "MB"] <= budget)
+    return (
+        f"{label}: {rows.loc[label, 'MB']:.0f} MB, {ratio(compare(dense, results[label, PPL]), '.3g')} of the dense "
+        "model's perplexity."
+    )
+
+
+def sum_of(results: Results, depth: str, width: str) -> str:
+    """What two prunings cost alone, what that predicts for both, and what both cost."""
+    alone = [results[x, PPL].value / results[DENSE, PPL].value for x in (depth, width)]
+    both = f"{depth}+{width}"
+    return (
+        f"Losses in nats add up if ratios multiply: {depth} x {alone[0]:.3g} and {width} x {alone[1]:.3g} predict "
+        f"x {alone[0] * alone[1]:.3g}. Measured, {both} has x "
+        f"{results[both, PPL].value / results[DENSE, PPL].value:.3g} of the dense model's perplexity: "
+        f"{ratio(interaction(results, depth, width), '.3g')} of the prediction."
+    )
+
+
+def against_control(results: Results, label: str) -> str:
+    """A trained model against the dense model without and with that training."""
+    control = trained_like(label)
+    naive, fair = (compare(results[x, PPL], results[label, PPL]) for x in (DENSE, control))
+    return (
+        f"Against the untrained dense model {label} has perplexity {ratio(naive, '.3g')}; against {control}, the dense "
+        f"model with the same training, {ratio(fair, '.3g')}. Only the second says what pruning costs: the "
+        "first counts getting used to the text as a gain."
     )
 
 
@@ -443,4 +592,11 @@ CHAPTER = Chapter(
     {"size": RECORDED},
     READS,
     for_claims,
+    Opening(
+        question="What does each stage of compression cost, and which of the models are worth their bytes?",
+        answer=answer,
+        short=short,
+        protocol=protocol,
+        learn="How to compare compressed models at equal bytes, and to test whether two losses add up.",
+    ),
 )
