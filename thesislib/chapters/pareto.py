@@ -152,7 +152,7 @@ def front_table(results: Results, measure: str = PPL) -> pd.DataFrame:
                 "": kind,
                 "model": name,
                 "MB": f"{row['MB']:.0f}",
-                measure: interval(*(row[f"{measure}{end}"] for end in ENDS), form),
+                measure: interval(row[measure], row[f"{measure} low"], row[f"{measure} high"], form),
             }
             for kind, name, row in shown
         ]
