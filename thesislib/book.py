@@ -64,7 +64,7 @@ def build(out: Path, stored: bool = False, root: Path = ROOT) -> Path:
 
 def generated(root: Path = ROOT) -> dict[str, str]:
     """{name: text} of the files that pages of the book include, or that are pages."""
-    picture = first_page.strip(first_page.chain()).svg()
+    picture = f'<div class="strip">\n{first_page.strip(first_page.chain()).svg()}\n</div>'
     return {
         "_first.md": first_page.text("../notebooks/{}.ipynb", "{}.md", picture),
         "_labels.md": labels.table() + "\n",
