@@ -21,10 +21,11 @@ class Labels(SphinxPostTransform):
         """Called by Sphinx for each page; the API's are left as they are."""
         if self.env.docname.startswith("book/api"):
             return
-        for text in list(self.document.findall(nodes.Text)):
+        for text in [t for t in self.document.findall(nodes.Text) if t.parent is not None]:
             before = text.parent.children[text.parent.index(text) - 1] if text.parent.index(text) else None
             marked = isinstance(before, nodes.raw) and before.astext().startswith("<abbr")
-            if marked or self._within(text) or not any(label for _, label in (cut := list(pieces(str(text), False)))):
+            cut = list(pieces(str(text), False))
+            if marked or self._within(text) or not any(label for _, label in cut):
                 continue
             new = [nodes.raw("", abbreviated(label), format="html") if label else nodes.Text(piece)
                    for piece, label in cut if piece]  # fmt: skip
