@@ -410,7 +410,7 @@ def neighbours_sentence(record: Results) -> str:
         f"Together they cost x {np.exp(together):.2f}. Alone {parts} cost x {np.exp(sum(known.values())):.2f} as a "
         f"product, so {blocks([b for b in gone if b not in known])} would have to cost x {rest:.2f}; the dearest of "
         f"the {len(later)} tried behind the middle, block {dearest}, costs x {np.exp(later[dearest]):.2f}. "
-        "A block's neighbours do part of its work: without them it is missed more."
+        "So the costs of neighbours more than multiply, as if each did part of the others' work."
     )
 
 
