@@ -10,6 +10,7 @@ from pkgutil import iter_modules
 import pandas as pd
 
 import thesislib.chapters as study
+from thesislib.chapters import ch00_measures as measures
 from thesislib.chapters import ch01_franken as franken
 from thesislib.chapters import ch02_depth as depth
 from thesislib.chapters import ch03_width as width
@@ -28,7 +29,7 @@ GOLDEN = Path(__file__).with_name("english.md")
 def english() -> dict[str, str]:
     """{where: sentence} of all that the book says of its records."""
     record = {name: recorded(name) for name in chapters()}
-    r1, r2, r3, r4, r5, r6, r7 = (record[name] for name in list(record)[1:])
+    r0, r1, r2, r3, r4, r5, r6, r7 = record.values()
     p3, p4, p5, q5 = (
         width.recorded_parameters(),
         lora.recorded_parameters(),
@@ -40,7 +41,28 @@ def english() -> dict[str, str]:
     sentences = {f"{name[:2]}.headline": chapter.headline(record[name]) for name, chapter in chapters().items()}
     sentences |= {
         "00.cost": measurement.cost(record["00_measures"]),
-        "01.skip_or_repeat": franken.skip_or_repeat(r1),
+        **{
+            f"00.{said.__name__}": said(r0)
+            for said in (
+                measures.choices_caption,
+                measures.prompt_sentence,
+                measures.window_sentence,
+                measures.choice_sentence,
+                measures.units_sentence,
+                measures.items_sentence,
+                measures.length_sentence,
+            )
+        },
+        **{
+            f"01.{said.__name__}": said(r1)
+            for said in (
+                franken.plans_caption,
+                franken.singles_caption,
+                franken.neighbours_sentence,
+                franken.items_sentence,
+                franken.memory_sentence,
+            )
+        },
         **{f"01.claim {i}": f"{c.verdict}: {c.said} {c.shown}" for i, c in enumerate(franken.claims(r1), 1)},
         "02.chosen_elsewhere": depth.chosen_elsewhere(r2),
         **{f"02.verdict at {k}": depth.verdict(r2, k) for k in (2, 4, 8)},

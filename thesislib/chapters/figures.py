@@ -16,7 +16,6 @@ from matplotlib.transforms import Bbox
 from thesislib.chapters.labels import of
 from thesislib.chapters.pareto import AS_IT_CAME, group
 from thesislib.chapters.phrases import COVERED
-from thesislib.evaluate.perplexity import compare
 from thesislib.evaluate.stats import Comparison
 from thesislib.records.measurement import Measurement
 
@@ -74,13 +73,48 @@ def _thousands(axis, small: bool = False) -> None:
         axis.set_tick_params(which="minor", labelsize=8)
 
 
-def plan_chart(plans: Mapping[str, Sequence[int]], table: pd.DataFrame, baseline: str = "baseline") -> plt.Figure:
-    """Which blocks each plan runs, beside its perplexity and HellaSwag with 95 % intervals, best perplexity on top."""
-    order = table.sort_values("perplexity").index.tolist()
+def choices_chart(table: pd.DataFrame) -> plt.Figure:
+    """What one unchanged model scores by window, prompt and scoring.
+
+    Args:
+        table: see `thesislib.chapters.ch00_measures.choices`.
+    """
+    panels = (
+        ("window", "perplexity", "o", BLUE, 1.0),
+        ("prompt", "TriviaQA, right answers", "s", ORANGE, 100.0),
+        ("scoring", "chat answers, closed book", "^", GREEN, 100.0),
+    )
+    figure, axes = plt.subplots(1, len(panels), figsize=(10.5, 2.9), layout="constrained", width_ratios=(2, 3, 3))
+    for axis, (choice, title, marker, colour, factor) in zip(axes, panels, strict=True):
+        rows = table[table["choice"] == choice]
+        values = [factor * rows[column] for column in ("value", "low", "high")]
+        intervals(axis, range(len(rows)), values, marker, colour, across=True, markersize=6, capsize=3)
+        for y, value in enumerate(values[0]):
+            side = "center" if value > 0.1 * values[2].max() else "left"
+            look: dict[str, Any] = {"ha": side, "va": "bottom", "fontsize": 9, "color": colour}
+            words = f"{value:.1f}" + "%" * (factor > 1)
+            axis.annotate(words, (value, y), xytext=(0, 6), textcoords="offset points", **look)
+        axis.set_yticks(range(len(rows)), rows["how"], fontsize=9)
+        axis.set(title=f"{choice}: {title}", ylim=(len(rows) - 0.5, -0.8), xlim=(0, 1.12 * values[2].max()))
+        axis.title.set_fontsize(10)
+        if factor > 1:
+            axis.xaxis.set_major_formatter(lambda x, _: f"{x:.0f}%")
+    return _covered(figure)
+
+
+def plan_chart(plans: Mapping[str, Sequence[int]], table: pd.DataFrame) -> plt.Figure:
+    """Which blocks each plan runs, beside perplexity, as a ratio to the whole model's, and HellaSwag.
+
+    Args:
+        plans: by what they do.
+        table: one row a plan in the order in which they are drawn, the whole model first; see
+            `thesislib.chapters.ch01_franken.table`.
+    """
+    order = table.index.tolist()
     depth = max(max(p) for p in plans.values()) + 1
     times = np.array([np.bincount(plans[name], minlength=depth) for name in order])
     figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(13.5, 8), sharey=True, width_ratios=(5, 3, 3), layout="constrained"
+        1, 3, figsize=(10.5, 7), sharey=True, width_ratios=(5, 3, 2.4), layout="constrained"
     )
     shades = sns.blend_palette(["white", *sns.light_palette(BLUE, 6)[2:]], as_cmap=True)
     edges_x, edges_y = np.arange(depth + 1) - 0.5, np.arange(len(order) + 1) - 0.5
@@ -91,85 +125,76 @@ def plan_chart(plans: Mapping[str, Sequence[int]], table: pd.DataFrame, baseline
         for x, n in enumerate(row):
             if n > 1:
                 left.text(x, y, str(n), ha="center", va="center", fontsize=7, color="white" if n > 2 else "black")
-    left.set(
-        xlabel="block (number: times run)",
-        title="blocks run",
-        yticks=range(len(order)),
-        yticklabels=order,
-        xlim=(-0.5, depth - 0.5),
-    )
+    left.set(xlabel="block", title="blocks run (number: times)", yticks=range(len(order)), yticklabels=order)
+    left.set(xlim=(-0.5, depth - 0.5))
+    left.tick_params(axis="y", labelsize=9)
     left.invert_yaxis()
     left.grid(False)
-    for axis, column, low, high, marker, colour, title in (
-        (middle, "perplexity", "ppl low", "ppl high", "o", BLUE, "perplexity, lower is better"),
-        (right, "HellaSwag", "hs low", "hs high", "s", ORANGE, "HellaSwag, higher is better"),
+    for axis, columns, marker, colour in (
+        (middle, ("times", "times low", "times high"), "o", BLUE),
+        (right, ("HellaSwag", "hs low", "hs high"), "s", ORANGE),
     ):
-        rows = table.loc[order]
-        intervals(axis, range(len(order)), (rows[column], rows[low], rows[high]), marker, colour, across=True)
-        axis.axvline(table.loc[baseline, column], color=GREY, linestyle="--", linewidth=1)
-        axis.set(title=title, xlabel="dashed: baseline")
+        rows = [table[column] for column in columns]
+        intervals(axis, range(len(order)), rows, marker, colour, across=True)
+        axis.axvline(rows[0].iloc[0], color=GREY, linestyle="--", linewidth=1)
     middle.set_xscale("log")
+    middle.xaxis.set_major_formatter(EngFormatter(sep=""))
+    middle.set(title="perplexity", xlabel="times the whole model's (log)")
     right.axvline(0.25, color=GREY, linestyle=":", linewidth=1)
-    right.set_xlabel("acc_norm; dotted: chance")
+    right.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f}%")
+    right.set(title="HellaSwag", xlabel="acc_norm (dotted: chance)")
     return _covered(figure)
 
 
 def single_blocks(
-    baseline: Measurement, skipped: Mapping[int, Measurement], repeated: Mapping[int, Measurement]
+    skipped: Mapping[int, Comparison], repeated: Mapping[int, Comparison], most: float = 1.1
 ) -> plt.Figure:
-    """By how many percent perplexity changes with one block left out or run twice. Linear to 10 %, logarithmic
-    beyond."""
-    figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
-    bounds = []
-    for runs, marker, colour, label, shift in (
-        (skipped, "o", BLUE, "left out", -0.12),
-        (repeated, "^", ORANGE, "run twice", 0.12),
+    """By how much perplexity rises with one block left out or run twice, on a linear axis.
+
+    Args:
+        skipped: by block, the loss against the whole model's.
+        repeated: likewise.
+        most: the rise at which the axis ends; those beyond stand at its top as numbers.
+    """
+    figure, axis = plt.subplots(figsize=(9, 3.8), layout="constrained")
+    for compared, marker, colour, label, shift in (
+        (skipped, "o", BLUE, "left out", -0.14),
+        (repeated, "^", ORANGE, "run twice", 0.14),
     ):
-        c = [compare(baseline, m) for m in runs.values()]
-        middle, low, high = (100 * np.expm1([getattr(x, name) for x in c]) for name in ("difference", "low", "high"))
-        intervals(axis, np.array(list(runs)) + shift, (middle, low, high), marker, colour, label=label)
-        bounds += [*low, *high]
-    axis.axhline(0, color=GREY, linestyle="--", linewidth=1)
-    axis.set_yscale("symlog", linthresh=10)
-    axis.set_ylim(min(*bounds, 0) * 1.5 - 3, max(bounds) * 2)
-    axis.yaxis.set_major_formatter("{x:,.0f} %")
-    axis.set(
-        xlabel="block", ylabel="change of perplexity", title="one block left out or run twice, 95 % paired interval"
-    )
-    axis.legend()
+        rises = {b: np.expm1([c.difference, c.low, c.high]) for b, c in compared.items()}
+        inside = {b: rise for b, rise in rises.items() if rise[2] <= most}
+        at = np.array(list(inside)) + shift
+        intervals(axis, at, np.array(list(inside.values())).reshape(-1, 3).T, marker, colour, label=label)
+        for b, rise in ((b, rise) for b, rise in rises.items() if b not in inside):
+            y = most * (1.2 if marker == "o" else 1.1)
+            axis.plot([b + shift], [y], marker, color=colour, markersize=5, clip_on=False)
+            away, side = (6, "left") if b < max(compared) / 2 else (-6, "right")
+            words = f"x {1 + rise[0]:,.3g}" if rise[0] < 99 else f"x {1 + rise[0]:,.0f}"
+            look: dict[str, Any] = {"color": colour, "ha": side, "va": "center", "fontsize": 9}
+            axis.annotate(words, (b + shift, y), xytext=(away, 0), textcoords="offset points", **look)
+    axis.set(ylim=(0, most * 1.28), xlabel="block", ylabel="rise of perplexity")
+    axis.set_yticks(ticks := np.arange(0, most, 0.2), [f"{100 * y:.0f}%" for y in ticks])
+    axis.legend(loc="upper center", ncols=2)
     return _covered(figure)
 
 
-def attention_and_spectrum(
-    maps: Mapping[str, np.ndarray], spectra: Mapping[str, np.ndarray], tokens: Sequence[str]
-) -> plt.Figure:
-    """For each model the attention of its first, middle and last block (mean of heads), above its 2-D spectrum.
+def attention_chart(maps: Mapping[str, np.ndarray], tokens: Sequence[str]) -> plt.Figure:
+    """Attention maps side by side.
 
     Args:
-        maps: name to (blocks, heads, T, T).
-        spectra: name to (blocks, heads, T, T), from `thesislib.model.attention.spectrum`.
+        maps: title to (T, T), queries by keys.
         tokens: the T tokens.
     """
-    figure, axes = plt.subplots(2 * len(maps), 3, figsize=(11, 6.6 * len(maps)), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(maps), figsize=(10, 4.9), layout="constrained", sharey=True)
     words = [t.strip() or "_" for t in tokens]
-    half = len(tokens) // 2
-    for row, name in enumerate(maps):
-        n = len(maps[name])
-        for column, block in enumerate((0, n // 2, n - 1)):
-            upper, lower = axes[2 * row][column], axes[2 * row + 1][column]
-            image = upper.imshow(maps[name][block].mean(0), cmap="viridis", vmin=0, vmax=1)
-            upper.set(title=f"{name}: place {block} of {n}", xticks=range(len(words)), yticks=range(len(words)))
-            upper.set_xticklabels(words, rotation=90, fontsize=7)
-            upper.set_yticklabels(words, fontsize=7)
-            shade = lower.imshow(
-                spectra[name][block].mean(0), cmap="magma", extent=(-half, len(words) - half, len(words) - half, -half)
-            )
-            lower.set(xlabel="frequency along keys", ylabel="along queries" if column == 0 else "")
-            for axis in (upper, lower):
-                axis.grid(False)
-            if column == 2:
-                figure.colorbar(image, ax=upper, shrink=0.8, label="attention")
-                figure.colorbar(shade, ax=lower, shrink=0.8, label="log(1 + |F|)")
+    for axis, (title, shown) in zip(axes, maps.items(), strict=True):
+        image = axis.imshow(shown, cmap="viridis", vmin=0, vmax=1)
+        axis.set(title=title, xticks=range(len(words)), yticks=range(len(words)), xlabel="looks at")
+        axis.set_xticklabels(words, rotation=90, fontsize=8)
+        axis.set_yticklabels(words, fontsize=8)
+        axis.grid(False)
+    axes[0].set_ylabel("token")
+    figure.colorbar(image, ax=axes, shrink=0.8, label="attention")
     return figure
 
 
