@@ -92,11 +92,11 @@ def api(root: Path = ROOT) -> dict[str, str]:
             files = sorted((root / "thesislib" / name).rglob("*.py")) or [root / "thesislib" / f"{name}.py"]
             for file in (f for f in files if not f.stem.startswith("__") and f.stem != "cli"):
                 module = ".".join(file.relative_to(root).with_suffix("").parts)
-                name = module.removeprefix("thesislib.")
+                short = module.removeprefix("thesislib.")
                 said = ast.get_docstring(ast.parse(file.read_text("utf8"))) or ""
                 body = f"```{{eval-rst}}\n.. automodule:: {module}\n   :members:\n```"
-                pages[f"api/{module}.md"] = f"# {name}\n\n{body}\n"
-                lines.append(f"- [{name}](api/{module}.md): {' '.join(said.partition(chr(10) * 2)[0].split())}")
+                pages[f"api/{module}.md"] = f"# {short}\n\n{body}\n"
+                lines.append(f"- [{short}](api/{module}.md): {' '.join(said.partition(chr(10) * 2)[0].split())}")
         lines.append("")
     return {**pages, "_api.md": "\n".join(lines)}
 
