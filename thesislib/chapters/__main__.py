@@ -4,18 +4,18 @@ import io
 
 import matplotlib
 
-from thesislib.chapters import FIGURE, block, figures, findings, pareto, recorded, three_findings
+from thesislib.chapters import FIGURE, block, figures, first_page, pareto, recorded
 from thesislib.chapters.claims import page
 from thesislib.chapters.pool import recorded_pool
 from thesislib.files import ROOT, write_whole
 
 matplotlib.use("agg")
+strip = first_page.strip(first_page.chain())
+strip.write(ROOT / first_page.STRIP)
 readme = ROOT / "README.md"
-text = readme.read_text("utf8")
-for name, content in (("findings", findings()), ("three", three_findings())):
-    before, after = block(text, name)
-    text = before + content + after
-write_whole(readme, text)
+before, after = block(readme.read_text("utf8"), "first")
+picture = f"![{strip.alt}]({first_page.STRIP})"
+write_whole(readme, before + first_page.text("notebooks/{}.ipynb", "book/{}.md", picture) + after)
 write_whole(ROOT / "book" / "claims.md", page(recorded_pool()))
 record = recorded("06_evaluation").for_fronts
 figures.style()
