@@ -234,6 +234,12 @@ def pattern_table(results: Results, p: WidthChapter) -> pd.DataFrame:
     return pd.DataFrame(rows).fillna("").set_index("pattern")
 
 
+def same_order(a: Mapping[str, Measurement], b: Mapping[str, Measurement]) -> bool:
+    """Whether the patterns that both have stand in the same order of perplexity, with at most half zeros."""
+    both = [x for x, share in shares(a).items() if x in b and share <= USABLE]
+    return sorted(both, key=lambda x: a[x].value) == sorted(both, key=lambda x: b[x].value)
+
+
 def shares(measured: Mapping[str, Measurement]) -> dict[str, float]:
     """{pattern: share of weights removed}."""
     return {pattern: Width(**m.chapter["config"]).share(0, "q_proj") for pattern, m in measured.items()}
