@@ -13,6 +13,7 @@ import thesislib.chapters as study
 from thesislib.chapters import ch00_measures as measures
 from thesislib.chapters import ch01_franken as franken
 from thesislib.chapters import ch02_depth as depth
+from thesislib.chapters import ch02_stability as choice
 from thesislib.chapters import ch03_width as width
 from thesislib.chapters import ch04_recovery as recovery
 from thesislib.chapters import ch04_runs as lora
@@ -40,6 +41,12 @@ def english() -> dict[str, str]:
     exact, rounded = (grid.read_size(file, grid.PRECISION, dtype) for dtype in ("float32", "bfloat16"))
     sentences = {f"{name[:2]}.headline": chapter.headline(record[name]) for name, chapter in chapters().items()}
     sentences |= {
+        f"{name[:2]}.{part}": getattr(chapter.opening, part)(record[name])
+        for name, chapter in chapters().items()
+        if chapter.opening
+        for part in ("answer", "short", "protocol")
+    }
+    sentences |= {
         "00.cost": measurement.cost(record["00_measures"]),
         **{
             f"00.{said.__name__}": said(r0)
@@ -65,7 +72,17 @@ def english() -> dict[str, str]:
         },
         **{f"01.claim {i}": f"{c.verdict}: {c.said} {c.shown}" for i, c in enumerate(franken.claims(r1), 1)},
         "02.chosen_elsewhere": depth.chosen_elsewhere(r2),
+        "02.one_shot_sentence": depth.one_shot_sentence(r2),
+        "02.scorings_sentence": depth.scorings_sentence(r2),
+        "02.adding_up_sentence": depth.adding_up_sentence(r2),
+        "02.chance_sentence": depth.chance_sentence(r2),
+        "02.single_weights_sentence": depth.single_weights_sentence(r2),
+        "02.ranks_caption": depth.ranks_caption(r2.scores),
+        "02.stability": " ".join(choice.sentences(choice.read_recorded(), depth.DEPTH_WINDOWS)),
         **{f"02.verdict at {k}": depth.verdict(r2, k) for k in (2, 4, 8)},
+        "03.places_sentence": width.places_sentence(),
+        "03.seeds_sentence": width.seeds_sentence(r3, p3),
+        "03.equal_bytes_sentence": width.equal_bytes_sentence(r3, p3),
         "03.halves_sentence": width.halves_sentence(r3, p3),
         "03.magnitude_sentence": width.magnitude_sentence(r3, p3),
         "03.calibration_sentence": width.calibration_sentence(r3, p3),

@@ -209,27 +209,22 @@ METHOD_LOOKS = {
 
 
 def block_ranks(table: pd.DataFrame, protected: Sequence[int]) -> plt.Figure:
-    """Each metric's ranking of the blocks (1: first to go), darker for less important; hatched: protected.
+    """Each metric's ranking of the blocks (1: first to go), darker for more important; a hatched bar above: protected.
 
     Args:
         table: importance, blocks by metrics.
         protected: blocks that no metric may remove.
     """
     ranks = table.rank().T
-    figure, axis = plt.subplots(figsize=(12, 0.55 * len(ranks) + 1.4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(10, 0.42 * len(ranks) + 1.2), layout="constrained")
     sns.heatmap(
-        ranks,
-        cmap="Blues_r",
-        annot=True,
-        fmt=".0f",
-        annot_kws={"size": 8},
-        cbar_kws={"label": "rank (1: least important)"},
-        ax=axis,
-        linewidths=0.4,
-    )
+        ranks, cmap="Blues", annot=True, fmt=".0f", annot_kws={"size": 8}, linewidths=0.4, ax=axis,
+        cbar_kws={"label": "rank (1: goes first)", "pad": 0.01},
+    )  # fmt: skip
     for b in protected:
-        axis.add_patch(plt.Rectangle((b, 0), 1, len(ranks), fill=False, hatch="//", edgecolor=GREY, linewidth=0))
-    axis.set(xlabel="block (hatched: protected by default)", ylabel="")
+        bar = plt.Rectangle((b, -0.32), 1, 0.26, fill=False, hatch="////", edgecolor=GREY, linewidth=0, clip_on=False)
+        axis.add_patch(bar)
+    axis.set(xlabel="block (hatched above: never removed)", ylabel="")
     axis.tick_params(axis="y", rotation=0)
     return figure
 
@@ -242,49 +237,57 @@ def stability_chart(shares: Mapping[str, pd.DataFrame]) -> plt.Figure:
     """
     widths = [table.shape[1] for table in shares.values()]
     figure, axes = plt.subplots(
-        1, len(shares), figsize=(12, 3.2), width_ratios=widths, layout="constrained", squeeze=False
+        1, len(shares), figsize=(10, 2.8), width_ratios=widths, layout="constrained", squeeze=False
     )
     for axis, (label, table) in zip(axes[0], shares.items(), strict=True):
         sns.heatmap(
             100 * table, cmap="Blues", vmin=0, vmax=100, annot=True, fmt=".0f", annot_kws={"size": 8}, linewidths=0.4,
             cbar=False, ax=axis,
         )  # fmt: skip
-        axis.set(title=f"{label}: % of resamples in which a block goes", xlabel="block", ylabel="calibration windows")
+        axis.set(title=f"{label}: % of draws in which a block goes", xlabel="block", ylabel="calibration windows")
         axis.tick_params(axis="y", rotation=0)
     return figure
 
 
-def removal_curves(table: pd.DataFrame) -> plt.Figure:
-    """Perplexity, as a ratio to the whole model's, over the number of blocks removed: one line a method with 95 %
-    intervals, random removals as a band.
+def removal_curves(table: pd.DataFrame, most: int = 8) -> plt.Figure:
+    """Left, perplexity without the blocks that one-shot perplexity chose, as a ratio to the whole model's, and of
+    random removals; right, that of other methods as a ratio to one-shot perplexity's, from paired comparisons.
 
     Args:
-        table: columns method, removed, value, low, high (see `thesislib.chapters.ch02_depth.curves`).
+        table: columns method, removed, base, value, low, high (see `thesislib.chapters.ch02_depth.curves`).
+        most: blocks removed that are drawn.
     """
-    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
-    random = table[table["method"].str.startswith("random")].groupby("removed")["value"]
-    if len(random):
-        axis.fill_between(
-            random.min().index,
-            random.min(),
-            random.max(),
-            color=GREY,
-            alpha=0.25,
-            linewidth=0,
-            label="random (all seeds)",
-        )
-    shifts = np.linspace(-0.15, 0.15, len(METHOD_LOOKS))
-    for shift, (method, (marker, colour)) in zip(shifts, METHOD_LOOKS.items(), strict=True):
-        rows = table[table["method"] == method].sort_values("removed")
-        if len(rows):
-            at = rows["removed"] + shift
-            intervals(axis, at, (rows["value"], rows["low"], rows["high"]), f"{marker}-", colour, label=method)
-    axis.axhline(1, color=GREY, linestyle="--", linewidth=1)
-    axis.annotate("whole model", (table["removed"].max(), 1), ha="right", va="bottom", fontsize=9, color=GREY)
-    axis.set_yscale("log")
-    _thousands(axis.yaxis)
-    axis.set(xlabel="blocks removed", ylabel=TIMES_DENSE, xticks=sorted(set(table["removed"]) - {0}))
-    axis.legend(fontsize=9)
+    table = table[table["removed"].between(1, most)]
+    whole, paired = (rows for _, rows in table.groupby(table["base"] == "perplexity"))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.9), width_ratios=(2, 3), layout="constrained")
+    own = whole[whole["method"] == "perplexity"].sort_values("removed")
+    random = whole[whole["method"].str.startswith("random")]
+    left.plot(random["removed"], random["value"], "x", color=GREY, markersize=5, label="random (a mark a seed)")
+    values = own["value"], own["low"], own["high"]
+    intervals(left, own["removed"], values, "o-", BLUE, label="one-shot perplexity")
+    for k, value in zip(own["removed"], own["value"], strict=True):
+        if k in (2, 4, 6, 8):
+            left.annotate(f"{value:.2f}", (k, value), (-4, 7), textcoords="offset points", ha="right", fontsize=9)
+    left.set(ylabel=TIMES_DENSE, ylim=(1, 3 * own["high"].max()), title="the whole model is 1")
+    looks = {method: look for method, look in METHOD_LOOKS.items() if method != "perplexity"}
+    for shift, (method, (marker, colour)) in zip(np.linspace(-0.26, 0.26, len(looks)), looks.items(), strict=True):
+        rows = paired[paired["method"] == method].sort_values("removed")
+        at = rows["removed"] + shift
+        intervals(right, at, (rows["value"], rows["low"], rows["high"]), marker, colour, label=method)
+    right.axhline(1, color=BLUE, linewidth=1.2)
+    for edge in np.arange(1.5, most):
+        right.axvline(edge, color=GREY, linewidth=0.4, alpha=0.6)
+    right.set(ylabel="times one-shot perplexity's (log)", title="one-shot perplexity (line) is 1: below is better")
+    for axis, ticks, place in (
+        (left, (1, 1.5, 2, 3, 5, 10), "lower right"),
+        (right, (0.6, 0.8, 1, 1.5, 2, 3), "upper left"),
+    ):
+        axis.set_yscale("log")
+        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.set(xlabel="blocks removed", xticks=sorted(set(table["removed"])))
+        axis.grid(False, axis="x")
+        axis.legend(fontsize=8.5, loc=place)
     return _covered(figure)
 
 
@@ -299,28 +302,36 @@ def pattern_chart(series: Mapping[str, Mapping[str, Measurement]], zeros: Mappin
     order = sorted(
         zeros, key=lambda x: (zeros[x], -int(x.split(":")[-1]) if ":" in x else -1000)
     )  # the freest choice first
-    figure, axis = plt.subplots(figsize=(10, 4.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 3.8), layout="constrained")
     for (name, found), marker, colour, shift in zip(series.items(), "os", (BLUE, ORANGE), (-0.1, 0.1), strict=False):
         here = [x for x in order if x in found]
         at = [order.index(x) + shift for x in here]
         intervals(axis, at, _of(found[x] for x in here), marker, colour, markersize=6, capsize=3, label=name)
+        for x, here_at in zip(here, at, strict=True):
+            value = found[x].value
+            axis.annotate(
+                f"{value:,.3g}" if value < 1000 else f"{value:,.0f}", (here_at, found[x].high), (0, 4),
+                textcoords="offset points", ha="right" if marker == "o" else "left", fontsize=8, color=colour,
+            )  # fmt: skip
     axis.axhline(1, color=GREY, linestyle="--", linewidth=1)
     axis.annotate("whole model", (len(order) - 0.6, 1), ha="right", va="bottom", fontsize=9, color=GREY)
     axis.set_yscale("log")
     _thousands(axis.yaxis)
+    axis.set_ylim(top=2 * axis.get_ylim()[1])
     axis.set_xticks(range(len(order)), [f"{x if ':' in x else 'ratio'}\n{100 * zeros[x]:.3g} %" for x in order])
-    axis.set(xlabel="removed:of and share of weights removed", ylabel=TIMES_DENSE)
+    axis.set(xlabel="removed:of and share of weights removed", ylabel="perplexity, times dense (log)")
     axis.legend()
     return _covered(figure)
 
 
-def calibration_chart(table: pd.DataFrame) -> plt.Figure:
-    """Perplexity over the number of calibration windows: a dot a seed, a line a text.
+def calibration_chart(table: pd.DataFrame, own: tuple[str, int, int]) -> plt.Figure:
+    """Perplexity over the number of calibration windows: a mark a seed, a line a text.
 
     Args:
         table: index (text, windows), one column a seed.
+        own: text, windows and seed that get a ring: those of the pattern's other figures.
     """
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
     texts = table.index.get_level_values("text").unique()
     for text, marker, colour, factor in zip(texts, "os^", (BLUE, ORANGE, GREEN), (0.97, 1.03, 1), strict=False):
         rows = table.loc[text]
@@ -335,12 +346,16 @@ def calibration_chart(table: pd.DataFrame) -> plt.Figure:
                 alpha=0.7,
                 label=text if seed == rows.columns[0] else None,
             )
+        if text == own[0]:
+            at = own[1] * factor, rows.loc[own[1], own[2]]
+            axis.plot(*at, "o", markersize=12, markerfacecolor="none", color="black")
+            axis.annotate("used elsewhere", at, (-8, 8), textcoords="offset points", ha="right", fontsize=9)
     axis.set_xscale("log", base=2)
     axis.set_xticks(rows.index, map(str, rows.index))
     axis.set(
         xlabel="calibration windows of 512 tokens (log)",
-        ylabel="perplexity of 2:4, times the dense model's",
-        title="a dot a seed, lines through the means",
+        ylabel="2:4, times dense",
+        title="a mark a seed, lines through the means",
     )
     axis.legend()
     return figure
