@@ -37,7 +37,7 @@ def english() -> dict[str, str]:
         gptq.recorded_parameters(),
         gptq.ablation_parameters(),
     )
-    file = record_file("06_evaluation")
+    five, file = record_file("05_quantisation"), record_file("06_evaluation")
     exact, rounded = (grid.read_size(file, grid.PRECISION, dtype) for dtype in ("float32", "bfloat16"))
     sentences = {f"{name[:2]}.headline": chapter.headline(record[name]) for name, chapter in chapters().items()}
     sentences |= {
@@ -100,18 +100,23 @@ def english() -> dict[str, str]:
         "04.rates_sentence": recovery.rates_sentence(r4, p4),
         "05.cost_sentence": quantisation.cost_sentence(r5),
         "05.more_sentence": quantisation.more_sentence(r5, p5),
-        "05.method_sentence, held out": quantisation.method_sentence(r5, gptq.main_models(p5), gptq.HELD_OUT),
-        "05.method_sentence": quantisation.method_sentence(r5, gptq.main_models(p5)),
+        "05.answer": quantisation.answer(r5),
+        "05.short": quantisation.short(r5),
+        "05.protocol": quantisation.protocol(r5),
+        "05.methods_caption": quantisation.methods_caption(r5, q5),
+        "05.eora_sentence": quantisation.eora_sentence(r5, p5),
         "05.bytes_sentence": quantisation.bytes_sentence(r5, p5),
         "05.textbook_sentence": quantisation.textbook_sentence(r5, q5),
         "05.gptqmodel_sentence": quantisation.gptqmodel_sentence(quantisation.read_gptqmodel()),
         "05.calibration_sentence": quantisation.calibration_sentence(r5, q5),
         "05.kinds_sentence": quantisation.kinds_sentence(r5, q5),
-        "05.worth_sentence": quantisation.worth_sentence(r5, q5),
-        "05.layer_sentence": quantisation.layer_sentence(quantisation.read_layers(record_file("05_quantisation"))),
+        "05.layer_sentence": quantisation.layer_sentence(quantisation.read_layers(five), r5, q5),
+        "05.sink_sentence": quantisation.sink_sentence(quantisation.read_sinks(five)["shares"], p5.length),
         "05.pruned_sentence": quantisation.pruned_sentence(r5, q5),
         "05.starts_sentence": quantisation.starts_sentence(r5, q5),
-        "05.answers_sentence": quantisation.answers_sentence(r5, p5),
+        "05.answers_sentence": quantisation.answers_sentence(r5),
+        "05.rank_in_bits": quantisation.rank_in_bits(r5, p5),
+        "05.groups_or_rank": quantisation.groups_or_rank(r5, q5),
         "06.cost_sentence": grid.cost_sentence(r6.full),
         "06.coverage_sentence": grid.coverage_sentence(r6.sample),
         "06.interaction_sentence": grid.interaction_sentence(r6.on_one(grid.PRUNED)),
@@ -135,7 +140,6 @@ def english() -> dict[str, str]:
     )
     return sentences | {
         "05.grid_sentence": quantisation.grid_sentence(quantisation.OwnGrid(14, 0.0, 0.25)),
-        "05.sink_sentence": quantisation.sink_sentence({"blocks.0.v_proj": 0.05, "blocks.28.down_proj": 0.8}, 512),
         "07.binding_sentence": device.binding_sentence(projected),
         "07.energy_sentence": device.energy_sentence(projected),
         "07.energy_sentence, none known": device.energy_sentence(projected[1:]),

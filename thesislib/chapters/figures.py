@@ -424,50 +424,60 @@ QUANTISED_LOOKS = {
     "rounding + EoRA": ("s", ORANGE),
     "GPTQ": ("^", BLUE),
     "GPTQ + EoRA": ("D", GREEN),
+    "GPTQ 3-bit + EoRA": ("D", GREEN),
+    "GPTQ 4-bit + EoRA": ("s", ORANGE),
 }
+
+
+def methods_chart(table: pd.DataFrame) -> plt.Figure:
+    """Ratios to the dense model, one row a method; those without an interval are hollow.
+
+    Args:
+        table: columns method, look, x dense, low, high (see `thesislib.chapters.ch05_quantisation.methods`).
+    """
+    names = list(dict.fromkeys(table["method"]))
+    figure, axis = plt.subplots(figsize=(9, 0.8 + 0.3 * len(names)), layout="constrained")
+    for _, row in table.iterrows():
+        at, (marker, colour) = names.index(row["method"]), QUANTISED_LOOKS[row["look"]]
+        if np.isnan(row["low"]):
+            axis.plot(row["x dense"], at, marker, color=colour, markerfacecolor="none", markersize=7)
+        else:
+            ends = ([row[column]] for column in ("x dense", "low", "high"))
+            intervals(axis, [at], ends, marker, colour, across=True, markersize=7)
+    axis.axvline(1, color=GREY, linestyle="--", linewidth=1)
+    axis.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+    axis.set_xlabel("held-out perplexity, times the dense model's", fontsize=9)
+    figure.supxlabel("95 % paired intervals over documents; hollow marks: none measured", fontsize=8, color=GREY)
+    axis.grid(axis="y", visible=False)
+    return figure
 
 
 FILE_LOOKS = {True: ("*", "#E69F00", 15), False: ("P", "#56B4E9", 9)}  # the file that the subject came in; others
 
 
-def bytes_chart(table: pd.DataFrame, dense: float, marks: pd.DataFrame, most: float = 150) -> plt.Figure:
-    """Perplexity over megabytes on disk, a marker a method, bits beside it; what lies above `most` is left out and
-    counted.
+def bytes_chart(table: pd.DataFrame, marks: pd.DataFrame, most: float = 2.0) -> plt.Figure:
+    """Ratios to the dense model over megabytes on disk, a line a series; what lies above `most` is not drawn.
 
     Args:
-        table: columns method, bits, MB, perplexity, low, high (see
-            `thesislib.chapters.ch05_quantisation.sizes_and_losses`).
-        dense: the whole model's perplexity.
-        marks: files beside the study's models, see `thesislib.chapters.pareto.marks`.
-        most: the highest perplexity drawn.
+        table: columns series, label, MB, x dense, low, high (see `thesislib.chapters.ch05_quantisation.sizes`).
+        marks: files beside the study's models with a column "x dense", see `thesislib.chapters.pareto.marks`.
+        most: the highest ratio drawn.
     """
-    figure, axis = plt.subplots(figsize=(9, 5.5), layout="constrained")
-    shown = table[table["perplexity"] <= most]
+    figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
     labels: list[Label] = []
-    for method, (marker, colour) in QUANTISED_LOOKS.items():
-        rows = shown[shown["method"] == method]
-        if len(rows):
-            values = (rows[column] for column in ("perplexity", "low", "high"))
-            intervals(axis, rows["MB"], values, marker, colour, markersize=6, capsize=0, linewidth=0.4, label=method)
-            labels += [
-                (x, y, str(n), colour) for x, y, n in zip(rows["MB"], rows["perplexity"], rows["bits"], strict=True)
-            ]
-    labels = [*_draw_files(axis, marks, "perplexity", most), *labels]
-    axis.axhline(dense, color=GREY, linestyle="--", linewidth=1)
-    axis.annotate(
-        "dense", (0.99, dense), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9, color=GREY
-    )
-    axis.set_yscale("log")
-    _thousands(axis.yaxis, small=True)
-    left_out = f"; {len(table) - len(shown)} above {most:.0f} not drawn" if len(table) > len(shown) else ""
-    axis.set(
-        xlabel="MB on disk, embedding included",
-        ylabel="held-out perplexity (log)",
-        title=f"numbers: bits a weight without scales{left_out}",
-    )
-    axis.legend()
+    for series, rows in table[table["x dense"] <= most].groupby("series", sort=False):
+        marker, colour = QUANTISED_LOOKS[str(series)]
+        values = (rows[column] for column in ("x dense", "low", "high"))
+        intervals(axis, rows["MB"], values, f"{marker}-", colour, markersize=7, label=str(series))
+        labels += [
+            (x, y, text, colour) for x, y, text in zip(rows["MB"], rows["x dense"], rows["label"], strict=True) if text
+        ]
+    labels = [*_draw_files(axis, marks, "x dense", most), *labels]
+    axis.axhline(1, color=GREY, linestyle="--", linewidth=1)
+    axis.set(xlabel="MB on disk, embedding included", ylabel="held-out perplexity, times dense")
+    axis.legend(fontsize=9)
     _covered(figure)
-    _write(axis, labels)
+    _write(axis, labels, size=10)
     return figure
 
 
@@ -531,32 +541,6 @@ def _write(axis: plt.Axes, labels: Iterable[Label], size: float = 7) -> None:
                 break
         else:
             note.remove()
-
-
-def layers_chart(errors: Mapping[str, Mapping[str, float]], kinds: Sequence[str]) -> plt.Figure:
-    """Relative output error of each projection by block, a panel a kind, a line a method.
-
-    Args:
-        errors: {method: {"blocks.B.NAME": error}}.
-        kinds: names of projections.
-    """
-    figure, axes = plt.subplots(2, (len(kinds) + 1) // 2, figsize=(13, 6), sharex=True, layout="constrained")
-    looks = zip(errors, "o^sD", (GREY, ORANGE, BLUE, GREEN), strict=False)
-    for method, marker, colour in looks:
-        for axis, kind in zip(axes.flat, kinds, strict=False):
-            here = {int(place.split(".")[1]): e for place, e in errors[method].items() if place.endswith(f".{kind}")}
-            axis.plot(
-                list(here), list(here.values()), marker + "-", color=colour, markersize=3, linewidth=1, label=method
-            )
-            axis.set(title=kind, yscale="log")
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.tick_params(labelsize=8, which="both")
-    for axis in list(axes.flat)[len(kinds) :]:
-        axis.axis("off")
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="lower right", fontsize=10)
-    figure.supxlabel("block")
-    figure.supylabel("|(W - W') X| / |W X| on held-out text (log)")
-    return figure
 
 
 FAMILY_LOOKS = {"pruned": ("o", GREY), "+ LoRA": ("s", BLUE), "+ GPTQ": ("^", ORANGE), "+ EoRA": ("D", GREEN)}
