@@ -15,7 +15,7 @@ from matplotlib.transforms import Bbox
 
 from thesislib.chapters.labels import of
 from thesislib.chapters.pareto import AS_IT_CAME, group
-from thesislib.chapters.phrases import COVERED
+from thesislib.chapters.phrases import COVERED, DEPENDS, FAILS, HOLDS, UNDECIDED
 from thesislib.evaluate.stats import Comparison
 from thesislib.records.measurement import Measurement
 
@@ -367,7 +367,7 @@ LOOKS = {"untrained": ("o", GREY, "none"), "+W": ("s", BLUE, BLUE), "+T": ("^", 
 def recovery_chart(points: Mapping[str, Mapping[str, Measurement]], dense: str = "dense") -> plt.Figure:
     """Perplexity of each model untrained and trained on each text, as a ratio to the untrained dense model's.
 
-    Lines mark the dense model untrained and trained alike.
+    Lines mark the dense model untrained and with the same training on WikiText.
 
     Args:
         points: {model: {"untrained", "+W" or "+T": ratio}}.
@@ -379,16 +379,25 @@ def recovery_chart(points: Mapping[str, Mapping[str, Measurement]], dense: str =
         rows = [(y + shift, points[m][name]) for y, m in enumerate(models) if name in points[m]]
         if rows:
             at, ms = zip(*rows, strict=True)
-            look: dict[str, Any] = {"mfc": fill, "markersize": 7, "capsize": 3, "label": name}
+            trained = "" if name == "untrained" else f"+{of(name[1:]).shown}"
+            look: dict[str, Any] = {"mfc": fill, "markersize": 7, "capsize": 3, "label": trained or name}
             intervals(axis, at, _of(ms), marker, colour, across=True, **look)
-        if name in points.get(dense, {}):
-            axis.axvline(
-                points[dense][name].value, color=colour, linestyle="--" if name == "untrained" else ":", linewidth=1
-            )
+            if name != "+T" and name in points.get(dense, {}):
+                at = points[dense][name].value
+                axis.axvline(at, color=colour, linestyle=":" if trained else "--", linewidth=1)
+                axis.annotate(
+                    f"dense{trained or ', untrained'}",
+                    (at, 1.01),
+                    xycoords=("data", "axes fraction"),
+                    ha="right" if trained else "left",
+                    fontsize=9,
+                    color=colour,
+                )
     axis.set_xscale("log")
     _thousands(axis.xaxis, small=True)
+    axis.tick_params(axis="x", which="both", labelsize=9, pad=4)
     axis.set(
-        xlabel=f"{TIMES_DENSE}; lines: the dense model, untrained and trained alike",
+        xlabel=TIMES_DENSE,
         yticks=range(len(models)),
         yticklabels=models,
     )
@@ -404,7 +413,7 @@ def loss_curves(curves: Mapping[str, Mapping[str, tuple[Sequence[dict], Sequence
         curves: {text: {model: (curve, validation)}}, each a list of {"step", "loss", ...}.
     """
     titles = {"wikitext": "trained on WikiText", "trivia": "trained on questions"}
-    figure, axes = plt.subplots(1, len(curves), figsize=(5.8 * len(curves), 4.2), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(curves), figsize=(4.5 * len(curves), 3.1), layout="constrained", squeeze=False)
     palette = [BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
     models = list(dict.fromkeys(model for trained in curves.values() for model in trained))
     for axis, (text, trained) in zip(axes[0], curves.items(), strict=True):
@@ -764,4 +773,47 @@ def roofline_chart(device_name: str, rate: float, bandwidth: float, operations: 
     axis.yaxis.set_major_formatter(EngFormatter(sep=""))  # 10G
     axis.yaxis.set_minor_formatter(NullFormatter())
     axis.legend()
+    return figure
+
+
+VERDICT_LOOKS = {HOLDS: ("o", BLUE), FAILS: ("X", ORANGE), DEPENDS: ("D", "#CC79A7"), UNDECIDED: ("s", GREY)}
+
+
+def forest_chart(table: pd.DataFrame) -> plt.Figure:
+    """Every claim's comparisons with their intervals, claims about perplexity left, about answers right.
+
+    Args:
+        table: see `thesislib.chapters.claims.forest`.
+    """
+    sides = [rows for _, rows in table.groupby("ratio", sort=False)]
+    heights = [rows["n"].nunique() for rows in sides]
+    figure, axes = plt.subplots(len(sides), 1, figsize=(9, 0.5 * sum(heights) + 2), height_ratios=heights,
+        layout="constrained", squeeze=False)  # fmt: skip
+    for axis, rows in zip(axes[:, 0], sides, strict=True):
+        ratio, claims = bool(rows["ratio"].iloc[0]), list(rows.groupby("n"))
+        left, right = rows["low"].min(), rows["high"].max()
+        left, right = (left * 0.9, right * 1.1) if ratio else (left - 2, right + 2)
+        for y, (_, found) in enumerate(claims):
+            marker, colour = VERDICT_LOOKS[found["verdict"].iloc[0]]
+            low, high = (found[f"claimed {end}"].iloc[0] for end in ("from", "to"))
+            low, high = (edge if pd.isna(x) else x for x, edge in ((low, left), (high, right)))
+            axis.fill_betweenx([y - 0.42, y + 0.42], low, high, color=GREEN, alpha=0.15, linewidth=0)
+            at = y + np.linspace(-0.28, 0.28, len(found)) if len(found) > 1 else [y]
+            intervals(axis, at, (found["effect"], found["low"], found["high"]), marker, colour, across=True, capsize=0)
+        axis.axvline(1 if ratio else 0, color=GREY, linestyle="--", linewidth=1)
+        if ratio:
+            axis.set_xscale("log")
+            axis.set_xticks(at := [0.2, 0.5, 1, 2, 5, 10], [f"{x:g}" for x in at])
+            axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set(
+            xlim=(left, right),
+            ylim=(len(claims) - 0.5, -0.5),
+            yticks=range(len(claims)),
+            yticklabels=[f"{n} {found['claim'].iloc[0]}: {found['verdict'].iloc[0]}" for n, found in claims],
+            xlabel="ratio of perplexities (log)" if ratio else "difference of answers, points",
+        )
+        axis.tick_params(labelsize=9)
+        axis.grid(axis="y", visible=False)
+    covers = "95 % intervals: other documents or questions of the same kind; of trained models, other trainings too."
+    figure.supxlabel(covers, fontsize=8, color=GREY)
     return figure
