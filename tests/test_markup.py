@@ -114,14 +114,14 @@ def test_a_dollar_in_a_figure_is_one():
         {
             "label": names,
             "family": "pruned",
+            "base": "dense",
             "MB": [1.0, 9.0, 30.0],
             "M": [1.0, 9.0, 30.0],
             "perplexity": [90.0, 30.0, 9.0],
         }
     )
     table = table.assign(**{"perplexity low": table["perplexity"], "perplexity high": table["perplexity"]})
-    fronts = {(size, "perplexity"): {"dense": names} for size in ("MB", "M")}
-    figure = figures.pareto_chart(table, fronts, {"perplexity": True}, pareto.marks_of({}))
+    figure = figures.pareto_chart(table, {"dense": names}, "perplexity", pareto.marks_of({}))
     figure.canvas.draw()
     drawn = figure.axes[0].texts
     assert [t.get_text() for t in drawn] == names and not any(t.get_parse_math() for t in drawn)

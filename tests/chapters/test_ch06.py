@@ -1,20 +1,20 @@
 """Chapter 6's tables and sentences on made-up records, and on the recorded ones; the README's figure is of them."""
 
 import json
-import struct
 from dataclasses import replace
 
 import pytest
 
 from tests.fakes import accuracy, perplexity
-from thesislib.chapters import FIGURE, block, figures, labels, record_file, recorded, three_findings
 from thesislib.chapters import ch06_grid as evaluation
+from thesislib.chapters import ch06_runs as runs
+from thesislib.chapters import figures, labels, record_file, recorded
 from thesislib.chapters import pareto as trade_offs
-from thesislib.chapters.ch06_grid import EvaluationChapter
+from thesislib.chapters.ch06_runs import EvaluationChapter
 from thesislib.chapters.labels import family
 from thesislib.chapters.pareto import OPEN, PPL, front, points
 from thesislib.errors import BadInput
-from thesislib.files import ROOT
+from thesislib.evaluate.stats import Comparison
 
 
 def provenance(megabytes, millions=100):
@@ -103,18 +103,19 @@ def test_a_trained_model_wins_over_no_untrained_one(story):
     assert next(iter(by_base)) == "dense"
     assert trade_offs.smallest_usable(seen)["dense"] == trade_offs.smallest_usable(story)["dense"] == "W1:8"
     assert trade_offs.smallest_usable(seen)["W"] == "D8+W+Q" and "T" not in trade_offs.smallest_usable(seen)
-    said = trade_offs.front_sentence(seen)
-    assert (
-        "untrained D2+W1:8 (240 MB, 36.6)" in said and "trained on TriviaQA D8+T (50 MB, 11); trained on Wiki" in said
-    )
-    found = trade_offs.bytes_finding(seen)
-    assert "alike: 0 of the 4 untrained, 0 of the 1 trained on TriviaQA, 1 of the 1 trained on WikiText." in found
-    assert "untrained W1:8 (265 MB, perplexity 22.2 against 20.1)" in found
+    said = trade_offs.front_table(seen)
+    assert said.index.tolist()[3:6] == [
+        ("untrained", "dense"),
+        ("trained on TriviaQA", "D8+T"),
+        ("trained on WikiText", "D8+W+Q"),
+    ]
+    assert said.loc[("untrained", "D2+W1:8"), "MB"] == "240"
+    assert "untrained, W1:8 with 265 MB (22.2 against 20.1)" in trade_offs.usable_sentence(seen)
     shown = explorer_data(trade_offs.explorer(seen))
     assert shown["fronts"]["MB"][PPL] == by_base and list(shown["groups"]) == ["dense", "T", "W"]
-    chart = figures.pareto_chart(table, trade_offs.fronts(table), {PPL: True}, trade_offs.marks_of(seen))
-    lines = {line.get_label(): list(line.get_xdata()) for line in chart.axes[0].lines}
-    assert lines["front, untrained"] == [240, 250, 265, 270] and lines["front, trained on WikiText"] == [60]
+    chart = figures.pareto_chart(table, by_base, PPL, trade_offs.marks_of(seen))
+    lines = [list(line.get_xdata()) for axis in chart.axes for line in axis.lines if line.get_label() == "front"]
+    assert lines == [[240, 250, 265, 270], [50], [60]]
     figures.plt.close(chart)
 
 
@@ -161,28 +162,26 @@ def test_files_beside_the_study_are_marks(story, monkeypatch):
     assert trade_offs.no_better(table, untrained, marks.loc["llama.cpp Q4_0"], PPL) == ["D2+W1:8", "D2"]
     assert trade_offs.no_better(table, ["D2", "dense"], star, OPEN) == ["D2", "dense"]
     assert trade_offs.no_better(table, ["dense"], {"MB": 98, OPEN: 0.5}, OPEN) == []
-    said = trade_offs.front_sentence(came)
-    assert said.endswith(
-        "Files of the dense model beside these 4 untrained ones: as it came, Q4_1 (98 MB, 20.1), no larger and no "
-        "worse than 4; llama.cpp Q4_0 (92 MB, 24.5), no larger and no worse than 2; llama.cpp Q8_0 (145 MB, 20.1), no "
-        "larger and no worse than 4."
-    )
-    assert "4 of the 4 untrained models on the front are no smaller and no better" in trade_offs.bytes_finding(came)
-    assert "came" not in trade_offs.bytes_finding(story) + trade_offs.front_sentence(story)
+    said = trade_offs.front_table(came).loc["a file of the dense model"]
+    assert list(said.index) == list(marks.index) and list(said["MB"]) == ["98", "92", "145"]
+    assert "4 of the 4 untrained models on the front are no smaller and no better" in trade_offs.file_sentence(came)
+    assert not trade_offs.file_sentence(story)
 
     shown = explorer_data(trade_offs.explorer(came))["marks"]
     assert [(r["label"], round(r["MB"])) for r in shown] == [(x, round(marks.loc[x, "MB"])) for x in marks.index]
-    assert trade_offs.digest(came) != trade_offs.digest(story)  # a figure with other marks is drawn again
     beside = trade_offs.marks_of(came)
-    chart = figures.pareto_chart(table, trade_offs.fronts(table), {PPL: True, OPEN: False}, beside)
+    chart, others = (
+        figures.pareto_chart(table, front(table, "MB", measure), measure, beside) for measure in (PPL, OPEN)
+    )
     drawn = {line.get_label(): line.get_xydata() for line in chart.axes[0].lines}
     assert drawn["the file it came in"].tolist() == [[star["MB"], star[PPL]]]
     assert drawn["llama.cpp's files"].tolist() == beside[["MB", PPL]][1:].to_numpy().tolist()
     assert not {"the file it came in", "llama.cpp's files"} & {line.get_label() for line in chart.axes[1].lines}
-    assert {"Q4_1", "Q4_0", "Q8_0", "dense", "W"} <= {text.get_text() for text in chart.axes[0].texts}
-    for axis in chart.axes:
+    assert {"Q4_1 file, 98 MB", "Q4_0", "Q8_0", "dense", "D2"} <= {text.get_text() for text in chart.axes[0].texts}
+    assert {"dense", "D2", "D2+Q"} <= {text.get_text() for text in chart.axes[1].texts}  # of models trained alike
+    for axis in (*chart.axes, *others.axes):
         assert_nothing_covered(axis)
-    figures.plt.close(chart)
+    figures.plt.close("all")
 
 
 def assert_nothing_covered(axis):
@@ -203,10 +202,13 @@ def explorer_data(html):
 def test_the_recorded_figure_covers_nothing():
     record = recorded("06_evaluation").for_fronts
     table = points(record)
-    chart = figures.pareto_chart(table, trade_offs.fronts(table), {PPL: True, OPEN: False}, trade_offs.marks_of(record))
-    for axis in chart.axes:
-        assert_nothing_covered(axis)
-    figures.plt.close(chart)
+    for measure, most in ((PPL, 100), (OPEN, 1)):
+        fronts = front(table, "MB", measure)
+        chart = figures.pareto_chart(table, fronts, measure, trade_offs.marks_of(record), most)
+        for axis, (base, names) in zip(chart.axes, fronts.items(), strict=True):
+            assert_nothing_covered(axis)
+            assert "dense" in {text.get_text() for text in axis.texts} or base not in names
+    figures.plt.close("all")
 
 
 def test_depth_and_width_together_cost_more_than_their_sum(story):
@@ -232,9 +234,9 @@ def test_steps_go_from_the_model_before(story):
     assert found["D2+W", "D2+W+Q"].difference == pytest.approx(0.05, abs=0.01)
     table = evaluation.stage_table(story)
     trained = table.loc["+ LoRA"]
-    assert (trained["pairs"], trained["told better"], trained["told worse"]) == (3, 3, 0)
+    assert (trained["pairs"], trained["better"], trained["worse"]) == (3, 3, 0)
     lost = table[table["measure"] == OPEN].loc["pruned"]
-    assert (lost["lowest"], lost["told worse"]) == ("-30.0", 1)
+    assert (lost["lowest"], lost["worse"]) == ("-30.0", 1)
     other = evaluation.steps({**story, ("D2+W+W1:8", PPL): ppl(3.5, 240, 8)})
     assert next(f for f, a, b, _ in other if b == "D2+W+W1:8") == "pruned"
 
@@ -269,7 +271,7 @@ def test_bfloat16_is_held_against_float32(story):
 
 def test_what_was_not_run_is_shown(story):
     table = evaluation.grid_table(story)
-    assert len(table) == len(evaluation.grid("sample").configurations)
+    assert len(table) == len(runs.grid("sample").configurations)
     assert (
         table.loc["D8", PPL] == table.loc["D2+W", OPEN] == "not run" and table.loc["D2", "thesis: open book"] == "53.0%"
     )
@@ -318,17 +320,25 @@ def test_the_explorers_text_is_safe_and_whole(story):
     assert len(rows) == 10 and {"label", "family", "MB", "M", PPL, f"{PPL} low"} <= set(rows[0])
 
 
+def figure_of(difference):
+    return Comparison(difference, difference - 0.1, difference + 0.1, 0.001, 9, "t")
+
+
 def test_figures_hold_every_model(story):
     table = points(story)
     marks = trade_offs.marks_of(story)
-    chart = figures.pareto_chart(table, trade_offs.fronts(table), {PPL: True, OPEN: False}, marks, most=30)
-    assert "1 above 30 not drawn" in chart.axes[0].get_title() and "n = 8 models" in chart.axes[0].get_title()
-    assert len(chart.axes) == 4 and chart.axes[0].get_xlabel() == "MB on disk"
-    lines = figures.interaction_chart(evaluation.by_depth_and_width(story))
+    chart = figures.pareto_chart(table, front(table, "MB", PPL), PPL, marks, most=30)
+    assert chart.axes[0].get_title() == "untrained: 3 models, 1 above 30 not drawn\n"
+    assert len(chart.axes) == 2 and chart.axes[0].get_xlabel() == "MB on disk"
+    off, told = evaluation.interaction_grid(story)
+    assert off.loc[2, "1:8"] == pytest.approx(1.22, abs=0.01) and told.loc[2, "1:8"]
+    (cell,) = figures.interaction_chart(off, told).axes[0].texts
+    assert cell.get_text() == "1.22 *"
     panels = figures.steps_chart(evaluation.steps(story)).axes
     assert [a.get_title() for a in panels] == ["pruned", "+ LoRA", "+ GPTQ", "+ EoRA"]
     assert [t.get_text() for t in panels[1].get_yticklabels()] == ["dense", "D2", "D2+W1:8"]
-    assert [t.get_text() for t in lines.legends[0].get_texts()] == ["none", "1:8"]
+    (beyond,) = figures.steps_chart([("+ GPTQ", "dense", "Q2", figure_of(2.6))]).axes[0].texts
+    assert beyond.get_text() == "x 13.5 →"
     figures.plt.close("all")
 
 
@@ -345,8 +355,8 @@ def test_the_record_shares_what_other_chapters_measured():
     record = recorded("06_evaluation")
     assert record.sample["dense", PPL].n == 24 and record.full["dense", PPL].n == 595
     assert all(m.provenance["dtype"] == "bfloat16" for results in record for m in results.values())
-    exact = evaluation.read_size(record_file("06_evaluation"), evaluation.PRECISION, "float32")
-    assert len(exact) == len(evaluation.grid("precision").configurations) and {
+    exact = runs.read_size(record_file("06_evaluation"), runs.PRECISION, "float32")
+    assert len(exact) == len(runs.grid("precision").configurations) and {
         m.provenance["dtype"] for m in exact.values()
     } == {"float32"}
 
@@ -355,20 +365,6 @@ def test_a_section_is_of_one_sample():
     """The whole text's, once it has every model of the section."""
     sample = {(label, PPL): ppl(3, 24) for label in ("dense", "D2", "W1:8", "D2+W1:8")}
     whole = {key: ppl(3.1, 595) for key in list(sample)[:3]}
-    record = evaluation.Record(whole, sample)
+    record = runs.Record(whole, sample)
     assert record.on_one(["depth", "width"]) is whole and record.on_one(evaluation.PRUNED) is sample
-    assert evaluation.Record({**whole, ("D2+W1:8", PPL): ppl(3.1, 595)}, sample).on_one(evaluation.PRUNED) is not sample
-
-
-def test_the_readme_has_the_three_findings_and_their_figure():
-    text = (ROOT / "README.md").read_text("utf8")
-    before, after = block(text, "three")
-    assert text == before + three_findings() + after and FIGURE in text, "run `make findings`"
-    image, position, said = (ROOT / FIGURE).read_bytes(), 8, {}
-    while position < len(image):  # a PNG's chunks
-        length, kind = struct.unpack(">I4s", image[position : position + 8])
-        if kind == b"tEXt":
-            key, _, value = image[position + 8 : position + 8 + length].partition(b"\0")
-            said[key.decode()] = value.decode()
-        position += length + 12
-    assert said["Description"] == trade_offs.digest(recorded("06_evaluation").for_fronts), "run `make findings`"
+    assert runs.Record({**whole, ("D2+W1:8", PPL): ppl(3.1, 595)}, sample).on_one(evaluation.PRUNED) is not sample

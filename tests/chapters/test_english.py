@@ -20,6 +20,7 @@ from thesislib.chapters import ch04_runs as lora
 from thesislib.chapters import ch05_quantisation as quantisation
 from thesislib.chapters import ch05_runs as gptq
 from thesislib.chapters import ch06_grid as grid
+from thesislib.chapters import ch06_runs as grid_runs
 from thesislib.chapters import ch07_device as device
 from thesislib.chapters import chapters, pareto, record_file, recorded
 from thesislib.records import measurement
@@ -38,7 +39,7 @@ def english() -> dict[str, str]:
         gptq.ablation_parameters(),
     )
     five, file = record_file("05_quantisation"), record_file("06_evaluation")
-    exact, rounded = (grid.read_size(file, grid.PRECISION, dtype) for dtype in ("float32", "bfloat16"))
+    exact, rounded = (grid_runs.read_size(file, grid_runs.PRECISION, dtype) for dtype in ("float32", "bfloat16"))
     sentences = {f"{name[:2]}.headline": chapter.headline(record[name]) for name, chapter in chapters().items()}
     sentences |= {
         f"{name[:2]}.{part}": getattr(chapter.opening, part)(record[name])
@@ -126,8 +127,10 @@ def english() -> dict[str, str]:
         "06.coverage_sentence": grid.coverage_sentence(r6.sample),
         "06.interaction_sentence": grid.interaction_sentence(r6.on_one(grid.PRUNED)),
         "06.protocol_sentence": grid.protocol_sentence(r6.full),
-        "06.front_sentence": pareto.front_sentence(r6.for_fronts),
-        "06.front_sentence, open book": pareto.front_sentence(r6.for_fronts, pareto.OPEN),
+        "06.control_sentence": grid.control_sentence(grid.with_control(r6)),
+        "06.width_sentence": grid.width_sentence(r6.full),
+        "06.usable_sentence": pareto.usable_sentence(r6.for_fronts),
+        "06.file_sentence": pareto.file_sentence(r6.for_fronts),
         "06.equal_bytes_sentence": pareto.equal_bytes_sentence(r6.for_fronts),
         "06.precision_sentence": grid.precision_sentence(exact, rounded),
         "06.full_sentence": grid.full_sentence(r6.full),

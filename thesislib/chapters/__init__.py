@@ -98,15 +98,6 @@ def findings() -> str:
     )
 
 
-FIGURE = "book/_static/pareto.png"  # the README's, drawn by `make findings`
-
-
-def three_findings() -> str:
-    """The findings that matter most, for the README."""
-    evaluation = import_module("thesislib.chapters.ch06_grid")
-    return "".join(f"- {finding}\n" for finding in evaluation.top_findings(recorded("06_evaluation")))
-
-
 def block(text: str, name: str) -> tuple[str, str]:
     """What stands before and after the part of a text that is written from records.
 

@@ -1,134 +1,57 @@
 """Chapter 6, the whole grid: every configuration measured alike, tables of them, and what each stage costs or gives."""
 
-import functools
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from thesislib.chapters import scorings
-from thesislib.chapters.chapter import WIKITEXT, Chapter, Keep, Key, Parameters, Part, book
+from thesislib.chapters.ch06_runs import (
+    CHOICES,
+    FULL,
+    READS,
+    RECORDED,
+    EvaluationChapter,
+    Record,
+    for_claims,
+    grid,
+    key,
+    read_recorded,
+    recorded_parts,
+)
+from thesislib.chapters.chapter import Chapter, Opening
 from thesislib.chapters.labels import FAMILIES, family, of, thesis_of
-from thesislib.chapters.pareto import MEASURES, OPEN, PPL, Results, bytes_finding, size_of
-from thesislib.chapters.phrases import difference, few, interval, number, ratio, share
+from thesislib.chapters.pareto import (
+    MEASURES,
+    OPEN,
+    PPL,
+    USABLE,
+    Results,
+    at_equal_bytes,
+    equal_bytes_sentence,
+    file_sentence,
+    front,
+    group,
+    marks_of,
+    points,
+    size_of,
+    smallest_usable,
+    trained_like,
+    usable_sentence,
+)
+from thesislib.chapters.phrases import difference, few, interval, number, ratio, sample_note, share
 from thesislib.chapters.thesis import thesis_row
 from thesislib.evaluate.compare import compare
 from thesislib.evaluate.perplexity import relative
-from thesislib.evaluate.setup import setup_of, task_of
+from thesislib.evaluate.setup import task_of
 from thesislib.evaluate.speed import SECONDS_PER_TOKEN
 from thesislib.evaluate.stats import Comparison, by_verdict, holm_adjusted, paired_means
 from thesislib.evaluate.task import SHARE
-from thesislib.experiment import DENSE, Conditions
-from thesislib.files import cache_dir, data_file
+from thesislib.experiment import DENSE
 from thesislib.records.measurement import Measurement, in_markdown
-from thesislib.records.store import Store
-from thesislib.sweep.grid import Configuration, Grid, read_grid
-from thesislib.sweep.run import (
-    FAILED,
-    Target,
-    by_identity,
-    conditions,
-    known,
-    possible,
-    recorded_conditions,
-    sweep,
-    wanted,
-)
-from thesislib.sweep.task import measure_cell
-from thesislib.sweep.workers import Workers
-
-RECORDED, PRECISION, FULL = "sample", "precision", "full"
-READS = (
-    "00_measures",
-    "01_franken_llama",
-    "02_depth_pruning",
-    "03_width_pruning",
-    "04_lora_recovery",
-    "05_quantisation",
-)
-
-
-@dataclass(frozen=True)
-class EvaluationChapter(Parameters):
-    """Parameters of chapter 6.
-
-    Attributes:
-        size: of the grid in data/grid.yaml.
-        workers: processes on this machine.
-        threads: of each process.
-    """
-
-    size: str = "quick"
-    workers: int = 2
-    threads: int = 1
-
-    def __post_init__(self):
-        super().__post_init__()
-        grid(self.size)
-
-    @property
-    def target(self) -> Target:
-        """Subject, data, dtype and device of the sweep."""
-        return Target(self.subject, self.data, self.dtype, self.device)
-
-
-@functools.cache
-def grid(size: str) -> Grid:
-    """The study's grid at one of its sizes."""
-    return read_grid(data_file("grid.yaml"), size)
-
-
-def run(p: EvaluationChapter) -> Results:
-    """The grid measured on this machine, without what cannot be made of the subject. The cache keeps measurements.
-
-    Raises:
-        RuntimeError: configurations that failed, each with its reason.
-    """
-    g = grid(p.size)
-    store = Store(cache_dir() / "sweeps" / f"{g.name}-{g.size}.jsonl")
-    g, why = possible(g, p.target)
-    for label, reason in why.items():
-        print(f"not possible for this subject: {label} ({reason})")
-    failed = sweep(g, p.target, store, Workers(p.workers, threads=p.threads, gpu=p.device.startswith("cuda")))
-    if failed:
-        raise RuntimeError("; ".join(f"{label}: {why}" for label, why in failed.items()))
-    return collect(g, store.rows().values(), conditions(g, p.target))
-
-
-def collect(g: Grid, rows: Iterable[Measurement], at: Conditions) -> Results:
-    """{(label, measure): measurement} of a grid on one subject in one type. All other rows stay out."""
-    measured = by_identity(rows)
-    names = {(c.label, measure): name for c in g.configurations for measure, name in wanted(g, c, at).items()}
-    return {cell: measured[name] for cell, name in names.items() if name in measured}
-
-
-class Record(NamedTuple):
-    """What was recorded of the grid, at its two sizes.
-
-    Args:
-        full: the whole text, 1,200 questions and 902 passages, as far as it was run.
-        sample: 24 windows of the text and 64 passages.
-    """
-
-    full: Results
-    sample: Results
-
-    def on_one(self, groups: Sequence[str]) -> Results:
-        """The whole text's results if they have the perplexity of all configurations of these groups that the sample
-        has; else the sample's."""
-        labels = [c.label for c in grid(RECORDED).configurations if c.group in groups and (c.label, PPL) in self.sample]
-        return self.full if all((label, PPL) in self.full for label in labels) else self.sample
-
-    @property
-    def for_fronts(self) -> Results:
-        """The whole text's results once they have quantised models and the dense model trained alike; else the
-        sample's."""
-        has_all = all((label, PPL) in self.full for label in (DENSE, "W", "Q", "Q+E", "D2+W1:8+W+Q"))
-        return self.full if has_all else self.sample
 
 
 def size_measured(results: Results) -> str:
@@ -144,21 +67,14 @@ def protocol_sentence(results: Results) -> str:
     return f"Measured here: {said}; the dense model's perplexity is {number(results[DENSE, PPL], '.4g')}."
 
 
-def read_recorded(path: Path) -> Record:
-    """The recorded run."""
-    return Record(read_size(path, FULL), read_size(path, RECORDED))
-
-
-def read_size(path: Path, size: str, dtype: str = "bfloat16") -> Results:
-    """The recorded run of one size of the grid: its own rows, and the same measurements of earlier chapters."""
-    own = list(Store(path).rows().values())
-    before = [m for store in _before(path) for m in store.rows().values()]
-    return collect(grid(size), [*before, *own], recorded_conditions(own, dtype))
-
-
-def _before(path: Path) -> list[Store]:
-    """The records of the earlier chapters, which lie beside this chapter's."""
-    return [Store(file) for name in READS if (file := path.with_name(f"{name}.jsonl")).exists()]
+PRUNED = ("depth", "width", "first", "pruned")  # groups without training or quantisation
+STAGED = (
+    "fewer bits",
+    "fewer bits, compensated",
+    "first, recovered",
+    "first, quantised",
+    "first, compensated",
+)
 
 
 # ---------------------------------------------------------------- tables
@@ -207,8 +123,8 @@ def grid_table(
                 row["windows"] = m.n if m else ""
         if m := results.get((c.label, SECONDS_PER_TOKEN)):
             row["ms per token"] = interval(1e3 * m.value, 1e3 * m.low, 1e3 * m.high, ".1f")
-        for column, key in SIZES.items():
-            size_in_units = size_of(results, c.label, key)
+        for column, where in SIZES.items():
+            size_in_units = size_of(results, c.label, where)
             row[column] = "" if size_in_units is None else f"{size_in_units / 1e6:.1f}"
         t = thesis_of(c.label)
         row["thesis: x dense"] = f"{t.perplexity / dense_thesis.perplexity:,.3g}" if t else ""
@@ -348,11 +264,6 @@ def steps(results: Results, measure: str = PPL) -> list[tuple[str, str, str, Com
     return [(*names, c) for names, c in holm_adjusted(tests).items()]
 
 
-def shown_steps(results: Results) -> list[tuple[str, str, str, Comparison]]:
-    """`steps`, but of pruning only those from the dense model: the chart of interactions has the others."""
-    return [row for row in steps(results) if row[0] != FAMILIES[0] or row[1] == DENSE]
-
-
 def stage_table(results: Results) -> pd.DataFrame:
     """The effect of each stage on the model before it: number of pairs, lowest, median and highest effect, and how
     many are told apart."""
@@ -376,8 +287,8 @@ def stage_table(results: Results) -> pd.DataFrame:
                         "lowest": lowest,
                         "median": median,
                         "highest": highest,
-                        "told worse": worse,
-                        "told better": better,
+                        "worse": worse,
+                        "better": better,
                     }
                 )
     return pd.DataFrame(rows).set_index("stage")
@@ -410,30 +321,28 @@ def interaction_sentence(results: Results) -> str:
     tests = interactions(results)
     if not tests:
         return "No model was pruned both ways."
-    less, more, rest = by_verdict(tests).values()
+    less, more, rest = map(len, by_verdict(tests).values())
+    counts = [f"{n} cost {words}" for n, words in ((more, "more together"), (less, "less")) if n]
+    counts += [f"{rest} cannot be told from the sum"] if rest else []
     furthest = max(tests, key=lambda name: abs(tests[name].difference))
-    more_names, less_names = (f" ({few(names)})" if names else "" for names in (more, less))
     return (
-        f"If pruning depth and width acted apart, their losses in nats a token would add up. Of {len(tests)} pairs, "
-        f"they lose more than that for {len(more)}{more_names}, less for {len(less)}{less_names}, and are not told "
-        f"apart from it for {len(rest)}; furthest off is {furthest}, perplexity {ratio(tests[furthest], '.3g')} of the "
-        "sum's (paired t tests over documents, Holm-adjusted)."
+        f"Do the two losses, in nats a token, add up? Of {len(tests)} pairs {', '.join(counts)} (paired t tests over "
+        f"documents, Holm-adjusted). Furthest off is {furthest}, {ratio(tests[furthest], '.3g')} of the perplexity "
+        "that the sum predicts."
     )
 
 
-def by_depth_and_width(results: Results) -> pd.DataFrame:
-    """(removed, width, perplexity, low, high) of every model that was pruned and nothing else."""
-    rows = []
-    for label, m in _measured(results, PPL).items():
-        model = of(label)
-        if model.family == "pruned" and (model.depth > 0) == (
-            len(model.of("depth")) > 0
-        ):  # parts of blocks are no depth
-            width = next(iter(model.width), "none")
-            rows.append({"removed": model.depth, "width": width, "perplexity": m.value, "low": m.low, "high": m.high})
+def interaction_grid(results: Results) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """For `figures.interaction_chart`: the factor by which each pair is off the sum, blocks removed by width patterns;
+    and whether it is told apart from 1."""
+    rows = [
+        {"removed": of(pair).depth, "width": next(iter(of(pair).width)), "off": np.exp(c.difference), "told": c.told}
+        for pair, c in interactions(results).items()
+    ]
     table = pd.DataFrame(rows)
-    several = table.groupby("width")["removed"].transform("nunique") > 1  # a single point has no line
-    return table[several]
+    order = sorted(set(table["width"]), key=lambda x: (int(x.split(":")[0]) / int(x.split(":")[1]), len(x), x))
+    off, told = (table.pivot(index="removed", columns="width", values=name)[order] for name in ("off", "told"))
+    return off, told.map(lambda x: x is True)
 
 
 @dataclass(frozen=True)
@@ -482,15 +391,120 @@ def precision_sentence(exact: Results, rounded: Results) -> str:
 # ---------------------------------------------------------------- findings
 
 
+def answer(record: Record) -> str:
+    """The chapter's answer in two sentences."""
+    results = record.for_fronts
+    tests = at_equal_bytes(results)
+    beaten = sum(c is not None and c.verdict() == "better" for c in tests.values())
+    smallest = smallest_usable(results)[DENSE]
+    return (
+        f"Fewer bits beat fewer weights: {beaten} of {len(tests)} models that are not quantised lose to a quantised "
+        f"one that is no larger. Without training, {smallest} is the smallest that stays within {USABLE - 1:.0%} of "
+        "the dense model's perplexity."
+    )
+
+
+def short(record: Record) -> str:
+    """The answer in about ten words."""
+    tests = at_equal_bytes(record.for_fronts)
+    beaten = sum(c is not None and c.verdict() == "better" for c in tests.values())
+    return f"fewer bits beat fewer weights at equal bytes: {beaten} of {len(tests)}"
+
+
+def protocol(record: Record) -> str:
+    """Text, windows, questions and the dense model's value."""
+    results = record.for_fronts
+    note = sample_note(results.values())
+    whole = f" On the whole text: {number(record.full[DENSE, PPL])}." if note and (DENSE, PPL) in record.full else ""
+    return f"WikiText-2 test. {protocol_sentence(results)}{note}{whole}"
+
+
+def front_caption(record: Record) -> str:
+    """What the first figure finds."""
+    by_base = front(points(record.for_fronts), "MB", PPL)
+    counts = " and ".join(
+        f"{sum(family(x) in FAMILIES[2:] for x in labels)} of the {len(labels)} {group(base)}"
+        for base, labels in by_base.items()
+    )
+    star = " No untrained model reaches the star, the file that the model came in." if _star_wins(record) else ""
+    return f"Of the models that none beats at once in size and perplexity {counts} are quantised.{star}"
+
+
+def _star_wins(record: Record) -> bool:
+    results = record.for_fronts
+    table, beside = points(results), marks_of(results)
+    if beside.empty:
+        return False
+    mark = beside.iloc[0]
+    rows = table[(table["base"] == DENSE) & (table["MB"] <= mark["MB"]) & (table[PPL] <= mark[PPL])]
+    return rows.empty
+
+
+def answers_caption(results: Results) -> str:
+    """What the front of open-book answers finds."""
+    counts = _measured(results, OPEN)
+    none = [x for x, m in counts.items() if trained_like(x) == DENSE and m.low == 0 and m.value < 0.02]
+    untrained = [x for x in counts if trained_like(x) == DENSE]
+    best = front(points(results), "MB", OPEN)[DENSE]
+    return (
+        f"{len(none)} of {len(untrained)} untrained models answer next to nothing (under 2 %); of the {len(best)} on "
+        f"the front {sum(family(x) in FAMILIES[2:] for x in best)} are quantised."
+    )
+
+
+def interaction_caption(results: Results) -> str:
+    """What the heat map of interactions finds."""
+    less, more, _ = map(len, by_verdict(interactions(results)).values())
+    return (
+        f"Mild pairs cost a little more than their sum ({more} differ), broken ones less ({less}). Each cell: the "
+        "perplexity over the one that the sum predicts; a star: p < 0.05."
+    )
+
+
+def quantised_steps(results: Results) -> list[tuple[str, str, str, Comparison]]:
+    """`steps` to fewer bits and to EoRA; what pruning and LoRA change is shown by chapters 2 to 4."""
+    return [row for row in steps(results) if row[0] in FAMILIES[2:]]
+
+
+def steps_caption(results: Results) -> str:
+    """What quantisation costs and EoRA gives back, at 4 bits."""
+    four = {name: [np.exp(c.difference) for stage, _, label, c in quantised_steps(results)
+                   if stage == name and of(label).bits == 4] for name in FAMILIES[2:]}  # fmt: skip
+    cost, gain = (f"x {min(x):.3g} to x {max(x):.3g}" for x in four.values())
+    return (
+        f"Four bits cost perplexity {cost}, and EoRA changes that by {gain}, whatever was done before. Hollow: no "
+        "difference that a test finds. Arrows: beyond the panel."
+    )
+
+
+def with_control(record: Record) -> Results:
+    """The whole text's results once they have the dense model trained on WikiText; else the sample's."""
+    return record.full if ("W", PPL) in record.full else record.sample
+
+
+def chosen(beside: pd.DataFrame) -> pd.DataFrame:
+    """Of `against_dense` the models and measures that chapter 6 compares by all tasks."""
+    return beside.loc[[x for x in CHOICES if x in beside.index], [c for c in beside if "2048" not in c]]
+
+
+def agreement(results: Results, record: Record) -> str:
+    """Whether a run's models come in the order of the record's by perplexity, in a line."""
+    ours, theirs = _measured(results, PPL), _measured(record.for_fronts, PPL)
+    both = [x for x in ours if x in theirs]
+    same = sorted(both, key=lambda x: ours[x].value) == sorted(both, key=lambda x: theirs[x].value)
+    return f"{len(ours)} models measured here. In the recorded order of perplexity: {'yes' if same else 'no'}"
+
+
 def headline(record: Record) -> str:
-    """What chapter 6 found, in sentences, for the book's first page and the README."""
-    return f"{' '.join(top_findings(record))} {interaction_sentence(record.on_one(PRUNED))}"
-
-
-def top_findings(record: Record) -> list[str]:
-    """The three that matter most, filled in from records."""
-    trained = record.full if ("W", PPL) in record.full else record.sample
-    return [bytes_finding(record.for_fronts), _control_finding(trained), _width_finding(record.full)]
+    """What chapter 6 found, in sentences."""
+    results = record.for_fronts
+    said = (equal_bytes_sentence(results), usable_sentence(results), file_sentence(results))
+    more = (
+        control_sentence(with_control(record)),
+        width_sentence(record.full),
+        interaction_sentence(record.on_one(PRUNED)),
+    )
+    return " ".join(filter(None, (*said, *more)))
 
 
 def pruned_and_trained(results: Results) -> list[str]:
@@ -507,17 +521,13 @@ def below(results: Results, base: str) -> list[str] | None:
     return by_verdict(holm_adjusted(tests))["better"]
 
 
-def _control_finding(results: Results) -> str:
+def control_sentence(results: Results) -> str:
+    """Do pruned models with LoRA beat the dense model, and the dense model with LoRA?"""
     dense, control = (below(results, base) for base in (DENSE, "W"))
-    fair = (
-        "the dense model trained alike was not run"
-        if control is None
-        else f"{len(control)} below that of the dense model trained alike"
-    )
+    fair = "" if control is None else f" {len(control) or 'None'} beat{'s' * (len(control) < 2)} the dense model W."
     return (
-        f"**Recovery or adaptation.** Of {len(pruned_and_trained(results))} pruned models trained on WikiText "
-        f"{len(dense)} end with a perplexity told apart below the untrained dense model's, {fair} (paired t tests on "
-        f"{results[DENSE, PPL].n} windows, Holm-adjusted)."
+        f"After LoRA {len(dense) or 'none'} of {len(pruned_and_trained(results))} pruned models beat the untrained "
+        f"dense model in perplexity.{fair}"
     )
 
 
@@ -526,113 +536,49 @@ def _times(results: Results, labels: Iterable[str]) -> str:
     return ", ".join(f"{x[1:]} x {results[x, PPL].value / dense:.3g}" for x in labels if (x, PPL) in results)
 
 
-def _width_finding(results: Results) -> str:
+def width_sentence(results: Results) -> str:
+    """Perplexity by the width of the group from which zeros are chosen."""
     return (
-        "**Which zeros.** With half of the linears' weights gone, perplexity by the width of the group: "
+        "With half of the linears' weights zero, the dense model's perplexity grows by the group's width: "
         f"{_times(results, ('W1:2', 'W2:4', 'W4:8', 'W8:16'))}; "
-        f"with one of eight or of sixteen gone: {_times(results, ('W1:8', 'W1:16'))}."
+        f"with one of eight or of sixteen zero: {_times(results, ('W1:8', 'W1:16'))}."
     )
 
 
-# ---------------------------------------------------------------- the recorded run
-
-PRUNED = ("depth", "width", "first", "pruned")  # groups without training or quantisation
-STAGED = (
-    "fewer bits",
-    "fewer bits, compensated",
-    "first, recovered",
-    "first, quantised",
-    "first, compensated",
-)
-SINGLES = ("D2", "D4", "D8", "W1:2", "W2:4", "W1:8", "W4:8", "W8:16")
-HEADLINES = (  # models that a finding or a claim names
-    *("dense", "D2", "D4", "D6", "D8", "W1:2", "W2:4", "W3:4", "W1:8", "W4:8", "W6:8", "W1:16", "W8:16", "W12:16"),
-    *("W", "T", *(f"{model}+{text}" for model in (*SINGLES, "D2+W1:8") for text in "WT"), "D2+W1:8", "Q", "Q+E"),
-)
-CHOICES = ("dense", "D2", "D4", "W1:8", "W2:4", "W", "Q", "Q+E")
+# ---------------------------------------------------------------- exercises
 
 
-@functools.cache
-def part_of_full() -> dict[str, tuple[str, ...]]:
-    """{measure: labels} of what of size full is recorded: of all that the sample has the perplexity, and of the models
-    that a finding or a claim names also the answers. Nobody has run all of it."""
-    whole = [c.label for c in grid(RECORDED).configurations]
-    return {
-        "perplexity": tuple(dict.fromkeys([*whole, *HEADLINES, "H", "H3", "H2"])),
-        "closed book": HEADLINES,
-        "open book": HEADLINES,
-        "HellaSwag": CHOICES,
-        "ARC-Easy": CHOICES,
-        "PIQA": CHOICES,
-    }
+def best_within(results: Results, budget: float) -> str:
+    """Which untrained model a budget in MB buys, and what it costs."""
+    rows, dense = points(results).set_index("label"), results[DENSE, PPL]
+    label = next(x for x in reversed(front(points(results), "MB", PPL)[DENSE]) if rows.loc[x, "MB"] <= budget)
+    return (
+        f"{label}: {rows.loc[label, 'MB']:.0f} MB, {ratio(compare(dense, results[label, PPL]), '.3g')} of the dense "
+        "model's perplexity."
+    )
 
 
-# in bfloat16 size precision is a part of size sample
-RUNS = ((RECORDED, "bfloat16"), (PRECISION, "float32"), (FULL, "bfloat16"))
+def sum_of(results: Results, depth: str, width: str) -> str:
+    """What two prunings cost alone, what that predicts for both, and what both cost."""
+    alone = [results[x, PPL].value / results[DENSE, PPL].value for x in (depth, width)]
+    both = f"{depth}+{width}"
+    return (
+        f"Losses in nats add up if ratios multiply: {depth} x {alone[0]:.3g} and {width} x {alone[1]:.3g} predict "
+        f"x {alone[0] * alone[1]:.3g}. Measured, {both} has x "
+        f"{results[both, PPL].value / results[DENSE, PPL].value:.3g} of the dense model's perplexity: "
+        f"{ratio(interaction(results, depth, width), '.3g')} of the prediction."
+    )
 
 
-def recorded_parts(p: EvaluationChapter, file: Path) -> Iterator[Part]:
-    """One part a configuration: of the recorded sizes, or of `p.size` alone if that is another one.
-
-    What earlier chapters measured is not measured again.
-    """
-    for size, dtype in RUNS if p.size == RECORDED else [(p.size, p.dtype)]:
-        target = replace(p.target, dtype=dtype)
-        g = grid(size)
-
-        @functools.cache
-        def elsewhere(g: Grid = g, target: Target = target) -> tuple[Conditions, set[str]]:
-            return conditions(g, target), known(_before(file))
-
-        for c in g.configurations:
-            everything = p.size != RECORDED or size != FULL
-            ways = {
-                task: way for task, way in c.measures.items() if everything or c.label in part_of_full().get(task, ())
-            }
-
-            def make(
-                missing: Collection[Key],
-                keep: Keep,
-                g: Grid = g,
-                c: Configuration = c,
-                target: Target = target,
-                elsewhere=elsewhere,
-            ) -> None:
-                at, have = elsewhere()
-                names = wanted(g, c, at)
-                todo = [
-                    task
-                    for task in c.measures
-                    if names.get(task) not in have and (c.label, g.size, target.dtype, task) in missing
-                ]
-                if not todo:
-                    return
-                setups = [c.measures[task] for task in todo]
-                for m in measure_cell(stages=c.recipe.stages, setups=setups, cell=g.cell(c), **asdict(target)):
-                    keep(m)
-
-            if ways:
-                yield Part(
-                    f"{size} {dtype} {c.label}",
-                    {(c.label, size, dtype, task): way.limit for task, way in ways.items()},
-                    make,
-                )
-
-
-def key(m: Measurement) -> Key:
-    """Label, size, dtype and measure. The measure of a row of a failed sweep is None."""
-    note, way = m.provenance["sweep"], None if m.metric == FAILED else replace(setup_of(m), batch=None)
-    measures = next((c.measures for c in grid(note["size"]).configurations if c.label == note["label"]), {})
-    task = next((name for name, other in measures.items() if replace(other, batch=None) == way), None)
-    return note["label"], note["size"], m.provenance["dtype"], task
-
-
-def for_claims(rows: Iterable[Measurement]) -> Iterator[tuple[str, str, Measurement]]:
-    """Perplexities in windows of 512 tokens and answers, in bfloat16."""
-    for m in rows:
-        run = m.provenance
-        if run["dtype"] == "bfloat16" and run["protocol"]["length"] == 512 and m.metric in ("perplexity", "accuracy"):
-            yield run["sweep"]["label"], WIKITEXT if m.metric == "perplexity" else book(m), m
+def against_control(results: Results, label: str) -> str:
+    """A trained model against the dense model without and with that training."""
+    control = trained_like(label)
+    naive, fair = (compare(results[x, PPL], results[label, PPL]) for x in (DENSE, control))
+    return (
+        f"Against the untrained dense model {label} has perplexity {ratio(naive, '.3g')}; against {control}, the dense "
+        f"model with the same training, {ratio(fair, '.3g')}. Only the second says what pruning costs: the "
+        "first counts getting used to the text as a gain."
+    )
 
 
 CHAPTER = Chapter(
@@ -646,4 +592,11 @@ CHAPTER = Chapter(
     {"size": RECORDED},
     READS,
     for_claims,
+    Opening(
+        question="What does each stage of compression cost, and which of the models are worth their bytes?",
+        answer=answer,
+        short=short,
+        protocol=protocol,
+        learn="How to compare compressed models at equal bytes, and to test whether two losses add up.",
+    ),
 )

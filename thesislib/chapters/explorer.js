@@ -6,7 +6,7 @@ const all = script ? script.previousElementSibling : document.querySelector(".ex
 const measures = { "perplexity": { up: false, show: (x) => (x < 1e4 ? x.toPrecision(4) : Math.round(x).toLocaleString("en")) }, "open book": { up: true, show: (x) => (100 * x).toFixed(1) + " %" } };
 const sizes = { "MB": "MB on disk", "M": "million parameters that are not zero" };
 const looks = { "pruned": ["#777777", "circle"], "+ LoRA": ["#0072B2", "square"], "+ GPTQ": ["#D55E00", "triangle"], "+ EoRA": ["#009E73", "diamond"] };
-const file = ["#E69F00", "star"], worst = 10; // perplexities above so many times the dense model's are not drawn
+const file = ["#E69F00", "star"], worst = 5; // perplexities above so many times the dense model's are not drawn
 const make = (name, parent, text = "") => { const e = parent.appendChild(document.createElement(name)); e.textContent = text; return e; };
 const draw = (name, parent, attributes) => {
   const e = parent.appendChild(document.createElementNS("http://www.w3.org/2000/svg", name));
@@ -62,7 +62,7 @@ function show() {
   for (const name of ["model", measure.value, "95 % interval", sizes[size.value]]) make("th", head, name);
   for (const r of within.slice(0, 8)) {
     const row = make("tr", body);
-    make("th", row, r.label); make("td", row, text(value(r)));
+    make("abbr", make("th", row), r.shown).title = `${r.label}: ${r.meaning}`; make("td", row, text(value(r)));
     make("td", row, `${text(r[measure.value + " low"])} to ${text(r[measure.value + " high"])}`); make("td", row, r[size.value].toFixed(1));
   }
   const overlap = within.filter((r) => up ? r[measure.value + " high"] >= winner[measure.value + " low"] : r[measure.value + " low"] <= winner[measure.value + " high"]).length - 1;
@@ -77,7 +77,7 @@ function show() {
   const words = (x, y, t, more = {}) => { draw("text", plot, { x, y, "font-size": 11, fill: "currentColor", ...more }).textContent = t; };
   const mark = (r, [colour, kind], full, said) => {
     const point = shape(kind, X(r[size.value]), Y(value(r)), colour, full);
-    draw("title", point, {}).textContent = `${r.label}: ${text(value(r))}, ${r[size.value].toFixed(1)}${said}`;
+    draw("title", point, {}).textContent = `${r.shown || r.label}: ${text(value(r))}, ${r[size.value].toFixed(1)}${said}`;
     return point;
   };
   const round = (step, n = 40) => [...Array(n).keys()].map((k) => k * step);
@@ -91,7 +91,7 @@ function show() {
   draw("line", plot, { x1: X(most), x2: X(most), y1: 10, y2: 275, stroke: "currentColor", "stroke-dasharray": "4 3" });
   if (base) {
     draw("line", plot, { x1: 60, x2: 625, y1: Y(value(base)), y2: Y(value(base)), stroke: "#777777", "stroke-dasharray": "2 3" });
-    words(629, Y(value(base)) + 4, base.label, { "font-size": 10 });
+    words(629, Y(value(base)) + 4, "dense", { "font-size": 10 });
   }
   for (const r of shown) mark(r, looks[r.family], r === winner, "").setAttribute("opacity", fits(r) ? 1 : 0.25);
   const taken = both.map((r) => [X(r[size.value]), Y(value(r)), 22, 13]); // where a label may not stand: x, y, and how near

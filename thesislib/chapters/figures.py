@@ -13,10 +13,11 @@ from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, ScalarFormatter
 from matplotlib.transforms import Bbox
 
-from thesislib.chapters.labels import of
-from thesislib.chapters.pareto import AS_IT_CAME, group
+from thesislib.chapters.labels import of, plain
+from thesislib.chapters.pareto import AS_IT_CAME, PPL, group
 from thesislib.chapters.phrases import COVERED, DEPENDS, FAILS, HOLDS, UNDECIDED
 from thesislib.evaluate.stats import Comparison
+from thesislib.experiment import DENSE
 from thesislib.records.measurement import Measurement
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#777777"  # Okabe and Ito
@@ -506,7 +507,7 @@ def _draw_files(axis: plt.Axes, marks: pd.DataFrame, measure: str, most: float =
         axis.vlines(rows["MB"], rows[f"{measure} low"], rows[f"{measure} high"], colour, linewidth=0.6)
         axis.plot(rows["MB"], rows[measure], marker, linestyle="", label=name, **look)
         labels += [
-            (x, y, label.split()[-1], "black")
+            (x, y, f"{label.split()[-1]} file, {x:.0f} MB" if first else label.split()[-1], "black")
             for x, y, label in zip(rows["MB"], rows[measure], rows["label"], strict=True)
         ]
     return labels
@@ -535,11 +536,15 @@ def _write(axis: plt.Axes, labels: Iterable[Label], size: float = 7) -> None:
         taken += [Bbox(np.array([pair.min(0) - 1, pair.max(0) + 1])) for pair in ends]
     if axis.get_legend():
         taken.append(axis.get_legend().get_window_extent())
+    for line in (line for line in axis.lines if line.get_label() == "front"):
+        for start, end in itertools.pairwise(axis.transData.transform(line.get_xydata())):
+            steps = np.linspace(start, end, 2 + int(np.abs(end - start).max() / 4))
+            taken += [Bbox.from_extents(x - 1, y - 1, x + 1, y + 1) for x, y in steps]
     for x, y, text, colour in labels:
         arrow: dict[str, Any] = {"arrowstyle": "-", "linewidth": 0.4, "color": colour, "shrinkA": 0, "shrinkB": 2}
         look: dict[str, Any] = {"fontsize": size, "color": colour, "in_layout": False, "arrowprops": arrow}
         note = axis.annotate(text, (x, y), (0, 0), textcoords="offset points", **look)
-        for far, (dx, dy) in itertools.product((6, 12, 20, 30), SIDES):
+        for far, (dx, dy) in itertools.product((6, 12, 20, 30, 45, 60), SIDES):
             across, up = ("right", "center", "left")[1 + dx], ("top", "center", "bottom")[1 + dy]
             note.set(position=(far * dx, far * dy), ha=across, va=up)
             note.get_window_extent()  # moves it; this box contains the line too
@@ -555,139 +560,139 @@ def _write(axis: plt.Axes, labels: Iterable[Label], size: float = 7) -> None:
 FAMILY_LOOKS = {"pruned": ("o", GREY), "+ LoRA": ("s", BLUE), "+ GPTQ": ("^", ORANGE), "+ EoRA": ("D", GREEN)}
 
 
-FRONT_LOOKS = {"dense": ("black", "-"), "W": (BLUE, "--"), "T": (GREEN, ":")}  # of models trained alike, by their base
-
-
 def pareto_chart(
-    table: pd.DataFrame,
-    fronts: Mapping[tuple[str, str], Mapping[str, Sequence[str]]],
-    measures: Mapping[str, bool],
-    marks: pd.DataFrame,
-    most: float = 100,
+    table: pd.DataFrame, fronts: Mapping[str, Sequence[str]], measure: str, marks: pd.DataFrame, most: float = np.inf
 ) -> plt.Figure:
-    """Each measure over bytes and over parameters that are not zero; a line joins those of the models trained alike
-    that none of these beats at once in size and measure.
+    """A measure over megabytes, a panel for those trained alike; a line joins the models that no other of the panel
+    beats at once in size and measure. Labels leave out what all models of a panel were trained on.
 
     Args:
         table: see `thesislib.chapters.pareto.points`.
-        fronts: {(size, measure): {base: labels}}, see `thesislib.chapters.pareto.front`.
-        measures: {column: whether it is a perplexity, drawn on a logarithmic scale up to `most`}.
-        marks: files beside these models, see `thesislib.chapters.pareto.marks`.
-        most: perplexities above it are not drawn, but counted.
+        fronts: {base: labels}, see `thesislib.chapters.pareto.front`; a panel each.
+        measure: a column; perplexity is drawn on a logarithmic scale.
+        marks: files beside the untrained models, see `thesislib.chapters.pareto.marks`.
+        most: values above it are not drawn, but counted.
     """
-    sizes = {"MB": "MB on disk", "M": "million parameters that are not zero"}
     figure, axes = plt.subplots(
-        len(measures), 2, figsize=(13, 5.2 * len(measures)), layout="constrained", squeeze=False
+        1,
+        len(fronts),
+        figsize=(9, 4.6),
+        sharey=True,
+        layout="constrained",
+        squeeze=False,
+        width_ratios=[1] * len(fronts),
     )
     labels: dict[plt.Axes, list[Label]] = {}
-    for row, (measure, logarithmic) in zip(axes, measures.items(), strict=True):
-        for axis, (size, words) in zip(row, sizes.items(), strict=True):
-            known = table.dropna(subset=[size, measure])
-            shown = known[known[measure] <= most] if logarithmic else known
-            for name, (marker, colour) in FAMILY_LOOKS.items():
-                here = shown[shown["family"] == name]
-                if len(here):
-                    values = (here[column] for column in (measure, f"{measure} low", f"{measure} high"))
-                    look: dict[str, Any] = {"markersize": 5, "capsize": 0, "linewidth": 0.4, "label": name}
-                    intervals(axis, here[size], values, marker, colour, **look)
-            files = _draw_files(axis, marks, measure, most if logarithmic else np.inf) if size == "MB" else []
-            labels[axis] = files
-            for base, front in fronts[size, measure].items():
-                colour, line = FRONT_LOOKS.get(base, (ORANGE, "-."))
-                on_it = shown[shown["label"].isin(front)].sort_values(size)
-                axis.plot(
-                    on_it[size],
-                    on_it[measure],
-                    line,
-                    color=colour,
-                    linewidth=1,
-                    zorder=0,
-                    label=f"front, {group(base)}",
-                )
-                labels[axis] += [
-                    (x, y, label, colour)
-                    for x, y, label in zip(on_it[size], on_it[measure], on_it["label"], strict=True)
-                ]
-            axis.margins(x=0.15, y=0.08)
-            if logarithmic:
-                axis.set_yscale("log")
-                _thousands(axis.yaxis, small=True)
-            else:
-                axis.yaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f}%")
-            left = f"; {len(known) - len(shown)} above {most:.0f} not drawn" if len(known) > len(shown) else ""
-            axis.set(
-                xlabel=words,
-                ylabel=f"{measure}{' (log), lower is better' if logarithmic else ', higher is better'}",
-                title=f"n = {len(shown)} models{left}",
-            )
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=9)
-    figure.suptitle(COVERED, fontsize=8, color=GREY)  # below stands the legend
+    for axis, (base, front) in zip(axes[0], fronts.items(), strict=True):
+        known = table[table["base"] == base].dropna(subset=["MB", measure])
+        shown, on_it = known[known[measure] <= most], known[known["label"].isin(front)].sort_values("MB")
+        for name, (marker, colour) in FAMILY_LOOKS.items():
+            here = shown[shown["family"] == name]
+            if len(here):
+                values = (here[column] for column in (measure, f"{measure} low", f"{measure} high"))
+                look: dict[str, Any] = {"markersize": 5, "capsize": 0, "linewidth": 0.4, "label": name}
+                intervals(axis, here["MB"], values, marker, colour, **look)
+        labels[axis] = _draw_files(axis, marks, measure, most) if base == DENSE else []
+        on_it = on_it[on_it[measure] <= most]
+        axis.plot(on_it["MB"], on_it[measure], "-", color="black", linewidth=1, zorder=0, label="front")
+        trained = "" if base == DENSE else plain(base)
+        labels[axis] += [
+            (x, y, _without(plain(label), trained), "black")
+            for x, y, label in zip(on_it["MB"], on_it[measure], on_it["label"], strict=True)
+        ]
+        axis.margins(x=0.12, y=0.1)
+        low, high = axis.get_xlim()
+        axis.set_xlim(low - 0.12 * (high - low), high)  # labels stand left of a steep front
+        if measure == PPL:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+            axis.yaxis.set_minor_formatter(NullFormatter())
+            _thousands(axis.yaxis)
+        else:
+            axis.yaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f}%")
+        left = f", {len(known) - len(shown)} above {most:.0f} not drawn" if len(known) > len(shown) else ""
+        better = "lower is better, log" if measure == PPL else "higher is better"
+        axis.set(
+            xlabel="MB on disk",
+            ylabel=f"{measure} ({better})" if axis is axes[0][0] else "",
+            title=f"{group(base)}: {len(shown)} models{left}"
+            + (f"\n(to every label add {trained})" if trained else "\n"),
+        )
+        axis.title.set_fontsize(9)
+    seen = {name: handle for axis in axes[0] for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(seen.values(), seen.keys(), loc="outside lower center", ncols=len(seen), fontsize=8)
     for axis, texts in labels.items():
-        _write(axis, texts)
+        _write(axis, texts, 8)
     return figure
 
 
-def interaction_chart(table: pd.DataFrame) -> plt.Figure:
-    """Perplexity by blocks removed, a line a width pattern: parallel lines, on the logarithmic scale, would mean that
-    losses add up.
+def _without(label: str, part: str) -> str:
+    """A label less one of its parts; what is left of nothing is the dense model."""
+    return "+".join(x for x in label.split("+") if x != part) or DENSE if part else label
+
+
+def interaction_chart(table: pd.DataFrame, told: pd.DataFrame) -> plt.Figure:
+    """By what factor the perplexity of two prunings together is off the one that their losses add up to: a heat map,
+    a star where it differs.
 
     Args:
-        table: columns removed (blocks), width ("none" or a pattern), perplexity, low, high.
+        table: factors, blocks removed by width patterns; above 1 they cost more together.
+        told: whether a test tells each from 1.
     """
-    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
-    palette = ["#000000", BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", GREY, "#8B4513", "#5D3A9B"]
-    for i, (name, rows) in enumerate(table.groupby("width", sort=False)):
-        rows = rows.sort_values("removed")
-        at, marker = rows["removed"] + 0.05 * (i - 4), f"{'os^DvPX<>*'[i % 10]}-"
-        values = (rows[column] for column in ("perplexity", "low", "high"))
-        intervals(axis, at, values, marker, palette[i % 10], markersize=6, label=name)
-    axis.set_yscale("log")
-    _thousands(axis.yaxis)
-    axis.set(
-        xlabel="blocks removed", ylabel="perplexity (log), 95 % interval", xticks=sorted(table["removed"].unique())
-    )
-    figure.legend(title="of each\ngroup removed", fontsize=8, loc="outside right upper")
-    return _covered(figure)
+    figure, axis = plt.subplots(figsize=(9, 0.55 * len(table) + 1.2), layout="constrained")
+    words = table.map(lambda x: "" if pd.isna(x) else f"{x:.2f}") + told.map(lambda x: " *" if x is True else "")
+    look = {"cbar_kws": {"label": "ratio (log)", "ticks": [-2, -1, 0, 1, 2], "format": lambda x, _: f"{2.0**x:g}"}}
+    sns.heatmap(np.log2(table.astype(float)), cmap="PuOr_r", vmin=-2, vmax=2, annot=words, fmt="", linewidths=0.5,
+                annot_kws={"size": 9}, ax=axis, **look)  # fmt: skip
+    axis.set(xlabel="of each group removed", ylabel="blocks removed")
+    axis.tick_params(axis="y", rotation=0)
+    return figure
 
 
-def steps_chart(steps: Sequence[tuple[str, str, str, Comparison]]) -> plt.Figure:
+def steps_chart(steps: Sequence[tuple[str, str, str, Comparison]], most: float = 1.5) -> plt.Figure:
     """By what factor each stage changes perplexity, a row a model before it, a panel a stage; hollow where a paired
     test tells nothing.
 
     Args:
         steps: see `thesislib.chapters.ch06_grid.steps`.
+        most: a factor beyond it, either way, is written at the panel's edge instead of drawn.
     """
     panels = {name: [(a, b, c) for family, a, b, c in steps if family == name] for name in FAMILY_LOOKS}
     panels = {name: rows for name, rows in panels.items() if rows}
     tallest = max(map(len, panels.values()))
     figure, axes = plt.subplots(
-        1, len(panels), figsize=(4.2 * len(panels), 0.26 * tallest + 1.6), layout="constrained", squeeze=False
+        1, len(panels), figsize=(4.6 * len(panels), 0.3 * tallest + 1.3), layout="constrained", squeeze=False
     )
     for axis, (name, rows) in zip(axes[0], panels.items(), strict=True):
         marker, colour = FAMILY_LOOKS[name]
+        inside = [c for *_, c in rows if abs(c.difference) <= np.log(most)]
         for y, (_, _, c) in enumerate(rows):
-            values = np.exp([[c.difference], [c.low], [c.high]])
-            intervals(axis, y, values, marker, colour, across=True, mfc=colour if c.told else "none", linewidth=0.8)
+            if c in inside:
+                values = np.exp([[c.difference], [c.low], [c.high]])
+                intervals(axis, y, values, marker, colour, across=True, mfc=colour if c.told else "none", linewidth=1)
         axis.axvline(1, color=GREY, linestyle="--", linewidth=1)
-        axis.set_xscale("log")
+        axis.margins(x=0.1)
         low, high = axis.get_xlim()
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 100 else (1,)))
-        axis.xaxis.set_major_formatter("{x:g}")
-        axis.xaxis.set_minor_formatter("")
+        for y, (_, _, c) in enumerate(rows):
+            if c not in inside:
+                at, side = (high, "right") if c.difference > 0 else (low, "left")
+                text = f"x {np.exp(c.difference):.3g} →" if side == "right" else f"← x {np.exp(c.difference):.2f}"
+                axis.text(at, y, text, ha=side, va="center", fontsize=8, color=colour)
         last = [of(b).parts[-1] for _, b, _ in rows]  # shown where a panel's stages are not all alike
         labels = [
-            f"{a} to {b}" if name == "pruned" else f"{a} ({part})" if part[-1].isdigit() else a
+            plain(f"{a} ({part})" if name == "pruned" or part[-1].isdigit() else a)
             for (a, b, _), part in zip(rows, last, strict=True)
         ]
         axis.set(
             title=name,
-            xlabel="perplexity times (log)",
+            xlabel="perplexity, times that of the model before",
             yticks=range(len(rows)),
             yticklabels=labels,
+            xlim=(low, high),
             ylim=(tallest - 0.5, -0.5),
         )
         axis.tick_params(labelsize=8)
-    return _covered(figure)
+    return figure
 
 
 def throughput_chart(rows: pd.DataFrame, measured: Mapping[str, float] | None = None) -> plt.Figure:

@@ -68,6 +68,11 @@ def marked(text: str, letters: bool = True) -> str:
     return "".join(abbreviated(label) if label else piece for piece, label in pieces(text, letters))
 
 
+def plain(text: str) -> str:
+    """A text with its labels as the book shows them, without their meaning: for figures."""
+    return "".join(label.shown if label else piece for piece, label in pieces(text))
+
+
 def table() -> str:
     """The parts of labels as a Markdown table: each as it is shown, what it means, and how records and commands write
     it."""

@@ -1,14 +1,14 @@
 """Which models are worth their bytes: size against quality, the Pareto front, and a widget to choose by."""
 
 import functools
-import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from importlib.resources import files
 
 import pandas as pd
 
-from thesislib.chapters.labels import FAMILIES, family, training
+from thesislib.chapters.labels import FAMILIES, family, of, training
+from thesislib.chapters.phrases import interval
 from thesislib.evaluate.compare import compare
 from thesislib.evaluate.setup import TASKS
 from thesislib.evaluate.stats import Comparison, holm_adjusted
@@ -138,33 +138,25 @@ def no_better(table: pd.DataFrame, labels: Iterable[str], mark: Mapping, measure
     return list(rows.index[(rows["MB"] >= mark["MB"]) & worse])
 
 
-def front_sentence(results: Results, measure: str = PPL) -> str:
-    """Which models are worth their bytes."""
-    table, beside = points(results), marks_of(results)
-    rows, by_base = table.set_index("label"), front(table, "MB", measure)
-    form = ".0%" if MEASURES[measure].unit == SHARE else ".3g"
-
-    def shown(name: str, row: Mapping) -> str:
-        return f"{name} ({row['MB']:.0f} MB, {row[measure]:{form}})"
-
-    models = "; ".join(
-        f"{group(base)} {', '.join(shown(x, rows.loc[x]) for x in labels)}" for base, labels in by_base.items()
-    )
-    on_one = [x for labels in by_base.values() for x in labels]
-    families = ", ".join(
-        f"{name} {sum(family(x) == name for x in on_one)} of {(table['family'] == name).sum()}" for name in FAMILIES
-    )
-    untrained = by_base.get(DENSE, [])
-    files = "; ".join(
-        f"{shown(row['label'], row)}, no larger and no worse than {len(no_better(table, untrained, row, measure))}"
-        for _, row in beside.iterrows()
-        if pd.notna(row.get(measure))
-    )
-    held = f" Files of the dense model beside these {len(untrained)} untrained ones: {files}."
-    return (
-        f"On the front of {measure} against bytes on disk, each among models trained alike: {models}. By last stage: "
-        f"{families}.{held if files else ''}"
-    )
+def front_table(results: Results, measure: str = PPL) -> pd.DataFrame:
+    """The models on the front of a measure against bytes on disk, each among those trained alike, and the files of the
+    dense model beside the untrained ones."""
+    table, form = points(results), ".1%" if MEASURES[measure].unit == SHARE else ".4g"
+    by_base, beside, rows = front(table, "MB", measure), marks_of(results), table.set_index("label")
+    files = beside.dropna(subset=[measure]) if measure in beside else beside[:0]
+    shown = [(group(base), x, rows.loc[x]) for base, labels in by_base.items() for x in labels]
+    shown += [("a file of the dense model", row["label"], row) for _, row in files.iterrows()]
+    return pd.DataFrame(
+        [
+            {
+                "": kind,
+                "model": name,
+                "MB": f"{row['MB']:.0f}",
+                measure: interval(*(row[f"{measure}{end}"] for end in ENDS), form),
+            }
+            for kind, name, row in shown
+        ]
+    ).set_index(["", "model"])
 
 
 def at_equal_bytes(results: Results) -> dict[str, Comparison | None]:
@@ -191,10 +183,10 @@ def equal_bytes_sentence(results: Results) -> str:
     for name, trained in (("untrained", False), ("trained", True)):
         here = [c for x, c in tests.items() if bool(training(x)) == trained]
         beaten = sum(c is not None and c.verdict() == "better" for c in here)
-        counts += [f"of {len(here)} {name} ones {beaten}"] if here else []
+        counts += [f"{beaten} of {len(here)} {name} ones"] if here else []
     return (
-        f"Of models that are not quantised, {' and '.join(counts)} are beaten in perplexity by a quantised one that "
-        "was trained alike and is no larger (each against the best such; paired t tests, Holm-adjusted)."
+        "Models that are not quantised lose in perplexity to a quantised one of their size or less, with the same "
+        f"training: {' and '.join(counts)} do (p < 0.05, paired t tests, Holm-adjusted, each against the best such)."
     )
 
 
@@ -213,35 +205,27 @@ def smallest_usable(results: Results) -> dict[str, str]:
     return smallest
 
 
-def bytes_finding(results: Results) -> str:
-    """Which models are worth their bytes, in sentences, for the chapter's first lines and the README."""
-    table = points(results)
-    rows, by_base = table.set_index("label"), front(table, "MB", PPL)
-    counts = ", ".join(
-        f"{sum(family(x) in FAMILIES[2:] for x in labels)} of the {len(labels)} {group(base)}"
-        for base, labels in by_base.items()
-    )
-    smallest = ", ".join(
-        f"{group(base)} {x} ({rows.loc[x, 'MB']:.0f} MB, perplexity {rows.loc[x, PPL]:.3g} against "
-        f"{rows.loc[base, PPL]:.3g})"
+def usable_sentence(results: Results) -> str:
+    """The smallest models that lose little."""
+    rows = points(results).set_index("label")
+    found = "; ".join(
+        f"{group(base)}, {x} with {rows.loc[x, 'MB']:.0f} MB ({rows.loc[x, PPL]:.3g} against {rows.loc[base, PPL]:.3g})"
         for base, x in smallest_usable(results).items()
     )
     return (
-        "**Bits or weights.** Quantised are, of the models on the front of perplexity against bytes, each among models "
-        f"trained alike: {counts}. {equal_bytes_sentence(results)} The smallest whose perplexity is at "
-        f"most {USABLE:g} times that of the dense model trained alike: {smallest}; the dense model has "
-        f"{rows.loc[DENSE, 'MB']:.0f} MB in bfloat16.{_as_it_came(results, table, by_base[DENSE])} Perplexities here "
-        f"are of {results[DENSE, PPL].n} windows of {results[DENSE, PPL].task}."
+        f"If {USABLE - 1:.0%} more perplexity than the dense model with the same training is acceptable, the smallest "
+        f"are: {found}. The dense model has {rows.loc[DENSE, 'MB']:.0f} MB."
     )
 
 
-def _as_it_came(results: Results, table: pd.DataFrame, untrained: list[str]) -> str:
+def file_sentence(results: Results) -> str:
     """What the file that the subject came in says of the untrained models on the front; nothing without one."""
-    beside = marks_of(results)
+    table, beside = points(results), marks_of(results)
     if beside.empty or (mark := beside.iloc[0])["label"] != AS_IT_CAME:
         return ""
+    untrained = front(table, "MB", PPL)[DENSE]
     return (
-        f" It came as a file of {mark['MB']:.0f} MB in Q4_1, from which its weights are recovered exactly: "
+        f"The model came as a file of {mark['MB']:.0f} MB in 4 bits, from which its weights are recovered exactly. "
         f"{len(no_better(table, untrained, mark, PPL))} of the {len(untrained)} untrained models on the front are no "
         "smaller and no better than that file."
     )
@@ -260,17 +244,19 @@ def original_file(dense: Measurement) -> int | None:
 
 def trade_offs(results: Results) -> list[dict]:
     """What the explorer shows: one dict a model, JSON's types only."""
-    return _plain(points(results))
+    table = points(results)
+    return _plain(
+        table.assign(shown=[_shown(x) for x in table["label"]], meaning=[of(x).in_words for x in table["label"]])
+    )
+
+
+def _shown(label: str) -> str:
+    """A label as the book shows it; one that no stage writes as it is."""
+    return of(label).shown if of(label).parts else label
 
 
 def _plain(table: pd.DataFrame) -> list[dict]:
     return json.loads(table.to_json(orient="records"))
-
-
-def digest(results: Results) -> str:
-    """16 digits over all that `points` and `marks_of` have. They tell whether a figure was drawn from these results."""
-    drawn = "".join(table.to_json(double_precision=6) for table in (points(results), marks_of(results)))
-    return hashlib.sha256(drawn.encode()).hexdigest()[:16]
 
 
 def explorer(results: Results) -> str:
