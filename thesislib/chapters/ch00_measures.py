@@ -28,7 +28,6 @@ from thesislib.records.measurement import Measurement, in_markdown
 from thesislib.records.store import Store
 from thesislib.sources.corpus import evaluation_text, question_source, questions
 
-
 PROMPT_NAMES = {"thesis": "bare prompt", "chat": "chat prompt"}
 
 
@@ -181,8 +180,8 @@ def answer(record: Sequence[Measurement]) -> str:
     first, last = min(ppl), max(ppl)
     return (
         f"The prompt, most of all: asked by chat the same model answers {trivia[False, 'chat'].value:.1%} of TriviaQA "
-        f"closed book, asked by a bare prompt {trivia[False, 'thesis'].value:.1%}. The window comes next: perplexity is "
-        f"{ppl[first].value:.1f} in windows of {first:,} tokens and {ppl[last].value:.1f} in windows of {last:,}."
+        f"closed book, asked by a bare prompt {trivia[False, 'thesis'].value:.1%}. The window comes next: perplexity "
+        f"is {ppl[first].value:.1f} in windows of {first:,} tokens and {ppl[last].value:.1f} in windows of {last:,}."
     )
 
 
