@@ -138,16 +138,16 @@ def plan_chart(plans: Mapping[str, Sequence[int]], table: pd.DataFrame) -> plt.F
         rows = [table[column] for column in columns]
         intervals(axis, range(len(order)), rows, marker, colour, across=True)
         axis.axvline(rows[0].iloc[0], color=GREY, linestyle="--", linewidth=1)
+    middle.set_xscale("log")
+    middle.xaxis.set_major_formatter(EngFormatter(sep=""))
+    middle.set(title="perplexity", xlabel="x whole model (log)")
+    right.axvline(0.25, color=GREY, linestyle=":", linewidth=1)
+    right.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f}%")
+    right.set(title="HellaSwag", xlabel="dotted: chance")
     for axis in (left, middle, right):
         axis.tick_params(axis="x", labelsize=8)
         axis.xaxis.label.set_fontsize(9)
         axis.title.set_fontsize(10)
-    middle.set_xscale("log")
-    middle.xaxis.set_major_formatter(EngFormatter(sep=""))
-    middle.set(title="perplexity", xlabel="times the whole model's (log)")
-    right.axvline(0.25, color=GREY, linestyle=":", linewidth=1)
-    right.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f}%")
-    right.set(title="HellaSwag", xlabel="acc_norm (dotted: chance)")
     return _covered(figure)
 
 
