@@ -28,6 +28,8 @@ from thesislib.records.measurement import Measurement, in_markdown
 from thesislib.records.store import Store
 from thesislib.sources.corpus import evaluation_text, question_source, questions
 
+PROMPT_NAMES = {"thesis": "bare prompt", "chat": "chat prompt"}
+
 
 @dataclass(frozen=True)
 class Measures(Parameters):
@@ -103,7 +105,7 @@ def table(found: Sequence[Measurement]) -> pd.DataFrame:
         first = len(rows)
         how = {
             "perplexity": f"windows of {settings.get('length')}",
-            "accuracy": f"{settings.get('prompt')} prompt",
+            "accuracy": PROMPT_NAMES.get(settings.get("prompt", "")),
         }.get(m.metric, "0-shot")
         rows.append(
             {"task": m.task, "how": how, "metric": m.metric, "value": m.value, "low": m.low, "high": m.high, "n": m.n}
@@ -177,10 +179,9 @@ def answer(record: Sequence[Measurement]) -> str:
     ppl, trivia = _ppl(record), _trivia(record)
     first, last = min(ppl), max(ppl)
     return (
-        f"The same model answers {trivia[False, 'chat'].value:.1%} of TriviaQA closed book in its chat prompt and "
-        f"{trivia[False, 'thesis'].value:.1%} in a bare one: prompt, window and scoring are part of every number. Its "
-        f"perplexity is {ppl[first].value:.1f} in windows of {first:,} tokens and {ppl[last].value:.1f} in windows of "
-        f"{last:,}."
+        f"The prompt, most of all: asked by chat the same model answers {trivia[False, 'chat'].value:.1%} of TriviaQA "
+        f"closed book, asked by a bare prompt {trivia[False, 'thesis'].value:.1%}. The window comes next: perplexity "
+        f"is {ppl[first].value:.1f} in windows of {first:,} tokens and {ppl[last].value:.1f} in windows of {last:,}."
     )
 
 
@@ -197,14 +198,11 @@ def protocol(record: Sequence[Measurement]) -> str:
     first = min(ppl)
     windows = " and ".join(f"{m.n} windows of {length:,}" for length, m in ppl.items())
     return in_markdown(
-        f"{record[0].provenance['subject']}, unchanged. {ppl[first].task}: {windows} tokens, all of it in float32; "
-        f"perplexity {number(ppl[first], '.2f')} in those of {first:,}. TriviaQA closed book, "
-        f"{trivia[False, 'chat'].n:,} questions; open book {trivia[True, 'chat'].n:,} by chat and "
-        f"{trivia[True, 'thesis'].n:,} by the bare prompt. HellaSwag, {_hellaswag(record).n:,} items."
+        f"{record[0].provenance['subject']}, unchanged. {ppl[first].task}, all of it: {windows} tokens; perplexity "
+        f"{number(ppl[first], '.2f')} in those of {first:,}. TriviaQA: {trivia[False, 'chat'].n:,} questions closed "
+        f"book, {trivia[True, 'chat'].n:,} open book by chat, {trivia[True, 'thesis'].n:,} by the bare prompt. "
+        f"HellaSwag: {_hellaswag(record).n:,} items."
     )
-
-
-PROMPT_NAMES = {"thesis": "bare prompt", "chat": "chat prompt"}
 
 
 def choices(record: Sequence[Measurement]) -> pd.DataFrame:
@@ -217,7 +215,7 @@ def choices(record: Sequence[Measurement]) -> pd.DataFrame:
     for open_book in (False, True):
         for prompt, name in PROMPT_NAMES.items():
             m = trivia[open_book, prompt]
-            rows.append(("prompt", f"{book(m)}, {name}", m))
+            rows.append(("prompt", f"{book(m).removesuffix(' book')}, {name.removesuffix(' prompt')}", m))
     again, chat = scorings.scored_again(), trivia[False, "chat"]
     rows.append(("scoring", "name anywhere", chat))
     for name, scoring in ((f"first {FIRST_WORDS} words", AT_ONCE), ("token F1", F1), ("exact", EXACT)):
@@ -391,7 +389,7 @@ def read_recorded(path: Path) -> tuple[Measurement, ...]:
 
 def answers_table(found: Sequence[Measurement]) -> pd.DataFrame:
     """TriviaQA with each prompt, closed and open book, by every scoring."""
-    asked = {f"{book(m)}, {m.settings['prompt']} prompt": m for m in found if m.metric == "accuracy"}
+    asked = {f"{book(m)}, {PROMPT_NAMES[m.settings['prompt']]}": m for m in found if m.metric == "accuracy"}
     return scorings.answers_table(asked)
 
 

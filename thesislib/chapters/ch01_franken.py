@@ -361,9 +361,8 @@ def protocol(record: Results) -> str:
     """Text, windows, items and the whole model's values."""
     base, hella = record.perplexity[BASELINE], record.hellaswag[BASELINE]
     return in_markdown(
-        f"{len(record.plans) - 1} plans, {len(record.skipped)} single blocks left out and {len(record.repeated)} run "
-        f"twice, on {base.task}, {base.n} windows of {base.settings['length']} tokens, where the whole model has "
-        f"perplexity {number(base, '.1f')}; the plans on {hella.n} items of HellaSwag too (whole model {share(hella)})."
+        f"{base.task}, {base.n} windows of {base.settings['length']} tokens: whole model {number(base, '.1f')}. "
+        f"HellaSwag, {hella.n} items: whole model {share(hella)}."
         f"{sample_note(m for m in as_measurements(record) if m.metric == 'perplexity')}"
     )
 
@@ -640,7 +639,6 @@ CHAPTER = Chapter(
         answer=answer,
         short=short,
         protocol=protocol,
-        learn="what a plan of blocks is, why a block run twice needs two places in the KV cache, and which blocks a "
-        "small model can spare.",
+        learn="what a plan of blocks is, and which blocks a small model can spare.",
     ),
 )

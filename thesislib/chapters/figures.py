@@ -82,22 +82,23 @@ def choices_chart(table: pd.DataFrame) -> plt.Figure:
     """
     panels = (
         ("window", "perplexity", "o", BLUE, 1.0),
-        ("prompt", "TriviaQA, right answers", "s", ORANGE, 100.0),
-        ("scoring", "chat answers, closed book", "^", GREEN, 100.0),
+        ("prompt", "right answers", "s", ORANGE, 100.0),
+        ("scoring", "closed book, chat", "^", GREEN, 100.0),
     )
-    figure, axes = plt.subplots(1, len(panels), figsize=(10.5, 2.9), layout="constrained", width_ratios=(2, 3, 3))
+    figure, axes = plt.subplots(1, len(panels), figsize=(7.6, 2.5), layout="constrained", width_ratios=(2, 3, 3))
     for axis, (choice, title, marker, colour, factor) in zip(axes, panels, strict=True):
         rows = table[table["choice"] == choice]
         values = [factor * rows[column] for column in ("value", "low", "high")]
         intervals(axis, range(len(rows)), values, marker, colour, across=True, markersize=6, capsize=3)
         for y, value in enumerate(values[0]):
             side = "center" if value > 0.1 * values[2].max() else "left"
-            look: dict[str, Any] = {"ha": side, "va": "bottom", "fontsize": 9, "color": colour}
+            look: dict[str, Any] = {"ha": side, "va": "bottom", "fontsize": 8, "color": colour}
             words = f"{value:.1f}" + "%" * (factor > 1)
             axis.annotate(words, (value, y), xytext=(0, 6), textcoords="offset points", **look)
-        axis.set_yticks(range(len(rows)), rows["how"], fontsize=9)
+        axis.set_yticks(range(len(rows)), rows["how"], fontsize=8)
+        axis.tick_params(axis="x", labelsize=8)
         axis.set(title=f"{choice}: {title}", ylim=(len(rows) - 0.5, -0.8), xlim=(0, 1.12 * values[2].max()))
-        axis.title.set_fontsize(10)
+        axis.title.set_fontsize(9)
         if factor > 1:
             axis.xaxis.set_major_formatter(lambda x, _: f"{x:.0f}%")
     return _covered(figure)
@@ -115,7 +116,7 @@ def plan_chart(plans: Mapping[str, Sequence[int]], table: pd.DataFrame) -> plt.F
     depth = max(max(p) for p in plans.values()) + 1
     times = np.array([np.bincount(plans[name], minlength=depth) for name in order])
     figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(10.5, 7), sharey=True, width_ratios=(5, 3, 2.4), layout="constrained"
+        1, 3, figsize=(8, 6.4), sharey=True, width_ratios=(5, 2.6, 2.2), layout="constrained"
     )
     shades = sns.blend_palette(["white", *sns.light_palette(BLUE, 6)[2:]], as_cmap=True)
     edges_x, edges_y = np.arange(depth + 1) - 0.5, np.arange(len(order) + 1) - 0.5
@@ -128,7 +129,7 @@ def plan_chart(plans: Mapping[str, Sequence[int]], table: pd.DataFrame) -> plt.F
                 left.text(x, y, str(n), ha="center", va="center", fontsize=7, color="white" if n > 2 else "black")
     left.set(xlabel="block", title="blocks run (number: times)", yticks=range(len(order)), yticklabels=order)
     left.set(xlim=(-0.5, depth - 0.5))
-    left.tick_params(axis="y", labelsize=9)
+    left.tick_params(axis="y", labelsize=8)
     left.invert_yaxis()
     left.grid(False)
     for axis, columns, marker, colour in (
@@ -140,10 +141,14 @@ def plan_chart(plans: Mapping[str, Sequence[int]], table: pd.DataFrame) -> plt.F
         axis.axvline(rows[0].iloc[0], color=GREY, linestyle="--", linewidth=1)
     middle.set_xscale("log")
     middle.xaxis.set_major_formatter(EngFormatter(sep=""))
-    middle.set(title="perplexity", xlabel="times the whole model's (log)")
+    middle.set(title="perplexity", xlabel="x whole model (log)")
     right.axvline(0.25, color=GREY, linestyle=":", linewidth=1)
     right.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f}%")
-    right.set(title="HellaSwag", xlabel="acc_norm (dotted: chance)")
+    right.set(title="HellaSwag", xlabel="dotted: chance")
+    for axis in (left, middle, right):
+        axis.tick_params(axis="x", labelsize=8)
+        axis.xaxis.label.set_fontsize(9)
+        axis.title.set_fontsize(10)
     return _covered(figure)
 
 
@@ -157,7 +162,7 @@ def single_blocks(
         repeated: likewise.
         most: the rise at which the axis ends; those beyond stand at its top as numbers.
     """
-    figure, axis = plt.subplots(figsize=(9, 3.8), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
     for compared, marker, colour, label, shift in (
         (skipped, "o", BLUE, "left out", -0.14),
         (repeated, "^", ORANGE, "run twice", 0.14),
@@ -186,7 +191,7 @@ def attention_chart(maps: Mapping[str, np.ndarray], tokens: Sequence[str]) -> pl
         maps: title to (T, T), queries by keys.
         tokens: the T tokens.
     """
-    figure, axes = plt.subplots(1, len(maps), figsize=(10, 4.9), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(1, len(maps), figsize=(8, 4.2), layout="constrained", sharey=True)
     words = [t.strip() or "_" for t in tokens]
     for axis, (title, shown) in zip(axes, maps.items(), strict=True):
         image = axis.imshow(shown, cmap="viridis", vmin=0, vmax=1)
