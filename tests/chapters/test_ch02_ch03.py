@@ -123,6 +123,7 @@ def test_verdict_turns_with_the_numbers(measured):
     }
     assert tests[depth.GREEDY].difference == pytest.approx(-0.5, abs=0.01)
     assert depth.best(measured, k) == depth.GREEDY
+    assert "Taylor (+65 %) is worse than one-shot perplexity" in depth.verdict(measured, k)
     measured.perplexity[depth.GREEDY, k] = loss(4.0, seed=1)
     tests = depth.deterministic(measured, k)
     assert not by_verdict(tests)["better"] and tests[depth.GREEDY].difference == pytest.approx(1.0, abs=0.01)

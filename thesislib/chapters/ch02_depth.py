@@ -444,9 +444,8 @@ def one_shot_sentence(results: Results, counts: Sequence[int] = ch02_stability.C
     last = max(k for method, k in results.perplexity if method == GREEDY and k in THESIS)
     return (
         "Later chapters keep to one-shot perplexity, the thesis's choice, so that D2 means one model in the whole "
-        "book. Most of their models lack 2 or 4 blocks, where greedy perplexity gains nothing that could be "
-        f"measured: {together(said)}. With {last} blocks removed, greedy perplexity would be the one to take "
-        f"({factor(against(results, last)[GREEDY])})."
+        f"book. With few blocks gone greedy perplexity would gain nothing that can be measured: {together(said)}. With "
+        f"{last} blocks gone it would be the one to take ({factor(against(results, last)[GREEDY])})."
     )
 
 

@@ -335,7 +335,8 @@ def calibration_sentence(results: Results, p: WidthChapter) -> str:
         f"Means of {table.shape[1]} seeds. {' '.join(said)} Seeds alone differ by {spread.min():.1%} to "
         f"{spread.max():.1%} (standard deviation), so steps of a few per cent may be "
         f"chance. The pattern's row elsewhere in this book is of seed 0 on {p.calibration} windows of "
-        f"{TEXTS[p.text].lower()}, {which} of its {len(own)} seeds ({times(own.iloc[0])})."
+        f"{TEXTS[p.text].lower()}, {which} of its {len(own)} seeds ({times(own.iloc[0])} "
+        "here)."
     )
 
 
