@@ -3,10 +3,13 @@
 import functools
 import http.server
 import json
+import posixpath
 import shutil
 import threading
+from urllib.parse import unquote
 
 import pytest
+from bs4 import BeautifulSoup
 
 from thesislib.files import ROOT
 from thesislib.runner import chapters
@@ -24,8 +27,12 @@ PAGES = [
     "book/background.html",
     "book/rerun.html",
     "book/claims.html",
+    "book/labels.html",
+    "book/method.html",
     "book/sources.html",
+    "book/changelog.html",
     "book/api.html",
+    "book/api/thesislib.compress.gptq.html",
     *CHAPTERS,
 ]
 
@@ -86,25 +93,119 @@ def test_pages_load_without_an_error(site, page, path):
 
 @pytest.mark.parametrize("path", CHAPTERS)
 def test_figures_show_and_say_what_they_show(site, page, path):
+    """Numbered in order, with a finding below each, and the first above the fold."""
     page.goto(f"{site}/{path}", wait_until="networkidle")
-    images = page.locator(".cell_output img")
-    expected = {"franken": 4, "depth": 3, "width": 2}
-    assert images.count() >= next((n for word, n in expected.items() if word in path), 0)
-    for i in range(images.count()):
-        width, alt = images.nth(i).evaluate("e => [e.naturalWidth, e.alt]")
-        assert width > 300 and len(alt) > 30
+    chapter = int(path.split("/")[1][:2])
+    figures = page.locator("figure.numbered")
+    names = figures.evaluate_all("e => e.map(f => f.id)")
+    assert names == [f"fig-{chapter}-{i + 1}" for i in range(len(names))] and len(names) >= 2
+    assert figures.first.bounding_box()["y"] < 1000
+    for i in range(len(names)):
+        said, wide = figures.nth(i).evaluate(
+            "f => { const e = f.querySelector('img, svg');"
+            " return [e.alt || e.getAttribute('aria-label'), e.getBoundingClientRect().width]; }"
+        )
+        assert len(said) > 30 and wide > 300, names[i]
+        caption = figures.nth(i).locator("figcaption").inner_text()
+        assert caption.startswith(f"Figure {chapter}.{i + 1}.") and len(caption) > 40, names[i]
 
 
-def test_the_first_page_has_the_findings_and_links_to_the_chapters(site, page):
-    from thesislib.chapters import findings
+@pytest.mark.parametrize("path", CHAPTERS)
+def test_a_chapter_has_its_shape(site, page, path):
+    """A box, three exercises with answers in folds, no sentence in a grey box, code hidden but where it teaches."""
+    page.goto(f"{site}/{path}", wait_until="networkidle")
+    assert [e.lower() for e in page.locator("dl.opening dt").all_inner_texts()] == [
+        "question", "answer", "measured", "run it again", "you learn"
+    ]  # fmt: skip
+    assert page.locator(".exercise details.answer").count() == 3
+    assert page.evaluate("document.body.scrollHeight") < 12 * 900
+    printed = page.locator(".cell:not(.tag_toy) .output.stream").all_inner_texts()
+    assert not printed
+    bare = page.locator("div.cell:not(.tag_hide-input):not(.tag_parameters):not(.tag_toy):not(.tag_try) > .cell_input")
+    assert bare.count() == 0
+
+
+def test_the_first_page_has_the_study_at_a_glance(site, page):
+    from thesislib.chapters import first_page
 
     page.goto(f"{site}/index.html", wait_until="networkidle")
     page.wait_for_url("**/book/intro.html")
     text = page.locator("article").inner_text().replace("’", "'")  # Sphinx sets typographic apostrophes
-    for sentence in findings().split("**")[2].split(". ")[:2]:
-        assert sentence.strip().rstrip(".") in text
-    page.get_by_role("link", name="chapter 1", exact=True).first.click()
-    page.wait_for_url("**/01_franken_llama.html")
+    for title, *_ in first_page.findings():
+        assert title in text
+    assert page.locator("article svg[role=img]").first.bounding_box()["y"] < 500
+    assert page.locator("article table tbody tr").count() >= len(CHAPTERS)
+    page.locator("article a", has_text="chapter 6").first.click()
+    page.wait_for_url("**/06_evaluation.html")
+
+
+LABEL = r"(?<![\\w:.~/+-])(?:D[AM]?\\d+|W\\d+:\\d+)(?:\\+[\\w:()]+)*(?![\\w:~%]|[-.]\\w)"
+
+
+@pytest.mark.parametrize("path", [p for p in PAGES if "api" not in p and "changelog" not in p])
+def test_every_label_has_its_meaning(site, page, path):
+    page.goto(f"{site}/{path}", wait_until="networkidle")
+    bare = page.evaluate(
+        f"""() => {{
+        const found = [], walker = document.createTreeWalker(document.querySelector("article"), NodeFilter.SHOW_TEXT);
+        const label = new RegExp(String.raw`{LABEL}`);
+        while (walker.nextNode()) {{
+            const text = walker.currentNode, around = text.parentElement;
+            const other = "abbr, code, pre, script, style, svg, h1, h2, h3, mjx-container, .math, .explorer";
+            if (label.test(text.data) && !around.closest(other)) found.push(text.data.trim().slice(0, 80));
+        }}
+        return found; }}"""
+    )
+    assert not bare
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_a_narrow_screen_does_not_scroll_sideways(site, page, path):
+    page.set_viewport_size({"width": 420, "height": 900})
+    page.goto(f"{site}/{path}", wait_until="networkidle")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 420 + 1
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("path", [p for p in PAGES if "api" not in p])
+def test_contrast_and_names_as_axe_sees_them(site, page, path, theme):
+    from axe_playwright_python.sync_playwright import Axe
+
+    page.goto(f"{site}/{path}", wait_until="networkidle")
+    page.evaluate("theme => { document.documentElement.dataset.theme = theme; }", theme)
+    page.wait_for_timeout(300)  # colours fade in
+    rules = ["color-contrast", "image-alt", "svg-img-alt", "td-headers-attr", "scope-attr-valid", "list", "button-name"]
+    options = {"runOnly": {"type": "rule", "values": rules}}
+    found = Axe().run(page, context="article", options=options).response["violations"]
+    assert not [(v["id"], v["nodes"][0]["html"][:200], v["nodes"][0]["failureSummary"]) for v in found]
+
+
+def test_links_and_anchors_resolve(site, page):
+    """Every link within the book, and every anchor that one names."""
+    anchors, links = {}, {}
+    for file in sorted(HTML.rglob("*.html")):
+        name = file.relative_to(HTML).as_posix()
+        if name.split("/")[0] in ("_static", "_modules", "_sources"):
+            continue
+        soup = BeautifulSoup(file.read_text("utf8"), "html.parser")
+        anchors[name] = {e["id"] for e in soup.find_all(id=True)} | {
+            e["name"] for e in soup.find_all("a", attrs={"name": True})
+        }
+        links[name] = [a["href"] for a in soup.select("article a[href], nav a[href]")]
+    broken = []
+    for name, hrefs in links.items():
+        for href in hrefs:
+            if href.startswith(("http:", "https:", "data:", "mailto:", "javascript:", "#")) and not href.startswith(
+                "#fig"
+            ):
+                continue
+            path, _, anchor = href.partition("#")
+            target = posixpath.normpath(posixpath.join(posixpath.dirname(name), unquote(path))) if path else name
+            if target.startswith(("_modules", "_sources", "_static")) and (HTML / target).exists():
+                continue
+            if not (HTML / target).exists() or (anchor and anchor not in anchors.get(target, {anchor})):
+                broken.append((name, href))
+    assert not broken and len(links) > 20
 
 
 def test_formulas_are_typeset(site, page):
@@ -115,7 +216,9 @@ def test_formulas_are_typeset(site, page):
     assert page.wrong == []
 
 
-@pytest.mark.parametrize(("word", "where"), [("Franken-LLaMA", "01_franken_llama"), ("bootstrap_mean", "api")])
+@pytest.mark.parametrize(
+    ("word", "where"), [("Franken-LLaMA", "01_franken_llama"), ("bootstrap_mean", "api/thesislib.evaluate.stats")]
+)
 def test_search_finds_a_word(site, page, word, where):
     page.goto(f"{site}/search.html?q={word}", wait_until="networkidle")
     page.wait_for_selector("#search-results li a", timeout=30_000)
@@ -144,8 +247,9 @@ def test_a_table_sorts_by_its_headings(site, page):
     heading.click()
     up = column()
     assert known(up) == sorted(known(before)) and len(up) == len(before) and not any(up[len(known(up)) :])
-    heading.press("Enter")
-    assert known(column()) == sorted(known(before), reverse=True) and heading.get_attribute("aria-sort") == "descending"
+    for key, order, reverse in (("Enter", "descending", True), ("Space", "ascending", False)):
+        heading.press(key)
+        assert known(column()) == sorted(known(before), reverse=reverse) and heading.get_attribute("aria-sort") == order
     assert page.wrong == []
 
 

@@ -6,14 +6,14 @@ import subprocess
 from thesislib.files import ROOT
 
 
-def test_the_readme_quotes_the_recorded_run_of_a_card():
+def test_the_book_quotes_the_recorded_run_of_a_card():
     run = {
         row["part"]: row
         for row in map(json.loads, (ROOT / "benchmarks" / "accelerator.jsonl").read_text().splitlines())
         if "part" in row
     }
     shares, rates = run["perplexity, bfloat16"]["batch 32"]["share_of_bare"], run["answers"]["questions_per_s"]
-    text = " ".join((ROOT / "README.md").read_text("utf8").split())
+    text = " ".join((ROOT / "book" / "rerun.md").read_text("utf8").split())
     assert (
         f"runs at {shares['now']} of the bare forward pass ({shares['before']} before), {rates['recorded']:.0f} "
         "questions" in text

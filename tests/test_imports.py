@@ -1,4 +1,4 @@
-"""Who may import whom: the table in the README is what is tested."""
+"""Who may import whom: the table in CONTRIBUTING is what is tested."""
 
 import ast
 import shutil

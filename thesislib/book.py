@@ -1,13 +1,16 @@
 """Notebooks executed with papermill, cached by what they depend on, and the HTML book built from them."""
 
+import ast
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-from thesislib.chapters import findings as chapter_findings
-from thesislib.chapters import reads
+import yaml
+
+from thesislib.chapters import first_page, labels, reads
 from thesislib.errors import BadInput
 from thesislib.files import ROOT, check_checkout
 from thesislib.runner import chapters, executed
@@ -33,10 +36,13 @@ def build(out: Path, stored: bool = False, root: Path = ROOT) -> Path:
         outputs = notebook if stored else executed(name, notebook, out / "executed", reads=reads(name))
         shown = without_data(clean(outputs.read_text("utf8")))
         pages.add(_write(shown.encode(), source / "notebooks" / f"{name}.ipynb"))
-    for page in [root / "_config.yml", root / "_toc.yml", *(p for p in (root / "book").rglob("*") if p.is_file())]:
+    for page in (p for p in (root / "book").rglob("*") if p.is_file()):
         pages.add(_copy(page, source / page.relative_to(root)))
-    for name, text in (("_findings.md", chapter_findings()), ("_api.md", api(root))):  # pages include them
+    written = generated(root)
+    for name, text in written.items():
         pages.add(_write(text.encode(), source / "book" / name))
+    pages.add(_write(config(root).encode(), source / "_config.yml"))
+    pages.add(_write(contents(written, root).encode(), source / "_toc.yml"))
     there = {p for p in source.rglob("*") if p.is_file() and "_build" not in p.relative_to(source).parts}
     for left_over in there - pages:
         left_over.unlink()
@@ -56,28 +62,64 @@ def build(out: Path, stored: bool = False, root: Path = ROOT) -> Path:
     return index
 
 
+def generated(root: Path = ROOT) -> dict[str, str]:
+    """{name: text} of the files that pages of the book include, or that are pages."""
+    picture = f'<div class="strip">\n{first_page.strip(first_page.chain()).svg()}\n</div>'
+    return {
+        "_first.md": first_page.text("../notebooks/{}.ipynb", "{}.md", picture),
+        "_labels.md": labels.table() + "\n",
+        "changelog.md": (root / "CHANGELOG.md").read_text("utf8"),
+        **api(root),
+    }
+
+
 def rooms(root: Path = ROOT) -> list[tuple[list[str], str]]:
-    """The README's table of the package: the names in each row, in the order of imports, and what they are for."""
+    """CONTRIBUTING's table of the package: the names in each row, in the order of imports, and what they are for."""
     rows = [
         line.split("|")
-        for line in (root / "README.md").read_text("utf8").split("<!-- imports -->")[1].splitlines()
+        for line in (root / "CONTRIBUTING.md").read_text("utf8").split("<!-- imports -->")[1].splitlines()
         if line.startswith("| `")
     ]
     return [(re.findall(r"`(\w+)", cells[1]), cells[2].strip()) for cells in rows if "/" not in cells[1]]
 
 
-def api(root: Path = ROOT) -> str:
-    """The body of the API page: every module of the package under its room's heading."""
-    lines = []
+def api(root: Path = ROOT) -> dict[str, str]:
+    """{name: text} of the API's pages, one a module, and of _api.md, which lists them by room."""
+    pages, lines = {}, []
     for names, purpose in rooms(root):
-        lines.append(f"## {', '.join(names)}\n\n{purpose[:1].upper()}{purpose[1:]}.\n\n```{{eval-rst}}")
+        lines.append(f"## {', '.join(names)}\n\n{purpose[:1].upper()}{purpose[1:]}.\n")
         for name in names:
             files = sorted((root / "thesislib" / name).rglob("*.py")) or [root / "thesislib" / f"{name}.py"]
             for file in (f for f in files if not f.stem.startswith("__") and f.stem != "cli"):
                 module = ".".join(file.relative_to(root).with_suffix("").parts)
-                lines.append(f".. automodule:: {module}\n   :members:")
-        lines.append("```\n")
-    return "\n".join(lines)
+                short = module.removeprefix("thesislib.")
+                said = ast.get_docstring(ast.parse(file.read_text("utf8"))) or ""
+                body = f"```{{eval-rst}}\n.. automodule:: {module}\n   :members:\n```"
+                pages[f"api/{module}.md"] = f"# {short}\n\n{body}\n"
+                lines.append(f"- [{short}](api/{module}.md): {' '.join(said.partition(chr(10) * 2)[0].split())}")
+        lines.append("")
+    return {**pages, "_api.md": "\n".join(lines)}
+
+
+def config(root: Path = ROOT) -> str:
+    """`_config.yml` as the book is built from it: buttons of a repository only if its address is set."""
+    settings = yaml.safe_load((root / "_config.yml").read_text("utf8"))
+    if not settings.get("repository", {}).get("url"):
+        settings.pop("repository", None)
+        for button in ("use_repository_button", "use_issues_button"):
+            settings.get("html", {}).pop(button, None)
+    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+
+
+def contents(pages: Iterable[str], root: Path = ROOT) -> str:
+    """`_toc.yml` with the API's pages below the API."""
+    toc = yaml.safe_load((root / "_toc.yml").read_text("utf8"))
+    below = [{"file": f"book/{name.removesuffix('.md')}"} for name in pages if name.startswith("api/")]
+    for part in toc["parts"]:
+        for chapter in part["chapters"]:
+            if chapter["file"] == "book/api" and below:
+                chapter["sections"] = below
+    return yaml.safe_dump(toc, sort_keys=False)
 
 
 def _copy(source: Path, target: Path) -> Path:

@@ -1,4 +1,4 @@
-// Tables of results sort by a click on a heading (or Enter): numbers by their first number, what was not run last.
+// Tables of results sort by a click on a heading, Enter or Space: numbers by their first number, what was not run last.
 document.addEventListener("DOMContentLoaded", () => {
   const number = (text) => {
     const found = text.replace(/,/g, "").match(/[-+]?\d+(\.\d+)?(e[-+]?\d+)?/i);
@@ -29,7 +29,11 @@ document.addEventListener("DOMContentLoaded", () => {
         body.append(...lines);
       };
       head.addEventListener("click", sort);
-      head.addEventListener("keydown", (event) => { if (event.key === "Enter") sort(); });
+      head.addEventListener("keydown", (event) => {
+        if (event.key !== "Enter" && event.key !== " ") return;
+        event.preventDefault();  // Space scrolls otherwise
+        sort();
+      });
     });
   }
 });

@@ -85,7 +85,15 @@ def test_tables_and_sentences_of_depth(measured):
     assert np.allclose(np.diag(correlations), 1) and np.allclose(correlations, correlations.T)
     table = depth.thesis_table(measured)
     assert list(table.index) == ["dense", "D2"] and table.loc["D2", "thesis: x dense"] == "2.08"
-    assert len(depth.curves(measured)) == len(measured.perplexity)
+    curves = depth.curves(measured)
+    whole, paired = (
+        curves[curves["base"] == base].set_index(["method", "removed"]) for base in (depth.NOTHING, "perplexity")
+    )
+    assert {*whole.index} == {*measured.perplexity} and len(paired) == len(whole) - 3
+    of_two = whole.loc[[("taylor", 2), ("perplexity", 2)], "value"]
+    assert paired.loc[("taylor", 2), "value"] == pytest.approx(of_two.iloc[0] / of_two.iloc[1])
+    methods = depth.methods_table(measured)
+    assert list(methods.columns) == ["D2"] and methods.loc["random, 2 seeds", "D2"].count(" to ") == 1
 
 
 def test_parts(tiny):

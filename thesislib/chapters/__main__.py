@@ -1,11 +1,12 @@
-"""`make findings`: write what was found, from the records, into the README, its figure, and the page of claims."""
+"""`make findings`: write the first page into README with its strip, and the page of claims with its figure, from the
+records."""
 
 import io
 from pathlib import Path
 
 import matplotlib
 
-from thesislib.chapters import FIGURE, block, claims, figures, findings, pareto, recorded, three_findings
+from thesislib.chapters import block, claims, figures, first_page
 from thesislib.chapters.pool import recorded_pool
 from thesislib.files import ROOT, write_whole
 
@@ -19,21 +20,14 @@ def write_figure(drawn: figures.plt.Figure, file: Path, digest: str) -> None:
     write_whole(file, image.getvalue())
 
 
-def main() -> None:
-    """Write all of them."""
+def write_readme() -> None:
+    """Write the first page into README, and its strip."""
+    strip = first_page.strip(first_page.chain())
+    strip.write(ROOT / first_page.STRIP)
     readme = ROOT / "README.md"
-    text = readme.read_text("utf8")
-    for name, content in (("findings", findings()), ("three", three_findings())):
-        before, after = block(text, name)
-        text = before + content + after
-    write_whole(readme, text)
-    figures.style()
-    write_claims()
-    record = recorded("06_evaluation").for_fronts
-    table = pareto.points(record)
-    measures = {name: task.ratio for name, task in pareto.MEASURES.items()}
-    drawn = figures.pareto_chart(table, pareto.fronts(table), measures, pareto.marks_of(record))
-    write_figure(drawn, ROOT / FIGURE, pareto.digest(record))
+    before, after = block(readme.read_text("utf8"), "first")
+    picture = f"![{strip.alt}]({first_page.STRIP})"
+    write_whole(readme, before + first_page.text("notebooks/{}.ipynb", "book/{}.md", picture) + after)
 
 
 def write_claims() -> None:
@@ -45,4 +39,6 @@ def write_claims() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    figures.style()
+    write_readme()
+    write_claims()

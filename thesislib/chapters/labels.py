@@ -2,6 +2,7 @@
 
 import html
 import re
+from collections.abc import Iterator
 from functools import cache
 
 from thesislib.chapters.thesis import ThesisRow, thesis_row
@@ -16,6 +17,8 @@ SHOWN = {
     "compensated": "+ EoRA",
 }  # families, as charts and tables name them
 FAMILIES = tuple(SHOWN.values())
+# those that the book explains
+PARTS = (DENSE, "D2", "DA2", "DM2", "W1:8", "W2:4", "W50%", "W", "T", "R", "Q", "Q3", "H", "E", "D2+W1:8+W+Q+E")
 
 
 @cache
@@ -35,24 +38,44 @@ def _labels() -> re.Pattern:
     return re.compile(rf"(?P<other>{other})|(?<![\w:.~/-])(?<!\w\+)(?P<label>{part}(?:\+{part})*)(?![\w+%~]|[-:.]\w)")
 
 
+def pieces(text: str, letters: bool = True) -> Iterator[tuple[str, Label | None]]:
+    """A text cut at its labels: each piece, and the label that it is or None.
+
+    Args:
+        text: Markdown or HTML; what stands in code, formulas, tags and addresses is no label.
+        letters: whether a letter by itself, such as Q, is a label too.
+    """
+    end = 0
+    for found in _labels().finditer(text):
+        if found["label"] and (letters or len(found["label"]) > 1):
+            yield text[end : found.start()], None
+            yield found["label"], of(found["label"])
+            end = found.end()
+    yield text[end:], None
+
+
+def abbreviated(label: Label) -> str:
+    """A label as the book shows it, with its meaning, in HTML."""
+    return f'<abbr title="{html.escape(f"{label}: {label.in_words}")}">{html.escape(label.shown)}</abbr>'
+
+
 def marked(text: str, letters: bool = True) -> str:
-    """A text of Markdown or HTML whose labels are abbreviations: as the book shows them, with their meaning.
+    """A text of Markdown or HTML whose labels are `abbreviated`; see `pieces`.
 
     >>> print(marked("D2+W costs less than `D2`"))
     <abbr title="D2+W: 2 blocks removed, LoRA trained on WikiText-2">D2+LoRA(wiki)</abbr> costs less than `D2`
-
-    Args:
-        text: code, formulas and tags in it stay as they are.
-        letters: whether a letter by itself, such as Q, is a label too.
     """
+    return "".join(abbreviated(label) if label else piece for piece, label in pieces(text, letters))
 
-    def one(found: re.Match) -> str:
-        if found["other"] is not None or (not letters and len(found["label"]) == 1):
-            return found[0]
-        label = of(found["label"])
-        return f'<abbr title="{html.escape(f"{label}: {label.in_words}")}">{html.escape(label.shown)}</abbr>'
 
-    return _labels().sub(one, text)
+def table() -> str:
+    """The parts of labels as a Markdown table: each as it is shown, what it means, and how records and commands write
+    it."""
+    rows = ["| label | meaning |", "| --- | --- |"]
+    for label in map(Label.parse, PARTS):
+        recorded = f", recorded as `{label}`" if label.shown != str(label) else ""
+        rows.append(f"| {abbreviated(label)} | {label.in_words}{recorded} |")
+    return "\n".join(rows)
 
 
 def family(label: str) -> str:
