@@ -581,7 +581,7 @@ def protocol(results: Recorded) -> str:
     asked = largest(results.pool, CLOSED, [DENSE])[DENSE]
     return (
         f"Perplexity of WikiText-2's test text, {dense.n} windows of {dense.settings['length']} tokens "
-        f"(dense model {number(dense)}); TriviaQA closed book, {asked.n:,} questions. {converged_sentence(results)}"
+        f"(dense model {number(dense)}); TriviaQA closed book, {asked.n:,} questions."
         f"{sample_note([m for (_, task), m in results.items() if task == PPL])}"
     )
 
@@ -602,6 +602,6 @@ CHAPTER = Chapter(
         answer=answer,
         short=short,
         protocol=protocol,
-        learn="How LoRA trains and merges, and how to count recovery against a control with the same training.",
+        learn="How LoRA trains and merges, and how to count what it wins back.",
     ),
 )

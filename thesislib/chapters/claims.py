@@ -54,8 +54,8 @@ class Claim:
     Attributes:
         says: the claim, and how it is read here where it leaves room.
         name: the claim in a few words.
-        effect: what was found, in words; {size} stands for the sizes of all comparisons, {for_} of {n} for how many of
-            them go the claimed way.
+        effect: what was found, in words; `{size}` stands for the sizes of all comparisons, `{for_}` of `{n}` for how
+            many of them go the claimed way.
         pairs: (name, first, second): labels and measure to compare; the difference is the second's less the first's.
         where: notebook and anchor at which the book shows the records.
         thesis: its own figures.
@@ -409,17 +409,19 @@ def _section(v: Verdict) -> list[str]:
     if v.in_words:
         lines += [f"Here: {v.in_words}", ""]
     if v.comparisons:
+        lines += [f"<details><summary>{len(v.comparisons)} comparisons</summary>", ""] if len(v.comparisons) > 1 else []
         lines += ["| compared | effect | 95 % interval | n | test | p, Holm |"]
         lines += ["| --- | ---: | --- | ---: | --- | ---: |"]
         lines += [*(_row(*row) for row in _shown(v.comparisons)), ""]
-    if len(v.comparisons) > MOST:
-        lines += [f"The extremes of {len(v.comparisons)} comparisons, all adjusted together.", ""]
+        if len(v.comparisons) > MOST:
+            lines += [f"The extremes of {len(v.comparisons)} comparisons, all adjusted together.", ""]
+        lines += ["</details>", ""] if len(v.comparisons) > 1 else []
     if v.word == UNDECIDED and v.comparisons:
         lines += [_what_is_known(v), ""]
     for apart in v.spreads.values():
         lines += [f"Trainings of one model lie apart by a standard deviation of {_apart(v, apart)}.", ""]
     if v.by_scoring:
-        lines += _scorings(v)
+        lines += ["<details><summary>By each further scoring</summary>", "", *_scorings(v), "</details>", ""]
     if v.missing:
         lines += [f"Not measured: {'; '.join(map(in_markdown, v.missing))}.", ""]
     notebook, anchor = v.claim.where
