@@ -237,13 +237,6 @@ def method_comparisons(results: Results, configs: Sequence[Configuration], task:
     return tested(results, pairs, task)
 
 
-def method_table(results: Results, configs: Sequence[Configuration], task: str = HELD_OUT) -> pd.DataFrame:
-    """`method_comparisons`, one row each."""
-    tests = method_comparisons(results, configs, task)
-    rows = [{"compared": name, "perplexity": ratio(c), "": word(c)} for name, c in tests.items()]
-    return _framed(rows, "compared", "perplexity", "")
-
-
 def eora_sentence(results: Results, p: QuantChapter) -> str:
     """Does GPTQ still matter once EoRA follows?"""
     tests = method_comparisons(results, main_models(p), HELD_OUT)
