@@ -22,9 +22,9 @@ from thesislib.chapters.ch07_runs import (
     read_recorded,
     recorded_parts,
 )
-from thesislib.chapters.chapter import Chapter
+from thesislib.chapters.chapter import Chapter, Opening
 from thesislib.chapters.pareto import PPL, points
-from thesislib.chapters.phrases import interval
+from thesislib.chapters.phrases import interval, listed
 from thesislib.device.cost import costs, stored
 from thesislib.device.hardware import Device, device
 from thesislib.device.measure import QUIET, computed_in, engine_name
@@ -135,11 +135,11 @@ def energy(rows: pd.DataFrame) -> Energy:
 def energy_sentence(rows: pd.DataFrame) -> str:
     """For which devices joules are known at all, and where not why."""
     found = energy(rows)
-    without = f"Not known for {' and '.join(found.unknown)}, of which no power is known." if found.unknown else ""
+    without = f"None for {' and '.join(found.unknown)}: no power of theirs is known." if found.unknown else ""
     if not found.joules:
-        return f"Joules per token. {without}".strip()
-    each = ", ".join(f"{name} {_span(1e3 * low, 1e3 * high)}" for name, (low, high) in found.joules.items())
-    return f"Millijoules per token of {found.model}, modelled: {each}. {without}".strip()
+        return without
+    each = ", ".join(f"{_span(1e3 * low, 1e3 * high)} on {name}" for name, (low, high) in found.joules.items())
+    return f"A token of {found.model} would take, in millijoules and modelled, {each}. {without}".strip()
 
 
 def binding(rows: pd.DataFrame) -> dict[str, list[str]]:
@@ -150,11 +150,14 @@ def binding(rows: pd.DataFrame) -> dict[str, list[str]]:
 def binding_sentence(rows: pd.DataFrame) -> str:
     """`binding` in words."""
     limits = binding(rows)
-    each = ", ".join(f"{name} by {' and '.join(by)}" for name, by in limits.items() if by)
-    none = " or ".join(name for name, by in limits.items() if not by)
-    return f"At the slow end of the intervals decoding is limited on {each}." + (
-        f" None of these models fits {none}." if none else ""
+    by_reason: dict[str, list[str]] = {}
+    for name, by in limits.items():
+        by_reason.setdefault(" or ".join(by), []).append(name)
+    none = by_reason.pop("", [])
+    each = "; ".join(
+        f"{'memory ' * (why == 'traffic')}{why} limits {listed(names)}" for why, names in by_reason.items()
     )
+    return f"In the worst case {each}." + (f" None of these models fits {' or '.join(none)}." if none else "")
 
 
 def fitting_table(subject: Subject, p: DeviceChapter, measured: Mapping) -> pd.DataFrame:
@@ -212,11 +215,29 @@ def published_table() -> pd.DataFrame:
         "published": [f"{x:,.4g}" for x in theirs["published"]],
         "projected": spans,
         "inside": [{True: "yes", False: "no", None: ""}[within] for within in theirs["within"]],
-        "too good by": [f"x {x:.3g}" if pd.notna(x) else "" for x in theirs["optimistic"]],
-        "what differs": theirs["why"],
-        "source": theirs["source"],
+        "better than published": [f"x {x:.3g}" if pd.notna(x) else "" for x in theirs["optimistic"]],
     }
     return pd.DataFrame(shown).set_index("device")
+
+
+def published_notes() -> list[str]:
+    """What differs from the published measurement, and its source, for each of the figures."""
+    theirs = against_published()
+    return [
+        in_markdown(f"{r['device']}, {r['model']}, {r['quantity']}: {r['why']} ({r['source']})")
+        for _, r in theirs.iterrows()
+    ]
+
+
+def published_caption() -> str:
+    """How far the projections are off what others published."""
+    theirs = against_published()
+    off = theirs["optimistic"].dropna()
+    known = theirs["within"].dropna()
+    return (
+        f"Of {len(known)} published figures {int(sum(known))} lie in our interval. x 2.4: our middle estimate is 2.4 "
+        f"times faster (or cheaper) than published; here from x {off.min():.2g} to x {off.max():.2g}."
+    )
 
 
 def hosted_table(rows: pd.DataFrame | None = None) -> pd.DataFrame:
@@ -280,6 +301,27 @@ def roofline(models: Mapping[str, Subject], name: str, p: DeviceChapter) -> plt.
 def measured_rates(record: Results) -> dict[str, float]:
     """Tokens per second in llama.cpp, Q8_0, by model."""
     return {label: 1 / m.value for (label, engine), m in record.items() if engine == "llama.cpp Q8_0"}
+
+
+def timings(record: Results) -> pd.DataFrame:
+    """For `figures.timing_chart`: every timing in llama.cpp, with the quartiles of its tokens."""
+    rows = [
+        {"format": ENGINES[engine], "model": label, "MB": m.extra["bytes"]["weights"] / 1e6, "ms": 1e3 * m.value,
+         "low": 1e3 * m.low, "high": 1e3 * m.high, "zeros": "W2:4" in label}
+        for (label, engine), m in sorted(record.items(), key=lambda x: x[0][1])
+        if ENGINES.get(engine) in TYPES
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def timings_caption(record: Results) -> str:
+    """What the timings find."""
+    speeds = {e: 1 / record[DENSE, engine_name(e)].value for e in TYPES if (DENSE, engine_name(e)) in record}
+    best = max(speeds, key=lambda e: speeds[e])
+    return (
+        f"Within a format time follows bytes; {best} is fastest, {speeds[best]:.0f} tokens/s. Models with half of "
+        f"their weights zero (hollow) take as long as others of their size. Bars: quartiles of the tokens."
+    )
 
 
 def measured_table(record: Results) -> pd.DataFrame:
@@ -358,13 +400,11 @@ def zeros_sentence(record: Results) -> str:
     if not (gains := gains_by_zeros(record)):
         return NOT_RUN
     timed = "; ".join(
-        f"{encoding} {1e3 * dense.value:.1f} and {1e3 * pruned.value:.1f} ms"
+        f"{1e3 * dense.value:.1f} and {1e3 * pruned.value:.1f} ms in {encoding}"
         for encoding, (dense, pruned) in with_zeros(record).items()
     )
-    return (
-        f"A token of the dense model and of W2:4, half of whose linears' weights are zeros, takes in {timed}: "
-        f"{'no kernel skips them' if max(gains.values()) < SKIPPED else 'some kernel gains by them'}."
-    )
+    buy = "buy no time" if max(gains.values()) < SKIPPED else "buy time in some format"
+    return f"Zeros {buy}: a token of the dense model and of W2:4, half of it zeros, takes {timed}."
 
 
 def _llama_cpp(record: Results) -> list[tuple[str, Measurement]]:
@@ -461,20 +501,14 @@ def prediction_sentence(record: Results) -> str:
     """The mean errors between and beyond the fitted depths, and whether the host was quiet enough to say."""
     if not (p := prediction(record)):
         return NOT_RUN
-    caution = (
-        f"{p.noisy} of these timings come from a machine that was not quiet, as the table says."
-        if p.noisy
-        else "The machine was quiet for all of them."
-    )
+    caution = f" {p.noisy} of the timings come from a machine that was not quiet." if p.noisy else ""
     if p.drift:
-        apart = f"Files of the same size differed by up to {p.drift:.0%} between sessions"
-        caution += f" {apart}: an error below that says little."
+        caution += f" Timings of files of one size differ by up to {p.drift:.0%}: a smaller error says little."
     first, middle, second, last = p.depths
     return (
-        f"A line through {first} and {second} blocks predicts the time per token of {middle} blocks, in {p.formats} "
-        f"formats, with a mean error of {statistics.mean(p.between):.1%} (from {min(p.between):.1%} to "
-        f"{max(p.between):.1%}), and that of {last}, beyond both, with {statistics.mean(p.beyond):.1%} (up to "
-        f"{max(p.beyond):.1%}). {caution}"
+        f"A line through {first} and {second} blocks predicts the time of {middle} blocks with an error of "
+        f"{statistics.mean(p.between):.1%} (mean of {p.formats} formats, at most {max(p.between):.1%}), and that of "
+        f"{last}, beyond both, with {statistics.mean(p.beyond):.1%} (at most {max(p.beyond):.1%}).{caution}"
     )
 
 
@@ -484,14 +518,84 @@ def same_sentence(record: Results) -> str:
     if m is None:
         return NOT_RUN
     parted = "; ".join(
-        f"{i['id']} parts after {i['same']} tokens, at a margin of {i['margin']:.4f} in the logits"
+        f"{i['id']} parts after {i['same']}, where {i['margin']:.4f} in the logits decided"
         for i in m.items
         if i["margin"] is not None
     )
-    closest = f"; the closest call on the way was decided by {min(i['gap'] for i in m.items):.4f} in the logits"
+    said = f" ({parted})" if parted else ""
     return (
-        f"On {round(m.value * m.n)} of {m.n} questions the F16 file in llama.cpp writes the same {m.items[0]['of']} "
-        f"tokens as transformers in float32{f': {parted}' if parted else closest}."
+        f"llama.cpp's F16 file writes the same {m.items[0]['of']} tokens as transformers in float32 on "
+        f"{round(m.value * m.n)} of {m.n} questions{said}."
+    )
+
+
+def answer(record: Results) -> str:
+    """The chapter's answer in two sentences."""
+    speeds = {e: 1 / record[DENSE, engine_name(e)].value for e in TYPES if (DENSE, engine_name(e)) in record}
+    best = max(speeds, key=lambda e: speeds[e])
+    gain = max(gains_by_zeros(record).values())
+    return (
+        f"On one thread, llama.cpp writes {speeds['F16']:.0f} tokens a second from 16 bits and {speeds[best]:.0f} in "
+        f"{best}. Zeroing half of the weights makes it at most {gain:.0%} faster, and two timings of one size differ "
+        f"by up to {drift(record):.0%}."
+    )
+
+
+def short(record: Results) -> str:
+    """The answer in about ten words."""
+    speeds = {e: 1 / record[DENSE, engine_name(e)].value for e in TYPES if (DENSE, engine_name(e)) in record}
+    best = max(speeds, key=lambda e: speeds[e])
+    return f"{best} decodes {speeds[best] / speeds['F16']:.1f} times as fast as 16 bits; zeros buy no time"
+
+
+def protocol(record: Results) -> str:
+    """What was timed, and on what."""
+    m = record[DENSE, "llama.cpp F16"]
+    given, on = m.settings, m.provenance["hardware"]
+    return in_markdown(
+        f"One thread of {on.get('cpu')}; a prompt of {given['prompt']} tokens, then {m.n} timed tokens; the dense "
+        f"model in F16 takes {interval(1e3 * m.value, 1e3 * m.low, 1e3 * m.high, '.2f')} ms a token (quartiles). Eight "
+        "devices are projected, not measured."
+    )
+
+
+def host_caption(rows: pd.DataFrame, record: Results) -> str:
+    """How many projections of the host hold what was measured there."""
+    here, seen = rows[rows["device"] == "host"].set_index("model"), measured_rates(record)
+    both = [x for x in here.index if x in seen]
+    inside = sum(bool(here.loc[x, "low"] <= seen[x] <= here.loc[x, "high"]) for x in both)
+    held = "no interval holds its measurement" if not inside else f"{inside} of {len(both)} hold their measurement"
+    return f"Projected tokens a second. On host, where we can check, {held} (crosses); read the others as rough."
+
+
+def bits_answer(record: Results) -> str:
+    """Bytes and time of Q4_0 against F16."""
+    few, many = (record[DENSE, engine_name(kind)] for kind in ("Q4_0", "F16"))
+    size, time = (few.extra["bytes"]["weights"] / many.extra["bytes"]["weights"], few.value / many.value)
+    return (
+        f"Q4_0 has {size:.2f} of the bytes of F16 and takes {time:.2f} of its time: memory does not limit it alone, "
+        "since its weights must be unpacked too."
+    )
+
+
+def zeros_answer(record: Results) -> str:
+    """What zeros change in bytes and time."""
+    dense, pruned = with_zeros(record)["F16"]
+    return (
+        f"Not from zeros as such: the file has {pruned.extra['bytes']['weights'] / 1e6:.0f} MB with them and "
+        f"{dense.extra['bytes']['weights'] / 1e6:.0f} MB without, since each zero is stored, read and multiplied. "
+        f"{zeros_sentence(record)}"
+    )
+
+
+def least_answer(subject: Subject, p: DeviceChapter) -> str:
+    """The time that memory alone allows on a K1, by bytes over bandwidth."""
+    on = device("k1")
+    size, read = costs(subject, 1, p.context), on.tiers[-1].read
+    moved = size.kept + size.cache_bytes
+    return (
+        f"{moved / 1e6:.0f} MB over {read / 1e9:.1f} GB/s are {1e3 * moved / read:.1f} ms a token, so at most "
+        f"{read / moved:.0f} tokens a second if all of the bandwidth were used."
     )
 
 
@@ -508,5 +612,19 @@ def headline(record: Results) -> str:
 
 
 CHAPTER = Chapter(
-    "07_on_device", "on a device", DeviceChapter, recorded_parts, key, read_recorded, headline, reads=("06_evaluation",)
+    "07_on_device",
+    "on a device",
+    DeviceChapter,
+    recorded_parts,
+    key,
+    read_recorded,
+    headline,
+    reads=("06_evaluation",),
+    opening=Opening(
+        question="How fast are compressed models on a device, and do zeros and bits buy time?",
+        answer=answer,
+        short=short,
+        protocol=protocol,
+        learn="How to time decoding, to read a roofline, and how far a projection may be trusted.",
+    ),
 )

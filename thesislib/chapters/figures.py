@@ -700,6 +700,27 @@ def steps_chart(steps: Sequence[tuple[str, str, str, Comparison]], most: float =
     return figure
 
 
+def timing_chart(rows: pd.DataFrame) -> plt.Figure:
+    """Measured milliseconds a token over megabytes of weights, a marker a format; hollow: half are zeros.
+
+    Args:
+        rows: with format, model, MB, ms, low, high (quartiles) and zeros.
+    """
+    figure, axis = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    looks = zip(rows.groupby("format", sort=False), "os^D", (GREY, BLUE, ORANGE, GREEN), strict=False)
+    for (name, part), marker, colour in looks:
+        for zeros, here in part.groupby("zeros"):
+            look: dict[str, Any] = {"markersize": 9 if zeros else 5, "mfc": "none" if zeros else colour}
+            intervals(axis, here["MB"], (here[x] for x in ("ms", "low", "high")), marker, colour, **look,
+                      label=None if zeros else name)  # fmt: skip
+    axis.set(xlabel="MB of weights, all read at every token", ylabel="ms a token", xlim=(0, None), ylim=(0, None))
+    axis.legend(title="llama.cpp", loc="upper left")
+    dense = rows[rows["model"] == DENSE]
+    _write(axis, [(x, y, f"{DENSE}, {kind}", "black") for x, y, kind in
+                  zip(dense["MB"], dense["ms"], dense["format"], strict=True)], 8)  # fmt: skip
+    return figure
+
+
 def throughput_chart(rows: pd.DataFrame, measured: Mapping[str, float] | None = None) -> plt.Figure:
     """Projected tokens per second, a panel a device that holds any model, an interval a model; crosses: measured on the
     host.
@@ -718,7 +739,8 @@ def throughput_chart(rows: pd.DataFrame, measured: Mapping[str, float] | None = 
         if name == "host" and measured:
             seen = [(y, measured[label]) for y, label in enumerate(part["model"]) if label in measured]
             axis.plot([x for _, x in seen], [y for y, _ in seen], "x", color=ORANGE, markersize=8, markeredgewidth=2)
-        axis.set(title=name, xscale="log", xlabel="tokens/s", yticks=range(len(part)), yticklabels=part["model"])
+        axis.set(title=name, xscale="log", xlabel="tokens/s", yticks=range(len(part)))
+        axis.set_yticklabels([plain(label) for label in part["model"]], fontsize=8)
         axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(ScalarFormatter())
         axis.xaxis.set_minor_formatter(NullFormatter())
@@ -757,32 +779,35 @@ def roofline_chart(device_name: str, rate: float, bandwidth: float, operations: 
         bandwidth: bytes per second of the memory.
         operations: with name, kind (decoding or prompt) and intensity (MACs per byte).
     """
-    figure, axis = plt.subplots(figsize=(7, 3.8), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
     x = np.geomspace(min(0.1, operations["intensity"].min() / 2), max(1e3, operations["intensity"].max() * 2), 200)
+    ridge = rate / bandwidth
+    axis.axvspan(x[0], ridge, color=BLUE, alpha=0.08, linewidth=0)
+    axis.axvspan(ridge, x[-1], color=ORANGE, alpha=0.1, linewidth=0)
     axis.plot(x, np.minimum(rate, x * bandwidth), color=GREY)
+    labels: list[Label] = []
     for kind, marker, colour in (("decoding", "o", BLUE), ("prompt", "^", ORANGE)):
         part = operations[operations["kind"] == kind]
-        axis.plot(
-            part["intensity"],
-            np.minimum(rate, part["intensity"] * bandwidth),
-            marker,
-            color=colour,
-            label=kind,
-            markersize=8,
-            alpha=0.8,
-        )
-    axis.axvline(rate / bandwidth, color=GREY, linestyle=":")
+        height = np.minimum(rate, part["intensity"] * bandwidth)
+        axis.plot(part["intensity"], height, marker, color=colour, label=kind, markersize=8, alpha=0.8)
+        for at, here in part.assign(height=height).groupby("intensity"):
+            names = here["name"].tolist()
+            shown = names[0] if len(names) == 1 else f"{len(names)} linears"
+            labels.append((float(at), float(here["height"].iloc[0]), f"{kind}: {shown}", "black"))
     axis.set(
         xscale="log",
         yscale="log",
-        xlabel="MACs per byte read",
-        ylabel="MACs per second, at most",
-        title=f"{device_name}: left of the dotted line memory limits",
+        xlabel="MACs per byte read (log)",
+        ylabel="MACs per second, at most (log)",
+        title=f"{device_name}",
+        xlim=(x[0], x[-1]),
     )
     axis.xaxis.set_major_formatter("{x:g}")
     axis.yaxis.set_major_formatter(EngFormatter(sep=""))  # 10G
     axis.yaxis.set_minor_formatter(NullFormatter())
-    axis.legend()
+    for left, right, words in ((x[0], ridge, "memory limits"), (ridge, x[-1], "arithmetic limits")):
+        axis.text(np.sqrt(left * right), 0.04, words, transform=axis.get_xaxis_transform(), ha="center", fontsize=9)
+    _write(axis, labels, 8)
     return figure
 
 
