@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM = false
 # tqdm asks for ipywidgets in every kernel that has none; nbval would compare the request
 export PYTHONWARNINGS = ignore:IProgress not found
 
-.PHONY: book test setup fetch notebooks findings lint unit nbval stored-book lab bench stress clean
+.PHONY: book pdf test setup fetch notebooks findings lint unit nbval stored-book lab bench stress clean
 
 book: fetch
 	$(PY) -m thesislib.book
@@ -47,6 +47,10 @@ stored-book: setup
 	rm -rf _build/stored
 	$(PY) -m thesislib.book --stored --out _build/stored
 	$(PY) -m pytest tests -m browser -rs
+
+# the whole book as one PDF, printed by Chromium from the pages of `make book`
+pdf: book
+	$(PY) -m thesislib.pdf
 
 notebooks: fetch
 	$(PY) -m thesislib.book --store

@@ -64,7 +64,7 @@ def build(out: Path, stored: bool = False, root: Path = ROOT) -> Path:
 
 def generated(root: Path = ROOT) -> dict[str, str]:
     """{name: text} of the files that pages of the book include, or that are pages."""
-    picture = first_page.strip(first_page.chain()).svg()
+    picture = f'<div class="strip">\n{first_page.strip(first_page.chain()).svg()}\n</div>'
     return {
         "_first.md": first_page.text("../notebooks/{}.ipynb", "{}.md", picture),
         "_labels.md": labels.table() + "\n",
@@ -92,13 +92,11 @@ def api(root: Path = ROOT) -> dict[str, str]:
             files = sorted((root / "thesislib" / name).rglob("*.py")) or [root / "thesislib" / f"{name}.py"]
             for file in (f for f in files if not f.stem.startswith("__") and f.stem != "cli"):
                 module = ".".join(file.relative_to(root).with_suffix("").parts)
-                said = " ".join(
-                    (ast.get_docstring(ast.parse(file.read_text("utf8"))) or "").partition("\n\n")[0].split()
-                )
-                pages[f"api/{module}.md"] = (
-                    f"# {module.removeprefix('thesislib.')}\n\n```{{eval-rst}}\n.. automodule:: {module}\n   :members:\n```\n"
-                )
-                lines.append(f"- [{module.removeprefix('thesislib.')}](api/{module}.md): {said}")
+                short = module.removeprefix("thesislib.")
+                said = ast.get_docstring(ast.parse(file.read_text("utf8"))) or ""
+                body = f"```{{eval-rst}}\n.. automodule:: {module}\n   :members:\n```"
+                pages[f"api/{module}.md"] = f"# {short}\n\n{body}\n"
+                lines.append(f"- [{short}](api/{module}.md): {' '.join(said.partition(chr(10) * 2)[0].split())}")
         lines.append("")
     return {**pages, "_api.md": "\n".join(lines)}
 

@@ -21,7 +21,7 @@ class Labels(SphinxPostTransform):
         """Called by Sphinx for each page; the API's are left as they are."""
         if self.env.docname.startswith("book/api"):
             return
-        for text in list(self.document.findall(nodes.Text)):
+        for text in [t for t in self.document.findall(nodes.Text) if t.parent is not None]:
             before = text.parent.children[text.parent.index(text) - 1] if text.parent.index(text) else None
             marked = isinstance(before, nodes.raw) and before.astext().startswith("<abbr")
             cut = list(pieces(str(text), False))

@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from tests.fakes import perplexity
@@ -103,6 +104,25 @@ def test_noise_leaves_claims_undecided(results):
     assert [found[k] for k in (0, 2, 3, 5)] == ["undecided"] * 4
 
 
+def test_single_blocks_are_tabled_as_ratios_to_the_baseline(results):
+    table = franken.singles_table(results).set_index("change", append=True)["times"]
+    assert len(table) == 2 * DEPTH
+    base = results.perplexity["baseline"].value
+    assert table[14, "left out"] == pytest.approx(results.skipped[14].value / base, rel=0.01)
+    assert table[3, "run twice"] == pytest.approx(results.repeated[3].value / base, rel=0.01)
+
+
+def test_three_neighbours_are_held_against_what_they_cost_one_at_a_time(results):
+    """If two cost x a and x b alone and all three x t, the third would have to cost x t / (a b)."""
+    del results.skipped[26]
+    alone = results.losses(results.skipped)
+    together = results.against_baseline()["skip_near_end_keep_last_two"][0].difference
+    said = franken.neighbours_sentence(results)
+    assert f"Together they cost x {np.exp(together):.2f}" in said
+    third = together - alone[25].difference - alone[27].difference
+    assert f"block 26 would have to cost x {np.exp(third):.2f}" in said
+
+
 def test_results_survive_being_recorded(results, tmp_path):
     store = Store(tmp_path / "r.jsonl")
     for m in franken.as_measurements(results):
@@ -144,11 +164,12 @@ def test_measure_on_a_tiny_model(tiny, monkeypatch):
     assert list(found.skipped) == list(found.repeated) == [0, 6, 11]
     written = franken.completions(subject, found.plans, p)
     table = franken.table(found, written)
-    assert len(table) == 25 and table.loc["baseline", "parameters, M"] == subject.parameters / 1e6
+    assert len(table) == 25 and table.loc["all blocks", "parameters, M"] == subject.parameters / 1e6
+    assert table.loc["all blocks", "times"] == 1 and table["perplexity"].is_monotonic_increasing
+    assert set(table.index) == set(franken.named_plans(found)) and len(franken.readable(franken.table(found))) == 25
     assert (table["parameters, M"] <= subject.parameters / 1e6).all()
     assert len(franken.readable(table)) == len(franken.texts(found, written, p.prompt)) == 25
     assert franken.agreement(found, found) == pytest.approx(1)
-    assert list(franken.side_by_side(found, found).columns) == ["record", "shown by the record", "this run"]
 
 
 def test_the_committed_records_are_whole_and_say_where_they_come_from():
@@ -223,13 +244,21 @@ def test_measures_table_and_flattering_answers(tiny, monkeypatch):
     assert measures.flattering(loose)["answer"].tolist() == ["long answer"]
 
 
+def test_this_run_is_in_the_order_of_the_record():
+    record = recorded("00_measures")
+    assert measures.same_order(record, record)
+    assert measures.same_order(record, [m for m in record if m.settings.get("prompt") != "chat"])
+    flipped = [replace(m, value=0.0) if m.settings.get("prompt") == "chat" else m for m in record]
+    assert not measures.same_order(record, flipped)
+
+
 def test_a_plan_says_which_blocks_it_leaves_out_here_whatever_its_name_counts():
     plans = franken_plans(30)
     results = franken.Results(plans, {}, {}, {}, {})
     assert [
         franken.left_out(results, name) for name in ("15_single_skip", "skip_near_end_keep_last_two", "baseline")
     ] == [
-        "here without block 14",
-        "here without blocks 25-27",
-        "here with all blocks",
+        "without block 14",
+        "without blocks 25-27",
+        "with all blocks",
     ]

@@ -85,7 +85,15 @@ def test_tables_and_sentences_of_depth(measured):
     assert np.allclose(np.diag(correlations), 1) and np.allclose(correlations, correlations.T)
     table = depth.thesis_table(measured)
     assert list(table.index) == ["dense", "D2"] and table.loc["D2", "thesis: x dense"] == "2.08"
-    assert len(depth.curves(measured)) == len(measured.perplexity)
+    curves = depth.curves(measured)
+    whole, paired = (
+        curves[curves["base"] == base].set_index(["method", "removed"]) for base in (depth.NOTHING, "perplexity")
+    )
+    assert {*whole.index} == {*measured.perplexity} and len(paired) == len(whole) - 3
+    of_two = whole.loc[[("taylor", 2), ("perplexity", 2)], "value"]
+    assert paired.loc[("taylor", 2), "value"] == pytest.approx(of_two.iloc[0] / of_two.iloc[1])
+    methods = depth.methods_table(measured)
+    assert list(methods.columns) == ["D2"] and methods.loc["random, 2 seeds", "D2"].count(" to ") == 1
 
 
 def test_parts(tiny):
@@ -115,6 +123,7 @@ def test_verdict_turns_with_the_numbers(measured):
     }
     assert tests[depth.GREEDY].difference == pytest.approx(-0.5, abs=0.01)
     assert depth.best(measured, k) == depth.GREEDY
+    assert "Taylor (+65 %) is worse than one-shot perplexity" in depth.verdict(measured, k)
     measured.perplexity[depth.GREEDY, k] = loss(4.0, seed=1)
     tests = depth.deterministic(measured, k)
     assert not by_verdict(tests)["better"] and tests[depth.GREEDY].difference == pytest.approx(1.0, abs=0.01)

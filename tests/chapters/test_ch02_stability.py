@@ -98,6 +98,8 @@ def test_shares_and_costs_of_a_known_choice(record):
 
 
 def test_the_sentence_names_both_choices_and_the_shares(record):
-    said = stability.sentences(record, 8, [1, 2])
-    assert said.startswith("D1: 8 windows choose 4, all 8 choose 4. Of other draws of 8 windows 100% choose as all do")
-    assert "D2: 8 windows choose 4 and 5, all 8 choose 4 and 5." in said and "block 4 in 100%, 5 in " in said
+    one, two = stability.sentences(record, 8, [1, 2])
+    assert one.startswith("For D1 the 8 windows of the recorded run choose 4, as do all 8.")
+    assert "100% choose as all do" in one and "choose 4 and 5, as do all 8." in two
+    (few,) = stability.sentences(record, 4, [2])  # of the first kind
+    assert "choose 4 and 5, as do all 8" in few

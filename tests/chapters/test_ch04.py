@@ -7,6 +7,7 @@ import re
 import pytest
 
 from tests.fakes import accuracy, perplexity
+from thesislib.chapters import ch04_pictures as pictures
 from thesislib.chapters import ch04_recovery as recovery
 from thesislib.chapters import ch04_runs as lora
 from thesislib.chapters import figures
@@ -41,6 +42,7 @@ def small(tiny, tiny_data, tmp_path_factory):
         every=2,
         seeds=2,
         windows=4,
+        answering=3,
         questions=2,
         passages=2,
         tokens=4,
@@ -71,10 +73,10 @@ def test_everything_is_measured_once(small, measured):
                 "W2:4",
                 "D1+W",
                 "W2:4+W",
-                "dense+W",
+                "W",
                 "D1+T",
                 "W2:4+T",
-                "dense+T",
+                "T",
                 "D1+W+W1:8",
                 "D1+T+W1:8",
             )
@@ -226,6 +228,25 @@ def test_recovery_is_counted_against_the_control(story):
     assert recovery.recovered(story).loc["D2", "fair"] == pytest.approx(0.6 / 0.7, abs=0.02)
 
 
+def test_both_countings_are_drawn_and_a_share_above_all_cannot_be(story):
+    row = recovery.recovered(story).loc["D2"]
+    assert (row["cost"], row["naive left"], row["fair left"]) == pytest.approx((0.7, 0.1, 0.3), abs=0.02)
+    drawn = pictures.two_countings(story)
+    assert ">86%<" in drawn and ">57%<" in drawn and ">+0.70<" in drawn
+    assert "which cannot be" not in recovery.counted_sentence(story)
+    story[Configuration("D2", "wikitext"), PPL] = loss(3.2, seed=98)
+    assert "which cannot be. Against the dense model with the same LoRA" in recovery.counted_sentence(story)
+    assert ">-0.10<" in pictures.two_countings(story)
+
+
+def test_a_run_agrees_with_another_in_order(story):
+    assert recovery.agrees(story, story)
+    worse = {**story, (Configuration("D2", "wikitext"), PPL): loss(4.2, seed=97)}
+    assert not recovery.agrees(worse, story) and not recovery.agrees(story, worse)
+    first = {key: m for key, m in story.items() if key[0].pruned in ("dense", "D2")}
+    assert recovery.agrees(first, story)
+
+
 def as_pool(story, measure=CLOSED):
     """The story's answers as all chapters' records have them, and two trainings that tell how far they lie apart."""
     rows = []
@@ -256,8 +277,8 @@ def test_texts_are_compared_by_every_scoring(story):
     both = {**pool, **as_pool(story, exact)}
     assert _told(both)["better"] == ["D2"] and _told(both, exact)["worse"] == ["D2"]
     said = recovery.texts_sentence(both, ["D2", "dense"])
-    assert "a name anywhere in the answer, better for D2, undecided for dense; by exact match worse for D2, " in said
-    assert "by token F1 not measured" in said
+    assert "depends on the scoring. By the thesis's rule (a name anywhere in the answer)" in said
+    assert "is better for D2. By exact match" in said and "is worse for D2." in said and "token F1" not in said
     table = recovery.answers_table(pool, ["D2", "dense"])
     assert list(table.index) == ["D2", "D2+T", "D2+W", "dense", "T", "W"] and set(table["exact"]) == {"-"}
 
@@ -272,7 +293,7 @@ def test_pruning_after_training_is_held_against_pruning_before(story):
 def test_longer_trainings_are_counted_against_the_control(story):
     p = LoraChapter(pruned=["D2"], steps=4)
     said = recovery.tokens_sentence(story, p)
-    assert "57% after 1,000; longer trainings are not run yet." in said  # of 0.7 nats 0.3 are left
+    assert "57% after 1,000 tokens; longer trainings are not run yet." in said  # of 0.7 nats 0.3 are left
     for steps, pruned, dense in ((8, 3.2, 3.0), (16, 3.05, 2.95)):
         for model, nats in (("D2", pruned), ("dense", dense)):
             m = loss(nats, seed=steps)
@@ -312,7 +333,7 @@ def test_tables_and_figures_hold_what_was_measured(story):
     assert dense.value == pytest.approx(beside.value) and dense.disk_bytes == beside.disk_bytes
     assert len(recovery.training_table(story)) == 8
     assert list(recovery.by_rate(story, p)) == [0.004]
-    assert set(recovery.samples(story, p).index) >= {"dense", "D2+W", "dense+W"}
+    assert set(recovery.samples(story, p).index) >= {"dense", "D2+W", "W"}
     tests = recovery.tests_table(story)
     assert list(tests.columns) == ["paired t", "paired bootstrap", "Wilcoxon signed-rank"] and len(tests) == 6
     assert all(tests.loc["D2 to D2+W"].str.startswith("x 0.5")) and all(

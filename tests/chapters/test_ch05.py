@@ -9,15 +9,14 @@ import pytest
 from tests.fakes import perplexity
 from thesislib.chapters import ch05_quantisation as quantisation
 from thesislib.chapters import ch05_runs as gptq
-from thesislib.chapters import figures, recorded
+from thesislib.chapters import figures, record_file, recorded
 from thesislib.chapters.ch05_runs import BEST, CLOSED, HELD_OUT, INGREDIENTS, OPEN, PLAIN, PPL, QuantChapter
-from thesislib.chapters.pareto import AS_IT_CAME, marks
+from thesislib.chapters.pareto import AS_IT_CAME
 from thesislib.errors import BadInput
 from thesislib.evaluate.stats import by_verdict
 from thesislib.experiment import again
 from thesislib.formats.load import save_checkpoint
 from thesislib.model.grid import Grid, round_to_nearest
-from thesislib.model.layers import LINEARS
 from thesislib.records.store import Store
 from thesislib.sources import corpus
 
@@ -67,11 +66,11 @@ def test_every_model_is_made_and_measured_once(small, measured):
         == len({(m.provenance["made"]["recipe"], m.provenance["chapter"]["what"]) for m in found})
     )
     table = quantisation.main_table(results, gptq.main_models(small))
-    assert list(table.index) == [
-        "dense",
-        *(f"{way} 3-bit asymmetric{more}" for way in ("rounding", "GPTQ") for more in ("", " + EoRA")),
-    ]
-    assert (table[["WikiText-2", "held-out Wikipedia", "closed book", "open book"]] != "").all().all()
+    names = ["dense", *(f"{way} 3-bit{more}" for way in ("rounding", "GPTQ") for more in ("", " + EoRA"))]
+    assert list(table.index) == names and (table["x dense"][1:] != "").all() and table["x dense"]["dense"] == ""
+    assert list(table["settings"]) == ["", *["asymmetric, clipped"] * 4]
+    assert list(table["calibration"]) == ["", "", *["web, 3 x 64"] * 3] and (table["WikiText-2"] != "").all()
+    assert quantisation.agrees(results, results, small)  # nothing else is recorded of these bits
     without, with_eora = (
         results[c.key, PPL].provenance["made"]["bytes"]["bytes_on_disk"] for c in gptq.main_models(small)[-2:]
     )
@@ -143,8 +142,11 @@ def test_gptqmodel_stands_beside_rounding():
     rows = [{"model": name, "threads": 1, "perplexity": 20.0 + i} for i, name in enumerate(names)]
     found = {"GPTQModel": "1.2", "rows": [*rows, {**rows[-1], "threads": 2, "perplexity": 25.5}]}
     said = quantisation.gptqmodel_sentence(found)
-    assert said.startswith("GPTQModel 1.2,") and "has 22.00 there" in said and "rounding 21.00, dense 20.00" in said
-    assert "has 23.00 in that order and 24.00 and 25.50 from left to right" in said
+    assert said.startswith("GPTQModel 1.2,") and "has 22.00 there" in said and "rounding has 21.00, dense 20.00" in said
+    assert "has 23.00 in that order and 24.00 and 25.50 from left to right, above rounding" in said
+    assert "differ by up to 6.2%" in said  # 25.5 / 24
+    alone = quantisation.gptqmodel_sentence({**found, "rows": [*rows[:4], {**rows[4], "perplexity": 20.5}]})
+    assert "differ" not in alone and "above rounding" not in alone
 
 
 def loss(per_token, seed=0):
@@ -259,39 +261,54 @@ def test_every_cell_says_what_its_numbers_say():
     assert (few.name, many.name) == ("GPTQ 3-bit asymmetric + EoRA", "GPTQ 4-bit asymmetric")
     results |= {(few.key, PPL): told(few, np.log(40)), (many.key, PPL): told(many, np.log(36))}
     assert [m.disk_bytes for m in quantisation.few_and_many_bits(results, p)] == [3e6, 2e6]
-    bars = quantisation.bars_table(results, p)
-    assert len(bars) == 8 and bars["at most"].nunique() == 4
-    assert bars.loc["GPTQ 4-bit asymmetric", ""] == "not met" and bars.loc["GPTQ 3-bit asymmetric + EoRA", ""] == "met"
-    assert list(bars[""]).count("not run") == 6 and not quantisation.more_comparisons(results, p)
+    assert not quantisation.more_comparisons(results, p)
     first, second = (c for c in gptq.more_calibration(p, 3))
     results |= {
         (first.key, PPL): told(first, np.log(47)),
         (gptq.main_models(p)[-2].key, PPL): told(first, np.log(50), 5),
         (second.key, PPL): told(second, np.log(39)),
     }
-    assert quantisation.bars_table(results, p).loc[first.name, "off by"] == "-2.1%"
     more = quantisation.more_comparisons(results, p)
     assert {name: list(tests) for name, tests in more.items()} == {"GPTQ 3-bit": [PPL], "GPTQ 3-bit + EoRA": [PPL]}
     assert more["GPTQ 3-bit"][PPL].difference == pytest.approx(np.log(47 / 50), abs=0.01)
-    both = quantisation.sizes_and_losses(results)
-    assert set(both["method"]) >= {"GPTQ", "rounding", "GPTQ + EoRA"} and (both["MB"] > 0).all()
-    chart = figures.bytes_chart(both, 30.0, marks({}), most=52)
-    axis, above = chart.axes[0], int((both["perplexity"] > 52).sum())
-    assert {t.get_text() for t in axis.get_legend().get_texts()} == set(
-        both.loc[both["perplexity"] <= 52, "method"]
-    ) and f"{above} above 52 not drawn" in axis.get_title()
-    files = pd.DataFrame({"label": [AS_IT_CAME, "llama.cpp Q4_0"], "MB": [98.0, 92.0], PPL: [30.0, 37.0]})
-    files = files.assign(**{f"{PPL} low": files[PPL] - 3, f"{PPL} high": files[PPL] + 3})
-    for most, there in ((52, ["Q4_1", "Q4_0"]), (35, ["Q4_1"])):
-        axis = figures.bytes_chart(both, 30.0, files, most).axes[0]
-        stars = [xy for line in axis.lines if "file" in line.get_label() for xy in line.get_xydata().tolist()]
-        assert stars == [[98.0, 30.0], [92.0, 37.0]][: len(there)]
+    dense = loss(3.0, 7)
+    sizes = quantisation.sizes({**results, (None, HELD_OUT): dense}, q)
+    assert set(sizes["series"]) == {"rounding", "GPTQ", "GPTQ 3-bit + EoRA", "GPTQ 4-bit + EoRA"}
+    assert list(sizes.loc[sizes["series"] == "GPTQ 3-bit + EoRA", "label"]) == ["", "rank 8", "rank 32", "rank 128"]
+    files = pd.DataFrame({"label": [AS_IT_CAME, "llama.cpp Q4_0"], "MB": [98.0, 92.0]})
+    files = files.assign(
+        **{f"{PPL}{end}": [20.0 * up, 40.0 * up] for end, up in (("", 1), (" low", 0.9), (" high", 1.1))}
+    )
+    files = quantisation.files(files, dense)
+    assert files["x dense"].tolist() == pytest.approx([20 / dense.value, 40 / dense.value])
+    for most, there in ((4, ["Q4_1", "Q4_0"]), (1.5, ["Q4_1"])):
+        axis = figures.bytes_chart(sizes, files, most).axes[0]
+        drawn = [len(line.get_xdata()) for line in axis.lines if "file" in str(line.get_label())]
+        assert sum(drawn) == len(there)
         assert [t.get_text() for t in axis.texts if t.get_text().startswith("Q")] == there
-    errors = {
-        how: {f"blocks.{b}.{kind}": 0.1 * (b + 1) for b in range(3) for kind in LINEARS} for how in ("rounding", "GPTQ")
-    }
-    lines = figures.layers_chart(errors, LINEARS)
-    assert [a.get_title() for a in lines.axes[:7]] == list(LINEARS) and all(len(a.lines) == 2 for a in lines.axes[:7])
+    figures.plt.close("all")
+
+
+def test_the_sinks_share_under_each_weighting():
+    q = gptq.ablation_parameters()
+    changed = {c.stages[0].weighting: c for c in gptq.one_change(q) if c.varied == "token weighting"}
+    results = {(gptq.one_change(q)[1].key, HELD_OUT): loss(4.0)}
+    results |= {(c.key, HELD_OUT): loss(4.0 + 0.2 * (w == "skip_1"), 0) for w, c in changed.items()}
+    sinks = {"length": 100, "shares": {"blocks.0.v_proj": 0.002, "blocks.1.v_proj": 0.002, "blocks.1.down_proj": 0.5}}
+    table = quantisation.sink_table(sinks, results, q)
+    assert list(table.index) == ["v_proj, median block", "down_proj of block 1", "held-out perplexity"]
+    assert table["as it comes"].tolist() == ["0.20%", "50.00%", "x 1"]
+    assert table["every token at unit norm"].tolist() == ["1.00%", "1.00%", "x 1.000"]
+    assert table["first token x 16"].tolist() == ["3.11%", "94.12%", "x 1.000"]  # 16 of 514 and of 17
+    assert table["first token left out"].tolist() == ["0.00%", "0.00%", "x 1.221"]  # e^0.2
+
+
+def test_the_first_figure_has_every_method_once():
+    table = quantisation.methods(recorded("05_quantisation"), gptq.ablation_parameters())
+    assert len(set(table["method"])) == 10 and len(table) == 11  # the same settings on one thread and on two
+    assert table["low"].isna().sum() == 3 and (table["x dense"] > 1).all()
+    axis = figures.methods_chart(table).axes[0]
+    assert [t.get_text() for t in axis.get_yticklabels()] == list(dict.fromkeys(table["method"]))
     figures.plt.close("all")
 
 
@@ -359,15 +376,16 @@ def test_names_are_for_readers_only(monkeypatch):
     record, p, q = recorded("05_quantisation"), gptq.recorded_parameters(), gptq.ablation_parameters()
     said = [
         lambda: quantisation.kinds_sentence(record, q),
-        lambda: quantisation.worth_sentence(record, q),
+        lambda: quantisation.worth_table(record, q).to_csv(index=False),
         lambda: quantisation.bytes_sentence(record, p),
         lambda: quantisation.more_sentence(record, p),
         lambda: quantisation.starts_sentence(record, q),
         lambda: quantisation.pruned_sentence(record, q),
         lambda: quantisation.shapes_table(record, q).to_csv(),
         lambda: quantisation.starts_table(record, q).to_csv(),
-        lambda: quantisation.sizes_and_losses(record).to_csv(),
-        lambda: quantisation.bars_table(record, p).to_csv(index=False),
+        lambda: quantisation.sizes(record, q).to_csv(),
+        lambda: quantisation.methods(record, q).to_csv(),
+        lambda: quantisation.sink_table(quantisation.read_sinks(record_file("05_quantisation")), record, q).to_csv(),
         lambda: quantisation.compensation_table(record, q).to_csv(index=False),
         lambda: quantisation.headline(record),
         lambda: sorted(

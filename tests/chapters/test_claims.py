@@ -6,18 +6,25 @@ import nbformat
 import numpy as np
 import pytest
 from docutils.nodes import make_id
+from PIL import Image
 
 from tests.fakes import perplexity
+from thesislib.chapters import figures
 from thesislib.chapters.ch01_franken import plan_name
 from thesislib.chapters.claims import (
     CLAIMS,
     CLOSED,
+    FIGURE,
     GRID_PAGE,
     MISSING,
     WIKITEXT,
+    digest,
+    forest,
     judge,
     page,
+    verdicts,
 )
+from thesislib.chapters.labels import marked
 from thesislib.chapters.phrases import DEPENDS, FAILS, HOLDS, UNDECIDED
 from thesislib.chapters.pool import recorded_pool, scored_by
 from thesislib.chapters.scorings import SCORINGS
@@ -111,6 +118,7 @@ def test_a_verdict_may_depend_on_the_scoring(claim):
     assert judge(claim, collect(story(claim, 0.4, 0.1, SCORINGS[0]) + plain)).word == DEPENDS
     text = page(turned)
     assert f"**{DEPENDS}**" in text and f"| {SCORINGS[0]} | {FAILS} |" in text
+    assert "by the thesis's rule. By exact match -" in opposite.in_words and opposite.in_words in text
 
 
 def test_answers_that_ramble_win_by_the_thesis_rule_only():
@@ -140,7 +148,10 @@ def test_a_claim_about_training_rests_on_the_spread_over_trainings():
     verdict = judge(claim, collect(wide))
     assert verdict.word == UNDECIDED and all(c.low < 0 < c.high for _, c, _ in verdict.comparisons)
     text = page(collect(wide))
-    assert f"Of {len(verdict.comparisons)} comparisons 0 are told apart." in text
+    assert f"None of {len(verdict.comparisons)} comparisons differ (p < 0.05)." in text
+    apart = spread(collect(wide), WIKITEXT)
+    said = f"standard deviation of {100 * apart.deviation:.2g} % of perplexity (1 degrees of freedom)."
+    assert verdict.spreads == {WIKITEXT: apart} and said in text
 
 
 def test_what_is_not_measured_keeps_a_claim_from_holding():
@@ -151,7 +162,7 @@ def test_what_is_not_measured_keeps_a_claim_from_holding():
     verdict = judge(claim, gone)
     assert verdict.word == UNDECIDED and verdict.missing == [f"D4 to D4+W, {WIKITEXT}"]
     text = page(gone)
-    assert "Not measured: D4 to D4+W" in text and text.count("**not measured**") == len(CLAIMS) - 1
+    assert f"Not measured: {marked('D4 to D4+W')}" in text and text.count("**not measured**") == len(CLAIMS) - 1
 
 
 def test_often_is_more_than_half():
@@ -226,3 +237,27 @@ def test_plans_by_name():
 
 def test_the_page_says_what_the_records_say():
     assert (ROOT / "book" / "claims.md").read_text("utf8") == page(recorded_pool()), "run `make findings`"
+
+
+def test_the_figure_was_drawn_from_these_records():
+    table = forest(verdicts(recorded_pool()))
+    with Image.open(ROOT / FIGURE) as image:
+        assert image.text["Description"] == digest(table), "run `make findings`"
+
+
+def test_the_figure_has_every_comparison_and_where_it_is_claimed():
+    claim = next(c for c in CLAIMS if "EoRA gives" in c.says)
+    rows = [("Q", CLOSED, answers(0.2, 0, 1200)), ("Q+E", CLOSED, answers(0.3, 0, 1200))]
+    free = [("dense", WIKITEXT, ppl(3.0, 1)), ("W1:8", WIKITEXT, ppl(3.3, 1))]
+    table = forest(verdicts(collect([*rows, *free])))
+    assert list(table["n"]) == [2, CLAIMS.index(claim) + 1]
+    assert table["effect"].tolist() == pytest.approx([np.exp(0.3), 10])
+    assert table["claimed to"].tolist() == [1.1, 2] and table["verdict"].tolist() == [FAILS, FAILS]
+    chart = figures.forest_chart(table)
+    said = [label.get_text() for axis in chart.axes for label in axis.get_yticklabels()]
+    assert said == [f"2 W1:8 is nearly free: {FAILS}", f"11 EoRA gives 1 to 2 points back: {FAILS}"]
+    figures.plt.close("all")
+
+
+def test_every_claim_names_its_subject():
+    assert not [c.says for c in CLAIMS if c.says.startswith("The same")]

@@ -10,8 +10,10 @@ from pkgutil import iter_modules
 import pandas as pd
 
 import thesislib.chapters as study
+from thesislib.chapters import ch00_measures as measures
 from thesislib.chapters import ch01_franken as franken
 from thesislib.chapters import ch02_depth as depth
+from thesislib.chapters import ch02_stability as choice
 from thesislib.chapters import ch03_width as width
 from thesislib.chapters import ch04_recovery as recovery
 from thesislib.chapters import ch04_runs as lora
@@ -29,28 +31,70 @@ GOLDEN = Path(__file__).with_name("english.md")
 def english() -> dict[str, str]:
     """{where: sentence} of all that the book says of its records."""
     record = {name: recorded(name) for name in chapters()}
-    r1, r2, r3, r4, r5, r6, r7 = (record[name] for name in list(record)[1:])
+    r0, r1, r2, r3, r4, r5, r6, r7 = record.values()
     p3, p4, p5, q5 = (
         width.recorded_parameters(),
         lora.recorded_parameters(),
         gptq.recorded_parameters(),
         gptq.ablation_parameters(),
     )
-    file = record_file("06_evaluation")
+    five, file = record_file("05_quantisation"), record_file("06_evaluation")
     exact, rounded = (grid_runs.read_size(file, grid_runs.PRECISION, dtype) for dtype in ("float32", "bfloat16"))
     sentences = {f"{name[:2]}.headline": chapter.headline(record[name]) for name, chapter in chapters().items()}
     sentences |= {
+        f"{name[:2]}.{part}": getattr(chapter.opening, part)(record[name])
+        for name, chapter in chapters().items()
+        if chapter.opening
+        for part in ("answer", "short", "protocol")
+    }
+    sentences |= {
         "00.cost": measurement.cost(record["00_measures"]),
-        "01.skip_or_repeat": franken.skip_or_repeat(r1),
+        **{
+            f"00.{said.__name__}": said(r0)
+            for said in (
+                measures.choices_caption,
+                measures.prompt_sentence,
+                measures.window_sentence,
+                measures.choice_sentence,
+                measures.units_sentence,
+                measures.items_sentence,
+                measures.length_sentence,
+            )
+        },
+        **{
+            f"01.{said.__name__}": said(r1)
+            for said in (
+                franken.plans_caption,
+                franken.singles_caption,
+                franken.neighbours_sentence,
+                franken.items_sentence,
+                franken.memory_sentence,
+            )
+        },
         **{f"01.claim {i}": f"{c.verdict}: {c.said} {c.shown}" for i, c in enumerate(franken.claims(r1), 1)},
         "02.chosen_elsewhere": depth.chosen_elsewhere(r2),
+        "02.one_shot_sentence": depth.one_shot_sentence(r2),
+        "02.scorings_sentence": depth.scorings_sentence(r2),
+        "02.adding_up_sentence": depth.adding_up_sentence(r2),
+        "02.chance_sentence": depth.chance_sentence(r2),
+        "02.single_weights_sentence": depth.single_weights_sentence(r2),
+        "02.ranks_caption": depth.ranks_caption(r2.scores),
+        "02.stability": " ".join(choice.sentences(choice.read_recorded(), depth.DEPTH_WINDOWS)),
         **{f"02.verdict at {k}": depth.verdict(r2, k) for k in (2, 4, 8)},
+        "03.places_sentence": width.places_sentence(),
+        "03.seeds_sentence": width.seeds_sentence(r3, p3),
+        "03.equal_bytes_sentence": width.equal_bytes_sentence(r3, p3),
         "03.halves_sentence": width.halves_sentence(r3, p3),
         "03.magnitude_sentence": width.magnitude_sentence(r3, p3),
         "03.calibration_sentence": width.calibration_sentence(r3, p3),
         "03.weighting_sentence": width.weighting_sentence(r3, p3),
         "04.cost_sentence": recovery.cost_sentence(r4),
         "04.control_sentence": recovery.control_sentence(r4),
+        "04.counted_sentence": recovery.counted_sentence(r4),
+        "04.converged_sentence": recovery.converged_sentence(r4),
+        "04.answer": recovery.answer(r4),
+        "04.short": recovery.short(r4),
+        "04.protocol": recovery.protocol(r4),
         "04.control_sentence, questions": recovery.control_sentence(r4, "trivia"),
         "04.texts_sentence": recovery.texts_sentence(r4.pool, recovery.trained_models(r4)),
         "04.texts_sentence, open book": recovery.texts_sentence(r4.pool, recovery.trained_models(r4), lora.OPEN),
@@ -62,18 +106,20 @@ def english() -> dict[str, str]:
         "04.rates_sentence": recovery.rates_sentence(r4, p4),
         "05.cost_sentence": quantisation.cost_sentence(r5),
         "05.more_sentence": quantisation.more_sentence(r5, p5),
-        "05.method_sentence, held out": quantisation.method_sentence(r5, gptq.main_models(p5), gptq.HELD_OUT),
-        "05.method_sentence": quantisation.method_sentence(r5, gptq.main_models(p5)),
+        "05.methods_caption": quantisation.methods_caption(r5, q5),
+        "05.eora_sentence": quantisation.eora_sentence(r5, p5),
         "05.bytes_sentence": quantisation.bytes_sentence(r5, p5),
         "05.textbook_sentence": quantisation.textbook_sentence(r5, q5),
         "05.gptqmodel_sentence": quantisation.gptqmodel_sentence(quantisation.read_gptqmodel()),
         "05.calibration_sentence": quantisation.calibration_sentence(r5, q5),
         "05.kinds_sentence": quantisation.kinds_sentence(r5, q5),
-        "05.worth_sentence": quantisation.worth_sentence(r5, q5),
-        "05.layer_sentence": quantisation.layer_sentence(quantisation.read_layers(record_file("05_quantisation"))),
+        "05.layer_sentence": quantisation.layer_sentence(quantisation.read_layers(five), r5, q5),
+        "05.sink_sentence": quantisation.sink_sentence(quantisation.read_sinks(five)["shares"], p5.length),
         "05.pruned_sentence": quantisation.pruned_sentence(r5, q5),
         "05.starts_sentence": quantisation.starts_sentence(r5, q5),
-        "05.answers_sentence": quantisation.answers_sentence(r5, p5),
+        "05.answers_sentence": quantisation.answers_sentence(r5),
+        "05.rank_in_bits": quantisation.rank_in_bits(r5, p5),
+        "05.groups_or_rank": quantisation.groups_or_rank(r5, q5),
         "06.cost_sentence": grid.cost_sentence(r6.full),
         "06.coverage_sentence": grid.coverage_sentence(r6.sample),
         "06.interaction_sentence": grid.interaction_sentence(r6.on_one(grid.PRUNED)),
@@ -99,7 +145,6 @@ def english() -> dict[str, str]:
     )
     return sentences | {
         "05.grid_sentence": quantisation.grid_sentence(quantisation.OwnGrid(14, 0.0, 0.25)),
-        "05.sink_sentence": quantisation.sink_sentence({"blocks.0.v_proj": 0.05, "blocks.28.down_proj": 0.8}, 512),
         "07.binding_sentence": device.binding_sentence(projected),
         "07.energy_sentence": device.energy_sentence(projected),
         "07.energy_sentence, none known": device.energy_sentence(projected[1:]),

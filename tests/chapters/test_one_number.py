@@ -11,7 +11,7 @@ from thesislib.chapters.chapter import WIKITEXT
 from thesislib.chapters.pool import recorded_pool
 from thesislib.runner import chapters
 
-LETTERS = {"": "", ", +W": "W", ", +T": "T"}
+LETTERS = {"": "", ", +LoRA(wiki)": "W", ", +LoRA(trivia)": "T"}
 NUMBER = re.compile(r"[\d,.]+")
 
 
@@ -24,9 +24,14 @@ def tables(notebook):
         for output in cell.outputs:
             html = output.get("data", {}).get("text/html", "")
             for table in BeautifulSoup("".join(html), "html.parser").find_all("table"):
-                rows = [[c.get_text() for c in row.find_all(["th", "td"])] for row in table.find_all("tr")]
-                head = [a or b for a, b in zip(rows[0], rows[1], strict=False)] if len(rows) > 1 else []
-                yield [head, *rows[2:]]  # pandas writes the index's name into a second row
+                yield [[text(cell) for cell in row.find_all(["th", "td"])] for row in table.find_all("tr")]
+
+
+def text(cell):
+    """A cell's text; of a label by itself the recorded one, which its meaning begins with."""
+    label = cell.find("abbr")
+    whole = label and label.get_text() == cell.get_text()
+    return label["title"].partition(": ")[0] if whole else cell.get_text()
 
 
 def shown():

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from thesislib.compress.franken import format_plan, franken_plans, parse_plan
+from thesislib.compress.franken import format_plan, franken_plans, parse_plan, plan_in_words
 from thesislib.errors import BadInput
 from thesislib.formats.checkpoint import SUPPORTED
 from thesislib.formats.load import save_checkpoint
@@ -181,3 +181,27 @@ def test_generation_on_the_embedded_model(embedded_subject):
             ids, max_new_tokens=8, min_new_tokens=8, do_sample=False, attention_mask=torch.ones_like(ids)
         )
     assert torch.equal(without, cached)
+
+
+@pytest.mark.parametrize(
+    ("plan", "words"),
+    [
+        ("0-9", "all blocks"),
+        ("0-4,6-9", "without 5"),
+        ("0-9:2", "every 2nd block, from 0"),
+        ("2-9:3x2", "every 3rd block, from 2, each twice"),
+        ("3-9:3", "only 3, 6, 9"),
+        ("7-9x3", "only 7-9, each 3 times"),
+        ("0-5x2", "without 6-9, all others twice"),
+        ("0x2,1-4,6,7-8x3", "without 5, 9; 0 twice; 7-8 3 times"),
+        ("5", "only 5"),
+    ],
+)
+def test_a_plan_in_words(plan, words):
+    assert plan_in_words(parse_plan(plan, 10), 10) == words
+
+
+@pytest.mark.parametrize("depth", [11, 30, 32])
+def test_different_plans_have_different_words(depth):
+    plans = set(franken_plans(depth).values())
+    assert len({plan_in_words(plan, depth) for plan in plans}) == len(plans)

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from thesislib.errors import BadInput
-from thesislib.model.attention import attention_maps, sink_share, spectrum
+from thesislib.model.attention import attention_maps, sink_share
 from thesislib.model.blocks import apply_plan
 
 
@@ -38,16 +38,6 @@ def test_first_map_by_hand(tiny):
     turn = lambda v: v * cos + torch.cat([-v[..., dim // 2 :], v[..., : dim // 2]], -1) * sin  # noqa: E731
     scores = turn(q) @ turn(k).transpose(1, 2) / dim**0.5 + torch.full((4, 4), float("-inf")).triu(1)
     np.testing.assert_allclose(maps[0], scores.softmax(-1).detach().numpy(), atol=1e-5)
-
-
-def test_spectrum_of_known_maps():
-    n = 8
-    sink, diagonal = np.zeros((n, n)), np.eye(n)
-    sink[:, 0] = 1
-    f = np.expm1(spectrum(sink))
-    assert np.allclose(f[n // 2], n) and np.allclose(np.delete(f, n // 2, 0), 0, atol=1e-5)  # a column becomes a row
-    g = np.expm1(spectrum(diagonal))
-    assert g[n // 2, n // 2] == pytest.approx(n) and (g > 1).sum() == n
 
 
 def test_sink_share():

@@ -1,22 +1,24 @@
 """Chapter 0, the subject and its measures: perplexity, trivia with both prompts and three tiers, multiple choice."""
 
 import functools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from thesislib.chapters import scorings
-from thesislib.chapters.chapter import WIKITEXT, Chapter, Keep, Key, Parameters, Part, book
-from thesislib.chapters.phrases import interval, number, share
+from thesislib.chapters.chapter import WIKITEXT, Chapter, Keep, Key, Opening, Parameters, Part, book
+from thesislib.chapters.phrases import interval, number, points, share
 from thesislib.chapters.pool import largest, recorded_pool
 from thesislib.errors import BadInput
-from thesislib.evaluate.answers import TIERS
+from thesislib.evaluate.answers import AT_ONCE, EXACT, F1, FIRST_WORDS, TIERS
 from thesislib.evaluate.choice import multiple_choice
 from thesislib.evaluate.perplexity import perplexity
 from thesislib.evaluate.setup import Setup, task_of
-from thesislib.evaluate.task import SHARE
+from thesislib.evaluate.stats import proportion
+from thesislib.evaluate.task import SHARE, compare_answers
 from thesislib.evaluate.triviaqa import triviaqa
 from thesislib.experiment import DENSE, described
 from thesislib.formats.load import load_subject
@@ -25,6 +27,8 @@ from thesislib.model.subject import Subject
 from thesislib.records.measurement import Measurement, in_markdown
 from thesislib.records.store import Store
 from thesislib.sources.corpus import evaluation_text, question_source, questions
+
+PROMPT_NAMES = {"thesis": "bare prompt", "chat": "chat prompt"}
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ def table(found: Sequence[Measurement]) -> pd.DataFrame:
         first = len(rows)
         how = {
             "perplexity": f"windows of {settings.get('length')}",
-            "accuracy": f"{settings.get('prompt')} prompt",
+            "accuracy": PROMPT_NAMES.get(settings.get("prompt", "")),
         }.get(m.metric, "0-shot")
         rows.append(
             {"task": m.task, "how": how, "metric": m.metric, "value": m.value, "low": m.low, "high": m.high, "n": m.n}
@@ -137,13 +141,28 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
     return table[["task", "how", "metric", "n"]].assign(value=shown).set_index("task")[["how", "metric", "value", "n"]]
 
 
+# ---------------------------------------------------------------- what the page says
+
+
+def _ppl(found: Sequence[Measurement]) -> dict[int, Measurement]:
+    """Perplexities by the length of their windows, the shortest first."""
+    return dict(sorted((m.settings["length"], m) for m in found if m.metric == "perplexity"))
+
+
+def _trivia(found: Sequence[Measurement]) -> dict[tuple[bool, str], Measurement]:
+    """TriviaQA by (open book, prompt)."""
+    return {(m.open_book, m.settings["prompt"]): m for m in found if m.metric == "accuracy"}
+
+
+def _hellaswag(found: Sequence[Measurement]) -> Measurement:
+    (m,) = (m for m in found if m.metric == "acc_norm")
+    return m
+
+
 def headline(found: Sequence[Measurement]) -> str:
     """What chapter 0 found, in sentences, for the book's first page and the README."""
-    ppl = {m.settings["length"]: m for m in found if m.metric == "perplexity"}
-    trivia = {(m.open_book, m.settings["prompt"]): m for m in found if m.metric == "accuracy"}
-    (hella,) = (m for m in found if m.metric == "acc_norm")
+    ppl, trivia = _ppl(found), _trivia(found)
     first, last = min(ppl), max(ppl)
-
     name = found[0].provenance["subject"]
     return in_markdown(
         f"{name} has perplexity {number(ppl[first], '.2f')} on {ppl[first].task} in windows of {first} tokens "
@@ -151,8 +170,165 @@ def headline(found: Sequence[Measurement]) -> str:
         f"Asked in its own chat template it answers {share(trivia[False, 'chat'])} of TriviaQA closed book and "
         f"{share(trivia[True, 'chat'])} "
         f"with a passage that holds the answer; with the thesis's bare prompt {share(trivia[False, 'thesis'])} and "
-        f"{share(trivia[True, 'thesis'])}. HellaSwag acc_norm is {share(hella)}."
+        f"{share(trivia[True, 'thesis'])}. HellaSwag acc_norm is {share(_hellaswag(found))}."
     )
+
+
+def answer(record: Sequence[Measurement]) -> str:
+    """The chapter's answer in two sentences."""
+    ppl, trivia = _ppl(record), _trivia(record)
+    first, last = min(ppl), max(ppl)
+    return (
+        f"The prompt, most of all: asked by chat the same model answers {trivia[False, 'chat'].value:.1%} of TriviaQA "
+        f"closed book, asked by a bare prompt {trivia[False, 'thesis'].value:.1%}. The window comes next: perplexity "
+        f"is {ppl[first].value:.1f} in windows of {first:,} tokens and {ppl[last].value:.1f} in windows of {last:,}."
+    )
+
+
+def short(record: Sequence[Measurement]) -> str:
+    """The answer for the book's table of chapters."""
+    trivia = _trivia(record)
+    chat, bare = (f"{trivia[False, prompt].value:.1%}" for prompt in PROMPTS)
+    return f"Prompt and window decide: {chat} of answers right by chat, {bare} bare."
+
+
+def protocol(record: Sequence[Measurement]) -> str:
+    """Texts, windows and numbers of questions, and the model's values."""
+    ppl, trivia = _ppl(record), _trivia(record)
+    first = min(ppl)
+    windows = " and ".join(f"{m.n} windows of {length:,}" for length, m in ppl.items())
+    return in_markdown(
+        f"{record[0].provenance['subject']}, unchanged. {ppl[first].task}, all of it: {windows} tokens; perplexity "
+        f"{number(ppl[first], '.2f')} in those of {first:,}. TriviaQA: {trivia[False, 'chat'].n:,} questions closed "
+        f"book, {trivia[True, 'chat'].n:,} open book by chat, {trivia[True, 'thesis'].n:,} by the bare prompt. "
+        f"HellaSwag: {_hellaswag(record).n:,} items."
+    )
+
+
+def choices(record: Sequence[Measurement]) -> pd.DataFrame:
+    """What the chart of the chapter's message draws: one row a number, by what was chosen and how.
+
+    Columns: choice (window, prompt or scoring), how, value, low, high, n.
+    """
+    rows = [("window", f"{length:,} tokens", m) for length, m in _ppl(record).items()]
+    trivia = _trivia(record)
+    for open_book in (False, True):
+        for prompt, name in PROMPT_NAMES.items():
+            m = trivia[open_book, prompt]
+            rows.append(("prompt", f"{book(m).removesuffix(' book')}, {name.removesuffix(' prompt')}", m))
+    again, chat = scorings.scored_again(), trivia[False, "chat"]
+    rows.append(("scoring", "name anywhere", chat))
+    for name, scoring in ((f"first {FIRST_WORDS} words", AT_ONCE), ("token F1", F1), ("exact", EXACT)):
+        if scored := again.get((chat.id, scoring.metric)):
+            rows.append(("scoring", name, scored))
+    return pd.DataFrame(
+        [
+            {"choice": choice, "how": how, "value": m.value, "low": m.low, "high": m.high, "n": m.n}
+            for choice, how, m in rows
+        ]
+    )
+
+
+def choices_caption(record: Sequence[Measurement]) -> str:
+    """What the chart of the chapter's message finds."""
+    ppl, trivia = list(_ppl(record).values()), _trivia(record)
+    times = trivia[False, "chat"].value / trivia[False, "thesis"].value
+    chat, exact = trivia[False, "chat"].value, choices(record).set_index("how")["value"].get("exact")
+    strict = "" if exact is None else f", and exact match takes the same answers from {chat:.1%} to {exact:.1%}"
+    return (
+        f"One model, nothing about it changed. The chat prompt multiplies right answers closed book by {times:.1f}; "
+        f"the longer window takes {1 - ppl[-1].value / ppl[0].value:.0%} off perplexity{strict}."
+    )
+
+
+def prompt_sentence(record: Sequence[Measurement]) -> str:
+    """Chat against bare prompt on the same questions, and how much of it is length."""
+    trivia, again = _trivia(record), scorings.scored_again()
+    bare, chat = (trivia[False, prompt] for prompt in PROMPT_NAMES)
+    words = [scorings.mean_words(m) for m in (chat, bare)]
+    cut = [again.get((m.id, AT_ONCE.metric)) for m in (chat, bare)]
+    fair = (
+        f" Chat answers are longer, {words[0]:.0f} words against {words[1]:.0f}, and a long answer has more chances to "
+        f"hold the name; of answers cut at {FIRST_WORDS} words {share(cut[0])} and {share(cut[1])} are right."
+        if all(cut)
+        else ""
+    )
+    return (
+        f"Asked by chat instead of bare, the same {chat.n:,} questions closed book are answered better by "
+        f"{points(compare_answers(bare, chat))}.{fair}"
+    )
+
+
+def window_sentence(record: Sequence[Measurement]) -> str:
+    """What a longer window does to perplexity."""
+    (short_, a), *_, (long_, b) = _ppl(record).items()
+    return (
+        f"In windows of {short_:,} tokens perplexity is {number(a, '.2f')}, in windows of {long_:,} "
+        f"{number(b, '.2f')}. Every later chapter uses windows of {short_:,}."
+    )
+
+
+def choice_sentence(record: Sequence[Measurement]) -> str:
+    """HellaSwag by its two scorings."""
+    m = _hellaswag(record)
+    plain = m.extra["acc"]
+    return (
+        f"Over {m.n:,} items `acc_norm` is {share(m)} and `acc` "
+        f"{interval(plain['value'], plain['low'], plain['high'], '.1%')}; guessing gives 25 %."
+    )
+
+
+def same_order(record: Sequence[Measurement], found: Sequence[Measurement]) -> bool:
+    """Whether longer windows and the chat prompt help in both runs, or hurt in both."""
+
+    def order(run: Sequence[Measurement]) -> dict[Hashable, bool]:
+        lengths, trivia = list(_ppl(run).values()), _trivia(run)
+        signs: dict[Hashable, bool] = {"window": lengths[-1].value < lengths[0].value}
+        for open_book in (False, True):
+            bare, chat = (trivia.get((open_book, prompt)) for prompt in PROMPT_NAMES)
+            if bare and chat:
+                signs[open_book] = chat.value > bare.value
+        return signs
+
+    expected, here = order(record), order(found)
+    return all(here[name] == expected[name] for name in here)
+
+
+def units_sentence(record: Sequence[Measurement]) -> str:
+    """Exercise 1: one loss in three units."""
+    length, m = next(iter(_ppl(record).items()))
+    nats, word, bits = (m.extra[name] for name in ("nats_per_token", "word_perplexity", "bits_per_byte"))
+    return (
+        f"All three are the same sum of losses, in windows of {length:,} divided by tokens, words or bytes: "
+        f"ln {m.value:.2f} = {nats:.3f} nats a token and ln {word:.1f} = {np.log(word):.3f} nats a word, so a word has "
+        f"{np.log(word) / nats:.2f} tokens; {bits:.3f} bits a byte is {bits * np.log(2):.3f} nats a byte, so a token "
+        f"has {nats / (bits * np.log(2)):.2f} bytes."
+    )
+
+
+def items_sentence(record: Sequence[Measurement], few: int = 64) -> str:
+    """Exercise 2: the interval of a share by the number of questions."""
+    m = _trivia(record)[False, "chat"]
+    right = round(m.value * few)
+    return (
+        f"{right} of {few} right answers are {interval(right / few, *proportion(right, few), '.1%')}, {m.n:,} "
+        f"questions give {share(m)}. The width falls with the square root of the number: half of it costs four times "
+        "the questions."
+    )
+
+
+def length_sentence(record: Sequence[Measurement]) -> str:
+    """Exercise 3: how many right answers are right only because they are long."""
+    trivia, again = _trivia(record), scorings.scored_again()
+    said = []
+    for prompt, name in PROMPT_NAMES.items():
+        m = trivia[False, prompt]
+        if cut := again.get((m.id, AT_ONCE.metric)):
+            said.append(
+                f"With the {name} {cut.value / m.value:.0%} of the right answers stay right ({cut.value:.1%} of "
+                f"{m.value:.1%}) when they are cut at {FIRST_WORDS} words."
+            )
+    return " ".join(said)
 
 
 def flattering(m: Measurement, count: int = 3) -> pd.DataFrame:
@@ -213,10 +389,15 @@ def read_recorded(path: Path) -> tuple[Measurement, ...]:
 
 def answers_table(found: Sequence[Measurement]) -> pd.DataFrame:
     """TriviaQA with each prompt, closed and open book, by every scoring."""
-    asked = {f"{book(m)}, {m.settings['prompt']} prompt": m for m in found if m.metric == "accuracy"}
+    asked = {f"{book(m)}, {PROMPT_NAMES[m.settings['prompt']]}": m for m in found if m.metric == "accuracy"}
     return scorings.answers_table(asked)
 
 
 CHAPTER = Chapter("00_measures", "the subject and its measures", Measures, recorded_parts, key, read_recorded, headline,
                   recorded={"windows": None, "questions": 1200, "passages": 96, "items": None},
-                  reads=("06_evaluation",))  # fmt: skip
+                  reads=("06_evaluation",),
+                  opening=Opening(
+                      question="What moves a language model's numbers, if nothing about the model changes?",
+                      answer=answer, short=short, protocol=protocol,
+                      learn="to read a perplexity or an accuracy with its window, prompt, scoring and interval.",
+                  ))  # fmt: skip

@@ -19,6 +19,7 @@ from thesislib.chapters.chapter import (
     K,
     Keep,
     Key,
+    Opening,
     Parameters,
     Part,
     neighbours,
@@ -35,10 +36,10 @@ from thesislib.chapters.phrases import (
     p_value,
     points,
     ratio,
-    ratio_and_p,
     sample_note,
+    share,
 )
-from thesislib.compress.franken import ORIGINAL_DEPTH, format_plan, franken_plans
+from thesislib.compress.franken import ORIGINAL_DEPTH, format_plan, franken_plans, plan_in_words
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import choice, perplexity
 from thesislib.evaluate.generate import Timed, complete
@@ -54,6 +55,7 @@ from thesislib.records.store import Store
 from thesislib.sources.corpus import evaluation_text
 
 BASELINE = "baseline"
+CHANCE = 0.25  # of HellaSwag
 
 
 @dataclass(frozen=True)
@@ -182,45 +184,85 @@ def completions(subject: Subject, plans: dict[str, tuple[int, ...]], p: Franken)
     return out
 
 
-def table(results: Results, written: dict[str, tuple[Timed, int]]) -> pd.DataFrame:
-    """One row a plan, in the order of the original list."""
+def in_words(results: Results, name: str) -> str:
+    """What a plan does; its name counts the 32 blocks of the original study's model."""
+    return plan_in_words(results.plans[name], len(results.plans[BASELINE]))
+
+
+def named_plans(results: Results) -> dict[str, Plan]:
+    """The plans by what they do."""
+    return {in_words(results, name): plan for name, plan in results.plans.items()}
+
+
+def singles_table(results: Results) -> pd.DataFrame:
+    """Perplexity as a ratio to the baseline's (paired interval), a row for each block left out or run twice."""
+    rows = []
+    for change, measured in (("left out", results.skipped), ("run twice", results.repeated)):
+        for b, c in results.losses(measured).items():
+            value, low, high = np.exp([c.difference, c.low, c.high])
+            rows.append({"block": b, "change": change, "times": value, "low": low, "high": high})
+    return pd.DataFrame(rows).set_index("block")
+
+
+def table(results: Results, written: Mapping[str, tuple[Timed, int]] | None = None) -> pd.DataFrame:
+    """One row a plan, best perplexity first, with its ratio to the baseline's (paired interval).
+
+    Args:
+        results: of one run.
+        written: see `completions`; adds the time of a token and the parameters.
+    """
+    losses = results.losses(results.perplexity)
     rows = []
     for name, plan in results.plans.items():
-        ppl, hella = results.perplexity[name], results.hellaswag[name]
-        rows.append(
-            {
-                "plan": name, "blocks": format_plan(plan), "run": len(plan),
-                "perplexity": ppl.value, "ppl low": ppl.low, "ppl high": ppl.high,
-                "HellaSwag": hella.value, "hs low": hella.low, "hs high": hella.high,
-                "ms per token": 1000 * written[name][0].seconds_per_token, "parameters, M": written[name][1] / 1e6,
-            }
-        )  # fmt: skip
-    return pd.DataFrame(rows).set_index("plan")
+        ppl, hella, loss = results.perplexity[name], results.hellaswag[name], losses[name]
+        row = {
+            "plan": in_words(results, name), "original name": name, "blocks": format_plan(plan), "run": len(plan),
+            "perplexity": ppl.value, "times": np.exp(loss.difference),
+            "times low": np.exp(loss.low), "times high": np.exp(loss.high),
+            "HellaSwag": hella.value, "hs low": hella.low, "hs high": hella.high,
+        }  # fmt: skip
+        if written:
+            timed, parameters = written[name]
+            row |= {"ms per token": 1000 * timed.seconds_per_token, "parameters, M": parameters / 1e6}
+        rows.append(row)
+    return pd.DataFrame(rows).set_index("plan").sort_values("perplexity")
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
     """The same table for a page: intervals beside their numbers, three digits."""
-    return pd.DataFrame(
+    shown = pd.DataFrame(
         {
-            "blocks run": table["run"],
-            "perplexity": [
-                interval(*x, ".3g") for x in zip(table["perplexity"], table["ppl low"], table["ppl high"], strict=True)
+            "perplexity": table["perplexity"].map(_digits),
+            "times the baseline's": [
+                f"{_digits(value)} [{_digits(low)}, {_digits(high)}]" if value != 1 else "1"
+                for value, low, high in zip(table["times"], table["times low"], table["times high"], strict=True)
             ],
             "HellaSwag": [
-                interval(*x, ".2f") for x in zip(table["HellaSwag"], table["hs low"], table["hs high"], strict=True)
+                interval(*x, ".1%") for x in zip(table["HellaSwag"], table["hs low"], table["hs high"], strict=True)
             ],
-            "ms per token": table["ms per token"].map("{:.1f}".format),
-            "parameters, M": table["parameters, M"].map("{:.1f}".format),
+            "blocks run": table["run"],
+            "original name": table["original name"],
         },
         index=table.index,
     )
+    timed = [column for column in ("ms per token", "parameters, M") if column in table]
+    return shown.assign(**{column: table[column].map("{:.1f}".format) for column in timed})
+
+
+def _digits(x: float) -> str:
+    """Three digits, from a thousand on with commas, from a million on in millions."""
+    return f"{x / 1e6:.3g} M" if x >= 1e6 else f"{float(f'{x:.3g}'):,.7g}"
 
 
 def texts(results: Results, written: dict[str, tuple[Timed, int]], prompt: str) -> pd.DataFrame:
     """Every plan's completion, best perplexity first."""
     order = sorted(written, key=lambda n: results.perplexity[n].value)
     return pd.DataFrame(
-        {"completion": [prompt + written[n][0].text for n in order]}, index=pd.Index(order, name="plan")
+        {
+            "perplexity": [_digits(results.perplexity[n].value) for n in order],
+            "completion": [prompt + written[n][0].text for n in order],
+        },
+        index=pd.Index([in_words(results, n) for n in order], name="plan"),
     )
 
 
@@ -268,26 +310,130 @@ def claims(results: Results) -> list[Claim]:
 
 
 def _ratio(c: Comparison) -> str:
-    return f"perplexity {ratio_and_p(c, '.3g')}"
+    return f"perplexity {ratio(c, '.3g')}"
 
 
 def skip_or_repeat(results: Results) -> str:
     """For how many of the blocks tried both ways leaving out costs more than running twice, in a sentence."""
     tests = results.skipped_against_repeated()
-    cheaper, dearer, undecided = map(len, by_verdict(tests).values())
+    told = by_verdict(tests)
+    less = f", for {blocks(told['better'])} less" if told["better"] else ""
+    return f"For {len(told['worse'])} of {len(tests)} blocks, leaving one out hurts more than running it twice{less}."
+
+
+def blocks(which: Sequence[int]) -> str:
+    """These blocks in words."""
+    return f"block{'s' * (len(which) > 1)} {format_plan(which)}"
+
+
+def claims_table(results: Results) -> pd.DataFrame:
+    """The original study's conclusions, each with its verdict and the measurements behind it."""
+    rows = [{"the study said": c.said, "here it": c.verdict, "measured": c.shown} for c in claims(results)]
+    return pd.DataFrame(rows).set_index("the study said")
+
+
+# ---------------------------------------------------------------- what the page says
+
+
+def answer(record: Results) -> str:
+    """The chapter's answer in two sentences."""
+    losses = record.losses({name: m for name, m in record.perplexity.items() if name != BASELINE})
+    plan, broken = mildest(losses), len(ruined(record.against_baseline()))
+    twice = record.losses(record.repeated)
+    worse = len(by_verdict(twice)["worse"])
     return (
-        f"Of {len(tests)} blocks, leaving out costs more than running twice for {dearer}, less for {cheaper}, "
-        f"and {undecided} are undecided (paired t test, Holm, 5 %)."
+        f"One block in the middle can go: {left_out(record, plan)} perplexity is {np.exp(losses[plan].difference):.2f} "
+        f"times the whole model's, while {broken} of the {len(losses)} plans multiply it by ten or more. Running one "
+        f"block twice makes it worse for {'all' if worse == len(twice) else f'{worse} of'} {len(twice)} blocks tried, "
+        "and saves nothing."
     )
 
 
-def side_by_side(record: Results, run: Results) -> pd.DataFrame:
-    """The original study's conclusions with their verdicts on the record and in this run."""
-    rows = [
-        {"the study said": a.said, "record": a.verdict, "shown by the record": a.shown, "this run": b.verdict}
-        for a, b in zip(claims(record), claims(run), strict=True)
-    ]
-    return pd.DataFrame(rows).set_index("the study said")
+def short(record: Results) -> str:
+    """The answer for the book's table of chapters."""
+    losses = {name: loss for name, (loss, _) in record.against_baseline().items()}
+    cheapest = f"x {np.exp(losses[mildest(losses)].difference):.2f}"
+    broken = len(ruined(record.against_baseline()))
+    return f"One middle block can go ({cheapest}); {broken} of {len(losses)} plans break the model."
+
+
+def protocol(record: Results) -> str:
+    """Text, windows, items and the whole model's values."""
+    base, hella = record.perplexity[BASELINE], record.hellaswag[BASELINE]
+    return in_markdown(
+        f"{base.task}, {base.n} windows of {base.settings['length']} tokens: whole model {number(base, '.1f')}. "
+        f"HellaSwag, {hella.n} items: whole model {share(hella)}."
+        f"{sample_note(m for m in as_measurements(record) if m.metric == 'perplexity')}"
+    )
+
+
+def plans_caption(record: Results) -> str:
+    """What the chart of all plans finds."""
+    against = record.against_baseline()
+    near = [name for name in against if name not in ruined(against)]
+    hardest = min(near, key=lambda name: len(record.plans[name]))
+    worse = by_verdict({name: hella for name, (_, hella) in against.items()}, higher_is_better=True)["worse"]
+    chance = sum(record.hellaswag[name].low <= CHANCE <= record.hellaswag[name].high for name in worse)
+    return (
+        f"{len(near)} of {len(against)} plans stay below ten times the whole model's perplexity; none of them leaves "
+        f"out more than {len(record.plans[BASELINE]) - len({*record.plans[hardest]})} blocks. HellaSwag falls for "
+        f"{len(worse)} plans (McNemar, Holm, p < 0.05), for {chance} of them to what guessing gives."
+    )
+
+
+def singles_caption(record: Results) -> str:
+    """What the chart of single blocks finds."""
+    skipped, repeated = record.losses(record.skipped), record.losses(record.repeated)
+    return (
+        f"{skip_or_repeat(record)} Cheapest to leave out is {_cheapest(skipped)}, to run twice {_cheapest(repeated)}."
+    )
+
+
+def _cheapest(losses: Mapping[int, Comparison]) -> str:
+    return f"block {(b := mildest(losses))} ({ratio(losses[b], '.2f')})"
+
+
+def neighbours_sentence(record: Results) -> str:
+    """Exercise 1: whether what single blocks cost explains what three neighbours cost."""
+    name = "skip_near_end_keep_last_two"
+    gone = [b for b in record.plans[BASELINE] if b not in record.plans[name]]
+    single = record.losses(record.skipped)
+    together = record.against_baseline()[name][0].difference
+    known = {b: single[b].difference for b in gone if b in single}
+    parts = " and ".join(f"block {b} x {np.exp(loss):.2f}" for b, loss in known.items())
+    rest = np.exp(together - sum(known.values()))
+    depth = len(record.plans[BASELINE])
+    later = {b: c.difference for b, c in single.items() if depth // 2 <= b < depth - 1}
+    dearest = max(later, key=lambda b: later[b])
+    return (
+        f"Together they cost x {np.exp(together):.2f}. Alone {parts} cost x {np.exp(sum(known.values())):.2f} as a "
+        f"product, so {blocks([b for b in gone if b not in known])} would have to cost x {rest:.2f}; the dearest of "
+        f"the {len(later)} tried behind the middle, block {dearest}, costs x {np.exp(later[dearest]):.2f}. "
+        "So the costs of neighbours more than multiply, as if each did part of the others' work."
+    )
+
+
+def items_sentence(record: Results, wanted: float = 0.02) -> str:
+    """Exercise 2: how many items of HellaSwag tell a difference."""
+    c = record.against_baseline()["skip_near_end_keep_last_two"][1]
+    half = (c.high - c.low) / 2
+    return (
+        f"Here {c.n} paired items give an interval of ± {100 * half:.1f} points. It shrinks with the square root of "
+        f"their number, so ± {100 * wanted:.0f} points need about {_digits(c.n * (half / wanted) ** 2)} items, and the "
+        f"original's {ORIGINAL_ITEMS} give about ± {100 * half * (c.n / ORIGINAL_ITEMS) ** 0.5:.0f}."
+    )
+
+
+def memory_sentence(record: Results) -> str:
+    """Exercise 3: a plan's time and memory."""
+    whole, name = len(record.plans[BASELINE]), "23-31r3"
+    run, held = len(record.plans[name]), len({*record.plans[name]})
+    return (
+        f"It runs {run} blocks of {whole}, so {run / whole:.0%} of their time, and holds {held}, so "
+        f"{held / whole:.0%} of their weights; its KV cache has {run} slots, {run / whole:.0%} of the whole model's. "
+        f"It writes nothing of use: perplexity is x "
+        f"{_digits(np.exp(record.against_baseline()[name][0].difference))}."
+    )
 
 
 def headline(results: Results) -> str:
@@ -298,23 +444,23 @@ def headline(results: Results) -> str:
     plan, block = mildest(losses), mildest(twice)
     verdicts = Counter(claim.verdict for claim in claims(results))
     change = "raises" if twice[block].difference > 0 else "lowers"
+    counts = f"{verdicts[HOLDS]} hold here, {verdicts[FAILS]} do not"
+    counts += f", {verdicts[UNDECIDED]} cannot be decided" if verdicts[UNDECIDED] else ""
     return in_markdown(
         f"On {base.task} (windows of {base.items[0]['tokens'] + 1} tokens, n = {base.n}) the whole model has "
         f"perplexity {number(base, '.1f')}. {len(ruined(against))} of the {len(against)} ways to skip and repeat "
-        f"blocks multiply it by ten or more; the mildest, {plan} ({left_out(results, plan)}), multiplies it by "
+        f"blocks multiply it by ten or more; the mildest, {left_out(results, plan)}, multiplies it by "
         f"{np.exp(losses[plan].difference):.2f}. Running one block twice {change} it even where that does least harm "
         f"(block {block}: {ratio(twice[block])}). {skip_or_repeat(results)} "
-        f"Of the original study's {verdicts.total()} conclusions {verdicts[HOLDS]} hold here, "
-        f"{verdicts[FAILS]} do not, and {verdicts[UNDECIDED]} stay undecided."
+        f"Of the original study's {verdicts.total()} conclusions {counts}."
         f"{sample_note([*results.perplexity.values(), *results.skipped.values(), *results.repeated.values()])}"
     )
 
 
 def left_out(results: Results, name: str) -> str:
     """Which blocks a plan leaves out here; its name counts those of the original's model."""
-    run = results.plans[name]
-    gone = [b for b in results.plans[BASELINE] if b not in run]
-    return f"here without block{'s' * (len(gone) > 1)} {format_plan(gone)}" if gone else "here with all blocks"
+    gone = [b for b in results.plans[BASELINE] if b not in results.plans[name]]
+    return f"without {blocks(gone)}" if gone else "with all blocks"
 
 
 def _skipping_helps(results: Results, against) -> Claim:
@@ -329,7 +475,7 @@ def _skipping_helps(results: Results, against) -> Claim:
         f"Skipping three blocks near the end raises HellaSwag: {after} against {before} ({ORIGINAL_ITEMS} items; "
         "intervals ours).",
         decided(word == "better", word == "worse"),
-        f"{name}, {left_out(results, name)}: HellaSwag {points(c)}, {p_value(c.p)} over {c.n} items.",
+        f"{left_out(results, name).capitalize()}: HellaSwag {points(c)} over {c.n} items.",
     )
 
 
@@ -339,19 +485,19 @@ def _few_late(results: Results, against) -> Claim:
     return Claim(
         "Skipping one to three blocks leaves a usable, lighter model (read here as: perplexity up by less than 10 %).",
         decided(c.high < np.log(1.1), c.low > np.log(1.1)),
-        f"Worst of the three, {worst}, {left_out(results, worst)}: {_ratio(c)}.",
+        f"The worst of {len(losses)} such plans, {left_out(results, worst)}: {_ratio(c)}.",
     )
 
 
 def _repetition(results: Results) -> Claim:
     twice = results.losses(results.repeated)
     better, worse, _ = map(len, by_verdict(twice).values())
-    block = mildest(twice)
+    block, helps = mildest(twice), f", for {better} better" if better else ""
     return Claim(
         "Repeating blocks generally makes the result worse.",
         decided(worse > len(twice) / 2, better > 0),
-        f"Of {len(twice)} blocks run twice, one at a time, {worse} make it worse and {better} better; "
-        f"the mildest, block {block}: {_ratio(twice[block])}.",
+        f"One block run twice makes it worse for {worse} of {len(twice)} blocks{helps}; the mildest, block {block}: "
+        f"{_ratio(twice[block])}.",
     )
 
 
@@ -387,7 +533,8 @@ def _two_thirds(results: Results) -> Claim:
     return Claim(
         "Of the six configurations kept, two thirds of the model gives the lowest quality.",
         decided(len(by_verdict(pairs)["worse"]) == len(pairs), pairs[closest].verdict() == "better"),
-        f"2_3rd_of_llama against {closest}, the next: {_ratio(pairs[closest])}.",
+        f"{left_out(results, '2_3rd_of_llama').capitalize()} against the one of the others that is worst "
+        f"({in_words(results, closest)}): {_ratio(pairs[closest])}.",
     )
 
 
@@ -487,4 +634,11 @@ CHAPTER = Chapter(
     headline,
     recorded={"windows": None, "items": 200, "singles": 15},
     claims=for_claims,
+    opening=Opening(
+        question="Can blocks of a trained transformer be skipped, or run twice, without training it again?",
+        answer=answer,
+        short=short,
+        protocol=protocol,
+        learn="what a plan of blocks is, and which blocks a small model can spare.",
+    ),
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from thesislib.chapters.phrases import together
 from thesislib.compress.depth import Depth, window_losses
 from thesislib.compress.stability import Resampled, chosen, resampled
 from thesislib.files import data_file, read_json, write_whole
@@ -115,20 +116,16 @@ def settling(record: Losses, counts: Sequence[int] = COUNTS) -> pd.DataFrame:
     return pd.DataFrame(columns).rename_axis("windows")
 
 
-def sentences(record: Losses, used: int, counts: Sequence[int] = COUNTS) -> str:
-    """What `used` windows choose, what all do, and how often `used` others would choose the same."""
+def sentences(record: Losses, used: int, counts: Sequence[int] = COUNTS) -> list[str]:
+    """What `used` windows choose, what all do, and how often `used` others would choose the same; one text a count."""
     said = []
     for k in counts:
-        c = resampled(record.of_free(), k, used)
-        often = sorted(zip(c.shares, record.free, strict=True), reverse=True)
-        each = ", ".join(f"{b} in {share:.0%}" for share, b in often if share >= 0.05)
+        c, own, every = resampled(record.of_free(), k, used), gone(record, k, used), gone(record, k)
+        n = record.windows
+        same = f"as do all {n}" if own == every else f"all {n} choose {together(map(str, every))}"
         said.append(
-            f"D{k}: {used} windows choose {_words(gone(record, k, used))}, all {record.windows} choose "
-            f"{_words(gone(record, k))}. Of other draws of {used} windows {c.same:.0%} choose as all do, and a draw's "
-            f"choice is dearer by {np.expm1(c.regret):.2%} on average; block {each} of the draws."
+            f"For D{k} the {used} windows of the recorded run choose {together(map(str, own))}, {same}. Of other draws "
+            f"of {used} windows {c.same:.0%} choose as all do; what a draw chooses costs {np.expm1(c.regret):.2%} more "
+            "perplexity on average."
         )
-    return "\n".join(said)
-
-
-def _words(blocks: Sequence[int]) -> str:
-    return " and ".join(filter(None, (", ".join(map(str, blocks[:-1])), str(blocks[-1]))))
+    return said

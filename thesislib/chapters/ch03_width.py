@@ -12,8 +12,8 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from thesislib.chapters.chapter import WIKITEXT, Chapter, Keep, Key, Parameters, Part, by_key, on_one_sample
-from thesislib.chapters.phrases import factor, p_value, ratio, sample_note, versus, with_thousands
+from thesislib.chapters.chapter import WIKITEXT, Chapter, Keep, Key, Opening, Parameters, Part, by_key, on_one_sample
+from thesislib.chapters.phrases import factor, number, p_value, ratio, sample_note, times, together, with_thousands
 from thesislib.chapters.pool import Recorded, larger, recorded_pool
 from thesislib.chapters.thesis import thesis_row
 from thesislib.compress.width import Width
@@ -35,6 +35,13 @@ from thesislib.sources.corpus import evaluation_text
 
 NINE = tuple(f"{n}:{m}" for n, m in THESIS_PATTERNS)
 HALVES = ("1:2", "2:4", "4:8", "8:16")
+USABLE = 0.5  # the largest share of zeros that leaves a model; tables and charts of more are behind a fold
+TEXTS = {"c4": "Web text", "wikipedia": "Wikipedia"}
+WEIGHTINGS = {
+    "unit_norm": "every token at unit norm",
+    "first_16": "the first one sixteen times",
+    "skip_1": "without the first one",
+}
 
 
 @dataclass(frozen=True)
@@ -156,7 +163,7 @@ def sizes(subject: Subject) -> dict[str, int]:
 
 
 def conventions() -> pd.DataFrame:
-    """How the two readings of N:M name the thesis's nine patterns."""
+    """How the two readings of N:M name the thesis's nine patterns; the rows of the picture."""
     rows = []
     for n, m in THESIS_PATTERNS:
         pattern = packing.Pattern(n, m)
@@ -227,6 +234,12 @@ def pattern_table(results: Results, p: WidthChapter) -> pd.DataFrame:
     return pd.DataFrame(rows).fillna("").set_index("pattern")
 
 
+def same_order(a: Mapping[str, Measurement], b: Mapping[str, Measurement]) -> bool:
+    """Whether the patterns that both have stand in the same order of perplexity, with at most half zeros."""
+    both = [x for x, share in shares(a).items() if x in b and share <= USABLE]
+    return sorted(both, key=lambda x: a[x].value) == sorted(both, key=lambda x: b[x].value)
+
+
 def shares(measured: Mapping[str, Measurement]) -> dict[str, float]:
     """{pattern: share of weights removed}."""
     return {pattern: Width(**m.chapter["config"]).share(0, "q_proj") for pattern, m in measured.items()}
@@ -256,11 +269,11 @@ def halves(results: Results, p: WidthChapter) -> dict[tuple[str, str], Compariso
 
 def halves_sentence(results: Results, p: WidthChapter) -> str:
     """`halves` in words."""
-    wider = ", ".join(
-        f"{b} is {versus(c, 'not told apart from')} {a} ({factor(c)}, {p_value(c.p)})"
-        for (a, b), c in halves(results, p).items()
-    )
-    return f"With half the weights removed, {wider}."
+    tests = halves(results, p)
+    wider = [f"{b} has {factor(c)} of {a}'s ({p_value(c.p)})" for (a, b), c in tests.items()]
+    always = len(by_verdict(tests)["better"]) == len(tests)
+    said = "every doubling of the group lowers perplexity" if always else "a doubling of the group does not always help"
+    return f"With half the weights removed, {said}: {', '.join(wider)}."
 
 
 def wanda_against_magnitude(results: Results, p: WidthChapter) -> dict[str, Comparison]:
@@ -272,12 +285,17 @@ def wanda_against_magnitude(results: Results, p: WidthChapter) -> dict[str, Comp
 def magnitude_sentence(results: Results, p: WidthChapter) -> str:
     """`wanda_against_magnitude` in words."""
     tests = wanda_against_magnitude(results, p)
-    better, worse, undecided = map(len, by_verdict(tests).values())
-    most = min(tests, key=lambda x: tests[x].difference)
-    return (
-        f"WANDA's perplexity is below magnitude's for {better} of {len(tests)} patterns, above it for {worse}, "
-        f"not told apart for {undecided} (paired t test, Holm); most for {most} ({factor(tests[most], '.2g')})."
-    )
+    better, worse, undecided = by_verdict(tests).values()
+    usable = [x for x in better if shares({x: results[p.width(x)]})[x] <= USABLE]
+    said = [f"WANDA has a lower perplexity than magnitude on {len(better)} of {len(tests)} patterns"]
+    if usable:
+        most = min(usable, key=lambda x: tests[x].difference)
+        said[0] += f", most at {most} ({factor(tests[most], '.2g')})"
+    if worse:
+        said.append(f"a higher one on {together(worse)}")
+    if undecided:
+        said.append("the difference may be chance on " + together(f"{x} ({p_value(tests[x].p)})" for x in undecided))
+    return "; ".join(said) + "."
 
 
 def weightings(results: Results, p: WidthChapter) -> dict[str, Comparison]:
@@ -292,8 +310,11 @@ def weightings(results: Results, p: WidthChapter) -> dict[str, Comparison]:
 
 def weighting_sentence(results: Results, p: WidthChapter) -> str:
     """`weightings` in words."""
-    others = "; ".join(f"{name}: {ratio(c)}" for name, c in weightings(results, p).items())
-    return f"2:4 with tokens counted otherwise, against equally: {others}."
+    found = weightings(results, p)
+    better = by_verdict(found)["better"]
+    others = ", ".join(f"{WEIGHTINGS.get(name, name)} {ratio(c)}" for name, c in found.items())
+    said = "Other counts of tokens change" if better else "No other count of tokens improves"
+    return f"{said} 2:4. Against counting all equally: {others}."
 
 
 def calibration_sentence(results: Results, p: WidthChapter) -> str:
@@ -301,11 +322,57 @@ def calibration_sentence(results: Results, p: WidthChapter) -> str:
     table = calibration_table(results, p)
     mean = table.mean(axis=1)
     spread = table.std(axis=1, ddof=1) / mean
-    texts, counts = (sorted(set(table.index.get_level_values(level))) for level in ("text", "windows"))
-    gains = ", ".join(f"{t} x {mean[t, counts[0]]:.2f} to x {mean[t, counts[-1]]:.2f}" for t in texts)
+    said = []
+    for text in sorted(set(table.index.get_level_values("text"))):
+        means = mean.loc[text]
+        steps = together(f"{times(x)} from {n}" for n, x in means.items())
+        dip = means.idxmin() not in (means.index[0], means.index[-1])
+        said.append(f"{TEXTS[text]}: {steps} windows{f', lowest from {means.idxmin()}' if dip else ''}.")
+    own = table.loc[(p.text, p.calibration)]
+    place = own.rank().astype(int).iloc[0]
+    which = {1: "the lowest", len(own): "the highest"}.get(place, "neither the lowest nor the highest")
     return (
-        f"From {counts[0]} to {counts[-1]} calibration windows the mean ratio to dense over {table.shape[1]} seeds "
-        f"goes, by text: {gains}. Seeds differ by {spread.min():.1%} to {spread.max():.1%} (standard deviation)."
+        f"Means of {table.shape[1]} seeds. {' '.join(said)} Seeds alone differ by {spread.min():.1%} to "
+        f"{spread.max():.1%} (standard deviation), so steps of a few per cent may be "
+        f"chance. The pattern's row elsewhere in this book is of seed 0 on {p.calibration} windows of "
+        f"{TEXTS[p.text].lower()}, {which} of its {len(own)} seeds ({times(own.iloc[0])} "
+        "here)."
+    )
+
+
+def places_sentence() -> str:
+    """What positions cost in bits a weight, by pattern."""
+    patterns = [packing.Pattern.parse(x) for x in HALVES]
+    each = together(f"{x.bits / x.of:.3g} at {x} ({x.states:,} ways)" for x in patterns)
+    return (
+        f"Bits of place a weight: {each}. A bitmap takes 1. Wider groups cost a little more, since they can be placed "
+        "in more ways, and that freedom is what makes them better."
+    )
+
+
+def seeds_sentence(results: Results, p: WidthChapter) -> str:
+    """Whether a lucky calibration makes 2:4 as good as 4:8."""
+    best = calibration_table(results, p).min(axis=None)
+    wider = perplexity.relative(results[p.width("4:8")], results[None])
+    answer = "Yes" if best < wider.value else "No"
+    return (
+        f"{answer}. The best of all calibrations of 2:4 ends at {times(best)} the dense model's perplexity; 4:8, "
+        f"calibrated once, at {number(wider, '.3g')} times. The pattern matters more than the text."
+    )
+
+
+def equal_bytes_sentence(results: Results, p: WidthChapter) -> str:
+    """What half zeros cost in bytes and in perplexity, by how freely they are placed."""
+    main = main_results(results, p)
+    found = ratios(results, main)
+    said = []
+    for x in (*HALVES, "0.5"):
+        size = main[x].chapter["sizes"]
+        name = x if ":" in x else "unstructured"
+        said.append(f"{name} {size['packed'] / size['dense']:.1%} and {times(found[x].value)}")
+    return (
+        f"Bytes of the linears, and perplexity against dense: {together(said)}. The freest placement costs about three "
+        "points of bytes more than the narrowest group and is by far the best, if the device can run it."
     )
 
 
@@ -329,6 +396,48 @@ def headline(results: Results) -> str:
         f"linears' bytes and 2:4 {packed['2:4']}; the thesis's files stayed as large as they were."
         f"{sample_note([m for c, m in results.items() if c])}"
     )
+
+
+def _answer(results: Results) -> str:
+    """The chapter's answer, in two sentences."""
+    p = recorded_parameters()
+    main = main_results(results, p)
+    found = ratios(results, main)
+    size = {x: main[x].chapter["sizes"] for x in ("1:8", "2:4")}
+    packed = {x: f"{s['packed'] / s['dense']:.1%}" for x, s in size.items()}
+    halves = together(f"{found[x].value:.2f} as {x}" for x in HALVES)
+    return (
+        f"One of eight weights costs {found['1:8'].value - 1:.1%} in perplexity; half of them multiply it by {halves}: "
+        f"the wider the group, the better. Packed, 1:8 takes {packed['1:8']} of the linears' bytes and 2:4 "
+        f"{packed['2:4']}, without loss."
+    )
+
+
+def _short(results: Results) -> str:
+    """The answer in about ten words."""
+    found = ratios(results, main_results(results, recorded_parameters()))
+    costs = f"1:8 costs {found['1:8'].value - 1:.1%} in perplexity, 2:4 {times(found['2:4'].value)}"
+    return f"{costs}; packed, both files shrink."
+
+
+def _protocol(results: Results) -> str:
+    """What the chapter's numbers were measured on."""
+    p, dense = recorded_parameters(), dense_of(results)
+    return (
+        f"Perplexity on {dense.task}, windows of {p.length} tokens: {dense.n} of them for WANDA's patterns, "
+        f"{results[None].n} for magnitude, ratios and calibrations. WANDA is calibrated on {p.calibration} windows of "
+        f"{TEXTS[p.text].lower()}. The dense model's perplexity is {number(dense)}."
+        f"{sample_note([m for c, m in results.items() if c])}"
+    )
+
+
+OPENING = Opening(
+    question="Which single weights can go, in which pattern, and does the file get smaller?",
+    answer=_answer,
+    short=_short,
+    protocol=_protocol,
+    learn="To prune with WANDA in an N:M pattern, to read N:M either way, and to store zeros so that files shrink.",
+)
 
 
 # ---------------------------------------------------------------- packed models
@@ -429,4 +538,5 @@ CHAPTER = Chapter(
     RECORDED,
     reads=("06_evaluation",),
     claims=for_claims,
+    opening=OPENING,
 )

@@ -29,9 +29,9 @@ from thesislib.chapters.ch04_runs import (
     read_recorded,
     recorded_parts,
 )
-from thesislib.chapters.chapter import WIKITEXT, Chapter
+from thesislib.chapters.chapter import WIKITEXT, Chapter, Opening
 from thesislib.chapters.labels import thesis_of
-from thesislib.chapters.phrases import interval, listed, number, p_value, ratio, ratio_and_p, sample_note, times, versus
+from thesislib.chapters.phrases import factor, interval, number, p_value, ratio, ratio_and_p, sample_note, times
 from thesislib.chapters.pool import Recorded, largest, scored_by
 from thesislib.chapters.thesis import thesis_row
 from thesislib.chapters.trainings import Records, compare_models, on_largest_sample, spread
@@ -53,7 +53,8 @@ from thesislib.records import measurement
 from thesislib.records.measurement import Measurement, in_markdown
 
 LETTERS = {"wikitext": "W", "trivia": "T"}
-THESIS_RULE = "the thesis's rule, a name anywhere in the answer,"
+NAMES = {"wikitext": "WikiText", "trivia": "questions"}
+THESIS_RULE = "the thesis's rule (a name anywhere in the answer)"
 
 
 def trained_models(results: Results) -> list[str]:
@@ -128,8 +129,9 @@ def recovered(results: Results, text: str = "wikitext") -> pd.DataFrame:
     """How much of the loss that pruning caused is gone after training, by two countings.
 
     naive: what training gained, as a share of the gap to the dense model. fair: by how much the gap to the dense model
-    shrank, both trained alike; what the dense model gains too is adaptation to the text and not recovery. The interval
-    is the bootstrap's over documents.
+    shrank, both with the same training; what the dense model gains too is adaptation to the text and not recovery. The
+    interval is the bootstrap's over documents. cost, naive left and fair left are gaps in nats a token, before training
+    and after it by each counting.
     """
     rows = []
     measured = perplexities(results)
@@ -140,11 +142,12 @@ def recovered(results: Results, text: str = "wikitext") -> pd.DataFrame:
             continue
         nats_dense, nats_control, nats_before, nats_after = map(_per_token, (dense, control, before, after))
         gap = nats_before - nats_dense
-        row: dict[str, Any] = {"model": model, "gap before, nats": f"{gap.mean():.3f}"}
-        for name, gained in (("naive", nats_before - nats_after), ("fair", gap - (nats_after - nats_control))):
-            value = float(gained.sum() / gap.sum())
-            bounds = bootstrap_mean(gained, gap, before.column("document"))
+        row: dict[str, Any] = {"model": model, "gap before, nats": f"{gap.mean():.3f}", "cost": float(gap.mean())}
+        for name, left in (("naive", nats_after - nats_dense), ("fair", nats_after - nats_control)):
+            value = float((gap - left).sum() / gap.sum())
+            bounds = bootstrap_mean(gap - left, gap, before.column("document"))
             row |= {f"recovered, {name}": interval(value, *bounds, ".0%"), name: value}
+            row[f"{name} left"] = float(left.mean())
         rows.append(row)
     return pd.DataFrame(rows).set_index("model")
 
@@ -160,16 +163,35 @@ def adaptation(results: Results, text: str = "wikitext") -> Comparison:
 
 
 def control_sentence(results: Results, text: str = "wikitext") -> str:
-    """What the dense model gains by the same training, and what is left of recovery when that is counted."""
+    """What the dense model, which lost nothing, gains by the same training."""
     c = adaptation(results, text)
-    shares = ", ".join(
-        f"{model} {row.naive:.0%} ({row.fair:.0%})" for model, row in recovered(results, text).iterrows()
-    )
-    moved = "changes" if c.told else "does not measurably change"
+    verb = {"better": "lowers", "worse": "raises"}.get(c.verdict(), "does not measurably change")
     return (
-        f"The same training on {text} {moved} the dense model's perplexity ({ratio(c)}, paired t test, "
-        f"{p_value(c.p)}). Of the loss that pruning caused, training wins back, counted naively (and against the "
-        f"dense model trained alike): {shares}."
+        f"The same training on {NAMES[text]} {verb} the dense model's perplexity, though it lost nothing to pruning: "
+        f"{ratio(c)}."
+    )
+
+
+def counted_sentence(results: Results, model: str = "D2", text: str = "wikitext") -> str:
+    """Both countings of what one model wins back, and the fair one of all."""
+    shares = recovered(results, text)
+    naive, fair = shares.naive[model], shares.fair
+    return (
+        f"Counted against the untrained dense model, LoRA repairs {naive:.0%} of what pruning cost {model}"
+        f"{', which cannot be' if naive > 1 else ''}. Against the dense model with the same LoRA it repairs "
+        f"{fair[model]:.0%}; over all {len(shares)} pruned models {fair.min():.0%} to {fair.max():.0%}."
+    )
+
+
+def converged_sentence(results: Results) -> str:
+    """How long the trainings were, and how many had not converged."""
+    reports = [training_report(m) for c, m in _beside(results) if c.text and is_main(c)]
+    rising = sum(r["best_step"] == r["curve"][-1]["step"] for r in reports)
+    count = "Every training" if rising == len(reports) else f"{rising} of {len(reports)} trainings"
+    tokens = statistics.median(r["tokens"] for r in reports)
+    return (
+        f"Each number is of a single training of {tokens:,.0f} tokens. {count} did "
+        "best on held-out text at the last step: not converged."
     )
 
 
@@ -209,31 +231,49 @@ def texts_compared(pool: Records, models: Iterable[str], measure: str = CLOSED) 
 
 
 def texts_sentence(pool: Records, models: Sequence[str], task: str = CLOSED) -> str:
-    """`texts_compared` in words, by every scoring."""
-    said = []
+    """`texts_compared` in words, a sentence a scoring."""
+    said, verdicts = [], set()
     for metric in (None, *scorings.SCORINGS):
         tests = texts_compared(pool, models, scored_by(task, metric) if metric else task)
-        better, worse, undecided = by_verdict(tests, higher_is_better=True).values()
-        verdicts = {"better for": better, "worse for": worse, "undecided for": undecided}
-        words = ", ".join(f"{word} {listed(found)}" for word, found in verdicts.items() if found)
-        said.append(f"by {metric or THESIS_RULE} {words or 'not measured'}")
+        better, worse, _ = by_verdict(tests, higher_is_better=True).values()
+        found = {"better": better, "worse": worse}
+        verdicts |= {word for word, names in found.items() if names}
+        scored = " that it scores" * (len(tests) < len(models))
+        words = [f"{word} for {_of_all(names, len(tests), scored)}" for word, names in found.items() if names]
+        by = f"By {metric or THESIS_RULE}"
+        if words:
+            said.append(f"{by} training on WikiText is {' and '.join(words)}.")
+        elif tests:
+            said.append(f"{by} neither is better.")
+    first = "whether WikiText or questions is the better training depends on the scoring. " * (len(verdicts) > 1)
+    return f"{task.capitalize()}: {first}{' '.join(said) or 'not measured.'}"
+
+
+def _of_all(names: Sequence[str], n: int, which: str = "") -> str:
     return (
-        f"{task.capitalize()}, answers after training on WikiText against after training on questions: "
-        f"{'; '.join(said)} (paired t tests that count how far trainings lie apart, Holm-adjusted)."
+        f"all {n} models{which}"
+        if len(names) == n > 1
+        else " and ".join(x for x in (", ".join(names[:-1]), names[-1]) if x)
     )
 
 
 def other_measure_sentence(results: Results, text: str = "trivia") -> str:
     """What training on questions does to perplexity, against the untrained models."""
-    changes = ", ".join(
-        f"{c.pruned} {ratio(test)}{'' if test.told else ' (within noise)'}"
-        for c, test in _against_untrained(results, PPL).items()
-        if c.text == text
-    )
-    return (
-        f"Perplexity on Wikipedia text after training on {text}, against untrained: {changes or 'not run'} (paired t "
-        "tests, Holm-adjusted over all trainings)."
-    )
+    tests = {c.pruned: test for c, test in _against_untrained(results, PPL).items() if c.text == text}
+    better, worse, _ = by_verdict(tests).values()
+    said = [
+        f"{verb} perplexity on Wikipedia text for {_of_all(names, len(tests))} ({_range(tests[x] for x in names)})"
+        for verb, names in (("raises", worse), ("lowers", better))
+        if names
+    ]
+    changes = " and ".join(said) or "does not measurably change perplexity on Wikipedia text"
+    return f"Training on {NAMES[text]} {changes}." if tests else f"Training on {NAMES[text]} was not run."
+
+
+def _range(tests: Iterable[Comparison]) -> str:
+    """The smallest and the largest ratio."""
+    low, *_, high = [factor(c) for c in sorted(tests, key=lambda c: c.difference)] * 2
+    return low if low == high else f"{low} to {high}"
 
 
 def orders(results: Results) -> dict[Configuration, Comparison]:
@@ -247,13 +287,10 @@ def orders(results: Results) -> dict[Configuration, Comparison]:
 
 def order_sentence(results: Results) -> str:
     """`orders` in words."""
-    tests = "; ".join(
-        f"{c.label} is {versus(test)} {c.pruned}+{c.after}+{LETTERS[c.text]} ({ratio_and_p(test)})"
-        for c, test in orders(results).items()
-    )
+    tests = " and ".join(f"{ratio(test)} after training on {NAMES[c.text]}" for c, test in orders(results).items())
     return (
-        f"Paired t tests over documents, of single trainings: {tests}. Whether it holds of other trainings is for the "
-        "claims, which count how far trainings lie apart."
+        f"Pruned after training instead of before, perplexity is {tests}. These intervals are of documents; how far "
+        "trainings lie apart is counted on the page of claims."
     )
 
 
@@ -285,12 +322,14 @@ def _merge_row(m: Measurement, against_beside: str = "") -> dict[str, str]:
 def merge_sentence(results: Results) -> str:
     """What merging costs, in words."""
     ways = mergings(results).items()
-    masked = ", ".join(f"{label} {ratio(perplexity.compare(*pair))}" for (label, way), pair in ways if way == "masked")
+    masked = ", ".join(
+        f"{label} {factor(perplexity.compare(*pair), '.3f')}" for (label, way), pair in ways if way == "masked"
+    )
     dense = [pair for (_, way), pair in ways if way == "dense"]
     moved = [merged.value / beside.value for beside, merged in dense]
     grown = [merged.disk_bytes / beside.disk_bytes - 1 for beside, merged in dense]
     return (
-        f"Merged under the mask, perplexity changes by {masked} (paired t tests). Merged dense it stays where it was "
+        f"Merged under the mask, perplexity changes: {masked}. Merged dense it stays where it was "
         f"(x {min(moved):.3f} to x {max(moved):.3f}), and the file grows by {min(grown):.1%} to {max(grown):.1%}."
     )
 
@@ -343,11 +382,11 @@ def seeds_sentence(results: Results) -> str:
         return f"{one.label} was trained with one seed."
     told = ""
     if test := one.test:
-        verdict = "tells the seeds apart" if test.p < 0.05 else "does not tell the seeds apart"
-        told = f" A Friedman test over {test.n} documents {verdict} ({p_value(test.p)})."
+        verdict = "The seeds differ" if test.p < 0.05 else "The seeds do not measurably differ"
+        told = f" {verdict} (Friedman test over {test.n} documents, {p_value(test.p)})."
     return (
-        f"{one.label} with {len(one.values)} seeds: {', '.join(f'{v:.2f}' for v in one.values)}; standard deviation "
-        f"{one.deviation:.2f}, {one.share_of_gain:.1%} of what training gains.{told}"
+        f"{one.label} with {len(one.values)} seeds ends at {', '.join(f'{v:.2f}' for v in one.values)}: a standard "
+        f"deviation of {one.deviation:.2f}, {one.share_of_gain:.1%} of what training gains.{told}"
     )
 
 
@@ -357,7 +396,7 @@ def tests_table(results: Results) -> pd.DataFrame:
     C = Configuration
     pairs = {
         "D2 to D2+W": (C("D2"), C("D2", "wikitext")),
-        "dense to dense+W": (C(DENSE), C(DENSE, "wikitext")),
+        "dense to W": (C(DENSE), C(DENSE, "wikitext")),
         "dense to D2+W": (C(DENSE), C("D2", "wikitext")),
         "D2+W1:8+W to D2+W+W1:8": (C("D2+W1:8", "wikitext"), C("D2", "wikitext", after="W1:8")),
         "W2:4+W, beside to masked": (C("W2:4", "wikitext"), C("W2:4", "wikitext", merge="masked")),
@@ -432,16 +471,17 @@ def rates_sentence(results: Results, p: LoraChapter) -> str:
     """Which learning rate did best on held-out text, for the first pruned model and for the control."""
     said = []
     for model in (p.pruned[0], DENSE):
-        tried = by_rate(results, p, model)
+        tried, label = by_rate(results, p, model), _trained(model, LETTERS[p.texts[0]])
+        if len(tried) < 2:
+            said.append(f"{label} was trained with one learning rate yet.")
+            continue
         held_out = {rate: training_report(m)["best_loss"] for rate, m in tried.items()}
         losses = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in held_out.items())
         test = ", ".join(f"{rate:g}: {m.value:.2f}" for rate, m in tried.items())
-        best = f"Best of these: {min(held_out, key=held_out.get):g}; the chapter trains with {p.learning_rate:g}. "
         said.append(
-            f"Held-out loss of {_trained(model, LETTERS[p.texts[0]])} by learning rate: {losses}. "
-            f"{best}Perplexity on the test text, which decided nothing: {test}."
-            if len(tried) > 1
-            else f"{_trained(model, LETTERS[p.texts[0]])} was trained with one learning rate yet."
+            f"{label} has its lowest held-out loss with a learning rate of {min(held_out, key=held_out.get):g} "
+            f"({losses}); the chapter trains with {p.learning_rate:g}. Perplexity on the test text decided nothing "
+            f"({test})."
         )
     return " ".join(said)
 
@@ -455,9 +495,9 @@ def tokens_sentence(results: Results, p: LoraChapter) -> str:
         if None not in (before, dense, after, control):
             lost, left = (perplexity.compare(*pair).difference for pair in ((dense, before), (control, after)))
             shares[training_report(after)["tokens"]] = 1 - left / lost
-    said = ", ".join(f"{share:.0%} after {tokens:,}" for tokens, share in shares.items())
+    said = ", ".join(f"{share:.0%} after {tokens:,} tokens" for tokens, share in shares.items())
     more = "" if len(shares) > 1 else "; longer trainings are not run yet"
-    return f"By tokens of training, {model} wins back, counted against the dense model trained alike: {said}{more}."
+    return f"Counted against the dense model with the same training, {model} wins back {said}{more}."
 
 
 def curves(results: Results) -> dict[str, dict[str, tuple[list, list]]]:
@@ -491,6 +531,18 @@ def _times(m: Measurement, dense: Measurement) -> str:
     return times(perplexity.relative(m, dense).value)
 
 
+def agrees(results: Results, record: Results, text: str = "wikitext") -> bool:
+    """Whether training moves each model's perplexity the way it does in the record, and leaves it on the same side of
+    the dense model with the same training."""
+    signs = []
+    for found in (perplexities(results), perplexities(record)):
+        control = found[DENSE, text].value
+        signs.append(
+            {m: (found[m, text].value < found[m, ""].value, found[m, text].value > control) for m, t in found if t}
+        )
+    return all(signs[1].get(model) == sign for model, sign in signs[0].items())
+
+
 def headline(results: Recorded) -> str:
     """What chapter 4 found, in sentences, for the book's first page and the README."""
     measured = perplexities(results)
@@ -498,15 +550,38 @@ def headline(results: Recorded) -> str:
     theirs = " to ".join(
         times(thesis_row("D2", letter).perplexity / thesis_row(DENSE).perplexity) for letter in ("", "W")
     )
-    word = {"worse": "above", "better": "below"}.get(perplexity.compare(dense, after).verdict(), "within noise of")
-    shares = recovered(results)
     return in_markdown(
-        f"LoRA on {training_report(after)['tokens']:,} tokens of WikiText takes D2 from {_times(before, dense)} the "
-        f"dense model's perplexity to {_times(after, dense)}, {word} it (the thesis's subject: {theirs}). But the "
-        f"dense model, trained alike, goes to {_times(control, dense)}: of the loss that pruning caused, D2 seems to "
-        f"win back {shares.naive['D2']:.0%}, and against that control it is {shares.fair['D2']:.0%}; over all "
-        f"{len(shares)} pruned models {shares.fair.min():.0%} to {shares.fair.max():.0%}. "
+        f"LoRA on WikiText takes D2 from {_times(before, dense)} the dense model's perplexity to "
+        f"{_times(after, dense)} (the thesis's model: {theirs}). The dense model with the same training goes to "
+        f"{_times(control, dense)}. {counted_sentence(results)} {converged_sentence(results)} "
         f"{texts_sentence(results.pool, trained_models(results))} {order_sentence(results)}"
+        f"{sample_note([m for (_, task), m in results.items() if task == PPL])}"
+    )
+
+
+def answer(results: Recorded) -> str:
+    """The chapter's answer in two sentences."""
+    row, fair = recovered(results).loc["D2"], recovered(results).fair
+    return in_markdown(
+        f"About half: LoRA on WikiText wins back {row['recovered, fair']} of what pruning cost D2, counted against the "
+        f"dense model with the same training ({fair.min():.0%} to {fair.max():.0%} over {len(fair)} models). Without "
+        f"that control it looks like {row.naive:.0%}, because training on Wikipedia helps any model on Wikipedia."
+    )
+
+
+def short(results: Recorded) -> str:
+    """The answer in some ten words."""
+    row = recovered(results).loc["D2"]
+    return f"LoRA wins back {row.fair:.0%} of D2's loss, not {row.naive:.0%}."
+
+
+def protocol(results: Recorded) -> str:
+    """What was measured."""
+    dense = perplexities(results)[DENSE, ""]
+    asked = largest(results.pool, CLOSED, [DENSE])[DENSE]
+    return (
+        f"Perplexity of WikiText-2's test text, {dense.n} windows of {dense.settings['length']} tokens "
+        f"(dense model {number(dense)}); TriviaQA closed book, {asked.n:,} questions."
         f"{sample_note([m for (_, task), m in results.items() if task == PPL])}"
     )
 
@@ -522,4 +597,11 @@ CHAPTER = Chapter(
     RECORDED,
     reads=("06_evaluation",),
     claims=for_claims,
+    opening=Opening(
+        question="How much of what pruning cost does LoRA win back, and how much is only adaptation to the text?",
+        answer=answer,
+        short=short,
+        protocol=protocol,
+        learn="How LoRA trains and merges, and how to count what it wins back.",
+    ),
 )

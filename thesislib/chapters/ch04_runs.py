@@ -53,7 +53,7 @@ class LoraChapter(Parameters):
         every: steps between validations.
         seeds: of the first model on the first text, and of `seeded`.
         seeded: models that have all these seeds on every text, and are asked questions with each.
-        answering: how many of the pruned models are asked questions, and the dense one.
+        answering: how many of the pruned models are asked questions, and the dense one; 0 for no questions.
         windows: that perplexity is measured on.
         questions: of TriviaQA, closed book.
         passages: of TriviaQA, open book.
@@ -63,22 +63,22 @@ class LoraChapter(Parameters):
 
     pruned: list = field(default_factory=lambda: ["D2"])
     texts: list = field(default_factory=lambda: ["wikitext"])
-    steps: int = 16
+    steps: int = 8
     batch: int = 2
-    length: int = 512
+    length: int = 256
     learning_rate: float = 4e-3
     rank: int = 8
     validation: int = 4
-    every: int = 8
+    every: int = 4
     seeds: int = 1
     seeded: list = field(default_factory=list)
-    answering: int = 3
+    answering: int = 0
     windows: int | None = 6
     questions: int = 24
     passages: int = 8
     tokens: int = 30
     prompt: str = "Once upon a time"
-    may_be_zero = ("validation",)
+    may_be_zero = ("validation", "answering")
 
     def __post_init__(self):
         super().__post_init__()
@@ -158,9 +158,10 @@ class Configuration:
 
     @property
     def label(self) -> str:
-        """As the book writes it: D2+W, dense+W for the control."""
+        """As the book writes it: D2+W, W for the control."""
         letter = Lora(text=self.text, merge=self.merge).label if self.text else ""
-        return "+".join(x for x in (self.pruned, letter, self.after) if x)
+        pruned = "" if letter and self.pruned == DENSE else self.pruned
+        return "+".join(x for x in (pruned, letter, self.after) if x)
 
 
 def configurations(p: LoraChapter) -> list[Configuration]:
@@ -227,7 +228,7 @@ def measure(
 
 def asked_of(c: Configuration, p: LoraChapter) -> list[str]:
     """What is measured of a configuration: perplexity, and of some models answers."""
-    asked = is_main(c) and c.pruned in (DENSE, *p.pruned[: p.answering])
+    asked = p.answering and is_main(c) and c.pruned in (DENSE, *p.pruned[: p.answering])
     return [task for task in p.protocols() if task == PPL or asked or (c.seed and c.pruned in p.seeded)]
 
 
@@ -288,9 +289,11 @@ RECORDED = {
     "pruned": ["D2", "W2:4", "D2+W1:8", "D4", "W8:16"],
     "texts": ["wikitext", "trivia"],
     "steps": 48,
+    "length": 512,
     "validation": 8,
     "every": 16,
     "seeds": 3,
+    "answering": 3,
     "seeded": ["dense", "D2", "D4", "W2:4", "D2+W1:8"],
     "windows": None,
     "questions": 200,

@@ -1,6 +1,7 @@
 """Chapter 5, quantisation and compensation: why GPTQ without act-order, on few tokens, loses to rounding on a small
 model, and what repairs it."""
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from thesislib.chapters.ch05_runs import (
+    BEST,
     CLOSED,
     HELD_OUT,
     MORE,
@@ -30,6 +32,7 @@ from thesislib.chapters.ch05_runs import (
     lora_starts,
     main_models,
     more_calibration,
+    on_the_test,
     one_change,
     one_projection,
     pick,
@@ -37,13 +40,16 @@ from thesislib.chapters.ch05_runs import (
     read_recorded,
     recorded_parameters,
     recorded_parts,
+    sinks_file,
 )
-from thesislib.chapters.chapter import Chapter, K
-from thesislib.chapters.phrases import factor, listed, number, p_value, points, ratio, ratio_and_p, share, versus, word
-from thesislib.chapters.pool import Recorded
+from thesislib.chapters.chapter import Chapter, K, Opening
+from thesislib.chapters.pareto import ENDS
+from thesislib.chapters.phrases import factor, listed, number, points, ratio, versus, word
+from thesislib.chapters.pool import Recorded, scored_by
 from thesislib.chapters.thesis import thesis_row
-from thesislib.chapters.trainings import Records, compare_models, on_largest_sample
+from thesislib.chapters.trainings import on_largest_sample
 from thesislib.errors import BadInput
+from thesislib.evaluate.answers import AT_ONCE, FIRST_WORDS
 from thesislib.evaluate.compare import compare
 from thesislib.evaluate.stats import Comparison, by_verdict, holm_adjusted
 from thesislib.experiment import DENSE
@@ -53,10 +59,6 @@ from thesislib.model.layers import LINEARS
 from thesislib.model.subject import Subject
 from thesislib.records import measurement
 from thesislib.records.measurement import Measurement, in_markdown
-
-# what the chapter set itself before it was run, by bits and whether EoRA follows GPTQ: perplexity on the whole of
-# WikiText-2 test, windows of 512, groups of 64
-BARS = {(4, False): 35.0, (4, True): 32.8, (3, False): 48.0, (3, True): 40.5}
 
 
 def stage_report(m: Measurement, word: str) -> dict:
@@ -71,45 +73,121 @@ def stage_report(m: Measurement, word: str) -> dict:
     raise BadInput(f"no stage '{word}' made {m.label}")
 
 
-def _of_n(m: Measurement | None) -> str:
-    """A share with its interval, and of how many questions."""
-    return f"{share(m)}, n = {m.n}" if m else ""
+def _calibration(c: Configuration) -> str:
+    """The text that GPTQ or EoRA saw."""
+    seen = [stage for stage in c.stages if stage.word in ("gptq", "eora")]
+    text = {"c4": "web", "wikipedia": "Wikipedia"}
+    return f"{text.get(seen[0].text, seen[0].text)}, {seen[0].windows} x {seen[0].length:,}" if seen else ""
+
+
+def _settings(c: Configuration) -> str:
+    """What its name leaves out: grid, clipping, and GPTQ's order of columns if that is not the chapter's."""
+    stage = next((stage for stage in c.stages if stage.family == "quantised"), None)
+    if stage is None:
+        return ""
+    order = getattr(stage, "act_order", BEST["act_order"])
+    clipped, other = stage.clip != "none", order != BEST["act_order"]
+    return f"{stage.grid}{', clipped' * clipped}{f', order {order}' * other}"
 
 
 def main_table(results: Results, configs: Sequence[Configuration]) -> pd.DataFrame:
-    """One row a configuration: perplexity on the test and the held-out text, answers, and bytes on disk."""
-    dense = results.get((None, PPL))
-    rows = []
-    for c in dict.fromkeys(configs):
-        here = {task: results.get((c.key, task)) for task in (PPL, HELD_OUT, CLOSED, OPEN)}
-        if not any(here.values()):
+    """One row a model: perplexity on the test and the held-out text, as ratios to the dense model, and bytes."""
+    rows: dict[str | None, dict] = {}
+    for c in configs:
+        test, held_out = (results.get((c.key, task)) for task in (PPL, HELD_OUT))
+        if c.key in rows or not (m := test or held_out):
             continue
-        size: dict[str, Any] = next((held for m in here.values() if m and (held := m.made["bytes"])), {})
-        rows.append(
-            {
-                "model": c.name,
-                "WikiText-2": number(here[PPL]),
-                "x dense": f"{here[PPL].value / dense.value:.2f}" if here[PPL] and dense else "",
-                "held-out Wikipedia": number(here[HELD_OUT]),
-                "closed book": _of_n(here[CLOSED]),
-                "open book": _of_n(here[OPEN]),
-                "MB": f"{size.get('bytes_on_disk', size.get('bytes_in_memory', 0)) / 1e6:.1f}",
-                "linears, of bfloat16": _share_of_bfloat16(c, here),
-            }
-        )
+        rows[c.key] = {
+            "model": c.short if c.method else c.name,
+            "settings": _settings(c),
+            "calibration": _calibration(c),
+            "x dense": ratio(compare(results[None, PPL], test)) if test and c.stages and (None, PPL) in results else "",
+            "WikiText-2": f"{test.value:.2f}" if test else "",
+            "held-out": f"{held_out.value:.2f}" if held_out else "",
+            "MB": f"{_megabytes(m):.1f}",
+        }
+    return _framed(list(rows.values()), "model", "WikiText-2", "held-out", "MB")
+
+
+def _megabytes(m: Measurement) -> float:
+    size = m.made["bytes"] or {}
+    return size.get("bytes_on_disk", size.get("bytes_in_memory", 0)) / 1e6
+
+
+def table_models(p: QuantChapter) -> list[Configuration]:
+    """The models of the chapter's table, those first that every chapter speaks of."""
+    return [*main_models(p), *(c for bits in p.bits for c in more_calibration(p, bits)), *on_the_test(p)]
+
+
+def held_out_table(results: Results, configs: Sequence[Configuration]) -> pd.DataFrame:
+    """One row a model: perplexity on held-out text, and bytes on disk."""
+    rows = [
+        {"model": c.name, "held-out Wikipedia": number(m), "MB": f"{_megabytes(m):.1f}"}
+        for c in configs
+        if (m := results.get((c.key, HELD_OUT)))
+    ]
     return _framed(rows, "model", "held-out Wikipedia", "MB")
+
+
+def methods(results: Results, q: QuantChapter) -> pd.DataFrame:
+    """Ways to 4 bits, one row each: perplexity on held-out text by the dense model's, with the paired interval.
+
+    Of what was measured outside the recorded run, see `read_gptqmodel`, there is no interval, and a row a thread.
+    """
+    rounding, plain, *_, zero_point = one_change(q)
+    clipped, rounding_eora, best, both = (
+        pick(main_models(q), bits=4, method=method, corrected=corrected)
+        for method in ("rounding", "GPTQ")
+        for corrected in (False, True)
+    )
+    symmetric = pick(main_models(q, ("symmetric",)), bits=4, method="rounding", corrected=False)
+    chosen = {
+        "rounding, symmetric": ("rounding", rounding),
+        "rounding, symmetric, clipped": ("rounding", symmetric),
+        "rounding, zero-point": ("rounding", zero_point),
+        "rounding, zero-point, clipped": ("rounding", clipped),
+        "GPTQ, symmetric, columns from left to right": ("GPTQ", plain),
+        "GPTQ, all of the chapter's settings": ("GPTQ", best),
+        "rounding + EoRA": ("rounding + EoRA", rounding_eora),
+        "GPTQ + EoRA": ("GPTQ + EoRA", both),
+    }
+    rows = []
+    for name, (look, c) in chosen.items():
+        if m := results.get((c.key, HELD_OUT)):
+            test = compare(results[None, HELD_OUT], m)
+            value, low, high = np.exp([test.difference, test.low, test.high])
+            rows.append({"method": name, "look": look, "x dense": value, "low": low, "high": high})
+    found = read_gptqmodel()["rows"]
+    dense = next(row["perplexity"] for row in found if row["model"] == DENSE)
+    others = {
+        "thesislib, the same settings": "GPTQ, symmetric, columns by groups (float32)",
+        "GPTQModel": "GPTQModel, its defaults (float32)",
+    }
+    beside = [
+        {"method": others[row["model"]], "look": "GPTQ", "x dense": row["perplexity"] / dense}
+        for row in found
+        if row["model"] in others
+    ]
+    at = next((i for i, row in enumerate(rows) if row["method"].startswith("GPTQ, all")), len(rows))
+    return pd.DataFrame([*rows[:at], *sorted(beside, key=lambda row: row["method"] != "GPTQ"), *rows[at:]])
+
+
+def methods_caption(results: Results, q: QuantChapter) -> str:
+    """What `methods` finds."""
+    rounding, plain, *_ = one_change(q)
+    models = [pick(main_models(q), bits=4, method=m, corrected=True) for m in ("rounding", "GPTQ")]
+    test = tested(results, {"plain": (rounding, plain)})["plain"]
+    eora = [compare(results[None, HELD_OUT], results[c.key, HELD_OUT]) for c in models]
+    return (
+        f"From left to right GPTQ is {versus(test)} rounding on its own grid; with its columns ordered, GPTQModel's "
+        f"way or the chapter's, it wins. After EoRA it hardly matters which of the two came before ({factor(eora[0])} "
+        f"and {factor(eora[1])} dense)."
+    )
 
 
 def _framed(rows: Sequence[dict], index: str, *columns: str) -> pd.DataFrame:
     """Rows as a table, with these columns even if nothing was run."""
     return pd.DataFrame(rows, columns=None if rows else [index, *columns]).set_index(index)
-
-
-def _share_of_bfloat16(c: Configuration, measured: Mapping[str, Measurement | None]) -> str:
-    """The bytes of a quantised configuration's linears, corrections apart, as a share of what they take in bfloat16."""
-    word = next((stage.word for stage in c.stages if stage.family == "quantised"), None)
-    m = next(m for m in measured.values() if m)
-    return f"{stage_report(m, word)['bits_per_weight'] / 16:.3f}" if word else ""
 
 
 def thesis_table(labels: Sequence[str] = ("W1:8", "D2+W1:8", "D2", "D4")) -> pd.DataFrame:
@@ -159,11 +237,15 @@ def method_comparisons(results: Results, configs: Sequence[Configuration], task:
     return tested(results, pairs, task)
 
 
-def method_sentence(results: Results, configs: Sequence[Configuration], task: str = PPL) -> str:
-    """`method_comparisons` in words."""
-    tests = method_comparisons(results, configs, task)
-    verdicts = "; ".join(f"{name}: {word(c)} ({ratio_and_p(c)})" for name, c in tests.items())
-    return f"Paired t tests over documents, Holm-adjusted: {verdicts}."
+def eora_sentence(results: Results, p: QuantChapter) -> str:
+    """Does GPTQ still matter once EoRA follows?"""
+    tests = method_comparisons(results, main_models(p), HELD_OUT)
+    said = []
+    for bits in p.bits:
+        gptq, rounding = (pick(main_models(p), method=m, bits=bits, corrected=True) for m in ("GPTQ", "rounding"))
+        if c := tests.get(against(gptq, rounding)):
+            said.append(f"{versus(c)} rounding at {bits} bits ({ratio(c)})")
+    return f"With EoRA on top, GPTQ is {' and '.join(said)}." if said else "EoRA was not run."
 
 
 def ingredient_table(results: Results, configs: Sequence[Configuration], base: int = 1) -> pd.DataFrame:
@@ -211,26 +293,17 @@ def textbook(results: Results, p: QuantChapter, bits: int = 4) -> Textbook:
     return Textbook(tests["plain"], tests.get("zero-point"), tested(results, {c.name: (plain, c) for c in changed}))
 
 
-def textbook_sentence(results: Results, p: QuantChapter, bits: int = 4, brief: bool = False) -> str:
-    """Does GPTQ by the plain recipe beat rounding here, and which single change helps most? Unless brief, which others
-    move it."""
+def textbook_sentence(results: Results, p: QuantChapter, bits: int = 4) -> str:
+    """Does GPTQ by the plain recipe beat rounding here, and which single change helps most?"""
     found = textbook(results, p, bits)
     best, zero_point = found.changes[found.best], found.zero_point
-    most = (
-        f"the most is gained by {found.best} ({ratio(best)})" if best.verdict() == "better" else "none is told from it"
+    also = (
+        f" With an integer zero-point it is {versus(zero_point)} rounding ({ratio(zero_point)})." if zero_point else ""
     )
-    also = f", with an integer zero-point {versus(zero_point)} it ({ratio_and_p(zero_point)})" if zero_point else ""
-    others = ""
-    if not brief:
-        better, worse, _ = by_verdict(found.changes).values()
-        gain, harm = (
-            [f"{n} ({ratio(found.changes[n])})" for n in names if n != found.best] for names in (better, worse)
-        )
-        others = f"; also gaining: {listed(gain)}; harming: {listed(harm)}"
+    most = f" Of single changes {found.best} gains most ({ratio(best)})." if best.verdict() == "better" else ""
     return (
-        f"At {bits} bits, on held-out text, GPTQ without act-order on {p.calibration * p.length:,} tokens (the plain "
-        f"recipe: symmetric, groups of {p.group}, no clipping, all tokens equal) is {versus(found.plain)} rounding "
-        f"({ratio_and_p(found.plain)}){also}. Of the single changes {most}{others}."
+        f"At {bits} bits, on held-out text, GPTQ without act-order on {p.calibration * p.length:,} tokens is "
+        f"{versus(found.plain)} rounding ({ratio(found.plain)}).{also}{most}"
     )
 
 
@@ -241,21 +314,29 @@ def read_gptqmodel() -> dict:
 
 def gptqmodel_sentence(found: Mapping[str, Any]) -> str:
     """GPTQModel, whose own order goes by groups, beside rounding and this package's GPTQ, on held-out text."""
-    dense, rounding, theirs, ours, plain = (
-        " and ".join(f"{row['perplexity']:.2f}" for row in found["rows"] if row["model"] == name)
-        for name in (
-            "dense",
-            "rounding",
-            "GPTQModel",
-            "thesislib, the same settings",
-            "thesislib, from left to right",
-        )
+    values = {
+        row["model"]: [r["perplexity"] for r in found["rows"] if r["model"] == row["model"]] for row in found["rows"]
+    }
+    (dense,), (rounding,), (theirs,) = (values[name] for name in ("dense", "rounding", "GPTQModel"))
+    ours, plain = (values[f"thesislib, {name}"] for name in ("the same settings", "from left to right"))
+    apart = max(max(several) / min(several) - 1 for several in (ours, plain))
+    lost = min(plain) > rounding
+    note = (
+        f" Where two numbers stand together, one is from one thread and one from two, which add in another order: "
+        f"GPTQ's results differ by up to {apart:.1%} for that alone."
+        if apart
+        else ""
     )
     return (
-        f"GPTQModel {found['GPTQModel']}, whose default act-order goes by groups, has {theirs} there after as many "
-        f"tokens, rounding {rounding}, dense {dense}; GPTQ here with its settings has {ours} in that order and {plain} "
-        "from left to right (float32; of two numbers one is from one thread and one from two)."
+        f"GPTQModel {found['GPTQModel']}, whose default order goes by groups, has {theirs:.2f} there after as many "
+        f"tokens; rounding has {rounding:.2f}, dense {dense:.2f} (float32). With its settings GPTQ here has "
+        f"{_both(ours)} in that order and {_both(plain)} from left to "
+        f"right{', above rounding either way' * lost}.{note}"
     )
+
+
+def _both(values: Iterable[float]) -> str:
+    return " and ".join(f"{x:.2f}" for x in values)
 
 
 def worth(results: Results, p: QuantChapter) -> dict[str, tuple[Comparison, Comparison]]:
@@ -268,14 +349,17 @@ def worth(results: Results, p: QuantChapter) -> dict[str, tuple[Comparison, Comp
     return {title: (added[title], c) for title, c in removed.items() if title in added}
 
 
-def worth_sentence(results: Results, p: QuantChapter) -> str:
-    """What each ingredient gains alone, and what it is still worth among the others."""
-    each = "; ".join(
-        f"{title} {factor(added, '.3f')} alone, and taken away {factor(removed, '.3f')} "
-        f"({p_value(removed.p) if removed.told else 'within noise'})"
+def worth_table(results: Results, p: QuantChapter) -> pd.DataFrame:
+    """What each ingredient gains alone, and what is lost without it, paired and Holm-adjusted."""
+    rows = [
+        {
+            "setting": title,
+            "alone, x the plain recipe": ratio(added),
+            "without it, x all settings": f"{ratio(removed)}{'' if removed.told else ', within noise'}",
+        }
         for title, (added, removed) in worth(results, p).items()
-    )
-    return f"{each} (paired t tests, Holm-adjusted)."
+    ]
+    return _framed(rows, "setting", "alone, x the plain recipe", "without it, x all settings")
 
 
 def by_projection(results: Results, p: QuantChapter) -> dict[str, Comparison]:
@@ -313,16 +397,14 @@ def kinds_table(results: Results, p: QuantChapter) -> pd.DataFrame:
 
 def kinds_sentence(results: Results, p: QuantChapter) -> str:
     """Where the plain recipe loses."""
-    better, worse, undecided = by_verdict(by_projection(results, p)).values()
-    verdicts = "; ".join(
-        f"{how} rounding for {', '.join(kinds)}"
-        for how, kinds in (("worse than", worse), ("better than", better), ("within noise of", undecided))
-        if kinds
-    )
-    return (
-        f"One kind of projection at a time, GPTQ by the plain recipe is {verdicts or 'not run'} (paired t tests, "
-        "Holm-adjusted)."
-    )
+    tests = by_projection(results, p)
+    better, worse, _ = by_verdict(tests).values()
+    if not tests:
+        return "Kinds of projections were not run one at a time."
+    if not worse:
+        return "At no kind of projection is plain GPTQ worse than rounding."
+    lost = f"{' and '.join(worse)}{' alone' * (len(worse) == 1)} ({', '.join(ratio(tests[kind]) for kind in worse)})"
+    return f"The loss comes from {lost}.{f' At {listed(better)} plain GPTQ is better than rounding.' * bool(better)}"
 
 
 def shapes_table(results: Results, p: QuantChapter) -> pd.DataFrame:
@@ -359,11 +441,10 @@ def calibration_sentence(results: Results, p: QuantChapter) -> str:
     seeds, amounts = calibration_noise(results, p)
     if len(seeds) < 2:
         return "Other windows of calibration text were not run."
+    more = "".join(f", {v:.2f} on {name}" for name, v in amounts.items())
     return (
-        f"Held-out perplexity, 4 bits: {len(seeds)} choices of {p.calibration} windows give "
-        f"{', '.join(f'{v:.2f}' for v in seeds)}: {max(seeds) / min(seeds) - 1:.1%} apart; "
-        f"{', '.join(f'{v:.2f} with {name}' for name, v in amounts.items())}. Differences of that size between "
-        "settings are the calibration's noise."
+        f"Calibrated on {len(seeds)} choices of {p.calibration} windows, 4 bits have "
+        f"{', '.join(f'{v:.2f}' for v in seeds)} on held-out text, {max(seeds) / min(seeds) - 1:.1%} apart{more}."
     )
 
 
@@ -402,50 +483,40 @@ def bytes_sentence(results: Results, p: QuantChapter) -> str:
     if few is None or many is None:
         return "3 bits with EoRA against 4 bits without were not run."
     c = compare(many, few)
+    lead = "Spend the bytes on the fourth bit: " * (c.verdict() == "worse" and few.disk_bytes > many.disk_bytes)
     return (
-        f"3 bits with EoRA of rank {p.rank} take {few.disk_bytes / 1e6:.1f} MB, 4 bits without "
-        f"{many.disk_bytes / 1e6:.1f} MB; in perplexity the first are {versus(c)} the second ({few.value:.1f} and "
-        f"{many.value:.1f}, {ratio_and_p(c)})."
+        f"{lead}3 bits with EoRA of rank {p.rank} take {few.disk_bytes / 1e6:.1f} MB and have {few.value:.1f} on "
+        f"WikiText-2 test, 4 bits without take {many.disk_bytes / 1e6:.1f} MB and have {many.value:.1f} ({ratio(c)}; "
+        f"both calibrated on {p.calibration} windows of web text)."
     )
 
 
-def sizes_and_losses(results: Results) -> pd.DataFrame:
-    """(method, bits, MB on disk, held-out perplexity, low, high) of the models of the chapter's tables of methods,
-    shapes and ranks."""
-    p, q = recorded_parameters(), ablation_parameters()
-    configs = [*main_models(p), *main_models(q, ("symmetric",)), *bits_by_group(q), *eora_ranks(q)]
-    return pd.DataFrame(
-        {
-            "method": c.method + " + EoRA" * c.corrected,
-            "bits": c.bits,
-            "MB": m.disk_bytes / 1e6,
-            "perplexity": m.value,
-            "low": m.low,
-            "high": m.high,
-        }
-        for c in {c.key: c for c in configs if c.stages}.values()
-        if (m := results.get((c.key, HELD_OUT)))
-    )
-
-
-def _tried(p: QuantChapter, bits: int, corrected: bool) -> list[Configuration]:
-    """GPTQ by the table's calibration and by `MORE`."""
-    configs = [*main_models(p), *more_calibration(p, bits)]
-    return [c for c in configs if (c.method, c.bits, c.corrected) == ("GPTQ", bits, corrected)]
-
-
-def bars_table(results: Results, p: QuantChapter) -> pd.DataFrame:
-    """What chapter 5 set itself before it was run, on the whole of WikiText-2 test, and what came out, by the table's
-    calibration and by `MORE`."""
+def sizes(results: Results, q: QuantChapter) -> pd.DataFrame:
+    """(series, label, MB, x dense, low, high) on held-out text: rounding and GPTQ by bits, and GPTQ with EoRA by
+    rank."""
+    by_bits = [(c.method, f"{c.bits} bits", c) for c in bits_by_group(q) if c.group == q.group]
+    by_rank = [("GPTQ 3-bit + EoRA", f"rank {c.rank}" if c.rank else "", c) for c in eora_ranks(q)]
+    four = pick(main_models(q), method="GPTQ", bits=4, corrected=True)
     rows = []
-    for (bits, corrected), bar in BARS.items():
-        for c in _tried(p, bits, corrected):
-            row = {"model": c.name, "at most": bar, "perplexity": "", "off by": "", "": "not run"}
-            if m := results.get((c.key, PPL)):
-                met = "met" if m.value <= bar else "not met"
-                row |= {"perplexity": number(m), "off by": f"{m.value / bar - 1:+.1%}", "": met}
+    for series, label, c in (*by_bits, *by_rank, ("GPTQ 4-bit + EoRA", f"rank {q.rank}", four)):
+        if m := results.get((c.key, HELD_OUT)):
+            test = compare(results[None, HELD_OUT], m)
+            value, low, high = np.exp([test.difference, test.low, test.high])
+            row = {
+                "series": series,
+                "label": label,
+                "MB": m.disk_bytes / 1e6,
+                "x dense": value,
+                "low": low,
+                "high": high,
+            }
             rows.append(row)
-    return pd.DataFrame(rows).set_index("model")
+    return pd.DataFrame(rows).sort_values(["series", "MB"], kind="stable", ignore_index=True)
+
+
+def files(marks: pd.DataFrame, dense: Measurement) -> pd.DataFrame:
+    """`thesislib.chapters.pareto.marks` of perplexity, by the dense model's."""
+    return marks.assign(**{f"x dense{end}": marks[f"perplexity{end}"] / dense.value for end in ENDS})
 
 
 def more_comparisons(results: Results, p: QuantChapter) -> dict[str, dict[str, Comparison]]:
@@ -461,16 +532,58 @@ def more_comparisons(results: Results, p: QuantChapter) -> dict[str, dict[str, C
 
 
 def more_sentence(results: Results, p: QuantChapter) -> str:
-    """What more and nearer calibration text changes, on held-out text and on the test."""
-    where = {HELD_OUT: "held-out text", PPL: "the test"}
-    changes = "; ".join(
-        f"{name} {' and '.join(f'{ratio(c)} on {where[task]} ({p_value(c.p)})' for task, c in tests.items())}"
-        for name, tests in more_comparisons(results, p).items()
-    )
+    """What more and nearer calibration text changes on the test."""
+    changes = [
+        f"{name} by {factor(tests[PPL], '.3f')}" for name, tests in more_comparisons(results, p).items() if PPL in tests
+    ]
+    if not changes:
+        return "Other calibration text was not run."
     return (
-        f"Calibrated on {MORE['windows']} windows of Wikipedia instead of {p.calibration} of web text: "
-        f"{changes or 'not run'}."
+        f"Calibrated on {MORE['windows']} windows of Wikipedia instead of {p.calibration} of web text, perplexity on "
+        f"WikiText-2 test changes for {' and for '.join(changes)}. Part of that gain is the kind of text: the test is "
+        "from Wikipedia too."
     )
+
+
+def read_sinks(path: Path) -> dict[str, Any]:
+    """The recorded shares of the first tokens, beside the recorded run."""
+    return read_json(sinks_file(path))
+
+
+def sink_table(sinks: Mapping[str, Any], results: Results, q: QuantChapter) -> pd.DataFrame:
+    """The two opposite troubles with the first token, and what three weightings of tokens do about each.
+
+    A token's share of the trace of X^T X follows from its share with all weights equal. With unit norms all tokens have
+    the same.
+    """
+    shares = sinks["shares"]
+    largest = max(shares, key=shares.get)
+    _, block, projection = largest.split(".")
+    at_v = float(np.median([share for name, share in shares.items() if name.endswith("v_proj")]))
+    plain = one_change(q)[1]
+    changed = {c.stages[0].weighting: c for c in one_change(q) if c.varied == "token weighting"}
+    tests = tested(results, {weighting: (plain, c) for weighting, c in changed.items()})
+    heading = {
+        "unit_norm": "every token at unit norm",
+        "first_16": "first token x 16",
+        "skip_1": "first token left out",
+    }
+
+    def counted(share: float) -> dict[str, str]:
+        after = {"unit_norm": 1 / sinks["length"], "first_16": 16 * share / (1 + 15 * share), "skip_1": 0.0}
+        return {"as it comes": f"{share:.2%}"} | {heading[w]: f"{x:.2%}" for w, x in after.items()}
+
+    rows = [
+        {"place": "v_proj, median block", "what goes wrong": "too light: every token reads it", **counted(at_v)},
+        {
+            "place": f"{projection} of block {block}",
+            "what goes wrong": "too heavy: hardly anything else is fitted",
+            **counted(shares[largest]),
+        },
+        {"place": "held-out perplexity", "what goes wrong": "", "as it comes": "x 1"}
+        | {heading[weighting]: factor(c, ".3f") for weighting, c in tests.items()},
+    ]
+    return pd.DataFrame(rows).set_index("place")
 
 
 def sink_sentence(shares: Mapping[str, float], length: int) -> str:
@@ -479,9 +592,9 @@ def sink_sentence(shares: Mapping[str, float], length: int) -> str:
     _, block, projection = largest.split(".")
     large, at_v = [v for v in shares.values() if v > 0.1], [v for name, v in shares.items() if name.endswith("v_proj")]
     return (
-        f"The first of {length} tokens makes {shares[largest]:.0%} of the trace of block {block}'s {projection}, its "
-        f"largest share, and over 10% at {len(large)} of {len(shares)} projections; at v_proj it makes "
-        f"{min(at_v):.1%} to {max(at_v):.1%}."
+        f"The sum over tokens is the trace of XᵀX. The first of {length} tokens makes at most {max(at_v):.1%} of it at "
+        f"v_proj. At block {block}'s {projection} it makes {shares[largest]:.0%}, and over 10% at {len(large)} of "
+        f"{len(shares)} projections."
     )
 
 
@@ -536,15 +649,18 @@ def layer_table(errors: Mapping[str, Mapping[str, float]]) -> pd.DataFrame:
     return pd.DataFrame(means).loc[list(LINEARS)].round(4)
 
 
-def layer_sentence(errors: Mapping[str, Mapping[str, float]], base: str = "rounding") -> str:
-    """At how many projections each method's error on held-out text is above rounding's."""
-    above = {
-        method: sum(error > errors[base][name] for name, error in each.items())
-        for method, each in errors.items()
-        if method != base
-    }
-    counts = ", with ".join(f"{method} at {n}" for method, n in above.items())
-    return f"Of {len(errors[base])} projections the error on held-out text is above {base}'s with {counts}."
+def layer_sentence(errors: Mapping[str, Mapping[str, float]], results: Results, q: QuantChapter) -> str:
+    """What errors of single layers say of the tokens' weights, and what perplexity says."""
+    best = leave_one_out(q)[0]
+    equal = pick(leave_one_out(q), varied="token weighting")
+    c = tested(results, {"equal": (best, equal)})["equal"]
+    at_v = layer_table(errors).loc["v_proj"]
+    return (
+        f"The mean relative error of v_proj's output on held-out text is {at_v['GPTQ']:.4f} with tokens at unit norm "
+        f"and {at_v['GPTQ, tokens equal']:.4f} with equal weights ({at_v['rounding']:.4f} by rounding): an error that "
+        f"is small on average says little about the one token that everyone reads. Perplexity with equal weights is "
+        f"{versus(c)} with unit norms ({ratio(c)})."
+    )
 
 
 def cost_sentence(results: Results) -> str:
@@ -651,18 +767,76 @@ def starts_sentence(results: Results, p: QuantChapter) -> str:
     both = starts(results, p)
     if both is None:
         return "Starts of LoRA were not run."
+    first = lora_starts(p)[0].stages[-1]
 
-    def ends(start: Start, note: str) -> str:
-        values = list(start.after.values())
-        begun = "" if start.before is None else f", from {start.before:.2f}{note}"
-        return f"{', '.join(f'{x:.2f}' for x in values)} (mean {np.mean(values):.2f}{begun})"
+    def ends(start: Start) -> str:
+        return f"{np.mean(list(start.after.values())):.2f} (rate {start.rate:g})"
 
-    better, worse, undecided = map(len, by_verdict(both.tests).values())
+    _, worse, undecided = map(len, by_verdict(both.tests).values())
+    seeds = len(both.tests)
+    told = "for every seed" if not worse + undecided else f"for {seeds - worse - undecided} of {seeds} seeds"
+    ahead = np.mean(list(both.eora.after.values())) < np.mean(list(both.usual.after.values()))
+    after = {
+        (c.rate, c.seed): results[c.key, HELD_OUT].value
+        for c in lora_starts(p)
+        if c.corrected and (c.key, HELD_OUT) in results
+    }
+    lost = [
+        v for (rate, _), v in after.items() if rate != both.eora.rate and both.usual.before and v > both.usual.before
+    ]
+    tried = sum(rate != both.eora.rate for rate, _ in after)
+    caution = (
+        f" The rate decides: at {first.learning_rate:g} {len(lost)} of {tried} seeds end far worse "
+        f"({' and '.join(f'{v:.1f}' for v in lost)}) than the quantised model without EoRA or training "
+        f"({both.usual.before:.2f})."
+        if lost
+        else ""
+    )
     return (
-        f"At 3 bits, learning rate {both.eora.rate:g}, LoRA started from EoRA's correction ends at "
-        f"{ends(both.eora, '')}; started as usual, learning rate {both.usual.rate:g}, at "
-        f"{ends(both.usual, ' before training')}. By paired t tests, Holm-adjusted, EoRA's start is better for "
-        f"{better} of {len(both.tests)} seeds, worse for {worse}, within noise for {undecided}."
+        f"After {first.steps} steps at 3 bits, LoRA that starts from EoRA's correction is "
+        f"{'ahead' if ahead else 'behind'}: held-out perplexity {ends(both.eora)} on average against "
+        f"{ends(both.usual)} from the usual start, {'better' if ahead else 'better only'} {told}.{caution}"
+    )
+
+
+def answer(results: Results) -> str:
+    """The chapter's answer, in two sentences."""
+    p, q = recorded_parameters(), ablation_parameters()
+    plain = textbook(results, q).plain
+    worse = by_verdict(by_projection(results, q))["worse"]
+    gptq, eora = (
+        compare(results[None, PPL], results[pick(main_models(p), method="GPTQ", bits=4, corrected=e).key, PPL])
+        for e in (False, True)
+    )
+    return (
+        f"From left to right GPTQ is {versus(plain)} rounding ({factor(plain, '.3f')} on held-out text): at "
+        f"{' and '.join(worse)} it overlooks the token that all others read. Set up better, 4 bits cost {factor(gptq)} "
+        f"the dense perplexity on WikiText-2, and {factor(eora)} with EoRA (calibrated on {p.calibration} windows of "
+        "web text)."
+    )
+
+
+def short(results: Results) -> str:
+    """The answer in about ten words."""
+    p = recorded_parameters()
+    gptq, eora = (
+        results[pick(main_models(p), method="GPTQ", bits=4, corrected=e).key, PPL].value / results[None, PPL].value
+        for e in (False, True)
+    )
+    return f"4 bits cost {gptq - 1:.0%} of perplexity, with EoRA {eora - 1:.0%}; plain GPTQ loses to rounding"
+
+
+def protocol(results: Recorded) -> str:
+    """Text, windows, questions and the dense model's values."""
+    p, q = recorded_parameters(), ablation_parameters()
+    test, held_out = results[None, PPL], results[None, HELD_OUT]
+    asked = ", ".join(f"{next(iter(ms.values())).n:,} {task}" for task, ms in answers(results).items() if ms)
+    missing = [c for c in on_the_test(p) if (c.key, PPL) not in results]
+    note = f" Not yet measured on WikiText-2: {len(missing)} models of the table." if missing else ""
+    return (
+        f"WikiText-2 test, {test.n} windows of {p.length}: dense {number(test)}. Held-out Wikipedia, on which settings "
+        f"are chosen, {held_out.n} windows: dense {number(held_out)}. TriviaQA: {asked}. Calibration on web text, "
+        f"{q.calibration} windows to compare settings, {p.calibration} in the table.{note}"
     )
 
 
@@ -670,26 +844,25 @@ def headline(results: Results) -> str:
     """What chapter 5 found, in sentences, for the book's first page and the README."""
     p, q = recorded_parameters(), ablation_parameters()
     reached = []
-    for bits, corrected in BARS:  # by the better of two calibrations
-        values = [(m.value, c.short) for c in _tried(p, bits, corrected) if (m := results.get((c.key, PPL)))]
-        reached += [f"{name} {value:.1f}" for value, name in [min(values)] if values] if values else []
+    for text, configs in (
+        (f"{p.calibration} windows of web text", [c for c in main_models(p) if c.method == "GPTQ"]),
+        (f"{MORE['windows']} windows of Wikipedia", [c for bits in p.bits for c in more_calibration(p, bits)]),
+    ):
+        values = [f"{c.short} {m.value:.1f}" for c in configs if (m := results.get((c.key, PPL)))]
+        reached += [f"calibrated on {text}: {', '.join(values)}"] if values else []
     best = tested(results, {"best": (one_change(q)[1], leave_one_out(q)[0])})["best"]
-    gptq, rounding = (pick(main_models(p), method=method, bits=4, corrected=True) for method in ("GPTQ", "rounding"))
-    with_eora = method_comparisons(results, main_models(p), HELD_OUT)[against(gptq, rounding)]
     dense = results[None, PPL]
     return in_markdown(
-        f"{textbook_sentence(results, q, brief=True)} {gptqmodel_sentence(read_gptqmodel())} "
-        f"{kinds_sentence(results, q)} All of the chapter's changes "
-        f"together multiply the plain recipe's perplexity by {np.exp(best.difference):.2f}. With EoRA on top, GPTQ is "
-        f"{versus(with_eora)} rounding ({ratio(with_eora)}). On WikiText-2 test (dense, in "
-        f"{dense.provenance['dtype']}, {dense.value:.1f}), groups of {p.group}: {', '.join(reached)}. "
+        f"{textbook_sentence(results, q)} {kinds_sentence(results, q)} {gptqmodel_sentence(read_gptqmodel())} All of "
+        f"the chapter's changes together multiply the plain recipe's perplexity by {np.exp(best.difference):.2f}. "
+        f"{eora_sentence(results, p)} On WikiText-2 test (dense {dense.value:.1f}), {'; '.join(reached)}. "
         f"{bytes_sentence(results, p)} {starts_sentence(results, q)}"
     )
 
 
 def pruned_table(results: Results, p: QuantChapter) -> pd.DataFrame:
     """Pruned models before and after quantisation and compensation, on held-out text, with bytes."""
-    return main_table(results, pruned_models(p))[["held-out Wikipedia", "MB"]]
+    return held_out_table(results, pruned_models(p))
 
 
 def pruned_comparisons(results: Results, p: QuantChapter) -> dict[str, Comparison]:
@@ -709,8 +882,13 @@ def pruned_comparisons(results: Results, p: QuantChapter) -> dict[str, Compariso
 def pruned_sentence(results: Results, p: QuantChapter) -> str:
     """`pruned_comparisons` in words."""
     tests = pruned_comparisons(results, p)
-    verdicts = "; ".join(f"{name}, {word(c)} ({ratio_and_p(c)})" for name, c in tests.items())
-    return f"Paired t tests, Holm-adjusted: {verdicts}." if tests else "Pruned models were not run."
+    said = [
+        f"On {label} GPTQ is {versus(tests[f'{label}: GPTQ against rounding'])} rounding "
+        f"({ratio(tests[f'{label}: GPTQ against rounding'])}), and EoRA {versus(tests[f'{label}: EoRA against none'])} "
+        f"none ({ratio(tests[f'{label}: EoRA against none'])})."
+        for label in dict.fromkeys(name.partition(": ")[0] for name in tests)
+    ]
+    return " ".join(said) or "Pruned models were not run."
 
 
 def without_table(results: Results, p: QuantChapter) -> pd.DataFrame:
@@ -727,40 +905,87 @@ def samples(results: Results) -> pd.DataFrame:
     return pd.DataFrame(rows).T.rename_axis("model")
 
 
-def answers_sentence(results: Results, p: QuantChapter) -> str:
-    """Questions answered by the quantised models against the dense one, and with EoRA against without, exact McNemar
-    tests: of chapter 6's models on more questions, in a recorded run, and of this chapter's on its own."""
-    dense, *configs = main_models(p)
-    pairs = {f"{c.name} against dense": (dense, c) for c in configs}
-    for c in (c for c in configs if c.corrected):
-        pairs[f"{c.name} against without"] = pick(configs, method=c.method, bits=c.bits, corrected=False), c
-    books = []
+QUANTISED = (DENSE, "Q", "Q+E")  # chapter 6's models with 4 bits, measured on the most questions
+
+
+def answers(results: Recorded) -> dict[str, dict[str, Measurement]]:
+    """{closed or open book: {label: answers}} of the dense and the quantised models on the most questions that all
+    have."""
+    found: dict[str, dict[str, Measurement]] = {}
     for task in (CLOSED, OPEN):
-        answers = "; ".join(
-            f"{name} {results[pairs[name][1].key, task].value:.1%} ({word(test, higher_is_better=True)}, "
-            f"{p_value(test.p)})"
-            for name, test in tested(results, pairs, task).items()
-        )
-        m = results[None, task]
-        books.append(f"{task}, {m.n} questions, dense {m.value:.1%}: {answers or 'not run'}")
-    own = f"{'. '.join(x[0].upper() + x[1:] for x in books)}. Exact McNemar tests, Holm-adjusted."
-    return f"{_on_more_questions(results.pool)}{own}" if isinstance(results, Recorded) else own
+        samples = [results.pool.get((label, task), {}) for label in QUANTISED]
+        sizes = set.intersection(*map(set, samples))
+        found[task] = {x: by_n[max(sizes)][0] for x, by_n in zip(QUANTISED, samples, strict=True)} if sizes else {}
+    return found
 
 
-def _on_more_questions(pool: Records) -> str:
-    """What chapter 6's models of 4 bits say on the most questions, closed book, as the claims have it."""
-    said, n, windows = [], 0, 0
-    for first, second in ((DENSE, "Q"), ("Q", "Q+E")):
-        if both := on_largest_sample(pool, first, second, CLOSED):
-            (a,), (b,) = both
-            c = compare_models(first, [a], second, [b], None)
-            n, windows = a.n, b.stages[0]["gptq"]["windows"]
-            said.append(f"{second} {b.value:.1%} against {first} {a.value:.1%}, {points(c)}, {p_value(c.p)}")
+def answers_sentence(results: Recorded) -> str:
+    """Closed-book questions of the quantised models: by the scoring that gives all as many words, and by the thesis's
+    rule."""
+    fair, rule = (
+        [on_largest_sample(results.pool, *two, measure) for two in itertools.pairwise(QUANTISED)]
+        for measure in (scored_by(CLOSED, AT_ONCE.metric), CLOSED)
+    )
+    if not all([*fair, *rule]):
+        return "Chapter 6's quantised models have not answered yet."
+
+    def shown(pairs) -> tuple[Measurement, str, str]:
+        ((dense,), (gptq,)), (_, (eora,)) = pairs
+        costs, gains = points(compare(dense, gptq)), points(compare(gptq, eora))
+        return dense, f"{gptq.value:.1%} ({costs})", f"{eora.value:.1%} ({gains})"
+
+    dense, gptq, eora = shown(fair)
+    thesis, gptq_there, eora_there = shown(rule)
     return (
-        f"Closed book, {n:,} questions, chapter 6's models (calibrated on {windows} windows): {'; '.join(said)}. "
-        "The fewer questions below tell less. "
-        if said
-        else ""
+        f"Cut at its first line and at {FIRST_WORDS} words, the dense model's answer is right for {dense.value:.1%} of "
+        f"{dense.n:,} closed-book questions. Q answers {gptq}, and EoRA brings that to {eora}. By the thesis's rule, "
+        f"which counts a name anywhere in the answer, the same go from {thesis.value:.1%} to {gptq_there} and to "
+        f"{eora_there}."
+    )
+
+
+def agrees(record: Results, results: Results, p: QuantChapter) -> bool:
+    """Whether the models that this run measured on held-out text come in the order of the recorded ones."""
+    kinds: dict[Configuration, Configuration] = {}
+    theirs = {(c.method, c.bits, c.corrected): c for c in main_models(recorded_parameters())}
+    for c in main_models(p):
+        other = theirs.get((c.method, c.bits, c.corrected))
+        if other and {(c.key, HELD_OUT)} <= results.keys() and {(other.key, HELD_OUT)} <= record.keys():
+            kinds[c] = other
+    here = sorted(kinds, key=lambda c: results[c.key, HELD_OUT].value)
+    return here == sorted(kinds, key=lambda c: record[kinds[c].key, HELD_OUT].value)
+
+
+# ---------------------------------------------------------------- answers to the exercises
+
+
+def rank_in_bits(results: Results, p: QuantChapter) -> str:
+    """What a correction costs in bits a weight."""
+    few, many = (pick(main_models(p), method="GPTQ", bits=bits, corrected=bits == 3) for bits in (3, 4))
+    m, other = results[few.key, PPL], results[many.key, PPL]
+    quantised, eora = (stage_report(m, word) for word in ("gptq", "eora"))
+    weights = 8 * quantised["bytes"] / quantised["bits_per_weight"]
+    per_weight = 8 * eora["bytes"] / weights
+    return (
+        f"The corrections take {eora['bytes'] / 1e6:.1f} MB for {weights / 1e6:.0f} M weights: {per_weight:.2f} bits a "
+        f"weight. With scales and zero-points 3 bits are {quantised['bits_per_weight']:.2f}, so together "
+        f"{quantised['bits_per_weight'] + per_weight:.2f}, and 4 bits are "
+        f"{stage_report(other, 'gptq')['bits_per_weight']:.2f}. A matrix grows with the product of its sides and a "
+        "rank with their sum, so wider models get it cheaper."
+    )
+
+
+def groups_or_rank(results: Results, q: QuantChapter) -> str:
+    """Five megabytes at 3 bits: smaller groups, or EoRA of rank 8?"""
+    groups = {c.group: c for c in bits_by_group(q) if (c.method, c.bits) == ("GPTQ", 3)}
+    rank = pick(eora_ranks(q), rank=8)
+    start, small, eora = (results[c.key, HELD_OUT] for c in (groups[64], groups[32], rank))
+    better = "smaller groups" if small.value < eora.value else "the rank"
+    return (
+        f"Groups of 32 take {(small.disk_bytes - start.disk_bytes) / 1e6:.1f} MB more and rank 8 "
+        f"{(eora.disk_bytes - start.disk_bytes) / 1e6:.1f} MB. Held-out perplexity falls from {start.value:.2f} to "
+        f"{small.value:.2f} ({ratio(compare(start, small))}) and to {eora.value:.2f} ({ratio(compare(start, eora))}): "
+        f"spend them on {better}. A scale is fitted to its own 32 weights, while rank 8 has to serve a whole matrix."
     )
 
 
@@ -774,4 +999,11 @@ CHAPTER = Chapter(
     headline,
     RECORDED,
     reads=("06_evaluation",),
+    opening=Opening(
+        question="What do 4 bits a weight cost a small model, and why does plain GPTQ lose to rounding here?",
+        answer=answer,
+        short=short,
+        protocol=protocol,
+        learn="How GPTQ pushes rounding errors along a row, and how EoRA cuts an SVD.",
+    ),
 )

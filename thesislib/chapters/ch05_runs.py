@@ -542,8 +542,14 @@ def layers_file(path: Path) -> Path:
     return path.with_name(f"{path.stem}_layers.json")
 
 
+def sinks_file(path: Path) -> Path:
+    """Where a recorded run keeps the first tokens' shares of X^T X, see `sink_shares`."""
+    return path.with_name(f"{path.stem}_sinks.json")
+
+
 def recorded_parts(p: QuantChapter, file: Path) -> Iterator[Part]:
-    """Each configuration by itself; then the errors of single layers, in a file beside the record."""
+    """Each configuration by itself; then the errors of single layers and the first tokens' shares, in files beside the
+    record."""
     items = {PPL: p.windows, HELD_OUT: p.held_out, CLOSED: p.questions, OPEN: p.passages}
     for c in recorded_configurations(p):
         rows: dict[Key, int | None] = {(_label(c), c.key, task): items[task] for task in c.measured}
@@ -554,6 +560,7 @@ def recorded_parts(p: QuantChapter, file: Path) -> Iterator[Part]:
         planned = {key: (c.stages, *p.protocols()[key[2]]) for key in rows}
         yield Part(f"{c.key} {' '.join(c.measured)}", rows, make, planned=planned)
     yield Part("layers", {}, lambda *_: _write_layers(p, file), layers_file(file))
+    yield Part("sinks", {}, lambda *_: _write_sinks(p, file), sinks_file(file))
 
 
 def _label(c: Configuration) -> str:
@@ -577,6 +584,12 @@ def _write_layers(p: QuantChapter, file: Path) -> None:
         "length": p.length,
     }
     write_whole(layers_file(file), json.dumps(facts, indent=1) + "\n")
+
+
+def _write_sinks(p: QuantChapter, file: Path) -> None:
+    shares = {name: round(share, 6) for name, share in sink_shares(p, ABLATION).items()}
+    facts = {"shares": shares, "text": BEST["text"], "windows": ABLATION, "length": p.length}
+    write_whole(sinks_file(file), json.dumps(facts, indent=1) + "\n")
 
 
 def key(m: Measurement) -> Key:

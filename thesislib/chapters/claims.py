@@ -1,35 +1,45 @@
 """The thesis's conclusions, each held against the recorded runs.
 
-A claim holds, does not hold, depends on the scoring, is undecided, or is not measured.
+A claim **holds** if every comparison goes the claimed way (p < 0.05 after Holm). It **does not hold** if one goes the
+other way. Otherwise it is **undecided**. Of a claim of "often" more than half of its comparisons decide. A claim about
+a size, such as "3 to 6 points", holds if the 95 % interval lies in the claimed range, and does not if it misses it. A
+claim about answers is judged by the thesis's rule and by further scorings: it **depends on the scoring** if it holds
+by one and does not by another.
 
-A claim names paired comparisons of records and which way they should point. It **holds** if every one, Holm-adjusted
-within the claim, is told apart in the claim's direction at the 5 % level; it **does not hold** if one is told apart in
-the other direction; else it is **undecided**. A claim of "often" holds, or does not, if more than half of its
-comparisons say so. A claim about a size ("3 to 6 points") holds if the whole 95 % interval lies in the claimed range,
-and does not if the interval misses it. A claim about answers is judged by the thesis's rule and by each further scoring
-(exact match, token F1, the thesis's rule on the first words): it **depends on the scoring** if it holds by one and does
-not by another. Two models are compared on the largest sample that both were measured on. Where one of them was trained,
-the test counts two sources of chance: the items, and how far trainings of one model lie apart (other seeds, or the same
-seed on another kind of processor; the standard deviation pooled over all models that were trained more than once).
+Two models are compared on the same items, on the largest sample that both were measured on. For trained models the
+test counts two sources of chance: the items, and how far trainings of one model lie apart (another seed, or the same
+seed on another kind of processor), pooled over all models that were trained more than once.
 """
 
+import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+import pandas as pd
+
 from thesislib.chapters.chapter import CLOSED, OPEN, WIKITEXT
-from thesislib.chapters.labels import of
+from thesislib.chapters.labels import marked, of, training
 from thesislib.chapters.phrases import DEPENDS, FAILS, HOLDS, UNDECIDED, decided, p_number
 from thesislib.chapters.pool import scored_by
 from thesislib.chapters.scorings import SCORINGS
 from thesislib.chapters.thesis import thesis_row
-from thesislib.chapters.trainings import Records, compare_models, on_largest_sample, spread
+from thesislib.chapters.trainings import Records, Spread, compare_models, on_largest_sample, spread
 from thesislib.evaluate.setup import task_of
 from thesislib.evaluate.stats import Comparison, holm_adjusted
 from thesislib.records.measurement import in_markdown
 
 MISSING = "not measured"
+FIGURE = "book/_static/claims.png"  # of `forest`, drawn by `make findings`
 GRID_PAGE = "../notebooks/06_evaluation.html#the-whole-text-and-other-measures"
+EXACT = SCORINGS[0]
+COUNTED = {
+    HOLDS: ("holds", "hold"),
+    FAILS: ("does not hold", "do not hold"),
+    DEPENDS: ("depends on the scoring", "depend on the scoring"),
+    UNDECIDED: ("is undecided", "are undecided"),
+    MISSING: ("is not measured", "are not measured"),
+}
 MOST = 8  # comparisons of a claim that its page shows
 Pair = tuple[str, str, str]  # the labels of two models, and what was measured of both
 
@@ -43,6 +53,9 @@ class Claim:
 
     Attributes:
         says: the claim, and how it is read here where it leaves room.
+        name: the claim in a few words.
+        effect: what was found, in words; `{size}` stands for the sizes of all comparisons, `{for_}` of `{n}` for how
+            many of them go the claimed way.
         pairs: (name, first, second): labels and measure to compare; the difference is the second's less the first's.
         where: notebook and anchor at which the book shows the records.
         thesis: its own figures.
@@ -55,6 +68,8 @@ class Claim:
     """
 
     says: str
+    name: str
+    effect: str
     pairs: Callable[[Records], list[Pair]]
     where: tuple[str, str]
     thesis: str = ""
@@ -86,6 +101,7 @@ class Verdict:
         comparisons: (name, comparison, whether it is of logarithms), those behind the verdict.
         missing: names of the comparisons whose records are missing.
         by_scoring: {scoring: the verdict under it}, of a claim that is judged under several.
+        spreads: {measure: how far trainings lie apart}, of the comparisons that count it.
     """
 
     claim: Claim
@@ -93,6 +109,26 @@ class Verdict:
     comparisons: list[tuple[str, Comparison, bool]]
     missing: list[str]
     by_scoring: Mapping[str, "Verdict"] = field(default_factory=dict)
+    spreads: Mapping[str, Spread] = field(default_factory=dict)
+
+    @property
+    def in_words(self) -> str:
+        """What was found, in a sentence; of a claim about answers by exact match too."""
+        if not self.comparisons:
+            return ""
+        sizes, (_, _, ratio) = sorted(c.difference for _, c, _ in self.comparisons), self.comparisons[0]
+        told = sum(c.told and (c.difference > 0) == self.claim.higher for _, c, _ in self.comparisons) or "None"
+        said = self.claim.effect.format(size=_size(sizes, ratio), for_=told, n=len(sizes))
+        exact = self.by_scoring.get(EXACT)
+        if exact and exact.comparisons:
+            said += f" By exact match {_size(sorted(c.difference for _, c, _ in exact.comparisons), False)}."
+        return said
+
+
+def _size(sizes: list[float], ratio: bool) -> str:
+    """The smallest and the largest of some effects."""
+    low, high = (f"x {math.exp(x):.2f}" if ratio else f"{100 * x:+.1f}" for x in (sizes[0], sizes[-1]))
+    return (low if low == high else f"{low} to {high}") + ("" if ratio else " points")
 
 
 def judge(claim: Claim, records: Records) -> Verdict:
@@ -113,6 +149,7 @@ def _judged(claim: Claim, pairs: Iterable[Pair], records: Records) -> Verdict:
     """The verdict on a claim by these comparisons."""
     tests: dict[str, Comparison] = {}
     ratios: dict[str, bool] = {}
+    spreads: dict[str, Spread] = {}
     missing = []
     for first, second, measure in pairs:
         if (both := on_largest_sample(records, first, second, measure)) is None:
@@ -121,13 +158,16 @@ def _judged(claim: Claim, pairs: Iterable[Pair], records: Records) -> Verdict:
         a, b = both
         name = f"{first} to {second}, {measure}, {a[0].n:,} {a[0].unit.split()[0]}s"
         ratios[name] = task_of(a[0]).ratio
-        tests[name] = compare_models(first, a, second, b, spread(records, measure))
+        apart = spread(records, measure)
+        tests[name] = compare_models(first, a, second, b, apart)
+        if apart and (training(first) or training(second)):
+            spreads[measure] = apart
     if not tests:
         return Verdict(claim, MISSING, [], missing)
     tests = holm_adjusted(tests)
     word = claim.word(tests, ratios)
     comparisons = [(name, c, ratios[name]) for name, c in tests.items()]
-    return Verdict(claim, UNDECIDED if missing and word == HOLDS else word, comparisons, missing)
+    return Verdict(claim, UNDECIDED if missing and word == HOLDS else word, comparisons, missing, spreads=spreads)
 
 
 def _trained(base: str | None) -> Callable[[Records], list[Pair]]:
@@ -155,6 +195,11 @@ def _ppl(*labels: tuple[str, ...]) -> str:
     return ", ".join(f"{'+'.join(x for x in key if x)} {thesis_row(*key).perplexity:,.2f}" for key in labels)
 
 
+def _orders() -> str:
+    both = {text: [thesis_row("D2+W1:8", text, stage).perplexity for stage in ("", "order")] for text in "WT"}
+    return ", ".join(f"D2+W1:8+{t} {last:.2f}, D2+{t}+W1:8 {between:.2f}" for t, (last, between) in both.items())
+
+
 _RECOVERED = ("D2", "D4", "W2:4", "W8:16", "D2+W1:8")
 _ASKED = ("D2", "W2:4", "D2+W1:8")
 
@@ -172,12 +217,16 @@ CLAIMS = (
     Claim(
         "Removing blocks hurts more than removing about as many weights singly (here, of the blocks' weights: D2 "
         "6.7 % and W1:16 6.3 %, D4 13.3 % and W1:8 12.5 %, D8 26.7 % and unstructured pruning 25 %).",
+        "Blocks hurt more than weights",
+        "Removing blocks gives {size} the perplexity of removing about as many single weights.",
         _on(WIKITEXT, ("W1:16", "D2"), ("W1:8", "D4"), ("W0.25", "D8")),
         WIDTH,
         f"{_ppl(('W1:8',), ('D2',))} (2 of its 16 blocks are 12.5 %)",
     ),
     Claim(
         "W1:8 is nearly free (read here as: perplexity up by less than 10 %).",
+        "W1:8 is nearly free",
+        "Perplexity is {size} the dense model's.",
         _on(WIKITEXT, ("dense", "W1:8")),
         WIDTH,
         _ppl(("dense",), ("W1:8",)),
@@ -185,6 +234,8 @@ CLAIMS = (
     ),
     Claim(
         "With half the weights gone, wider groups are better: 8:16 beats 4:8 beats 2:4 beats 1:2.",
+        "Wider groups are better",
+        "Doubling the group gives {size} the perplexity.",
         _on(WIKITEXT, ("W1:2", "W2:4"), ("W2:4", "W4:8"), ("W4:8", "W8:16")),
         WIDTH,
         _ppl(("W1:2",), ("W2:4",), ("W4:8",), ("W8:16",)),
@@ -192,6 +243,8 @@ CLAIMS = (
     ),
     Claim(
         "LoRA on WikiText takes a pruned model's perplexity below what it was.",
+        "LoRA lowers perplexity",
+        "Perplexity goes to {size} of what it was.",
         _trained(None),
         TRAINED,
         _ppl(("D2",), ("D2", "W"), ("W2:4",), ("W2:4", "W")),
@@ -199,6 +252,8 @@ CLAIMS = (
     ),
     Claim(
         "LoRA on WikiText often takes pruned models below the dense model's perplexity.",
+        "LoRA beats the dense model",
+        "{for_} of {n} pruned models end below the dense model ({size}).",
         _trained("dense"),
         TRAINED,
         _ppl(("dense",), ("D2", "W"), ("W2:4", "W")),
@@ -206,7 +261,10 @@ CLAIMS = (
         often=True,
     ),
     Claim(
-        "The same, against the dense model trained alike (not in the thesis: the control it lacked).",
+        "LoRA on WikiText takes pruned models below the perplexity of the dense model with the same training (not in "
+        "the thesis: the control that it lacked).",
+        "LoRA beats the dense model with the same training",
+        "{for_} of {n} pruned models end below that control ({size}).",
         _trained("W"),
         ("04_lora_recovery", "recovery-or-adaptation"),
         higher=False,
@@ -214,13 +272,17 @@ CLAIMS = (
     ),
     Claim(
         "Training on WikiText answers more of TriviaQA, closed book, than training on TriviaQA does.",
+        "WikiText answers more, closed book",
+        "WikiText changes answers by {size} by the thesis's rule.",
         _on(CLOSED, *((f"{m}+T", f"{m}+W") for m in _ASKED), ("T", "W")),
         TEXTS,
         f"D2+W {_closed('W')}, D2+T {_closed('T')}",
         scored=True,
     ),
     Claim(
-        "The same, open book.",
+        "Training on WikiText answers more of TriviaQA, open book, than training on TriviaQA does.",
+        "WikiText answers more, open book",
+        "WikiText changes answers by {size} by the thesis's rule.",
         _on(OPEN, *((f"{m}+T", f"{m}+W") for m in _ASKED), ("T", "W")),
         TEXTS,
         ", ".join(f"{m}+{t} {thesis_row(m, t).open} %" for m in ("D2", "D2+W1:8") for t in "WT"),
@@ -228,11 +290,16 @@ CLAIMS = (
     ),
     Claim(
         "Pruning depth and width and then training beats training between the two.",
+        "Prune, prune, train is best",
+        "Training between the two gives {size} the perplexity.",
         _on(WIKITEXT, ("D2+W1:8+W", "D2+W+W1:8"), ("D2+W1:8+T", "D2+T+W1:8")),
         ("04_lora_recovery", "prune-recover-prune"),
+        _orders(),
     ),
     Claim(
         "4 bits by GPTQ cost 3 to 6 points of TriviaQA, closed book.",
+        "4 bits cost 3 to 6 points",
+        "Quantising changes answers by {size}.",
         _on(CLOSED, ("dense", "Q")),
         ANSWERS,
         f"D2+W {_closed('W')}, quantised {_closed('W', 'Q')}; its models were pruned and trained, ours is the dense "
@@ -241,6 +308,8 @@ CLAIMS = (
     ),
     Claim(
         "EoRA gives 1 to 2 points back.",
+        "EoRA gives 1 to 2 points back",
+        "EoRA changes answers by {size}.",
         _on(CLOSED, ("Q", "Q+E")),
         ANSWERS,
         f"D2+W, quantised {_closed('W', 'Q')}, with EoRA {_closed('W', 'E')}",
@@ -248,6 +317,8 @@ CLAIMS = (
     ),
     Claim(
         "Repeating a block never helps (read here as: one block run twice, each of those tried on its own).",
+        "Repeating never helps",
+        "A block run twice gives {size} the dense model's perplexity.",
         _repeats,
         ("01_franken_llama", "one-block-at-a-time"),
     ),
@@ -257,37 +328,77 @@ CLAIMS = (
 # ---------------------------------------------------------------- the page
 
 
+def verdicts(records: Records) -> list[Verdict]:
+    """On every claim."""
+    return [judge(claim, records) for claim in CLAIMS]
+
+
 def page(records: Records) -> str:
     """book/claims.md."""
-    verdicts = [judge(claim, records) for claim in CLAIMS]
-    theirs, ours = ([v for v in verdicts if v.claim.ours == mine] for mine in (False, True))
+    found = verdicts(records)
+    theirs, ours = ([v for v in found if v.claim.ours == mine] for mine in (False, True))
     counts = ", ".join(
-        f"{word} {n}"
-        for word in (HOLDS, FAILS, DEPENDS, UNDECIDED, MISSING)
+        f"{n} {several if n > 1 else one}"
+        for word, (one, several) in COUNTED.items()
         if (n := sum(v.word == word for v in theirs))
     )
-    controls = "".join(f"; a control of ours (claim {verdicts.index(v) + 1}): {v.word}" for v in ours)
+    controls = "".join(f"; our control, claim {found.index(v) + 1}, {COUNTED[v.word][0]}" for v in ours)
+    rules = [" ".join(part.split()) for part in (__doc__ or "").split("\n\n")[1:]]
     lines = [
         "# The thesis's claims, one by one",
         "",
         "<!-- written by `make findings` from data/results/, checked by a test: do not edit -->",
         "",
-        " ".join((__doc__ or "").split("\n\n", 1)[1].split()),
+        f"Of the thesis's {len(theirs)} claims on SmolLM2-135M-Instruct: {counts}{controls}. A claim may hold for the "
+        "thesis's own model, Llama-3.2-1B-Instruct, and not here, and the other way round.",
         "",
-        f"On SmolLM2-135M-Instruct, of the thesis's {len(theirs)} claims: {counts}{controls}. A claim may hold for the "
-        "thesis's own subject, Llama-3.2-1B-Instruct, and not here, and the other way round. Effects are paired, on "
-        "the same items: for perplexity the ratio of the second to the first, for answers the difference in points; n "
-        "counts documents for perplexity, questions for answers. Intervals are those of each comparison alone; p "
-        "values are adjusted for all of a claim's.",
+        f"![{ALT}](_static/{FIGURE.rpartition('/')[2]})",
         "",
-        "| claim | on this subject |",
-        "| --- | --- |",
-        *(f"| {v.claim.says} | **{v.word}** |" for v in verdicts),
+        "*Every comparison of each claim with its 95 % interval. Shaded is where the claim says it lies; mark and "
+        "word are the verdict.*",
+        "",
+        "| | claim | verdict | effect in words |",
+        "| ---: | --- | --- | --- |",
+        *(f"| {n} | {v.claim.says} | **{v.word}** | {v.in_words} |" for n, v in enumerate(found, 1)),
+        "",
+        "## How a verdict is reached",
+        "",
+        *(line for rule in rules for line in (rule, "")),
+        "Effects on perplexity are ratios of the second to the first, on answers differences in points. Intervals are "
+        "those of each comparison alone; p values are adjusted for all of a claim's. n counts documents for "
+        "perplexity, questions for answers. The thesis's own figures are those of its tables, single runs.",
         "",
     ]
-    for n, v in enumerate(verdicts, 1):
+    for n, v in enumerate(found, 1):
         lines += [f"## Claim {n}: {v.word}", "", *_section(v)]
-    return "\n".join(lines).rstrip() + "\n"
+    shown = (line if line.startswith(("#", "<!--", "![")) else marked(line) for line in lines)
+    return "\n".join(shown).rstrip() + "\n"
+
+
+ALT = (
+    "A forest plot: a row for each claim, left those about perplexity as ratios, right those about answers in points; "
+    "each comparison with its 95 % interval, and the verdict as a mark and a word"
+)
+
+
+def forest(found: Iterable[Verdict]) -> pd.DataFrame:
+    """What the page's figure draws, a row a comparison: the claim's number and name, its verdict, whether it is of
+    ratios, the effect with its interval, and the range that the claim says (None for no end)."""
+    rows = []
+    for n, v in enumerate(found, 1):
+        for _, c, ratio in v.comparisons:
+            effect, low, high = (math.exp(x) if ratio else 100 * x for x in (c.difference, c.low, c.high))
+            nothing, scale = (1.0, 1) if ratio else (0.0, 100)
+            ends = (nothing, None) if v.claim.higher else (None, nothing)
+            claimed = ends if v.claim.within is None else tuple(scale * x or None for x in v.claim.within)
+            rows.append((n, v.claim.name, v.word, ratio, effect, low, high, *claimed))
+    names = ["n", "claim", "verdict", "ratio", "effect", "low", "high", "claimed from", "claimed to"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def digest(table: pd.DataFrame) -> str:
+    """16 digits over what `forest` has. They tell whether a figure was drawn from it."""
+    return hashlib.sha256(table.to_json(double_precision=6).encode()).hexdigest()[:16]
 
 
 def _section(v: Verdict) -> list[str]:
@@ -295,16 +406,22 @@ def _section(v: Verdict) -> list[str]:
     lines = [v.claim.says, ""]
     if v.claim.thesis:
         lines += [f"The thesis: {v.claim.thesis}.", ""]
+    if v.in_words:
+        lines += [f"Here: {v.in_words}", ""]
     if v.comparisons:
+        lines += [f"<details><summary>{len(v.comparisons)} comparisons</summary>", ""] if len(v.comparisons) > 1 else []
         lines += ["| compared | effect | 95 % interval | n | test | p, Holm |"]
         lines += ["| --- | ---: | --- | ---: | --- | ---: |"]
         lines += [*(_row(*row) for row in _shown(v.comparisons)), ""]
+        if len(v.comparisons) > MOST:
+            lines += [f"The extremes of {len(v.comparisons)} comparisons, all adjusted together.", ""]
+        lines += ["</details>", ""] if len(v.comparisons) > 1 else []
     if v.word == UNDECIDED and v.comparisons:
         lines += [_what_is_known(v), ""]
+    for apart in v.spreads.values():
+        lines += [f"Trainings of one model lie apart by a standard deviation of {_apart(v, apart)}.", ""]
     if v.by_scoring:
-        lines += _scorings(v)
-    if len(v.comparisons) > MOST:
-        lines += [f"The extremes of {len(v.comparisons)} comparisons, all adjusted together.", ""]
+        lines += ["<details><summary>By each further scoring</summary>", "", *_scorings(v), "</details>", ""]
     if v.missing:
         lines += [f"Not measured: {'; '.join(map(in_markdown, v.missing))}.", ""]
     notebook, anchor = v.claim.where
@@ -312,11 +429,17 @@ def _section(v: Verdict) -> list[str]:
     return [*lines, f'{shown}; what was measured on the whole text: <a href="{GRID_PAGE}">chapter 6</a>.', ""]
 
 
+def _apart(v: Verdict, apart: Spread) -> str:
+    """How far trainings lie apart; of perplexities in percent."""
+    unit = "% of perplexity" if v.comparisons[0][2] else "points"
+    return f"{100 * apart.deviation:.2g} {unit} ({apart.df} degrees of freedom)"
+
+
 def _what_is_known(v: Verdict) -> str:
     """What an undecided claim's comparisons do say."""
     told = sum(c.told for _, c, _ in v.comparisons)
     if v.claim.within is None:
-        return f"Of {len(v.comparisons)} comparisons {told} are told apart."
+        return f"{told or 'None'} of {len(v.comparisons)} comparisons differ{'s' * (told == 1)} (p < 0.05)."
     _, c, ratio = v.comparisons[0]
     low, high = v.claim.within
     bounds = f"x {low:g} and x {high:g}" if ratio else f"{100 * low:+.0f} and {100 * high:+.0f} points"
@@ -326,16 +449,21 @@ def _what_is_known(v: Verdict) -> str:
 
 def _scorings(v: Verdict) -> list[str]:
     """The verdict by each further scoring, with the effects in points and how many words the answers have."""
-    lines = ["By each further scoring of the same answers (in points, with its 95 % interval):", ""]
-    lines += ["| scoring | verdict | compared | effect | p, Holm |", "| --- | --- | --- | --- | ---: |"]
+    lines = [
+        "By each further scoring of the same answers (in points, with its 95 % interval; apart: the standard deviation "
+        "over trainings of one model):",
+        "",
+    ]
+    lines += ["| scoring | verdict | apart | compared | effect | p, Holm |", "| --- | --- | --- | --- | --- | ---: |"]
     for metric, verdict in v.by_scoring.items():
         if not verdict.comparisons:
-            lines.append(f"| {metric} | {verdict.word} | | | |")
+            lines.append(f"| {metric} | {verdict.word} | | | | |")
+        apart = ", ".join(_apart(verdict, x) for x in verdict.spreads.values())
         for i, (name, c, _) in enumerate(verdict.comparisons):
             effect = f"{100 * c.difference:+.1f} [{100 * c.low:+.1f}, {100 * c.high:+.1f}]"
             compared = in_markdown(name.partition(",")[0])
-            first = (metric, verdict.word) if i == 0 else ("", "")
-            lines.append(f"| {first[0]} | {first[1]} | {compared} | {effect} | {p_number(c.p)} |")
+            first = " | ".join((metric, verdict.word, apart) if i == 0 else ("", "", ""))
+            lines.append(f"| {first} | {compared} | {effect} | {p_number(c.p)} |")
     return [*lines, ""]
 
 

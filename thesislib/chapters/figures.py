@@ -15,8 +15,7 @@ from matplotlib.transforms import Bbox
 
 from thesislib.chapters.labels import of, plain
 from thesislib.chapters.pareto import AS_IT_CAME, PPL, group
-from thesislib.chapters.phrases import COVERED
-from thesislib.evaluate.perplexity import compare
+from thesislib.chapters.phrases import COVERED, DEPENDS, FAILS, HOLDS, UNDECIDED
 from thesislib.evaluate.stats import Comparison
 from thesislib.experiment import DENSE
 from thesislib.records.measurement import Measurement
@@ -75,13 +74,49 @@ def _thousands(axis, small: bool = False) -> None:
         axis.set_tick_params(which="minor", labelsize=8)
 
 
-def plan_chart(plans: Mapping[str, Sequence[int]], table: pd.DataFrame, baseline: str = "baseline") -> plt.Figure:
-    """Which blocks each plan runs, beside its perplexity and HellaSwag with 95 % intervals, best perplexity on top."""
-    order = table.sort_values("perplexity").index.tolist()
+def choices_chart(table: pd.DataFrame) -> plt.Figure:
+    """What one unchanged model scores by window, prompt and scoring.
+
+    Args:
+        table: see `thesislib.chapters.ch00_measures.choices`.
+    """
+    panels = (
+        ("window", "perplexity", "o", BLUE, 1.0),
+        ("prompt", "right answers", "s", ORANGE, 100.0),
+        ("scoring", "closed book, chat", "^", GREEN, 100.0),
+    )
+    figure, axes = plt.subplots(1, len(panels), figsize=(7.6, 2.5), layout="constrained", width_ratios=(2, 3, 3))
+    for axis, (choice, title, marker, colour, factor) in zip(axes, panels, strict=True):
+        rows = table[table["choice"] == choice]
+        values = [factor * rows[column] for column in ("value", "low", "high")]
+        intervals(axis, range(len(rows)), values, marker, colour, across=True, markersize=6, capsize=3)
+        for y, value in enumerate(values[0]):
+            side = "center" if value > 0.1 * values[2].max() else "left"
+            look: dict[str, Any] = {"ha": side, "va": "bottom", "fontsize": 8, "color": colour}
+            words = f"{value:.1f}" + "%" * (factor > 1)
+            axis.annotate(words, (value, y), xytext=(0, 6), textcoords="offset points", **look)
+        axis.set_yticks(range(len(rows)), rows["how"], fontsize=8)
+        axis.tick_params(axis="x", labelsize=8)
+        axis.set(title=f"{choice}: {title}", ylim=(len(rows) - 0.5, -0.8), xlim=(0, 1.12 * values[2].max()))
+        axis.title.set_fontsize(9)
+        if factor > 1:
+            axis.xaxis.set_major_formatter(lambda x, _: f"{x:.0f}%")
+    return _covered(figure)
+
+
+def plan_chart(plans: Mapping[str, Sequence[int]], table: pd.DataFrame) -> plt.Figure:
+    """Which blocks each plan runs, beside perplexity, as a ratio to the whole model's, and HellaSwag.
+
+    Args:
+        plans: by what they do.
+        table: one row a plan in the order in which they are drawn, the whole model first; see
+            `thesislib.chapters.ch01_franken.table`.
+    """
+    order = table.index.tolist()
     depth = max(max(p) for p in plans.values()) + 1
     times = np.array([np.bincount(plans[name], minlength=depth) for name in order])
     figure, (left, middle, right) = plt.subplots(
-        1, 3, figsize=(13.5, 8), sharey=True, width_ratios=(5, 3, 3), layout="constrained"
+        1, 3, figsize=(8, 6.4), sharey=True, width_ratios=(5, 2.6, 2.2), layout="constrained"
     )
     shades = sns.blend_palette(["white", *sns.light_palette(BLUE, 6)[2:]], as_cmap=True)
     edges_x, edges_y = np.arange(depth + 1) - 0.5, np.arange(len(order) + 1) - 0.5
@@ -92,85 +127,80 @@ def plan_chart(plans: Mapping[str, Sequence[int]], table: pd.DataFrame, baseline
         for x, n in enumerate(row):
             if n > 1:
                 left.text(x, y, str(n), ha="center", va="center", fontsize=7, color="white" if n > 2 else "black")
-    left.set(
-        xlabel="block (number: times run)",
-        title="blocks run",
-        yticks=range(len(order)),
-        yticklabels=order,
-        xlim=(-0.5, depth - 0.5),
-    )
+    left.set(xlabel="block", title="blocks run (number: times)", yticks=range(len(order)), yticklabels=order)
+    left.set(xlim=(-0.5, depth - 0.5))
+    left.tick_params(axis="y", labelsize=8)
     left.invert_yaxis()
     left.grid(False)
-    for axis, column, low, high, marker, colour, title in (
-        (middle, "perplexity", "ppl low", "ppl high", "o", BLUE, "perplexity, lower is better"),
-        (right, "HellaSwag", "hs low", "hs high", "s", ORANGE, "HellaSwag, higher is better"),
+    for axis, columns, marker, colour in (
+        (middle, ("times", "times low", "times high"), "o", BLUE),
+        (right, ("HellaSwag", "hs low", "hs high"), "s", ORANGE),
     ):
-        rows = table.loc[order]
-        intervals(axis, range(len(order)), (rows[column], rows[low], rows[high]), marker, colour, across=True)
-        axis.axvline(table.loc[baseline, column], color=GREY, linestyle="--", linewidth=1)
-        axis.set(title=title, xlabel="dashed: baseline")
+        rows = [table[column] for column in columns]
+        intervals(axis, range(len(order)), rows, marker, colour, across=True)
+        axis.axvline(rows[0].iloc[0], color=GREY, linestyle="--", linewidth=1)
     middle.set_xscale("log")
+    middle.xaxis.set_major_formatter(EngFormatter(sep=""))
+    middle.set(title="perplexity", xlabel="x whole model (log)")
     right.axvline(0.25, color=GREY, linestyle=":", linewidth=1)
-    right.set_xlabel("acc_norm; dotted: chance")
+    right.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f}%")
+    right.set(title="HellaSwag", xlabel="dotted: chance")
+    for axis in (left, middle, right):
+        axis.tick_params(axis="x", labelsize=8)
+        axis.xaxis.label.set_fontsize(9)
+        axis.title.set_fontsize(10)
     return _covered(figure)
 
 
 def single_blocks(
-    baseline: Measurement, skipped: Mapping[int, Measurement], repeated: Mapping[int, Measurement]
+    skipped: Mapping[int, Comparison], repeated: Mapping[int, Comparison], most: float = 1.1
 ) -> plt.Figure:
-    """By how many percent perplexity changes with one block left out or run twice. Linear to 10 %, logarithmic
-    beyond."""
-    figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
-    bounds = []
-    for runs, marker, colour, label, shift in (
-        (skipped, "o", BLUE, "left out", -0.12),
-        (repeated, "^", ORANGE, "run twice", 0.12),
+    """By how much perplexity rises with one block left out or run twice, on a linear axis.
+
+    Args:
+        skipped: by block, the loss against the whole model's.
+        repeated: likewise.
+        most: the rise at which the axis ends; those beyond stand at its top as numbers.
+    """
+    figure, axis = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    for compared, marker, colour, label, shift in (
+        (skipped, "o", BLUE, "left out", -0.14),
+        (repeated, "^", ORANGE, "run twice", 0.14),
     ):
-        c = [compare(baseline, m) for m in runs.values()]
-        middle, low, high = (100 * np.expm1([getattr(x, name) for x in c]) for name in ("difference", "low", "high"))
-        intervals(axis, np.array(list(runs)) + shift, (middle, low, high), marker, colour, label=label)
-        bounds += [*low, *high]
-    axis.axhline(0, color=GREY, linestyle="--", linewidth=1)
-    axis.set_yscale("symlog", linthresh=10)
-    axis.set_ylim(min(*bounds, 0) * 1.5 - 3, max(bounds) * 2)
-    axis.yaxis.set_major_formatter("{x:,.0f} %")
-    axis.set(
-        xlabel="block", ylabel="change of perplexity", title="one block left out or run twice, 95 % paired interval"
-    )
-    axis.legend()
+        rises = {b: np.expm1([c.difference, c.low, c.high]) for b, c in compared.items()}
+        inside = {b: rise for b, rise in rises.items() if rise[2] <= most}
+        at = np.array(list(inside)) + shift
+        intervals(axis, at, np.array(list(inside.values())).reshape(-1, 3).T, marker, colour, label=label)
+        for b, rise in ((b, rise) for b, rise in rises.items() if b not in inside):
+            y = most * (1.2 if marker == "o" else 1.1)
+            axis.plot([b + shift], [y], marker, color=colour, markersize=5, clip_on=False)
+            away, side = (6, "left") if b < max(compared) / 2 else (-6, "right")
+            words = f"x {1 + rise[0]:,.3g}" if rise[0] < 99 else f"x {1 + rise[0]:,.0f}"
+            look: dict[str, Any] = {"color": colour, "ha": side, "va": "center", "fontsize": 9}
+            axis.annotate(words, (b + shift, y), xytext=(away, 0), textcoords="offset points", **look)
+    axis.set(ylim=(0, most * 1.28), xlabel="block", ylabel="rise of perplexity")
+    axis.set_yticks(ticks := np.arange(0, most, 0.2), [f"{100 * y:.0f}%" for y in ticks])
+    axis.legend(loc="upper center", ncols=2)
     return _covered(figure)
 
 
-def attention_and_spectrum(
-    maps: Mapping[str, np.ndarray], spectra: Mapping[str, np.ndarray], tokens: Sequence[str]
-) -> plt.Figure:
-    """For each model the attention of its first, middle and last block (mean of heads), above its 2-D spectrum.
+def attention_chart(maps: Mapping[str, np.ndarray], tokens: Sequence[str]) -> plt.Figure:
+    """Attention maps side by side.
 
     Args:
-        maps: name to (blocks, heads, T, T).
-        spectra: name to (blocks, heads, T, T), from `thesislib.model.attention.spectrum`.
+        maps: title to (T, T), queries by keys.
         tokens: the T tokens.
     """
-    figure, axes = plt.subplots(2 * len(maps), 3, figsize=(11, 6.6 * len(maps)), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(maps), figsize=(8, 4.2), layout="constrained", sharey=True)
     words = [t.strip() or "_" for t in tokens]
-    half = len(tokens) // 2
-    for row, name in enumerate(maps):
-        n = len(maps[name])
-        for column, block in enumerate((0, n // 2, n - 1)):
-            upper, lower = axes[2 * row][column], axes[2 * row + 1][column]
-            image = upper.imshow(maps[name][block].mean(0), cmap="viridis", vmin=0, vmax=1)
-            upper.set(title=f"{name}: place {block} of {n}", xticks=range(len(words)), yticks=range(len(words)))
-            upper.set_xticklabels(words, rotation=90, fontsize=7)
-            upper.set_yticklabels(words, fontsize=7)
-            shade = lower.imshow(
-                spectra[name][block].mean(0), cmap="magma", extent=(-half, len(words) - half, len(words) - half, -half)
-            )
-            lower.set(xlabel="frequency along keys", ylabel="along queries" if column == 0 else "")
-            for axis in (upper, lower):
-                axis.grid(False)
-            if column == 2:
-                figure.colorbar(image, ax=upper, shrink=0.8, label="attention")
-                figure.colorbar(shade, ax=lower, shrink=0.8, label="log(1 + |F|)")
+    for axis, (title, shown) in zip(axes, maps.items(), strict=True):
+        image = axis.imshow(shown, cmap="viridis", vmin=0, vmax=1)
+        axis.set(title=title, xticks=range(len(words)), yticks=range(len(words)), xlabel="looks at")
+        axis.set_xticklabels(words, rotation=90, fontsize=8)
+        axis.set_yticklabels(words, fontsize=8)
+        axis.grid(False)
+    axes[0].set_ylabel("token")
+    figure.colorbar(image, ax=axes, shrink=0.8, label="attention")
     return figure
 
 
@@ -185,27 +215,22 @@ METHOD_LOOKS = {
 
 
 def block_ranks(table: pd.DataFrame, protected: Sequence[int]) -> plt.Figure:
-    """Each metric's ranking of the blocks (1: first to go), darker for less important; hatched: protected.
+    """Each metric's ranking of the blocks (1: first to go), darker for more important; a hatched bar above: protected.
 
     Args:
         table: importance, blocks by metrics.
         protected: blocks that no metric may remove.
     """
     ranks = table.rank().T
-    figure, axis = plt.subplots(figsize=(12, 0.55 * len(ranks) + 1.4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(10, 0.42 * len(ranks) + 1.2), layout="constrained")
     sns.heatmap(
-        ranks,
-        cmap="Blues_r",
-        annot=True,
-        fmt=".0f",
-        annot_kws={"size": 8},
-        cbar_kws={"label": "rank (1: least important)"},
-        ax=axis,
-        linewidths=0.4,
-    )
+        ranks, cmap="Blues", annot=True, fmt=".0f", annot_kws={"size": 8}, linewidths=0.4, ax=axis,
+        cbar_kws={"label": "rank (1: goes first)", "pad": 0.01},
+    )  # fmt: skip
     for b in protected:
-        axis.add_patch(plt.Rectangle((b, 0), 1, len(ranks), fill=False, hatch="//", edgecolor=GREY, linewidth=0))
-    axis.set(xlabel="block (hatched: protected by default)", ylabel="")
+        bar = plt.Rectangle((b, -0.32), 1, 0.26, fill=False, hatch="////", edgecolor=GREY, linewidth=0, clip_on=False)
+        axis.add_patch(bar)
+    axis.set(xlabel="block (hatched above: never removed)", ylabel="")
     axis.tick_params(axis="y", rotation=0)
     return figure
 
@@ -218,49 +243,57 @@ def stability_chart(shares: Mapping[str, pd.DataFrame]) -> plt.Figure:
     """
     widths = [table.shape[1] for table in shares.values()]
     figure, axes = plt.subplots(
-        1, len(shares), figsize=(12, 3.2), width_ratios=widths, layout="constrained", squeeze=False
+        1, len(shares), figsize=(10, 2.8), width_ratios=widths, layout="constrained", squeeze=False
     )
     for axis, (label, table) in zip(axes[0], shares.items(), strict=True):
         sns.heatmap(
             100 * table, cmap="Blues", vmin=0, vmax=100, annot=True, fmt=".0f", annot_kws={"size": 8}, linewidths=0.4,
             cbar=False, ax=axis,
         )  # fmt: skip
-        axis.set(title=f"{label}: % of resamples in which a block goes", xlabel="block", ylabel="calibration windows")
+        axis.set(title=f"{label}: % of draws in which a block goes", xlabel="block", ylabel="calibration windows")
         axis.tick_params(axis="y", rotation=0)
     return figure
 
 
-def removal_curves(table: pd.DataFrame) -> plt.Figure:
-    """Perplexity, as a ratio to the whole model's, over the number of blocks removed: one line a method with 95 %
-    intervals, random removals as a band.
+def removal_curves(table: pd.DataFrame, most: int = 8) -> plt.Figure:
+    """Left, perplexity without the blocks that one-shot perplexity chose, as a ratio to the whole model's, and of
+    random removals; right, that of other methods as a ratio to one-shot perplexity's, from paired comparisons.
 
     Args:
-        table: columns method, removed, value, low, high (see `thesislib.chapters.ch02_depth.curves`).
+        table: columns method, removed, base, value, low, high (see `thesislib.chapters.ch02_depth.curves`).
+        most: blocks removed that are drawn.
     """
-    figure, axis = plt.subplots(figsize=(9, 5), layout="constrained")
-    random = table[table["method"].str.startswith("random")].groupby("removed")["value"]
-    if len(random):
-        axis.fill_between(
-            random.min().index,
-            random.min(),
-            random.max(),
-            color=GREY,
-            alpha=0.25,
-            linewidth=0,
-            label="random (all seeds)",
-        )
-    shifts = np.linspace(-0.15, 0.15, len(METHOD_LOOKS))
-    for shift, (method, (marker, colour)) in zip(shifts, METHOD_LOOKS.items(), strict=True):
-        rows = table[table["method"] == method].sort_values("removed")
-        if len(rows):
-            at = rows["removed"] + shift
-            intervals(axis, at, (rows["value"], rows["low"], rows["high"]), f"{marker}-", colour, label=method)
-    axis.axhline(1, color=GREY, linestyle="--", linewidth=1)
-    axis.annotate("whole model", (table["removed"].max(), 1), ha="right", va="bottom", fontsize=9, color=GREY)
-    axis.set_yscale("log")
-    _thousands(axis.yaxis)
-    axis.set(xlabel="blocks removed", ylabel=TIMES_DENSE, xticks=sorted(set(table["removed"]) - {0}))
-    axis.legend(fontsize=9)
+    table = table[table["removed"].between(1, most)]
+    whole, paired = (rows for _, rows in table.groupby(table["base"] == "perplexity"))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.9), width_ratios=(2, 3), layout="constrained")
+    own = whole[whole["method"] == "perplexity"].sort_values("removed")
+    random = whole[whole["method"].str.startswith("random")]
+    left.plot(random["removed"], random["value"], "x", color=GREY, markersize=5, label="random (a mark a seed)")
+    values = own["value"], own["low"], own["high"]
+    intervals(left, own["removed"], values, "o-", BLUE, label="one-shot perplexity")
+    for k, value in zip(own["removed"], own["value"], strict=True):
+        if k in (2, 4, 6, 8):
+            left.annotate(f"{value:.2f}", (k, value), (-4, 7), textcoords="offset points", ha="right", fontsize=9)
+    left.set(ylabel=TIMES_DENSE, ylim=(1, 3 * own["high"].max()), title="the whole model is 1")
+    looks = {method: look for method, look in METHOD_LOOKS.items() if method != "perplexity"}
+    for shift, (method, (marker, colour)) in zip(np.linspace(-0.26, 0.26, len(looks)), looks.items(), strict=True):
+        rows = paired[paired["method"] == method].sort_values("removed")
+        at = rows["removed"] + shift
+        intervals(right, at, (rows["value"], rows["low"], rows["high"]), marker, colour, label=method)
+    right.axhline(1, color=BLUE, linewidth=1.2)
+    for edge in np.arange(1.5, most):
+        right.axvline(edge, color=GREY, linewidth=0.4, alpha=0.6)
+    right.set(ylabel="times one-shot perplexity's (log)", title="one-shot perplexity (line) is 1: below is better")
+    for axis, ticks, place in (
+        (left, (1, 1.5, 2, 3, 5, 10), "lower right"),
+        (right, (0.6, 0.8, 1, 1.5, 2, 3), "upper left"),
+    ):
+        axis.set_yscale("log")
+        axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.yaxis.set_minor_formatter(NullFormatter())
+        axis.set(xlabel="blocks removed", xticks=sorted(set(table["removed"])))
+        axis.grid(False, axis="x")
+        axis.legend(fontsize=8.5, loc=place)
     return _covered(figure)
 
 
@@ -275,28 +308,36 @@ def pattern_chart(series: Mapping[str, Mapping[str, Measurement]], zeros: Mappin
     order = sorted(
         zeros, key=lambda x: (zeros[x], -int(x.split(":")[-1]) if ":" in x else -1000)
     )  # the freest choice first
-    figure, axis = plt.subplots(figsize=(10, 4.6), layout="constrained")
+    figure, axis = plt.subplots(figsize=(9, 3.8), layout="constrained")
     for (name, found), marker, colour, shift in zip(series.items(), "os", (BLUE, ORANGE), (-0.1, 0.1), strict=False):
         here = [x for x in order if x in found]
         at = [order.index(x) + shift for x in here]
         intervals(axis, at, _of(found[x] for x in here), marker, colour, markersize=6, capsize=3, label=name)
+        for x, here_at in zip(here, at, strict=True):
+            value = found[x].value
+            axis.annotate(
+                f"{value:,.3g}" if value < 1000 else f"{value:,.0f}", (here_at, found[x].high), (0, 4),
+                textcoords="offset points", ha="right" if marker == "o" else "left", fontsize=8, color=colour,
+            )  # fmt: skip
     axis.axhline(1, color=GREY, linestyle="--", linewidth=1)
     axis.annotate("whole model", (len(order) - 0.6, 1), ha="right", va="bottom", fontsize=9, color=GREY)
     axis.set_yscale("log")
     _thousands(axis.yaxis)
+    axis.set_ylim(top=2 * axis.get_ylim()[1])
     axis.set_xticks(range(len(order)), [f"{x if ':' in x else 'ratio'}\n{100 * zeros[x]:.3g} %" for x in order])
-    axis.set(xlabel="removed:of and share of weights removed", ylabel=TIMES_DENSE)
+    axis.set(xlabel="removed:of and share of weights removed", ylabel="perplexity, times dense (log)")
     axis.legend()
     return _covered(figure)
 
 
-def calibration_chart(table: pd.DataFrame) -> plt.Figure:
-    """Perplexity over the number of calibration windows: a dot a seed, a line a text.
+def calibration_chart(table: pd.DataFrame, own: tuple[str, int, int]) -> plt.Figure:
+    """Perplexity over the number of calibration windows: a mark a seed, a line a text.
 
     Args:
         table: index (text, windows), one column a seed.
+        own: text, windows and seed that get a ring: those of the pattern's other figures.
     """
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(7, 3.2), layout="constrained")
     texts = table.index.get_level_values("text").unique()
     for text, marker, colour, factor in zip(texts, "os^", (BLUE, ORANGE, GREEN), (0.97, 1.03, 1), strict=False):
         rows = table.loc[text]
@@ -311,12 +352,16 @@ def calibration_chart(table: pd.DataFrame) -> plt.Figure:
                 alpha=0.7,
                 label=text if seed == rows.columns[0] else None,
             )
+        if text == own[0]:
+            at = own[1] * factor, rows.loc[own[1], own[2]]
+            axis.plot(*at, "o", markersize=12, markerfacecolor="none", color="black")
+            axis.annotate("used elsewhere", at, (-8, 8), textcoords="offset points", ha="right", fontsize=9)
     axis.set_xscale("log", base=2)
     axis.set_xticks(rows.index, map(str, rows.index))
     axis.set(
         xlabel="calibration windows of 512 tokens (log)",
-        ylabel="perplexity of 2:4, times the dense model's",
-        title="a dot a seed, lines through the means",
+        ylabel="2:4, times dense",
+        title="a mark a seed, lines through the means",
     )
     axis.legend()
     return figure
@@ -328,7 +373,7 @@ LOOKS = {"untrained": ("o", GREY, "none"), "+W": ("s", BLUE, BLUE), "+T": ("^", 
 def recovery_chart(points: Mapping[str, Mapping[str, Measurement]], dense: str = "dense") -> plt.Figure:
     """Perplexity of each model untrained and trained on each text, as a ratio to the untrained dense model's.
 
-    Lines mark the dense model untrained and trained alike.
+    Lines mark the dense model untrained and with the same training on WikiText.
 
     Args:
         points: {model: {"untrained", "+W" or "+T": ratio}}.
@@ -340,16 +385,25 @@ def recovery_chart(points: Mapping[str, Mapping[str, Measurement]], dense: str =
         rows = [(y + shift, points[m][name]) for y, m in enumerate(models) if name in points[m]]
         if rows:
             at, ms = zip(*rows, strict=True)
-            look: dict[str, Any] = {"mfc": fill, "markersize": 7, "capsize": 3, "label": name}
+            trained = "" if name == "untrained" else f"+{of(name[1:]).shown}"
+            look: dict[str, Any] = {"mfc": fill, "markersize": 7, "capsize": 3, "label": trained or name}
             intervals(axis, at, _of(ms), marker, colour, across=True, **look)
-        if name in points.get(dense, {}):
-            axis.axvline(
-                points[dense][name].value, color=colour, linestyle="--" if name == "untrained" else ":", linewidth=1
-            )
+            if name != "+T" and name in points.get(dense, {}):
+                at = points[dense][name].value
+                axis.axvline(at, color=colour, linestyle=":" if trained else "--", linewidth=1)
+                axis.annotate(
+                    f"dense{trained or ', untrained'}",
+                    (at, 1.01),
+                    xycoords=("data", "axes fraction"),
+                    ha="right" if trained else "left",
+                    fontsize=9,
+                    color=colour,
+                )
     axis.set_xscale("log")
     _thousands(axis.xaxis, small=True)
+    axis.tick_params(axis="x", which="both", labelsize=9, pad=4)
     axis.set(
-        xlabel=f"{TIMES_DENSE}; lines: the dense model, untrained and trained alike",
+        xlabel=TIMES_DENSE,
         yticks=range(len(models)),
         yticklabels=models,
     )
@@ -365,7 +419,7 @@ def loss_curves(curves: Mapping[str, Mapping[str, tuple[Sequence[dict], Sequence
         curves: {text: {model: (curve, validation)}}, each a list of {"step", "loss", ...}.
     """
     titles = {"wikitext": "trained on WikiText", "trivia": "trained on questions"}
-    figure, axes = plt.subplots(1, len(curves), figsize=(5.8 * len(curves), 4.2), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(1, len(curves), figsize=(4.5 * len(curves), 3.1), layout="constrained", squeeze=False)
     palette = [BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
     models = list(dict.fromkeys(model for trained in curves.values() for model in trained))
     for axis, (text, trained) in zip(axes[0], curves.items(), strict=True):
@@ -385,50 +439,60 @@ QUANTISED_LOOKS = {
     "rounding + EoRA": ("s", ORANGE),
     "GPTQ": ("^", BLUE),
     "GPTQ + EoRA": ("D", GREEN),
+    "GPTQ 3-bit + EoRA": ("D", GREEN),
+    "GPTQ 4-bit + EoRA": ("s", ORANGE),
 }
+
+
+def methods_chart(table: pd.DataFrame) -> plt.Figure:
+    """Ratios to the dense model, one row a method; those without an interval are hollow.
+
+    Args:
+        table: columns method, look, x dense, low, high (see `thesislib.chapters.ch05_quantisation.methods`).
+    """
+    names = list(dict.fromkeys(table["method"]))
+    figure, axis = plt.subplots(figsize=(9, 0.8 + 0.3 * len(names)), layout="constrained")
+    for _, row in table.iterrows():
+        at, (marker, colour) = names.index(row["method"]), QUANTISED_LOOKS[row["look"]]
+        if np.isnan(row["low"]):
+            axis.plot(row["x dense"], at, marker, color=colour, markerfacecolor="none", markersize=7)
+        else:
+            ends = ([row[column]] for column in ("x dense", "low", "high"))
+            intervals(axis, [at], ends, marker, colour, across=True, markersize=7)
+    axis.axvline(1, color=GREY, linestyle="--", linewidth=1)
+    axis.set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
+    axis.set_xlabel("held-out perplexity, times the dense model's", fontsize=9)
+    figure.supxlabel("95 % paired intervals over documents; hollow marks: none measured", fontsize=8, color=GREY)
+    axis.grid(axis="y", visible=False)
+    return figure
 
 
 FILE_LOOKS = {True: ("*", "#E69F00", 15), False: ("P", "#56B4E9", 9)}  # the file that the subject came in; others
 
 
-def bytes_chart(table: pd.DataFrame, dense: float, marks: pd.DataFrame, most: float = 150) -> plt.Figure:
-    """Perplexity over megabytes on disk, a marker a method, bits beside it; what lies above `most` is left out and
-    counted.
+def bytes_chart(table: pd.DataFrame, marks: pd.DataFrame, most: float = 2.0) -> plt.Figure:
+    """Ratios to the dense model over megabytes on disk, a line a series; what lies above `most` is not drawn.
 
     Args:
-        table: columns method, bits, MB, perplexity, low, high (see
-            `thesislib.chapters.ch05_quantisation.sizes_and_losses`).
-        dense: the whole model's perplexity.
-        marks: files beside the study's models, see `thesislib.chapters.pareto.marks`.
-        most: the highest perplexity drawn.
+        table: columns series, label, MB, x dense, low, high (see `thesislib.chapters.ch05_quantisation.sizes`).
+        marks: files beside the study's models with a column "x dense", see `thesislib.chapters.pareto.marks`.
+        most: the highest ratio drawn.
     """
-    figure, axis = plt.subplots(figsize=(9, 5.5), layout="constrained")
-    shown = table[table["perplexity"] <= most]
+    figure, axis = plt.subplots(figsize=(9, 4), layout="constrained")
     labels: list[Label] = []
-    for method, (marker, colour) in QUANTISED_LOOKS.items():
-        rows = shown[shown["method"] == method]
-        if len(rows):
-            values = (rows[column] for column in ("perplexity", "low", "high"))
-            intervals(axis, rows["MB"], values, marker, colour, markersize=6, capsize=0, linewidth=0.4, label=method)
-            labels += [
-                (x, y, str(n), colour) for x, y, n in zip(rows["MB"], rows["perplexity"], rows["bits"], strict=True)
-            ]
-    labels = [*_draw_files(axis, marks, "perplexity", most), *labels]
-    axis.axhline(dense, color=GREY, linestyle="--", linewidth=1)
-    axis.annotate(
-        "dense", (0.99, dense), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9, color=GREY
-    )
-    axis.set_yscale("log")
-    _thousands(axis.yaxis, small=True)
-    left_out = f"; {len(table) - len(shown)} above {most:.0f} not drawn" if len(table) > len(shown) else ""
-    axis.set(
-        xlabel="MB on disk, embedding included",
-        ylabel="held-out perplexity (log)",
-        title=f"numbers: bits a weight without scales{left_out}",
-    )
-    axis.legend()
+    for series, rows in table[table["x dense"] <= most].groupby("series", sort=False):
+        marker, colour = QUANTISED_LOOKS[str(series)]
+        values = (rows[column] for column in ("x dense", "low", "high"))
+        intervals(axis, rows["MB"], values, f"{marker}-", colour, markersize=7, label=str(series))
+        labels += [
+            (x, y, text, colour) for x, y, text in zip(rows["MB"], rows["x dense"], rows["label"], strict=True) if text
+        ]
+    labels = [*_draw_files(axis, marks, "x dense", most), *labels]
+    axis.axhline(1, color=GREY, linestyle="--", linewidth=1)
+    axis.set(xlabel="MB on disk, embedding included", ylabel="held-out perplexity, times dense")
+    axis.legend(fontsize=9)
     _covered(figure)
-    _write(axis, labels)
+    _write(axis, labels, size=10)
     return figure
 
 
@@ -496,32 +560,6 @@ def _write(axis: plt.Axes, labels: Iterable[Label], size: float = 7) -> None:
                 break
         else:
             note.remove()
-
-
-def layers_chart(errors: Mapping[str, Mapping[str, float]], kinds: Sequence[str]) -> plt.Figure:
-    """Relative output error of each projection by block, a panel a kind, a line a method.
-
-    Args:
-        errors: {method: {"blocks.B.NAME": error}}.
-        kinds: names of projections.
-    """
-    figure, axes = plt.subplots(2, (len(kinds) + 1) // 2, figsize=(13, 6), sharex=True, layout="constrained")
-    looks = zip(errors, "o^sD", (GREY, ORANGE, BLUE, GREEN), strict=False)
-    for method, marker, colour in looks:
-        for axis, kind in zip(axes.flat, kinds, strict=False):
-            here = {int(place.split(".")[1]): e for place, e in errors[method].items() if place.endswith(f".{kind}")}
-            axis.plot(
-                list(here), list(here.values()), marker + "-", color=colour, markersize=3, linewidth=1, label=method
-            )
-            axis.set(title=kind, yscale="log")
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.tick_params(labelsize=8, which="both")
-    for axis in list(axes.flat)[len(kinds) :]:
-        axis.axis("off")
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="lower right", fontsize=10)
-    figure.supxlabel("block")
-    figure.supylabel("|(W - W') X| / |W X| on held-out text (log)")
-    return figure
 
 
 FAMILY_LOOKS = {"pruned": ("o", GREY), "+ LoRA": ("s", BLUE), "+ GPTQ": ("^", ORANGE), "+ EoRA": ("D", GREEN)}
@@ -770,4 +808,47 @@ def roofline_chart(device_name: str, rate: float, bandwidth: float, operations: 
     for left, right, words in ((x[0], ridge, "memory limits"), (ridge, x[-1], "arithmetic limits")):
         axis.text(np.sqrt(left * right), 0.04, words, transform=axis.get_xaxis_transform(), ha="center", fontsize=9)
     _write(axis, labels, 8)
+    return figure
+
+
+VERDICT_LOOKS = {HOLDS: ("o", BLUE), FAILS: ("X", ORANGE), DEPENDS: ("D", "#CC79A7"), UNDECIDED: ("s", GREY)}
+
+
+def forest_chart(table: pd.DataFrame) -> plt.Figure:
+    """Every claim's comparisons with their intervals, claims about perplexity left, about answers right.
+
+    Args:
+        table: see `thesislib.chapters.claims.forest`.
+    """
+    sides = [rows for _, rows in table.groupby("ratio", sort=False)]
+    heights = [rows["n"].nunique() for rows in sides]
+    figure, axes = plt.subplots(len(sides), 1, figsize=(9, 0.5 * sum(heights) + 2), height_ratios=heights,
+        layout="constrained", squeeze=False)  # fmt: skip
+    for axis, rows in zip(axes[:, 0], sides, strict=True):
+        ratio, claims = bool(rows["ratio"].iloc[0]), list(rows.groupby("n"))
+        left, right = rows["low"].min(), rows["high"].max()
+        left, right = (left * 0.9, right * 1.1) if ratio else (left - 2, right + 2)
+        for y, (_, found) in enumerate(claims):
+            marker, colour = VERDICT_LOOKS[found["verdict"].iloc[0]]
+            low, high = (found[f"claimed {end}"].iloc[0] for end in ("from", "to"))
+            low, high = (edge if pd.isna(x) else x for x, edge in ((low, left), (high, right)))
+            axis.fill_betweenx([y - 0.42, y + 0.42], low, high, color=GREEN, alpha=0.15, linewidth=0)
+            at = y + np.linspace(-0.28, 0.28, len(found)) if len(found) > 1 else [y]
+            intervals(axis, at, (found["effect"], found["low"], found["high"]), marker, colour, across=True, capsize=0)
+        axis.axvline(1 if ratio else 0, color=GREY, linestyle="--", linewidth=1)
+        if ratio:
+            axis.set_xscale("log")
+            axis.set_xticks(at := [0.2, 0.5, 1, 2, 5, 10], [f"{x:g}" for x in at])
+            axis.xaxis.set_minor_formatter(NullFormatter())
+        axis.set(
+            xlim=(left, right),
+            ylim=(len(claims) - 0.5, -0.5),
+            yticks=range(len(claims)),
+            yticklabels=[f"{n} {found['claim'].iloc[0]}: {found['verdict'].iloc[0]}" for n, found in claims],
+            xlabel="ratio of perplexities (log)" if ratio else "difference of answers, points",
+        )
+        axis.tick_params(labelsize=9)
+        axis.grid(axis="y", visible=False)
+    covers = "95 % intervals: other documents or questions of the same kind; of trained models, other trainings too."
+    figure.supxlabel(covers, fontsize=8, color=GREY)
     return figure

@@ -78,12 +78,12 @@ def verdicts() -> str:
     pool = recorded_pool()
     count = Counter(judge(claim, pool).word for claim in CLAIMS if not claim.ours)
     named = {
-        HOLDS: "hold",
-        FAILS: "do not hold",
-        DEPENDS: "depend on how answers are scored",
-        UNDECIDED: "are undecided",
+        HOLDS: ("holds", "hold"),
+        FAILS: ("fails", "fail"),
+        DEPENDS: ("depends on how answers are scored", "depend on how answers are scored"),
+        UNDECIDED: ("is undecided", "are undecided"),
     }
-    said = [f"{count[word]} {phrase}" for word, phrase in named.items() if count[word]]
+    said = [f"{count[word]} {phrases[count[word] > 1]}" for word, phrases in named.items() if count[word]]
     return f"Of the thesis's {sum(count.values())} claims {', '.join(said[:-1])} and {said[-1]}"
 
 

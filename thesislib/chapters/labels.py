@@ -74,11 +74,12 @@ def plain(text: str) -> str:
 
 
 def table() -> str:
-    """The parts of labels as a Markdown table: how each is shown, recorded, and what it means."""
-    rows = ["| label | in records | meaning |", "| --- | --- | --- |"]
-    for text in PARTS:
-        label = Label.parse(text)
-        rows.append(f"| {abbreviated(label)} | `{text}` | {label.in_words} |")
+    """The parts of labels as a Markdown table: each as it is shown, what it means, and how records and commands write
+    it."""
+    rows = ["| label | meaning |", "| --- | --- |"]
+    for label in map(Label.parse, PARTS):
+        recorded = f", recorded as `{label}`" if label.shown != str(label) else ""
+        rows.append(f"| {abbreviated(label)} | {label.in_words}{recorded} |")
     return "\n".join(rows)
 
 

@@ -61,6 +61,9 @@ class Table(ResultsTable):
         super().__init__(table)
         self.caption, self.folded, self.name = caption, folded, name
 
+    def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, Any]:
+        return {"text/plain": repr(self.table), "text/html": self._repr_html_()}
+
     def _repr_html_(self) -> str:
         shown = _table(self.table, self.caption, self.name)
         return folded(self.folded, shown) if self.folded else shown
@@ -70,7 +73,7 @@ class Results(Table):
     """The table of the cell tagged `results`: a `Table` that is handed over to a sweep as data."""
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, Any]:
-        return super()._repr_mimebundle_(include, exclude) | {"text/html": self._repr_html_()}
+        return ResultsTable._repr_mimebundle_(self) | super()._repr_mimebundle_()
 
 
 def folded(summary: str, content: str, kind: str = "fold") -> str:

@@ -162,13 +162,17 @@ def front_table(results: Results, measure: str = PPL) -> pd.DataFrame:
 def at_equal_bytes(results: Results) -> dict[str, Comparison | None]:
     """Each model that is not quantised against its best quantised rival, Holm-adjusted.
 
-    A rival was trained on the same texts and is no larger. A model without one has None.
+    A rival was trained on the same texts and is no larger. A model without one has None; where no quantised model was
+    trained on the same texts, there is nothing to compare, and a model is left out.
     """
     rows = points(results).dropna(subset=["MB", PPL]).set_index("label")
     plain, packed = (rows[rows["family"].isin(names)].index for names in (FAMILIES[:2], FAMILIES[2:]))
     pairs = {}
-    for x in plain if len(packed) else ():
-        rivals = [q for q in packed if trained_like(q) == trained_like(x) and rows.loc[q, "MB"] <= rows.loc[x, "MB"]]
+    for x in plain:
+        alike = [q for q in packed if trained_like(q) == trained_like(x)]
+        if not alike:
+            continue
+        rivals = [q for q in alike if rows.loc[q, "MB"] <= rows.loc[x, "MB"]]
         pairs[x] = min(rivals, key=lambda q: rows.loc[q, PPL], default=None)
     tests = holm_adjusted({x: compare(results[x, PPL], results[q, PPL]) for x, q in pairs.items() if q})
     return {x: tests.get(x) for x in pairs}

@@ -113,6 +113,21 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names) or "none"
 
 
+def together(names: Iterable[str]) -> str:
+    """Names as a sentence lists them.
+
+    >>> together(["a", "b", "c"])
+    'a, b and c'
+    """
+    *before, last = names
+    return f"{', '.join(before)} and {last}" if before else last
+
+
+def percent_more(c: Comparison) -> str:
+    """A ratio of perplexities as a change in percent, e.g. +34 %."""
+    return f"{100 * np.expm1(c.difference):+.0f} %"
+
+
 HOLDS, FAILS, UNDECIDED, DEPENDS = "holds", "does not hold", "undecided", "depends on the scoring"
 
 

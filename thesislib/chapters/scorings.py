@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from thesislib.chapters.phrases import share
-from thesislib.evaluate.answers import AT_ONCE, EXACT, F1, FIRST_WORDS, mean_with_interval
+from thesislib.evaluate.answers import AT_ONCE, EXACT, F1, FIRST_WORDS
 from thesislib.records.measurement import Measurement
 from thesislib.records.store import Store, study
 
@@ -33,6 +34,11 @@ def scored_again(folder: Path | None = None) -> dict[tuple[str, str], Measuremen
     return {(m.provenance["origin"], m.metric): m for m in rows}
 
 
+def mean_words(m: Measurement) -> float:
+    """The mean length of recorded answers, in words."""
+    return float(np.mean([len(item["answer"].split()) for item in m.items]))
+
+
 def answers_table(
     answers: Mapping[str, Measurement], again: Mapping[tuple[str, str], Measurement] | None = None
 ) -> pd.DataFrame:
@@ -46,7 +52,6 @@ def answers_table(
     rows = []
     for name, m in answers.items():
         exact, f1, first = (again.get((m.id, metric)) for metric in SCORINGS)
-        words = mean_with_interval([len(item["answer"].split()) for item in m.items])
         rows.append(
             {
                 "model": name,
@@ -54,7 +59,7 @@ def answers_table(
                 "anywhere": share(m),
                 "exact": share(exact) or "-",
                 "F1": share(f1) or "-",
-                "words": f"{words['value']:.1f}",
+                "words": f"{mean_words(m):.1f}",
                 "n": f"{m.n:,}",
             }
         )

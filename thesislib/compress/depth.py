@@ -272,20 +272,30 @@ def _exp(x: float) -> float:
     return math.exp(x) if x < 700 else math.inf
 
 
+def block_influence(x: torch.Tensor, y: torch.Tensor) -> float:
+    """1 - mean over tokens of cos(x_t, y_t) (Men et al. 2024, ShortGPT, eq. 1).
+
+    Args:
+        x: (..., D) a block's input.
+        y: (..., D) its output.
+    """
+    return 1 - nn.functional.cosine_similarity(x.float(), y.float(), dim=-1).double().mean().item()
+
+
 def influence(subject: Subject, ids: torch.Tensor) -> list[float]:
-    """1 - mean over tokens of cos(block input, block output), for each block (Men et al. 2024, ShortGPT, eq. 1).
+    """Each block's `block_influence` over all tokens.
 
     The outputs are those of the blocks themselves. The last of transformers' `hidden_states` is the output of the final
     norm, which would give the last block another score.
     """
     sums = [0.0] * subject.depth
 
-    class Cosine(Visitor):
+    class Influence(Visitor):
         def seen(self, block, first, x, y):
-            sums[block] += nn.functional.cosine_similarity(x.float(), y.float(), dim=-1).double().sum().item()
+            sums[block] += block_influence(x, y) * x.shape[:-1].numel()
 
-    stream(subject, ids, Cosine(), title="influence")
-    return [1 - s / ids.numel() for s in sums]
+    stream(subject, ids, Influence(), title="influence")
+    return [s / ids.numel() for s in sums]
 
 
 def angular_distances(subject: Subject, ids: torch.Tensor) -> np.ndarray:

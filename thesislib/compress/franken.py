@@ -7,6 +7,7 @@ each block runs three times in a row.
 
 import itertools
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 from thesislib.errors import BadInput, shown
@@ -58,6 +59,34 @@ def format_plan(plan: Sequence[int]) -> str:
         terms.append(f"{first}" + (f"-{first + j - i - 1}" if j - i > 1 else "") + (f"x{times}" if times > 1 else ""))
         i = j
     return ",".join(terms)
+
+
+def plan_in_words(plan: Sequence[int], depth: int) -> str:
+    """What a plan does to a model of `depth` blocks; one that only skips and repeats, in ascending order.
+
+    >>> plan_in_words((0, 1, 2, 2, 5, 6, 7, 8, 9), depth=10)
+    'without 3-4; 2 twice'
+    """
+    kept, times = sorted(set(plan)), Counter(plan)
+    step = kept[1] - kept[0] if len(kept) > 1 else 1
+    if len(kept) == depth:
+        said = "all blocks"
+    elif step > 1 and kept == list(range(kept[0], depth, step)) and kept[0] < step:
+        said = f"every {'2nd' if step == 2 else '3rd' if step == 3 else f'{step}th'} block, from {kept[0]}"
+    elif 2 * len(kept) >= depth:
+        said = f"without {_spaced(sorted(set(range(depth)) - set(kept)))}"
+    else:
+        said = f"only {_spaced(kept)}"
+    whom = "all others" if said.startswith("without") else "each"
+    for count in sorted(set(times.values()) - {1}):
+        often = "twice" if count == 2 else f"{count} times"
+        again = [block for block in kept if times[block] == count]
+        said += f", {whom} {often}" if again == kept else f"; {_spaced(again)} {often}"
+    return said
+
+
+def _spaced(blocks: Sequence[int]) -> str:
+    return format_plan(blocks).replace(",", ", ")
 
 
 # The configurations of the original study (AngeloGalav/franken-llama, configurations.py) on the 32 blocks of

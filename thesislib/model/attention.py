@@ -1,9 +1,4 @@
-"""Attention maps of a text, and their two-dimensional Fourier transform.
-
-A head that always attends to the token a fixed distance back has a diagonal line as its map; the transform is a line
-through the origin at right angles to it. A head that attends to one token (a sink) has a column as its map; the
-transform is a row. Each query's attention sums to 1, so at key frequency 0 the transform is zero but at the origin.
-"""
+"""Attention maps of a text, and how much of the attention a sink takes."""
 
 import numpy as np
 import torch
@@ -33,14 +28,6 @@ def attention_maps(subject: Subject, text: str) -> tuple[np.ndarray, list[str]]:
         subject.model.set_attn_implementation(before)
     tokens = [str(subject.tokenizer.decode(i)) for i in ids[0].tolist()]
     return torch.stack([m[0].float() for m in maps]).cpu().numpy(), tokens
-
-
-def spectrum(maps: np.ndarray) -> np.ndarray:
-    """log(1 + magnitude) of the 2-D Fourier transform over the last two axes, in the shape of `maps`.
-
-    Frequency 0 is in the middle.
-    """
-    return np.log1p(np.abs(np.fft.fftshift(np.fft.fft2(maps), axes=(-2, -1)))).astype(np.float32)
 
 
 def sink_share(maps: np.ndarray) -> np.ndarray:
