@@ -6,12 +6,11 @@ import pytest
 from tests.fakes import perplexity
 from thesislib.chapters import ch00_measures as measures
 from thesislib.chapters import ch01_franken as franken
-from thesislib.chapters import chapters, findings, record_file, recorded
+from thesislib.chapters import chapters, record_file, recorded
 from thesislib.compress.franken import franken_plans
 from thesislib.errors import BadInput
 from thesislib.evaluate.setup import TASKS
 from thesislib.evaluate.stats import by_verdict
-from thesislib.files import data_file
 from thesislib.records.measurement import Measurement
 from thesislib.records.store import Store
 
@@ -199,11 +198,6 @@ def test_recorded_reference_values():
     }
     assert trivia["chat"].n == 1200 and trivia["chat"].low < 0.14 < trivia["chat"].high
     assert trivia["thesis"].low < 0.046 < trivia["thesis"].high
-
-
-def test_readme_says_what_the_records_say():
-    readme = (data_file("manifest.json").parent.parent / "README.md").read_text("utf8")
-    assert findings().strip() in readme, "run `make findings`"
 
 
 def test_measures_table_and_flattering_answers(tiny, monkeypatch):

@@ -1,0 +1,65 @@
+"""The first page against the records that it quotes."""
+
+import re
+
+import pytest
+
+from thesislib import book
+from thesislib.chapters import block, chapters, first_page, recorded
+from thesislib.chapters.chapter import WIKITEXT
+from thesislib.chapters.labels import marked
+from thesislib.chapters.pool import recorded_pool
+from thesislib.files import ROOT
+
+
+def test_readme_has_the_first_page_and_its_strip():
+    strip = first_page.strip(first_page.chain())
+    assert (ROOT / first_page.STRIP).read_text("utf8") == strip.svg(alone=True) + "\n", "run `make findings`"
+    text = (ROOT / "README.md").read_text("utf8")
+    before, after = block(text, "first")
+    picture = f"![{strip.alt}]({first_page.STRIP})"
+    assert text == before + first_page.text("notebooks/{}.ipynb", "book/{}.md", picture) + after, "run `make findings`"
+
+
+def test_the_strip_is_the_thesis_s_stages_on_one_sample():
+    stages = first_page.chain()
+    assert list(stages) == ["dense", "D2", "D2+W1:8", "D2+W1:8+W", "D2+W1:8+W+Q", "D2+W1:8+W+Q+E"]
+    assert len({m.n for m, _ in stages.values()}) == 1
+    for label, (m, mb) in stages.items():
+        assert m in recorded_pool()[label, WIKITEXT][m.n] and m.label == label and 50 < mb < 300
+    said = first_page.strip(stages).svg()
+    for m, mb in stages.values():
+        assert f">{mb:.0f} MB<" in said and f">perplexity {m.value:.1f}<" in said
+
+
+def test_every_chapter_has_its_line_and_its_box():
+    rows = first_page.table("{}").splitlines()[2:]
+    assert len(rows) == len(chapters())
+    for (name, chapter), row in zip(chapters().items(), rows, strict=True):
+        opening, record = chapter.opening, recorded(name)
+        assert row.startswith(f"| [{int(name[:2])}]({name}) | {opening.question} | {marked(opening.short(record))} |")
+        assert opening.question.endswith("?") and len(opening.short(record).split()) <= 15
+        assert 1 <= len(re.findall(r"[.!](?= |$)", opening.answer(record))) <= 3
+        assert opening.protocol(record) and opening.learn
+
+
+def test_addresses_come_from_one_setting(tmp_path, monkeypatch):
+    config = (ROOT / "_config.yml").read_text("utf8")
+    (tmp_path / "_config.yml").write_text(config)
+    assert "repository" not in book.config(tmp_path) and "use_repository_button" not in book.config(tmp_path)
+    filled = config.replace('url: ""', "url: https://example.org/fork").replace(
+        'baseurl: ""', "baseurl: https://example.org/"
+    )
+    (tmp_path / "_config.yml").write_text(filled)
+    assert "https://example.org/fork" in book.config(tmp_path) and "use_repository_button: true" in book.config(
+        tmp_path
+    )
+    monkeypatch.setattr(first_page, "addresses", lambda: ("https://example.org/fork", "https://example.org/"))
+    said = first_page.text("{}", "{}", "picture")
+    assert "[the rendered book](https://example.org/)" in said and "url    = {https://example.org/fork}" in said
+
+
+@pytest.mark.parametrize("part", ["api/thesislib.compress.gptq", "api/thesislib.book"])
+def test_the_api_s_pages_are_in_the_contents(part):
+    pages = book.api()
+    assert f"{part}.md" in pages and f"book/{part}" in book.contents(pages)
