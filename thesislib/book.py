@@ -1,6 +1,7 @@
 """Notebooks executed with papermill, cached by what they depend on, and the HTML book built from them."""
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -11,8 +12,10 @@ from pathlib import Path
 import yaml
 
 from thesislib.chapters import first_page, labels, reads
+from thesislib.chapters.page import MINUTES
 from thesislib.errors import BadInput
-from thesislib.files import ROOT, check_checkout
+from thesislib.files import ROOT, check_checkout, read_json, write_whole
+from thesislib.records.measurement import hardware
 from thesislib.runner import chapters, executed
 from thesislib.tables import RESULTS
 
@@ -178,17 +181,41 @@ def store(out: Path, root: Path = ROOT) -> list[Path]:
     ]
 
 
+def note_times(out: Path, root: Path = ROOT) -> Path:
+    """Write how long each notebook took when it was last executed into data/results/minutes.json.
+
+    Boxes and the table of chapters quote it. It is written by hand, on a quiet machine, and not by every execution:
+    pages would change with each.
+
+    Raises:
+        BadInput: a notebook was not executed here.
+    """
+    seconds = {}
+    for name in chapters(root):
+        last = max((out / "executed").glob(f"{name}-*.ipynb"), key=lambda p: p.stat().st_mtime, default=None)
+        if last is None:
+            raise BadInput(f"{name} was not executed under {out}: run `make notebooks`")
+        seconds[name] = round(read_json(last)["metadata"]["papermill"]["duration"])
+    machine = f"{os.cpu_count()} cores of {hardware()['cpu']}"
+    file = root / "data" / MINUTES
+    write_whole(file, json.dumps({"machine": machine, "seconds": seconds}, indent=2) + "\n")
+    return file
+
+
 def main(argv: list[str] | None = None) -> None:
-    """`python -m thesislib.book [--stored | --store] [--out DIR]`: see the Makefile."""
+    """`python -m thesislib.book [--stored | --store | --time] [--out DIR]`: see the Makefile."""
     import argparse
 
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "_build" / "book")
     parser.add_argument("--stored", action="store_true", help="build from the notebooks' stored outputs")
     parser.add_argument("--store", action="store_true", help="execute, then put the outputs into notebooks/")
+    parser.add_argument("--time", action="store_true", help="note how long the last executions took")
     arguments = parser.parse_args(argv)
     try:
-        if arguments.store:
+        if arguments.time:
+            print(note_times(arguments.out))
+        elif arguments.store:
             print(*store(arguments.out), sep="\n")
         else:
             print(build(arguments.out, stored=arguments.stored))
