@@ -328,7 +328,7 @@ def test_figures_hold_every_model(story):
     table = points(story)
     marks = trade_offs.marks_of(story)
     chart = figures.pareto_chart(table, front(table, "MB", PPL), PPL, marks, most=30)
-    assert chart.axes[0].get_title() == "untrained: 3 models, 1 above 30 not drawn\n"
+    assert chart.axes[0].get_title() == "untrained: 3 models\n(1 above 30 not drawn)"
     assert len(chart.axes) == 2 and chart.axes[0].get_xlabel() == "MB on disk"
     off, told = evaluation.interaction_grid(story)
     assert off.loc[2, "1:8"] == pytest.approx(1.22, abs=0.01) and told.loc[2, "1:8"]

@@ -380,11 +380,11 @@ def precision(exact: Results, rounded: Results) -> Precision:
 def precision_sentence(exact: Results, rounded: Results) -> str:
     """`precision` in words."""
     both = precision(exact, rounded)
-    shifts, differ = both.shifts.values(), len(both.differ)
+    shifts = both.shifts.values()
     return (
         f"{len(shifts)} models in both types: perplexity in bfloat16 is off by {min(shifts):+.2%} to "
-        f"{max(shifts):+.2%}, and of {len(both.exact)} comparisons between them {differ} come{'s' * (differ == 1)} "
-        "out otherwise."
+        f"{max(shifts):+.2%}, and {len(both.differ) or 'none'} of {len(both.exact)} comparisons between them come out "
+        "otherwise."
     )
 
 
@@ -419,9 +419,23 @@ def protocol(record: Record) -> str:
     return f"WikiText-2 test. {protocol_sentence(results)}{note}{whole}"
 
 
+def main_fronts(results: Results, measure: str) -> dict[str, list[str]]:
+    """The fronts of the untrained models and of those trained on WikiText, see `pareto.front`."""
+    return {
+        base: labels
+        for base, labels in front(points(results), "MB", measure).items()
+        if base in (DENSE, "W") and labels
+    }
+
+
+def with_answers(record: Record) -> Results:
+    """The whole size's results once quantised models have answered with the book open; else the sample's."""
+    return record.full if all((label, OPEN) in record.full for label in (DENSE, "W", "Q", "Q+E")) else record.sample
+
+
 def front_caption(record: Record) -> str:
     """What the first figure finds."""
-    by_base = front(points(record.for_fronts), "MB", PPL)
+    by_base = main_fronts(record.for_fronts, PPL)
     counts = " and ".join(
         f"{sum(family(x) in FAMILIES[2:] for x in labels)} of the {len(labels)} {group(base)}"
         for base, labels in by_base.items()

@@ -615,13 +615,13 @@ def pareto_chart(
             _thousands(axis.yaxis)
         else:
             axis.yaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f}%")
-        left = f", {len(known) - len(shown)} above {most:.0f} not drawn" if len(known) > len(shown) else ""
+        left = f"({len(known) - len(shown)} above {most:.0f} not drawn)" if len(known) > len(shown) else ""
+        said = [f"{group(base)}: {len(shown)} models", left, f"(to every label add {trained})" if trained else ""]
         better = "lower is better, log" if measure == PPL else "higher is better"
         axis.set(
             xlabel="MB on disk",
             ylabel=f"{measure} ({better})" if axis is axes[0][0] else "",
-            title=f"{group(base)}: {len(shown)} models{left}"
-            + (f"\n(to every label add {trained})" if trained else "\n"),
+            title="\n".join(filter(None, said)),
         )
         axis.title.set_fontsize(9)
     seen = {name: handle for axis in axes[0] for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
