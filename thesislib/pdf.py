@@ -49,7 +49,9 @@ def write(html: Path, out: Path) -> Path:
                 "document.querySelectorAll('details.all, details.fold, details.answer').forEach(d => d.open = true)"
             )
             file = out.with_suffix(f".{name.replace('/', '-')}.pdf")
-            page.pdf(path=str(file), format="A4", margin=dict.fromkeys(("top", "bottom", "left", "right"), "14mm"))
+            page.pdf(
+                path=str(file), format="A4", margin={"top": "14mm", "bottom": "14mm", "left": "14mm", "right": "14mm"}
+            )
             joined.append(file, outline_item=page.title())
             file.unlink()
             page.close()

@@ -90,14 +90,6 @@ def recorded(chapter: str):
     return chapter_of(chapter).read(record_file(chapter))
 
 
-def findings() -> str:
-    """What was found, in sentences filled in from the recorded runs: for the book's first page and the README."""
-    return "\n".join(
-        f"**Chapter {int(name[:2])}, {chapter.title}.** {chapter.headline(recorded(name))}\n"
-        for name, chapter in chapters().items()
-    )
-
-
 def block(text: str, name: str) -> tuple[str, str]:
     """What stands before and after the part of a text that is written from records.
 

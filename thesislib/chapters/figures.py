@@ -389,11 +389,11 @@ def recovery_chart(points: Mapping[str, Mapping[str, Measurement]], dense: str =
             look: dict[str, Any] = {"mfc": fill, "markersize": 7, "capsize": 3, "label": trained or name}
             intervals(axis, at, _of(ms), marker, colour, across=True, **look)
             if name != "+T" and name in points.get(dense, {}):
-                at = points[dense][name].value
-                axis.axvline(at, color=colour, linestyle=":" if trained else "--", linewidth=1)
+                control = points[dense][name].value
+                axis.axvline(control, color=colour, linestyle=":" if trained else "--", linewidth=1)
                 axis.annotate(
                     f"dense{trained or ', untrained'}",
-                    (at, 1.01),
+                    (control, 1.01),
                     xycoords=("data", "axes fraction"),
                     ha="right" if trained else "left",
                     fontsize=9,
@@ -838,7 +838,7 @@ def forest_chart(table: pd.DataFrame) -> plt.Figure:
         axis.axvline(1 if ratio else 0, color=GREY, linestyle="--", linewidth=1)
         if ratio:
             axis.set_xscale("log")
-            axis.set_xticks(at := [0.2, 0.5, 1, 2, 5, 10], [f"{x:g}" for x in at])
+            axis.set_xticks(ticks := [0.2, 0.5, 1, 2, 5, 10], [f"{x:g}" for x in ticks])
             axis.xaxis.set_minor_formatter(NullFormatter())
         axis.set(
             xlim=(left, right),
