@@ -85,6 +85,8 @@ def test_labels_are_text_in_the_page_of_claims(parser, monkeypatch):
     rows = {(f"{label}{end}", claims.WIKITEXT): known[f"D2{end}", claims.WIKITEXT] for end in ("", "+W")}
     hostile = claims.Claim(
         "c",
+        "a name",
+        "{size}",
         lambda records: [(label, f"{label}+W", claims.WIKITEXT)],
         ("02_depth_pruning", "x"),
     )

@@ -281,7 +281,7 @@ def test_every_cell_says_what_its_numbers_say():
     )
     files = quantisation.files(files, dense)
     assert files["x dense"].tolist() == pytest.approx([20 / dense.value, 40 / dense.value])
-    for most, there in ((4, ["Q4_1", "Q4_0"]), (1.5, ["Q4_1"])):
+    for most, there in ((4, ["Q4_1 file, 98 MB", "Q4_0"]), (1.5, ["Q4_1 file, 98 MB"])):
         axis = figures.bytes_chart(sizes, files, most).axes[0]
         drawn = [len(line.get_xdata()) for line in axis.lines if "file" in str(line.get_label())]
         assert sum(drawn) == len(there)

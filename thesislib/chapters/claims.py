@@ -31,7 +31,7 @@ from thesislib.records.measurement import in_markdown
 
 MISSING = "not measured"
 FIGURE = "book/_static/claims.png"  # of `forest`, drawn by `make findings`
-GRID_PAGE = "../notebooks/06_evaluation.html#the-whole-text-and-other-measures"
+GRID_PAGE = "../notebooks/06_evaluation.html#do-other-measures-agree"
 EXACT = SCORINGS[0]
 COUNTED = {
     HOLDS: ("holds", "hold"),
