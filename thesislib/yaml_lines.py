@@ -56,12 +56,12 @@ def _node(text: str, where: str | Path) -> yaml.Node | None:
 
 
 def at(path: Path, node: yaml.Node, message: object) -> BadInput:
-    """The error 'FILE:LINE: message' for a node."""
+    """The error for a node: the file, the line and a message, with colons between."""
     return BadInput(f"{location(path, node)}: {message}")
 
 
 def location(path: Path, node: yaml.Node) -> str:
-    """Where a node stands: 'FILE:LINE', lines counted from 1."""
+    """Where a node stands: the file, a colon and the line, counted from 1."""
     return f"{path}:{node.start_mark.line + 1}"
 
 

@@ -34,7 +34,7 @@ class Recipe:
 
     Attributes:
         stages: in order.
-        locations: where each stage is written, for messages: "FILE:LINE", or the label.
+        locations: where each stage is written, for messages: file and line, or the label.
         data: a data spec; None if the recipe has none.
         name: the recipe's name; None if it has none.
     """
