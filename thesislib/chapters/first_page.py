@@ -148,7 +148,7 @@ def text(chapter: str, page: str, picture: str) -> str:
         .format(
             picture=picture,
             findings="\n".join(
-                f"- **{title}** {marked(line)} ([chapter {int(name[:2])}]({chapter.format(name)}))"
+                f"1. **{title}** {marked(line)} ([chapter {int(name[:2])}]({chapter.format(name)}))"
                 for title, line, name in findings()
             ),
             verdicts=verdicts(),
