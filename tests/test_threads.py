@@ -40,4 +40,4 @@ def test_every_notebook_imports_thesislib_before_what_loads_torch():
             n for source in cells for n in ast.walk(ast.parse(source)) if isinstance(n, (ast.Import, ast.ImportFrom))
         ]
         modules = [(n.module if isinstance(n, ast.ImportFrom) else n.names[0].name).partition(".")[0] for n in found]
-        assert set(modules[: modules.index("thesislib")]) <= {"IPython"}, notebook.name
+        assert set(modules[: modules.index("thesislib")]) <= {"IPython", *sys.stdlib_module_names}, notebook.name
