@@ -132,7 +132,8 @@ def test_execute_with_parameters_and_failure(capfd, tmp_path):
     source = tmp_path / "one.ipynb"
     nbformat.write(notebook("print(seconds * 2)", "assert seconds < 5, 'too many'"), source)
     execute(source, tmp_path / "out.ipynb", {"seconds": 4})
-    assert "IPKernelApp" not in capfd.readouterr().err  # nothing to read between two chapters
+    # nothing to read between two chapters; a busy machine may interrupt a kernel that is about to end
+    assert "WARNING" not in capfd.readouterr().err
     assert "8\n" in (tmp_path / "out.ipynb").read_text().replace("\\n", "\n")
     with pytest.raises(RuntimeError, match="raised AssertionError: too many"):
         execute(source, tmp_path / "bad.ipynb", {"seconds": 6})
