@@ -162,5 +162,5 @@ def results(notebook: Path) -> list[dict[str, Any]]:
         if table := output.get("data", {}).get(RESULTS):
             return [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
     raise BadInput(
-        f"the cell tagged '{TAG}' of {notebook.name} hands over no table: expected ResultsTable(...) as its last line"
+        f"the cell tagged '{TAG}' of {notebook.name} hands over no table: expected page.Results(...) as its last line"
     )

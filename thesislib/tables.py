@@ -20,14 +20,15 @@ class ResultsTable:
         self.table = table
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, Any]:
-        table = self.table.reset_index() if self.table.index.name else self.table
-        columns = distinct(str(name).strip() for name in table.columns)
-        rows = json.loads(table.to_json(orient="values", double_precision=15))
-        return {
-            "text/plain": repr(self.table),
-            "text/html": self.table._repr_html_(),
-            RESULTS: {"columns": columns, "rows": rows},
-        }
+        shown = {"text/plain": repr(self.table), "text/html": self.table._repr_html_()}
+        return {**shown, RESULTS: as_data(self.table)}
+
+
+def as_data(table: "pd.DataFrame") -> dict[str, Any]:
+    """What a sweep reads of a table: {"columns": names, "rows": lists}, an index with a name first."""
+    table = table.reset_index() if table.index.name else table
+    columns = distinct(str(name).strip() for name in table.columns)
+    return {"columns": columns, "rows": json.loads(table.to_json(orient="values", double_precision=15))}
 
 
 def distinct(names: Iterable[str]) -> list[str]:

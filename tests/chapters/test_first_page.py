@@ -5,7 +5,11 @@ import re
 import pytest
 
 from thesislib import book
-from thesislib.chapters import block, chapters, first_page, recorded
+from thesislib.chapters import block, chapters, first_page, pareto, recorded
+from thesislib.chapters import ch04_recovery as recovery
+from thesislib.chapters import ch05_quantisation as quantisation
+from thesislib.chapters import ch05_runs as gptq
+from thesislib.chapters import ch07_device as device
 from thesislib.chapters.chapter import WIKITEXT
 from thesislib.chapters.labels import marked
 from thesislib.chapters.pool import recorded_pool
@@ -30,6 +34,24 @@ def test_the_strip_is_the_thesis_s_stages_on_one_sample():
     said = first_page.strip(stages).svg()
     for m, mb in stages.values():
         assert f">{mb:.0f} MB<" in said and f">perplexity {m.value:.1f}<" in said
+
+
+def test_the_titles_of_the_findings_are_what_the_records_say():
+    """Titles and the words between the numbers are fixed: if one of these fails, the finding has turned."""
+    lose, of_all = pareto.beaten(recorded("06_evaluation").for_fronts)
+    assert lose > of_all / 2  # bits beat weights
+    assert 0.4 < recovery.recovered(recorded("04_lora_recovery")).loc["D2", "fair"] < 0.6  # about half
+    timed = recorded("07_on_device")
+    assert max(device.gains_by_zeros(timed).values()) < device.drift(timed)  # no time that could be told from noise
+    q = gptq.ablation_parameters()
+    assert (
+        quantisation.textbook(recorded("05_quantisation"), q).plain.verdict() == "worse"
+    )  # plain GPTQ against rounding
+    assert [title for title, *_ in first_page.findings()] == [
+        "Fewer bits beat fewer weights.",
+        "About half of what LoRA wins back is getting used to the text.",
+        "Zeros that no kernel skips buy no time.",
+    ]
 
 
 def test_every_chapter_has_its_line_and_its_box():

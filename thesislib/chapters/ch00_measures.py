@@ -160,7 +160,7 @@ def _hellaswag(found: Sequence[Measurement]) -> Measurement:
 
 
 def headline(found: Sequence[Measurement]) -> str:
-    """What chapter 0 found, in sentences, for the book's first page and the README."""
+    """What chapter 0 found, in sentences: the fold "All findings in one place"."""
     ppl, trivia = _ppl(found), _trivia(found)
     first, last = min(ppl), max(ppl)
     name = found[0].provenance["subject"]

@@ -437,7 +437,7 @@ def memory_sentence(record: Results) -> str:
 
 
 def headline(results: Results) -> str:
-    """What chapter 1 found, in sentences, for the book's first page and the README."""
+    """What chapter 1 found, in sentences: the fold "All findings in one place"."""
     base, against = results.perplexity[BASELINE], results.against_baseline()
     losses = {name: loss for name, (loss, _) in against.items()}
     twice = results.losses(results.repeated)

@@ -565,7 +565,7 @@ OPENING = Opening(
 
 
 def headline(results: Results) -> str:
-    """What chapter 2 found, in sentences, for the book's first page and the README."""
+    """What chapter 2 found, in sentences: the fold "All findings in one place"."""
     dense, counts = results.quoted(0), [k for k in THESIS if ("perplexity", k) in results.perplexity]
     ours = {k: results.quoted(k) for k in counts}
     grow = ", ".join(

@@ -377,7 +377,7 @@ def equal_bytes_sentence(results: Results, p: WidthChapter) -> str:
 
 
 def headline(results: Results) -> str:
-    """What chapter 3 found, in sentences, for the book's first page and the README."""
+    """What chapter 3 found, in sentences: the fold "All findings in one place"."""
     p = recorded_parameters()
     dense, main = dense_of(results), main_results(results, p)
     by_seed = calibration_table(results, p).loc[(p.text, p.calibration)]

@@ -544,7 +544,7 @@ def agrees(results: Results, record: Results, text: str = "wikitext") -> bool:
 
 
 def headline(results: Recorded) -> str:
-    """What chapter 4 found, in sentences, for the book's first page and the README."""
+    """What chapter 4 found, in sentences: the fold "All findings in one place"."""
     measured = perplexities(results)
     before, after, dense, control = (measured[c, text] for c in ("D2", DENSE) for text in ("", "wikitext"))
     theirs = " to ".join(

@@ -841,7 +841,7 @@ def protocol(results: Recorded) -> str:
 
 
 def headline(results: Results) -> str:
-    """What chapter 5 found, in sentences, for the book's first page and the README."""
+    """What chapter 5 found, in sentences: the fold "All findings in one place"."""
     p, q = recorded_parameters(), ablation_parameters()
     reached = []
     for text, configs in (

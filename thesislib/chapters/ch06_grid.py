@@ -30,7 +30,7 @@ from thesislib.chapters.pareto import (
     PPL,
     USABLE,
     Results,
-    at_equal_bytes,
+    beaten,
     equal_bytes_sentence,
     file_sentence,
     front,
@@ -394,11 +394,10 @@ def precision_sentence(exact: Results, rounded: Results) -> str:
 def answer(record: Record) -> str:
     """The chapter's answer in two sentences."""
     results = record.for_fronts
-    tests = at_equal_bytes(results)
-    beaten = sum(c is not None and c.verdict() == "better" for c in tests.values())
+    lose, of_all = beaten(results)
     smallest = smallest_usable(results)[DENSE]
     return (
-        f"Fewer bits beat fewer weights: {beaten} of {len(tests)} models that are not quantised lose to a quantised "
+        f"Fewer bits beat fewer weights: {lose} of {of_all} models that are not quantised lose to a quantised "
         f"one that is no larger. Without training, {smallest} is the smallest that stays within {USABLE - 1:.0%} of "
         "the dense model's perplexity."
     )
@@ -406,9 +405,8 @@ def answer(record: Record) -> str:
 
 def short(record: Record) -> str:
     """The answer in about ten words."""
-    tests = at_equal_bytes(record.for_fronts)
-    beaten = sum(c is not None and c.verdict() == "better" for c in tests.values())
-    return f"fewer bits beat fewer weights at equal bytes: {beaten} of {len(tests)}"
+    lose, of_all = beaten(record.for_fronts)
+    return f"fewer bits beat fewer weights at equal bytes: {lose} of {of_all}"
 
 
 def protocol(record: Record) -> str:

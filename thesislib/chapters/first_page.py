@@ -16,7 +16,7 @@ from thesislib.chapters.claims import CLAIMS, judge
 from thesislib.chapters.drawing import Drawing
 from thesislib.chapters.labels import marked, of
 from thesislib.chapters.page import minutes
-from thesislib.chapters.pareto import at_equal_bytes, front, marks_of, no_better, points, size_of
+from thesislib.chapters.pareto import beaten, front, marks_of, no_better, points, size_of
 from thesislib.chapters.phrases import DEPENDS, FAILS, HOLDS, UNDECIDED
 from thesislib.chapters.pool import recorded_pool
 from thesislib.experiment import DENSE
@@ -107,13 +107,12 @@ def addresses() -> tuple[str, str]:
 def findings() -> list[tuple[str, str, str]]:
     """(what was found, the number behind it, the notebook that shows it) of the three that matter most."""
     share = recovery.recovered(recorded("04_lora_recovery")).loc["D2"]
-    tests = at_equal_bytes(recorded("06_evaluation").for_fronts)
-    beaten = sum(c is not None and c.verdict() == "better" for c in tests.values())
+    lose, of_all = beaten(recorded("06_evaluation").for_fronts)
     timed = recorded("07_on_device")
     return [
         (
             "Fewer bits beat fewer weights.",
-            f"Of {len(tests)} models in 16 bits {beaten} lose to a quantised one that is no larger.",
+            f"Of {of_all} models in 16 bits {lose} lose to a quantised one that is no larger.",
             "06_evaluation",
         ),
         (

@@ -20,7 +20,7 @@ from thesislib.chapters.chapter import Chapter
 from thesislib.chapters.labels import marked
 from thesislib.chapters.phrases import FAILS, HOLDS
 from thesislib.files import data_file, read_json
-from thesislib.tables import ResultsTable
+from thesislib.tables import RESULTS, as_data
 
 MINUTES = "results/minutes.json"  # written by `python -m thesislib.book --time`
 ROWS = 12  # of a table that are in view; the others are behind a fold
@@ -47,7 +47,7 @@ def expect(holds: bool, sentence: str) -> None:
     display(Markdown(f"{sign} *{verdict}:* {marked(sentence)}"))
 
 
-class Table(ResultsTable):
+class Table:
     """A table under its caption, its first rows in view and the whole behind a fold, with a download as CSV.
 
     Args:
@@ -58,8 +58,7 @@ class Table(ResultsTable):
     """
 
     def __init__(self, table: pd.DataFrame, caption: str, folded: str = "", name: str = "table"):
-        super().__init__(table)
-        self.caption, self.folded, self.name = caption, folded, name
+        self.table, self.caption, self.folded, self.name = table, caption, folded, name
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, Any]:
         return {"text/plain": repr(self.table), "text/html": self._repr_html_()}
@@ -73,7 +72,7 @@ class Results(Table):
     """The table of the cell tagged `results`: a `Table` that is handed over to a sweep as data."""
 
     def _repr_mimebundle_(self, include=None, exclude=None) -> dict[str, Any]:
-        return ResultsTable._repr_mimebundle_(self) | super()._repr_mimebundle_()
+        return {**super()._repr_mimebundle_(), RESULTS: as_data(self.table)}
 
 
 def folded(summary: str, content: str, kind: str = "fold") -> str:

@@ -178,6 +178,12 @@ def at_equal_bytes(results: Results) -> dict[str, Comparison | None]:
     return {x: tests.get(x) for x in pairs}
 
 
+def beaten(results: Results) -> tuple[int, int]:
+    """How many models that are not quantised lose to a rival of `at_equal_bytes`, and of how many."""
+    tests = at_equal_bytes(results)
+    return sum(c is not None and c.verdict() == "better" for c in tests.values()), len(tests)
+
+
 def equal_bytes_sentence(results: Results) -> str:
     """`at_equal_bytes` in words."""
     tests = at_equal_bytes(results)
