@@ -5,7 +5,7 @@ import re
 import pytest
 
 from thesislib import book
-from thesislib.chapters import block, chapters, first_page, pareto, recorded
+from thesislib.chapters import block, chapters, first_page, page, pareto, recorded
 from thesislib.chapters import ch04_recovery as recovery
 from thesislib.chapters import ch05_quantisation as quantisation
 from thesislib.chapters import ch05_runs as gptq
@@ -85,3 +85,9 @@ def test_addresses_come_from_one_setting(tmp_path, monkeypatch):
 def test_the_api_s_pages_are_in_the_contents(part):
     pages = book.api()
     assert f"{part}.md" in pages and f"book/{part}" in book.contents(pages)
+
+
+@pytest.mark.parametrize("name", list(chapters()))
+def test_a_stored_box_quotes_the_time_that_was_noted(name):
+    stored = (ROOT / "notebooks" / f"{name}.ipynb").read_text("utf8")
+    assert f"</code> takes {page.minutes(name)} on two cores" in stored
