@@ -10,7 +10,13 @@ import yaml
 from thesislib.errors import BadInput
 from thesislib.files import ROOT, write_whole
 
-NARROW = "header, .bd-sidebar-primary, .bd-sidebar-secondary, .bd-header, footer, .prev-next-area, .toggle-details"
+HIDDEN = "header, .bd-sidebar-primary, .bd-sidebar-secondary, .bd-header, footer, .prev-next-area, details.hide"
+STYLE = f"""
+{HIDDEN} {{ display: none !important }}
+pre {{ white-space: pre-wrap !important; overflow-wrap: anywhere }}
+figcaption, caption {{ color: #222 !important }}
+figure, tr {{ break-inside: avoid }}
+"""
 
 
 def pages(root: Path = ROOT) -> list[str]:
@@ -43,8 +49,8 @@ def write(html: Path, out: Path) -> Path:
         browser = p.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         for name in pages():
             page = browser.new_page()
-            page.goto((html / f"{name}.html").as_uri(), wait_until="networkidle")
-            page.add_style_tag(content=f"{NARROW} {{ display: none !important }}")
+            page.goto((html / f"{name}.html").resolve().as_uri(), wait_until="networkidle")
+            page.add_style_tag(content=STYLE)
             page.evaluate(
                 "document.querySelectorAll('details.all, details.fold, details.answer').forEach(d => d.open = true)"
             )
