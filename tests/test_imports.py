@@ -107,7 +107,8 @@ def test_who_finds_the_tasks_depends_on_them_all(tmp_path):
     copy = tmp_path / "thesislib"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
     before = digest_of(sources(["thesislib.evaluate.setup"], copy), tmp_path)
-    (copy / "evaluate" / "piqa.py").write_text((copy / "evaluate" / "piqa.py").read_text() + "# worded otherwise\n")
+    piqa = copy / "sources" / "choices" / "piqa.py"
+    piqa.write_text(piqa.read_text() + "# worded otherwise\n")
     touched = digest_of(sources(["thesislib.evaluate.setup"], copy), tmp_path)
     (copy / "evaluate" / "new.py").write_text("# one more task\n")
     assert len({before, touched, digest_of(sources(["thesislib.evaluate.setup"], copy), tmp_path)}) == 3

@@ -19,6 +19,8 @@ from thesislib.evaluate.task import sha256_of_items
 from thesislib.files import ROOT
 from thesislib.records.measurement import Measurement
 from thesislib.sources import corpus
+from thesislib.sources.choices import choice_set
+from thesislib.sources.choices.found import SETS
 from thesislib.sources.rows import rows as read_rows
 
 RECORDED = sorted((ROOT / "data" / "results").glob("0[0-3]_*.jsonl"))  # chapters that measure without protocols
@@ -341,7 +343,7 @@ def test_what_does_not_compare(a, b, message):
 @pytest.mark.parametrize("protocol", PROTOCOLS, ids=str)
 def test_a_text_is_read_and_hashed_once(subject, data, protocol, monkeypatch):
     reads, rows, hashed, sha256 = [], read_rows, [], hashlib.sha256
-    for reader in (corpus, choice):
+    for reader in (corpus, choice_set):
         monkeypatch.setattr(reader, "rows", lambda *of: reads.append(of) or rows(*of))
     monkeypatch.setattr(
         hashlib, "sha256", lambda *content: hashed.append(sha256(*content).hexdigest()) or sha256(*content)
@@ -376,9 +378,8 @@ def test_open_and_closed_book_are_told_apart_without_a_protocol():
 
 def test_tasks_are_found_in_their_folder():
     files = {type(task).__module__.rpartition(".")[2] for task in TASKS.values()}
-    assert {"perplexity", "triviaqa", "harness", "hellaswag", "piqa", "arc"} <= files and all(
-        name == task.name for name, task in TASKS.items()
-    )
+    assert {"perplexity", "triviaqa", "harness", "choice"} <= files and {"hellaswag", "piqa"} <= set(SETS) <= set(TASKS)
+    assert all(name == task.name for name, task in TASKS.items())
     for task in TASKS.values():
         kind, allowed = task.tolerance
         assert (

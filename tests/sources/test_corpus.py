@@ -11,9 +11,9 @@ import torch
 
 from tests.fakes import hub_holds
 from thesislib.errors import BadInput, shown
-from thesislib.evaluate.choice import MultipleChoice
 from thesislib.evaluate.setup import TASKS, Setup
 from thesislib.sources import corpus
+from thesislib.sources.choices.found import SETS
 from thesislib.sources.corpus import Choice, Text, clean_web, join, questions, windows
 from thesislib.sources.rows import SOURCES as READ_BY_SEVERAL
 from thesislib.sources.rows import default_data, take
@@ -21,8 +21,8 @@ from thesislib.sources.rows import rows as read_rows
 from thesislib.sources.wheels import wheel_folder
 
 UNICODE = "Grüße aus Kraków!  \t 日本語の文章、🚁 und mehr.\n\nÆon naïve – “quoted” ½ "
-CHOICES = [name for name, task in TASKS.items() if isinstance(task, MultipleChoice)]
-SOURCES = READ_BY_SEVERAL | {name: TASKS[name].source for name in CHOICES}
+CHOICES = list(SETS)
+SOURCES = READ_BY_SEVERAL | {name: questions.source for name, questions in SETS.items()}
 PIQA = {"goal": "boil an egg", "sol1": "in water", "sol2": "in sand", "label": 0}
 
 
@@ -572,7 +572,7 @@ def test_every_embedded_task_reads(task):
     else:
         assert all(column in row for row in found for column in columns)
     if task in CHOICES:
-        items = [TASKS[task].item(i, row) for i, row in enumerate(found)]
+        items = [SETS[task].item(i, row) for i, row in enumerate(found)]
         assert all(0 <= item.label < len(item.endings) and item.context for item in items)
 
 
@@ -668,7 +668,7 @@ def test_every_task_of_the_folder_reads(shared_data):
         assert all(column in row for row in rows(task, shared_data) for column in source.columns)
     assert all(q.context for q in questions(shared_data, open_book=True))
     for task in CHOICES:
-        assert all(0 <= TASKS[task].item(i, row).label < 5 for i, row in enumerate(rows(task, shared_data)))
+        assert all(0 <= SETS[task].item(i, row).label < 5 for i, row in enumerate(rows(task, shared_data)))
 
 
 @pytest.mark.parametrize("value", [["copper"], {"a": "copper"}, 5])

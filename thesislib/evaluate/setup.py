@@ -7,10 +7,12 @@ from typing import Any
 
 from thesislib.config import build
 from thesislib.errors import BadInput, unknown
+from thesislib.evaluate.choice import MultipleChoice
 from thesislib.evaluate.task import Options, Task
 from thesislib.imports import members
 from thesislib.model.subject import Subject
 from thesislib.records.measurement import Measurement
+from thesislib.sources.choices.found import SETS
 
 TASKS: dict[str, Task] = {}  # filled below
 
@@ -117,3 +119,4 @@ for _module in members("thesislib.evaluate"):
                     f"two tasks are called '{_cls.name}': {type(TASKS[_cls.name]).__module__} and {_module.__name__}"
                 )
             TASKS[_cls.name] = _cls()
+TASKS.update({name: MultipleChoice(questions) for name, questions in SETS.items()})

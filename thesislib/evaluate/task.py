@@ -58,8 +58,8 @@ class Task:
         two_models: whether it compares a subject with a reference model.
     """
 
-    name: ClassVar[str]
-    metric: ClassVar[str]
+    name: str
+    metric: str
     unit: ClassVar[str]
     higher_is_better: ClassVar[bool]
     ratio: ClassVar[bool] = False

@@ -1,11 +1,11 @@
 """BoolQ: a yes-or-no question that people asked, with a passage that answers it (Clark et al. 2019)."""
 
-from thesislib.evaluate.choice import MultipleChoice
+from thesislib.sources.choices.choice_set import ChoiceSet
 from thesislib.sources.corpus import Choice
 from thesislib.sources.rows import ARROW, WORDS, Row, Source
 
 
-class BoolQ(MultipleChoice):
+class BoolQ(ChoiceSet):
     """See the module."""
 
     name = "boolq"
@@ -17,7 +17,7 @@ class BoolQ(MultipleChoice):
     )  # fmt: skip
 
     def item(self, i: int, row: Row) -> Choice:
-        """See `MultipleChoice.item`."""
+        """See `ChoiceSet.item`."""
         return Choice(
             str(i), f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", ("no", "yes"), int(row["answer"])
         )

@@ -2,12 +2,12 @@
 
 import re
 
-from thesislib.evaluate.choice import MultipleChoice
+from thesislib.sources.choices.choice_set import ChoiceSet
 from thesislib.sources.corpus import Choice, row_id
 from thesislib.sources.rows import ARROW, SEVERAL_WORDS, TEXT, WHOLE_NUMBER, Row, Source
 
 
-class HellaSwag(MultipleChoice):
+class HellaSwag(ChoiceSet):
     """See the module."""
 
     name = "hellaswag"
@@ -18,7 +18,7 @@ class HellaSwag(MultipleChoice):
     )  # fmt: skip
 
     def item(self, i: int, row: Row) -> Choice:
-        """See `MultipleChoice.item`."""
+        """See `ChoiceSet.item`."""
         context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
         return Choice(
             f"{row_id(row, 'ind') or i}/{i}",
@@ -28,7 +28,7 @@ class HellaSwag(MultipleChoice):
         )
 
     def stock_row(self, row: Row) -> Row:
-        """See `MultipleChoice.stock_row`."""
+        """See `ChoiceSet.stock_row`."""
         return super().stock_row(row) | {"label": str(row["label"])}
 
 

@@ -1,7 +1,7 @@
 """OpenBookQA: questions of school science that a fact and some sense answer, here without the fact (Mihaylov et al.
 2018)."""
 
-from thesislib.evaluate.arc import COLUMNS, ArcEasy
+from thesislib.sources.choices.arc import COLUMNS, ArcEasy
 from thesislib.sources.rows import ARROW, WORDS, Row, Source
 
 

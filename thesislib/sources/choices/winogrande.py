@@ -1,22 +1,21 @@
 """WinoGrande: which of two names fills a gap (Sakaguchi et al. 2020), by lm-evaluation-harness alone.
 
-It scores one ending, the text after the gap, with two contexts. `thesislib.evaluate.choice` scores many endings with
-one context and cannot do that.
+It scores one ending, the text after the gap, with two contexts. `thesislib.model.endings` scores many endings with one
+context and cannot do that.
 """
 
-from thesislib.errors import BadInput
-from thesislib.evaluate.choice import MultipleChoice
-from thesislib.evaluate.task import Options
+from thesislib.sources.choices.choice_set import ChoiceSet
 from thesislib.sources.corpus import Choice
 from thesislib.sources.rows import ARROW, TEXT, WORDS, Row, Source
 
 
-class WinoGrande(MultipleChoice):
+class WinoGrande(ChoiceSet):
     """See the module."""
 
     name = "winogrande"
     stock = "winogrande/default.yaml"
     metric = "acc"
+    one_context = False
     source = Source(
         name,
         {
@@ -29,15 +28,6 @@ class WinoGrande(MultipleChoice):
         ARROW.format("winogrande/winogrande_xl"),
         ("allenai/winogrande", "winogrande_xl", "validation"),
     )
-
-    def check(self, options: Options) -> None:
-        """See `Task.check`."""
-        super().check(options)
-        if options.fast:
-            raise BadInput(
-                "task 'winogrande' has no fast way, which wants one context before all endings: leave out --fast "
-                "(in a grid, fast: true)"
-            )
 
     def item(self, i: int, row: Row) -> Choice:
         """The two names as endings. The item is never scored; its number of endings gives the chance."""

@@ -1,11 +1,11 @@
 """PIQA: which of two ways reaches a goal in the physical world (Bisk et al. 2020)."""
 
-from thesislib.evaluate.choice import MultipleChoice
+from thesislib.sources.choices.choice_set import ChoiceSet
 from thesislib.sources.corpus import Choice
 from thesislib.sources.rows import ARROW, WHOLE_NUMBER, WORDS, Row, Source
 
 
-class Piqa(MultipleChoice):
+class Piqa(ChoiceSet):
     """See the module."""
 
     name = "piqa"
@@ -16,9 +16,9 @@ class Piqa(MultipleChoice):
     )  # fmt: skip
 
     def item(self, i: int, row: Row) -> Choice:
-        """See `MultipleChoice.item`."""
+        """See `ChoiceSet.item`."""
         return Choice(str(i), f"Question: {row['goal']}\nAnswer:", (row["sol1"], row["sol2"]), int(row["label"]))
 
     def stock_row(self, row: Row) -> Row:
-        """See `MultipleChoice.stock_row`."""
+        """See `ChoiceSet.stock_row`."""
         return super().stock_row(row) | {"label": int(row["label"])}

@@ -1,7 +1,7 @@
 """ARC: questions of school science with several answers, easy ones and a challenge set (Clark et al. 2018); OpenBookQA
 is laid out alike."""
 
-from thesislib.evaluate.choice import MultipleChoice
+from thesislib.sources.choices.choice_set import ChoiceSet
 from thesislib.sources.corpus import Choice, row_id
 from thesislib.sources.rows import ARROW, KEYED_CHOICES, WORDS, Row, Source
 
@@ -14,7 +14,7 @@ def _source(name: str, rows: str, config: str) -> Source:
     return Source(name, COLUMNS, f"ai2_arc/{rows}", ARROW.format(f"ai2_arc/{config}"), hub)
 
 
-class ArcEasy(MultipleChoice):
+class ArcEasy(ChoiceSet):
     """The easy set."""
 
     name = "arc_easy"
@@ -26,12 +26,12 @@ class ArcEasy(MultipleChoice):
         return f"Question: {row['question']}\nAnswer:"
 
     def item(self, i: int, row: Row) -> Choice:
-        """See `MultipleChoice.item`."""
+        """See `ChoiceSet.item`."""
         key = row["choices"]["label"].index(row["answerKey"].strip())
         return Choice(row_id(row, "id") or str(i), self.context(row), tuple(row["choices"]["text"]), key)
 
     def stock_row(self, row: Row) -> Row:
-        """See `MultipleChoice.stock_row`."""
+        """See `ChoiceSet.stock_row`."""
         return super().stock_row(row) | {"answerKey": row["answerKey"].strip()}
 
 

@@ -1,0 +1,1 @@
+"""Data sets of multiple-choice questions, one a file."""
