@@ -122,6 +122,9 @@ def evaluate(
     reference: Annotated[
         str | None, typer.Option(help="tasks of two models: what the subject is held against, a spec like it")
     ] = None,
+    part: Annotated[
+        str | None, typer.Option(help="multiple choice: rank, choose or report, a third of the items each; default all")
+    ] = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16 or float16; default an artifact's own, else float32")
     ] = None,
@@ -141,7 +144,8 @@ def evaluate(
 
     check_dtype(dtype)
     check_device(device)
-    setup = Setup(on, length=length, limit=limit, prompt=prompt, seed=seed, fast=fast, batch=batch, reference=reference)
+    how = {"length": length, "limit": limit, "prompt": prompt, "seed": seed, "fast": fast, "batch": batch}
+    setup = Setup(on, **how, reference=reference, part=part)
     data = default_data() if data is None else data
     origin_of(data)  # before a model is loaded
     dtype = dtype or (own_dtype(subject) if _is_artifact(subject) else "float32")

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -15,16 +15,20 @@ from tqdm import tqdm
 
 from thesislib.compress.calibration import Visitor, stream
 from thesislib.compress.outline import Outline, SizeUnknown
+from thesislib.compress.relevance import NEXT_TOKEN, SCORES, TASKS, ByAnswers, check_tasks, entropy_change
 from thesislib.compress.selection import whole_number
 from thesislib.compress.stage import Calibrated, Shape, Stage, stage
-from thesislib.errors import BadInput, unknown
+from thesislib.config import positive
+from thesislib.errors import BadInput, shown, unknown
 from thesislib.model.blocks import ATTRIBUTES, remove, removed_parts
 from thesislib.model.forward import final_states, token_losses
 from thesislib.model.layers import projections
 from thesislib.model.subject import Subject
 from thesislib.model.tokenizers import check_windows
 
-METRICS = ("perplexity", "taylor", "magnitude", "influence", "angular")
+METRICS = ("perplexity", "taylor", "magnitude", "influence", "angular", "entropy", *SCORES)
+ITEMS = 256  # of each task, by default
+WHOLE_BLOCKS = ("influence", "entropy")  # compare a block's input and output
 PARTS = ("block", "attention", "mlp")
 LETTERS = {"block": "", "attention": "A", "mlp": "M"}  # in labels
 NAMES = {"block": "block", "attention": "attention", "mlp": "MLP"}  # in sentences
@@ -40,11 +44,16 @@ class Depth(Calibrated):
         blocks: the indices of the blocks to remove.
         metric: of a block's importance. perplexity: of the model without the block. taylor: sum of abs(weight *
             gradient). magnitude: sum of abs(weight). influence: 1 - mean cosine of its input and output. angular: the
-            angle between input and output of a run of `remove` neighbours, which is removed as a whole.
+            angle between input and output of a run of `remove` neighbours, which is removed as a whole. entropy: the
+            entropy that it adds. relevance, margin, kl: of the answers to `task` without the block, see
+            `thesislib.compress.relevance.Outcomes`.
         greedy: measure again after each removal.
         protect_first: blocks at the beginning that are never removed; four in the thesis.
         protect_last: blocks at the end that are never removed; two in the thesis.
         part: the part of a block that is removed: block, attention or mlp.
+        task: whose items relevance, margin and kl score blocks by; several are mixed. `next_token` is the next tokens
+            of the calibration text.
+        items: of each task, from the third of its items that is for ranking; `next_token` has `windows` instead.
     """
 
     remove: int | None = None
@@ -54,6 +63,8 @@ class Depth(Calibrated):
     protect_first: int = 4
     protect_last: int = 2
     part: str = "block"
+    task: str | tuple | list | None = None
+    items: int | None = None
     text: str = field(default="wikipedia", kw_only=True)
 
     family: ClassVar[str] = "pruned"
@@ -80,6 +91,31 @@ class Depth(Calibrated):
             )
         if min(self.protect_first, self.protect_last) < 0:
             raise BadInput("protect_first and protect_last must be at least 0")
+        self._check_task()
+
+    def _check_task(self) -> None:
+        """Raises BadInput for a task that the metric does not ask for, an unknown one, or no items."""
+        asks = self.remove is not None and self.metric in SCORES
+        if asks != (self.task is not None):
+            raise BadInput(
+                f"metric '{self.metric}' scores blocks by the answers to a task: expected one or more of "
+                f"{', '.join(TASKS)} as 'task'"
+                if asks
+                else f"task {shown(self.task)} does nothing here: it belongs to the metrics {', '.join(SCORES)}"
+            )
+        if self.task is not None:
+            check_tasks(self.tasks)
+        questions = {*self.tasks} - {NEXT_TOKEN}
+        if not questions and self.items is not None:
+            raise BadInput(f"items is {self.items}: only a task of questions has items, text has 'windows'")
+        if questions and self.items is None:
+            self._normalise(items=ITEMS)
+        positive(items=self.items)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Those whose items score blocks."""
+        return () if self.task is None else (self.task,) if isinstance(self.task, str) else tuple(self.task)
 
     @property
     def count(self) -> int:
@@ -162,9 +198,18 @@ class Depth(Calibrated):
         if self.blocks is not None:
             return remove(subject, self.blocks, self.part), {"removed": sorted(self.blocks), "part": self.part}
         ids = torch.empty(0)
-        if self.metric != "magnitude":
+        if self.metric != "magnitude" and (not self.tasks or NEXT_TOKEN in self.tasks):
             ids = self.ids(subject.tokenizer, data)
             check_windows(subject.model, subject.tokenizer, ids)
+        by_answers = (
+            ByAnswers(self.tasks, self.metric, self.part, ids, data, self.items, self.seed) if self.tasks else None
+        )
+
+        def measure(smaller: Subject, blocks: Sequence[int]) -> dict[int, float]:
+            if by_answers:
+                return by_answers(smaller, blocks)
+            return importance(smaller, ids, self.metric, blocks=blocks, part=self.part)
+
         removed: list[int] = []  # in order
         if self.metric == "angular":
             distance = angular_distances(subject, ids)[self.remove]
@@ -173,26 +218,30 @@ class Depth(Calibrated):
             removed = list(range(first, first + self.remove))
             scores = {i: float(distance[i]) for i in starts}
         else:
-            scores = latest = self._scores(subject, ids, free, removed)
+            scores = latest = self._scores(subject, measure, free, removed)
             while len(removed) < self.remove:
-                order = sorted(latest, key=lambda b: (latest[b], b))
+                order = sorted(latest, key=lambda b: latest[b])  # equal ones stay in order
                 removed += order[:1] if self.greedy else order[: self.remove]
                 if len(removed) < self.remove:
-                    latest = self._scores(subject, ids, free, removed)
+                    latest = self._scores(subject, measure, free, removed)
+            scores = {b: scores[b] for b in sorted(scores)}
         report = {"removed": sorted(removed), "order": removed, "part": self.part, "metric": self.metric}
         return remove(subject, removed, self.part), {**report, "greedy": self.greedy, "scores": scores}
 
     def _scores(
-        self, subject: Subject, ids: torch.Tensor, free: Sequence[int], removed: Sequence[int]
+        self,
+        subject: Subject,
+        measure: Callable[[Subject, Sequence[int]], dict[int, float]],
+        free: Sequence[int],
+        removed: Sequence[int],
     ) -> dict[int, float]:
         """The importance of each block of `free` that is not removed yet, by its index in the whole model."""
         free = [b for b in free if b not in removed]
         smaller = remove(subject, removed, self.part) if removed else subject
         if self.part != "block":
-            return importance(smaller, ids, self.metric, blocks=free, part=self.part)
+            return measure(smaller, free)
         left = [b for b in range(subject.depth) if b not in removed]
-        scores = importance(smaller, ids, self.metric, blocks=[left.index(b) for b in free])
-        return {b: scores[left.index(b)] for b in free}
+        return {left[b]: score for b, score in measure(smaller, [left.index(b) for b in free]).items()}
 
 
 # ---------------------------------------------------------------- importance
@@ -206,9 +255,10 @@ def importance(
     Args:
         subject: the model.
         ids: (N, T) calibration windows; magnitude needs none.
-        metric: one of `METRICS`, without angular, which scores runs of blocks (see `angular_distances`).
+        metric: one of `METRICS`, without angular, which scores runs of blocks (see `angular_distances`), and without
+            those that ask a task (see `thesislib.compress.relevance.ByAnswers`).
         blocks: to score; all by default.
-        part: score whole blocks, or only their attention or MLP (not with influence, which compares blocks).
+        part: score whole blocks, or only their attention or MLP (not with influence and entropy, which compare blocks).
 
     Raises:
         BadInput: unknown metric, or one that does not fit the part or the subject.
@@ -216,13 +266,13 @@ def importance(
     blocks = range(subject.depth) if blocks is None else blocks
     if metric == "perplexity":
         return leave_one_out(subject, ids, blocks, part)
-    if metric == "influence":
+    if metric in WHOLE_BLOCKS:
         if part != "block":
             raise BadInput(
-                f"metric 'influence' compares a block's input and output: for part '{part}' use perplexity, "
+                f"metric '{metric}' compares a block's input and output: for part '{part}' use perplexity, "
                 "taylor or magnitude"
             )
-        scores = influence(subject, ids)
+        scores = influence(subject, ids) if metric == "influence" else entropy_change(subject, ids)
         return {b: scores[b] for b in blocks}
     if metric == "magnitude":
         return {b: sum(w.detach().float().abs().sum().item() for w in _weights(subject, b, part)) for b in blocks}

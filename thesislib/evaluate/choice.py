@@ -16,7 +16,7 @@ from thesislib.model.endings import logprobs, picked
 from thesislib.model.forward import Plan
 from thesislib.model.subject import Subject
 from thesislib.records.measurement import Measurement, provenance
-from thesislib.sources.choices.choice_set import ChoiceSet
+from thesislib.sources.choices.choice_set import ChoiceSet, part_of
 from thesislib.sources.corpus import Choice
 from thesislib.sources.rows import Row, take
 
@@ -91,6 +91,8 @@ class MultipleChoice(Answers):
         questions: the data set.
     """
 
+    in_parts = True
+
     def __init__(self, questions: ChoiceSet):
         self.questions = questions
         self.name, self.metric = questions.name, questions.metric
@@ -98,6 +100,7 @@ class MultipleChoice(Answers):
     def check(self, options: Options) -> None:
         """See `Task.check`."""
         super().check(options)
+        part_of([], options.part)
         if options.fast and not self.questions.one_context:
             raise BadInput(
                 f"task '{self.name}' has no fast way, which wants one context before all endings: leave out --fast "
@@ -107,7 +110,7 @@ class MultipleChoice(Answers):
     def items(self, data: str, options: Options) -> list[Choice] | list[Row]:
         """Choices for `multiple_choice`, or rows for the harness, which words them itself. All are checked."""
         every = self.questions.items(data) if options.fast else self.questions.rows(data)
-        return take(every, options.limit, options.seed)
+        return take(part_of(every, options.part), options.limit, options.seed)
 
     def sha256(self, items: list, options: Options) -> str | None:
         """See `Task.sha256`."""

@@ -39,10 +39,10 @@ class Setup(Options):
         return TASKS[self.on]
 
     def plain(self) -> dict[str, Any]:
-        """The fields as a record holds them. A reference of None is left out, as in records made before there was
-        one."""
+        """The fields as a record holds them. Of a reference or a part None is left out, as in records made before there
+        was one."""
         facts = {"on": self.on, **dataclasses.asdict(self)}
-        return {name: value for name, value in facts.items() if (name, value) != ("reference", None)}
+        return {name: value for name, value in facts.items() if value is not None or name not in ("reference", "part")}
 
     def items(self, data: str) -> Any:
         """See `Task.items`."""

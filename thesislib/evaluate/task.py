@@ -28,6 +28,8 @@ class Options:
         batch: how many at a time; None for 32 questions and, on a CPU, 4 windows and 8 items (on a card as many as fill
             it). It changes rounding only.
         reference: a spec of the reference model, for a task of two models.
+        part: the part of a multiple-choice task's items, see `thesislib.sources.choices.choice_set.part_of`; None for
+            all.
     """
 
     length: int = 512
@@ -37,6 +39,7 @@ class Options:
     fast: bool = False
     batch: int | None = None
     reference: str | None = None
+    part: str | None = None
 
     def __post_init__(self):
         # a loop in negative steps measures nothing, and a loss of nothing is a perplexity of 1
@@ -56,6 +59,7 @@ class Task:
         tolerance: how far the same measurement on another machine may lie from a record: "relative" or "absolute", and
             the bounds for a model in float32, for one in 16 bits, and for one that was trained.
         two_models: whether it compares a subject with a reference model.
+        in_parts: whether its items are split in parts, see `Options.part`.
     """
 
     name: str
@@ -65,9 +69,14 @@ class Task:
     ratio: ClassVar[bool] = False
     tolerance: ClassVar[tuple[str, tuple[float, float, float]]]
     two_models: ClassVar[bool] = False
+    in_parts: ClassVar[bool] = False
 
     def check(self, options: Options) -> None:
         """Raises BadInput for options that this task cannot work with; asked before a model is loaded."""
+        if options.part is not None and not self.in_parts:
+            raise BadInput(
+                f"task '{self.name}' has no parts, 'part' {shown(options.part)} would do nothing: leave it out"
+            )
         if self.two_models and options.reference is None:
             raise BadInput(
                 f"task '{self.name}' holds a subject against another, which is not said: expected a reference, "

@@ -8,7 +8,8 @@ cut, by as much as an ending needs, each ending has a sequence of its own.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -86,6 +87,69 @@ def _packed(subject: Subject, item: Choice) -> tuple[list[_Packed], bool]:
     return alone, any(len(context) + len(tokens) > most + 1 for tokens in endings.values())
 
 
+class Batch(NamedTuple):
+    """Some items' sequences, and where in them the tokens of endings are predicted.
+
+    Args:
+        members: (number of an item, its sequence) for each of B sequences.
+        ids: (B, T) tokens, padded on the right.
+        positions: (B, T) rotary positions.
+        mask: (B, 1, T, T) boolean, True where a token sees another.
+        rows: (n,) for each token of an ending, its sequence.
+        source: (n,) where in that sequence it is predicted.
+        target: (n,) the token.
+    """
+
+    members: list[tuple[int, _Packed]]
+    ids: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor
+    rows: torch.Tensor
+    source: torch.Tensor
+    target: torch.Tensor
+
+    def states(self, subject: Subject, plans: Sequence[Plan] | None) -> Iterator[tuple[int, torch.Tensor]]:
+        """The states (n, D) that predict the endings' tokens, for each plan: (its index, states)."""
+        for plan, states in final_states(subject.model, self.ids, plans, self.positions, self.mask):
+            yield plan, states[self.rows, self.source]
+
+
+class Endings:
+    """The sequences of items for a subject, longest first.
+
+    Args:
+        subject: its tokenizer and its context's length.
+        items: the questions.
+
+    Attributes:
+        cut: the number of items whose context was cut from the left.
+
+    Raises:
+        BadInput: no items; a context or an ending without tokens, or with a token outside the model's embedding; an
+            ending longer than the model's context.
+    """
+
+    def __init__(self, subject: Subject, items: Sequence[Choice]):
+        if not items:
+            raise BadInput("no multiple-choice items: expected at least one")
+        sequences = [_packed(subject, item) for item in items]
+        packed = [(i, p) for i, (parts, _) in enumerate(sequences) for p in parts]
+        check_tokens(subject.model, subject.tokenizer, (p.ids for _, p in packed))
+        self.packed = sorted(packed, key=lambda pair: -len(pair[1].ids))
+        self.cut = sum(was_cut for _, was_cut in sequences)
+
+    def batches(self, subject: Subject, batch: int | None = None, title: str = "endings") -> Iterator[Batch]:
+        """The sequences in batches, by default 8 on a CPU and as many as fill a card. It changes rounding only."""
+        batch = batch or batch_for(subject.model, len(self.packed[0][1].ids), on_cpu=8)
+        for at in tqdm(range(0, len(self.packed), batch), desc=title, unit="batch", disable=None, leave=False):
+            members = self.packed[at : at + batch]
+            part = [p for _, p in members]
+            rows = [row for row, p in enumerate(part) for _ in p.source]
+            where = (rows, [s for p in part for s in p.source], [t for p in part for t in p.target])
+            tensors = (torch.tensor(w, device=subject.device) for w in where)
+            yield Batch(members, *_pad(part, subject.pad_id, subject.device), *tensors)
+
+
 def logprobs(
     subject: Subject,
     items: Sequence[Choice],
@@ -100,46 +164,39 @@ def logprobs(
         subject: the model and tokenizer.
         items: the questions.
         plans: orders of blocks, whose common beginnings run once; None for the model as it is.
-        batch: sequences at a time, by default 8 on a CPU and as many as fill a card. It changes rounding only.
+        batch: see `Endings.batches`.
         title: of the progress bar.
 
     Returns:
         for each plan, for each item, (endings,) nats in float64; and the number of items whose context was cut.
 
     Raises:
-        BadInput: no items; a context or an ending without tokens, or with a token outside the model's embedding; an
-            ending longer than the model's context.
+        BadInput: see `Endings`.
     """
-    if not items:
-        raise BadInput("no multiple-choice items: expected at least one")
-    sequences = [_packed(subject, item) for item in items]
-    packed = [(i, p) for i, (parts, _) in enumerate(sequences) for p in parts]  # (number of an item, sequence)
-    check_tokens(subject.model, subject.tokenizer, (p.ids for _, p in packed))
-    packed.sort(key=lambda pair: -len(pair[1].ids))
-    batch = batch or batch_for(subject.model, len(packed[0][1].ids), on_cpu=8)
-    scores = [[np.zeros(len(item.endings)) for item in items] for _ in plans or (None,)]
-    waiting: list[tuple[int, list[tuple[int, _Packed]], torch.Tensor]] = []  # plan, sequences, losses of targets
+    endings = Endings(subject, items)
+    found = [[np.zeros(len(item.endings)) for item in items] for _ in plans or (None,)]
     with torch.inference_mode():
-        for at in tqdm(range(0, len(packed), batch), desc=title, unit="batch", disable=None, leave=False):
-            part = [p for _, p in packed[at : at + batch]]
-            ids, positions, mask = _pad(part, subject.pad_id, subject.device)
-            rows = torch.tensor([row for row, p in enumerate(part) for _ in p.source], device=subject.device)
-            source = torch.tensor([s for p in part for s in p.source], device=subject.device)
-            target = torch.tensor([t for p in part for t in p.target], device=subject.device)
-            for plan, states in final_states(subject.model, ids, plans, positions, mask):
-                losses = token_losses(subject.model, states[rows, source], target)
-                waiting.append((plan, packed[at : at + batch], losses))
+        waiting = [
+            (plan, part.members, token_losses(subject.model, states, part.target))
+            for part in endings.batches(subject, batch, title)
+            for plan, states in part.states(subject, plans)
+        ]
     for plan, members, losses in waiting:  # losses are fetched from a card only here
         values, done = losses.double().cpu().numpy(), 0
         for i, p in members:
-            np.subtract.at(scores[plan][i], p.owner, values[done : done + len(p.owner)])
+            np.subtract.at(found[plan][i], p.owner, values[done : done + len(p.owner)])
             done += len(p.owner)
-    return scores, sum(was_cut for _, was_cut in sequences)
+    return found, endings.cut
+
+
+def scores(item: Choice, logprobs: np.ndarray, metric: str) -> np.ndarray:
+    """Each ending's score (endings,): acc_norm, log-probability per character, or acc, log-probability."""
+    return logprobs / [len(e) for e in item.endings] if metric == "acc_norm" else logprobs
 
 
 def picked(item: Choice, logprobs: np.ndarray, metric: str) -> int:
-    """The ending with the highest score: acc_norm, log-probability per character, or acc, log-probability."""
-    return int((logprobs / [len(e) for e in item.endings] if metric == "acc_norm" else logprobs).argmax())
+    """The ending with the highest score."""
+    return int(scores(item, logprobs, metric).argmax())
 
 
 def _pad(members: list[_Packed], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

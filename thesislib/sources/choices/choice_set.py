@@ -1,10 +1,29 @@
 """A data set of multiple-choice questions: where its rows lie, and how they are worded as contexts and endings."""
 
+import random
 from typing import ClassVar
 
-from thesislib.errors import BadInput
+from thesislib.errors import BadInput, unknown
 from thesislib.sources.corpus import Choice
 from thesislib.sources.rows import Row, Source, rows
+
+PARTS = ("rank", "choose", "report")
+
+
+def part_of(items: list, part: str | None) -> list:
+    """One of three disjoint parts of a data set's items, in a seeded order; all items for None.
+
+    Blocks are ranked on the first, a choice between rankings is made on the second, and what is reported is measured on
+    the third: the best of thirty noisy numbers is too good on the items that it was the best on.
+
+    Raises:
+        BadInput: an unknown part.
+    """
+    if part is None:
+        return items
+    if part not in PARTS:
+        raise unknown("part of the items", part, PARTS)
+    return random.Random(0).sample(items, len(items))[PARTS.index(part) :: len(PARTS)]
 
 
 class ChoiceSet:

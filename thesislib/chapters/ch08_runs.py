@@ -1,0 +1,74 @@
+"""Chapter 8's recorded run: every item's outcome without each block, in three parts of each task's items."""
+
+import functools
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+from thesislib.chapters.chapter import Keep, Key, Parameters, Part, neighbours, shape
+from thesislib.compress.franken import format_plan
+from thesislib.config import positive
+from thesislib.errors import BadInput
+from thesislib.evaluate.choice import multiple_choices
+from thesislib.evaluate.setup import Setup
+from thesislib.experiment import described
+from thesislib.formats.load import load_subject
+from thesislib.model.blocks import Plan
+from thesislib.records.measurement import Measurement
+from thesislib.sources.choices.choice_set import PARTS
+
+TASKS = ("arc_easy", "piqa", "hellaswag", "boolq")
+
+
+@dataclass(frozen=True)
+class Relevance(Parameters):
+    """Chapter 8.
+
+    Attributes:
+        items: of each part of each task.
+        remove: how many blocks the notebook's own run removes.
+    """
+
+    data: str = "embedded"
+    items: int = 24
+    remove: int = 2
+    protected: ClassVar[tuple[int, int]] = (4, 2)
+
+    def check_shape(self, shape) -> None:
+        """Raises BadInput for a subject with too few blocks to remove."""
+        free = shape.depth - sum(self.protected)
+        if free < self.remove:
+            raise BadInput(f"remove is {self.remove}: of {shape.depth} blocks {free} may be removed")
+
+
+def leave_one_out_plans(depth: int) -> dict[str, Plan]:
+    """The whole model and the model without each block, by the label of a row."""
+    whole = tuple(range(depth))
+    plans = [whole, *(whole[:b] + whole[b + 1 :] for b in whole)]
+    return {f"plan {format_plan(plan)}": plan for plan in plans}
+
+
+def recorded_parts(p: Relevance, file: Path) -> Iterator[Part]:
+    """Each part of each task is one tree of plans; what is ranked on comes first."""
+    load = functools.cache(load_subject)
+    plans = leave_one_out_plans(shape(p.subject).depth)
+
+    def make(task: str, part: str, missing: Collection[Key], keep: Keep) -> None:
+        subject, setup = load(p.subject, p.dtype, p.device), Setup(task, limit=p.items, fast=True, part=part)
+        items = setup.items(p.data)
+        for some in neighbours({key: plans[key[0]] for key in missing}):
+            for m in multiple_choices(subject, items, some, task=task, metric=setup.task.metric).values():
+                m = replace(m, extra={**m.extra, "chance": setup.task.chance(items)})
+                m = m.with_provenance(protocol=setup.plain(), corpus_sha256=setup.task.sha256(items, setup))
+                keep(described(m, subject, p.data, label=f"plan {format_plan(m.provenance['plan'])}"))
+
+    for part in PARTS:
+        for task in TASKS:
+            rows = {(label, task, part): p.items for label in plans}
+            yield Part(f"{task} {part}", rows, functools.partial(make, task, part))
+
+
+def key(m: Measurement) -> Key:
+    """Label, task and part of its items."""
+    return m.label, m.task, m.provenance["protocol"]["part"]
