@@ -144,8 +144,9 @@ def evaluate(
 
     check_dtype(dtype)
     check_device(device)
-    how = {"length": length, "limit": limit, "prompt": prompt, "seed": seed, "fast": fast, "batch": batch}
-    setup = Setup(on, **how, reference=reference, part=part)
+    setup = Setup(
+        on, length=length, limit=limit, prompt=prompt, seed=seed, fast=fast, batch=batch, reference=reference, part=part
+    )
     data = default_data() if data is None else data
     origin_of(data)  # before a model is loaded
     dtype = dtype or (own_dtype(subject) if _is_artifact(subject) else "float32")

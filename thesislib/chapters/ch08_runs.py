@@ -8,7 +8,6 @@ from typing import ClassVar
 
 from thesislib.chapters.chapter import Keep, Key, Parameters, Part, neighbours, shape
 from thesislib.compress.franken import format_plan
-from thesislib.config import positive
 from thesislib.errors import BadInput
 from thesislib.evaluate.choice import multiple_choices
 from thesislib.evaluate.setup import Setup
