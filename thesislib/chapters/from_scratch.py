@@ -7,7 +7,7 @@ weight is kept, only what was measured.
 
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -257,11 +257,3 @@ def small_config(config: Any, settings: FromScratch, vocabulary: int) -> Any:
     small.initializer_range = small.hidden_size**-0.5
     small.bos_token_id = small.eos_token_id = small.pad_token_id = None
     return small
-
-
-def seeds_trained(
-    subject: Subject, settings: FromScratch, seeds: Sequence[int], data: str = "embedded"
-) -> Iterator[Checkpoint]:
-    """The checkpoints of one run after the other."""
-    for seed in seeds:
-        yield from trained(subject, settings, seed, data)
