@@ -96,7 +96,7 @@ class Depth(Calibrated):
     def _check_task(self) -> None:
         """Raises BadInput for a task that the metric does not ask for, an unknown one, or no items."""
         asks = self.remove is not None and self.metric in SCORES
-        if asks != (self.task is not None):
+        if asks != bool(self.tasks):
             raise BadInput(
                 f"metric '{self.metric}' scores blocks by the answers to a task: expected one or more of "
                 f"{', '.join(TASKS)} as 'task'"

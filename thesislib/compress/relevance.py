@@ -88,7 +88,8 @@ def choices(task: str, data: str, n: int, part: str = PARTS[0], seed: int = 0) -
 
 def next_tokens(ids: torch.Tensor) -> Items:
     """The next tokens of windows (N, T) of text as items."""
-    return Items(NEXT_TOKEN, ids, "acc", float(ids[:, 1:].flatten().bincount().max() / ids[:, 1:].numel()))
+    commonest = int(ids[:, 1:].flatten().bincount().max())
+    return Items(NEXT_TOKEN, ids, "acc", commonest / ids[:, 1:].numel())
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
