@@ -17,7 +17,7 @@ the residual stream before it, y after it. Three replacements give y from x:
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -164,7 +164,7 @@ def mapped(module: Projection, by: float | torch.Tensor) -> nn.Linear | Adapted:
 
     module = unpack(module)
     if isinstance(module, Adapted):
-        return Adapted(mapped(module.base, by), module.lora_A, new(module.lora_B))
+        return Adapted(cast("nn.Linear", mapped(module.base, by)), module.lora_A, new(module.lora_B))
     linear: Any = shell(module)
     linear.weight = new(module.weight)
     linear.bias = None if module.bias is None else new(module.bias)
