@@ -16,6 +16,7 @@ from tqdm import tqdm
 from thesislib.compress.calibration import Visitor, stream
 from thesislib.compress.outline import Outline, SizeUnknown
 from thesislib.compress.relevance import NEXT_TOKEN, SCORES, TASKS, ByAnswers, check_tasks, entropy_change
+from thesislib.compress.replace import REPLACEMENTS, check_biases, replaced, with_biases
 from thesislib.compress.selection import whole_number
 from thesislib.compress.stage import Calibrated, Shape, Stage, stage
 from thesislib.config import positive
@@ -31,6 +32,7 @@ ITEMS = 256  # of each task, by default
 WHOLE_BLOCKS = ("influence", "entropy")  # compare a block's input and output
 PARTS = ("block", "attention", "mlp")
 LETTERS = {"block": "", "attention": "A", "mlp": "M"}  # in labels
+ENDINGS = {None: "", "scalar": "S", "bias": "B", "linear": "L"}  # of labels, by what replaces the blocks
 NAMES = {"block": "block", "attention": "attention", "mlp": "MLP"}  # in sentences
 
 
@@ -54,6 +56,8 @@ class Depth(Calibrated):
         task: whose items relevance, margin and kl score blocks by; several are mixed. `next_token` is the next tokens
             of the calibration text.
         items: of each task, from the third of its items that is for ranking; `next_token` has `windows` instead.
+        replace: what stands in the place of removed blocks, once all are chosen: nothing, scalar, bias or linear, see
+            `thesislib.compress.replace`. It is estimated on the calibration text and folded into the other weights.
     """
 
     remove: int | None = None
@@ -65,10 +69,12 @@ class Depth(Calibrated):
     part: str = "block"
     task: str | tuple | list | None = None
     items: int | None = None
+    replace: str | None = None
     text: str = field(default="wikipedia", kw_only=True)
 
     family: ClassVar[str] = "pruned"
-    pattern: ClassVar[str] = r"D([AM]?)(\d+)"
+    pattern: ClassVar[str] = r"D(?:([AM])(\d+)|(\d+)([SBL]?))"
+    later: ClassVar[tuple[str, ...]] = ("task", "items", "replace")
 
     def __post_init__(self):
         super().__post_init__()
@@ -91,6 +97,18 @@ class Depth(Calibrated):
             )
         if min(self.protect_first, self.protect_last) < 0:
             raise BadInput("protect_first and protect_last must be at least 0")
+        if self.replace not in (None, *REPLACEMENTS):
+            raise unknown("replacement", self.replace, REPLACEMENTS)
+        if self.replace and self.part != "block":
+            raise BadInput(
+                f"replace '{self.replace}' stands in for whole blocks: it does not go with part '{self.part}'"
+            )
+        first = self.protect_first if self.blocks is None else min(self.blocks)
+        if self.replace in ("bias", "linear") and first == 0:
+            raise BadInput(
+                f"replace '{self.replace}' goes into the MLP before a removed block: block 0 has none, keep it or use "
+                "scalar"
+            )
         self._check_task()
 
     def _check_task(self) -> None:
@@ -124,24 +142,33 @@ class Depth(Calibrated):
 
     @property
     def label(self) -> str:
-        """As in the thesis: D2; DA2 and DM2 if only attentions or MLPs are removed."""
-        return "D" + LETTERS[self.part] + str(self.count)
+        """As in the thesis: D2; DA2 and DM2 if only attentions or MLPs are removed; D2S, D2B and D2L if a scalar, bias
+        or linear map replaces the blocks."""
+        return "D" + LETTERS[self.part] + str(self.count) + ENDINGS[self.replace]
 
     @property
     def in_words(self) -> str:
         """See `Stage`."""
-        return f"{self.count} {NAMES[self.part]}{'s' if self.count > 1 else ''} removed"
+        instead = {None: "", "scalar": ", a scale", "bias": ", a bias", "linear": ", a linear map"}[self.replace]
+        removed = f"{self.count} {NAMES[self.part]}{'s' if self.count > 1 else ''} removed"
+        return removed + (f"{instead} in their place" if instead else "")
 
     @classmethod
     def from_label(cls, part: str) -> "Depth | None":
         """See `Stage`."""
         if not (match := re.fullmatch(cls.pattern, part, re.ASCII)):
             return None
-        removed = next(name for name, letter in LETTERS.items() if letter == match[1])
-        return cls(remove=whole_number(match[2]), part=removed)
+        removed = next(name for name, letter in LETTERS.items() if letter == (match[1] or ""))
+        instead = next(how for how, ending in ENDINGS.items() if ending == (match[4] or ""))
+        return cls(remove=whole_number(match[2] or match[3]), part=removed, replace=instead)
 
     def after(self, previous: Sequence[Stage], shape: Shape | None = None) -> Shape | None:
         """See `Stage`: fewer blocks, or as many if only parts of them are removed."""
+        quantised = next((earlier.label for earlier in previous if earlier.family == "quantised"), None)
+        if quantised and self.replace in ("scalar", "linear"):
+            raise BadInput(
+                f"{self.label} after {quantised} would change quantised weights: quantise after it, or use bias"
+            )
         if shape is None:
             return None
         self.check(shape.depth)
@@ -160,6 +187,9 @@ class Depth(Calibrated):
             chosen = free[: self.count]
             outline.lost |= parts if self.part != "block" else set()
         outline.subject, outline.changed = remove(outline.subject, chosen, self.part), set()
+        if self.replace == "bias":
+            check_biases(outline.subject)
+            outline.subject, outline.biased = with_biases(outline.subject), True
 
     def check(self, depth: int) -> None:
         """Raises BadInput if a model of `depth` blocks does not have the blocks to remove."""
@@ -195,12 +225,13 @@ class Depth(Calibrated):
         free = [b for b in range(self.protect_first, subject.depth - self.protect_last) if b not in lost]
         if self.remove and self.remove > len(free):
             raise BadInput(f"cannot remove {self.remove}: {len(free)} unprotected blocks still have an {self.part}")
-        if self.blocks is not None:
-            return remove(subject, self.blocks, self.part), {"removed": sorted(self.blocks), "part": self.part}
         ids = torch.empty(0)
-        if self.metric != "magnitude" and (not self.tasks or NEXT_TOKEN in self.tasks):
+        asks_text = self.blocks is None and self.metric != "magnitude" and (not self.tasks or NEXT_TOKEN in self.tasks)
+        if self.replace or asks_text:
             ids = self.ids(subject.tokenizer, data)
             check_windows(subject.model, subject.tokenizer, ids)
+        if self.blocks is not None:
+            return self._without(subject, self.blocks, ids, {"removed": sorted(self.blocks), "part": self.part})
         by_answers = (
             ByAnswers(self.tasks, self.metric, self.part, ids, data, self.items, self.seed) if self.tasks else None
         )
@@ -226,7 +257,16 @@ class Depth(Calibrated):
                     latest = self._scores(subject, measure, free, removed)
             scores = {b: scores[b] for b in sorted(scores)}
         report = {"removed": sorted(removed), "order": removed, "part": self.part, "metric": self.metric}
-        return remove(subject, removed, self.part), {**report, "greedy": self.greedy, "scores": scores}
+        return self._without(subject, removed, ids, {**report, "greedy": self.greedy, "scores": scores})
+
+    def _without(
+        self, subject: Subject, removed: Sequence[int], ids: torch.Tensor, report: dict
+    ) -> tuple[Subject, dict]:
+        """The subject without the chosen blocks, and the report with what replaces them."""
+        if not self.replace:
+            return remove(subject, removed, self.part), report
+        smaller, gaps = replaced(subject, removed, self.replace, ids)
+        return smaller, {**report, "replace": self.replace, "gaps": gaps}
 
     def _scores(
         self,

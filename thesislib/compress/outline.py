@@ -138,6 +138,7 @@ class Outline:
         changed: the projections whose weights the last stage changed.
         lost: parts ("attention", "mlp") that some blocks have lost; only the run can tell which blocks.
         budgeted: projections whose ranks come out of a budget; only the run can tell them.
+        biased: whether MLPs got biases, most of them zero; only the run can tell how many.
     """
 
     def __init__(self, subject: Subject):
@@ -147,6 +148,7 @@ class Outline:
         self.changed: set[LinearKey] = set()
         self.lost: set[str] = set()
         self.budgeted: set[LinearKey] = set()
+        self.biased = False
         self.change(lambda module, _: Outlined(module, self.dtype, Zeros()), lambda *_: True)
 
     def change(

@@ -51,6 +51,8 @@ class Stage:
         correctable: whether EoRA may follow: it changes weights and keeps their shapes.
         needs_original: whether `apply` also takes `original`, the subject before the previous stage.
         amplifies: whether rounding errors grow over its steps, so that sums in another order end at other weights.
+        later: settings that came after the first records. At its default such a setting is left out of entries, so that
+            these records keep their identity.
     """
 
     word: ClassVar[str] = ""
@@ -59,6 +61,7 @@ class Stage:
     correctable: ClassVar[bool] = False
     needs_original: ClassVar[bool] = False
     amplifies: ClassVar[bool] = False
+    later: ClassVar[tuple[str, ...]] = ()
 
     @property
     def streams(self) -> bool:
@@ -197,6 +200,6 @@ def stage(word: str) -> Callable[[StageClass], StageClass]:
 
 
 def as_entry(stage: Stage) -> dict[str, dict]:
-    """A stage as its entry in a recipe or a record: {word: settings}, with every default."""
-    values = dataclasses.asdict(stage)
-    return {stage.word: {name: values[name] for name in fields_of(type(stage))}}
+    """A stage as its entry in a recipe or a record: {word: settings}, with every default but those of `later`."""
+    values, fields = dataclasses.asdict(stage), fields_of(type(stage))
+    return {stage.word: {n: values[n] for n, f in fields.items() if n not in stage.later or values[n] != f.default}}

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from thesislib.errors import BadInput, unknown
+from thesislib.model.layers import Adapted, Projection, replace
 from thesislib.model.subject import Subject
 
 Plan = tuple[int, ...]
@@ -42,8 +43,8 @@ def apply_plan(subject: Subject, plan: Sequence[int]) -> Subject:
         BadInput: see `check_plan`.
     """
     plan = check_plan(plan, subject.depth)
-    model: Any = _shell(subject.model)
-    model.model = _shell(subject.model.model)
+    model: Any = shell(subject.model)
+    model.model = shell(subject.model.model)
     config = copy.deepcopy(subject.model.config)
     for name in ("layer_types", "no_rope_layers"):  # have an entry for each block
         if getattr(config, name, None):
@@ -54,20 +55,49 @@ def apply_plan(subject: Subject, plan: Sequence[int]) -> Subject:
         model.model.has_sliding_layers = "sliding_attention" in config.layer_types
     blocks = []
     for index, block in enumerate(plan):
-        shell: Any = _shell(subject.blocks[block])
-        shell.self_attn = _shell(shell.self_attn)
-        shell.self_attn.layer_idx, shell.self_attn.config = index, config
-        blocks.append(shell)
+        own: Any = shell(subject.blocks[block])
+        own.self_attn = shell(own.self_attn)
+        own.self_attn.layer_idx, own.self_attn.config = index, config
+        blocks.append(own)
     model.model.layers = nn.ModuleList(blocks)
     order = plan if subject.plan is None else tuple(subject.plan[block] for block in plan)
     return Subject(model, subject.tokenizer, subject.name, order)
 
 
-def _shell(module: nn.Module) -> nn.Module:
+def shell(module: nn.Module) -> nn.Module:
     """A new module object with the same children and parameters; replacing a child of it leaves the original alone."""
-    shell = copy.copy(module)
-    shell.__dict__.update({k: copy.copy(v) for k, v in module.__dict__.items() if isinstance(v, dict)})
-    return shell
+    own = copy.copy(module)
+    own.__dict__.update({k: copy.copy(v) for k, v in module.__dict__.items() if isinstance(v, dict)})
+    return own
+
+
+def with_projections(subject: Subject, changed: Mapping[tuple[int, str], nn.Module]) -> Subject:
+    """The subject with other projections in some places; it shares all remaining weights.
+
+    Args:
+        subject: not changed.
+        changed: projections by block and name.
+
+    Raises:
+        BadInput: a block without such a projection.
+    """
+    out = apply_plan(subject, range(subject.depth))
+    for index in {block for block, _ in changed}:
+        block: Any = out.blocks[index]
+        block.mlp = shell(block.mlp)  # its attention is one already
+    for (index, name), module in changed.items():
+        replace(out.blocks[index], name, module)
+    return Subject(out.model, out.tokenizer, out.name, subject.plan)
+
+
+def with_bias(module: Projection, bias: torch.Tensor) -> Projection:
+    """A projection with another bias (outputs,), which shares the weight."""
+    new: Any = shell(module)
+    if isinstance(module, Adapted):
+        new.base = with_bias(module.base, bias)
+    else:
+        new.bias = nn.Parameter(bias, requires_grad=False)
+    return new
 
 
 def remove(subject: Subject, blocks: Sequence[int], part: str = "block") -> Subject:

@@ -32,7 +32,8 @@ class Forecast:
 
     A size is None if only the run can tell it:
 
-    - Non-zero parameters, once weights are rounded: some become zero.
+    - Non-zero parameters, once weights are rounded: some become zero. Also once biases replace removed blocks: those of
+      blocks before no gap are zero.
     - Bytes too, once such zeros are in a weight that is no longer quantised (`merge: masked` or width pruning after
       quantisation), and after a second width stage, unless the first one's pattern determines the number of zeros (W2:4
       after W1:8, but not W1:4 after W2:8).
@@ -93,7 +94,7 @@ def sizes(outline: Outline) -> tuple[int, int | None, int | None]:
     bases: list[Any] = [base_of(module) for module in linears]  # all are `Outlined`
     sure, parameters = all(base.zeros is not None for base in bases), subject.parameters
     rounded = bool(quantised_embeddings(subject.model)) or any(base.grid for base in bases)
-    nonzero = parameters - sum(base.pruned for base in bases) if sure and not rounded else None
+    nonzero = parameters - sum(base.pruned for base in bases) if sure and not (rounded or outline.biased) else None
     return parameters, nonzero, predicted_disk_bytes(subject) if sure else None
 
 

@@ -85,7 +85,7 @@ class Label:
     @property
     def depth(self) -> int:
         """The number of whole blocks that were removed."""
-        return sum(int(part[1:]) for part in self.of("depth") if part[1:].isdigit())
+        return sum(int(m[1]) for part in self.of("depth") if (m := re.match(r"D(\d+)", part)))
 
     @property
     def width(self) -> tuple[str, ...]:

@@ -54,7 +54,7 @@ class Recipe:
         return "+".join(stage.label for stage in self.stages[:n])
 
     def entries(self) -> list[dict[str, dict]]:
-        """The stages as entries of a YAML file, with every default."""
+        """The stages as entries of a YAML file, see `thesislib.compress.stage.as_entry`."""
         return [as_entry(stage) for stage in self.stages]
 
     def check(self, shape: Shape | None = None) -> None:
