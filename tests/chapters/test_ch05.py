@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 
 from tests.fakes import perplexity
+from thesislib.chapters import ch05_figures as plots
 from thesislib.chapters import ch05_quantisation as quantisation
 from thesislib.chapters import ch05_runs as gptq
-from thesislib.chapters import figures, record_file, recorded
+from thesislib.chapters import record_file, recorded
 from thesislib.chapters.ch05_runs import BEST, CLOSED, HELD_OUT, INGREDIENTS, OPEN, PLAIN, PPL, QuantChapter
 from thesislib.chapters.pareto import AS_IT_CAME
 from thesislib.errors import BadInput
@@ -282,11 +283,11 @@ def test_every_cell_says_what_its_numbers_say():
     files = quantisation.files(files, dense)
     assert files["x dense"].tolist() == pytest.approx([20 / dense.value, 40 / dense.value])
     for most, there in ((4, ["Q4_1 file, 98 MB", "Q4_0"]), (1.5, ["Q4_1 file, 98 MB"])):
-        axis = figures.bytes_chart(sizes, files, most).axes[0]
+        axis = plots.bytes_chart(sizes, files, most).axes[0]
         drawn = [len(line.get_xdata()) for line in axis.lines if "file" in str(line.get_label())]
         assert sum(drawn) == len(there)
         assert [t.get_text() for t in axis.texts if t.get_text().startswith("Q")] == there
-    figures.plt.close("all")
+    plots.plt.close("all")
 
 
 def test_the_sinks_share_under_each_weighting():
@@ -307,9 +308,9 @@ def test_the_first_figure_has_every_method_once():
     table = quantisation.methods(recorded("05_quantisation"), gptq.ablation_parameters())
     assert len(set(table["method"])) == 10 and len(table) == 11  # the same settings on one thread and on two
     assert table["low"].isna().sum() == 3 and (table["x dense"] > 1).all()
-    axis = figures.methods_chart(table).axes[0]
+    axis = plots.methods_chart(table).axes[0]
     assert [t.get_text() for t in axis.get_yticklabels()] == list(dict.fromkeys(table["method"]))
-    figures.plt.close("all")
+    plots.plt.close("all")
 
 
 def test_what_is_measured_directly(small, tiny):
