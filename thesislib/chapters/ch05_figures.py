@@ -20,7 +20,7 @@ def methods_chart(table: pd.DataFrame) -> plt.Figure:
     """Ratios to the dense model, one row a method; those without an interval are hollow.
 
     Args:
-        table: columns method, look, x dense, low, high (see `thesislib.chapters.ch05_quantisation.methods`).
+        table: columns method, look, x dense, low, high (see `thesislib.chapters.ch05_tables.methods`).
     """
     names = list(dict.fromkeys(table["method"]))
     figure, axis = plt.subplots(figsize=(9, 0.8 + 0.3 * len(names)), layout="constrained")
@@ -43,7 +43,7 @@ def bytes_chart(table: pd.DataFrame, marks: pd.DataFrame, most: float = 2.0) -> 
     """Ratios to the dense model over megabytes on disk, a line a series; what lies above `most` is not drawn.
 
     Args:
-        table: columns series, label, MB, x dense, low, high (see `thesislib.chapters.ch05_quantisation.sizes`).
+        table: columns series, label, MB, x dense, low, high (see `thesislib.chapters.ch05_tables.sizes`).
         marks: files beside the study's models with a column "x dense", see `thesislib.chapters.pareto.marks`.
         most: the highest ratio drawn.
     """
