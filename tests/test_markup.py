@@ -14,7 +14,7 @@ from myst_parser.config.main import MdParserConfig
 from myst_parser.parsers.mdit import create_md_parser
 from typer.testing import CliRunner
 
-from thesislib.chapters import ch00_measures, ch06_grid, claims, figures, pareto, pool, recorded
+from thesislib.chapters import ch00_measures, ch06_figures, ch06_grid, claims, figures, pareto, pool, recorded
 from thesislib.cli import app
 from thesislib.errors import printable
 from thesislib.records.measurement import cost, in_markdown
@@ -123,7 +123,7 @@ def test_a_dollar_in_a_figure_is_one():
         }
     )
     table = table.assign(**{"perplexity low": table["perplexity"], "perplexity high": table["perplexity"]})
-    figure = figures.pareto_chart(table, {"dense": names}, "perplexity", pareto.marks_of({}))
+    figure = ch06_figures.pareto_chart(table, {"dense": names}, "perplexity", pareto.marks_of({}))
     figure.canvas.draw()
     drawn = figure.axes[0].texts
     assert [t.get_text() for t in drawn] == names and not any(t.get_parse_math() for t in drawn)

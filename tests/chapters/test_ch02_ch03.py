@@ -11,6 +11,7 @@ from thesislib.chapters import ch02_depth as depth
 from thesislib.chapters import ch03_width as width
 from thesislib.chapters import recorded
 from thesislib.chapters.thesis import thesis_row, thesis_rows
+from thesislib.compress.depth import Depth
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.evaluate.stats import by_verdict
@@ -99,6 +100,14 @@ def test_tables_and_sentences_of_depth(measured):
 def test_parts(tiny):
     table = depth.parts(tiny(layers=9), SMALL, count=1)
     assert list(table.index) == ["1 x block", "1 x attention", "1 x mlp"]
+    for part, gone in zip(("block", "attention", "mlp"), table["of blocks"], strict=True):
+        stage = Depth(1, part=part, metric="taylor", windows=SMALL.calibration, length=SMALL.length)
+        assert gone == str(stage.apply(tiny(layers=9))[1]["removed"][0])
+
+
+def test_a_page_shows_the_main_score_and_chance(measured):
+    assert list(measured.scores.of_main().removed) == ["perplexity", "random 0", "random 1"]
+    assert measured.scores.of_main().metrics == measured.scores.metrics
 
 
 def test_verdict_turns_with_the_numbers(measured):

@@ -7,10 +7,10 @@ import re
 import pytest
 
 from tests.fakes import accuracy, perplexity
+from thesislib.chapters import ch04_figures as plots
 from thesislib.chapters import ch04_pictures as pictures
 from thesislib.chapters import ch04_recovery as recovery
 from thesislib.chapters import ch04_runs as lora
-from thesislib.chapters import figures
 from thesislib.chapters.ch04_runs import CLOSED, OPEN, PPL, Configuration, LoraChapter
 from thesislib.chapters.pool import scored_by
 from thesislib.chapters.trainings import collect
@@ -339,8 +339,8 @@ def test_tables_and_figures_hold_what_was_measured(story):
     assert all(tests.loc["D2 to D2+W"].str.startswith("x 0.5")) and all(
         tests.loc["D2 to D2+W"].str.endswith("p < 0.001")
     )
-    chart = figures.recovery_chart(recovery.points(story))
+    chart = plots.recovery_chart(recovery.points(story))
     assert [t.get_text() for t in chart.axes[0].get_yticklabels()] == ["D2", "W2:4", "D2+W1:8", "dense"]
-    lines = figures.loss_curves(recovery.curves(story))
+    lines = plots.loss_curves(recovery.curves(story))
     assert [a.get_title() for a in lines.axes] == ["trained on WikiText", "trained on questions"]
-    figures.plt.close("all")
+    plots.plt.close("all")

@@ -7,9 +7,12 @@ import pandas as pd
 import pytest
 
 from tests.fakes import perplexity
+from thesislib.chapters import ch05_comparisons as comparisons
+from thesislib.chapters import ch05_figures as plots
 from thesislib.chapters import ch05_quantisation as quantisation
 from thesislib.chapters import ch05_runs as gptq
-from thesislib.chapters import figures, record_file, recorded
+from thesislib.chapters import ch05_tables as tables
+from thesislib.chapters import record_file, recorded
 from thesislib.chapters.ch05_runs import BEST, CLOSED, HELD_OUT, INGREDIENTS, OPEN, PLAIN, PPL, QuantChapter
 from thesislib.chapters.pareto import AS_IT_CAME
 from thesislib.errors import BadInput
@@ -65,26 +68,26 @@ def test_every_model_is_made_and_measured_once(small, measured):
         == len(results)
         == len({(m.provenance["made"]["recipe"], m.provenance["chapter"]["what"]) for m in found})
     )
-    table = quantisation.main_table(results, gptq.main_models(small))
+    table = tables.main_table(results, gptq.main_models(small))
     names = ["dense", *(f"{way} 3-bit{more}" for way in ("rounding", "GPTQ") for more in ("", " + EoRA"))]
     assert list(table.index) == names and (table["x dense"][1:] != "").all() and table["x dense"]["dense"] == ""
     assert list(table["settings"]) == ["", *["asymmetric, clipped"] * 4]
     assert list(table["calibration"]) == ["", "", *["web, 3 x 64"] * 3] and (table["WikiText-2"] != "").all()
-    assert quantisation.agrees(results, results, small)  # nothing else is recorded of these bits
+    assert comparisons.agrees(results, results, small)  # nothing else is recorded of these bits
     without, with_eora = (
         results[c.key, PPL].provenance["made"]["bytes"]["bytes_on_disk"] for c in gptq.main_models(small)[-2:]
     )
     assert without < with_eora
-    assert list(quantisation.pruned_table(results, small).index) == [
+    assert list(tables.pruned_table(results, small).index) == [
         "W2:4",
         "W2:4, rounding",
         "W2:4, GPTQ",
         "W2:4, GPTQ + EoRA",
     ]
-    ranks = quantisation.rank_table(results, small)
+    ranks = tables.rank_table(results, small)
     assert list(ranks["MB of factors"]) == sorted(ranks["MB of factors"]) and ranks.loc["0", "against rank 0"] == ""
     errors = gptq.layers(small, gptq.main_models(small)[-2:], windows=3)
-    means = quantisation.layer_table(errors)
+    means = tables.layer_table(errors)
     assert (means["GPTQ 3-bit asymmetric + EoRA"] < means["GPTQ 3-bit asymmetric"]).all() and len(means) == 7
     assert gptq.measure(gptq.main_models(small), small, results, pytest.fail) == results  # nothing is done twice
 
@@ -160,22 +163,19 @@ def test_the_textbook_recipe_turns_with_the_numbers():
     results[configs[0].key, HELD_OUT] = loss(3.7, 90)
     results[configs[3].key, HELD_OUT] = loss(3.5, 91)
     results[configs[4].key, HELD_OUT] = loss(5.0, 92)
-    found = quantisation.textbook(results, p)
+    found = comparisons.textbook(results, p)
     assert found.plain.verdict() == "worse" and found.plain.difference == pytest.approx(0.3, abs=0.01)
     assert found.best == "token weighting: first_16" and not found.zero_point.told
     assert by_verdict(found.changes)["better"] == ["token weighting: first_16"]
     assert by_verdict(found.changes)["worse"] == ["token weighting: skip_1"]
-    assert all(
-        table(results, p).empty
-        for table in (quantisation.pruned_table, quantisation.rank_table, quantisation.kinds_table)
-    )
-    table = quantisation.ingredient_table(results, configs)
+    assert all(table(results, p).empty for table in (tables.pruned_table, tables.rank_table, tables.kinds_table))
+    table = tables.ingredient_table(results, configs)
     assert (
         table.loc["token weighting: first_16", ""] == "better" and table.loc["act-order: static", ""] == "within noise"
     )
     for nats, verdict in ((4.5, "better"), (4.0, "not told apart")):
         results[configs[0].key, HELD_OUT] = loss(nats, 90)
-        assert quantisation.textbook(results, p).plain.verdict() == verdict
+        assert comparisons.textbook(results, p).plain.verdict() == verdict
 
 
 def test_methods_are_compared_on_their_own_grid():
@@ -183,27 +183,27 @@ def test_methods_are_compared_on_their_own_grid():
     configs = gptq.main_models(p)
     results = {(c.key, PPL): loss(3.4 - 0.05 * i, i) for i, c in enumerate(configs)}
     _, rounding_4, _, gptq_4, both_4, _, rounding_3, *_ = configs
-    tests = quantisation.method_comparisons(results, configs)
-    assert tests[quantisation.against(gptq_4, rounding_4)].verdict() == "better"
+    tests = comparisons.method_comparisons(results, configs)
+    assert tests[comparisons.against(gptq_4, rounding_4)].verdict() == "better"
     assert tests[f"{rounding_3.name} against without"].verdict() == "better"
     results[both_4.key, PPL] = loss(3.9, 5)
-    assert quantisation.method_comparisons(results, configs)[f"{both_4.name} against without"].verdict() == "worse"
+    assert comparisons.method_comparisons(results, configs)[f"{both_4.name} against without"].verdict() == "worse"
 
 
 def test_starts_are_compared_at_each_ones_better_rate():
     p = gptq.recorded_parameters()
     configs = gptq.lora_starts(p)
     results = {(c.key, HELD_OUT): loss(3.5 if c.corrected else 3.6, i) for i, c in enumerate(configs)}
-    assert by_verdict(quantisation.starts(results, p).tests)["better"] == [0, 1, 2]
+    assert by_verdict(comparisons.starts(results, p).tests)["better"] == [0, 1, 2]
     slow = [c for c in configs if c.rate == min(gptq.RATES)]
-    assert len(slow) == 6 and len(quantisation.starts_table(results, p)) == 4
+    assert len(slow) == 6 and len(tables.starts_table(results, p)) == 4
     faster = {**results, **{(c.key, HELD_OUT): loss(3.3, i) for i, c in enumerate(slow) if not c.corrected}}
-    both = quantisation.starts(faster, p)
+    both = comparisons.starts(faster, p)
     assert both.usual.rate == 2e-4 and both.eora.rate == 2e-3 and both.usual.before is None
     assert by_verdict(both.tests)["worse"] == [0, 1, 2]
     results[configs[2].key, HELD_OUT] = loss(3.0)  # the second seed, which does not choose the rate
-    assert by_verdict(quantisation.starts(results, p).tests) == {"better": [0, 2], "worse": [1], "not told apart": []}
-    assert quantisation.starts({}, p) is None
+    assert by_verdict(comparisons.starts(results, p).tests) == {"better": [0, 2], "worse": [1], "not told apart": []}
+    assert comparisons.starts({}, p) is None
 
 
 def told(c, per_token, seed=0):
@@ -236,12 +236,12 @@ def test_every_cell_says_what_its_numbers_say():
     worse = next(c for c in gptq.one_projection(q) if c.name == "v_proj, GPTQ")
     better = next(c for c in gptq.one_projection(q) if c.name == "k_proj, GPTQ")
     results |= {(worse.key, HELD_OUT): told(worse, 4.2), (better.key, HELD_OUT): told(better, 3.8)}
-    tests = by_verdict(quantisation.by_projection(results, q))
+    tests = by_verdict(comparisons.by_projection(results, q))
     assert (tests["worse"], tests["better"]) == (["v_proj"], ["k_proj"]) and "q_proj" in tests["not told apart"]
     results[worse.key, HELD_OUT] = told(worse, 3.8)
-    assert by_verdict(quantisation.by_projection(results, q))["better"] == ["k_proj", "v_proj"]
+    assert by_verdict(comparisons.by_projection(results, q))["better"] == ["k_proj", "v_proj"]
 
-    table = quantisation.shapes_table(results, q)
+    table = tables.shapes_table(results, q)
     assert set(table.index) == {(str(b), str(g)) for b, groups in gptq.SHAPES.items() for g in groups}
     assert (
         table.loc[("8", "64"), "GPTQ / rounding"].endswith("better than")
@@ -249,44 +249,44 @@ def test_every_cell_says_what_its_numbers_say():
     )
     gone = next(c for c in gptq.bits_by_group(q) if c.name == "GPTQ, 2 bits, group 64")
     missing = {k: m for k, m in results.items() if k != (gone.key, HELD_OUT)}
-    assert quantisation.shapes_table(missing, q).loc[("2", "64"), "GPTQ"] == "not run"
+    assert tables.shapes_table(missing, q).loc[("2", "64"), "GPTQ"] == "not run"
 
-    seeds, amounts = quantisation.calibration_noise(results, q)
+    seeds, amounts = comparisons.calibration_noise(results, q)
     assert len(seeds) == 3 and list(amounts) == ["4 windows", "32 windows"]
-    compensation = quantisation.compensation_table(results, q)
+    compensation = tables.compensation_table(results, q)
     assert compensation.loc["rounding", "against without"] == "" and compensation.loc["rounding + EoRA", "MB"] == "2.0"
-    assert not quantisation.pruned_comparisons(results, q)["W2:4: GPTQ against rounding"].told
+    assert not comparisons.pruned_comparisons(results, q)["W2:4: GPTQ against rounding"].told
 
     few, many = gptq.main_models(p)[-1], gptq.main_models(p)[3]
     assert (few.name, many.name) == ("GPTQ 3-bit asymmetric + EoRA", "GPTQ 4-bit asymmetric")
     results |= {(few.key, PPL): told(few, np.log(40)), (many.key, PPL): told(many, np.log(36))}
-    assert [m.disk_bytes for m in quantisation.few_and_many_bits(results, p)] == [3e6, 2e6]
-    assert not quantisation.more_comparisons(results, p)
+    assert [m.disk_bytes for m in comparisons.few_and_many_bits(results, p)] == [3e6, 2e6]
+    assert not comparisons.more_comparisons(results, p)
     first, second = (c for c in gptq.more_calibration(p, 3))
     results |= {
         (first.key, PPL): told(first, np.log(47)),
         (gptq.main_models(p)[-2].key, PPL): told(first, np.log(50), 5),
         (second.key, PPL): told(second, np.log(39)),
     }
-    more = quantisation.more_comparisons(results, p)
+    more = comparisons.more_comparisons(results, p)
     assert {name: list(tests) for name, tests in more.items()} == {"GPTQ 3-bit": [PPL], "GPTQ 3-bit + EoRA": [PPL]}
     assert more["GPTQ 3-bit"][PPL].difference == pytest.approx(np.log(47 / 50), abs=0.01)
     dense = loss(3.0, 7)
-    sizes = quantisation.sizes({**results, (None, HELD_OUT): dense}, q)
+    sizes = tables.sizes({**results, (None, HELD_OUT): dense}, q)
     assert set(sizes["series"]) == {"rounding", "GPTQ", "GPTQ 3-bit + EoRA", "GPTQ 4-bit + EoRA"}
     assert list(sizes.loc[sizes["series"] == "GPTQ 3-bit + EoRA", "label"]) == ["", "rank 8", "rank 32", "rank 128"]
     files = pd.DataFrame({"label": [AS_IT_CAME, "llama.cpp Q4_0"], "MB": [98.0, 92.0]})
     files = files.assign(
         **{f"{PPL}{end}": [20.0 * up, 40.0 * up] for end, up in (("", 1), (" low", 0.9), (" high", 1.1))}
     )
-    files = quantisation.files(files, dense)
+    files = tables.files(files, dense)
     assert files["x dense"].tolist() == pytest.approx([20 / dense.value, 40 / dense.value])
     for most, there in ((4, ["Q4_1 file, 98 MB", "Q4_0"]), (1.5, ["Q4_1 file, 98 MB"])):
-        axis = figures.bytes_chart(sizes, files, most).axes[0]
+        axis = plots.bytes_chart(sizes, files, most).axes[0]
         drawn = [len(line.get_xdata()) for line in axis.lines if "file" in str(line.get_label())]
         assert sum(drawn) == len(there)
         assert [t.get_text() for t in axis.texts if t.get_text().startswith("Q")] == there
-    figures.plt.close("all")
+    plots.plt.close("all")
 
 
 def test_the_sinks_share_under_each_weighting():
@@ -295,7 +295,7 @@ def test_the_sinks_share_under_each_weighting():
     results = {(gptq.one_change(q)[1].key, HELD_OUT): loss(4.0)}
     results |= {(c.key, HELD_OUT): loss(4.0 + 0.2 * (w == "skip_1"), 0) for w, c in changed.items()}
     sinks = {"length": 100, "shares": {"blocks.0.v_proj": 0.002, "blocks.1.v_proj": 0.002, "blocks.1.down_proj": 0.5}}
-    table = quantisation.sink_table(sinks, results, q)
+    table = tables.sink_table(sinks, results, q)
     assert list(table.index) == ["v_proj, median block", "down_proj of block 1", "held-out perplexity"]
     assert table["as it comes"].tolist() == ["0.20%", "50.00%", "x 1"]
     assert table["every token at unit norm"].tolist() == ["1.00%", "1.00%", "x 1.000"]
@@ -304,28 +304,28 @@ def test_the_sinks_share_under_each_weighting():
 
 
 def test_the_first_figure_has_every_method_once():
-    table = quantisation.methods(recorded("05_quantisation"), gptq.ablation_parameters())
+    table = tables.methods(recorded("05_quantisation"), gptq.ablation_parameters())
     assert len(set(table["method"])) == 10 and len(table) == 11  # the same settings on one thread and on two
     assert table["low"].isna().sum() == 3 and (table["x dense"] > 1).all()
-    axis = figures.methods_chart(table).axes[0]
+    axis = plots.methods_chart(table).axes[0]
     assert [t.get_text() for t in axis.get_yticklabels()] == list(dict.fromkeys(table["method"]))
-    figures.plt.close("all")
+    plots.plt.close("all")
 
 
 def test_what_is_measured_directly(small, tiny):
     shares = gptq.sink_shares(small, windows=3)
     assert len(shares) == 21 and all(0 < v < 0.5 for v in shares.values())  # one token of 64 in a random model
     subject = tiny(hidden_size=64)
-    assert quantisation.own_grid(subject).lost > 0
+    assert comparisons.own_grid(subject).lost > 0
     for b in (0, 1):
         for linear in subject.linears(b).values():
             linear.weight.data = round_to_nearest(linear.weight, Grid(4, 32, "minimum")).weight
-    found = quantisation.own_grid(subject)
+    found = comparisons.own_grid(subject)
     assert (found.linears, found.lost) == (14, 0) and 0.2 < found.steps < 0.3
 
 
 def test_thesis_figures_stand_beside():
-    table = quantisation.thesis_table()
+    table = tables.thesis_table()
     assert (
         table.loc["W1:8+W", "perplexity, 4-bit + EoRA"] == 16.68
         and table.loc["W1:8+W", "perplexity, recovered"] == 15.7
@@ -376,21 +376,19 @@ def test_names_are_for_readers_only(monkeypatch):
     record, p, q = recorded("05_quantisation"), gptq.recorded_parameters(), gptq.ablation_parameters()
     said = [
         lambda: quantisation.kinds_sentence(record, q),
-        lambda: quantisation.worth_table(record, q).to_csv(index=False),
+        lambda: tables.worth_table(record, q).to_csv(index=False),
         lambda: quantisation.bytes_sentence(record, p),
         lambda: quantisation.more_sentence(record, p),
         lambda: quantisation.starts_sentence(record, q),
         lambda: quantisation.pruned_sentence(record, q),
-        lambda: quantisation.shapes_table(record, q).to_csv(),
-        lambda: quantisation.starts_table(record, q).to_csv(),
-        lambda: quantisation.sizes(record, q).to_csv(),
-        lambda: quantisation.methods(record, q).to_csv(),
-        lambda: quantisation.sink_table(quantisation.read_sinks(record_file("05_quantisation")), record, q).to_csv(),
-        lambda: quantisation.compensation_table(record, q).to_csv(index=False),
+        lambda: tables.shapes_table(record, q).to_csv(),
+        lambda: tables.starts_table(record, q).to_csv(),
+        lambda: tables.sizes(record, q).to_csv(),
+        lambda: tables.methods(record, q).to_csv(),
+        lambda: tables.sink_table(comparisons.read_sinks(record_file("05_quantisation")), record, q).to_csv(),
+        lambda: tables.compensation_table(record, q).to_csv(index=False),
         lambda: quantisation.headline(record),
-        lambda: sorted(
-            c.p for c in quantisation.method_comparisons(record, quantisation.main_models(p), HELD_OUT).values()
-        ),
+        lambda: sorted(c.p for c in comparisons.method_comparisons(record, gptq.main_models(p), HELD_OUT).values()),
     ]
     before = [say() for say in said]
     for name in (
@@ -405,11 +403,12 @@ def test_names_are_for_readers_only(monkeypatch):
         "leave_one_out",
     ):
         make = getattr(gptq, name)
-        monkeypatch.setattr(
-            quantisation,
-            name,
-            lambda *given, make=make, **more: [
-                dataclasses.replace(c, name=f"model {i}") for i, c in enumerate(make(*given, **more))
-            ],
-        )
+        for module in (m for m in (comparisons, tables, quantisation) if hasattr(m, name)):
+            monkeypatch.setattr(
+                module,
+                name,
+                lambda *given, make=make, **more: [
+                    dataclasses.replace(c, name=f"model {i}") for i, c in enumerate(make(*given, **more))
+                ],
+            )
     assert [say() for say in said] == before

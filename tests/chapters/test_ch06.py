@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from tests.fakes import accuracy, perplexity
+from thesislib.chapters import ch06_figures as plots
 from thesislib.chapters import ch06_grid as evaluation
 from thesislib.chapters import ch06_runs as runs
 from thesislib.chapters import figures, labels, record_file, recorded
@@ -113,10 +114,10 @@ def test_a_trained_model_wins_over_no_untrained_one(story):
     assert "untrained, W1:8 with 265 MB (22.2 against 20.1)" in trade_offs.usable_sentence(seen)
     shown = explorer_data(trade_offs.explorer(seen))
     assert shown["fronts"]["MB"][PPL] == by_base and list(shown["groups"]) == ["dense", "T", "W"]
-    chart = figures.pareto_chart(table, by_base, PPL, trade_offs.marks_of(seen))
+    chart = plots.pareto_chart(table, by_base, PPL, trade_offs.marks_of(seen))
     lines = [list(line.get_xdata()) for axis in chart.axes for line in axis.lines if line.get_label() == "front"]
     assert lines == [[240, 250, 265, 270], [50], [60]]
-    figures.plt.close(chart)
+    plots.plt.close(chart)
 
 
 def file_row(kind, per_token, megabytes, of="f", limit=None, text="t"):
@@ -170,9 +171,7 @@ def test_files_beside_the_study_are_marks(story, monkeypatch):
     shown = explorer_data(trade_offs.explorer(came))["marks"]
     assert [(r["label"], round(r["MB"])) for r in shown] == [(x, round(marks.loc[x, "MB"])) for x in marks.index]
     beside = trade_offs.marks_of(came)
-    chart, others = (
-        figures.pareto_chart(table, front(table, "MB", measure), measure, beside) for measure in (PPL, OPEN)
-    )
+    chart, others = (plots.pareto_chart(table, front(table, "MB", measure), measure, beside) for measure in (PPL, OPEN))
     drawn = {line.get_label(): line.get_xydata() for line in chart.axes[0].lines}
     assert drawn["the file it came in"].tolist() == [[star["MB"], star[PPL]]]
     assert drawn["llama.cpp's files"].tolist() == beside[["MB", PPL]][1:].to_numpy().tolist()
@@ -181,7 +180,7 @@ def test_files_beside_the_study_are_marks(story, monkeypatch):
     assert {"dense", "D2", "D2+Q"} <= {text.get_text() for text in chart.axes[1].texts}  # of models trained alike
     for axis in (*chart.axes, *others.axes):
         assert_nothing_covered(axis)
-    figures.plt.close("all")
+    plots.plt.close("all")
 
 
 def assert_nothing_covered(axis):
@@ -204,11 +203,11 @@ def test_the_recorded_figure_covers_nothing():
     table = points(record)
     for measure, most in ((PPL, 100), (OPEN, 1)):
         fronts = front(table, "MB", measure)
-        chart = figures.pareto_chart(table, fronts, measure, trade_offs.marks_of(record), most)
+        chart = plots.pareto_chart(table, fronts, measure, trade_offs.marks_of(record), most)
         for axis, (base, names) in zip(chart.axes, fronts.items(), strict=True):
             assert_nothing_covered(axis)
             assert "dense" in {text.get_text() for text in axis.texts} or base not in names
-    figures.plt.close("all")
+    plots.plt.close("all")
 
 
 def test_depth_and_width_together_cost_more_than_their_sum(story):
@@ -327,19 +326,19 @@ def figure_of(difference):
 def test_figures_hold_every_model(story):
     table = points(story)
     marks = trade_offs.marks_of(story)
-    chart = figures.pareto_chart(table, front(table, "MB", PPL), PPL, marks, most=30)
+    chart = plots.pareto_chart(table, front(table, "MB", PPL), PPL, marks, most=30)
     assert chart.axes[0].get_title() == "untrained: 3 models\n(1 above 30 not drawn)"
     assert len(chart.axes) == 2 and chart.axes[0].get_xlabel() == "MB on disk"
     off, told = evaluation.interaction_grid(story)
     assert off.loc[2, "1:8"] == pytest.approx(1.22, abs=0.01) and told.loc[2, "1:8"]
-    (cell,) = figures.interaction_chart(off, told).axes[0].texts
+    (cell,) = plots.interaction_chart(off, told).axes[0].texts
     assert cell.get_text() == "1.22 *"
-    panels = figures.steps_chart(evaluation.steps(story)).axes
+    panels = plots.steps_chart(evaluation.steps(story)).axes
     assert [a.get_title() for a in panels] == ["pruned", "+ LoRA", "+ GPTQ", "+ EoRA"]
     assert [t.get_text() for t in panels[1].get_yticklabels()] == ["dense", "D2", "D2+W1:8"]
-    (beyond,) = figures.steps_chart([("+ GPTQ", "dense", "Q2", figure_of(2.6))]).axes[0].texts
+    (beyond,) = plots.steps_chart([("+ GPTQ", "dense", "Q2", figure_of(2.6))]).axes[0].texts
     assert beyond.get_text() == "x 13.5 →"
-    figures.plt.close("all")
+    plots.plt.close("all")
 
 
 @pytest.mark.parametrize(("key", "value"), [("size", "huge"), ("workers", 0), ("dtype", "int4")])

@@ -17,6 +17,7 @@ from thesislib.chapters import ch02_stability as choice
 from thesislib.chapters import ch03_width as width
 from thesislib.chapters import ch04_recovery as recovery
 from thesislib.chapters import ch04_runs as lora
+from thesislib.chapters import ch05_comparisons as comparisons
 from thesislib.chapters import ch05_quantisation as quantisation
 from thesislib.chapters import ch05_runs as gptq
 from thesislib.chapters import ch06_grid as grid
@@ -110,11 +111,11 @@ def english() -> dict[str, str]:
         "05.eora_sentence": quantisation.eora_sentence(r5, p5),
         "05.bytes_sentence": quantisation.bytes_sentence(r5, p5),
         "05.textbook_sentence": quantisation.textbook_sentence(r5, q5),
-        "05.gptqmodel_sentence": quantisation.gptqmodel_sentence(quantisation.read_gptqmodel()),
+        "05.gptqmodel_sentence": quantisation.gptqmodel_sentence(comparisons.read_gptqmodel()),
         "05.calibration_sentence": quantisation.calibration_sentence(r5, q5),
         "05.kinds_sentence": quantisation.kinds_sentence(r5, q5),
-        "05.layer_sentence": quantisation.layer_sentence(quantisation.read_layers(five), r5, q5),
-        "05.sink_sentence": quantisation.sink_sentence(quantisation.read_sinks(five)["shares"], p5.length),
+        "05.layer_sentence": quantisation.layer_sentence(comparisons.read_layers(five), r5, q5),
+        "05.sink_sentence": quantisation.sink_sentence(comparisons.read_sinks(five)["shares"], p5.length),
         "05.pruned_sentence": quantisation.pruned_sentence(r5, q5),
         "05.starts_sentence": quantisation.starts_sentence(r5, q5),
         "05.answers_sentence": quantisation.answers_sentence(r5),
@@ -144,7 +145,7 @@ def english() -> dict[str, str]:
         columns=["device", "model", "binds", "joules low", "joules high"],
     )
     return sentences | {
-        "05.grid_sentence": quantisation.grid_sentence(quantisation.OwnGrid(14, 0.0, 0.25)),
+        "05.grid_sentence": quantisation.grid_sentence(comparisons.OwnGrid(14, 0.0, 0.25)),
         "07.binding_sentence": device.binding_sentence(projected),
         "07.energy_sentence": device.energy_sentence(projected),
         "07.energy_sentence, none known": device.energy_sentence(projected[1:]),

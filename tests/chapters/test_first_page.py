@@ -7,7 +7,7 @@ import pytest
 from thesislib import book
 from thesislib.chapters import block, chapters, first_page, page, pareto, recorded
 from thesislib.chapters import ch04_recovery as recovery
-from thesislib.chapters import ch05_quantisation as quantisation
+from thesislib.chapters import ch05_comparisons as comparisons
 from thesislib.chapters import ch05_runs as gptq
 from thesislib.chapters import ch07_device as device
 from thesislib.chapters.chapter import WIKITEXT
@@ -45,7 +45,7 @@ def test_the_titles_of_the_findings_are_what_the_records_say():
     assert max(device.gains_by_zeros(timed).values()) < device.drift(timed)  # no time that could be told from noise
     q = gptq.ablation_parameters()
     assert (
-        quantisation.textbook(recorded("05_quantisation"), q).plain.verdict() == "worse"
+        comparisons.textbook(recorded("05_quantisation"), q).plain.verdict() == "worse"
     )  # plain GPTQ against rounding
     assert [title for title, *_ in first_page.findings()] == [
         "Fewer bits beat fewer weights.",

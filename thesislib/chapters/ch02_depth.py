@@ -44,7 +44,7 @@ from thesislib.chapters.pool import larger, largest, recorded_pool
 from thesislib.chapters.scorings import scored_again
 from thesislib.chapters.thesis import thesis_row
 from thesislib.chapters.trainings import Records
-from thesislib.compress.depth import METRICS, Depth, angular_distances, importance
+from thesislib.compress.depth import METRICS, Depth, angular_distances, importance, taylor_of_parts
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import perplexity, triviaqa
 from thesislib.evaluate.answers import AT_ONCE, FIRST_WORDS
@@ -53,7 +53,7 @@ from thesislib.evaluate.stats import Comparison, by_verdict, holm_adjusted
 from thesislib.experiment import DENSE, described
 from thesislib.files import read_json, write_whole
 from thesislib.formats.load import load_subject
-from thesislib.model.blocks import Plan, remove
+from thesislib.model.blocks import Plan, remove, removed_parts
 from thesislib.model.subject import Subject
 from thesislib.pipeline.recipe import Shape
 from thesislib.records.measurement import Measurement, in_markdown, provenance
@@ -154,6 +154,11 @@ class Scores:
     def main(self) -> str:
         """The method whose models are asked questions: perplexity, or the first if that was not tried."""
         return "perplexity" if "perplexity" in self.removed else next(iter(self.removed))
+
+    def of_main(self) -> "Scores":
+        """The same, of the removals those of `main` and at random: what a page shows of its own run."""
+        kept = {m: sets for m, sets in self.removed.items() if m == self.main or m.startswith(RANDOM)}
+        return dataclasses.replace(self, removed=kept)
 
     def to_json(self) -> str:
         """One JSON object."""
@@ -299,12 +304,14 @@ def measure(subject: Subject, scores: Scores, p: DepthChapter) -> Results:
 def parts(subject: Subject, p: DepthChapter, count: int = 2) -> pd.DataFrame:
     """The `count` whole blocks, attentions and MLPs of lowest Taylor score removed, or as many as can go."""
     rows, count = [], min(count, unprotected(subject.depth))
-    for part in ("block", "attention", "mlp"):
-        small, report = Depth(count, part=part, metric="taylor", windows=p.calibration, length=p.length).apply(
-            subject, data=p.data
-        )
+    ids = calibration_windows(subject.tokenizer, "wikipedia", p.data, p.calibration, p.length)
+    free = range(Depth.protect_first, subject.depth - Depth.protect_last)
+    for part, scores in taylor_of_parts(subject, ids, free).items():
+        lost = removed_parts(subject).get(part, [])
+        lowest = sorted(sorted((b for b in free if b not in lost), key=scores.__getitem__)[:count])
+        small = remove(subject, lowest, part)
         m = perplexity.perplexity(small, evaluation_text(p.data), length=p.length, limit=p.windows)
-        gone = ", ".join(map(str, report["removed"]))
+        gone = ", ".join(map(str, lowest))
         rows.append(
             {
                 "removed": f"{count} x {part}",

@@ -333,8 +333,8 @@ def interaction_sentence(results: Results) -> str:
 
 
 def interaction_grid(results: Results) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """For `figures.interaction_chart`: the factor by which each pair is off the sum, blocks removed by width patterns;
-    and whether it is told apart from 1."""
+    """For `ch06_figures.interaction_chart`: the factor by which each pair is off the sum, blocks removed by width
+    patterns; and whether it is told apart from 1."""
     rows = [
         {"removed": of(pair).depth, "width": next(iter(of(pair).width)), "off": np.exp(c.difference), "told": c.told}
         for pair, c in interactions(results).items()

@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pandas as pd
 
-from thesislib.chapters import figures
+from thesislib.chapters import ch07_figures
 from thesislib.chapters.ch07_runs import (
     DEPTHS,
     SAME,
@@ -292,7 +292,7 @@ def roofline(models: Mapping[str, Subject], name: str, p: DeviceChapter) -> plt.
         raise BadInput(
             f"{name}'s file lacks a rate or a bandwidth, without which it has no roofline: expected such as k1"
         )
-    return figures.roofline_chart(name, rate[0], bandwidth, pd.DataFrame(rows))
+    return ch07_figures.roofline_chart(name, rate[0], bandwidth, pd.DataFrame(rows))
 
 
 # ---------------------------------------------------------------- measured
@@ -304,7 +304,7 @@ def measured_rates(record: Results) -> dict[str, float]:
 
 
 def timings(record: Results) -> pd.DataFrame:
-    """For `figures.timing_chart`: every timing in llama.cpp, with the quartiles of its tokens."""
+    """For `ch07_figures.timing_chart`: every timing in llama.cpp, with the quartiles of its tokens."""
     rows = [
         {"format": ENGINES[engine], "model": label, "MB": m.extra["bytes"]["weights"] / 1e6, "ms": 1e3 * m.value,
          "low": 1e3 * m.low, "high": 1e3 * m.high, "zeros": "W2:4" in label}

@@ -422,7 +422,14 @@ def taylor(
     Raises:
         BadInput: weights without a gradient, such as packed or quantised ones.
     """
-    weights = {b: list(_weights(subject, b, part)) for b in blocks}
+    return taylor_of_parts(subject, ids, blocks, (part,), batch)[part]
+
+
+def taylor_of_parts(
+    subject: Subject, ids: torch.Tensor, blocks: Sequence[int], parts: Sequence[str] = PARTS, batch: int = 2
+) -> dict[str, dict[int, float]]:
+    """`taylor` of several parts of the blocks, {part: {block: importance}}, from one gradient."""
+    weights = {(part, b): list(_weights(subject, b, part)) for part in parts for b in blocks}
     every = [w for several in weights.values() for w in several]
     if any(not isinstance(w, nn.Parameter) or not w.is_floating_point() for w in every):
         raise BadInput(
@@ -438,10 +445,10 @@ def taylor(
             logits = subject.model.get_output_embeddings()(states[:, :-1]).float().flatten(0, 1)
             total = nn.functional.cross_entropy(logits, some[:, 1:].flatten(), reduction="sum")
             (total / (len(ids) * (ids.shape[1] - 1))).backward()
-        return {
-            b: sum((w.detach().float() * w.grad.float()).abs().sum().item() for w in several)
-            for b, several in weights.items()
-        }
+        scores: dict[str, dict[int, float]] = {part: {} for part in parts}
+        for (part, b), several in weights.items():
+            scores[part][b] = sum((w.detach().float() * w.grad.float()).abs().sum().item() for w in several)
+        return scores
     finally:
         for w in every:
             w.requires_grad_(False)
