@@ -5,19 +5,16 @@ from dataclasses import replace
 import pytest
 import torch
 from tokenizers import Tokenizer, models
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from thesislib.chapters.from_scratch import (
     Checkpoint,
     FromScratch,
-    predictions,
     small_config,
     small_tokenizer,
     trained,
 )
 from thesislib.errors import BadInput
-from thesislib.model.blocks import remove
 
 TINY = FromScratch(
     narrow=2, blocks=3, vocabulary=256, length=32, batch=4, steps=30, first=3, checkpoints=3, warmup=3, held_out=5
@@ -37,18 +34,6 @@ def test_a_run_learns_and_its_seed_decides_it(tiny, tiny_data):
 def test_a_shorter_run_is_the_beginning_of_a_longer_one(tiny, tiny_data):
     short = replace(TINY, steps=9, checkpoints=2)
     assert list(trained(tiny(), short, 0, tiny_data)) == list(trained(tiny(), TINY, 0, tiny_data))[:2]
-
-
-def test_predictions_are_those_of_the_model_without_each_block(tiny):
-    subject, ids = tiny(layers=3), torch.randint(0, 250, (20, 12), generator=torch.Generator().manual_seed(0))
-    right, nats = predictions(subject, ids)
-    for row, model in enumerate([subject, *(remove(subject, [b]) for b in range(3))]):
-        with torch.no_grad():
-            logits = model.model(ids).logits[:, :-1]
-        target = ids[:, 1:]
-        assert torch.equal(right[row], (logits.argmax(-1) == target).sum(1))
-        losses = nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
-        assert torch.allclose(nats[row], losses.view(target.shape).sum(1).double(), rtol=1e-5)
 
 
 def checkpoint(*right, commonest=(1, 1)):

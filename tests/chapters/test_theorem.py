@@ -9,6 +9,7 @@ from torch import nn
 from thesislib.chapters.theorem import ANSWER, snowball
 from thesislib.compress.depth import influence, window_losses
 from thesislib.compress.gain import gains
+from thesislib.compress.relevance import relevance
 from thesislib.errors import BadInput
 from thesislib.model.blocks import remove
 
@@ -48,8 +49,7 @@ def test_the_block_with_the_lowest_score_decides_everything(eps):
     assert (right(subject, ids), right(remove(subject, [1]), ids)) == (1, 0)
     chance = ids[:, 1:].flatten().bincount().max().item() / ids[:, 1:].numel()
     assert 0 < chance < 1
-    relevance = 1 - max(right(remove(subject, [1]), ids) - chance, 0) / (right(subject, ids) - chance)
-    assert relevance == 1
+    assert relevance(right(remove(subject, [1]), ids), right(subject, ids), chance) == 1
 
 
 @pytest.mark.parametrize("eps", [*EVERY_EPS, 0.5, 0.9])

@@ -21,9 +21,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from thesislib.compress.depth import influence
+from thesislib.compress.relevance import next_tokens, outcomes, relevance
 from thesislib.config import positive
 from thesislib.errors import BadInput
-from thesislib.model.forward import final_states
 from thesislib.model.subject import Subject
 from thesislib.sources.corpus import calibration_text, evaluation_text, windows
 
@@ -119,9 +119,9 @@ class Checkpoint:
 
     @property
     def relevance(self) -> list[float] | None:
-        """Each block's 1 - max(Acc(without) - chance, 0) / max(Acc - chance, 0); None if the model is at chance."""
-        margins = np.maximum(np.array(self.accuracy) - self.chance, 0)
-        return None if margins[0] == 0 else (1 - margins[1:] / margins[0]).tolist()
+        """Each block's `thesislib.compress.relevance.relevance`; None if the model is at chance."""
+        whole, *without = self.accuracy
+        return None if whole <= self.chance else [relevance(one, whole, self.chance) for one in without]
 
     @property
     def rank_correlation(self) -> float | None:
@@ -166,39 +166,19 @@ def trained(subject: Subject, settings: FromScratch, seed: int, data: str = "emb
         optimiser.step()
         optimiser.zero_grad()
         if step in settings.measured:
-            right, nats = predictions(small, held_out)
+            found = outcomes(small, next_tokens(held_out), range(settings.blocks), batch=ROWS_AT_ONCE)
+            predicted = settings.length - 1
             yield Checkpoint(
                 seed,
                 step,
                 step * settings.batch * settings.length,
                 loss.item(),
-                settings.length - 1,
+                predicted,
                 tuple((held_out[:, 1:] == commonest).sum(1).tolist()),
-                tuple(map(tuple, right.tolist())),
-                tuple(map(tuple, nats.tolist())),
+                tuple(map(tuple, (found.correct * predicted).round().astype(int).tolist())),
+                tuple(map(tuple, (-found.margin * predicted).tolist())),
                 tuple(influence(small, held_out)),
             )
-
-
-@torch.inference_mode()
-def predictions(subject: Subject, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many next tokens of each window are right, and their -log p summed: two of (blocks + 1, windows).
-
-    The first row is of all blocks, the others of the model without block 0, without block 1, ...
-    """
-    whole = tuple(range(subject.depth))
-    plans = [whole, *(whole[:b] + whole[b + 1 :] for b in whole)]
-    right = torch.zeros(len(plans), len(ids), dtype=torch.int64)
-    nats = torch.zeros(len(plans), len(ids), dtype=torch.float64)
-    for start in range(0, len(ids), ROWS_AT_ONCE):
-        some = ids[start : start + ROWS_AT_ONCE]
-        target = some[:, 1:]
-        for k, states in final_states(subject.model, some, plans):
-            logits = subject.model.get_output_embeddings()(states[:, :-1])  # (B, T - 1, V)
-            losses = nn.functional.cross_entropy(logits.mT, target, reduction="none")
-            right[k, start : start + ROWS_AT_ONCE] = (logits.argmax(-1) == target).sum(1)
-            nats[k, start : start + ROWS_AT_ONCE] = losses.double().sum(1)
-    return right, nats
 
 
 def small_tokenizer(tokenizer: Any, size: int) -> PreTrainedTokenizerFast:

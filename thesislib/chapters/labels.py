@@ -18,7 +18,7 @@ SHOWN = {
 }  # families, as charts and tables name them
 FAMILIES = tuple(SHOWN.values())
 # those that the book explains
-PARTS = (DENSE, "D2", "DA2", "DM2", "W1:8", "W2:4", "W50%", "W", "T", "R", "Q", "Q3", "H", "E", "D2+W1:8+W+Q+E")
+PARTS = (DENSE, "D2", "DA2", "DM2", "D2L", "W1:8", "W2:4", "W50%", "W", "T", "R", "Q", "Q3", "H", "E", "D2+W1:8+W+Q+E")
 
 
 @cache
