@@ -1,5 +1,7 @@
 """Figures and settings that prose names; tests/test_browser.py follows the links of the built book."""
 
+from dataclasses import fields
+
 import pytest
 
 from thesislib.chapters.links import linked, setting
@@ -30,9 +32,15 @@ def test_nothing_else_does():
         '<img alt="Figure 1.1">',
         "<pre>depth: {metric: taylor}</pre>",
         "<code>page.figure</code> <code>depth</code> <code>Figure 1.1</code>",
-        "<abbr title='x'>D2</abbr> in 1.1",
+        "<abbr title='x'>D2</abbr> in 1.1 [a, b]",
     ):
         assert linked(text, lambda name: f"#{name}") == text
+
+
+def test_numbers_stay_whole():
+    text = "x 1.32 [1.31, 1.33], +2.9 points [+1.5, +4.3], 14.3% [12.5%, 16.4%] and 95 % (n = 24)"
+    shown = "x~1.32 [1.31,~1.33], +2.9 points [+1.5,~+4.3], 14.3% [12.5%,~16.4%] and 95~% (n = 24)"
+    assert linked(text, str) == shown.replace("~", "&nbsp;")
 
 
 def test_what_does_not_exist_is_an_error():
@@ -45,4 +53,4 @@ def test_what_does_not_exist_is_an_error():
 def test_a_setting_is_described_by_the_class_that_names_it():
     assert setting("depth", "seed") == "thesislib.compress.stage.Calibrated.seed"
     assert setting("gptq", "bits") == "thesislib.compress.gptq.Rtn.bits"
-    assert all(setting(word, field) for word, stage in STAGES.items() for field in stage.__dataclass_fields__)
+    assert all(setting(word, field.name) for word, stage in STAGES.items() for field in fields(stage))

@@ -1,15 +1,17 @@
-"""Links from a page's prose: Figure 3.2 to the figure, `depth.metric` and `depth: {metric: taylor}` to the setting."""
+"""A finished page's prose: Figure 3.2 links to the figure, `depth.metric` and `depth: {metric: taylor}` to the setting,
+and no line breaks within an interval or between a number and its sign."""
 
-import inspect
 import re
 from collections.abc import Callable
+from dataclasses import fields
 
 from thesislib.compress.stage import STAGES
 from thesislib.errors import unknown
 
 PIECES = re.compile(
     r"<(?P<other>a|pre|script|style|svg|h\d)\b.*?</(?P=other)>|<code[^>]*>(?P<code>.*?)</code>|<[^>]*>"
-    r"|(?P<figure>\b[Ff]igure (?P<number>\d+\.\d+))",
+    r"|(?P<figure>\b[Ff]igure (?P<number>\d+\.\d+))"
+    r"|(?P<whole>\[[-+]?[\d.,]+ ?%?, [-+]?[\d.,]+ ?%?\]|\bx [\d.,]+|\d %)",
     re.DOTALL,
 )
 NAMED = re.compile(r"(?P<word>\w+)\.(?P<field>\w+)")  # as prose names a setting
@@ -17,7 +19,9 @@ GIVEN = re.compile(r"(?:- )?(?P<word>\w+): \{.*\}")  # as a recipe gives setting
 
 
 def linked(page: str, address: Callable[[str], str]) -> str:
-    """A page's HTML with links at the figures and settings that it names, outside of links, titles and blocks of code.
+    """A page's HTML with links at the figures and settings that it names, and intervals, ratios and percentages whole.
+
+    Links, titles, blocks of code and pictures stay as they are.
 
     Args:
         page: the HTML.
@@ -30,6 +34,8 @@ def linked(page: str, address: Callable[[str], str]) -> str:
     def piece(found: re.Match) -> str:
         if found["figure"]:
             return f'<a href="{address("fig-" + found["number"].replace(".", "-"))}">{found["figure"]}</a>'
+        if found["whole"]:
+            return found["whole"].replace(" ", "&nbsp;")
         text = re.sub(r"<[^>]*>", "", found["code"] or "")
         named, given = NAMED.fullmatch(text), GIVEN.fullmatch(text)
         word = (named or given or {"word": ""})["word"]
@@ -59,7 +65,8 @@ def setting(word: str, field: str) -> str:
         BadInput: the stage has no such setting.
     """
     stage = STAGES[word]
-    if field not in stage.__dataclass_fields__:
-        raise unknown(f"setting of {word}", field, stage.__dataclass_fields__)
-    owner = next(cls for cls in stage.__mro__ if field in inspect.get_annotations(cls))
+    names = [f.name for f in fields(stage)]
+    if field not in names:
+        raise unknown(f"setting of {word}", field, names)
+    owner = next(cls for cls in stage.__mro__ if re.search(rf"^ +{field}: ", cls.__doc__ or "", re.MULTILINE))
     return f"{owner.__module__}.{owner.__qualname__}.{field}"
