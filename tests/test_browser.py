@@ -168,17 +168,76 @@ def test_a_narrow_screen_does_not_scroll_sideways(site, page, path):
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-@pytest.mark.parametrize("path", [p for p in PAGES if "api" not in p])
-def test_contrast_and_names_as_axe_sees_them(site, page, path, theme):
+@pytest.mark.parametrize("path", PAGES)
+def test_axe_finds_nothing_against_wcag(site, page, path, theme):
+    """Levels A and AA, on the whole page: contrast, names, roles, sizes."""
     from axe_playwright_python.sync_playwright import Axe
 
     page.goto(f"{site}/{path}", wait_until="networkidle")
     page.evaluate("theme => { document.documentElement.dataset.theme = theme; }", theme)
     page.wait_for_timeout(300)  # colours fade in
-    rules = ["color-contrast", "image-alt", "svg-img-alt", "td-headers-attr", "scope-attr-valid", "list", "button-name"]
-    options = {"runOnly": {"type": "rule", "values": rules}}
-    found = Axe().run(page, context="article", options=options).response["violations"]
+    options = {"runOnly": {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa"]}}
+    found = Axe().run(page, options=options).response["violations"]
     assert not [(v["id"], v["nodes"][0]["html"][:200], v["nodes"][0]["failureSummary"]) for v in found]
+
+
+@pytest.mark.parametrize("width", [1280, 420])
+@pytest.mark.parametrize("path", PAGES)
+def test_no_text_is_cut_off_or_under_the_contents(site, page, path, width):
+    """What is wider than its column scrolls by itself, or has the contents folded away beside it."""
+    page.set_viewport_size({"width": width, "height": 900})
+    page.goto(f"{site}/{path}", wait_until="networkidle")
+    beyond = page.evaluate(
+        """() => {
+        const edge = document.querySelector("article").getBoundingClientRect().right + 1;
+        const apart = "div.table, mjx-container, .math, .tag_full-width, .visually-hidden, svg";
+        return [...document.querySelectorAll("article *")]
+            .filter(e => e.checkVisibility() && !e.closest(apart) && e.getBoundingClientRect().right > edge)
+            .map(e => e.outerHTML.slice(0, 120)); }"""
+    )
+    assert not beyond
+
+
+SETTINGS = {
+    "02_depth_pruning": {"depth": "remove blocks metric greedy protect_first protect_last part text windows"},
+    "03_width_pruning": {"width": "remove of ratio ratios metric linears text windows weighting"},
+    "04_lora_recovery": {"lora": "text linears rank alpha dropout learning_rate steps batch merge"},
+    "05_quantisation": {
+        "gptq": "bits group grid clip act_order damping sequential weighting",
+        "eora": "rank bytes weighting",
+        "lora": "init",
+    },
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_link_to_what_they_do(site, page, name):
+    from thesislib.chapters.links import setting
+
+    page.goto(f"{site}/notebooks/{name}.html", wait_until="networkidle")
+    linked = set(page.locator("article code a").evaluate_all("e => e.map(a => a.hash.slice(1))"))
+    missing = {
+        (word, field)
+        for word, fields in SETTINGS[name].items()
+        for field in fields.split()
+        if setting(word, field) not in linked
+    }
+    assert not missing
+
+
+@pytest.mark.parametrize("path", [p for p in PAGES if "api" not in p])
+def test_figures_that_are_named_are_linked(site, page, path):
+    page.goto(f"{site}/{path}", wait_until="networkidle")
+    bare = page.evaluate(
+        r"""() => {
+        const found = [], walker = document.createTreeWalker(document.querySelector("article"), NodeFilter.SHOW_TEXT);
+        while (walker.nextNode()) {
+            const text = walker.currentNode, linked = text.parentElement.closest("a, code, pre, svg");
+            if (/figure \d+\.\d+/i.test(text.data) && !linked) found.push(text.data);
+        }
+        return found; }"""
+    )
+    assert not bare
 
 
 def test_links_and_anchors_resolve(site, page):

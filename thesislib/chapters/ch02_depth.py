@@ -44,7 +44,7 @@ from thesislib.chapters.pool import larger, largest, recorded_pool
 from thesislib.chapters.scorings import scored_again
 from thesislib.chapters.thesis import thesis_row
 from thesislib.chapters.trainings import Records
-from thesislib.compress.depth import METRICS, Depth, angular_distances, importance, taylor_of_parts
+from thesislib.compress.depth import Depth, angular_distances, importance, taylor_of_parts
 from thesislib.errors import BadInput, unknown
 from thesislib.evaluate import perplexity, triviaqa
 from thesislib.evaluate.answers import AT_ONCE, FIRST_WORDS
@@ -65,6 +65,8 @@ ONE_SHOT, GREEDY, RANDOM = "perplexity", "perplexity, greedy", "random"
 NOTHING = "nothing removed"
 THESIS = (2, 4, 6, 8)
 METHODS = {ONE_SHOT: "one-shot perplexity", GREEDY: "greedy perplexity", "taylor": "Taylor"}  # in sentences
+# those that ask for running text or for nothing
+OF_THE_MODEL = ("perplexity", "taylor", "magnitude", "influence", "angular")
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class DepthChapter(Parameters):
     calibration: int = 4
     stability: int = 0
     windows: int | None = 8
-    metrics: list = field(default_factory=lambda: list(METRICS))
+    metrics: list = field(default_factory=lambda: list(OF_THE_MODEL))
     greedy: int = 0
     counts: list = field(default_factory=lambda: [1, 2, 4, 6, 8])
     seeds: int = 2
@@ -103,8 +105,8 @@ class DepthChapter(Parameters):
     def __post_init__(self):
         super().__post_init__()
         for metric in self.metrics:
-            if metric not in METRICS:
-                raise unknown("importance metric", metric, METRICS)
+            if metric not in OF_THE_MODEL:
+                raise unknown("importance metric", metric, OF_THE_MODEL)
         if not all(isinstance(k, int) and k > 0 for k in self.counts):
             raise BadInput(
                 f"parameter 'counts' is {self.counts}: expected numbers of blocks to remove, at least 1 each"

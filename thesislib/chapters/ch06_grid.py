@@ -406,7 +406,7 @@ def answer(record: Record) -> str:
 def short(record: Record) -> str:
     """The answer in about ten words."""
     lose, of_all = beaten(record.for_fronts)
-    return f"fewer bits beat fewer weights at equal bytes: {lose} of {of_all}"
+    return f"Fewer bits beat fewer weights at equal bytes: {lose} of {of_all}."
 
 
 def protocol(record: Record) -> str:

@@ -545,7 +545,7 @@ def short(record: Results) -> str:
     """The answer in about ten words."""
     speeds = {e: 1 / record[DENSE, engine_name(e)].value for e in TYPES if (DENSE, engine_name(e)) in record}
     best = max(speeds, key=lambda e: speeds[e])
-    return f"{best} decodes {speeds[best] / speeds['F16']:.1f} times as fast as 16 bits; zeros buy no time"
+    return f"{best} decodes {speeds[best] / speeds['F16']:.1f} times as fast as 16 bits; zeros buy no time."
 
 
 def protocol(record: Results) -> str:

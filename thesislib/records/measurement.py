@@ -154,7 +154,8 @@ def cost(measurements: Iterable[Measurement]) -> str:
     }
     one = next(iter(runs.values()))
     minutes = sum(run["seconds"] for run in runs.values()) / 60
-    machine = one["hardware"]["accelerator"] or f"{one['hardware']['torch_threads']} cores of {one['hardware']['cpu']}"
+    used, threads = one["hardware"], one["hardware"]["torch_threads"]
+    machine = used["accelerator"] or f"{threads} core{'s' if threads > 1 else ''} of {used['cpu']}"
     dtypes = " and ".join(sorted({run["dtype"] for run in runs.values()}))
     return in_markdown(f"Measured on {one['date']} in {minutes:.0f} minutes on {machine}, {dtypes}.")
 
