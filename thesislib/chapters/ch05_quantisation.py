@@ -279,7 +279,7 @@ def short(results: Results) -> str:
         results[pick(main_models(p), method="GPTQ", bits=4, corrected=e).key, PPL].value / results[None, PPL].value
         for e in (False, True)
     )
-    return f"4 bits cost {gptq - 1:.0%} of perplexity, with EoRA {eora - 1:.0%}; plain GPTQ loses to rounding"
+    return f"4 bits cost {gptq - 1:.0%} of perplexity, with EoRA {eora - 1:.0%}; plain GPTQ loses to rounding."
 
 
 def protocol(results: Recorded) -> str:
