@@ -76,9 +76,10 @@ class Agreement(NamedTuple):
 def agreement(scores: np.ndarray, reference: np.ndarray, k: int) -> Agreement:
     """Compare a ranking with a reference.
 
-    An interval holds the agreement that as many other items would show. Endless items would show more: noise in a
-    ranking lowers its agreement with any other, and with itself, see `settling`. The regret adds up the scores of
-    single blocks; for losses of whole sets see `thesislib.compress.exhaustive`.
+    An interval holds the agreement that as many other items would show. It reaches further down than up, for a resample
+    is noisier than the items. Endless items would show more: noise in a ranking lowers its agreement with any other,
+    and with itself on other items, beside which every agreement should stand. The regret adds up the scores of single
+    blocks; for losses of whole sets see `thesislib.compress.exhaustive`.
 
     Args:
         scores: (B,), or (1 + resamples, B) of `resampled_means` or made from it.

@@ -79,8 +79,9 @@ def searches(
     """What removing k blocks costs: {"best": of all sets, "greedy": one block after the other, "one-shot": the k that
     cost least alone}, and other choices by their names.
 
-    Each search is done again in every resample and held against the best there, on the windows that it searched;
-    other choices stay as they are. The blocks that a search may take are those that were measured alone. For two blocks
+    Each search is done again in every resample and held against the best there, on the windows that it searched.
+    Other choices stay as they are; what was found on other windows is one of them, and its regret has no part in the
+    luck of a search. The blocks that a search may take are those that were measured alone. For two blocks
     greedy is never dearer than one-shot, which is one of the pairs that it looks at; for more it may be.
 
     Args:
@@ -100,20 +101,20 @@ def searches(
     rows, means = known.of(k), resampled_means(losses, resamples, seed)
     if not rows:
         raise BadInput(f"no set of {k} blocks was measured: expected all of them")
-    fixed = {name: known.row(blocks) for name, blocks in (others or {}).items()}
-    if wrong := next((name for name, i in fixed.items() if len(known.sets[i]) != k), None):
-        raise BadInput(f"'{wrong}' removes {len(known.sets[fixed[wrong]])} blocks: expected {k}")
     at = {
-        "best": [rows[i] for i in means[:, rows].argmin(1)],
-        "greedy": [known.greedy(m, k) for m in means],
-        "one-shot": [known.least_singles(m, k) for m in means],
-    } | {name: [i] * len(means) for name, i in fixed.items()}
-    least = means[:, rows].min(1)
-    found = {}
+        "best": np.array(rows)[means[:, rows].argmin(1)],
+        "greedy": np.array([known.greedy(m, k) for m in means]),
+        "one-shot": np.array([known.least_singles(m, k) for m in means]),
+    }
+    for name, blocks in (others or {}).items():
+        if len(blocks) != k:
+            raise BadInput(f"'{name}' removes {len(blocks)} blocks: expected {k}")
+        at[name] = np.full(len(means), known.row(blocks))
+    every, found = means[:, rows], {}
     for name, where in at.items():
-        loss = means[np.arange(len(means)), where]
-        rank = 1 + (means[:, rows] < loss[:, None]).sum(1)
-        found[name] = Found(known.sets[where[0]], float(loss[0]), estimate(loss - least), estimate(rank), len(rows))
+        loss = np.take_along_axis(means, where[:, None], 1)
+        regret, rank = loss[:, 0] - every.min(1), 1 + (every < loss).sum(1)
+        found[name] = Found(known.sets[where[0]], float(loss[0, 0]), estimate(regret), estimate(rank), len(rows))
     return found
 
 
