@@ -106,6 +106,7 @@ def test_damages_that_add_up_are_predicted_by_single_blocks():
             lambda s, x: searches([*s, (0, 1, 2)], np.vstack([x, x[:1]]), 3),
             r"the loss without blocks \d, \d, \d was not measured",
         ),
+        (lambda s, x: searches(s[:-1], x, 2), "22 rows of losses for 21 sets: expected one for each set"),
         (lambda s, x: searches(s, x, 7), "k is 7: expected 1 to 6, as many blocks as were measured alone"),
         (lambda s, x: searches(s, x, 2, {"cosine": [3]}), "'cosine' removes 1 blocks: expected 2"),
         (lambda s, x: searches(s, x, 2, {"cosine": [9, 3]}), "without blocks 3, 9 was not measured"),

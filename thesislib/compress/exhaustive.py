@@ -39,7 +39,9 @@ class Found(NamedTuple):
 class _Measured:
     """Where each set stands among the measured ones, and which blocks there are."""
 
-    def __init__(self, sets: Sequence[Collection[int]]):
+    def __init__(self, sets: Sequence[Collection[int]], losses: np.ndarray):
+        if len(sets) != len(losses):
+            raise BadInput(f"{len(losses)} rows of losses for {len(sets)} sets: expected one for each set")
         self.sets = [tuple(sorted(s)) for s in sets]
         self.index = {s: i for i, s in enumerate(self.sets)}
         self.singles = [i for i, s in enumerate(self.sets) if len(s) == 1]
@@ -80,9 +82,9 @@ def searches(
     cost least alone}, and other choices by their names.
 
     Each search is done again in every resample and held against the best there, on the windows that it searched.
-    Other choices stay as they are; what was found on other windows is one of them, and its regret has no part in the
-    luck of a search. The blocks that a search may take are those that were measured alone. For two blocks
-    greedy is never dearer than one-shot, which is one of the pairs that it looks at; for more it may be.
+    Other choices stay as they are. What was chosen on other windows may be one of them: its loss on these is not the
+    luck of a search. The blocks that a search may take are those that were measured alone. For two blocks greedy is
+    never dearer than one-shot, whose pair is among those that it looks at; for more it may be.
 
     Args:
         sets: the measured ones: every single block, all sets of k, and what greedy may meet in between.
@@ -93,9 +95,9 @@ def searches(
         seed: of them.
 
     Raises:
-        BadInput: a set that was not measured; fewer single blocks than k.
+        BadInput: a set that was not measured, or a row too many or few; fewer single blocks than k.
     """
-    known = _Measured(sets)
+    known = _Measured(sets, losses)
     if not 1 <= k <= len(known.singles):
         raise BadInput(f"k is {k}: expected 1 to {len(known.singles)}, as many blocks as were measured alone")
     rows, means = known.of(k), resampled_means(losses, resamples, seed)
@@ -159,11 +161,12 @@ def additivity(
         seed: of them.
 
     Raises:
-        BadInput: a set that was not measured; an order that is not below the size; fewer than two sets of the size.
+        BadInput: a set that was not measured, or a row too many or few; an order that is not below the size; fewer than
+            two sets of the size.
     """
     if not 1 <= order < size:
         raise BadInput(f"order is {order}: expected 1 to {size - 1}, for sets of {size} blocks")
-    known, losses = _Measured(sets), np.asarray(losses, float)
+    known, losses = _Measured(sets, losses), np.asarray(losses, float)
     rows = known.of(size)
     if len(rows) < 2:
         raise BadInput(f"{len(rows)} sets of {size} blocks: expected at least two")
