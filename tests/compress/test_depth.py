@@ -1,5 +1,6 @@
 """Block importance against few-line references, and removal against skipping by hand."""
 
+import itertools
 import math
 
 import numpy as np
@@ -14,13 +15,16 @@ from thesislib.compress.depth import (
     importance,
     influence,
     leave_one_out,
+    sets_losses,
     taylor,
+    window_losses,
 )
 from thesislib.compress.gptq import Rtn
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.formats.load import load_subject, save_checkpoint
 from thesislib.model.blocks import Without, apply_plan, remove, removed_parts, without_parts
+from thesislib.model.forward import blocks_run
 from thesislib.model.sparse import pack_all
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
@@ -52,6 +56,30 @@ def test_leave_one_out_is_the_perplexity_of_the_rest(tiny, kind):
     for b, value in found.items():
         rest = apply_plan(subject, [i for i in range(5) if i != b])
         assert value == pytest.approx(perplexity_of(rest), rel=1e-5)
+
+
+@pytest.mark.parametrize("part", ["block", "attention"])
+def test_the_losses_of_sets_are_those_of_the_models_without_them(tiny, part):
+    subject = tiny(layers=4)
+    sets = [(), (2,), *itertools.combinations(range(4), 2), (3, 0, 1)]
+    found = sets_losses(subject, IDS, sets, part, batch=2)
+    assert found.shape == (len(sets), len(IDS))
+    for some, nats in zip(sets, found, strict=True):
+        rest = remove(subject, some, part) if some else subject
+        np.testing.assert_allclose(nats, [math.log(perplexity_of(rest, ids[None])) for ids in IDS], rtol=1e-5)
+    chunks = [sets_losses(subject, IDS[i : i + 2], sets, part) for i in (0, 2, 4)]  # as a run that is resumed
+    np.testing.assert_allclose(np.concatenate(chunks, 1), found, rtol=1e-6)
+    np.testing.assert_array_equal(window_losses(subject, IDS, [2], part, batch=2)[0], found[1])
+
+
+def test_a_set_has_only_blocks_of_the_model(tiny):
+    with pytest.raises(BadInput, match="block 4 is out of range: the model has blocks 0 to 3"):
+        sets_losses(tiny(layers=4), IDS, [(0, 1), (1, 4)])
+
+
+def test_pairs_take_little_more_than_a_third_of_the_block_runs():
+    pairs = [[b for b in range(30) if b not in pair] for pair in itertools.combinations(range(30), 2)]
+    assert len(pairs) == 435 and blocks_run(pairs) == (4494, 12180) and round(4494 / 12180, 2) == 0.37
 
 
 @pytest.mark.parametrize("part", ["attention", "mlp"])

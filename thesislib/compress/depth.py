@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -331,16 +331,37 @@ def leave_one_out(
 def window_losses(
     subject: Subject, ids: torch.Tensor, blocks: Sequence[int], part: str = "block", batch: int = 4
 ) -> np.ndarray:
-    """Each window's mean loss without each of `blocks`, (len(blocks), N) in nats a token.
+    """Each window's mean loss without each of `blocks`, (len(blocks), N) in nats a token; see `sets_losses`."""
+    return sets_losses(subject, ids, [[b] for b in blocks], part, batch)
 
-    The activations before a block are computed once. If only an attention or MLP is left out, every variant runs by
-    itself, since a tree of plans is made of blocks.
+
+def sets_losses(
+    subject: Subject, ids: torch.Tensor, sets: Sequence[Collection[int]], part: str = "block", batch: int = 4
+) -> np.ndarray:
+    """Each window's mean loss without each set of blocks, (len(sets), N) in nats a token.
+
+    Sets share the blocks before the first one in which they differ, and those run once: all 435 pairs of 30 blocks take
+    4,494 block runs instead of 12,180, which is 37 %; each set still has its own logits. If only attentions or MLPs are
+    left out, every set runs by itself, since a tree of plans is made of blocks. A window's loss does not depend on the
+    other windows, so a long run may ask for a few at a time and keep what it has.
+
+    Args:
+        subject: the whole model.
+        ids: (N, T) windows.
+        sets: of blocks to leave out together; the empty one leaves out nothing.
+        part: leave out blocks, or only their attention or MLP.
+        batch: windows at a time.
+
+    Raises:
+        BadInput: a block that the model does not have.
     """
-    losses = np.zeros((len(blocks), len(ids)))
-    whole = tuple(range(subject.depth))
-    plans = [whole[:b] + whole[b + 1 :] for b in blocks]
+    whole = range(subject.depth)
+    if outside := sorted({b for some in sets for b in some} - {*whole}):
+        raise BadInput(f"block {outside[-1]} is out of range: the model has blocks 0 to {subject.depth - 1}")
+    losses = np.zeros((len(sets), len(ids)))
+    plans = [[b for b in whole if b not in some] for some in sets]
     with torch.inference_mode():
-        for start in tqdm(range(0, len(ids), batch), desc="leave one out", unit="batch", disable=None, leave=False):
+        for start in tqdm(range(0, len(ids), batch), desc="leave out", unit="batch", disable=None, leave=False):
             some = ids[start : start + batch].to(subject.device)
             targets = some[:, 1:].reshape(-1)
             if part == "block":
@@ -348,8 +369,8 @@ def window_losses(
             else:
                 variants = (
                     (k, h)
-                    for k, b in enumerate(blocks)
-                    for _, h in final_states(remove(subject, [b], part).model, some)
+                    for k, left_out in enumerate(sets)
+                    for _, h in final_states(remove(subject, [*left_out], part).model, some)
                 )
             for k, h in variants:
                 nats = token_losses(subject.model, h[:, :-1].flatten(0, 1), targets).double()
