@@ -70,6 +70,7 @@ def test_outcomes_are_those_of_the_model_without_the_part(subject, part):
             x = np.array(one_pair_at_a_time(model, item))
             assert found.correct[row, i] == (x.argmax() == item.label)
             assert found.margin[row, i] == pytest.approx(x[item.label] - np.delete(x, item.label).max(), abs=1e-3)
+            assert found.likelihood[row, i] == pytest.approx(x[item.label], abs=1e-3)
 
 
 def test_outcomes_on_text_are_those_of_whole_logits(subject):
@@ -79,6 +80,7 @@ def test_outcomes_on_text_are_those_of_whole_logits(subject):
         np.testing.assert_allclose(found.correct[row], (logp.argmax(-1) == IDS[:, 1:]).double().mean(1))
         nats = logp.gather(2, IDS[:, 1:, None])[..., 0].mean(1)
         np.testing.assert_allclose(found.margin[row], nats, atol=1e-5)
+        np.testing.assert_array_equal(found.likelihood, found.margin)
     full = (whole.exp() * (whole - less)).sum(-1).mean(1)
     assert found.kl[0] == pytest.approx(0, abs=1e-6) and found.kl[1] == pytest.approx(full.numpy(), abs=1e-4)
     assert found.chance[0] == max(IDS[:, 1:].flatten().bincount()).item() / IDS[:, 1:].numel()
@@ -99,7 +101,8 @@ def test_a_block_that_does_nothing_has_relevance_0_and_one_that_answers_alone_1(
     assert found.scores("margin")[2] == pytest.approx(0, abs=1e-6) and found.kl[2 + 1] == pytest.approx(0, abs=1e-6)
     whole, chance = found.accuracy()[0], 0.0
     assert relevance(found.accuracy()[3], whole or 1, chance) == pytest.approx(0 if whole else 1)
-    constant = Outcomes(np.array([[1.0, 1, 1, 0], [0, 0, 1, 0]]), np.zeros((2, 4)), np.zeros((2, 4)), np.full(4, 0.25))
+    correct, nothing = np.array([[1.0, 1, 1, 0], [0, 0, 1, 0]]), np.zeros((2, 4))
+    constant = Outcomes(correct, nothing, nothing, nothing, np.full(4, 0.25))
     assert constant.scores("relevance") == pytest.approx([1.0])  # without the block the same answer to every item
 
 
@@ -143,7 +146,7 @@ def test_more_items_contain_the_fewer(data):
 # ---------------------------------------------------------------- as metrics of the depth stage
 
 
-@pytest.mark.parametrize("metric", ["relevance", "margin", "kl"])
+@pytest.mark.parametrize("metric", ["relevance", "margin", "likelihood", "kl"])
 @pytest.mark.parametrize("greedy", [False, True])
 def test_the_stage_removes_what_costs_the_answers_least(tiny, data, metric, greedy):
     subject = tiny(layers=6, seed=4)
@@ -157,8 +160,8 @@ def test_the_stage_removes_what_costs_the_answers_least(tiny, data, metric, gree
     whole = outcomes(subject, items, []).accuracy()[0]
     for _ in range(2):
         found = outcomes(remove(subject, removed), items, [left.index(b) for b in free], kl=True)
-        values, margin = found.scores(metric, whole), found.scores("margin")
-        order = [free[k] for k in sorted(range(len(free)), key=lambda k: (values[k], margin[k]))]
+        values, likelihood = found.scores(metric, whole), found.scores("likelihood")
+        order = [free[k] for k in sorted(range(len(free)), key=lambda k: (values[k], likelihood[k]))]
         removed += order[: 1 if greedy else 2]
         free, left = [b for b in free if b not in removed], [b for b in left if b not in removed]
         if len(removed) == 2:
@@ -169,10 +172,10 @@ def test_the_stage_removes_what_costs_the_answers_least(tiny, data, metric, gree
     assert first.apply(subject, data=data)[1]["order"] == removed[:1]
 
 
-def test_blocks_of_equal_relevance_go_by_the_margin(subject, data, monkeypatch):
+def test_blocks_of_equal_relevance_go_by_the_likelihood(subject, data, monkeypatch):
     def two_ties(subject, items, blocks, part, kl):
         correct = np.array([[1.0, 1], [1, 0], [1, 0], [0, 0]])
-        return Outcomes(correct, np.array([[9.0, 9], [0, 0], [5, 5], [8, 8]]), correct, np.full(2, 0.25))
+        return Outcomes(correct, correct, np.array([[9.0, 9], [0, 0], [5, 5], [8, 8]]), correct, np.full(2, 0.25))
 
     monkeypatch.setattr(module, "outcomes", two_ties)
     asked = ByAnswers(["piqa"], "relevance", "block", torch.empty(0), data, 2, 0)

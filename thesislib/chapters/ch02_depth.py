@@ -95,7 +95,7 @@ class DepthChapter(Parameters):
     metrics: list = field(default_factory=lambda: list(OF_THE_MODEL))
     greedy: int = 0
     counts: list = field(default_factory=lambda: [1, 2, 4, 6, 8])
-    seeds: int = 2
+    seeds: int = 1
     questions: int = 32
     passages: int = 12
     tokens: int = 30
@@ -413,7 +413,10 @@ def methods_table(results: Results, counts: Sequence[int] = (2, 4, 8)) -> pd.Dat
             else:
                 column[method] = "same blocks" if same_blocks(results, method, k) else interval(value, low, high, ".2f")
         if seeds:
-            column[f"{RANDOM}, {len(seeds)} seeds"] = f"{min(seeds):.2f} to {max(seeds):,.4g}"
+            low, high = (f"{x:,.3g}" for x in (min(seeds), max(seeds)))
+            column[f"{RANDOM}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"] = (
+                f"{low} to {high}" if len(seeds) > 1 else low
+            )
         columns[label_of(k)] = column
     return pd.DataFrame(columns).fillna("").rename_axis("method")
 

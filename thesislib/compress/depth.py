@@ -47,13 +47,13 @@ class Depth(Calibrated):
         metric: of a block's importance. perplexity: of the model without the block. taylor: sum of abs(weight *
             gradient). magnitude: sum of abs(weight). influence: 1 - mean cosine of its input and output. angular: the
             angle between input and output of a run of `remove` neighbours, which is removed as a whole. entropy: the
-            entropy that it adds. relevance, margin, kl: of the answers to `task` without the block, see
+            entropy that it adds. relevance, margin, likelihood, kl: of the answers to `task` without it, see
             `thesislib.compress.relevance.Outcomes`.
         greedy: measure again after each removal.
         protect_first: blocks at the beginning that are never removed; four in the thesis.
         protect_last: blocks at the end that are never removed; two in the thesis.
         part: the part of a block that is removed: block, attention or mlp.
-        task: whose items relevance, margin and kl score blocks by; several are mixed. `next_token` is the next tokens
+        task: whose items relevance and the like score blocks by; several are mixed. `next_token` is the next tokens
             of the calibration text.
         items: of each task, from the third of its items that is for ranking; `next_token` has `windows` instead.
         replace: what stands in the place of removed blocks, once all are chosen: nothing, scalar, bias or linear, see

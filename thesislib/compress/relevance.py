@@ -6,7 +6,7 @@ one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +27,7 @@ from thesislib.sources.rows import take
 
 NEXT_TOKEN = "next_token"
 TASKS = (*(name for name, questions in SETS.items() if questions.one_context), NEXT_TOKEN)
-SCORES = ("relevance", "margin", "kl")  # each a metric of the depth stage
+SCORES = ("relevance", "margin", "likelihood", "kl")  # each a metric of the depth stage
 TOP = 512  # of the whole model's most probable tokens, whose probabilities kl compares one by one
 
 
@@ -110,14 +110,17 @@ class Outcomes:
 
     Attributes:
         correct: (1 + blocks, N) whether the answer is right.
-        margin: (1 + blocks, N) the right ending's score minus the best wrong one's; on text the next token's mean
-            log-probability. In nats, for acc_norm in nats a character.
+        margin: (1 + blocks, N) the right ending's score minus the best wrong one's, in nats, for acc_norm in nats a
+            character; on text as `likelihood`.
+        likelihood: (1 + blocks, N) the right ending's log-probability in nats; on text the next token's, mean over a
+            window. It has far less noise than the other two.
         kl: (1 + blocks, N) mean KL divergence in nats of the next token from the whole model's; nan if not asked for.
         chance: (N,) the accuracy of guessing each item.
     """
 
     correct: np.ndarray
     margin: np.ndarray
+    likelihood: np.ndarray
     kl: np.ndarray
     chance: np.ndarray
 
@@ -129,7 +132,7 @@ class Outcomes:
         """(blocks,) how much is lost without each block.
 
         Args:
-            metric: relevance; margin, the mean loss of margin; kl, the mean divergence.
+            metric: relevance; margin or likelihood, its mean loss; kl, the mean divergence.
             whole: the whole model's accuracy; by default row 0's.
             of: the items to take.
 
@@ -138,17 +141,16 @@ class Outcomes:
         """
         if metric == "kl":
             return self.kl[1:, of].mean(1)
-        if metric == "margin":
-            return (self.margin[:1, of] - self.margin[1:, of]).mean(1)
+        if metric in ("margin", "likelihood"):
+            values = getattr(self, metric)[:, of]
+            return (values[:1] - values[1:]).mean(1)
         accuracy, chance = self.accuracy(of), float(self.chance[of].mean())
         return np.array([relevance(a, accuracy[0] if whole is None else whole, chance) for a in accuracy[1:]])
 
 
 def joined(several: Sequence[Outcomes]) -> Outcomes:
     """The outcomes of several tasks' items as those of one mixed set."""
-    return Outcomes(
-        *(np.concatenate([getattr(o, name) for o in several], -1) for name in ("correct", "margin", "kl", "chance"))
-    )
+    return Outcomes(*(np.concatenate([getattr(o, f.name) for o in several], -1) for f in fields(Outcomes)))
 
 
 def outcomes(
@@ -191,18 +193,16 @@ def outcomes(
                 np.add.at(count[k], some.where, 1)
     divergence = far.sum(-1) / count.sum(-1) if kl else np.full(far.shape[:2], np.nan)
     if isinstance(items.asked, torch.Tensor):
-        correct, margin = (hits / count)[..., 0], -(nats / count)[..., 0]
-    else:
-        found = [
-            [scores(item, -x[: len(item.endings)], items.metric) for item, x in zip(items.asked, row, strict=True)]
-            for row in nats
-        ]
-        label = [item.label for item in items.asked]
-        correct = np.array([[x.argmax() == right for x, right in zip(row, label, strict=True)] for row in found], float)
-        margin = np.array(
-            [[x[right] - np.delete(x, right).max() for x, right in zip(row, label, strict=True)] for row in found]
-        )
-    return Outcomes(correct, margin, divergence, np.full(n, items.chance))
+        correct, likelihood = (hits / count)[..., 0], -(nats / count)[..., 0]
+        return Outcomes(correct, likelihood, likelihood, divergence, np.full(n, items.chance))
+    correct, margin, likelihood = (np.zeros(nats.shape[:2]) for _ in range(3))
+    for i, item in enumerate(items.asked):
+        logprobs, right = -nats[:, i, : len(item.endings)], item.label
+        found = scores(item, logprobs, items.metric)
+        correct[:, i] = found.argmax(1) == right
+        margin[:, i] = found[:, right] - np.delete(found, right, 1).max(1)
+        likelihood[:, i] = logprobs[:, right]
+    return Outcomes(correct, margin, likelihood, divergence, np.full(n, items.chance))
 
 
 class _Tokens(NamedTuple):
@@ -277,8 +277,8 @@ def _of_tokens(
 class ByAnswers:
     """Scores blocks by the answers without them, for the depth stage.
 
-    Blocks with the same relevance, of which a few items leave many, stand in order of the margin that is lost. After a
-    removal the whole model is still the one that was whole at first.
+    Blocks with the same relevance, of which a few items leave many, stand in order of the likelihood that is lost.
+    After a removal the whole model is still the one that was whole at first.
 
     Args:
         tasks: whose items are mixed.
@@ -311,8 +311,8 @@ class ByAnswers:
         found = joined([outcomes(subject, items, blocks, self.part, kl=self.metric == "kl") for items in self.items])
         if self.whole is None:
             self.whole = float(found.accuracy()[0])
-        values, margin = found.scores(self.metric, self.whole), found.scores("margin")
-        return {blocks[k]: float(values[k]) for k in np.lexsort((np.asarray(blocks), margin))}
+        values, order = found.scores(self.metric, self.whole), np.lexsort((blocks, found.scores("likelihood")))
+        return {blocks[k]: float(values[k]) for k in order}
 
 
 # ---------------------------------------------------------------- scores of one pass

@@ -190,7 +190,7 @@ def logprobs(
 
 
 def scores(item: Choice, logprobs: np.ndarray, metric: str) -> np.ndarray:
-    """Each ending's score (endings,): acc_norm, log-probability per character, or acc, log-probability."""
+    """Each ending's score (..., endings): acc_norm, log-probability per character, or acc, log-probability."""
     return logprobs / [len(e) for e in item.endings] if metric == "acc_norm" else logprobs
 
 
