@@ -221,7 +221,8 @@ def _given(stage: type, values: Mapping) -> dict:
     """The settings of a stage that differ from their defaults, as YAML holds them. A single pattern equals a list of
     it."""
     shown = {name: list(given) if isinstance(given, tuple) else given for name, given in values.items()}
-    return {name: shown[name] for name, f in fields_of(stage).items() if shown[name] not in (f.default, [f.default])}
+    fields = fields_of(stage)
+    return {name: value for name, value in shown.items() if value not in (fields[name].default, [fields[name].default])}
 
 
 def _texts(entry: object, at: str) -> list[str]:
