@@ -311,7 +311,10 @@ class ByAnswers:
         found = joined([outcomes(subject, items, blocks, self.part, kl=self.metric == "kl") for items in self.items])
         if self.whole is None:
             self.whole = float(found.accuracy()[0])
-        values, order = found.scores(self.metric, self.whole), np.lexsort((blocks, found.scores("likelihood")))
+        values, order = (
+            found.scores(self.metric, self.whole),
+            np.lexsort((np.asarray(blocks), found.scores("likelihood"))),
+        )
         return {blocks[k]: float(values[k]) for k in order}
 
 
