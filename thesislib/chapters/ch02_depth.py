@@ -53,7 +53,7 @@ from thesislib.evaluate.stats import Comparison, by_verdict, holm_adjusted
 from thesislib.experiment import DENSE, described
 from thesislib.files import read_json, write_whole
 from thesislib.formats.load import load_subject
-from thesislib.model.blocks import Plan, remove, removed_parts
+from thesislib.model.blocks import Plan, plan_without, remove, removed_parts
 from thesislib.model.subject import Subject
 from thesislib.pipeline.recipe import Shape
 from thesislib.records.measurement import Measurement, in_markdown, provenance
@@ -263,11 +263,6 @@ def chosen_elsewhere(results: Results) -> str:
             blocks = f"block {together(map(str, here - there))} instead of {together(map(str, there - here))}"
             said.append(f"{blocks} for D{k} ({times(ratio)} on {other.n} windows)")
     return f"Another machine, which rounds otherwise, removed {'; '.join(said)}." if said else ""
-
-
-def plan_without(depth: int, gone: Sequence[int]) -> Plan:
-    """The plan of a model with `depth` blocks that leaves these out."""
-    return tuple(b for b in range(depth) if b not in gone)
 
 
 def plans_of(depth: int, scores: Scores) -> dict[tuple[str, int], Plan]:

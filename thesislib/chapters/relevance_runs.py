@@ -4,16 +4,14 @@ import functools
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
 
 from thesislib.chapters.chapter import Keep, Key, Parameters, Part, neighbours, shape
 from thesislib.compress.franken import format_plan
-from thesislib.errors import BadInput
 from thesislib.evaluate.choice import multiple_choices
 from thesislib.evaluate.setup import Setup
 from thesislib.experiment import described
 from thesislib.formats.load import load_subject
-from thesislib.model.blocks import Plan
+from thesislib.model.blocks import Plan, plan_without
 from thesislib.records.measurement import Measurement
 from thesislib.sources.choices.choice_set import PARTS
 
@@ -26,25 +24,14 @@ class Relevance(Parameters):
 
     Attributes:
         items: of each part of each task.
-        remove: how many blocks the notebook's own run removes.
     """
 
-    data: str = "embedded"
     items: int = 24
-    remove: int = 2
-    protected: ClassVar[tuple[int, int]] = (4, 2)
-
-    def check_shape(self, shape) -> None:
-        """Raises BadInput for a subject with too few blocks to remove."""
-        free = shape.depth - sum(self.protected)
-        if free < self.remove:
-            raise BadInput(f"remove is {self.remove}: of {shape.depth} blocks {free} may be removed")
 
 
 def leave_one_out_plans(depth: int) -> dict[str, Plan]:
     """The whole model and the model without each block, by the label of a row."""
-    whole = tuple(range(depth))
-    plans = [whole, *(whole[:b] + whole[b + 1 :] for b in whole)]
+    plans = [plan_without(depth, some) for some in ((), *([b] for b in range(depth)))]
     return {f"plan {format_plan(plan)}": plan for plan in plans}
 
 

@@ -21,7 +21,7 @@ from thesislib.compress.selection import whole_number
 from thesislib.compress.stage import Calibrated, Shape, Stage, stage
 from thesislib.config import positive
 from thesislib.errors import BadInput, shown, unknown
-from thesislib.model.blocks import ATTRIBUTES, remove, removed_parts
+from thesislib.model.blocks import ATTRIBUTES, plan_without, remove, removed_parts
 from thesislib.model.forward import final_states, token_losses
 from thesislib.model.layers import projections
 from thesislib.model.subject import Subject
@@ -355,11 +355,10 @@ def sets_losses(
     Raises:
         BadInput: a block that the model does not have.
     """
-    whole = range(subject.depth)
-    if outside := sorted({b for some in sets for b in some} - {*whole}):
+    if outside := sorted({b for some in sets for b in some} - {*range(subject.depth)}):
         raise BadInput(f"block {outside[-1]} is out of range: the model has blocks 0 to {subject.depth - 1}")
     losses = np.zeros((len(sets), len(ids)))
-    plans = [[b for b in whole if b not in some] for some in sets]
+    plans = [plan_without(subject.depth, some) for some in sets]
     with torch.inference_mode():
         for start in tqdm(range(0, len(ids), batch), desc="leave out", unit="batch", disable=None, leave=False):
             some = ids[start : start + batch].to(subject.device)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from thesislib.compress.calibration import Visitor, stream
 from thesislib.errors import BadInput, unknown
-from thesislib.model.blocks import remove
+from thesislib.model.blocks import plan_without, remove
 from thesislib.model.endings import Endings, scores
 from thesislib.model.forward import Plan, final_states
 from thesislib.model.subject import Subject
@@ -72,7 +72,7 @@ def choices(task: str, data: str, n: int, part: str = PARTS[0], seed: int = 0) -
     """The first n items, in a seeded order, of one part of a multiple-choice task.
 
     Raises:
-        BadInput: an unknown task; fewer items than n.
+        BadInput: an unknown task; fewer items than n; an item with nothing to choose from.
     """
     check_tasks([task])
     questions = SETS[task]
@@ -83,6 +83,8 @@ def choices(task: str, data: str, n: int, part: str = PARTS[0], seed: int = 0) -
             f"(its items are split in {len(PARTS)} parts: {', '.join(PARTS)})"
         )
     some = take(every, n, seed)
+    if alone := next((item for item in some if len(item.endings) < 2), None):
+        raise BadInput(f"item {alone.id} of task '{task}' has one ending: expected at least two, to choose from")
     return Items(task, some, questions.metric, questions.chance(some))
 
 
@@ -234,9 +236,9 @@ def _variants(
     subject: Subject, blocks: Sequence[int], part: str, states: Callable
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """(0, states of the whole model), then (k + 1, states without the k-th of `blocks`) for each k."""
-    whole = tuple(range(subject.depth))
-    if part == "block":  # the tree of plans ends that without the last block first
-        yield from sorted(states(subject, [whole, *(whole[:b] + whole[b + 1 :] for b in blocks)]), key=lambda of: of[0])
+    if part == "block":
+        plans = [plan_without(subject.depth, some) for some in ((), *([b] for b in blocks))]
+        yield from sorted(states(subject, plans), key=lambda of: of[0])  # that without the last block is done first
         return
     for k, one in enumerate((subject, *(remove(subject, [b], part) for b in blocks))):
         yield from ((k, h) for _, h in states(one, None))
@@ -258,11 +260,8 @@ def _of_tokens(
         loss, hit and divergence, (n,) each; and `top` for the next call.
     """
     total = logits.logsumexp(1)
-    loss, hit, far = (
-        total - logits.gather(1, target[:, None])[:, 0],
-        logits.argmax(1) == target,
-        torch.zeros_like(total),
-    )
+    loss, hit = total - logits.gather(1, target[:, None])[:, 0], logits.argmax(1) == target
+    far = torch.zeros_like(total)
     if kl:
         index = logits.topk(min(TOP, logits.shape[1] - 1), 1).indices if top is None else top[0]
         each = logits.gather(1, index) - total[:, None]
@@ -311,10 +310,11 @@ class ByAnswers:
         found = joined([outcomes(subject, items, blocks, self.part, kl=self.metric == "kl") for items in self.items])
         if self.whole is None:
             self.whole = float(found.accuracy()[0])
-        values, order = (
-            found.scores(self.metric, self.whole),
-            np.lexsort((np.asarray(blocks), found.scores("likelihood"))),
-        )
+        try:
+            values = found.scores(self.metric, self.whole)
+        except BadInput as error:
+            raise BadInput(f"task {', '.join(items.task for items in self.items)}: {error}") from error
+        order = np.lexsort((np.asarray(blocks), found.scores("likelihood")))
         return {blocks[k]: float(values[k]) for k in order}
 
 

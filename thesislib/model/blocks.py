@@ -1,7 +1,7 @@
 """A model's blocks reordered, skipped, repeated, or stripped of their attention or MLP. No weight is copied."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,11 @@ def check_plan(plan: Sequence[int], depth: int) -> Plan:
     if wrong is not None:
         raise BadInput(f"block {wrong} is out of range: this model has blocks 0 to {depth - 1}")
     return plan
+
+
+def plan_without(depth: int, blocks: Collection[int]) -> Plan:
+    """The plan of a model of `depth` blocks that leaves these out."""
+    return tuple(b for b in range(depth) if b not in blocks)
 
 
 def apply_plan(subject: Subject, plan: Sequence[int]) -> Subject:
@@ -115,7 +120,7 @@ def remove(subject: Subject, blocks: Sequence[int], part: str = "block") -> Subj
         gone = set(blocks)
         if gone and not 0 <= min(gone) <= max(gone) < subject.depth:
             raise BadInput(f"blocks {sorted(gone)} are out of range: the model has blocks 0 to {subject.depth - 1}")
-        return apply_plan(subject, [b for b in range(subject.depth) if b not in gone])
+        return apply_plan(subject, plan_without(subject.depth, gone))
     return without_parts(subject, dict.fromkeys(blocks, part))
 
 
