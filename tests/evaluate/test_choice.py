@@ -42,7 +42,16 @@ def test_packed_equals_one_pair_at_a_time(tiny, model_type, batch):
         expected = np.array(one_pair_at_a_time(subject, item))
         np.testing.assert_allclose(outcome["logprobs"], expected, atol=2e-4)
         assert outcome["correct_unnormalised"] == (expected.argmax() == item.label)
-        assert outcome["correct"] == ((expected / [len(e) for e in item.endings]).argmax() == item.label)
+        scores = expected / [len(e) for e in item.endings]
+        assert outcome["correct"] == (scores.argmax() == item.label)
+        wrong = [score for k, score in enumerate(scores) if k != item.label]
+        assert outcome["margin"] == pytest.approx(scores[item.label] - max(wrong), abs=2e-4)
+        assert outcome["right"] == pytest.approx(expected[item.label], abs=2e-4)
+
+
+def test_an_item_with_one_ending_has_no_margin(tiny):
+    found = multiple_choice(tiny(), [Choice("1", "One", ("two",), 0)], task="test")
+    assert found.items[0]["correct"] and "margin" not in found.items[0]
 
 
 def test_all_plans_at_once_equal_one_at_a_time(tiny):

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from thesislib.compress.calibration import Visitor, stream
 from thesislib.errors import BadInput, unknown
 from thesislib.model.blocks import plan_without, remove
-from thesislib.model.endings import Endings, scores
+from thesislib.model.endings import Endings, margin, scores
 from thesislib.model.forward import Plan, final_states
 from thesislib.model.subject import Subject
 from thesislib.model.tokenizers import check_windows
@@ -197,14 +197,13 @@ def outcomes(
     if isinstance(items.asked, torch.Tensor):
         correct, likelihood = (hits / count)[..., 0], -(nats / count)[..., 0]
         return Outcomes(correct, likelihood, likelihood, divergence, np.full(n, items.chance))
-    correct, margin, likelihood = (np.zeros(nats.shape[:2]) for _ in range(3))
+    correct, margins, likelihood = (np.zeros(nats.shape[:2]) for _ in range(3))
     for i, item in enumerate(items.asked):
-        logprobs, right = -nats[:, i, : len(item.endings)], item.label
-        found = scores(item, logprobs, items.metric)
-        correct[:, i] = found.argmax(1) == right
-        margin[:, i] = found[:, right] - np.delete(found, right, 1).max(1)
-        likelihood[:, i] = logprobs[:, right]
-    return Outcomes(correct, margin, likelihood, divergence, np.full(n, items.chance))
+        logprobs = -nats[:, i, : len(item.endings)]
+        correct[:, i] = scores(item, logprobs, items.metric).argmax(1) == item.label
+        margins[:, i] = margin(item, logprobs, items.metric)
+        likelihood[:, i] = logprobs[:, item.label]
+    return Outcomes(correct, margins, likelihood, divergence, np.full(n, items.chance))
 
 
 class _Tokens(NamedTuple):

@@ -12,7 +12,7 @@ from thesislib.errors import BadInput
 from thesislib.evaluate.harness import CUT, Stock, lm_eval_task
 from thesislib.evaluate.perplexity import AS_IT_IS, K, with_plan
 from thesislib.evaluate.task import Answers, Options, compare_answers, share_correct, share_with_interval
-from thesislib.model.endings import logprobs, picked
+from thesislib.model.endings import logprobs, margin, picked
 from thesislib.model.forward import Plan
 from thesislib.model.subject import Subject
 from thesislib.records.measurement import Measurement, provenance
@@ -75,7 +75,10 @@ def _measurement(
     for item, of_endings in zip(items, scores, strict=True):
         hit = {name: picked(item, of_endings, name) == item.label for name in OTHER}
         rounded = [round(float(x), 4) for x in of_endings]
-        outcomes.append({"id": item.id, "logprobs": rounded, "correct": hit[metric], key: hit[other]})
+        sure = {"right": rounded[item.label]}  # what has less noise than whether it is picked, see compress.relevance
+        if len(item.endings) > 1:
+            sure["margin"] = round(float(margin(item, of_endings, metric)), 4)
+        outcomes.append({"id": item.id, "logprobs": rounded, "correct": hit[metric], key: hit[other], **sure})
     extra = {other: share_with_interval(sum(o[key] for o in outcomes), len(items)), CUT: cut}
     return share_correct(task, metric, "item", outcomes, extra, facts)
 

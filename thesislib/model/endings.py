@@ -199,6 +199,13 @@ def picked(item: Choice, logprobs: np.ndarray, metric: str) -> int:
     return int(scores(item, logprobs, metric).argmax())
 
 
+def margin(item: Choice, logprobs: np.ndarray, metric: str) -> np.ndarray:
+    """The right ending's score minus the best wrong one's (...): above 0 if the right one is picked. An item has at
+    least two endings."""
+    found = scores(item, logprobs, metric)
+    return found[..., item.label] - np.delete(found, item.label, -1).max(-1)
+
+
 def _pad(members: list[_Packed], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """ids (B, T), rotary positions (B, T), and the attention mask (B, 1, T, T): True where a token sees another."""
     length = max(len(p.ids) for p in members)
