@@ -7,6 +7,7 @@ from pathlib import Path
 
 from thesislib.chapters.chapter import Keep, Key, Parameters, Part, neighbours, shape
 from thesislib.compress.franken import format_plan
+from thesislib.compress.relevance import check_tasks
 from thesislib.evaluate.choice import multiple_choices
 from thesislib.evaluate.setup import Setup
 from thesislib.experiment import described
@@ -15,18 +16,29 @@ from thesislib.model.blocks import Plan, plan_without
 from thesislib.records.measurement import Measurement
 from thesislib.sources.choices.choice_set import PARTS
 
-TASKS = ("arc_easy", "piqa", "hellaswag", "boolq")
+NOTEBOOK = "08_relevance"
+TASKS = ("arc_easy", "piqa", "hellaswag")  # on which this subject is surely above chance
 
 
 @dataclass(frozen=True)
 class Relevance(Parameters):
-    """Chapter 8.
+    """Parameters of chapter 8.
 
     Attributes:
+        task: whose items this run ranks blocks by.
         items: of each part of each task.
+        windows: of calibration text, for scores by text.
+        length: tokens of a window.
     """
 
+    task: str = "arc_easy"
     items: int = 24
+    windows: int = 8
+    length: int = 512
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_tasks([self.task])
 
 
 def leave_one_out_plans(depth: int) -> dict[str, Plan]:

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from thesislib.chapters import relevance_runs
-from thesislib.chapters.relevance_runs import Relevance, key, leave_one_out_plans, recorded_parts
+from thesislib.chapters import ch08_runs
+from thesislib.chapters.ch08_runs import Relevance, key, leave_one_out_plans, recorded_parts
 from thesislib.evaluate.setup import Setup, setup_of
 from thesislib.model.blocks import remove
 from thesislib.pipeline.recipe import Shape
@@ -16,8 +16,8 @@ def test_rows_are_of_the_model_without_each_block(tiny, tmp_path, monkeypatch):
     rows = [{"goal": f"move {i}", "sol1": f"walk to {i}", "sol2": "stand", "label": i % 2} for i in range(12)]
     (tmp_path / "piqa").mkdir()
     (tmp_path / "piqa" / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    monkeypatch.setattr(relevance_runs, "load_subject", lambda *_: subject)
-    monkeypatch.setattr(relevance_runs, "shape", lambda _: Shape(3, {}))
+    monkeypatch.setattr(ch08_runs, "load_subject", lambda *_: subject)
+    monkeypatch.setattr(ch08_runs, "shape", lambda _: Shape(3, {}))
     p = Relevance(data=str(tmp_path), items=4)
     part = next(part for part in recorded_parts(p, tmp_path / "r.jsonl") if part.name == "piqa report")
     kept = []

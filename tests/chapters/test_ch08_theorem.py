@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from thesislib.chapters.theorem import ANSWER, snowball
+from thesislib.chapters.ch08_theorem import ANSWER, snowball
 from thesislib.compress.depth import influence, window_losses
 from thesislib.compress.gain import gains
 from thesislib.compress.relevance import relevance

@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from thesislib.chapters.from_scratch import (
+from thesislib.chapters.ch08_training import (
     Checkpoint,
     FromScratch,
     small_config,
