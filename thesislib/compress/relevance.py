@@ -149,6 +149,11 @@ class Outcomes:
         accuracy, chance = self.accuracy(of), float(self.chance[of].mean())
         return np.array([relevance(a, accuracy[0] if whole is None else whole, chance) for a in accuracy[1:]])
 
+    def order(self, metric: str, whole: float | None = None) -> np.ndarray:
+        """(blocks,) the blocks' places in the order in which they go, see `scores`. Blocks of the same relevance, of
+        which a few items leave many, go in order of the likelihood that is lost."""
+        return np.lexsort((self.scores("likelihood"), self.scores(metric, whole)))
+
 
 def joined(several: Sequence[Outcomes]) -> Outcomes:
     """The outcomes of several tasks' items as those of one mixed set."""
@@ -275,7 +280,6 @@ def _of_tokens(
 class ByAnswers:
     """Scores blocks by the answers without them, for the depth stage.
 
-    Blocks with the same relevance, of which a few items leave many, stand in order of the likelihood that is lost.
     After a removal the whole model is still the one that was whole at first.
 
     Args:
@@ -313,8 +317,7 @@ class ByAnswers:
             values = found.scores(self.metric, self.whole)
         except BadInput as error:
             raise BadInput(f"task {', '.join(items.task for items in self.items)}: {error}") from error
-        order = np.lexsort((np.asarray(blocks), found.scores("likelihood")))
-        return {blocks[k]: float(values[k]) for k in order}
+        return {blocks[k]: float(values[k]) for k in found.order(self.metric, self.whole)}
 
 
 # ---------------------------------------------------------------- scores of one pass
