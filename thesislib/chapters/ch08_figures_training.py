@@ -18,9 +18,9 @@ def training_chart(found: Sequence[Step]) -> plt.Figure:
         found: see `thesislib.chapters.ch08_over_training.steps`.
     """
     known = [s for s in found if s.defined]
-    figure, axes = plt.subplots(3, 1, figsize=(8, 9), height_ratios=(1, 1, 0.9), layout="constrained")
+    figure, axes = plt.subplots(3, 1, figsize=(8, 8), height_ratios=(1, 1, 0.9), layout="constrained")
     for axis, name in zip(axes, ("relevance", "cosine"), strict=False):
-        means = np.array([getattr(s, name).mean(0) if s.defined else np.full(s.cosine.shape[1], np.nan) for s in known])
+        means = np.round([getattr(s, name).mean(0) for s in known], 2) + 0  # no -0.00
         look: dict[str, Any] = {"cmap": "Blues", "norm": PowerNorm(0.5, 0, 1), "aspect": "auto"}
         axis.imshow(means.T, **look)
         for (column, block), value in np.ndenumerate(means):
@@ -37,23 +37,24 @@ def training_chart(found: Sequence[Step]) -> plt.Figure:
         )
         axis.grid(visible=False)
     axis = axes[2]
+    apart = 0.1 * np.arange(len(found[0].checkpoints)) + 0.12
     for by, marker, colour, side in zip(BY, "os", (BLUE, ORANGE), (-1, 1), strict=True):
+        lines = []
         for i, s in enumerate(known):
             here = [e for e in s.correlation[by] if e is not None]
-            at = i + side * (0.12 + 0.1 * np.arange(len(here)))
             label = f"{by} and cosine score" if i == 0 else None
-            intervals(axis, at, zip(*here, strict=True), marker, colour, label=label)
-        means = [np.mean([e.value for e in s.correlation[by] if e is not None]) for s in known]
-        axis.plot(np.arange(len(known)) + side * 0.22, means, "-", color=colour, linewidth=1)
+            intervals(axis, i + side * apart, zip(*here, strict=True), marker, colour, label=label)
+            lines.append(np.mean([e.value for e in here]))
+        axis.plot(np.arange(len(known)) + side * apart.mean(), lines, "-", color=colour, linewidth=1)
     axis.axhline(0, color=GREY, linestyle="--", linewidth=1)
     axis.set(
         xlim=(-0.5, len(known) - 0.5),
-        ylim=(-1.05, 1.05),
+        ylim=(None, 1.05),
         xticks=range(len(known)),
         xticklabels=[s.step for s in known],
-        xlabel="step of the training (each about 1.5 times the one before)",
+        xlabel="step of the training",
         ylabel="rank correlation",
-        title="a mark a seed, lines through the means; intervals: other windows of text",
+        title="a mark a seed, lines through the means; 95 % intervals: other windows of text",
     )
     axis.grid(axis="x", visible=False)
     axis.legend(loc="lower right")

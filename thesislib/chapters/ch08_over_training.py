@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from thesislib.chapters.ch08_training import Checkpoint, FromScratch, prepared, trained
+from thesislib.chapters.phrases import together
 from thesislib.compress.agreement import Estimate, estimate, resampled_means, spearman
 from thesislib.errors import BadInput
 from thesislib.files import data_file, read_json, write_whole
@@ -203,7 +204,7 @@ def _values(step: Step, by: str) -> list[float]:
 
 def _blocks(of_seeds: Sequence[int]) -> str:
     """The blocks of the seeds, each once."""
-    return " or ".join(map(str, sorted({*of_seeds})))
+    return together(map(str, sorted({*of_seeds}))).replace(" and ", " or ")
 
 
 def table(found: Sequence[Step]) -> pd.DataFrame:
@@ -236,7 +237,7 @@ def sentences(record: Trained) -> list[str]:
     before = [s.step for s in found if s.step < first.step]
     begins = f"Relevance is defined from step {first.step} on, where every seed is above the commonest token"
     said.append(f"{begins}; at step {before[-1]} it is not yet." if before else f"{begins}.")
-    return [*said, _who(first), _who(last), _agree(known, 0), _agree(known, 1)]
+    return [*said, _who(first), _who(last), _agree(known, 0), _agree(known, 1), _noise(first, last)]
 
 
 def _what(made: Mapping, last: Step) -> str:
@@ -274,9 +275,23 @@ def _agree(known: Sequence[Step], from_block: int) -> str:
     for by in BY:
         values = [[e.value for c in s.checkpoints if (e := correlation(c, by, from_block, 0))] for s in known]
         a, b = values[0], values[-1]
-        how = "rises" if min(b) > max(a) else "falls" if max(b) < min(a) else "stays within the spread of seeds"
+        how = "stays within the spread of seeds"
+        if min(b) > max(a) or max(b) < min(a):
+            how = f"{'rises' if min(b) > max(a) else 'falls'} in every seed beyond all first ones"
         parts.append(f"of {by} {how}, from {_spread(a)} to {_spread(b)}")
     return (
         f"The rank correlation with the cosine score, {whose}, at steps {known[0].step} and {known[-1].step}: that "
         f"{parts[0]}; that {parts[1]}."
+    )
+
+
+def _noise(first: Step, last: Step) -> str:
+    """How much of the correlations is noise of the windows, at both steps."""
+    parts = []
+    for by in BY:
+        a, b = (np.mean([e.high - e.low for e in s.correlation[by] if e is not None]) for s in (first, last))
+        parts.append(f"{a:.2f} and {b:.2f} wide with {by}")
+    return (
+        f"Noise of the windows lowers a rank correlation: over all blocks a seed's 95 % interval, over "
+        f"other windows, is on average {parts[0]}, {parts[1]} (steps {first.step} and {last.step})."
     )
