@@ -85,7 +85,7 @@ def snowball(eps: float = EPS) -> str:
     up, down = top + high * answer + 8, top + high * write + 8
     picture.arrow(zeros[2] + 34, down, zeros[3] - 3, up)
     picture.text((zeros[2] + zeros[3]) / 2 + 26, down + 4, f"x {case.gain:,.0f}", size=12, bold=True)
-    words = "bars to one scale; the head reads the two answers and nothing else"
+    words = "bars to one scale; the head reads the answers and nothing else"
     picture.text(left + 5 * wide - 8, below + 62, words, "end", size=12)
     return picture.svg()
 
