@@ -13,14 +13,19 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from thesislib.compress.depth import influence
+from thesislib.compress.relevance import next_tokens, outcomes
 from thesislib.errors import BadInput
 from thesislib.model.subject import Subject
 
 FALLBACK, ANSWER = 0.5, 2.0  # on the answer coordinates: of token 0 always, of the answer with the middle block
+ANSWERS = (3, 1, 4, 1, 5, 2)  # of the tokens 1 to 6, where the page needs some
+EVERY_EPS = tuple(10.0**-k for k in range(1, 7))
 
 
 class Snowball(NamedTuple):
@@ -121,3 +126,66 @@ def _tokenizer(v: int) -> PreTrainedTokenizerFast:
     raw = Tokenizer(models.WordLevel({str(i): i for i in range(v)}, unk_token="0"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="0")
+
+
+# ---------------------------------------------------------------- what the page says of it
+
+
+class Case(NamedTuple):
+    """A snowball, measured.
+
+    Args:
+        eps: that it was made for.
+        cosine: each block's `thesislib.compress.depth.influence`.
+        accuracy: of the whole model and without each block.
+        chance: the accuracy of always giving the commonest answer.
+        relevance: of each block.
+        gain: what the last block multiplies the middle one's write by.
+    """
+
+    eps: float
+    cosine: tuple[float, ...]
+    accuracy: tuple[float, ...]
+    chance: float
+    relevance: tuple[float, ...]
+    gain: float
+
+
+def measured(eps: float, answers: Sequence[int] = ANSWERS) -> Case:
+    """Measure a snowball by the package's own functions."""
+    subject, ids, delta = snowball(answers, eps)
+    items = next_tokens(ids)
+    found = outcomes(subject, items, range(subject.depth))
+    accuracy, relevance = (tuple(x.tolist()) for x in (found.accuracy(), found.scores("relevance")))
+    return Case(eps, tuple(influence(subject, ids)), accuracy, items.chance, relevance, ANSWER / delta)
+
+
+def table(cases: Sequence[Case]) -> pd.DataFrame:
+    """A row an eps: scores, accuracy with and without the middle block, relevance, and the gain of its write."""
+    rows = [
+        {
+            "eps": f"{c.eps:g}",
+            "cosine of blocks 0, 1, 2": ", ".join(f"{score:.2g}" for score in c.cosine),
+            "right": f"{c.accuracy[0]:.0%}",
+            "right without block 1": f"{c.accuracy[2]:.0%}",
+            "guessed": f"{c.chance:.0%}",
+            "relevance of blocks 0, 1, 2": ", ".join(f"{r:.2g}" for r in c.relevance),
+            "block 2 multiplies by": f"{c.gain:,.1f}",
+        }
+        for c in cases
+    ]
+    return pd.DataFrame(rows).set_index("eps")
+
+
+def sentence(cases: Sequence[Case]) -> str:
+    """In how many cases the score and relevance contradict each other, and by how much."""
+    eps, gains = [c.eps for c in cases], [c.gain for c in cases]
+    lowest = sum(c.cosine[1] == min(c.cosine) for c in cases)
+    decides = sum(c.accuracy[0] == 1 and c.accuracy[2] == 0 for c in cases)
+    off = max(abs(c.cosine[1] - c.eps) for c in cases)
+    return (
+        f"For eps from {max(eps):g} to {min(eps):g} the middle block has the lowest cosine score in {lowest} of "
+        f"{len(cases)} models, within {off:.0e} of eps; in {decides} of {len(cases)} the model is always right with it "
+        f"and never without. The last block multiplies its write by {min(gains):.1f} to {max(gains):.0f}. The "
+        "construction says that such a model exists, and nothing of how often training makes one."
+    )

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -141,16 +141,13 @@ def trained(subject: Subject, settings: FromScratch, seed: int, data: str = "emb
         data: a data spec.
 
     Raises:
-        BadInput: see `small_tokenizer`, `small_config` and `thesislib.sources.corpus.windows`.
+        BadInput: see `prepared`.
     """
-    tokenizer = small_tokenizer(subject.tokenizer, settings.vocabulary)
-    config = small_config(subject.model.config, settings, len(tokenizer))
+    config, tokenizer, ids, held_out = prepared(subject, settings, data)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()  # there is no dropout
     small = Subject(model, tokenizer, f"{settings.blocks} blocks from scratch")
-    ids = windows(calibration_text(data=data), tokenizer, settings.length).ids
-    held_out = windows(evaluation_text(data), tokenizer, settings.length, settings.held_out).ids
     commonest = int(ids.flatten().bincount().argmax())
     order = torch.Generator().manual_seed(seed)
     queue: list[int] = []
@@ -179,6 +176,35 @@ def trained(subject: Subject, settings: FromScratch, seed: int, data: str = "emb
                 tuple(map(tuple, (-found.margin * predicted).tolist())),
                 tuple(influence(small, held_out)),
             )
+
+
+class Prepared(NamedTuple):
+    """What every seed of a training has in common.
+
+    Args:
+        config: of the small model.
+        tokenizer: its own.
+        ids: (N, T) windows that it is trained on.
+        held_out: (M, T) windows that it is measured on.
+    """
+
+    config: Any
+    tokenizer: PreTrainedTokenizerFast
+    ids: torch.Tensor
+    held_out: torch.Tensor
+
+
+def prepared(subject: Subject, settings: FromScratch, data: str = "embedded") -> Prepared:
+    """The small model's configuration and tokenizer, and its text; arguments as of `trained`.
+
+    Raises:
+        BadInput: see `small_tokenizer`, `small_config` and `thesislib.sources.corpus.windows`.
+    """
+    tokenizer = small_tokenizer(subject.tokenizer, settings.vocabulary)
+    config = small_config(subject.model.config, settings, len(tokenizer))
+    ids = windows(calibration_text(data=data), tokenizer, settings.length).ids
+    held_out = windows(evaluation_text(data), tokenizer, settings.length, settings.held_out).ids
+    return Prepared(config, tokenizer, ids, held_out)
 
 
 def small_tokenizer(tokenizer: Any, size: int) -> PreTrainedTokenizerFast:
