@@ -39,6 +39,7 @@ from thesislib.chapters.phrases import (
     share,
     times,
     together,
+    written,
 )
 from thesislib.chapters.pool import larger, largest, recorded_pool
 from thesislib.chapters.scorings import scored_again
@@ -408,7 +409,7 @@ def methods_table(results: Results, counts: Sequence[int] = (2, 4, 8)) -> pd.Dat
             else:
                 column[method] = "same blocks" if same_blocks(results, method, k) else interval(value, low, high, ".2f")
         if seeds:
-            low, high = (f"{x:,.3g}" for x in (min(seeds), max(seeds)))
+            low, high = (written(x, ",.3g") for x in (min(seeds), max(seeds)))
             column[f"{RANDOM}, {len(seeds)} seed{'s' if len(seeds) > 1 else ''}"] = (
                 f"{low} to {high}" if len(seeds) > 1 else low
             )

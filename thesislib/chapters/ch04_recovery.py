@@ -31,7 +31,17 @@ from thesislib.chapters.ch04_runs import (
 )
 from thesislib.chapters.chapter import WIKITEXT, Chapter, Opening
 from thesislib.chapters.labels import thesis_of
-from thesislib.chapters.phrases import factor, interval, number, p_value, ratio, ratio_and_p, sample_note, times
+from thesislib.chapters.phrases import (
+    factor,
+    interval,
+    number,
+    p_value,
+    ratio,
+    ratio_and_p,
+    sample_note,
+    times,
+    written,
+)
 from thesislib.chapters.pool import Recorded, largest, scored_by
 from thesislib.chapters.thesis import thesis_row
 from thesislib.chapters.trainings import Records, compare_models, on_largest_sample, spread
@@ -118,7 +128,7 @@ def _to_dense(m: Measurement, measured: Mapping[tuple[str, str], Measurement]) -
 
 def _thesis_ratio(model: str, text: str) -> str:
     row = thesis_of(_trained(model, LETTERS.get(text, "")))
-    return f"{row.perplexity / thesis_row(DENSE).perplexity:,.3g}" if row else ""
+    return written(row.perplexity / thesis_row(DENSE).perplexity, ",.3g") if row else ""
 
 
 def _plus(text: str) -> str:

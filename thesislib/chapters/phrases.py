@@ -16,9 +16,20 @@ COVERED = (
 )
 
 
+def written(x: float, form: str) -> str:
+    """A number in a format of Python's, but whole where that has an exponent.
+
+    >>> written(16_500, ".3g")
+    '16,500'
+    """
+    said = f"{x:{form}}"
+    return f"{x:,.0f}" if "e+" in said else said
+
+
 def interval(value: float, low: float, high: float, form: str) -> str:
-    """A value with its interval, each in a format of Python's."""
-    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
+    """A value with its interval, each `written` in a format of Python's."""
+    value_said, low_said, high_said = (written(x, form) for x in (value, low, high))
+    return f"{value_said} [{low_said}, {high_said}]"
 
 
 def number(m: Measurement | None, form: str = ".4g") -> str:
