@@ -99,7 +99,7 @@ def test_shares_and_costs_of_a_known_choice(record):
 
 def test_the_sentence_names_both_choices_and_the_shares(record):
     one, two = stability.sentences(record, 8, [1, 2])
-    assert one.startswith("For D1 the 8 windows of the recorded run choose 4, as do all 8.")
-    assert "100% choose as all do" in one and "choose 4 and 5, as do all 8." in two
+    assert one.startswith("For D1 the 8 windows of the recorded run choose 4, and so do all 8.")
+    assert "agrees with all 8 in 100% of cases" in one and "choose 4 and 5, and so do all 8." in two
     (few,) = stability.sentences(record, 4, [2])  # of the first kind
-    assert "choose 4 and 5, as do all 8" in few
+    assert "choose 4 and 5, and so do all 8" in few

@@ -483,7 +483,7 @@ def rates_sentence(results: Results, p: LoraChapter) -> str:
     for model in (p.pruned[0], DENSE):
         tried, label = by_rate(results, p, model), _trained(model, LETTERS[p.texts[0]])
         if len(tried) < 2:
-            said.append(f"{label} was trained with one learning rate yet.")
+            said.append(f"{label} has been trained with one learning rate only.")
             continue
         held_out = {rate: training_report(m)["best_loss"] for rate, m in tried.items()}
         losses = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in held_out.items())

@@ -61,8 +61,10 @@ def sample_note(measurements: Iterable[Measurement]) -> str:
     """How many of these perplexities are of a sample of the text's windows and not yet of all, in a sentence; "" if
     none is."""
     samples = Counter(m.n for m in measurements if m.metric == "perplexity" and m.settings.get("limit"))
-    said = ", ".join(f"{count} perplexities are of {n} windows" for n, count in sorted(samples.items()))
-    return f" Not yet measured on the whole text: {said} that are spread over it." if said else ""
+    if not samples:
+        return ""
+    said = together(f"{count} perplexities were measured on {n} windows" for n, count in sorted(samples.items()))
+    return f" So far {said} spread over the text, not on all of it."
 
 
 def factor(c: Comparison, form: str = ".2f") -> str:
