@@ -33,7 +33,9 @@ PAGES = [
     "book/sources.html",
     "book/changelog.html",
     "book/api.html",
+    "book/api/thesislib.chapters.ch05_quantisation.html",
     "book/api/thesislib.compress.gptq.html",
+    "book/api/thesislib.model.subject.html",
     *CHAPTERS,
 ]
 
@@ -190,7 +192,7 @@ def test_no_text_is_cut_off_or_under_the_contents(site, page, path, width):
     beyond = page.evaluate(
         """() => {
         const edge = document.querySelector("article").getBoundingClientRect().right + 1;
-        const apart = "div.table, mjx-container, .math, .tag_full-width, .visually-hidden, svg";
+        const apart = "div.table, figure.numbered img, mjx-container, .math, .tag_full-width, .visually-hidden, svg";
         return [...document.querySelectorAll("article *")]
             .filter(e => e.checkVisibility() && !e.closest(apart) && e.getBoundingClientRect().right > edge)
             .map(e => e.outerHTML.slice(0, 120)); }"""

@@ -8,6 +8,7 @@ import pytest
 
 from tests.fakes import perplexity
 from thesislib.chapters import ch02_depth as depth
+from thesislib.chapters import ch02_runs as runs
 from thesislib.chapters import ch03_width as width
 from thesislib.chapters import recorded
 from thesislib.chapters.thesis import thesis_row, thesis_rows
@@ -27,12 +28,12 @@ def text():
     made = join(
         "text", [f"{i} is a number of things that may be counted, and {i * i} is its square. " * 3 for i in range(12)]
     )
-    for module in (depth, width):
+    for module in (runs, width):
         monkeypatch.setattr(module, "evaluation_text", lambda _: made)
     monkeypatch.setattr("thesislib.sources.corpus.calibration_text", lambda *_: made)
     asked = [Question("1", "Who?", ("a",), None), Question("2", "What?", ("zzz",), None)]
     monkeypatch.setattr(
-        depth, "questions", lambda _, open_book, limit: [replace(q, context="C") for q in asked] if open_book else asked
+        runs, "questions", lambda _, open_book, limit: [replace(q, context="C") for q in asked] if open_book else asked
     )
     yield
     monkeypatch.undo()
@@ -44,13 +45,13 @@ def loss(per_token, seed=0, **provenance):
 
 # ---------------------------------------------------------------- chapter 2
 
-SMALL = depth.DepthChapter(length=32, calibration=3, windows=4, counts=[1, 2], greedy=2, seeds=2, tokens=4)
+SMALL = runs.DepthChapter(length=32, calibration=3, windows=4, counts=[1, 2], greedy=2, seeds=2, tokens=4)
 
 
 @pytest.fixture(scope="module")
 def measured_once(tiny):
     subject = tiny(layers=9)
-    return depth.measure(subject, depth.score(subject, SMALL), SMALL)
+    return runs.measure(subject, runs.score(subject, SMALL), SMALL)
 
 
 @pytest.fixture
@@ -66,16 +67,16 @@ def test_every_method_removes_as_many_unprotected_blocks_as_it_should(measured):
         "magnitude",
         "influence",
         "angular",
-        depth.GREEDY,
+        runs.GREEDY,
         "random 0",
         "random 1",
     }
     for sets in removed.values():
         for k, gone in sets.items():
             assert len(set(gone)) == k and set(gone) <= {4, 5, 6}
-    assert removed["perplexity"][1] == removed[depth.GREEDY][1]  # their first step is the same
+    assert removed["perplexity"][1] == removed[runs.GREEDY][1]  # their first step is the same
     assert removed["angular"][2] in ((4, 5), (5, 6))
-    assert set(measured.perplexity) == {(depth.NOTHING, 0), *((m, k) for m in removed for k in (1, 2))}
+    assert set(measured.perplexity) == {(runs.NOTHING, 0), *((m, k) for m in removed for k in (1, 2))}
     assert set(measured.trivia) == {(0, False), (0, True), (2, False), (2, True)}
     assert all(t.startswith("Once upon a time") for t in measured.texts.values())
 
@@ -88,7 +89,7 @@ def test_tables_and_sentences_of_depth(measured):
     assert list(table.index) == ["dense", "D2"] and table.loc["D2", "thesis: x dense"] == "2.08"
     curves = depth.curves(measured)
     whole, paired = (
-        curves[curves["base"] == base].set_index(["method", "removed"]) for base in (depth.NOTHING, "perplexity")
+        curves[curves["base"] == base].set_index(["method", "removed"]) for base in (runs.NOTHING, "perplexity")
     )
     assert {*whole.index} == {*measured.perplexity} and len(paired) == len(whole) - 3
     of_two = whole.loc[[("taylor", 2), ("perplexity", 2)], "value"]
@@ -98,7 +99,7 @@ def test_tables_and_sentences_of_depth(measured):
 
 
 def test_parts(tiny):
-    table = depth.parts(tiny(layers=9), SMALL, count=1)
+    table = runs.parts(tiny(layers=9), SMALL, count=1)
     assert list(table.index) == ["1 x block", "1 x attention", "1 x mlp"]
     for part, gone in zip(("block", "attention", "mlp"), table["of blocks"], strict=True):
         stage = Depth(1, part=part, metric="taylor", windows=SMALL.calibration, length=SMALL.length)
@@ -117,7 +118,7 @@ def test_verdict_turns_with_the_numbers(measured):
         measured.perplexity[key] = loss(6.0, 2)
     for method, per_token in (
         (("perplexity"), 3.0),
-        (depth.GREEDY, 2.5),
+        (runs.GREEDY, 2.5),
         ("taylor", 3.5),
         ("magnitude", 3.0),
         ("influence", 3.0),
@@ -126,29 +127,29 @@ def test_verdict_turns_with_the_numbers(measured):
         measured.perplexity[method, k] = loss(per_token, seed=0 if per_token == 3.0 else 1)
     tests = depth.deterministic(measured, k)
     assert by_verdict(tests) == {
-        "better": [depth.GREEDY],
+        "better": [runs.GREEDY],
         "worse": ["taylor"],
         "not told apart": ["magnitude", "influence", "angular"],
     }
-    assert tests[depth.GREEDY].difference == pytest.approx(-0.5, abs=0.01)
-    assert depth.best(measured, k) == depth.GREEDY
+    assert tests[runs.GREEDY].difference == pytest.approx(-0.5, abs=0.01)
+    assert depth.best(measured, k) == runs.GREEDY
     assert "Taylor (+65 %) is worse than one-shot perplexity" in depth.verdict(measured, k)
-    measured.perplexity[depth.GREEDY, k] = loss(4.0, seed=1)
+    measured.perplexity[runs.GREEDY, k] = loss(4.0, seed=1)
     tests = depth.deterministic(measured, k)
-    assert not by_verdict(tests)["better"] and tests[depth.GREEDY].difference == pytest.approx(1.0, abs=0.01)
+    assert not by_verdict(tests)["better"] and tests[runs.GREEDY].difference == pytest.approx(1.0, abs=0.01)
 
 
 def test_depth_results_survive_being_recorded(measured, tmp_path):
     path = tmp_path / "r.jsonl"
-    for m in depth.as_measurements(measured):
+    for m in runs.as_measurements(measured):
         Store(path).append(m)
     (tmp_path / "r_scores.json").write_text(measured.scores.to_json())
-    again = depth.read_recorded(path)
+    again = runs.read_recorded(path)
     assert again.scores == measured.scores and again.texts == measured.texts
     assert {k: m.value for k, m in again.perplexity.items()} == {k: m.value for k, m in measured.perplexity.items()}
     assert depth.headline(again) == depth.headline(measured)
     with pytest.raises(BadInput, match="the whole model's perplexity or the answers are missing"):
-        depth.from_measurements([], measured.scores)
+        runs.from_measurements([], measured.scores)
 
 
 @pytest.mark.parametrize(
@@ -162,17 +163,17 @@ def test_depth_results_survive_being_recorded(measured, tmp_path):
 )
 def test_bad_parameters_of_depth(settings, said):
     with pytest.raises(BadInput, match=said):
-        depth.DepthChapter(**settings)
+        runs.DepthChapter(**settings)
 
 
 def test_what_a_subject_cannot_lose_is_left_out_or_refused(tiny, capsys):
-    scores = depth.score(tiny(layers=7), SMALL)
+    scores = runs.score(tiny(layers=7), SMALL)
     assert "to remove 2 of its 7 blocks" in capsys.readouterr().out
     assert {k for sets in scores.removed.values() for k in sets} == {1} and {
         b for sets in scores.removed.values() for b in sets[1]
     } == {4}
     with pytest.raises(BadInput, match="of this subject's 6 blocks 0 can go"):
-        depth.score(tiny(layers=6), SMALL)
+        runs.score(tiny(layers=6), SMALL)
 
 
 def test_the_ranks_are_as_the_figure_s_text_says():

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from thesislib.chapters import ch02_depth as depth
+from thesislib.chapters import ch02_runs as runs
 from thesislib.chapters import ch02_stability as stability
 from thesislib.compress.depth import leave_one_out
 from thesislib.sources.corpus import calibration_windows, join
@@ -61,12 +61,12 @@ def test_what_was_begun_otherwise_is_not_gone_on_with(text, tiny, tmp_path):
 
 
 def test_the_recorded_run_makes_the_file_beside_the_record(text, tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(depth, "load_subject", lambda *_: tiny(layers=9))
-    p = depth.DepthChapter(subject="embedded", length=32, stability=3)
-    *_, part = depth.recorded_parts(p, tmp_path / "r.jsonl")
+    monkeypatch.setattr(runs, "load_subject", lambda *_: tiny(layers=9))
+    p = runs.DepthChapter(subject="embedded", length=32, stability=3)
+    *_, part = runs.recorded_parts(p, tmp_path / "r.jsonl")
     part.make([], None)
     assert part.file == tmp_path / "r_stability.json" and stability.read_recorded(part.file).windows == 3
-    assert [one.name for one in depth.recorded_parts(depth.DepthChapter(), tmp_path / "r.jsonl")] == ["all"]
+    assert [one.name for one in runs.recorded_parts(runs.DepthChapter(), tmp_path / "r.jsonl")] == ["all"]
 
 
 # ten blocks, of which 4 to 7 may go: 4 is always the cheapest, then 5 or 6 by the kind of window; 7 never goes
@@ -99,7 +99,7 @@ def test_shares_and_costs_of_a_known_choice(record):
 
 def test_the_sentence_names_both_choices_and_the_shares(record):
     one, two = stability.sentences(record, 8, [1, 2])
-    assert one.startswith("For D1 the 8 windows of the recorded run choose 4, as do all 8.")
-    assert "100% choose as all do" in one and "choose 4 and 5, as do all 8." in two
+    assert one.startswith("For D1 the 8 windows of the recorded run choose 4, and so do all 8.")
+    assert "agrees with all 8 in 100% of cases" in one and "choose 4 and 5, and so do all 8." in two
     (few,) = stability.sentences(record, 4, [2])  # of the first kind
-    assert "choose 4 and 5, as do all 8" in few
+    assert "choose 4 and 5, and so do all 8" in few

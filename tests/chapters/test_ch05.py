@@ -145,11 +145,12 @@ def test_gptqmodel_stands_beside_rounding():
     rows = [{"model": name, "threads": 1, "perplexity": 20.0 + i} for i, name in enumerate(names)]
     found = {"GPTQModel": "1.2", "rows": [*rows, {**rows[-1], "threads": 2, "perplexity": 25.5}]}
     said = quantisation.gptqmodel_sentence(found)
-    assert said.startswith("GPTQModel 1.2,") and "has 22.00 there" in said and "rounding has 21.00, dense 20.00" in said
-    assert "has 23.00 in that order and 24.00 and 25.50 from left to right, above rounding" in said
-    assert "differ by up to 6.2%" in said  # 25.5 / 24
+    assert said.startswith("GPTQModel 1.2 ") and "has 22.00 on held-out text" in said
+    assert "rounding has 21.00 and the dense model 20.00" in said and "has 23.00 with the same settings" in said
+    assert "from left to right it has 24.00 and 25.50, more than rounding" in said
+    assert "by up to 6.2%" in said  # 25.5 / 24
     alone = quantisation.gptqmodel_sentence({**found, "rows": [*rows[:4], {**rows[4], "perplexity": 20.5}]})
-    assert "differ" not in alone and "above rounding" not in alone
+    assert "by up to" not in alone and "more than rounding" not in alone
 
 
 def loss(per_token, seed=0):

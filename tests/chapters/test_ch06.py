@@ -165,7 +165,7 @@ def test_files_beside_the_study_are_marks(story, monkeypatch):
     assert trade_offs.no_better(table, ["dense"], {"MB": 98, OPEN: 0.5}, OPEN) == []
     said = trade_offs.front_table(came).loc["a file of the dense model"]
     assert list(said.index) == list(marks.index) and list(said["MB"]) == ["98", "92", "145"]
-    assert "4 of the 4 untrained models on the front are no smaller and no better" in trade_offs.file_sentence(came)
+    assert "None of the 4 untrained models on the front is smaller or better" in trade_offs.file_sentence(came)
     assert not trade_offs.file_sentence(story)
 
     shown = explorer_data(trade_offs.explorer(came))["marks"]

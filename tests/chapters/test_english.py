@@ -24,6 +24,7 @@ from thesislib.chapters import ch06_grid as grid
 from thesislib.chapters import ch06_runs as grid_runs
 from thesislib.chapters import ch07_device as device
 from thesislib.chapters import chapters, pareto, record_file, recorded
+from thesislib.chapters.chapter import DEPTH_WINDOWS
 from thesislib.records import measurement
 
 GOLDEN = Path(__file__).with_name("english.md")
@@ -80,7 +81,7 @@ def english() -> dict[str, str]:
         "02.chance_sentence": depth.chance_sentence(r2),
         "02.single_weights_sentence": depth.single_weights_sentence(r2),
         "02.ranks_caption": depth.ranks_caption(r2.scores),
-        "02.stability": " ".join(choice.sentences(choice.read_recorded(), depth.DEPTH_WINDOWS)),
+        "02.stability": " ".join(choice.sentences(choice.read_recorded(), DEPTH_WINDOWS)),
         **{f"02.verdict at {k}": depth.verdict(r2, k) for k in (2, 4, 8)},
         "03.places_sentence": width.places_sentence(),
         "03.seeds_sentence": width.seeds_sentence(r3, p3),

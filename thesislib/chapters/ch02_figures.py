@@ -8,7 +8,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.ticker import NullFormatter
 
-from thesislib.chapters.figures import BLUE, GREEN, GREY, ORANGE, TIMES_DENSE, covered, intervals
+from thesislib.chapters.figures import BLUE, GREEN, GREY, ORANGE, TIMES_DENSE, covered, intervals, write_labels
 
 METHOD_LOOKS = {
     "perplexity": ("o", BLUE),
@@ -77,9 +77,6 @@ def removal_curves(table: pd.DataFrame, most: int = 8) -> plt.Figure:
     left.plot(random["removed"], random["value"], "x", color=GREY, markersize=5, label="random (a mark a seed)")
     values = own["value"], own["low"], own["high"]
     intervals(left, own["removed"], values, "o-", BLUE, label="one-shot perplexity")
-    for k, value in zip(own["removed"], own["value"], strict=True):
-        if k in (2, 4, 6, 8):
-            left.annotate(f"{value:.2f}", (k, value), (-4, 7), textcoords="offset points", ha="right", fontsize=9)
     left.set(ylabel=TIMES_DENSE, ylim=(1, 3 * own["high"].max()), title="the whole model is 1")
     looks = {method: look for method, look in METHOD_LOOKS.items() if method != "perplexity"}
     for shift, (method, (marker, colour)) in zip(np.linspace(-0.26, 0.26, len(looks)), looks.items(), strict=True):
@@ -100,4 +97,8 @@ def removal_curves(table: pd.DataFrame, most: int = 8) -> plt.Figure:
         axis.set(xlabel="blocks removed", xticks=sorted(set(table["removed"])))
         axis.grid(False, axis="x")
         axis.legend(fontsize=8.5, loc=place)
-    return covered(figure)
+    covered(figure)
+    even = own[own["removed"] % 2 == 0]
+    labels = [(k, x, f"{x:.2f}", "black") for k, x in zip(even["removed"], even["value"], strict=True)]
+    write_labels(left, labels, 9)
+    return figure

@@ -122,10 +122,10 @@ def sentences(record: Losses, used: int, counts: Sequence[int] = COUNTS) -> list
     for k in counts:
         c, own, every = resampled(record.of_free(), k, used), gone(record, k, used), gone(record, k)
         n = record.windows
-        same = f"as do all {n}" if own == every else f"all {n} choose {together(map(str, every))}"
+        same = f"and so do all {n}" if own == every else f"all {n} choose {together(map(str, every))}"
         said.append(
-            f"For D{k} the {used} windows of the recorded run choose {together(map(str, own))}, {same}. Of other draws "
-            f"of {used} windows {c.same:.0%} choose as all do; what a draw chooses costs {np.expm1(c.regret):.2%} more "
-            "perplexity on average."
+            f"For D{k} the {used} windows of the recorded run choose {together(map(str, own))}, {same}. A random draw "
+            f"of {used} windows agrees with all {n} in {c.same:.0%} of cases. What it chooses costs "
+            f"{np.expm1(c.regret):.2%} more perplexity on average."
         )
     return said

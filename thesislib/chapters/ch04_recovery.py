@@ -31,7 +31,17 @@ from thesislib.chapters.ch04_runs import (
 )
 from thesislib.chapters.chapter import WIKITEXT, Chapter, Opening
 from thesislib.chapters.labels import thesis_of
-from thesislib.chapters.phrases import factor, interval, number, p_value, ratio, ratio_and_p, sample_note, times
+from thesislib.chapters.phrases import (
+    factor,
+    interval,
+    number,
+    p_value,
+    ratio,
+    ratio_and_p,
+    sample_note,
+    times,
+    written,
+)
 from thesislib.chapters.pool import Recorded, largest, scored_by
 from thesislib.chapters.thesis import thesis_row
 from thesislib.chapters.trainings import Records, compare_models, on_largest_sample, spread
@@ -118,7 +128,7 @@ def _to_dense(m: Measurement, measured: Mapping[tuple[str, str], Measurement]) -
 
 def _thesis_ratio(model: str, text: str) -> str:
     row = thesis_of(_trained(model, LETTERS.get(text, "")))
-    return f"{row.perplexity / thesis_row(DENSE).perplexity:,.3g}" if row else ""
+    return written(row.perplexity / thesis_row(DENSE).perplexity, ",.3g") if row else ""
 
 
 def _plus(text: str) -> str:
@@ -473,7 +483,7 @@ def rates_sentence(results: Results, p: LoraChapter) -> str:
     for model in (p.pruned[0], DENSE):
         tried, label = by_rate(results, p, model), _trained(model, LETTERS[p.texts[0]])
         if len(tried) < 2:
-            said.append(f"{label} was trained with one learning rate yet.")
+            said.append(f"{label} has been trained with one learning rate only.")
             continue
         held_out = {rate: training_report(m)["best_loss"] for rate, m in tried.items()}
         losses = ", ".join(f"{rate:g}: {loss:.3f}" for rate, loss in held_out.items())

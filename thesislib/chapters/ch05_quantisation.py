@@ -50,7 +50,7 @@ from thesislib.chapters.ch05_runs import (
 )
 from thesislib.chapters.ch05_tables import layer_table
 from thesislib.chapters.chapter import Chapter, Opening
-from thesislib.chapters.phrases import factor, listed, number, points, ratio, versus
+from thesislib.chapters.phrases import factor, listed, number, points, ratio, together, versus
 from thesislib.chapters.pool import Recorded, scored_by
 from thesislib.chapters.trainings import on_largest_sample
 from thesislib.evaluate.answers import AT_ONCE, FIRST_WORDS
@@ -108,16 +108,16 @@ def gptqmodel_sentence(found: Mapping[str, Any]) -> str:
     apart = max(max(several) / min(several) - 1 for several in (ours, plain))
     lost = min(plain) > rounding
     note = (
-        f" Where two numbers stand together, one is from one thread and one from two, which add in another order: "
-        f"GPTQ's results differ by up to {apart:.1%} for that alone."
+        f" Two numbers are of two runs, on one thread and on two: these add in another order, which alone moves GPTQ's "
+        f"result by up to {apart:.1%}."
         if apart
         else ""
     )
     return (
-        f"GPTQModel {found['GPTQModel']}, whose default order goes by groups, has {theirs:.2f} there after as many "
-        f"tokens; rounding has {rounding:.2f}, dense {dense:.2f} (float32). With its settings GPTQ here has "
-        f"{_both(ours)} in that order and {_both(plain)} from left to "
-        f"right{', above rounding either way' * lost}.{note}"
+        f"GPTQModel {found['GPTQModel']} orders columns by groups. Calibrated on as many tokens it has {theirs:.2f} on "
+        f"held-out text, rounding has {rounding:.2f} and the dense model {dense:.2f} (float32). GPTQ here has "
+        f"{_both(ours)} with the same settings; with columns from left to right it has {_both(plain)}"
+        f"{', more than rounding' * lost}.{note}"
     )
 
 
@@ -142,10 +142,10 @@ def calibration_sentence(results: Results, p: QuantChapter) -> str:
     seeds, amounts = calibration_noise(results, p)
     if len(seeds) < 2:
         return "Other windows of calibration text were not run."
-    more = "".join(f", {v:.2f} on {name}" for name, v in amounts.items())
+    more = together(f"{v:.2f} with {name}" for name, v in amounts.items()) if amounts else ""
     return (
-        f"Calibrated on {len(seeds)} choices of {p.calibration} windows, 4 bits have "
-        f"{', '.join(f'{v:.2f}' for v in seeds)} on held-out text, {max(seeds) / min(seeds) - 1:.1%} apart{more}."
+        f"At 4 bits perplexity on held-out text ends at {together(f'{v:.2f}' for v in seeds)} for {len(seeds)} choices "
+        f"of {p.calibration} windows, {max(seeds) / min(seeds) - 1:.1%} apart.{f' It ends at {more}.' * bool(more)}"
     )
 
 

@@ -135,7 +135,8 @@ def steps_chart(steps: Sequence[tuple[str, str, str, Comparison]], most: float =
             if c not in inside:
                 at, side = (high, "right") if c.difference > 0 else (low, "left")
                 text = f"x {np.exp(c.difference):.3g} →" if side == "right" else f"← x {np.exp(c.difference):.2f}"
-                axis.text(at, y, text, ha=side, va="center", fontsize=8, color=colour)
+                ground = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+                axis.text(at, y, text, ha=side, va="center", fontsize=8, color=colour, bbox=ground)
         last = [of(b).parts[-1] for _, b, _ in rows]  # shown where a panel's stages are not all alike
         labels = [
             plain(f"{a} ({part})" if name == "pruned" or part[-1].isdigit() else a)

@@ -42,7 +42,7 @@ from thesislib.chapters.pareto import (
     trained_like,
     usable_sentence,
 )
-from thesislib.chapters.phrases import difference, few, interval, number, ratio, sample_note, share
+from thesislib.chapters.phrases import difference, few, interval, number, ratio, sample_note, share, written
 from thesislib.chapters.thesis import thesis_row
 from thesislib.evaluate.compare import compare
 from thesislib.evaluate.perplexity import relative
@@ -127,7 +127,7 @@ def grid_table(
             size_in_units = size_of(results, c.label, where)
             row[column] = "" if size_in_units is None else f"{size_in_units / 1e6:.1f}"
         t = thesis_of(c.label)
-        row["thesis: x dense"] = f"{t.perplexity / dense_thesis.perplexity:,.3g}" if t else ""
+        row["thesis: x dense"] = written(t.perplexity / dense_thesis.perplexity, ",.3g") if t else ""
         row["thesis: open book"] = f"{t.open:.1f}%" if t else ""
         rows.append(row)
     return pd.DataFrame(rows).set_index("model")
@@ -275,7 +275,7 @@ def stage_table(results: Results) -> pd.DataFrame:
             if here:
                 effects = sorted(c.difference for c in here.values())
                 lowest, median, highest = (
-                    f"x {np.exp(x):.3g}" if task.ratio else f"{100 * x:+.1f}"
+                    f"x {written(np.exp(x), '.3g')}" if task.ratio else f"{100 * x:+.1f}"
                     for x in (effects[0], np.median(effects), effects[-1])
                 )
                 better, worse, _ = map(len, by_verdict(here, task.higher_is_better).values())

@@ -24,7 +24,7 @@ from thesislib.chapters.ch07_runs import (
 )
 from thesislib.chapters.chapter import Chapter, Opening
 from thesislib.chapters.pareto import PPL, points
-from thesislib.chapters.phrases import interval, listed
+from thesislib.chapters.phrases import interval, listed, written
 from thesislib.device.cost import costs, stored
 from thesislib.device.hardware import Device, device
 from thesislib.device.measure import QUIET, computed_in, engine_name
@@ -205,14 +205,14 @@ def published_table() -> pd.DataFrame:
     """Projections beside figures that others published."""
     theirs = against_published()
     spans = [
-        f"{low:,.4g} to {high:,.4g}" if pd.notna(low) else "not known"
+        f"{written(low, ',.4g')} to {written(high, ',.4g')}" if pd.notna(low) else "not known"
         for low, high in zip(theirs["projected low"], theirs["projected high"], strict=True)
     ]
     shown = {
         "device": theirs["device"],
         "model": theirs["model"],
         "quantity": theirs["quantity"],
-        "published": [f"{x:,.4g}" for x in theirs["published"]],
+        "published": [written(x, ",.4g") for x in theirs["published"]],
         "projected": spans,
         "inside": [{True: "yes", False: "no", None: ""}[within] for within in theirs["within"]],
         "better than published": [f"x {x:.3g}" if pd.notna(x) else "" for x in theirs["optimistic"]],

@@ -102,7 +102,8 @@ def roofline_chart(device_name: str, rate: float, bandwidth: float, operations: 
     for kind, marker, colour in (("decoding", "o", BLUE), ("prompt", "^", ORANGE)):
         part = operations[operations["kind"] == kind]
         height = np.minimum(rate, part["intensity"] * bandwidth)
-        axis.plot(part["intensity"], height, marker, color=colour, label=kind, markersize=8, alpha=0.8)
+        look: dict[str, Any] = {"markersize": 12, "mfc": "none", "mew": 2} if marker == "o" else {"markersize": 7}
+        axis.plot(part["intensity"], height, marker, color=colour, label=kind, **look)  # one may lie in the other
         for at, here in part.assign(height=height).groupby("intensity"):
             names = here["name"].tolist()
             shown = names[0] if len(names) == 1 else f"{len(names)} linears"
@@ -120,5 +121,5 @@ def roofline_chart(device_name: str, rate: float, bandwidth: float, operations: 
     axis.yaxis.set_minor_formatter(NullFormatter())
     for left, right, words in ((x[0], ridge, "memory limits"), (ridge, x[-1], "arithmetic limits")):
         axis.text(np.sqrt(left * right), 0.04, words, transform=axis.get_xaxis_transform(), ha="center", fontsize=9)
-    write_labels(axis, labels, 8)
+    write_labels(axis, labels, 9)
     return figure

@@ -102,8 +102,8 @@ SIDES = ((1, 1), (-1, -1), (-1, 1), (1, -1), (0, 1), (0, -1), (1, 0), (-1, 0))  
 
 
 def write_labels(axis: plt.Axes, labels: Iterable[Label], size: float = 7) -> None:
-    """Write labels beside their points, each with a line to it, where they cover neither a mark nor an interval, the
-    legend or each other; those that have no such place are left out.
+    """Write labels beside their points, each with a line to it, where they cover neither a mark nor an interval, a
+    solid line, the legend or each other; those that have no such place are left out.
 
     Call it last: a later change of the axes moves the marks.
     """
@@ -120,7 +120,7 @@ def write_labels(axis: plt.Axes, labels: Iterable[Label], size: float = 7) -> No
         taken += [Bbox(np.array([pair.min(0) - 1, pair.max(0) + 1])) for pair in ends]
     if axis.get_legend():
         taken.append(axis.get_legend().get_window_extent())
-    for line in (line for line in axis.lines if line.get_label() == "front"):
+    for line in (x for x in axis.lines if x.get_linestyle() == "-" and x.get_transform() == axis.transData):
         for start, end in itertools.pairwise(axis.transData.transform(line.get_xydata())):
             steps = np.linspace(start, end, 2 + int(np.abs(end - start).max() / 4))
             taken += [Bbox.from_extents(x - 1, y - 1, x + 1, y + 1) for x, y in steps]

@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 
 from thesislib.chapters.chapter import Chapter
 from thesislib.chapters.labels import marked
-from thesislib.chapters.phrases import FAILS, HOLDS
+from thesislib.chapters.phrases import FAILS, HOLDS, written
 from thesislib.files import data_file, read_json
 from thesislib.tables import RESULTS, as_data
 
@@ -184,7 +184,7 @@ def _shown(value: Any) -> str:
     """A cell's text: numbers that are not whole with four digits, what is not there as nothing."""
     if value is None or value is pd.NA or (isinstance(value, float) and value != value):
         return ""
-    return f"{value:,.4g}" if isinstance(value, float) else str(value)
+    return written(value, ",.4g") if isinstance(value, float) else str(value)
 
 
 def _download(table: pd.DataFrame, name: str) -> str:

@@ -234,11 +234,14 @@ def file_sentence(results: Results) -> str:
     if beside.empty or (mark := beside.iloc[0])["label"] != AS_IT_CAME:
         return ""
     untrained = front(table, "MB", PPL)[DENSE]
-    return (
-        f"The model came as a file of {mark['MB']:.0f} MB in 4 bits, from which its weights are recovered exactly. "
-        f"{len(no_better(table, untrained, mark, PPL))} of the {len(untrained)} untrained models on the front are no "
-        "smaller and no better than that file."
+    beaten, all_ = len(no_better(table, untrained, mark, PPL)), len(untrained)
+    said = (
+        f"None of the {all_} untrained models on the front is smaller or better than that file."
+        if beaten == all_
+        else f"Of the {all_} untrained models on the front {beaten} are neither smaller nor better than that file."
     )
+    came = f"The model came as a file of {mark['MB']:.0f} MB in 4 bits, from which its weights are recovered exactly."
+    return f"{came} {said}"
 
 
 def original_file(dense: Measurement) -> int | None:

@@ -16,9 +16,20 @@ COVERED = (
 )
 
 
+def written(x: float, form: str) -> str:
+    """A number in a format of Python's, but whole where that has an exponent.
+
+    >>> written(16_500, ".3g")
+    '16,500'
+    """
+    said = f"{x:{form}}"
+    return f"{x:,.0f}" if "e+" in said else said
+
+
 def interval(value: float, low: float, high: float, form: str) -> str:
-    """A value with its interval, each in a format of Python's."""
-    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
+    """A value with its interval, each `written` in a format of Python's."""
+    value_said, low_said, high_said = (written(x, form) for x in (value, low, high))
+    return f"{value_said} [{low_said}, {high_said}]"
 
 
 def number(m: Measurement | None, form: str = ".4g") -> str:
@@ -50,8 +61,10 @@ def sample_note(measurements: Iterable[Measurement]) -> str:
     """How many of these perplexities are of a sample of the text's windows and not yet of all, in a sentence; "" if
     none is."""
     samples = Counter(m.n for m in measurements if m.metric == "perplexity" and m.settings.get("limit"))
-    said = ", ".join(f"{count} perplexities are of {n} windows" for n, count in sorted(samples.items()))
-    return f" Not yet measured on the whole text: {said} that are spread over it." if said else ""
+    if not samples:
+        return ""
+    said = together(f"{count} perplexities were measured on {n} windows" for n, count in sorted(samples.items()))
+    return f" So far {said} spread over the text, not on all of it."
 
 
 def factor(c: Comparison, form: str = ".2f") -> str:
