@@ -2,18 +2,23 @@
 
 import itertools
 import json
+import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 
-from thesislib.compress.agreement import resampled_means
-from thesislib.compress.depth import sets_losses
-from thesislib.compress.exhaustive import Blocks
+from thesislib.chapters.ch02_depth import Scores
+from thesislib.chapters.phrases import interval, together
+from thesislib.compress.agreement import Estimate, estimate, resampled_means
+from thesislib.compress.depth import Depth, sets_losses
+from thesislib.compress.exhaustive import Additivity, Blocks, Found, additivity, searches
 from thesislib.compress.stability import chosen
-from thesislib.files import read_json, write_whole
+from thesislib.files import data_file, read_json, write_whole
 from thesislib.model.subject import Subject
 from thesislib.records.measurement import provenance
 from thesislib.sources.corpus import calibration_text, calibration_windows
@@ -133,3 +138,127 @@ def once_more(losses: Losses, count: int = AGAIN) -> list[Blocks]:
     """What is measured on other windows: the whole model, single blocks and the pairs that cost least."""
     pairs = sorted((s for s in losses.searched if len(s) == 2), key=lambda s: np.mean(losses.searched[s]))
     return [s for s in up_to_pairs(losses.depth) if len(s) < 2] + pairs[:count]
+
+
+# ---------------------------------------------------------------- what the chapter shows
+
+RANKINGS = {"influence": "cosine, one-shot", "taylor": "Taylor, one-shot", "angular": "angular, a run of neighbours"}
+NAMES = {"best": "best of all", "greedy": "greedy", "one-shot": "one-shot"}
+
+
+def read(file: Path | None = None) -> Losses:
+    """The file that `record` wrote, by default the study's own."""
+    return Losses.from_json(read_json(file or data_file("results/08_relevance_pairs.json")))
+
+
+def choices(scores: Scores, k: int) -> dict[str, Blocks]:
+    """{name: the k blocks} of rankings that measure no set: those of chapter 2's record, and the last blocks."""
+    depth = len(next(iter(scores.metrics.values())))
+    ranked = {name: scores.removed[metric][k] for metric, name in RANKINGS.items() if metric in scores.removed}
+    return {**ranked, f"the last {k}": tuple(range(depth - k, depth))}
+
+
+def _arrays(losses: Mapping[Blocks, list[float]]) -> tuple[list[Blocks], np.ndarray]:
+    """The sets, and their losses (sets, windows)."""
+    return [*losses], np.array([*losses.values()])
+
+
+def found(record: Losses, scores: Scores, k: int) -> dict[str, Found]:
+    """What each search finds for k blocks on its own windows, see `thesislib.compress.exhaustive.searches`. For three
+    blocks the best is that of the measured triples."""
+    return searches(*_arrays(record.searched), k, choices(scores, k), RESAMPLES)
+
+
+def search_table(record: Losses, scores: Scores, k: int) -> pd.DataFrame:
+    """A row a search: the blocks that go, the perplexity without them, how much dearer that is than the best, and the
+    place among the measured sets; also the perplexity on windows that no search saw, where it was measured."""
+    rows, other = [], {s: np.exp(np.mean(nats)) for s, nats in record.others.items()}
+    for name, f in found(record, scores, k).items():
+        of = f"of the {f.of:,} measured" if f.of < math.comb(record.depth, k) else f"of all {f.of:,}"
+        row = {
+            "search": NAMES.get(name, name),
+            "blocks": together(map(str, f.blocks)),
+            "perplexity": f"{np.exp(f.loss):,.4g}",
+            "dearer than the best by": interval(*(100 * np.expm1(x) for x in f.regret), ".1f") + " %",
+            f"rank {of}": interval(*f.rank, ".0f"),
+        }
+        if other and k < 3:
+            row["on other windows"] = f"{other[f.blocks]:,.4g}" if f.blocks in other else "not measured"
+        rows.append(row)
+    return pd.DataFrame(rows).set_index("search")
+
+
+def dense(record: Losses) -> float:
+    """The whole model's perplexity on the windows of the search."""
+    return float(np.exp(np.mean(record.searched[()])))
+
+
+class Again(NamedTuple):
+    """What the best pair of the search is on other windows.
+
+    Args:
+        pair: the best of all on the windows of the search.
+        rank: there; 1 is the best.
+        of: how many pairs were measured there.
+        regret: how much higher its loss is than the least there.
+        best: the pair with the least loss there.
+        rank_here: of that one on the windows of the search.
+    """
+
+    pair: Blocks
+    rank: int
+    of: int
+    regret: Estimate
+    best: Blocks
+    rank_here: int
+
+
+def again(record: Losses) -> Again:
+    """The winner's curse of an exhaustive search. The least loss on other windows is of few windows too."""
+    here = sorted((s for s in record.searched if len(s) == 2), key=lambda s: np.mean(record.searched[s]))
+    pairs = [s for s in record.others if len(s) == 2]
+    means = resampled_means(np.array([record.others[s] for s in pairs]), RESAMPLES)
+    row = pairs.index(here[0])
+    best = pairs[int(means[0].argmin())]
+    regret = estimate(means[:, row] - means.min(1))
+    return Again(here[0], 1 + int((means[0] < means[0, row]).sum()), len(pairs), regret, best, 1 + here.index(best))
+
+
+def middle(record: Losses) -> range:
+    """The blocks that chapter 2 lets go."""
+    return range(Depth.protect_first, record.depth - Depth.protect_last)
+
+
+def pairs_add_up(record: Losses, among: Collection[int] | None = None) -> Additivity:
+    """Whether the damages of two blocks are the sum of each one's, among some blocks or all."""
+    among = range(record.depth) if among is None else among
+    return additivity(*_arrays({s: x for s, x in record.searched.items() if len(s) < 3 and {*s} <= {*among}}))
+
+
+def triples_add_up(record: Losses, order: int) -> Additivity:
+    """The same of the measured triples, which are no sample of all: most were measured because they are cheap."""
+    return additivity(*_arrays(record.searched), 3, order)
+
+
+def excesses(record: Losses) -> pd.DataFrame:
+    """(depth, depth) what a pair loses beyond the sum of both, in nats a token; nan on the diagonal."""
+    found, square = pairs_add_up(record), np.full((record.depth, record.depth), np.nan)
+    for (a, b), excess in zip(found.sets, found.excess, strict=True):
+        square[a, b] = square[b, a] = excess
+    return pd.DataFrame(square).rename_axis(index="block", columns="block")
+
+
+def mean_excess(record: Losses, distance: int | None = None, block: int | None = None) -> Estimate:
+    """The mean excess of pairs of middle blocks so far apart, or with a block in it; of all such pairs by default."""
+    pairs = [
+        (a, b)
+        for a, b in itertools.combinations(middle(record), 2)
+        if distance in (None, b - a) and block in (None, a, b)
+    ]
+    return estimate(resampled_means(_excess(record, pairs), RESAMPLES).mean(1))
+
+
+def _excess(record: Losses, pairs: Collection[Blocks]) -> np.ndarray:
+    """Each window's excess of pairs, (pairs, windows)."""
+    x = {s: np.array(nats) for s, nats in record.searched.items()}
+    return np.array([x[a, b] - x[a,] - x[b,] + x[()] for a, b in pairs])
