@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+import torch
 
-from thesislib.chapters.ch02_depth import Scores
 from thesislib.chapters.phrases import interval, together
 from thesislib.compress.agreement import Estimate, estimate, resampled_means
-from thesislib.compress.depth import Depth, sets_losses
+from thesislib.compress.depth import Depth, angular_distances, influence, sets_losses, taylor
 from thesislib.compress.exhaustive import Additivity, Blocks, Found, additivity, searches
 from thesislib.compress.stability import chosen
 from thesislib.files import data_file, read_json, write_whole
@@ -25,7 +25,7 @@ from thesislib.sources.corpus import calibration_text, calibration_windows
 from thesislib.sources.rows import origin_of
 
 TEXT = "wikipedia"
-TRIPLES, AGAIN = 200, 60  # triples that pairs predict to cost least; pairs that are measured on other windows too
+TRIPLES, AGAIN = 100, 60  # triples that pairs predict to cost least; pairs that are measured on other windows too
 RESAMPLES = 1_000  # of the windows
 
 
@@ -35,12 +35,14 @@ class Losses:
 
     Attributes:
         searched: {blocks: of each window of the search}: without none, each, all pairs and some triples.
-        others: the same of as many other windows, for fewer pairs and no triples.
+        others: the same of as many other windows, without none and some pairs.
+        chosen: {ranking: {how many: blocks}} of rankings that measure no set, from the windows of the search.
         made: provenance.
     """
 
     searched: dict[Blocks, list[float]]
     others: dict[Blocks, list[float]]
+    chosen: dict[str, dict[int, Blocks]]
     made: dict
 
     @property
@@ -58,18 +60,18 @@ class Losses:
     def from_json(cls, plain: Mapping) -> "Losses":
         """What `to_json` wrote."""
         samples = ({tuple(map(int, s.split())): nats for s, nats in plain[name].items()} for name in SAMPLES)
-        return cls(*samples, plain["made"])
+        chosen = {name: {int(k): tuple(s) for k, s in sets.items()} for name, sets in plain["chosen"].items()}
+        return cls(*samples, chosen, plain["made"])
 
 
 SAMPLES = ("searched", "others")
 
 
-def record(
-    subject: Subject, data: str, windows: int, length: int, file: Path, also: Collection[Blocks] = ()
-) -> None:
+def record(subject: Subject, data: str, windows: int, length: int, file: Path) -> None:
     """Write the `Losses` to a file. A run that was killed goes on from the file .partial beside it.
 
-    The windows of the search are the first ones of chapter 2's choice with seed 0, the others those that follow there.
+    The windows of the search are the first ones of the calibration text's choice with seed 0, the others those that
+    follow there.
 
     Args:
         subject: the whole model.
@@ -77,7 +79,6 @@ def record(
         windows: of the search; as many others.
         length: tokens of a window.
         file: to write.
-        also: triples that other rankings choose.
     """
     started, partial = time.perf_counter(), file.with_name(file.name + ".partial")
     ids = calibration_windows(subject.tokenizer, TEXT, data, 2 * windows, length)
@@ -85,7 +86,7 @@ def record(
         "text": TEXT, "text_sha256": calibration_text(TEXT, data).sha256, "data": origin_of(data),
         "windows": windows, "length": length, "seed": 0,
     }  # fmt: skip
-    done = Losses({}, {}, {})
+    done = Losses({}, {}, {}, {})
     if partial.exists():
         before, same = Losses.from_json(read_json(partial)), provenance(subject, started, **settings)
         if all(before.made[name] == same[name] for name in ("fingerprint", "plan", "dtype", "settings")):
@@ -101,8 +102,10 @@ def record(
             write_whole(partial, done.to_json())
 
     measure(up_to_pairs(subject.depth), done.searched, ids[:windows])
-    measure({*triples(done), *also}, done.searched, ids[:windows])
-    measure(once_more(done), done.others, ids[windows:])
+    if not done.chosen:
+        done.chosen.update(rankings(subject, ids[:windows]))
+    measure(once_more(done, AGAIN), done.others, ids[windows:])
+    measure(triples(done, TRIPLES), done.searched, ids[:windows])
     partial.replace(file)
 
 
@@ -111,9 +114,21 @@ def up_to_pairs(depth: int) -> list[Blocks]:
     return [s for size in range(3) for s in itertools.combinations(range(depth), size)]
 
 
-def triples(losses: Losses, count: int = TRIPLES) -> set[Blocks]:
-    """The triples that single blocks and pairs predict to cost least; and all that greedy and one-shot may meet in a
-    resample of the windows, so that their intervals are known."""
+def rankings(subject: Subject, ids: torch.Tensor) -> dict[str, dict[int, Blocks]]:
+    """The two and three blocks that go by scores of single blocks, or as a run of neighbours; and the last ones."""
+    angles = angular_distances(subject, ids)
+    scores = {"one-shot by cosine": influence(subject, ids)}
+    scores["one-shot by Taylor"] = [*taylor(subject, ids, range(subject.depth)).values()]
+    found = {name: {k: tuple(map(int, chosen(np.array(x), k))) for k in (2, 3)} for name, x in scores.items()}
+    starts = {k: int(np.nanargmin(angles[k])) for k in (2, 3)}
+    found["angular, neighbours"] = {k: tuple(range(at, at + k)) for k, at in starts.items()}
+    found["last blocks"] = {k: tuple(range(subject.depth - k, subject.depth)) for k in (2, 3)}
+    return found
+
+
+def triples(losses: Losses, count: int) -> set[Blocks]:
+    """The triples that single blocks and pairs predict to cost least; all that greedy and one-shot may meet in a
+    resample of the windows, so that their intervals are known; and those of rankings."""
     mean = {s: float(np.mean(nats)) for s, nats in losses.searched.items()}
 
     def predicted(triple: Blocks) -> float:
@@ -121,7 +136,7 @@ def triples(losses: Losses, count: int = TRIPLES) -> set[Blocks]:
         return pairs - singles + mean[()]
 
     every = sorted(itertools.combinations(range(losses.depth), 3), key=predicted)
-    found = {*every[:count]}
+    found = {*every[:count], *(sets[3] for sets in losses.chosen.values())}
     sets = up_to_pairs(losses.depth)
     means = resampled_means(np.array([losses.searched[s] for s in sets]), RESAMPLES)
     singles = means[:, 1 : 1 + losses.depth]
@@ -134,16 +149,15 @@ def triples(losses: Losses, count: int = TRIPLES) -> set[Blocks]:
     return found
 
 
-def once_more(losses: Losses, count: int = AGAIN) -> list[Blocks]:
-    """What is measured on other windows: the whole model, single blocks and the pairs that cost least."""
+def once_more(losses: Losses, count: int) -> list[Blocks]:
+    """What is measured on other windows: the whole model, the pairs that cost least, and those of rankings."""
     pairs = sorted((s for s in losses.searched if len(s) == 2), key=lambda s: np.mean(losses.searched[s]))
-    return [s for s in up_to_pairs(losses.depth) if len(s) < 2] + pairs[:count]
+    return [(), *{*pairs[:count], *(sets[2] for sets in losses.chosen.values())}]
 
 
 # ---------------------------------------------------------------- what the chapter shows
 
-RANKINGS = {"influence": "cosine, one-shot", "taylor": "Taylor, one-shot", "angular": "angular, a run of neighbours"}
-NAMES = {"best": "best of all", "greedy": "greedy", "one-shot": "one-shot"}
+NAMES = {"best": "best of all", "greedy": "greedy", "one-shot": "one-shot by perplexity"}
 
 
 def read(file: Path | None = None) -> Losses:
@@ -151,35 +165,38 @@ def read(file: Path | None = None) -> Losses:
     return Losses.from_json(read_json(file or data_file("results/08_relevance_pairs.json")))
 
 
-def choices(scores: Scores, k: int) -> dict[str, Blocks]:
-    """{name: the k blocks} of rankings that measure no set: those of chapter 2's record, and the last blocks."""
-    depth = len(next(iter(scores.metrics.values())))
-    ranked = {name: scores.removed[metric][k] for metric, name in RANKINGS.items() if metric in scores.removed}
-    return {**ranked, f"the last {k}": tuple(range(depth - k, depth))}
-
-
 def _arrays(losses: Mapping[Blocks, list[float]]) -> tuple[list[Blocks], np.ndarray]:
     """The sets, and their losses (sets, windows)."""
     return [*losses], np.array([*losses.values()])
 
 
-def found(record: Losses, scores: Scores, k: int) -> dict[str, Found]:
-    """What each search finds for k blocks on its own windows, see `thesislib.compress.exhaustive.searches`. For three
-    blocks the best is that of the measured triples."""
-    return searches(*_arrays(record.searched), k, choices(scores, k), RESAMPLES)
+def found(record: Losses, k: int, more: Mapping[str, Blocks] | None = None) -> dict[str, Found]:
+    """What each search and ranking finds for k blocks, see `thesislib.compress.exhaustive.searches`. For three blocks
+    the best is that of the measured triples.
+
+    Args:
+        record: what was measured.
+        k: 2 or 3.
+        more: {name: blocks} of choices that were made elsewhere.
+
+    Raises:
+        BadInput: a choice that was not measured.
+    """
+    others = {name: sets[k] for name, sets in record.chosen.items()} | dict(more or {})
+    return searches(*_arrays(record.searched), k, others, RESAMPLES)
 
 
-def search_table(record: Losses, scores: Scores, k: int) -> pd.DataFrame:
+def search_table(record: Losses, k: int, more: Mapping[str, Blocks] | None = None) -> pd.DataFrame:
     """A row a search: the blocks that go, the perplexity without them, how much dearer that is than the best, and the
     place among the measured sets; also the perplexity on windows that no search saw, where it was measured."""
     rows, other = [], {s: np.exp(np.mean(nats)) for s, nats in record.others.items()}
-    for name, f in found(record, scores, k).items():
+    for name, f in found(record, k, more).items():
         of = f"of the {f.of:,} measured" if f.of < math.comb(record.depth, k) else f"of all {f.of:,}"
         row = {
             "search": NAMES.get(name, name),
             "blocks": together(map(str, f.blocks)),
             "perplexity": f"{np.exp(f.loss):,.4g}",
-            "dearer than the best by": interval(*(100 * np.expm1(x) for x in f.regret), ".1f") + " %",
+            "dearer than the best by": _percent(f.regret),
             f"rank {of}": interval(*f.rank, ".0f"),
         }
         if other and k < 3:
@@ -262,3 +279,82 @@ def _excess(record: Losses, pairs: Collection[Blocks]) -> np.ndarray:
     """Each window's excess of pairs, (pairs, windows)."""
     x = {s: np.array(nats) for s, nats in record.searched.items()}
     return np.array([x[a, b] - x[a,] - x[b,] + x[()] for a, b in pairs])
+
+
+# ---------------------------------------------------------------- sentences
+
+
+def _percent(regret: Estimate) -> str:
+    """How much dearer in perplexity a difference of losses is."""
+    return interval(*(100 * np.expm1(x) for x in regret), ".1f") + " %"
+
+
+def _blocks(blocks: Blocks) -> str:
+    return together(map(str, blocks))
+
+
+def _search_sentence(record: Losses, k: int) -> str:
+    """What costs least of the measured sets of k blocks, which searches find it, and how much dearer the others are."""
+    rows, whole = found(record, k), math.comb(record.depth, k)
+    best, what = rows["best"], {2: "pairs", 3: "triples"}[k]
+    among = f"all {whole:,} {what}" if best.of == whole else f"{best.of:,} of the {whole:,} {what}"
+    text = (
+        f"Of {among} the removal of {_blocks(best.blocks)} costs least: perplexity {np.exp(best.loss):.2f} where the "
+    )
+    text += f"whole model has {dense(record):.2f}."
+    if best.of < whole:
+        text += (
+            " They are those that single blocks and pairs predict to cost least, and those that greedy and one-shot "
+            "may meet: one that was not measured may cost less."
+        )
+    names = {name: NAMES.get(name, name) for name in rows if name != "best"}
+    if same := together(name for key, name in names.items() if rows[key].blocks == best.blocks):
+        text += f" It is also what these choose: {same}."
+    dearer = [
+        f"{name} ({_blocks(rows[key].blocks)}) by {_percent(rows[key].regret)}, rank {rows[key].rank.value:,.0f}"
+        for key, name in names.items()
+        if rows[key].blocks != best.blocks
+    ]
+    return text + (f" Dearer are {'; '.join(dearer)}." if dearer else "")
+
+
+def search_sentences(record: Losses) -> list[str]:
+    """The best pair, the best measured triple, and what the best pair is on windows that no search saw."""
+    a, n = again(record), record.made["settings"]["windows"]
+    where = "costs least again"
+    if a.rank > 1:
+        where = f"has rank {a.rank}: it is {_percent(a.regret)} dearer than {_blocks(a.best)}, which has rank "
+        where += f"{a.rank_here} on the windows of the search"
+    return [
+        *(_search_sentence(record, k) for k in (2, 3)),
+        f"On {n} other windows, where {a.of} pairs were measured, {_blocks(a.pair)} {where}.",
+    ]
+
+
+def _against_the_sum(excess: Estimate) -> str:
+    """More than the sum, less, or neither, with the mean excess."""
+    nats = interval(*excess, "+.3f") + " nats a token"
+    if excess.low <= 0 <= excess.high:
+        return f"about as much as both alone ({nats})"
+    return f"{'more' if excess.value > 0 else 'less'} than both alone ({nats})"
+
+
+def additivity_sentences(record: Losses) -> list[str]:
+    """How well the sum of two damages predicts a pair's, of all blocks and of the middle ones; and which pairs cost
+    more."""
+    free, said = middle(record), []
+    for name, blocks in (("all pairs", range(record.depth)), (f"pairs of blocks {free[0]} to {free[-1]}", free)):
+        a = pairs_add_up(record, blocks)
+        said.append(
+            f"The sum of two single damages explains {a.r2.value:.0%} [{a.r2.low:.0%}, {a.r2.high:.0%}] of the "
+            f"variance over {name}, and ranks them with Spearman's {interval(*a.spearman, '.2f')}."
+        )
+    near, far = mean_excess(record, distance=1), mean_excess(record)
+    by_block = {b: mean_excess(record, block=b) for b in free}
+    most, least = (pick(by_block, key=lambda b: by_block[b].value) for pick in (max, min))
+    said.append(
+        f"A pair of those blocks costs {_against_the_sum(far)} on average; neighbours cost {_against_the_sum(near)}. "
+        f"By block, pairs with {most} cost {_against_the_sum(by_block[most])}, those with {least} "
+        f"{_against_the_sum(by_block[least])}."
+    )
+    return said
