@@ -162,13 +162,13 @@ def test_sentences_say_what_was_put_in(monkeypatch):
     dearer = 100 * math.expm1(0.9 + 0.3 - 0.45)  # of blocks 1 and 2, beside the best pair; windows are all alike
     assert f"one-shot by cosine (1 and 2) by {dearer:.1f} [{dearer:.1f}, {dearer:.1f}] %, rank " in two
     assert three.startswith("Of all 35 triples") and "not measured" not in three
-    assert again == "On 6 other windows, where 21 pairs were measured, 3 and 4 costs least again."
+    assert again == "On 6 other windows, where 21 pairs were measured, the pair 3 and 4 costs least again."
     del record.searched[0, 1, 5]
     record.others[3, 4] = [9.0] * 6
     _, three, again = pairs.search_sentences(record)
     assert three.startswith("Of 34 of the 35 triples") and "not measured" in three
     best = min((s for s in record.others if len(s) == 2), key=lambda s: record.others[s])
-    assert f"3 and 4 has rank 20: it is " in again and f"dearer than {best[0]} and {best[1]}, which has rank" in again
+    assert "3 and 4 has rank 20: it is " in again and f"dearer than {best[0]} and {best[1]}, which has rank" in again
 
 
 def test_sentences_tell_which_pairs_cost_more(monkeypatch):

@@ -308,8 +308,8 @@ def _search_sentence(record: Losses, k: int) -> str:
             "may meet: one that was not measured may cost less."
         )
     names = {name: NAMES.get(name, name) for name in rows if name != "best"}
-    if same := together(name for key, name in names.items() if rows[key].blocks == best.blocks):
-        text += f" It is also what these choose: {same}."
+    if same := [name for key, name in names.items() if rows[key].blocks == best.blocks]:
+        text += f" It is also what these choose: {together(same)}."
     dearer = [
         f"{name} ({_blocks(rows[key].blocks)}) by {_percent(rows[key].regret)}, rank {rows[key].rank.value:,.0f}"
         for key, name in names.items()
@@ -327,7 +327,7 @@ def search_sentences(record: Losses) -> list[str]:
         where += f"{a.rank_here} on the windows of the search"
     return [
         *(_search_sentence(record, k) for k in (2, 3)),
-        f"On {n} other windows, where {a.of} pairs were measured, {_blocks(a.pair)} {where}.",
+        f"On {n} other windows, where {a.of} pairs were measured, the pair {_blocks(a.pair)} {where}.",
     ]
 
 
