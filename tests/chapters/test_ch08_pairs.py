@@ -153,22 +153,31 @@ def test_rankings_are_those_of_the_scores(tiny):
     assert found["last blocks"] == {2: (3, 4), 3: (2, 3, 4)}
 
 
-def test_sentences_say_what_was_put_in(monkeypatch):
+def test_sentences_say_what_was_put_in():
     record = known()
     two, three, again = pairs.search_sentences(record)
-    whole, pair = math.exp(3), math.exp(3.45)
-    assert two.startswith(f"Of all 21 pairs the removal of 3 and 4 costs least: perplexity {pair:.2f} where the whole ")
-    assert f"model has {whole:.2f}." in two and "these choose: greedy and one-shot by perplexity." in two
-    dearer = 100 * math.expm1(0.9 + 0.3 - 0.45)  # of blocks 1 and 2, beside the best pair; windows are all alike
-    assert f"one-shot by cosine (1 and 2) by {dearer:.1f} [{dearer:.1f}, {dearer:.1f}] %, rank " in two
-    assert three.startswith("Of all 35 triples") and "not measured" not in three
-    assert again == "On 6 other windows, where 21 pairs were measured, the pair 3 and 4 costs least again."
+    # blocks 2 and 4 lose 0.35 nats; greedy and one-shot begin with block 3, the cheapest, and end at 0.45
+    start = (
+        f"Of all 21 pairs the removal of 2 and 4 costs least: perplexity {math.exp(3.35):.2f} where the whole model "
+    )
+    assert two.startswith(
+        start + f"has {math.exp(3):.2f}. Dearer are greedy (3 and 4) by 10.5 [10.5, 10.5] %, rank 2; "
+    )
+    dearer = 100 * math.expm1(0.9 + 0.3 - 0.35)  # of blocks 1 and 2; all windows are alike
+    assert f"one-shot by cosine (1 and 2) by {dearer:.1f} [{dearer:.1f}, {dearer:.1f}] %, rank 9; " in two
+    # the 0.4 of blocks 2 and 3 makes 0.95 of the three cheapest
+    assert three.startswith("Of all 35 triples the removal of 2, 3 and 4 costs least") and "not measured" not in three
+    assert "It is also what these choose: greedy and one-shot by perplexity." in three
+    assert again == "On 6 other windows, where 21 pairs were measured, the pair 2 and 4 costs least again."
+
     del record.searched[0, 1, 5]
-    record.others[3, 4] = [9.0] * 6
+    record.others[2, 4] = [9.0] * 6
     _, three, again = pairs.search_sentences(record)
-    assert three.startswith("Of 34 of the 35 triples") and "not measured" in three
-    best = min((s for s in record.others if len(s) == 2), key=lambda s: record.others[s])
-    assert "3 and 4 has rank 20: it is " in again and f"dearer than {best[0]} and {best[1]}, which has rank" in again
+    assert three.startswith("Of 34 of the 35 triples") and "one that was not measured may cost less" in three
+    # all others but 0 and 6 lose less than 6 nats; 3 and 4 is the best of them
+    dearer = 100 * math.expm1(6 - 0.45)
+    assert f"the pair 2 and 4 has rank 20: it is {dearer:.1f} [" in again
+    assert again.endswith("dearer than 3 and 4, which has rank 2 on the windows of the search.")
 
 
 def test_sentences_tell_which_pairs_cost_more(monkeypatch):
