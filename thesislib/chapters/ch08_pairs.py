@@ -59,9 +59,9 @@ class Losses:
     @classmethod
     def from_json(cls, plain: Mapping) -> "Losses":
         """What `to_json` wrote."""
-        samples = ({tuple(map(int, s.split())): nats for s, nats in plain[name].items()} for name in SAMPLES)
+        searched, others = ({tuple(map(int, s.split())): nats for s, nats in plain[name].items()} for name in SAMPLES)
         chosen = {name: {int(k): tuple(s) for k, s in sets.items()} for name, sets in plain["chosen"].items()}
-        return cls(*samples, chosen, plain["made"])
+        return cls(searched, others, chosen, plain["made"])
 
 
 SAMPLES = ("searched", "others")
@@ -286,7 +286,8 @@ def _excess(record: Losses, pairs: Collection[Blocks]) -> np.ndarray:
 
 def _percent(regret: Estimate) -> str:
     """How much dearer in perplexity a difference of losses is."""
-    return interval(*(100 * np.expm1(x) for x in regret), ".1f") + " %"
+    value, low, high = (100 * np.expm1(x) for x in regret)
+    return interval(value, low, high, ".1f") + " %"
 
 
 def _blocks(blocks: Blocks) -> str:
