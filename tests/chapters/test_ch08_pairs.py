@@ -182,7 +182,7 @@ def test_sentences_say_what_was_put_in():
 
 def test_sentences_tell_which_pairs_cost_more(monkeypatch):
     monkeypatch.setattr(pairs, "middle", lambda record: range(2, 6))
-    every, free, excess = pairs.additivity_sentences(known())
+    every, free, excess, extremes = pairs.additivity_sentences(known())
     assert "variance over all pairs" in every and "variance over pairs of blocks 2 to 5" in free
     # of the six pairs 0.4 and -0.2, of the three neighbours 0.4, with block 3 0.4 of three, with block 4 -0.2 of three
     assert (
@@ -190,3 +190,5 @@ def test_sentences_tell_which_pairs_cost_more(monkeypatch):
     )
     assert "pairs with 3 cost more than both alone (+0.133" in excess
     assert "those with 4 less than both alone (-0.067" in excess
+    assert extremes.startswith("Furthest above the sum are 2 and 3 (+0.40 [+0.40, +0.40]), ")
+    assert "Furthest below are 2 and 4 (-0.20 [-0.20, -0.20]), " in extremes

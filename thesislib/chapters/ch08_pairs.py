@@ -25,8 +25,9 @@ from thesislib.sources.corpus import calibration_text, calibration_windows
 from thesislib.sources.rows import origin_of
 
 TEXT = "wikipedia"
-TRIPLES, AGAIN = 100, 60  # triples that pairs predict to cost least; pairs that are measured on other windows too
+TRIPLES, AGAIN = 100, 40  # triples that pairs predict to cost least; pairs that are measured on other windows too
 RESAMPLES = 1_000  # of the windows
+EXTREMES = 3  # pairs that a sentence names
 
 
 @dataclass(frozen=True)
@@ -358,4 +359,16 @@ def additivity_sentences(record: Losses) -> list[str]:
         f"By block, pairs with {most} cost {_against_the_sum(by_block[most])}, those with {least} "
         f"{_against_the_sum(by_block[least])}."
     )
+    pairs = pairs_add_up(record, free)
+    order = [pairs.sets[i] for i in np.argsort(pairs.excess)]
+    said.append(
+        f"Furthest above the sum are {_with_excess(record, order[: -1 - EXTREMES : -1])}. Furthest below are "
+        f"{_with_excess(record, order[:EXTREMES])}."
+    )
     return said
+
+
+def _with_excess(record: Losses, pairs: Collection[Blocks]) -> str:
+    """Pairs, each with its excess."""
+    each = zip(pairs, resampled_means(_excess(record, pairs), RESAMPLES).T, strict=True)
+    return together(f"{_blocks(pair)} ({interval(*estimate(x), '+.2f')})" for pair, x in each)
