@@ -4,12 +4,13 @@ from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import LogLocator, NullFormatter
 
-from thesislib.chapters.ch08_pairs import Losses, excesses, middle, pairs_add_up
+from thesislib.chapters.ch08_pairs import NAMES, Losses, excesses, middle, pairs_add_up
 from thesislib.chapters.figures import BLUE, GREY, ORANGE, write_labels
 from thesislib.compress.exhaustive import Found
 
-SHOWN = 0.98  # the share of the middle blocks' pairs whose colour is not the end of the scale
+SHOWN = 0.95  # the share of the middle blocks' pairs whose colour is not the end of the scale
 
 
 def pair_chart(record: Losses, found: Mapping[str, Found]) -> plt.Figure:
@@ -39,7 +40,9 @@ def pair_chart(record: Losses, found: Mapping[str, Found]) -> plt.Figure:
     right.set(xscale="log", yscale="log", xlabel="sum of both damages, nats a token (log)",
         ylabel="damage of the pair, nats a token (log)", title="every pair, and what searches choose")  # fmt: skip
     for axis in (right.xaxis, right.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(lambda x, _: f"{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     names: dict[tuple[int, ...], list[str]] = {}
     for name, f in found.items():
         names.setdefault(f.blocks, []).append(name)
@@ -47,7 +50,7 @@ def pair_chart(record: Losses, found: Mapping[str, Found]) -> plt.Figure:
     for pair, several in names.items():
         at = added[pairs.sets.index(pair)], true[pairs.sets.index(pair)]
         right.plot(*at, "D", color=ORANGE, markersize=6, markeredgecolor="black")
-        labels.append((*at, f"{pair[0]}, {pair[1]}: {', '.join(several)}", "black"))
+        labels.append((*at, f"{pair[0]}, {pair[1]}: {', '.join(NAMES.get(name, name) for name in several)}", "black"))
     right.legend(loc="upper left", fontsize=8)
     write_labels(right, labels, size=8)
     return figure
