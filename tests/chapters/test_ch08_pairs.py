@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from thesislib.chapters import ch08_figures_pairs as figures
 from thesislib.chapters import ch08_pairs as pairs
 from thesislib.chapters.ch08_pairs import Losses
 from thesislib.compress.depth import angular_distances, influence, taylor
@@ -192,3 +193,15 @@ def test_sentences_tell_which_pairs_cost_more(monkeypatch):
     assert "those with 4 less than both alone (-0.067" in excess
     assert extremes.startswith("Furthest above the sum are 2 and 3 (+0.40 [+0.40, +0.40]), ")
     assert "Furthest below are 2 and 4 (-0.20 [-0.20, -0.20]), " in extremes
+
+
+def test_the_chart_has_every_pair_and_names_what_searches_choose(monkeypatch):
+    monkeypatch.setattr(figures, "middle", lambda record: range(2, 6))
+    record = known(0.01)
+    left, right, *_ = figures.pair_chart(record, pairs.found(record, 2)).axes
+    assert np.allclose(left.images[0].get_array(), pairs.excesses(record), equal_nan=True)
+    outer, inner, *rest = right.lines
+    assert len(inner.get_xdata()) == 6 and len(outer.get_xdata()) == 21 - 6
+    marked = {line.get_label().replace("\n", " "): line.get_xydata()[0] for line in rest[1:]}
+    assert [name.split(":")[0] for name in marked] == ["2, 4", "3, 4", "1, 2", "5, 6"]
+    assert np.allclose(marked["2, 4: best of all"], [0.55, 0.35], atol=0.05)

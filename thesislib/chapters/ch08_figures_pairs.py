@@ -1,5 +1,7 @@
 """Chapter 8's plot of pairs: what two blocks lose together beyond the sum of both."""
 
+import itertools
+import textwrap
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
@@ -7,7 +9,7 @@ import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from thesislib.chapters.ch08_pairs import NAMES, Losses, excesses, middle, pairs_add_up
-from thesislib.chapters.figures import BLUE, GREY, ORANGE, write_labels
+from thesislib.chapters.figures import BLUE, GREEN, GREY, ORANGE
 from thesislib.compress.exhaustive import Found
 
 SHOWN = 0.95  # the share of the middle blocks' pairs whose colour is not the end of the scale
@@ -46,11 +48,11 @@ def pair_chart(record: Losses, found: Mapping[str, Found]) -> plt.Figure:
     names: dict[tuple[int, ...], list[str]] = {}
     for name, f in found.items():
         names.setdefault(f.blocks, []).append(name)
-    labels = []
-    for pair, several in names.items():
-        at = added[pairs.sets.index(pair)], true[pairs.sets.index(pair)]
-        right.plot(*at, "D", color=ORANGE, markersize=6, markeredgecolor="black")
-        labels.append((*at, f"{pair[0]}, {pair[1]}: {', '.join(NAMES.get(name, name) for name in several)}", "black"))
-    right.legend(loc="upper left", fontsize=8)
-    write_labels(right, labels, size=8)
+    looks = itertools.cycle(zip("D^vP*X", (ORANGE, GREEN, "#E69F00", "#CC79A7", "#56B4E9", "white"), strict=True))
+    for (pair, several), (marker, colour) in zip(names.items(), looks, strict=False):
+        said = f"{pair[0]}, {pair[1]}: {', '.join(NAMES.get(name, name) for name in several)}"
+        right.plot(added[pairs.sets.index(pair)], true[pairs.sets.index(pair)], marker, color=colour, markersize=8,
+            markeredgecolor="black", linestyle="", label=textwrap.fill(said, 30))  # fmt: skip
+    right.set(xlim=(added.min() / 1.5, added.max() * 3), ylim=(true.min() / 8, true.max() * 1.5))  # room for the legend
+    right.legend(loc="lower right", fontsize=8)
     return figure

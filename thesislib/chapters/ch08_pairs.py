@@ -159,6 +159,7 @@ def once_more(losses: Losses, count: int) -> list[Blocks]:
 # ---------------------------------------------------------------- what the chapter shows
 
 NAMES = {"best": "best of all", "greedy": "greedy", "one-shot": "one-shot by perplexity"}
+NAMES["angular, neighbours"] = "neighbours by angle"
 
 
 def read(file: Path | None = None) -> Losses:
