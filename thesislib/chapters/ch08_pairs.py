@@ -158,8 +158,8 @@ def once_more(losses: Losses, count: int) -> list[Blocks]:
 
 # ---------------------------------------------------------------- what the chapter shows
 
-NAMES = {"best": "best of all", "greedy": "greedy", "one-shot": "one-shot by perplexity"}
-NAMES["angular, neighbours"] = "neighbours by angle"
+# as a table or a sentence calls a search or a ranking; others are called as in the record
+NAMES = {"best": "best of all", "one-shot": "one-shot by perplexity", "angular, neighbours": "neighbours by angle"}
 
 
 def read(file: Path | None = None) -> Losses:
