@@ -63,10 +63,11 @@ def agreement_sentence(record: Record) -> str:
     n = len(asked(record.outcomes, ALL).chance)
     return (
         f"Rank correlation with the log-probability that {n} other items lose: cosine "
-        f"{_of(likelihood['cosine'].spearman)}, relevance {_of(likelihood['relevance'].spearman)}, the log-probability of as many items "
-        f"{_of(likelihood['likelihood'].spearman)}. With the accuracy that they lose, which is what relevance counts: "
-        f"cosine {_of(accuracy['cosine'].spearman)}, relevance {_of(accuracy['relevance'].spearman)}, log-probability "
-        f"{_of(accuracy['likelihood'].spearman)}; highest is {best}, {_of(accuracy[best].spearman)}."
+        f"{_of(likelihood['cosine'].spearman)}, relevance {_of(likelihood['relevance'].spearman)}, the log-probability "
+        f"of as many items {_of(likelihood['likelihood'].spearman)}. With the accuracy that they lose, which is what "
+        f"relevance counts: cosine {_of(accuracy['cosine'].spearman)}, relevance "
+        f"{_of(accuracy['relevance'].spearman)}, log-probability {_of(accuracy['likelihood'].spearman)}; highest is "
+        f"{best}, {_of(accuracy[best].spearman)}."
     )
 
 
