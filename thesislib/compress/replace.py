@@ -256,9 +256,7 @@ def _share(part: float, whole: float) -> float:
     return max(part, 0.0) / whole if whole else 0.0
 
 
-def measure(
-    prefix: Subject, start: int, ids: torch.Tensor, moments: bool, batch: int = 4, skip: int = 0
-) -> Gap:
+def measure(prefix: Subject, start: int, ids: torch.Tensor, moments: bool, batch: int = 4, skip: int = 0) -> Gap:
     """The sums around the gap that begins with block `start` of a model and ends with its last.
 
     Args:
