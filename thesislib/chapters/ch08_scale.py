@@ -297,7 +297,7 @@ def paired(record: Scale, measure: str) -> dict[str, Comparison]:
 
 
 def ranked_as_skipped(record: Scale, measure: str, k: int) -> dict[str, Agreement]:
-    """How the ranking of blocks under each way agrees with that under skipping, with intervals over windows or items."""
+    """How each way ranks the blocks beside skipping; intervals are over windows or items."""
     found = {}
     for way in WAYS:
         other = MEASURES[measure](record, way)
