@@ -234,7 +234,10 @@ def test_sentences_say_what_the_record_does(known):
     assert sink.startswith("Block 5 makes the attention sink: the first token's residual goes from 50 to 20,000.")
     assert "when skipped number 1 from the highest" in sink and "is not amplified. The loss is that of the sink" in sink
     assert "first token only, perplexity is 90.0; at the other tokens only, 20.5; everywhere, 148.4" in sink
-    assert "share explains more than cosine of what is lost of text (partial Spearman 1.00, p < 0.001" in gain
+    assert (
+        "share at the first token explains more than cosine of what is lost of text (partial Spearman 1.00, p < 0.001"
+        in gain
+    )
     assert "gain is not known to explain more" in gain
     other = replace(
         known,
@@ -251,4 +254,4 @@ def test_figures_draw_each_block_and_way(known):
     left, right = figures.sink_chart(known).axes
     assert len(left.lines[0].get_xdata()) == 13 and len(right.lines[0].get_xdata()) == 12
     assert "5" in [text.get_text() for text in right.texts]
-    assert len(figures.gain_chart(known).axes) == 2
+    assert len(figures.gain_chart(known).axes) == 3

@@ -26,7 +26,7 @@ def ways_chart(record: Scale) -> plt.Figure:
     axis.set_yscale("log")
     thousands(axis.yaxis)
     axis.set_xticks(blocks[::2])
-    axis.set(xlabel="block", ylabel="nats a token lost (log)", xlim=(-0.6, record.depth - 0.4))
+    axis.set(xlabel="block", ylabel="nats a token lost, held-out text (log)", xlim=(-0.6, record.depth - 0.4))
     axis.grid(False, axis="x")
     figure.legend(loc="outside upper center", ncols=3, fontsize=9)
     return figure
@@ -54,7 +54,7 @@ def sink_chart(record: Scale) -> plt.Figure:
         thousands(axis)
     right.set(
         xlabel="share of the output at the first token (log)",
-        ylabel="nats a token lost (log)",
+        ylabel=f"nats a token lost (log; {LEAST:g} or less at the bottom)",
         title="skipped at the first token only",
     )
     most = np.argsort(-damage)[:8]
@@ -64,19 +64,20 @@ def sink_chart(record: Scale) -> plt.Figure:
 
 def gain_chart(record: Scale) -> plt.Figure:
     """What is lost of held-out text without each block, by its cosine score and by the share of the output that its
-    write is, median over tokens; the same blocks in both."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4.2), sharey=True, layout="constrained")
+    write is: median over tokens, and at a window's first token."""
+    names = {"cosine": "cosine score", "share": "share, median token", "share, first": "share, first token"}
+    figure, axes = plt.subplots(1, len(names), figsize=(9, 3.9), sharey=True, layout="constrained")
     damage = np.maximum(lost(record, SKIP, "text"), LEAST)
-    for axis, name, title in zip(axes, ("cosine", "share"), ("cosine score", "share of the output"), strict=True):
+    for axis, (name, title), marker, colour in zip(axes, names.items(), "oDs", (BLUE, GREEN, ORANGE), strict=True):
         score = np.array(record.scores[name])
-        axis.plot(score, damage, "o", color=BLUE, markersize=6, linestyle="")
+        axis.plot(score, damage, marker, color=colour, markersize=5, linestyle="")
         axis.set_xscale("log")
         axis.set_yscale("log")
         thousands(axis.yaxis)
         axis.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-        axis.xaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:e}"[0] in "235" else "")
-        axis.tick_params(which="minor", labelsize=8)
+        near = score.max() / score.min() < 20  # else the powers of ten are enough
+        axis.xaxis.set_minor_formatter(lambda x, _, near=near: f"{x:g}" if near and f"{x:e}"[0] in "25" else "")
         axis.set(xlabel=f"{title} (log)")
-        write_labels(axis, [(score[b], damage[b], str(b), "black") for b in np.argsort(-damage)[:12]], size=9)
+        write_labels(axis, [(score[b], damage[b], str(b), "black") for b in np.argsort(-damage)[:9]], size=9)
     axes[0].set(ylabel="nats a token lost when skipped (log)")
     return figure

@@ -386,6 +386,10 @@ def by_first_token(record: Scale) -> np.ndarray:
     return np.mean(record.places["first"], axis=1) - np.mean(record.whole["losses"])
 
 
+# scores that sentences name
+SHOWN = {"gain": "gain", "share": "share, median over tokens,", "share, first": "share at the first token"}
+
+
 def sentences(record: Scale) -> list[str]:
     """What the record says of replacements, of the sink and of gain; one text each."""
     return [_ways_said(record), _sink_said(record), _gain_said(record)]
@@ -432,12 +436,12 @@ def _sink_said(record: Scale) -> str:
 def _gain_said(record: Scale) -> str:
     table = beyond_cosine(record)
     said = []
-    for name, measure in itertools.product(("gain", "share"), MEASURES):
+    for name, measure in itertools.product(SHOWN, MEASURES):
         every, middle = (table.loc[part, measure, name] for part in ("all", "middle"))
         more = "explains more than cosine" if every["p"] < 0.05 else "is not known to explain more than cosine"
         same = "" if (middle["p"] < 0.05) == (every["p"] < 0.05) else f", in the middle blocks {p_value(middle['p'])}"
         said.append(
-            f"{name} {more} of what is lost of {measure} (partial Spearman {every['given cosine']:.2f}, "
+            f"{SHOWN[name]} {more} of what is lost of {measure} (partial Spearman {every['given cosine']:.2f}, "
             f"{p_value(every['p'])}{same})"
         )
-    return "By one pass: " + "; ".join(said) + "."
+    return f"By one pass (permutation tests, p not adjusted for {len(said)} of them): " + "; ".join(said) + "."
