@@ -87,7 +87,7 @@ def check_biases(subject: Subject) -> None:
 
 
 def replaced(
-    subject: Subject, removed: Collection[int], how: str, ids: torch.Tensor, batch: int = 4
+    subject: Subject, removed: Collection[int], how: str, ids: torch.Tensor, batch: int = 4, skip: int = 0
 ) -> tuple[Subject, list[dict]]:
     """The subject without some blocks and with a replacement folded in for each gap; the rest is shared.
 
@@ -100,21 +100,25 @@ def replaced(
         how: one of `REPLACEMENTS`.
         ids: (N, T) calibration windows.
         batch: windows at a time.
+        skip: the first tokens of each window that do not count. The first one is an attention sink, whose residual can
+            be a hundred times as long as the others'; see `thesislib.compress.calibration.token_weights`.
 
     Returns:
         The subject, and for each gap its blocks, its scale if it has one, and `left`: the share of the gap's squared
-        write, summed over the calibration's tokens, that the replacement misses.
+        write, summed over the calibration's tokens that count, that the replacement misses.
 
     Raises:
-        BadInput: see `check`; activations that are not finite.
+        BadInput: see `check`; activations that are not finite; no token that counts.
     """
     check(subject, removed, how)
+    if not 0 <= skip < ids.shape[1]:
+        raise BadInput(f"skip {skip} leaves no token of windows of {ids.shape[1]}: expected 0 to {ids.shape[1] - 1}")
     current = subject = with_biases(subject) if how == "bias" else subject
     changed: dict[tuple[int, str], nn.Module] = {}
     report, scale = [], 1.0
     for run in tqdm(gaps(removed), desc="replace", unit="gap", disable=None, leave=False):
         plan = [b for b in range(run[-1] + 1) if b in run or b not in removed]
-        gap = measure(apply_plan(current, plan), plan.index(run[0]), ids, how == "linear", batch)
+        gap = measure(apply_plan(current, plan), plan.index(run[0]), ids, how == "linear", batch, skip)
         facts: dict[str, Any] = {"blocks": run, "left": 1.0}
         before = run[0] - 1, "down_proj"
         if how == "scalar":
@@ -252,7 +256,7 @@ def _share(part: float, whole: float) -> float:
     return max(part, 0.0) / whole if whole else 0.0
 
 
-def measure(prefix: Subject, start: int, ids: torch.Tensor, moments: bool, batch: int = 4) -> Gap:
+def measure(prefix: Subject, start: int, ids: torch.Tensor, moments: bool, batch: int = 4, skip: int = 0) -> Gap:
     """The sums around the gap that begins with block `start` of a model and ends with its last.
 
     Args:
@@ -261,6 +265,7 @@ def measure(prefix: Subject, start: int, ids: torch.Tensor, moments: bool, batch
         ids: (N, T) windows.
         moments: whether the write of the MLP before the gap is asked for.
         batch: windows at a time.
+        skip: the first tokens of each window that do not count.
 
     Raises:
         BadInput: activations that are not finite or all zero.
@@ -277,7 +282,7 @@ def measure(prefix: Subject, start: int, ids: torch.Tensor, moments: bool, batch
         with torch.no_grad():
             for first in range(0, len(ids), batch):
                 prefix.model.model(input_ids=ids[first : first + batch].to(prefix.device), use_cache=False)
-                gap.add(seen["x"], seen["y"], seen.get("m"))
+                gap.add(*(seen[name][:, skip:] if name in seen else None for name in "xym"))
     finally:
         for hook in hooks:
             hook.remove()
