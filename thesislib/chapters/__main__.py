@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib
 
 from thesislib.chapters import block, claims, figures, first_page
+from thesislib.chapters.paper_claims import recorded_claims
 from thesislib.chapters.pool import recorded_pool
 from thesislib.files import ROOT, write_whole
 
@@ -33,7 +34,7 @@ def write_readme() -> None:
 def write_claims() -> None:
     """Write the page of claims and its figure."""
     records = recorded_pool()
-    write_whole(ROOT / "book" / "claims.md", claims.page(records))
+    write_whole(ROOT / "book" / "claims.md", claims.page(records, recorded_claims()))
     table = claims.forest(claims.verdicts(records))
     write_figure(figures.forest_chart(table), ROOT / claims.FIGURE, claims.digest(table))
 

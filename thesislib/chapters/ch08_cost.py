@@ -1,11 +1,13 @@
 """Chapter 8's question 7: what each ranking costs, and what it would cost on larger models."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import pandas as pd
 
 from thesislib.chapters.ch08_record import Record
 from thesislib.chapters.ch08_scores import SIZES
+from thesislib.chapters.phrases import together
 from thesislib.model.blocks import plan_without
 from thesislib.model.forward import blocks_run
 from thesislib.sources.choices.choice_set import PARTS
@@ -103,4 +105,14 @@ def cost_sentence(record: Record) -> str:
         f"Cosine takes one pass. Without each block in turn {n} items of {task} take {factor:.0f} times its seconds. "
         f"The {record.depth + 1} models take {shared} block runs a token instead of {apart} ({shared / apart:.0%}), "
         "since the blocks before a left-out one run once."
+    )
+
+
+def sharing_sentence(depths: Sequence[int] = (16, 30, 80)) -> str:
+    """The share of block runs that is left when beginnings are shared, by depth."""
+    said = together(f"{shared / apart:.0%} at {d} blocks" for d in depths for shared, apart in [runs(d)])
+    return (
+        f"The blocks before the skipped one run once for all: of L + L (L - 1) block runs L (L + 1) / 2 are left, "
+        f"{said}. More depth saves no more than half, since the blocks after the skipped one see another stream each "
+        "time."
     )

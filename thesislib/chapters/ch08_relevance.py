@@ -14,17 +14,23 @@ from thesislib.chapters.ch08_agreement import (
     agreements,
     curse,
     dependence,
+    reference,
     settled,
 )
+from thesislib.chapters.ch08_claims import claims
 from thesislib.chapters.ch08_cost import cost_sentence
 from thesislib.chapters.ch08_record import Record, read_recorded
 from thesislib.chapters.ch08_runs import ALL, NOTEBOOK, TASKS, Relevance, asked
-from thesislib.chapters.ch08_tables import worth
+from thesislib.chapters.ch08_scores import TEXT
+from thesislib.chapters.ch08_tables import CHANGED, worth
 from thesislib.chapters.chapter import Chapter, Opening, Part
 from thesislib.chapters.phrases import interval, p_value, together
-from thesislib.compress.agreement import Estimate
+from thesislib.compress.agreement import Estimate, spearman
+from thesislib.compress.depth import influence
+from thesislib.compress.relevance import NEXT_TOKEN, Outcomes, choices, next_tokens, outcomes
 from thesislib.formats.load import load_subject
 from thesislib.records.measurement import in_markdown
+from thesislib.sources.corpus import calibration_windows
 
 BASE = "cosine"
 SHOWN = ("cosine", "perplexity", f"relevance: {ALL}", f"likelihood: {ALL}", "last")  # sets that the plot colours
@@ -219,6 +225,51 @@ def headline(record: Record) -> str:
     return in_markdown(" ".join(part for part in parts if part))
 
 
+def guessing(record: Record) -> float:
+    """The accuracy of guessing all tasks' items to report."""
+    return float(asked(record.outcomes, ALL, REPORT).chance.mean())
+
+
+# ---------------------------------------------------------------- this run
+
+
+def measure(p: Relevance) -> tuple[str, Outcomes, list[float]]:
+    """The subject's name, the outcomes of a task's items without each block, and each block's cosine score."""
+    subject = load_subject(p.subject, p.dtype, p.device)
+    ids = calibration_windows(subject.tokenizer, TEXT, p.data, p.windows, p.length)
+    items = next_tokens(ids) if p.task == NEXT_TOKEN else choices(p.task, p.data, p.items)
+    return subject.name, outcomes(subject, items, range(subject.depth)), influence(subject, ids)
+
+
+def agrees(record: Record, p: Relevance, found: Outcomes) -> float | None:
+    """The rank correlation of a run's losses of log-probability with the record's, where both ask the same task of as
+    many blocks."""
+    if p.task not in TASKS or len(found.correct) != record.depth + 1:
+        return None
+    return float(spearman(found.scores("likelihood"), reference(record, p.task)[0]))
+
+
+def this_run_sentence(record: Record, p: Relevance, found: Outcomes) -> str:
+    """The line before this run's table."""
+    rho = agrees(record, p, found)
+    if rho is None:
+        return "This run asks what the record does not: there is nothing to agree with"
+    return f"This run ranks blocks as the record's items to report do: rank correlation {rho:.2f}"
+
+
+def luck_sentence(items: int = 190, blocks: int = 30, changed: float = CHANGED, draws: int = 10_000) -> str:
+    """How much better than the whole model the luckiest of blocks looks that are all worth nothing."""
+    rng = np.random.default_rng(0)
+    flips = rng.binomial(items, changed, (draws, blocks))
+    gained = 2 * rng.binomial(flips, 0.5) - flips  # of the answers that change, as many become right as wrong
+    best = 100 * gained.max(1).mean() / items
+    return (
+        f"{best:.1f} points better, on average. {items} x {changed:.0%} = {items * changed:.0f} answers change, half "
+        f"of them for the better. So the difference has a standard deviation of {100 * np.sqrt(changed / items):.1f} "
+        f"points, and the best of {blocks} lies some two of them above 0. On other items it is 0."
+    )
+
+
 # ---------------------------------------------------------------- the box
 
 
@@ -311,4 +362,5 @@ CHAPTER = Chapter(
     headline,
     {"items": 190},
     opening=OPENING,
+    papers=claims,
 )

@@ -106,6 +106,7 @@ class Chapter:
         reads: the notebooks' names of the other chapters whose records this one reads, in its notebook or in `read`.
         claims: (label, what was measured, row) of those rows that the thesis's claims may be held against.
         opening: its first box.
+        papers: claims of papers, each with its verdict, from what `read` gives; see `thesislib.chapters.paper_claims`.
     """
 
     notebook: str
@@ -119,6 +120,7 @@ class Chapter:
     reads: tuple[str, ...] = ()
     claims: Callable[[Iterable[Measurement]], Iterable[tuple[str, str, Measurement]]] = lambda rows: ()
     opening: Opening | None = None
+    papers: Callable[[Any], Sequence[Any]] | None = None
 
 
 def recorded_stages(label: str) -> list[Any]:

@@ -20,6 +20,7 @@ import pandas as pd
 
 from thesislib.chapters.chapter import CLOSED, OPEN, WIKITEXT
 from thesislib.chapters.labels import marked, of, training
+from thesislib.chapters.paper_claims import PaperClaim, section
 from thesislib.chapters.phrases import DEPENDS, FAILS, HOLDS, UNDECIDED, decided, p_number
 from thesislib.chapters.pool import scored_by
 from thesislib.chapters.scorings import SCORINGS
@@ -333,8 +334,8 @@ def verdicts(records: Records) -> list[Verdict]:
     return [judge(claim, records) for claim in CLAIMS]
 
 
-def page(records: Records) -> str:
-    """book/claims.md."""
+def page(records: Records, papers: Iterable[PaperClaim] = ()) -> str:
+    """book/claims.md: the thesis's claims, then those of papers."""
     found = verdicts(records)
     theirs, ours = ([v for v in found if v.claim.ours == mine] for mine in (False, True))
     counts = ", ".join(
@@ -371,6 +372,7 @@ def page(records: Records) -> str:
     ]
     for n, v in enumerate(found, 1):
         lines += [f"## Claim {n}: {v.word}", "", *_section(v)]
+    lines += section(papers)
     shown = (line if line.startswith(("#", "<!--", "![")) else marked(line) for line in lines)
     return "\n".join(shown).rstrip() + "\n"
 
