@@ -85,8 +85,8 @@ def _negative(record: Record) -> PaperClaim:
     surely = [task for task, c in found.items() if len(c.blocks) and c.kept.high < 0]
     return PaperClaim(
         PAPER,
-        "some blocks do harm: without them more answers are right (read here as: on other items too, all such blocks of "
-        "a task together).",
+        "some blocks do harm: without them more answers are right (read here as: on other items too, all such blocks "
+        "of a task together).",
         "Mistral's block 23 on MathInstruct +25 %; above dense on BoolQ and WinoGrande",
         decided(bool(surely), n > 0 and all(c.kept.low > 0 for c in found.values() if len(c.blocks))),
         f"{n} such blocks on the items that were ranked by; {still} of them on others"
