@@ -168,15 +168,14 @@ def known(seed=0):
     names = ("influence", "entropy", "magnitude", "taylor")
     text = Outcomes(*(np.zeros((BLOCKS + 1, 2)) for _ in range(4)), np.zeros(2))
     runs = {n: rng.random(BLOCKS + 1 - n).tolist() for n in range(1, BLOCKS + 1)}
-    scores = Scores(
-        {n: rng.random(BLOCKS).tolist() for n in names}, {}, runs, rng.random((BLOCKS, 5)), text, {}, {}, {}
-    )
+    of = {n: rng.random(BLOCKS).tolist() for n in names}
+    by_text = Scores(of, {}, runs, rng.random((BLOCKS, 5)), text, {}, {}, {})
     found = {}
     for task in TASKS:
         correct, nats = rng.random((BLOCKS + 1, 40)) < 0.5, -rng.random((BLOCKS + 1, 40))
         correct[0] = True
         found[task, "rank"] = Outcomes(correct, nats, nats, nats * np.nan, np.full(40, 0.25))
-    return scores, found
+    return by_text, found
 
 
 @pytest.mark.parametrize("k", [1, 3, 7])

@@ -41,12 +41,11 @@ def recorded_claims() -> list[PaperClaim]:
 def section(found: Iterable[PaperClaim]) -> list[str]:
     """The lines of the page of claims about papers; none for no claims."""
     rows = []
-    for i, c in enumerate(found):
+    for i, c in enumerate(found, 1):
         notebook, anchor = c.where
         shown = f'<a href="../notebooks/{notebook}.html#{anchor}">chapter {int(notebook[:2])}</a>'
         theirs = f" The paper: {c.theirs}." if c.theirs else ""
-        number = chr(ord("A") + i)
-        rows.append(f"| {number} | {c.paper}: {c.says}{theirs} | **{c.word}** | {in_markdown(c.found)} ({shown}) |")
+        rows.append(f"| P{i} | {c.paper}: {c.says}{theirs} | **{c.word}** | {in_markdown(c.found)} ({shown}) |")
     if not rows:
         return []
     return [
