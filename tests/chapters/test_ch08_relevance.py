@@ -9,7 +9,7 @@ import torch
 from scipy.stats import friedmanchisquare, kendalltau, spearmanr, ttest_rel, wilcoxon
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from thesislib.chapters import ch08_agreement
+from thesislib.chapters import ch08_agreement, paper_claims
 from thesislib.chapters import ch08_cost as cost
 from thesislib.chapters import ch08_relevance as ch08
 from thesislib.chapters import ch08_sets as sets
@@ -565,9 +565,19 @@ def test_claims_of_papers_have_a_section(record):
         assert f"**{c.word}**" in line and "2605.14075" in line
         assert f'08_relevance.html#{c.where[1]}">chapter 8</a>' in line
         assert (f"The paper: {c.theirs}." in line) == bool(c.theirs)
-    assert section([]) == []
+    assert section([]) == [] and "<abbr" not in text.partition("## Claims of papers")[2]
     one = section([PaperClaim("[P](https://example.org)", "a claim.", "", HOLDS, "Found.", ("08_relevance", "x"))])
     assert "The paper:" not in "".join(one)
+
+
+def test_claims_are_of_chapters_that_have_a_record(monkeypatch):
+    def of(path):
+        return [PaperClaim("[P](https://example.org)", f"a claim about {path.name}.", "", HOLDS, "", ("08_x", "x"))]
+
+    chapter = replace(ch08.CHAPTER, read=lambda path: path, papers=of)
+    every = {"00_measures": chapter, "99_none": chapter, "01_franken_llama": replace(chapter, papers=None)}
+    monkeypatch.setattr(paper_claims, "chapters", lambda: every)
+    assert [c.says for c in paper_claims.recorded_claims()] == ["a claim about 00_measures.jsonl."]
 
 
 # ---------------------------------------------------------------- sentences

@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from thesislib.chapters import chapters, record_file
+from thesislib.chapters import chapters
+from thesislib.files import data_file
 from thesislib.records.measurement import in_markdown
 
 
@@ -30,11 +31,12 @@ class PaperClaim:
 
 def recorded_claims() -> list[PaperClaim]:
     """Those of every chapter that has some, from the study's records."""
+    files = {name: data_file("results") / f"{name}.jsonl" for name in chapters()}
     return [
         claim
         for name, chapter in chapters().items()
-        if chapter.papers and record_file(name).exists()
-        for claim in chapter.papers(chapter.read(record_file(name)))
+        if chapter.papers and files[name].exists()
+        for claim in chapter.papers(chapter.read(files[name]))
     ]
 
 

@@ -198,7 +198,7 @@ def variance_of_items(means: np.ndarray) -> np.ndarray:
 
     The unit is the spread of the scores of all items, which is that of their z. A resample's own spread has noise
     twice, by the items and by the resample: scores of nothing but noise would seem to be half of it. This is rather too
-    much than too little: by 1 part in 8 for 14 blocks and nothing but noise, less otherwise.
+    much than too little: (B - 1) / (B - 3) times for nothing but noise, less otherwise.
 
     Args:
         means: (1 + resamples, B) `resampled_means` of a task.
