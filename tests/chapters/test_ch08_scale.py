@@ -232,7 +232,9 @@ def test_sentences_say_what_the_record_does(known):
     assert f"scalar: not told apart in nats a token of held-out text (p = {p:.3f}, 12 blocks)" in ways
     assert "nats a token of held-out text less (p = 0.004, 11 blocks)" in ways
     assert sink.startswith("Block 5 makes the attention sink: the first token's residual goes from 50 to 20,000.")
-    assert "when skipped number 1 from the highest" in sink and "is not amplified. The loss is that of the sink" in sink
+    assert (
+        "when skipped number 1 from the highest" in sink and "is not amplified. More is lost at that one token" in sink
+    )
     assert "first token only, perplexity is 90.0; at the other tokens only, 20.5; everywhere, 148.4" in sink
     assert (
         "share at the first token explains more than cosine of what is lost of text (partial Spearman 1.00, p < 0.001"

@@ -23,6 +23,8 @@ from thesislib.chapters import ch05_runs as gptq
 from thesislib.chapters import ch06_grid as grid
 from thesislib.chapters import ch06_runs as grid_runs
 from thesislib.chapters import ch07_device as device
+from thesislib.chapters import ch08_cost
+from thesislib.chapters import ch08_relevance as blocks
 from thesislib.chapters import chapters, pareto, record_file, recorded
 from thesislib.chapters.chapter import DEPTH_WINDOWS
 from thesislib.records import measurement
@@ -33,7 +35,7 @@ GOLDEN = Path(__file__).with_name("english.md")
 def english() -> dict[str, str]:
     """{where: sentence} of all that the book says of its records."""
     record = {name: recorded(name) for name in chapters()}
-    r0, r1, r2, r3, r4, r5, r6, r7 = record.values()
+    r0, r1, r2, r3, r4, r5, r6, r7, r8 = record.values()
     p3, p4, p5, q5 = (
         width.recorded_parameters(),
         lora.recorded_parameters(),
@@ -149,6 +151,9 @@ def english() -> dict[str, str]:
         "05.grid_sentence": quantisation.grid_sentence(comparisons.OwnGrid(14, 0.0, 0.25)),
         "07.binding_sentence": device.binding_sentence(projected),
         "07.energy_sentence": device.energy_sentence(projected),
+        "08.luck_sentence": blocks.luck_sentence(),
+        "08.sharing_sentence": ch08_cost.sharing_sentence(),
+        **{f"08.claim {i}": f"{c.says} {c.word}: {c.found}" for i, c in enumerate(blocks.claims(r8))},
         "07.energy_sentence, none known": device.energy_sentence(projected[1:]),
         "04.seeds_sentence, one": recovery.seeds_sentence({key: m for key, m in r4.items() if not key[0].seed}),
         **{

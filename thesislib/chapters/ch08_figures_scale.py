@@ -54,7 +54,7 @@ def sink_chart(record: Scale) -> plt.Figure:
         thousands(axis)
     right.set(
         xlabel="share of the output at the first token (log)",
-        ylabel=f"nats a token lost (log; {LEAST:g} or less at the bottom)",
+        ylabel=f"nats a token lost (log, from {LEAST:g} on)",
         title="skipped at the first token only",
     )
     most = np.argsort(-damage)[:8]

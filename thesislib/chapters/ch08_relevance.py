@@ -146,15 +146,14 @@ def curse_sentence(record: Record) -> str:
     n, still = (sum(x) for x in zip(*((len(c.blocks), c.still) for c in found.values()), strict=True))
     if not n:
         return "No block's removal answers more items than the whole model."
-    kept = together(
-        f"{task} {-100 * c.seen:+.1f} becomes "
-        + interval(*(-100 * x for x in (c.kept.value, c.kept.high, c.kept.low)), "+.1f")
-        for task, c in found.items()
-        if len(c.blocks)
-    )
+    said = []
+    for task, c in found.items():
+        if len(c.blocks):
+            value, high, low = (-100 * x for x in c.kept)
+            said.append(f"{task} {-100 * c.seen:+.1f} becomes {interval(value, low, high, '+.1f')}")
     return (
         f"{n} times a task's items to rank by are answered better without a block. On the items to report {still} of "
-        f"them still are. Points gained, on average: {kept}."
+        f"them still are. Points gained, on average: {together(said)}."
     )
 
 

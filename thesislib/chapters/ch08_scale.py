@@ -419,8 +419,8 @@ def _sink_said(record: Scale) -> str:
     gain = record.scores["gain, first"][b]
     amplified = "its write there is amplified" if gain > 1 else "its write there is not amplified"
     decides = (
-        "The loss is that of the sink: one token in a window decides it, and the cosine score is a mean over all."
-        if found["first"] - found["nowhere"] > found["elsewhere"] - found["nowhere"]
+        "More is lost at that one token than at all others together; the cosine score is a mean over tokens."
+        if found["first"] > found["elsewhere"]
         else "More is lost at the other tokens than at the first."
     )
     return (

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 
 from thesislib.compress.depth import angular_distances, importance, influence, taylor, window_losses
-from thesislib.compress.relevance import Items, Outcomes, choices, next_tokens, outcomes
+from thesislib.compress.relevance import Outcomes, choices, next_tokens, outcomes
 from thesislib.files import read_json, write_whole
 from thesislib.model.subject import Subject
 from thesislib.records.measurement import provenance
@@ -65,7 +66,7 @@ def record(
         file: where to.
         seed: of the windows.
     """
-    task, partial, started = tasks[0], file.with_name(file.name + ".partial"), time.perf_counter()
+    task, unfinished, started = tasks[0], file.with_name(file.name + ".partial"), time.perf_counter()
     ids = calibration_windows(subject.tokenizer, TEXT, data, windows, length, seed)
     facts = {"text": TEXT, "text_sha256": calibration_text(TEXT, data).sha256, "data": origin_of(data)}
     made = provenance(
@@ -79,36 +80,41 @@ def record(
         items=items,
         threads=torch.get_num_threads(),
     )
-    every, done = range(subject.depth), read_json(partial) if partial.exists() else {"steps": {}, "seconds": {}}
+    every, done = range(subject.depth), read_json(unfinished) if unfinished.exists() else {"steps": {}, "seconds": {}}
     if done.get("made") not in (None, _lasting(made)):
         done = {"steps": {}, "seconds": {}}
 
-    def asked(n: int) -> Items:
-        return choices(task, data, n)
-
     steps: dict[str, Callable[[], Any]] = {
-        **{f"{name} cosine": lambda name=name: _cosine(subject, choices(name, data, items)) for name in tasks},
-        **{metric: lambda m=metric: list(importance(subject, ids, m).values()) for metric in ONE_PASS},
+        **{f"{name} cosine": partial(_cosine, subject, data, name, items) for name in tasks},
+        **{metric: partial(_of_blocks, subject, ids, metric) for metric in ONE_PASS},
         "taylor": lambda: list(taylor(subject, ids, every).values()),
         "angular": lambda: [[None if x != x else x for x in row] for row in angular_distances(subject, ids).tolist()],
         "perplexity": lambda: np.round(window_losses(subject, ids, every), 5).tolist(),
         "next_token kl": lambda: _plain(outcomes(subject, next_tokens(ids), every, kl=True)),
-        **{f"{task}, {n} items": lambda n=n: _plain(outcomes(subject, asked(n), every)) for n in SIZES if n <= items},
-        f"{task} kl": lambda: _plain(outcomes(subject, asked(items), every, kl=True)),
+        **{f"{task}, {n} items": partial(_asked, subject, data, task, n) for n in SIZES if n <= items},
+        f"{task} kl": partial(_asked, subject, data, task, items, kl=True),
     }
     for name, step in steps.items():
         if name not in done["steps"]:
             before = time.process_time()
             done["steps"][name] = step()
             done["seconds"][name] = round(time.process_time() - before, 2)
-            write_whole(partial, json.dumps({**done, "made": _lasting(made)}))
+            write_whole(unfinished, json.dumps({**done, "made": _lasting(made)}))
     write_whole(file, json.dumps({**done, "made": {**made, "seconds": round(time.perf_counter() - started, 1)}}))
-    partial.unlink()
+    unfinished.unlink()
 
 
-def _cosine(subject: Subject, items: Items) -> list[list[float]]:
+def _of_blocks(subject: Subject, ids: torch.Tensor, metric: str) -> list[float]:
+    return list(importance(subject, ids, metric).values())
+
+
+def _asked(subject: Subject, data: str, task: str, items: int, kl: bool = False) -> dict[str, list | None]:
+    return _plain(outcomes(subject, choices(task, data, items), range(subject.depth), kl=kl))
+
+
+def _cosine(subject: Subject, data: str, task: str, items: int) -> list[list[float]]:
     """Each block's influence on the text of each item."""
-    texts = (f"{item.context} {item.endings[item.label]}" for item in items.asked)
+    texts = (f"{item.context} {item.endings[item.label]}" for item in choices(task, data, items).asked)
     encoded = (torch.tensor([subject.tokenizer(text)["input_ids"]]) for text in texts)
     return [np.round(influence(subject, ids), 6).tolist() for ids in encoded]
 
@@ -118,7 +124,7 @@ def _lasting(made: Mapping[str, Any]) -> dict[str, Any]:
     return {name: made[name] for name in ("fingerprint", "plan", "dtype", "settings")}
 
 
-def _plain(found: Outcomes) -> dict[str, list]:
+def _plain(found: Outcomes) -> dict[str, list | None]:
     """Outcomes as JSON has them; nan is null."""
     rows = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
     return {

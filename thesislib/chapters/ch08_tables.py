@@ -100,11 +100,11 @@ def curse_table(record: Record) -> pd.DataFrame:
     rows = {}
     for task in TASKS:
         c = curse(record, task, record.middle)
-        kept = [-100 * x for x in (c.kept.value, c.kept.high, c.kept.low)]
+        value, high, low = (-100 * x for x in c.kept)
         rows[task] = {
             "blocks better left out": ", ".join(str(record.middle[i]) for i in c.blocks) or "none",
             "gain there, points": f"{-100 * c.seen:+.1f}" if len(c.blocks) else "",
-            "gain on other items": interval(*kept, "+.1f") if len(c.blocks) else "",
+            "gain on other items": interval(value, low, high, "+.1f") if len(c.blocks) else "",
             "still better": f"{c.still} of {len(c.blocks)}" if len(c.blocks) else "",
             "slope": interval(*c.slope, ".2f"),
         }

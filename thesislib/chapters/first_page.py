@@ -178,6 +178,6 @@ def failed() -> str:
     worse = no_better(models, untrained, mark, grid.PPL)
     return (
         f"{len(below) or 'none'} of {len(trained)} pruned models with LoRA beats the dense model with LoRA; "
-        f"{len(worse)} of the {len(untrained)} best untrained models are no smaller and no better than the "
+        f"{'all' if len(worse) == len(untrained) else f'{len(worse)} of the'} {len(untrained)} best untrained models are no smaller and no better than the "
         f"{mark['MB']:.0f} MB file that the model came in."
     )
