@@ -1,5 +1,6 @@
 """What several tests need: measurements that nobody made, and processes that begin with everything imported."""
 
+import json
 import multiprocessing
 from multiprocessing import forkserver
 from types import SimpleNamespace
@@ -7,6 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 
 from thesislib.records.measurement import Measurement
+from thesislib.sources.choices.found import SETS
+from thesislib.sources.rows import SOURCES
 
 
 def measurement(**changes):
@@ -80,6 +83,55 @@ def accuracy(share, n=200, **changes):
         "items": items,
     }
     return Measurement(**plain | changes)
+
+
+def choice_data(folder, n=15, labels=None):
+    """A data folder with n items of four multiple-choice tasks, and text; its path.
+
+    Args:
+        folder: where.
+        n: how many items.
+        labels: {task: which ending of each item is right}.
+    """
+    letters, labels = "ABCD", {task: [i % 2 for i in range(n)] for task in SETS} | (labels or {})
+    tables = {
+        "arc_easy": [
+            {
+                "id": f"q{i}",
+                "question": f"What is {i}?",
+                "answerKey": letters[labels["arc_easy"][i]],
+                "choices": {"text": [f"thing {i + j}" for j in range(4)], "label": list(letters)},
+            }
+            for i in range(n)
+        ],
+        "piqa": [
+            {"goal": f"move {i}", "sol1": f"walk to {i}", "sol2": "stand", "label": labels["piqa"][i]} for i in range(n)
+        ],
+        "hellaswag": [
+            {
+                "activity_label": "Sport",
+                "ctx_a": f"Player {i} runs.",
+                "ctx_b": "she",
+                "endings": [f"falls {i + j}." for j in range(4)],
+                "label": labels["hellaswag"][i],
+            }
+            for i in range(n)
+        ],
+        "boolq": [
+            {"question": f"is {i} even", "passage": f"The number is {i}.", "answer": bool(labels["boolq"][i])}
+            for i in range(n)
+        ],
+        "wikitext": [{"text": t} for i in range(6) for t in (f" = Part {i} = \n", f"{i} is a number. " * 20 + "\n")],
+        "calibration_wikipedia": [
+            {"text": f"{i} is a number of things, and {i * i} is its square. " * 5} for i in range(12)
+        ],
+    }
+    for name, rows in tables.items():
+        source = SETS[name].source if name in SETS else SOURCES[name]
+        path = folder / f"{source.folder}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(folder)
 
 
 def hub_holds(monkeypatch, rows_of):

@@ -11,6 +11,7 @@ from thesislib.compress.agreement import (
     resampled_means,
     settling,
     spearman,
+    variance_of_items,
     variance_of_z,
     winners_curse,
 )
@@ -142,11 +143,20 @@ def test_variance_of_z_by_hand_and_its_tests():
     assert ranked.w == pytest.approx(1) and ranked.w > friedman({str(b): scores[:, b] for b in range(9)}).w
 
 
-def test_noise_alone_adds_what_resamples_of_one_task_vary():
-    worth = np.linspace(0, 0.3, 10)
-    tasks = [outcomes(worth, 400, s) for s in range(60)]  # the blocks are worth the same in each
+@pytest.mark.parametrize("spread", [0, 0.1, 0.3])
+def test_noise_alone_adds_what_resamples_of_one_task_vary(spread):
+    worth = np.linspace(-spread / 2, spread / 2, 14)
+    tasks = [outcomes(worth, 400, s) for s in range(120)]  # the blocks are worth the same in each
     between = variance_of_z(np.array([t.mean(1) for t in tasks])).mean()
-    assert variance_of_z(resampled_means(tasks[0])[1:]).mean() == pytest.approx(between, rel=0.25)
+    noise = np.mean([variance_of_items(resampled_means(t, 200, s)).mean() for s, t in enumerate(tasks)])
+    assert 0.95 * between < noise < 1.15 * between * (14 - 1) / (14 - 3)
+
+
+def test_draws_that_lose_alike_agree_as_a_random_order_does():
+    lost = np.zeros((5, 40))
+    lost[:, 0] = np.arange(5)  # one item tells the blocks apart
+    found = settling(lost, np.arange(5.0), 2, [1, 40], draws=100)
+    assert found[1].spearman == (0, 0, pytest.approx(0, abs=1)) and found[40].spearman.value == pytest.approx(1)
 
 
 # ---------------------------------------------------------------- few items, and other items

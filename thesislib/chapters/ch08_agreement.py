@@ -15,6 +15,7 @@ from thesislib.compress.agreement import (
     agreement,
     resampled_means,
     settling,
+    variance_of_items,
     variance_of_z,
     winners_curse,
 )
@@ -71,7 +72,7 @@ class Dependence(NamedTuple):
 
     Args:
         variance: (blocks,) of z-scores over tasks, see `variance_of_z`.
-        noise: (blocks,) what the choice of items alone gives: the mean over tasks of the variance over resamples.
+        noise: (blocks,) what the choice of items alone gives, mean over tasks, see `variance_of_items`.
         order: Friedman's test over blocks, tasks as its items.
     """
 
@@ -89,7 +90,7 @@ def dependence(record: Record, metric: str, blocks: Sequence[int]) -> Dependence
         for task in TASKS
     }
     scores = {task: values[blocks] for task, values in items.items()}
-    noise = [variance_of_z(resampled_means(values, RESAMPLES, SEEDS[RANK])[1:]) for values in scores.values()]
+    noise = [variance_of_items(resampled_means(values, RESAMPLES, SEEDS[RANK])) for values in scores.values()]
     means = np.array([values.mean(1) for values in scores.values()])
     order = friedman({str(b): means[:, i].tolist() for i, b in enumerate(blocks)})
     return Dependence(variance_of_z(means), np.mean(noise, 0), order)

@@ -128,7 +128,8 @@ def settling_sentence(record: Record) -> str:
     for metric in ("likelihood", "relevance"):
         of = {task: settled(record, task, metric, record.middle) for task in TASKS}
         few, n = 32, max(of[TASKS[0]])
-        at = {size: [s[size].spearman.value for s in of.values()] for size in (few, n) if size in of[TASKS[0]]}
+        sizes = [size for size in (few, n) if all(size in s for s in of.values())]
+        at = {size: [s[size].spearman.value for s in of.values()] for size in sizes}
         said.append(
             f"{metric} " + together(f"{min(x):.2f} to {max(x):.2f} from {size} items" for size, x in at.items())
         )

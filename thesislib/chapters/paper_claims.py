@@ -3,7 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from thesislib.chapters import chapters, record_file
+from thesislib.chapters import chapters
+from thesislib.files import data_file
 from thesislib.records.measurement import in_markdown
 
 
@@ -30,23 +31,23 @@ class PaperClaim:
 
 def recorded_claims() -> list[PaperClaim]:
     """Those of every chapter that has some, from the study's records."""
+    files = {name: data_file("results") / f"{name}.jsonl" for name in chapters()}
     return [
         claim
         for name, chapter in chapters().items()
-        if chapter.papers and record_file(name).exists()
-        for claim in chapter.papers(chapter.read(record_file(name)))
+        if chapter.papers and files[name].exists()
+        for claim in chapter.papers(chapter.read(files[name]))
     ]
 
 
 def section(found: Iterable[PaperClaim]) -> list[str]:
     """The lines of the page of claims about papers; none for no claims."""
     rows = []
-    for i, c in enumerate(found):
+    for i, c in enumerate(found, 1):
         notebook, anchor = c.where
         shown = f'<a href="../notebooks/{notebook}.html#{anchor}">chapter {int(notebook[:2])}</a>'
         theirs = f" The paper: {c.theirs}." if c.theirs else ""
-        number = chr(ord("A") + i)
-        rows.append(f"| {number} | {c.paper}: {c.says}{theirs} | **{c.word}** | {in_markdown(c.found)} ({shown}) |")
+        rows.append(f"| P{i} | {c.paper}: {c.says}{theirs} | **{c.word}** | {in_markdown(c.found)} ({shown}) |")
     if not rows:
         return []
     return [

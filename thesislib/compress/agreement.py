@@ -172,10 +172,9 @@ def variance_of_z(scores: np.ndarray) -> np.ndarray:
     """How much each block's standing differs between tasks, (B,): each task's scores as z over blocks, their variance
     over tasks (2605.14075).
 
-    Noise of the items adds to it: the same of one task's `resampled_means`, without the first row, is what noise alone
-    adds. Two metrics are compared over blocks by `thesislib.evaluate.stats.signed_rank`. For
-    `thesislib.evaluate.stats.friedman` blocks are what is ranked, and tasks the items; its W is 1 if all tasks rank
-    alike.
+    Noise of the items adds to it, see `variance_of_items`. Two metrics are compared over blocks by
+    `thesislib.evaluate.stats.signed_rank`. For `thesislib.evaluate.stats.friedman` blocks are what is ranked, and tasks
+    the items; its W is 1 if all tasks rank alike.
 
     Args:
         scores: (tasks, B).
@@ -191,6 +190,21 @@ def variance_of_z(scores: np.ndarray) -> np.ndarray:
     if not spread.all():
         raise BadInput("a task scores all blocks alike: expected scores that rank them; leave the task out")
     return ((scores - scores.mean(1, keepdims=True)) / spread).var(0, ddof=1)
+
+
+def variance_of_items(means: np.ndarray) -> np.ndarray:
+    """What the choice of items alone adds to `variance_of_z`, (B,): the variance of a task's resampled scores about
+    their mean over blocks.
+
+    The unit is the spread of the scores of all items, which is that of their z. A resample's own spread has noise
+    twice, by the items and by the resample: scores of nothing but noise would seem to be half of it. This is rather too
+    much than too little: (B - 1) / (B - 3) times for nothing but noise, less otherwise.
+
+    Args:
+        means: (1 + resamples, B) `resampled_means` of a task.
+    """
+    about = means[1:] - means[1:].mean(1, keepdims=True)
+    return about.var(0, ddof=1) / means[0].var()
 
 
 # ---------------------------------------------------------------- few items, and other items
@@ -213,7 +227,8 @@ def settling(
 ) -> dict[int, Settled]:
     """{n: how the ranking from n items agrees with a reference from other items}, n items drawn without replacement.
 
-    Towards all items the draws become the same ones, so the last sizes spread less than new items would.
+    Towards all items the draws become the same ones, so the last sizes spread less than new items would. A draw by
+    which all blocks lose alike has a correlation of 0.
 
     Args:
         outcomes: (B, N) what is lost of each item without each block.
@@ -236,7 +251,9 @@ def settling(
         # cumsum may differ in the last digit between equal sums
         means = np.round(found[..., i] / size, 12)
         same = (chosen(means, k)[:, :, None] == chosen(reference, k)[None, None, :]).any(2).mean(1)
-        middle = [np.quantile(x, (0.5, *MIDDLE)) for x in (spearman(means, np.asarray(reference)[None]), same)]
+        # a draw by which all blocks lose alike ranks nothing, and agrees as a random order does
+        rho = np.where(np.ptp(means, 1) == 0, 0, spearman(means, np.asarray(reference)[None]))
+        middle = [np.quantile(x, (0.5, *MIDDLE)) for x in (rho, same)]
         settled[size] = Settled(*(Estimate(*map(float, q)) for q in middle))
     return settled
 
