@@ -177,7 +177,7 @@ def test_sentences_say_what_was_put_in():
     assert three.startswith("Of 34 of the 35 triples") and "one that was not measured may cost less" in three
     # all others but 0 and 6 lose less than 6 nats; 3 and 4 is the best of them
     dearer = 100 * math.expm1(6 - 0.45)
-    assert f"the pair 2 and 4 has rank 20: it is {dearer:.1f} [" in again
+    assert f"the pair 2 and 4 has rank 20: it is {dearer:,.0f} [" in again
     assert again.endswith("dearer than 3 and 4, which has rank 2 on the windows of the search.")
 
 

@@ -229,8 +229,8 @@ def test_share_says_what_cosine_does_not(known):
 def test_sentences_say_what_the_record_does(known):
     ways, sink, gain = ch08_scale.sentences(known)
     p = ch08_scale.paired(known, "text")["scalar"].p
-    assert f"scalar: not told apart in nats a token of held-out text (p = {p:.3f}, 12 blocks)" in ways
-    assert "nats a token of held-out text less (p = 0.004, 11 blocks)" in ways
+    assert f"not told apart: scalar (p = {p:.3f})" in ways
+    assert "In nats a token of held-out text, against skipping: bias -0.29 (p = 0.004)" in ways
     assert sink.startswith("Block 5 makes the attention sink: the first token's residual goes from 50 to 20,000.")
     assert (
         "when skipped number 1 from the highest" in sink and "is not amplified. More is lost at that one token" in sink
