@@ -287,7 +287,10 @@ def _excess(record: Losses, pairs: Collection[Blocks]) -> np.ndarray:
 
 
 def _percent(regret: Estimate) -> str:
-    """How much dearer in perplexity a difference of losses is."""
+    """How much dearer in perplexity a difference of losses is; from twice as dear on, how many times."""
+    if regret.value > np.log(2):
+        value, low, high = np.exp(regret)
+        return f"x {interval(value, low, high, ',.0f')}"
     value, low, high = (100 * np.expm1(x) for x in regret)
     return interval(value, low, high, ".1f") + " %"
 

@@ -48,18 +48,17 @@ def block_sentence(record: Record) -> str:
     table = worth(record).loc[record.middle]
     ranks = table[["cosine", "loss"]].rank()
     block = int((ranks["loss"] - ranks["cosine"]).idxmax())
-    n = len(table)
+    place, dear = int(ranks.loc[block, "cosine"]), int(len(table) + 1 - ranks.loc[block, "loss"])
     return (
-        f"Of the {n} blocks that may go, block {block} has the {_nth(ranks.loc[block, 'cosine'])} cosine score from "
-        f"below, and costs the {_nth(n + 1 - ranks.loc[block, 'loss'])} most when it is left out "
-        f"({table.loc[block, 'loss']:.1f} nats an item)."
+        f"Of the {len(table)} blocks that may go, block {block} has the {_nth(place)}lowest cosine score and costs the "
+        f"{_nth(dear)}most when it is left out: {table.loc[block, 'loss']:.1f} nats an item."
     )
 
 
-def _nth(place: float) -> str:
-    n = int(place)
-    ending = "th" if n % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(n % 10, "th")
-    return f"{n}{ending}"
+def _nth(place: int) -> str:
+    """Before a superlative: nothing, or the place."""
+    ending = "th" if place % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(place % 10, "th")
+    return "" if place == 1 else f"{place}{ending} "
 
 
 def agreement_sentence(record: Record) -> str:
@@ -274,22 +273,25 @@ def luck_sentence(items: int = 190, blocks: int = 30, changed: float = CHANGED, 
 
 
 def _answer(record: Record) -> str:
-    found = agreements(record, ALL, record.middle, "relevance")
+    found = {name: a.spearman.value for name, a in agreements(record, ALL, record.middle, "relevance").items()}
+    best = max(found, key=lambda name: found[name])
     c = {task: curse(record, task, record.middle) for task in TASKS}
     n, still = (sum(x) for x in zip(*((len(x.blocks), x.still) for x in c.values()), strict=True))
     return (
-        f"Neither one pass nor a few hundred answers say it well: with the accuracy that other items lose, cosine's "
-        f"ranking correlates at {found['cosine'].spearman.value:.2f} and relevance's at "
-        f"{found['relevance'].spearman.value:.2f}. Of {n} removals that seemed to help, {still} do on other items; "
-        "the log-probability of the same answers settles with a tenth of the items."
+        f"With the accuracy that other items lose, cosine's ranking correlates at {found['cosine']:.2f}, relevance's "
+        f"at {found['relevance']:.2f}, and highest is {NAMES.get(best, best)} at {found[best]:.2f}. Of {n} removals "
+        f"that seemed to help, {still} do on other items."
     )
 
 
+NAMES = {"likelihood": "the log-probability of the same answers", "margin": "the margin of the same answers"}
+
+
 def _short(record: Record) -> str:
-    found = agreements(record, ALL, record.middle, "relevance")
+    found = {name: a.spearman.value for name, a in agreements(record, ALL, record.middle, "relevance").items()}
     return (
-        f"By accuracy of other items: cosine {found['cosine'].spearman.value:.2f}, relevance "
-        f"{found['relevance'].spearman.value:.2f}; answers are noisy, log-probabilities are not."
+        f"Cosine foretells lost accuracy at {found['cosine']:.2f}, accuracy of other items at "
+        f"{found['relevance']:.2f}, their log-probability at {found['likelihood']:.2f}."
     )
 
 

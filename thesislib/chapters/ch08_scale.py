@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from thesislib.chapters.phrases import interval, p_value
+from thesislib.chapters.phrases import interval, p_value, together
 from thesislib.compress.agreement import (
     MIDDLE,
     Agreement,
@@ -398,16 +398,22 @@ def sentences(record: Scale) -> list[str]:
 def _ways_said(record: Scale) -> str:
     said = []
     for measure, unit in (("text", "nats a token of held-out text"), ("answers", "nats of an item's right ending")):
-        for way, c in paired(record, measure).items():
-            less = "less" if c.difference < 0 else "more"
-            said.append(
-                f"{way}: {abs(c.difference):.2g} {unit} {less} ({p_value(c.p)}, {c.n} blocks)"
-                if c.told
-                else f"{way}: not told apart in {unit} ({p_value(c.p)}, {c.n} blocks)"
-            )
-    return (
-        "What is lost with a replacement, against skipping the block (Wilcoxon's signed-rank test over blocks, p "
-        f"adjusted for {len(WAYS)} ways by Holm). " + "; ".join(said) + "."
+        tests = paired(record, measure)
+        told = [f"{way} {c.difference:+.2g} ({p_value(c.p)})" for way, c in tests.items() if c.told]
+        open_ = [f"{way} ({p_value(c.p)})" for way, c in tests.items() if not c.told]
+        said.append(
+            f"In {unit}, against skipping: {together(told) if told else 'no way is told apart'}"
+            + (f"; not told apart: {together(open_)}" if told and open_ else "")
+            + "."
+        )
+    text = ranked_as_skipped(record, "text", 4)
+    return " ".join(
+        [
+            *said,
+            f"Wilcoxon's signed-rank test over {record.depth} blocks, Holm for {len(WAYS)} ways. Rank "
+            f"correlation with skipping, on text: scalar {text['scalar'].spearman.value:.2f}, "
+            f"bias {text['bias'].spearman.value:.2f}, linear {text['linear'].spearman.value:.2f}.",
+        ]
     )
 
 
@@ -436,12 +442,12 @@ def _sink_said(record: Scale) -> str:
 def _gain_said(record: Scale) -> str:
     table = beyond_cosine(record)
     said = []
-    for name, measure in itertools.product(SHOWN, MEASURES):
-        every, middle = (table.loc[part, measure, name] for part in ("all", "middle"))
-        more = "explains more than cosine" if every["p"] < 0.05 else "is not known to explain more than cosine"
-        same = "" if (middle["p"] < 0.05) == (every["p"] < 0.05) else f", in the middle blocks {p_value(middle['p'])}"
-        said.append(
-            f"{SHOWN[name]} {more} of what is lost of {measure} (partial Spearman {every['given cosine']:.2f}, "
-            f"{p_value(every['p'])}{same})"
-        )
-    return f"By one pass (permutation tests, p not adjusted for {len(said)} of them): " + "; ".join(said) + "."
+    for name, words in SHOWN.items():
+        rows = [(measure, table.loc["all", measure, name]) for measure in MEASURES]
+        each = together(f"{row['given cosine']:.2f} for {of} ({p_value(row['p'])})" for of, row in rows)
+        said.append(f"{words} {each}")
+    return (
+        "What each says of the loss beyond cosine, as partial Spearman, permutation tests not adjusted: "
+        + "; ".join(said)
+        + "."
+    )

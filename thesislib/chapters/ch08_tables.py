@@ -16,6 +16,7 @@ from thesislib.chapters.ch08_agreement import (
 )
 from thesislib.chapters.ch08_record import Record
 from thesislib.chapters.ch08_runs import ALL, TASKS, asked, of_text
+from thesislib.chapters.ch08_scale import Scale, beyond_cosine
 from thesislib.chapters.phrases import interval, p_number, points
 from thesislib.compress.agreement import MIDDLE, Estimate
 from thesislib.compress.relevance import Outcomes, relevance
@@ -119,7 +120,7 @@ def dependence_table(record: Record) -> pd.DataFrame:
         rows[metric] = {
             "variance of z": f"{d.variance.mean():.3f}",
             "by items alone": f"{d.noise.mean():.3f}",
-            "Friedman's W": f"{d.order.w:.2f}",
+            "concordance": f"{d.order.w:.2f}",
             "p": p_number(d.order.p),
         }
     return pd.DataFrame(rows).T.rename_axis("score")
@@ -198,3 +199,15 @@ def run_table(found: Outcomes, cosine: list[float]) -> pd.DataFrame:
             "cosine": cosine,
         }
     ).rename_axis("block")
+
+
+def beyond_cosine_table(record: Scale) -> pd.DataFrame:
+    """`ch08_scale.beyond_cosine` rounded."""
+    table = beyond_cosine(record)
+    return pd.DataFrame(
+        {
+            "Spearman": table["Spearman"].map("{:.2f}".format),
+            "given cosine": table["given cosine"].map("{:.2f}".format).replace("nan", ""),
+            "p": table["p"].map(lambda p: p_number(p) if p == p else ""),
+        }
+    )

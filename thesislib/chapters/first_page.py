@@ -176,8 +176,9 @@ def failed() -> str:
     models, mark = points(record.for_fronts), marks_of(record.for_fronts).iloc[0]
     untrained = front(models, "MB", grid.PPL)[DENSE]
     worse = no_better(models, untrained, mark, grid.PPL)
+    how_many = "all" if len(worse) == len(untrained) else f"{len(worse)} of the"
     return (
         f"{len(below) or 'none'} of {len(trained)} pruned models with LoRA beats the dense model with LoRA; "
-        f"{'all' if len(worse) == len(untrained) else f'{len(worse)} of the'} {len(untrained)} best untrained models are no smaller and no better than the "
+        f"{how_many} {len(untrained)} best untrained models are no smaller and no better than the "
         f"{mark['MB']:.0f} MB file that the model came in."
     )
