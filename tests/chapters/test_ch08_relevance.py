@@ -9,6 +9,7 @@ import torch
 from scipy.stats import friedmanchisquare, kendalltau, spearmanr, ttest_rel, wilcoxon
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tests.fakes import choice_data
 from thesislib.chapters import ch08_agreement, paper_claims
 from thesislib.chapters import ch08_cost as cost
 from thesislib.chapters import ch08_relevance as ch08
@@ -34,10 +35,12 @@ from thesislib.chapters.ch08_scores import Scores
 from thesislib.chapters.claims import page
 from thesislib.chapters.paper_claims import PaperClaim, section
 from thesislib.chapters.phrases import FAILS, HOLDS, UNDECIDED
-from thesislib.compress.relevance import Outcomes
-from thesislib.model.blocks import plan_without
+from thesislib.compress.depth import influence
+from thesislib.compress.relevance import Outcomes, choices, next_tokens, outcomes
+from thesislib.model.blocks import plan_without, remove
 from thesislib.model.forward import final_states
 from thesislib.records.measurement import Measurement
+from thesislib.sources.corpus import calibration_windows
 
 DEPTH = 20  # blocks, of which 4 to 17 may go
 MIDDLE = [*range(4, 18)]
@@ -588,7 +591,7 @@ def test_the_block_whose_scores_lie_furthest_apart_is_named():
     cosine[11], worth[11] = 0.01, 2
     said = ch08.block_sentence(known(worth, cosine))
     assert "Of the 14 blocks that may go, block 11 has the lowest cosine score" in said
-    assert "costs the most" in said and ": 2.0 nats an item." in said
+    assert "costs the most" in said and "2.0 nats an item" in said
 
 
 def test_places_in_words():
@@ -667,6 +670,35 @@ def test_the_box(record):
 
 
 # ---------------------------------------------------------------- this run
+
+
+@pytest.mark.parametrize("task", ["piqa", "next_token"])
+def test_what_a_run_measures(tiny, tmp_path, monkeypatch, task):
+    subject, p = tiny(layers=4), Relevance(task=task, items=3, windows=2, length=24, data=choice_data(tmp_path))
+    monkeypatch.setattr(ch08, "load_subject", lambda *_: subject)
+    name, found, cosine = ch08.measure(p)
+    ids = calibration_windows(subject.tokenizer, "wikipedia", p.data, 2, 24)
+    items = next_tokens(ids) if task == "next_token" else choices(task, p.data, 3)
+    assert name == subject.name and cosine == pytest.approx(influence(subject, ids))
+    assert found.correct.shape == (5, len(items.asked))
+    for b in range(4):
+        alone = outcomes(remove(subject, [b]), items, ())
+        assert found.likelihood[1 + b] == pytest.approx(alone.likelihood[0], abs=1e-3)
+
+
+def test_files_beside_the_record_are_made_by_their_own_modules(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(ch08, "load_subject", lambda _, dtype, __: dtype)
+    monkeypatch.setattr(ch08.ch08_runs, "recorded_parts", lambda *_: [])
+    for module in (ch08.ch08_pairs, ch08.ch08_scale, ch08.ch08_over_training):
+        monkeypatch.setattr(module, "record", lambda *args, module=module: made.append((module, args)))
+    p = Relevance(dtype="bfloat16", seeds=2)
+    for part in ch08.recorded_parts(p, tmp_path / "08_relevance.jsonl"):
+        part.make((), None)
+        assert part.file == tmp_path / f"08_relevance_{part.name}.json" == made[-1][1][-1] and part.rows == {}
+    assert [module for module, _ in made] == [ch08.ch08_pairs, ch08.ch08_scale, ch08.ch08_over_training]
+    assert made[1][1][:2] == ("bfloat16", "float32")  # gains by gradients need more digits
+    assert [*made[2][1][2]] == [0, 1]
 
 
 def test_a_run_agrees_with_the_record_or_asks_something_else(record):

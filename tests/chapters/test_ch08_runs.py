@@ -157,6 +157,19 @@ def test_rows_of_sets_are_no_outcomes(run):
     assert outcomes_of(m for m in Store(file).rows().values() if key(m)[3]) == {}
 
 
+def test_a_larger_run_that_has_begun_changes_nothing_yet(run, tmp_path):
+    _, p, file, _ = run
+    larger = tmp_path / file.name
+    larger.write_bytes(file.read_bytes())
+    for name in (file.with_suffix(".items.gz").name, f"{NOTEBOOK}_scores.json"):
+        (tmp_path / name).write_bytes(file.with_name(name).read_bytes())
+    part = next(iter(recorded_parts(replace(p, items=ITEMS + 1), larger)))
+    part.make([*part.rows][:3], Store(larger).append)
+    assert len(Store(larger).rows()) == len(Store(file).rows()) + 3
+    one, other = read_recorded(file).outcomes, read_recorded(larger).outcomes
+    assert all((one[name].likelihood == other[name].likelihood).all() for name in one) and {*one} == {*other}
+
+
 # ---------------------------------------------------------------- what each ranking removes
 
 BLOCKS = 13  # of which 4 to 10 may go

@@ -23,9 +23,8 @@ from thesislib.chapters import ch05_runs as gptq
 from thesislib.chapters import ch06_grid as grid
 from thesislib.chapters import ch06_runs as grid_runs
 from thesislib.chapters import ch07_device as device
-from thesislib.chapters import ch08_cost
+from thesislib.chapters import ch08_cost, chapters, pareto, record_file, recorded
 from thesislib.chapters import ch08_relevance as blocks
-from thesislib.chapters import chapters, pareto, record_file, recorded
 from thesislib.chapters.chapter import DEPTH_WINDOWS
 from thesislib.records import measurement
 

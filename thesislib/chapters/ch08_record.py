@@ -6,6 +6,7 @@ from pathlib import Path
 from thesislib.chapters import ch08_scores
 from thesislib.chapters.ch08_runs import LEFT_OUT, NOTEBOOK, free, key, outcomes_of
 from thesislib.chapters.ch08_scores import Scores
+from thesislib.chapters.chapter import on_one_sample
 from thesislib.compress.relevance import Outcomes
 from thesislib.records.measurement import Measurement
 from thesislib.records.store import Store
@@ -51,6 +52,6 @@ class Record:
 
 def read_recorded(path: Path) -> Record:
     """A recorded run: PATH.jsonl and the files beside it."""
-    rows = {key(m): m for m in Store(path).rows().values()}
+    rows = on_one_sample(Store(path).rows().values(), key)
     scores = ch08_scores.read(path.with_name(f"{NOTEBOOK}_scores.json"))
     return Record(rows, outcomes_of(rows.values()), scores, path.parent)
