@@ -552,6 +552,7 @@ def test_the_claim_about_harm_needs_other_items():
     worthless = np.where(np.arange(DEPTH) == 9, 0, WORTH + 0.3)
     assert verdicts(known(worthless, helps=[9]))["harm"] == HOLDS
     assert verdicts(known(WORTH + 0.3, flips=0))["harm"] == UNDECIDED  # no block seems to do harm
+    assert verdicts(known(np.zeros(DEPTH), flips=0.4))["harm"] == UNDECIDED  # many seem to, by noise
     one, other = known(worthless, helps=[9], flips=0), known(WORTH + 0.3, flips=0)
     turned = {(task, p): (one if p == "rank" else other).outcomes[task, p] for task in TASKS for p in PARTS}
     assert (
