@@ -91,6 +91,8 @@ def _negative(record: Record) -> PaperClaim:
         "Mistral's block 23 on MathInstruct +25 %; above dense on BoolQ and WinoGrande",
         decided(bool(surely), n > 0 and all(c.kept.low > 0 for c in found.values() if len(c.blocks))),
         f"{n} such blocks on the items that were ranked by; {still} of them on others"
-        + (f", surely on {', '.join(surely)}." if surely else ", on no task surely."),
+        + (f", surely on {', '.join(surely)}." if surely else ", on no task surely.")
+        if n
+        else "No such block on the items that were ranked by.",
         (NOTEBOOK, "does-any-block-do-harm"),
     )

@@ -261,11 +261,11 @@ def luck_sentence(items: int = 190, blocks: int = 30, changed: float = CHANGED, 
     rng = np.random.default_rng(0)
     flips = rng.binomial(items, changed, (draws, blocks))
     gained = 2 * rng.binomial(flips, 0.5) - flips  # of the answers that change, as many become right as wrong
-    best = 100 * gained.max(1).mean() / items
+    best, deviation = 100 * gained.max(1).mean() / items, 100 * np.sqrt(changed / items)
     return (
         f"{best:.1f} points better, on average. {items} x {changed:.0%} = {items * changed:.0f} answers change, half "
-        f"of them for the better. So the difference has a standard deviation of {100 * np.sqrt(changed / items):.1f} "
-        f"points, and the best of {blocks} lies some two of them above 0. On other items it is 0."
+        f"of them for the better. So the difference has a standard deviation of {deviation:.1f} points, and the best "
+        f"of {blocks} lies {best / deviation:.1f} of them above 0. On other items it is 0."
     )
 
 
