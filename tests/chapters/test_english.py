@@ -23,10 +23,20 @@ from thesislib.chapters import ch05_runs as gptq
 from thesislib.chapters import ch06_grid as grid
 from thesislib.chapters import ch06_runs as grid_runs
 from thesislib.chapters import ch07_device as device
-from thesislib.chapters import ch08_cost, chapters, pareto, record_file, recorded
+from thesislib.chapters import (
+    ch08_cost,
+    ch08_over_training,
+    ch08_pairs,
+    ch08_scale,
+    chapters,
+    pareto,
+    record_file,
+    recorded,
+)
 from thesislib.chapters import ch08_relevance as blocks
 from thesislib.chapters.chapter import DEPTH_WINDOWS
 from thesislib.records import measurement
+from thesislib.sources.choices.choice_set import PARTS
 
 GOLDEN = Path(__file__).with_name("english.md")
 
@@ -150,6 +160,33 @@ def english() -> dict[str, str]:
         "05.grid_sentence": quantisation.grid_sentence(comparisons.OwnGrid(14, 0.0, 0.25)),
         "07.binding_sentence": device.binding_sentence(projected),
         "07.energy_sentence": device.energy_sentence(projected),
+        **{
+            f"08.{said.__name__}": said(r8)
+            for said in (
+                blocks.block_sentence,
+                blocks.agreement_sentence,
+                blocks.ends_sentence,
+                blocks.misranked_sentence,
+                blocks.regret_sentence,
+                blocks.dependence_sentence,
+                blocks.settling_sentence,
+                blocks.curse_sentence,
+                blocks.own_sentence,
+                blocks.left_out_sentence,
+                ch08_cost.cost_sentence,
+            )
+        },
+        "08.sets_sentence": blocks.sets_sentence(r8, 4),
+        "08.this_run_sentence": blocks.this_run_sentence(r8, blocks.Relevance(), r8.outcomes["arc_easy", PARTS[0]]),
+        **{
+            f"08.{name}": " ".join(said)
+            for name, said in (
+                ("scale_sentences", ch08_scale.sentences(blocks.scale(r8))),
+                ("_search_sentence", ch08_pairs.search_sentences(blocks.pairs(r8))),
+                ("adding_up_sentences", ch08_pairs.additivity_sentences(blocks.pairs(r8))),
+                ("training_sentences", ch08_over_training.sentences(blocks.training(r8))),
+            )
+        },
         "08.luck_sentence": blocks.luck_sentence(),
         "08.sharing_sentence": ch08_cost.sharing_sentence(),
         **{f"08.claim {i}": f"{c.says} {c.word}: {c.found}" for i, c in enumerate(blocks.claims(r8))},

@@ -29,7 +29,7 @@ from thesislib.compress.agreement import Estimate, spearman
 from thesislib.compress.depth import influence
 from thesislib.compress.relevance import NEXT_TOKEN, Outcomes, choices, next_tokens, outcomes
 from thesislib.formats.load import load_subject
-from thesislib.records.measurement import in_markdown
+from thesislib.records.measurement import Measurement, in_markdown
 from thesislib.sources.corpus import calibration_windows
 
 BASE = "cosine"
@@ -191,15 +191,20 @@ def own_sentence(record: Record) -> str:
 
 def left_out_sentence(record: Record) -> str:
     """Which tasks rank no blocks, and why."""
-    names = {task: m.value - m.extra["chance"] for task, m in record.left_out.items()}
-    not_surely = [task for task, m in record.left_out.items() if m.low <= m.extra["chance"]]
-    if not names:
-        return ""
-    return f"Left out: {together(f'{task} ({100 * x:+.1f} points beside guessing)' for task, x in names.items())}. " + (
-        f"On {together(not_surely)} this subject is not surely above guessing, so that R divides by noise."
-        if not_surely
-        else ""
+    below, unsure = (
+        [task for task, m in record.left_out.items() if (m.value <= m.extra["chance"]) == is_below and not _surely(m)]
+        for is_below in (True, False)
     )
+    said = []
+    if below:
+        said.append(f"On {together(below)} this subject is not above guessing: R is undefined.")
+    if unsure:
+        said.append(f"On {together(unsure)} it is not surely above guessing: R would divide by noise.")
+    return " ".join([*said, "They rank no blocks here."] if said else said)
+
+
+def _surely(m: Measurement) -> bool:
+    return m.low > m.extra["chance"]
 
 
 def headline(record: Record) -> str:
