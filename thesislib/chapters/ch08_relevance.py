@@ -295,7 +295,7 @@ NAMES = {"likelihood": "the log-probability of the same answers", "margin": "the
 def _short(record: Record) -> str:
     found = {name: a.spearman.value for name, a in agreements(record, ALL, record.middle, "relevance").items()}
     return (
-        f"Cosine foretells lost accuracy at {found['cosine']:.2f}, accuracy of other items at "
+        f"Cosine foretells lost accuracy at {found['cosine']:.2f}, other items' accuracy at "
         f"{found['relevance']:.2f}, their log-probability at {found['likelihood']:.2f}."
     )
 

@@ -197,8 +197,9 @@ def run_table(found: Outcomes, cosine: list[float]) -> pd.DataFrame:
             "relevance": [relevance(a, accuracy[0], chance) if above else np.nan for a in accuracy[1:]],
             "log-probability lost, nats": found.scores("likelihood"),
             "cosine": cosine,
-        }
-    ).rename_axis("block")
+        },
+        index=[f"block {b}" for b in range(len(cosine))],
+    ).rename_axis("without")
 
 
 def beyond_cosine_table(record: Scale) -> pd.DataFrame:

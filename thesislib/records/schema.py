@@ -52,6 +52,8 @@ class Settings(TypedDict, total=False):
     task: str  # of multiple choice
     n: int
     protocol: str  # of multiple choice: the scoring, in words
+    lm_eval: str  # of multiple choice by lm-evaluation-harness: its version
+    seed: int  # of the choice of its items
     reference: str  # of a task of two models: the reference model's name
     reference_fingerprint: str
     engine: str  # of timings, as the rest
