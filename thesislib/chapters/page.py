@@ -93,7 +93,14 @@ def exercise(number: int, question: str, *answer: str) -> None:
     )
 
 
-def figure(drawn: plt.Figure | str, number: str, caption: str, alt: str = "", rows: pd.DataFrame | None = None) -> None:
+def figure(
+    drawn: plt.Figure | str,
+    number: str,
+    caption: str,
+    alt: str = "",
+    rows: pd.DataFrame | None = None,
+    behind: str = "",
+) -> None:
     """Show a figure with its number and what it finds, and close it.
 
     Args:
@@ -102,6 +109,7 @@ def figure(drawn: plt.Figure | str, number: str, caption: str, alt: str = "", ro
         caption: the finding, in Markdown.
         alt: of a plot, what can be seen, for those who cannot.
         rows: what was drawn, offered as CSV.
+        behind: the line behind which it is hidden, "" to show it.
     """
     name = f"fig-{number.replace('.', '-')}"
     if isinstance(drawn, str):
@@ -114,12 +122,11 @@ def figure(drawn: plt.Figure | str, number: str, caption: str, alt: str = "", ro
         plt.close(drawn)
         image = f'<img src="{_data("image/png", file.getvalue())}" alt="{html.escape(alt)}">'
     link = f" {_download(rows, name)}" if rows is not None else ""
-    display(
-        HTML(
-            f'<figure class="numbered" id="{name}">\n{image}\n<figcaption><a href="#{name}">Figure {number}.</a> '
-            f"{_inline(caption)}{link}</figcaption>\n</figure>"
-        )
+    shown = (
+        f'<figure class="numbered" id="{name}">\n{image}\n<figcaption><a href="#{name}">Figure {number}.</a> '
+        f"{_inline(caption)}{link}</figcaption>\n</figure>"
     )
+    display(HTML(folded(behind, shown) if behind else shown))
 
 
 def opening(chapter: Chapter, record: Any) -> None:
