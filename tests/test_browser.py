@@ -103,6 +103,7 @@ def test_figures_show_and_say_what_they_show(site, page, path):
     names = figures.evaluate_all("e => e.map(f => f.id)")
     assert names == [f"fig-{chapter}-{i + 1}" for i in range(len(names))] and len(names) >= 2
     assert figures.first.bounding_box()["y"] < 1000
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")  # some stand behind a line
     for i in range(len(names)):
         said, wide = figures.nth(i).evaluate(
             "f => { const e = f.querySelector('img, svg');"
