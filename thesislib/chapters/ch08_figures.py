@@ -22,7 +22,7 @@ def worth_chart(table: pd.DataFrame) -> plt.Figure:
     Args:
         table: blocks by cosine, loss, low, high and free (whether the block may go).
     """
-    figure, axis = plt.subplots(figsize=(8, 4.4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 4), layout="constrained")
     for may_go, marker, colour, label in ((True, "o", BLUE, "may go"), (False, "s", GREY, "first four, last two")):
         some = table[table["free"] == may_go]
         intervals(axis, some["cosine"], (some["loss"], some["low"], some["high"]), marker, colour, label=label)
@@ -42,7 +42,7 @@ def agreement_chart(panels: Mapping[str, pd.DataFrame]) -> plt.Figure:
     Args:
         panels: {title: rankings by (task, value | low | high)}.
     """
-    figure, axes = plt.subplots(1, len(panels), figsize=(9.5, 4.8), sharey=True, sharex=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=(9.5, 4.2), sharey=True, sharex=True, layout="constrained")
     for axis, (title, table) in zip(np.atleast_1d(axes), panels.items(), strict=True):
         tasks = list(dict.fromkeys(table.columns.get_level_values(0)))
         for i, task in enumerate(tasks):
@@ -111,7 +111,7 @@ def sets_chart(table: pd.DataFrame, whole: float, chance: float, shown: Sequence
         chance: that of guessing.
         shown: rankings with a colour; the others are grey.
     """
-    figure, axis = plt.subplots(figsize=(8.5, 4.4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8.5, 3.9), layout="constrained")
     looks = iter(
         zip(("o-", "s-", "^-", "D-", "v-", "P-"), (BLUE, ORANGE, GREEN, PURPLE, "black", "#E69F00"), strict=True)
     )

@@ -22,7 +22,7 @@ def pair_chart(record: Losses, found: Mapping[str, Found]) -> plt.Figure:
         record: see `thesislib.chapters.ch08_pairs`.
         found: {search: its pair}, see `thesislib.chapters.ch08_pairs.found`.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.6), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.3), layout="constrained")
     square, free = excesses(record).to_numpy(), middle(record)
     most = float(np.nanquantile(np.abs(square[np.ix_(free, free)]), SHOWN))
     image = left.imshow(square, cmap="RdBu_r", vmin=-most, vmax=most, origin="lower")

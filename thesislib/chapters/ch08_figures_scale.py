@@ -35,7 +35,7 @@ def ways_chart(record: Scale) -> plt.Figure:
 def sink_chart(record: Scale) -> plt.Figure:
     """Left, the residual's norm through the blocks, at the first token and at the others; right, what is lost where a
     block is skipped at the first token only, by how much of the last block's output its write there is."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.5), layout="constrained")
     at = np.arange(record.depth + 1) - 1
     for name, marker, colour in (("first", "s", ORANGE), ("others", "o", BLUE)):
         label = f"{name} token" if name == "first" else "other tokens, median"
