@@ -495,9 +495,9 @@ def test_the_table_of_tasks_says_which_are_above_guessing(record):
     table = tables.left_out_table(record)
     assert [*table.index] == [*TASKS, "boolq", "winogrande"]
     assert table["above guessing"].tolist() == ["yes", "yes", "yes", "not surely", "no"]
-    assert table.loc["winogrande", "standard error of R"] == "R is undefined"
+    assert table.loc["winogrande", "standard error of relevance"] == "undefined"
     margin = record.whole("piqa", "report").value - CHANCE["piqa"]
-    assert table.loc["piqa", "standard error of R"] == f"{np.sqrt(0.15 / N['piqa']) / margin:.2f}"
+    assert table.loc["piqa", "standard error of relevance"] == f"{np.sqrt(0.15 / N['piqa']) / margin:.2f}"
 
 
 def test_a_runs_table():

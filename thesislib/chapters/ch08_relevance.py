@@ -197,9 +197,9 @@ def left_out_sentence(record: Record) -> str:
     )
     said = []
     if below:
-        said.append(f"On {together(below)} this subject is not above guessing: R is undefined.")
+        said.append(f"On {together(below)} this subject is not above guessing: relevance is undefined.")
     if unsure:
-        said.append(f"On {together(unsure)} it is not surely above guessing: R would divide by noise.")
+        said.append(f"On {together(unsure)} it is not surely above guessing: relevance would divide by noise.")
     return " ".join([*said, "They rank no blocks here."] if said else said)
 
 

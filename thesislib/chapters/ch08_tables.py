@@ -182,7 +182,7 @@ def _beside_chance(m: Measurement) -> dict[str, str]:
         "n": f"{m.n:,}",
         "right": interval(m.value, m.low, m.high, ".1%"),
         "guessing": f"{m.extra['chance']:.1%}",
-        "standard error of R": f"{error:.2f}" if margin > 0 else "R is undefined",
+        "standard error of relevance": f"{error:.2f}" if margin > 0 else "undefined",
         "above guessing": "yes" if surely else "not surely" if margin > 0 else "no",
     }
 
