@@ -527,6 +527,11 @@ def test_verdicts_turn_with_the_record(record):
     assert verdicts(known(cosine=WORTH, flips=0))["weak"] == FAILS
     blur = np.r_[WORTH[:4], np.random.default_rng(0).permutation(WORTH[MIDDLE]), WORTH[-2:]]
     assert verdicts(known(np.full(DEPTH, 0.5), cosine=blur, flips=0.6))["weak"] in (HOLDS, UNDECIDED)
+    noisy = known(WORTH, cosine=blur, flips=0.6)
+    rankings = agreements(noisy, ALL, MIDDLE, "relevance")
+    assert rankings["cosine"].spearman.value < 0.5 and rankings["relevance"].spearman.value < 0.9
+    beyond = rankings["cosine"].spearman.high / np.sqrt(rankings["relevance"].spearman.value)
+    assert verdicts(noisy)["weak"] == (HOLDS if beyond < 0.5 else UNDECIDED)  # noise alone is no weak agreement
 
 
 def test_the_claim_about_tasks_needs_more_than_noise():

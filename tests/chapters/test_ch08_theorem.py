@@ -11,6 +11,7 @@ from scipy.stats import norm
 from torch import nn
 
 from thesislib.chapters import ch08_pictures as pictures
+from thesislib.chapters.ch08_cost import runs
 from thesislib.chapters.ch08_theorem import ANSWER, ANSWERS, EVERY_EPS, measured, sentence, snowball, table
 from thesislib.compress.depth import influence, window_losses
 from thesislib.compress.gain import gains
@@ -165,10 +166,10 @@ def test_bars_are_as_long_as_the_values():
 
 
 def test_a_skipped_block_leaves_its_beginning_to_share():
-    assert pictures.runs(30) == (30 + sum(range(30)), 30 + 30 * 29)
+    assert runs(30) == (30 + sum(range(30)), 30 + 30 * 29)
     svg = pictures.skipping(30, drawn=8)
     run = [w for w in words(svg) if w.isdigit()]
-    assert len(run) == pictures.runs(8)[0] == 36
+    assert len(run) == runs(8)[0] == 36
     assert any(w.startswith("30 blocks: 465 instead of 900 (52%)") for w in words(svg))
 
 

@@ -23,7 +23,7 @@ from thesislib.compress.relevance import Outcomes
 from thesislib.evaluate.stats import Comparison, Ranking, friedman, signed_rank
 from thesislib.sources.choices.choice_set import PARTS
 
-RANK, CHOOSE, REPORT = PARTS
+RANK, _, REPORT = PARTS
 LEAST = 8  # blocks that go, of those that rankings are compared by
 RESAMPLES = 2_000
 ASKING = ("relevance", "margin", "likelihood")

@@ -8,7 +8,7 @@ import pandas as pd
 from thesislib.chapters.ch08_record import Record
 from thesislib.chapters.ch08_scores import SIZES
 from thesislib.chapters.phrases import together
-from thesislib.model.blocks import plan_without
+from thesislib.model.blocks import plans_without_each
 from thesislib.model.forward import blocks_run
 from thesislib.sources.choices.choice_set import PARTS
 
@@ -52,7 +52,7 @@ def weights_of(size: Size, leave_one_out: bool) -> int:
 
 def runs(depth: int) -> tuple[int, int]:
     """Block runs of the whole model and the model without each block: beginnings shared, and one by one."""
-    return blocks_run([plan_without(depth, some) for some in ((), *([b] for b in range(depth)))])
+    return blocks_run(plans_without_each(depth))
 
 
 def an_item(record: Record) -> float:

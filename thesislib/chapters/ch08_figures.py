@@ -1,4 +1,4 @@
-"""Chapter 8's plots: scores beside losses, agreement, settling, other items, replacements, sets, training, cost."""
+"""Chapter 8's plots of rankings: scores beside losses, agreement, settling, other items, sets."""
 
 from collections.abc import Mapping, Sequence
 

@@ -8,7 +8,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from thesislib.chapters.ch08_pairs import NAMES, Losses, excesses, middle, pairs_add_up
+from thesislib.chapters.ch08_pairs import NAMES, Losses, excesses, pairs_add_up
+from thesislib.chapters.ch08_runs import free
 from thesislib.chapters.figures import BLUE, GREEN, GREY, ORANGE
 from thesislib.compress.exhaustive import Found
 
@@ -23,20 +24,20 @@ def pair_chart(record: Losses, found: Mapping[str, Found]) -> plt.Figure:
         found: {search: its pair}, see `thesislib.chapters.ch08_pairs.found`.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.3), layout="constrained")
-    square, free = excesses(record).to_numpy(), middle(record)
-    most = float(np.nanquantile(np.abs(square[np.ix_(free, free)]), SHOWN))
+    square, inner = excesses(record).to_numpy(), free(record.depth)
+    most = float(np.nanquantile(np.abs(square[np.ix_(inner, inner)]), SHOWN))
     image = left.imshow(square, cmap="RdBu_r", vmin=-most, vmax=most, origin="lower")
-    left.add_patch(plt.Rectangle((free[0] - 0.5, free[0] - 0.5), len(free), len(free), fill=False, color="black"))
+    left.add_patch(plt.Rectangle((inner[0] - 0.5, inner[0] - 0.5), len(inner), len(inner), fill=False, color="black"))
     left.grid(visible=False)
     left.set(xlabel="block", ylabel="block", title="excess of a pair, nats a token")
     figure.colorbar(image, ax=left, extend="both", shrink=0.85)
 
     whole, pairs = float(np.mean(record.searched[()])), pairs_add_up(record)
     added, true = pairs.predicted - whole, pairs.predicted + pairs.excess - whole
-    inside = np.array([{*pair} <= {*free} for pair in pairs.sets])
+    inside = np.array([{*pair} <= {*inner} for pair in pairs.sets])
     right.plot(added[~inside], true[~inside], "s", color=GREY, markersize=3, alpha=0.6, label="with an outer block")
     right.plot(added[inside], true[inside], "o", color=BLUE, markersize=3.5, alpha=0.7,
-        label=f"of blocks {free[0]} to {free[-1]}")  # fmt: skip
+        label=f"of blocks {inner[0]} to {inner[-1]}")  # fmt: skip
     ends = np.array([added.min() * 0.8, added.max() * 1.2])
     right.plot(ends, ends, "--", color=GREY, linewidth=1)
     right.set(xscale="log", yscale="log", xlabel="sum of both damages, nats a token (log)",

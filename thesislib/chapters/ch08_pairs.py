@@ -13,9 +13,10 @@ import numpy as np
 import pandas as pd
 import torch
 
+from thesislib.chapters.ch08_runs import free
 from thesislib.chapters.phrases import interval, together
 from thesislib.compress.agreement import Estimate, estimate, resampled_means
-from thesislib.compress.depth import Depth, angular_distances, influence, sets_losses, taylor
+from thesislib.compress.depth import angular_distances, influence, sets_losses, taylor
 from thesislib.compress.exhaustive import Additivity, Blocks, Found, additivity, searches
 from thesislib.compress.stability import chosen
 from thesislib.files import data_file, read_json, write_whole
@@ -243,20 +244,10 @@ def again(record: Losses) -> Again:
     return Again(here[0], 1 + int((means[0] < means[0, row]).sum()), len(pairs), regret, best, 1 + here.index(best))
 
 
-def middle(record: Losses) -> range:
-    """The blocks that chapter 2 lets go."""
-    return range(Depth.protect_first, record.depth - Depth.protect_last)
-
-
 def pairs_add_up(record: Losses, among: Collection[int] | None = None) -> Additivity:
     """Whether the damages of two blocks are the sum of each one's, among some blocks or all."""
     among = range(record.depth) if among is None else among
     return additivity(*_arrays({s: x for s, x in record.searched.items() if len(s) < 3 and {*s} <= {*among}}))
-
-
-def triples_add_up(record: Losses, order: int) -> Additivity:
-    """The same of the measured triples, which are no sample of all: most were measured because they are cheap."""
-    return additivity(*_arrays(record.searched), 3, order)
 
 
 def excesses(record: Losses) -> pd.DataFrame:
@@ -271,7 +262,7 @@ def mean_excess(record: Losses, distance: int | None = None, block: int | None =
     """The mean excess of pairs of middle blocks so far apart, or with a block in it; of all such pairs by default."""
     pairs = [
         (a, b)
-        for a, b in itertools.combinations(middle(record), 2)
+        for a, b in itertools.combinations(free(record.depth), 2)
         if distance in (None, b - a) and block in (None, a, b)
     ]
     return estimate(resampled_means(_excess(record, pairs), RESAMPLES).mean(1))
@@ -345,22 +336,22 @@ def _against_the_sum(excess: Estimate) -> str:
 def additivity_sentences(record: Losses) -> list[str]:
     """How well the sum of two damages predicts a pair's, of all blocks and of the middle ones; and which pairs cost
     more."""
-    free, said = middle(record), []
-    for name, blocks in (("all pairs", range(record.depth)), (f"pairs of blocks {free[0]} to {free[-1]}", free)):
+    inner, said = free(record.depth), []
+    for name, blocks in (("all pairs", range(record.depth)), (f"pairs of blocks {inner[0]} to {inner[-1]}", inner)):
         a = pairs_add_up(record, blocks)
         said.append(
             f"The sum of two single damages explains {a.r2.value:.0%} [{a.r2.low:.0%}, {a.r2.high:.0%}] of the "
             f"variance over {name}, and ranks them with Spearman's {interval(*a.spearman, '.2f')}."
         )
     near, far = mean_excess(record, distance=1), mean_excess(record)
-    by_block = {b: mean_excess(record, block=b) for b in free}
+    by_block = {b: mean_excess(record, block=b) for b in inner}
     most, least = (pick(by_block, key=lambda b: by_block[b].value) for pick in (max, min))
     said.append(
         f"A pair of those blocks costs {_against_the_sum(far)} on average; neighbours cost {_against_the_sum(near)}. "
         f"By block, pairs with {most} cost {_against_the_sum(by_block[most])}, those with {least} "
         f"{_against_the_sum(by_block[least])}."
     )
-    pairs = pairs_add_up(record, free)
+    pairs = pairs_add_up(record, inner)
     order = [pairs.sets[i] for i in np.argsort(pairs.excess)]
     said.append(
         f"Furthest above the sum are {_with_excess(record, order[: -1 - EXTREMES : -1])}. Furthest below are "

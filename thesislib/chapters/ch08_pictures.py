@@ -6,12 +6,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from thesislib.chapters.ch08_cost import runs
 from thesislib.chapters.ch08_theorem import ANSWERS, measured
 from thesislib.chapters.ch08_theorem import snowball as snowball_model
 from thesislib.chapters.drawing import Drawing
 from thesislib.compress.agreement import winners_curse
-from thesislib.model.blocks import plan_without
-from thesislib.model.forward import blocks_run
+from thesislib.model.blocks import plans_without_each
 from thesislib.sources.choices.choice_set import PARTS, part_of
 
 EPS = 1e-3  # of the snowball that is drawn
@@ -93,7 +93,7 @@ def snowball(eps: float = EPS) -> str:
 def skipping(depth: int, drawn: int = 8) -> str:
     """Which blocks run when each is skipped in turn, drawn for a few blocks and counted for `depth` too."""
     side, left, top = 22, 128, 30
-    plans = [plan_without(drawn, some) for some in ((), *([b] for b in range(drawn)))]
+    plans = plans_without_each(drawn)
     few, each_few = runs(drawn)
     once, each = runs(depth)
     picture = Drawing(
@@ -128,11 +128,6 @@ def skipping(depth: int, drawn: int = 8) -> str:
     words = f"{depth} blocks: {once} instead of {each} ({once / each:.0%}); every variant has its own logits"
     picture.text(14, y + 20, words, "start", bold=True)
     return picture.svg()
-
-
-def runs(depth: int) -> tuple[int, int]:
-    """How many blocks run for the whole model and the model without each block: (beginnings shared, not shared)."""
-    return blocks_run([plan_without(depth, some) for some in ((), *([b] for b in range(depth)))])
 
 
 # ---------------------------------------------------------------- the winner's curse

@@ -21,7 +21,7 @@ from thesislib.evaluate.perplexity import perplexities
 from thesislib.evaluate.setup import Setup
 from thesislib.experiment import described
 from thesislib.formats.load import load_subject
-from thesislib.model.blocks import Plan, plan_without
+from thesislib.model.blocks import Plan, plan_without, plans_without_each
 from thesislib.model.subject import Subject
 from thesislib.pipeline.recipe import Shape
 from thesislib.records.measurement import Measurement
@@ -123,8 +123,7 @@ def of_text(ranking: str, scores: Scores) -> np.ndarray:
 
 def leave_one_out_plans(depth: int) -> dict[str, Plan]:
     """The whole model and the model without each block, by the label of a row."""
-    plans = [plan_without(depth, some) for some in ((), *([b] for b in range(depth)))]
-    return {f"plan {format_plan(plan)}": plan for plan in plans}
+    return {f"plan {format_plan(plan)}": plan for plan in plans_without_each(depth)}
 
 
 def recorded_parts(p: Relevance, file: Path) -> Iterator[Part]:

@@ -12,7 +12,6 @@ from thesislib.records.measurement import Measurement
 from thesislib.sources.choices.choice_set import PARTS
 
 REPORT = PARTS[2]
-OWN = {"relevance", "likelihood"}  # metrics that ask a task
 
 
 class Kept(NamedTuple):

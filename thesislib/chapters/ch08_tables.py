@@ -22,8 +22,6 @@ from thesislib.compress.agreement import MIDDLE, Estimate
 from thesislib.compress.relevance import Outcomes, relevance
 from thesislib.records.measurement import Measurement
 
-TASK_NAMES = (*TASKS, ALL)
-
 
 def worth(record: Record) -> pd.DataFrame:
     """Blocks by cosine score and by what the items to report lose, in nats, mean over all tasks' items."""

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from thesislib.compress.calibration import Visitor, stream
 from thesislib.errors import BadInput, unknown
-from thesislib.model.blocks import plan_without, remove
+from thesislib.model.blocks import plans_without_each, remove
 from thesislib.model.endings import Endings, margin, scores
 from thesislib.model.forward import Plan, final_states
 from thesislib.model.subject import Subject
@@ -241,7 +241,7 @@ def _variants(
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """(0, states of the whole model), then (k + 1, states without the k-th of `blocks`) for each k."""
     if part == "block":
-        plans = [plan_without(subject.depth, some) for some in ((), *([b] for b in blocks))]
+        plans = plans_without_each(subject.depth, blocks)
         yield from sorted(states(subject, plans), key=lambda of: of[0])  # that without the last block is done first
         return
     for k, one in enumerate((subject, *(remove(subject, [b], part) for b in blocks))):

@@ -38,6 +38,12 @@ def plan_without(depth: int, blocks: Collection[int]) -> Plan:
     return tuple(b for b in range(depth) if b not in blocks)
 
 
+def plans_without_each(depth: int, blocks: Collection[int] | None = None) -> list[Plan]:
+    """The plan of the whole model, and those without each of some blocks, by default of all."""
+    each = range(depth) if blocks is None else blocks
+    return [plan_without(depth, some) for some in ((), *([b] for b in each))]
+
+
 def apply_plan(subject: Subject, plan: Sequence[int]) -> Subject:
     """A subject that runs the blocks of `subject` in the order of `plan` and shares every weight with it.
 
