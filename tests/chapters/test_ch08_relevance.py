@@ -10,7 +10,7 @@ from scipy.stats import friedmanchisquare, kendalltau, spearmanr, ttest_rel, wil
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.fakes import choice_data
-from thesislib.chapters import ch08_agreement, paper_claims
+from thesislib.chapters import ch08_agreement, ch08_claims, paper_claims
 from thesislib.chapters import ch08_cost as cost
 from thesislib.chapters import ch08_relevance as ch08
 from thesislib.chapters import ch08_sets as sets
@@ -527,11 +527,23 @@ def test_verdicts_turn_with_the_record(record):
     assert verdicts(known(cosine=WORTH, flips=0))["weak"] == FAILS
     blur = np.r_[WORTH[:4], np.random.default_rng(0).permutation(WORTH[MIDDLE]), WORTH[-2:]]
     assert verdicts(known(np.full(DEPTH, 0.5), cosine=blur, flips=0.6))["weak"] in (HOLDS, UNDECIDED)
-    noisy = known(WORTH, cosine=blur, flips=0.6)
-    rankings = agreements(noisy, ALL, MIDDLE, "relevance")
-    assert rankings["cosine"].spearman.value < 0.5 and rankings["relevance"].spearman.value < 0.9
-    beyond = rankings["cosine"].spearman.high / np.sqrt(rankings["relevance"].spearman.value)
-    assert verdicts(noisy)["weak"] == (HOLDS if beyond < 0.5 else UNDECIDED)  # noise alone is no weak agreement
+
+
+@pytest.mark.parametrize(
+    ("cosine", "itself", "word"),
+    [
+        (Estimate(0.23, -0.03, 0.43), 1.0, HOLDS),
+        (Estimate(0.23, -0.03, 0.43), 0.42, UNDECIDED),  # 0.43 / sqrt(0.42) = 0.66: noise alone may make it weak
+        (Estimate(0.45, 0.4, 0.49), 0.25, FAILS),  # 0.4 / 0.5 = 0.8
+        (Estimate(0.1, 0.0, 0.2), -0.1, UNDECIDED),  # nothing but noise
+    ],
+)
+def test_noise_is_no_weak_agreement(record, monkeypatch, cosine, itself, word):
+    rankings = agreements(record, ALL, MIDDLE, "relevance")
+    changed = {"cosine": cosine, "relevance": Estimate(itself, itself, itself)}
+    found = {name: rankings[name]._replace(spearman=e) for name, e in changed.items()}
+    monkeypatch.setattr(ch08_claims, "agreements", lambda *_: found)
+    assert ch08_claims._weak(record).word == word
 
 
 def test_the_claim_about_tasks_needs_more_than_noise():
