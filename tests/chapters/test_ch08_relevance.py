@@ -35,6 +35,7 @@ from thesislib.chapters.ch08_scores import Scores
 from thesislib.chapters.claims import page
 from thesislib.chapters.paper_claims import PaperClaim, section
 from thesislib.chapters.phrases import FAILS, HOLDS, UNDECIDED
+from thesislib.compress.agreement import Estimate
 from thesislib.compress.depth import influence
 from thesislib.compress.relevance import Outcomes, choices, next_tokens, outcomes
 from thesislib.model.blocks import plan_without, remove
