@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from thesislib.chapters import ch08_scores
+from thesislib.chapters.ch08_healing import is_healed
 from thesislib.chapters.ch08_runs import LEFT_OUT, NOTEBOOK, free, key, outcomes_of
 from thesislib.chapters.ch08_scores import Scores
 from thesislib.chapters.chapter import on_one_sample
@@ -21,12 +22,14 @@ class Record:
         outcomes: {(task, part): outcomes without each block}, of the parts that are complete.
         scores: by text, and what they cost.
         folder: of the other files.
+        healed: rows of sets that were trained, by a key that ends in the seed.
     """
 
     rows: dict[tuple, Measurement]
     outcomes: dict[tuple[str, str], Outcomes]
     scores: Scores
     folder: Path
+    healed: dict[tuple, Measurement]
 
     @property
     def depth(self) -> int:
@@ -54,4 +57,6 @@ def read_recorded(path: Path) -> Record:
     """A recorded run: PATH.jsonl and the files beside it."""
     rows = on_one_sample(Store(path).rows().values(), key)
     scores = ch08_scores.read(path.with_name(f"{NOTEBOOK}_scores.json"))
-    return Record(rows, outcomes_of(rows.values()), scores, path.parent)
+    healed = {k: m for k, m in rows.items() if is_healed(m)}
+    plain = {k: m for k, m in rows.items() if k not in healed}
+    return Record(plain, outcomes_of(plain.values()), scores, path.parent, healed)

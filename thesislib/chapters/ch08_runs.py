@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from thesislib.chapters import ch08_scores
+from thesislib.chapters import ch08_healing, ch08_scores
 from thesislib.chapters.ch08_scores import Scores
 from thesislib.chapters.chapter import Keep, Key, Parameters, Part, neighbours, shape
 from thesislib.compress.depth import Depth
@@ -34,6 +34,7 @@ TASKS = ("arc_easy", "piqa", "hellaswag")  # on which this subject is surely abo
 LEFT_OUT = ("boolq", "arc_challenge", "winogrande")  # on which it may not be: the whole model alone
 ASKED = 1_000  # items of each of those, at most
 COUNTS = (2, 4, 6, 8)  # blocks that are removed together
+HEALED = (4, 8)
 BY_TEXT = ("cosine", "angular", "Taylor", "magnitude", "perplexity", "last")
 ALL = "all"  # tasks, mixed
 RANKINGS = (*BY_TEXT, *(f"{metric}: {task}" for metric in ("relevance", "likelihood") for task in (ALL, *TASKS)))
@@ -50,6 +51,8 @@ class Relevance(Parameters):
         windows: of calibration text, for scores by text.
         length: tokens of a window.
         counts: how many blocks the recorded run removes together.
+        healed: of these, after which it trains.
+        steps: of such a training.
         seeds: of the recorded trainings.
     """
 
@@ -58,16 +61,18 @@ class Relevance(Parameters):
     windows: int = 8
     length: int = 512
     counts: tuple | list = COUNTS
+    healed: tuple | list = HEALED
+    steps: int = 48
     seeds: int = 3
 
     def __post_init__(self):
         super().__post_init__()
         check_tasks([self.task])
-        positive(**{f"counts[{i}]": k for i, k in enumerate(self.counts)})
+        positive(**{f"{n}[{i}]": k for n in ("counts", "healed") for i, k in enumerate(getattr(self, n))})
 
     def check_shape(self, shape: Shape) -> None:
         """Raises BadInput for a subject of which so many blocks cannot be removed."""
-        Depth(remove=max(self.counts)).check(shape.depth)
+        Depth(remove=max([*self.counts, *self.healed])).check(shape.depth)
 
 
 # ---------------------------------------------------------------- what each ranking removes
@@ -144,6 +149,7 @@ def recorded_parts(p: Relevance, file: Path) -> Iterator[Part]:
     yield from _leave_one_out(p, report, load)
     yield from (_left_out(p, task, load) for task in LEFT_OUT)
     yield _sets(p, file, load)
+    yield from ch08_healing.parts(p, functools.partial(_chosen_in, file), TASKS, report)
     yield from _leave_one_out(p, choose, load)
 
 
@@ -175,6 +181,22 @@ def _left_out(p: Relevance, task: str, load: Callable[..., Subject]) -> Part:
     return Part(task, {row: ASKED}, make)
 
 
+def rankings(file: Path) -> tuple[Scores, dict[tuple[str, str], Outcomes]]:
+    """What a record's sets of blocks are chosen by.
+
+    Raises:
+        BadInput: the record has not got so far.
+    """
+    outcomes = outcomes_of(Store(file).rows().values())
+    if lacking := [task for task in TASKS if (task, PARTS[0]) not in outcomes]:
+        raise BadInput(f"{file} has no ranking by {', '.join(lacking)} yet: another process is at it, run again")
+    return ch08_scores.read(file.with_name(f"{NOTEBOOK}_scores.json")), outcomes
+
+
+def _chosen_in(file: Path, ranking: str, k: int) -> tuple[int, ...]:
+    return chosen(ranking, k, *rankings(file))
+
+
 def _sets(p: Relevance, file: Path, load: Callable[..., Subject]) -> Part:
     """The part to report of each task, and the whole text, without the blocks that each ranking chooses."""
     report = PARTS[2]
@@ -185,15 +207,12 @@ def _sets(p: Relevance, file: Path, load: Callable[..., Subject]) -> Part:
 
     def make(missing: Collection[Key], keep: Keep) -> None:
         subject = load(p.subject, p.dtype, p.device)
-        scores = ch08_scores.read(file.with_name(f"{NOTEBOOK}_scores.json"))
-        outcomes = outcomes_of(Store(file).rows().values())
-        if lacking := [task for task in TASKS if (task, PARTS[0]) not in outcomes]:
-            raise BadInput(f"{file} has no ranking by {', '.join(lacking)} yet: another process is at it, run again")
+        read = rankings(file)
         for task in dict.fromkeys(key[1] for key in missing):
             wanted: dict[tuple[int, ...], list[Key]] = {}
             for key in missing:
                 if key[1] == task:
-                    wanted.setdefault(chosen(key[3], int(key[0][1:]), scores, outcomes), []).append(key)
+                    wanted.setdefault(chosen(key[3], int(key[0][1:]), *read), []).append(key)
             for some in neighbours({blocks: plan_without(subject.depth, blocks) for blocks in wanted}):
                 if task == PERPLEXITY:
                     found = perplexities(subject, evaluation_text(p.data), some, length=p.length)
@@ -224,7 +243,11 @@ def stages_of(m: Measurement) -> list[Depth]:
 
 
 def key(m: Measurement) -> Key:
-    """Label, task, part of its items, and the ranking that chose the blocks."""
+    """Label, task, part of its items, the ranking that chose the blocks, and of a healed set the seed."""
+    if ch08_healing.is_healed(m):
+        task = PERPLEXITY if m.metric == PERPLEXITY else m.provenance["protocol"]["on"]
+        part = m.provenance["protocol"].get("part") or ""
+        return m.label, task, part, m.chapter["ranking"], m.chapter["seed"]
     if m.metric == PERPLEXITY:
         return m.label, PERPLEXITY, "", m.chapter["ranking"]
     protocol = m.provenance["protocol"]
@@ -238,7 +261,7 @@ def outcomes_of(rows: Iterable[Measurement]) -> dict[tuple[str, str], Outcomes]:
     """{(task, part): outcomes} of those parts that have the whole model and the model without each block."""
     parts: dict[tuple[str, str], list[Measurement]] = {}
     for m in rows:
-        _, task, part, ranking = key(m)
+        _, task, part, ranking, *_ = key(m)
         if part and not ranking:
             parts.setdefault((task, part), []).append(m)
     found = {}
