@@ -18,7 +18,8 @@ from thesislib.files import read_json
 from thesislib.formats.artifact_json import RECORD
 from thesislib.formats.sizes import predicted_disk_bytes, sizes
 from thesislib.model.blocks import apply_plan
-from thesislib.model.layers import ComputedLinear
+from thesislib.model.layers import ComputedLinear, unpack_all
+from thesislib.model.lowrank import LowRank
 from thesislib.model.subject import Subject
 from thesislib.pipeline.label import DENSE
 from thesislib.pipeline.recipe import Recipe
@@ -91,8 +92,12 @@ class Prepared:
     def unpacked(self) -> Subject:
         """The model with its packed weights unpacked once, the same numbers as at every use: a model of 4 bits answers
         questions three times as fast."""
-        packed = any(isinstance(m, ComputedLinear) for m in self.model.model.modules())
-        return self.model.copy() if packed else self.model
+        packed = any(isinstance(m, ComputedLinear) and not isinstance(m, LowRank) for m in self.model.model.modules())
+        if not packed:
+            return self.model
+        model = self.model.copy(unpack=False)
+        unpack_all(model.model, but=(LowRank,))
+        return model
 
     def measure(self, setup: Setup, data: str, **more: object) -> Measurement:
         """The record of this model measured by a setup on a data spec; `more` goes into its provenance."""

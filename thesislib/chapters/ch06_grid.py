@@ -23,7 +23,7 @@ from thesislib.chapters.ch06_runs import (
     recorded_parts,
 )
 from thesislib.chapters.chapter import Chapter, Opening
-from thesislib.chapters.labels import FAMILIES, family, of, thesis_of
+from thesislib.chapters.labels import FAMILIES, QUANTISED, family, of, thesis_of
 from thesislib.chapters.pareto import (
     MEASURES,
     OPEN,
@@ -435,7 +435,7 @@ def front_caption(record: Record) -> str:
     """What the first figure finds."""
     by_base = main_fronts(record.for_fronts, PPL)
     counts = " and ".join(
-        f"{sum(family(x) in FAMILIES[2:] for x in labels)} of the {len(labels)} {group(base)}"
+        f"{sum(family(x) in QUANTISED for x in labels)} of the {len(labels)} {group(base)}"
         for base, labels in by_base.items()
     )
     star = " No untrained model reaches the star, the file that the model came in." if _star_wins(record) else ""
@@ -460,7 +460,7 @@ def answers_caption(results: Results) -> str:
     best = front(points(results), "MB", OPEN)[DENSE]
     return (
         f"{len(none)} of {len(untrained)} untrained models answer next to nothing (under 2 %); of the {len(best)} on "
-        f"the front {sum(family(x) in FAMILIES[2:] for x in best)} are quantised."
+        f"the front {sum(family(x) in QUANTISED for x in best)} are quantised."
     )
 
 
@@ -475,13 +475,13 @@ def interaction_caption(results: Results) -> str:
 
 def quantised_steps(results: Results) -> list[tuple[str, str, str, Comparison]]:
     """`steps` to fewer bits and to EoRA; what pruning and LoRA change is shown by chapters 2 to 4."""
-    return [row for row in steps(results) if row[0] in FAMILIES[2:]]
+    return [row for row in steps(results) if row[0] in QUANTISED]
 
 
 def steps_caption(results: Results) -> str:
     """What quantisation costs and EoRA gives back, at 4 bits."""
     four = {name: [np.exp(c.difference) for stage, _, label, c in quantised_steps(results)
-                   if stage == name and of(label).bits == 4] for name in FAMILIES[2:]}  # fmt: skip
+                   if stage == name and of(label).bits == 4] for name in QUANTISED}  # fmt: skip
     cost, gain = (f"x {min(x):.3g} to x {max(x):.3g}" for x in four.values())
     return (
         f"Four bits cost perplexity {cost}, and EoRA changes that by {gain}, whatever was done before. Hollow: no "

@@ -12,11 +12,13 @@ from thesislib.pipeline.label import DENSE, Label
 
 SHOWN = {
     "pruned": "pruned",
+    "factorised": "low rank",
     "trained": "+ LoRA",
     "quantised": "+ GPTQ",
     "compensated": "+ EoRA",
 }  # families, as charts and tables name them
 FAMILIES = tuple(SHOWN.values())
+QUANTISED = FAMILIES[-2:]  # whose weights take few bits
 # those that the book explains
 PARTS = (DENSE, "D2", "DA2", "DM2", "D2L", "W1:8", "W2:4", "W50%", "W", "T", "R", "Q", "Q3", "H", "E", "D2+W1:8+W+Q+E")
 

@@ -7,7 +7,7 @@ from importlib.resources import files
 
 import pandas as pd
 
-from thesislib.chapters.labels import FAMILIES, family, of, training
+from thesislib.chapters.labels import FAMILIES, QUANTISED, family, of, training
 from thesislib.chapters.phrases import interval
 from thesislib.evaluate.compare import compare
 from thesislib.evaluate.setup import TASKS
@@ -166,7 +166,7 @@ def at_equal_bytes(results: Results) -> dict[str, Comparison | None]:
     trained on the same texts, there is nothing to compare, and a model is left out.
     """
     rows = points(results).dropna(subset=["MB", PPL]).set_index("label")
-    plain, packed = (rows[rows["family"].isin(names)].index for names in (FAMILIES[:2], FAMILIES[2:]))
+    plain, packed = (rows[rows["family"].isin(names)].index for names in (FAMILIES[:-2], QUANTISED))
     pairs = {}
     for x in plain:
         alike = [q for q in packed if trained_like(q) == trained_like(x)]

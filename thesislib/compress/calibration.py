@@ -26,7 +26,7 @@ from thesislib.model.tokenizers import check_windows
 # the input of each projection; those with the same input share its statistics
 INPUTS = dict.fromkeys(("q_proj", "k_proj", "v_proj"), "attention") | dict.fromkeys(("gate_proj", "up_proj"), "mlp")
 INPUTS |= {"o_proj": "heads", "down_proj": "hidden"}
-FEEDS = ("compressed", "original")
+FEEDS = ("compressed", "original", "both")
 
 
 @dataclass
@@ -37,11 +37,16 @@ class Statistics:
         squares: (D,) float32, the sum of w x^2, which is the diagonal of the moment.
         moment: (D, D) float32, the sum of w x x^T; None if the visitor does not need it.
         tokens: the sum of w; with weighting 'unit_norm' the number of tokens.
+        sizes: (D,) the sum of w abs(x); None if the visitor does not need it.
+        cross: (D, D) the sum of w f x^T, f being the same projection's inputs in the unchanged model; None unless both
+            models are fed.
     """
 
     squares: torch.Tensor
     moment: torch.Tensor | None
     tokens: float
+    sizes: torch.Tensor | None = None
+    cross: torch.Tensor | None = None
 
     @property
     def rms(self) -> torch.Tensor:
@@ -72,10 +77,12 @@ class Visitor:
         groups: projections that change together, after one run of the block for each group. WANDA has one group of all
             seven. In GPTQ's true-sequential order a group sees the changes of the one before.
         moments: whether the method needs the moment X^T X, or only its diagonal.
+        sizes: whether it needs the sums of abs(x).
     """
 
     groups: Sequence[Sequence[str]] = ()
     moments: bool = False
+    sizes: bool = False
 
     def wants(self, block: int, name: str) -> bool:
         """Whether this projection takes part; others cost nothing."""
@@ -193,7 +200,8 @@ def stream(
         visitor: the method.
         weighting: of tokens in the statistics, see `token_weights`.
         feed: the input of the next block: the output of the changed block ('compressed', as in WANDA and GPTQ), or of
-            the unchanged block ('original'), which saves the second run.
+            the unchanged block ('original'), which saves the second run. With 'both' a block runs on both, and the
+            statistics have the cross moment; all projections of a block change together then.
         batch: windows at a time; only the order of sums depends on it.
         activations_on_disk: keep the (N, T, D) activations in a memory-mapped temporary file.
         title: of the progress bar.
@@ -203,7 +211,9 @@ def stream(
             that runs twice.
     """
     if feed not in FEEDS:
-        raise BadInput(f"feed '{feed}' is not known: expected {' or '.join(FEEDS)}")
+        raise BadInput(f"feed '{feed}' is not known: expected {', '.join(FEEDS)}")
+    if feed == "both" and len(visitor.groups) > 1:
+        raise BadInput("feed 'both' needs a method that changes all projections of a block at once")
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise BadInput(
             f"calibration windows have shape {tuple(windows.shape)}: expected (at least 1, at least 2) tokens"
@@ -215,10 +225,11 @@ def stream(
     # no_grad instead of inference_mode: results become weights, which may be trained later
     with torch.no_grad():
         x = _embedded(blocks, windows, batch, activations_on_disk)
+        dense = x.clone() if feed == "both" else None  # the activations of the unchanged model
         positions = torch.arange(windows.shape[1])[None]
         for i in tqdm(range(blocks.depth), desc=title, unit="block", disable=None, leave=False):
             with blocks.hold(i) as block:
-                run = _Run(blocks, block, i, x, positions, batch, weighting)
+                run = _Run(blocks, block, i, x, positions, batch, weighting, dense)
                 linears = {n: m for n, m in projections(block).items() if visitor.wants(i, n)}
                 groups = [{n: linears[n] for n in group if n in linears} for group in visitor.groups]
                 groups = [group for group in groups if group]
@@ -227,7 +238,7 @@ def stream(
                     for group in groups:
                         visitor.change(i, group, {n: statistics[n] for n in group})
                 else:
-                    for group in groups:
+                    for group in groups or ([{}] if dense is not None else []):
                         visitor.change(i, group, run.collect(list(group), visitor, advance=False))
                     run.collect([], visitor)
 
@@ -267,6 +278,7 @@ class _Run:
     positions: torch.Tensor
     batch: int
     weighting: str
+    dense: torch.Tensor | None = None
 
     def collect(self, names: Sequence[str], visitor: Visitor, advance: bool = True) -> dict[str, Statistics]:
         """Statistics of the inputs of the projections `names`.
@@ -280,10 +292,15 @@ class _Run:
         hooked = {INPUTS[n]: n for n in reversed(names)}  # the first of the projections with the same input
         statistics: dict[str, Statistics] = {}
         waiting: set[str] = set()
+        unchanged: dict[str, torch.Tensor] = {}  # inputs in the unchanged model, of these windows
+        noting = False
 
         def listen(key: str):
             def hook(_module, args):
-                statistics[key] = self._add(statistics.get(key), args[0], visitor.moments, hooked[key])
+                if noting:
+                    unchanged[key] = args[0]
+                    return
+                statistics[key] = self._add(statistics.get(key), args[0], visitor, hooked[key], unchanged.get(key))
                 waiting.discard(key)
                 if not waiting and not advance:
                     raise _Collected
@@ -298,6 +315,10 @@ class _Run:
             for start in range(0, len(self.x), self.batch):
                 waiting.update(hooked)
                 x = self.x[start : start + self.batch].to(device)
+                if self.dense is not None and not advance:  # before the block changes
+                    noting, f = True, self.dense[start : start + self.batch].to(device)
+                    y = self.block(f, attention_mask=mask, position_embeddings=self.blocks.rotary(f, positions))
+                    noting, self.dense[start : start + self.batch] = False, y.cpu()
                 try:
                     y = self.block(x, attention_mask=mask, position_embeddings=self.blocks.rotary(x, positions))
                 except _Collected:
@@ -310,22 +331,30 @@ class _Run:
                 handle.remove()
         return {name: statistics[INPUTS[name]] for name in names}
 
-    def _add(self, sofar: Statistics | None, x: torch.Tensor, moments: bool, name: str) -> Statistics:
-        """Add a batch of a projection's inputs to its statistics."""
+    def _add(
+        self, sofar: Statistics | None, x: torch.Tensor, visitor: Visitor, name: str, unchanged: torch.Tensor | None
+    ) -> Statistics:
+        """Add a batch of a projection's inputs, and those in the unchanged model if it is fed, to its statistics."""
         w = token_weights(self.weighting, x)
         weighted = (x.float() * w.sqrt()[..., None]).flatten(0, -2)  # (B T, D)
-        moment = weighted.T @ weighted if moments else None
-        squares = moment.diagonal().clone() if moments else weighted.square().sum(0)
+        moment = weighted.T @ weighted if visitor.moments else None
+        squares = weighted.square().sum(0) if moment is None else moment.diagonal().clone()
+        sizes = (x.float().abs() * w[..., None]).flatten(0, -2).sum(0) if visitor.sizes else None
+        cross = None
+        if unchanged is not None:
+            cross = (unchanged.float() * w.sqrt()[..., None]).flatten(0, -2).T @ weighted
         if not torch.isfinite(squares).all():
             raise BadInput(
                 f"the inputs of block {self.number}'s {name} are not finite: the model or its compression before "
                 "this block is broken"
             )
         tokens = float(x.shape[0] * x.shape[1]) if self.weighting == "unit_norm" else float(w.sum())
+        new = Statistics(squares, moment, tokens, sizes, cross)
         if sofar is None:
-            return Statistics(squares, moment, tokens)
-        if moments:
-            sofar.moment += moment
+            return new
+        for part in ("moment", "sizes", "cross"):
+            if getattr(new, part) is not None:
+                getattr(sofar, part).add_(getattr(new, part))
         sofar.squares += squares
         sofar.tokens += tokens
         return sofar

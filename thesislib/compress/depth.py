@@ -165,6 +165,14 @@ class Depth(Calibrated):
     def after(self, previous: Sequence[Stage], shape: Shape | None = None) -> Shape | None:
         """See `Stage`: fewer blocks, or as many if only parts of them are removed."""
         quantised = next((earlier.label for earlier in previous if earlier.family == "quantised"), None)
+        pairs = next((earlier.label for earlier in previous if earlier.factorises), None)
+        if pairs and self.metric == "taylor":
+            raise BadInput(
+                f"metric 'taylor' after {pairs} needs gradients of weights that became pairs: use perplexity, or depth "
+                "before low rank"
+            )
+        if pairs and self.replace in ("scalar", "linear"):
+            raise BadInput(f"{self.label} after {pairs} would change pairs of low rank: put it before, or use bias")
         if quantised and self.replace in ("scalar", "linear"):
             raise BadInput(
                 f"{self.label} after {quantised} would change quantised weights: quantise after it, or use bias"
@@ -453,8 +461,8 @@ def taylor_of_parts(
     every = [w for several in weights.values() for w in several]
     if any(not isinstance(w, nn.Parameter) or not w.is_floating_point() for w in every):
         raise BadInput(
-            "metric 'taylor' needs gradients, which packed or quantised weights do not carry: use perplexity, "
-            "influence or magnitude"
+            "metric 'taylor' needs gradients, which packed or quantised weights and pairs of low rank do not carry: "
+            "use perplexity, influence or magnitude"
         )
     try:
         for w in every:

@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 
 from thesislib.compress.calibration import ALL_AT_ONCE, INPUTS, Statistics, Visitor, check_moment, stream
+from thesislib.compress.factor import truncated
 from thesislib.compress.layerwise import check_same_shapes, effective_weight, relative_error
 from thesislib.compress.outline import Outline, SizeUnknown, corrected
 from thesislib.compress.selection import LinearKey, check_all_fit, fits, patterns, selected
@@ -309,14 +310,7 @@ def correction(
         total: squared norm of W X; gains are relative to it.
     """
     m = difference.double() @ root
-    # The singular vectors of the shorter side are the eigenvectors of its Gram matrix, in a quarter of an SVD's time.
-    # Since they are orthonormal, u u^T m is a projection of m however small a singular value is.
-    tall = m.shape[0] > m.shape[1]
-    short = torch.linalg.eigh(m.T @ m if tall else m @ m.T).eigenvectors.flip(1)[:, :rank]
-    long = m @ short if tall else m.T @ short  # times the singular values
-    s = long.norm(dim=0)
-    half = torch.where(s > 0, s.rsqrt(), 0)
-    u, v = (long * half, short * s.sqrt()) if tall else (short * s.sqrt(), long * half)
+    u, v, s = truncated(m, rank, left=0.5)
     return Correction((v.T @ inverse).float(), u.float(), (s.square() / total).tolist(), ENTRY * sum(difference.shape))
 
 

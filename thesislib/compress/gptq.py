@@ -23,12 +23,13 @@ from thesislib.compress.calibration import (
     stream,
 )
 from thesislib.compress.layerwise import relative_error
-from thesislib.compress.outline import Outline, Outlined, empty
+from thesislib.compress.outline import Outline, Outlined, OutlinedPair, empty
 from thesislib.compress.selection import LinearKey, check_all_fit, fits, patterns, selected
 from thesislib.compress.stage import Shape, Stage, Weighted, stage
 from thesislib.errors import BadInput, unknown
 from thesislib.model.grid import CLIPS, ROW, Grid, Quantised, round_to_nearest
-from thesislib.model.layers import Adapted, Projection, base_of, replace
+from thesislib.model.layers import Adapted, Projection, base_of, replace, unpack_all
+from thesislib.model.lowrank import FACTORS, LowRank, is_lowrank
 from thesislib.model.packing import PRUNED
 from thesislib.model.quantised import (
     EMBEDDINGS,
@@ -40,6 +41,7 @@ from thesislib.model.quantised import (
 )
 from thesislib.model.subject import Subject
 
+Held = QuantisedLinear | LowRank  # a projection with rounded numbers
 ORDERS = ("none", "groups", "static", "index")
 BLOCK = 128  # columns after which all later columns are updated
 
@@ -117,6 +119,8 @@ class Rtn(Stage):
                 raise BadInput(
                     f"{self.label} after {earlier.label} would quantise a quantised subject: keep one of the two"
                 )
+            if earlier.factorises and self.indexed:
+                raise BadInput(f"{self.label} after {earlier.label}: a pair's factors keep no index of their inputs")
         if shape is not None:
             blocks = range(shape.depth)
             self.levels.check({n: size for n, size in shape.inputs.items() if any(self.takes(i, n) for i in blocks)})
@@ -127,6 +131,9 @@ class Rtn(Stage):
 
         def rounded(module: Projection, _: bool) -> Projection:
             base = cast("Outlined", base_of(module))
+            if isinstance(base, OutlinedPair):
+                pair = OutlinedPair(base, base.rank, self.encodings(base.rank, base.in_features), outline.dtype)
+                return Adapted(pair, module.lora_A, module.lora_B) if isinstance(module, Adapted) else pair
             if not self.levels.holds_zero and base.pruned > PRUNED * base.in_features * base.out_features:
                 raise BadInput(
                     f"grid '{self.grid}' has no exact zero, and weights have been pruned: use symmetric or asymmetric"
@@ -149,6 +156,15 @@ class Rtn(Stage):
         """Whether each input's group is stored."""
         return False
 
+    def of_factor(self, columns: int) -> Grid:
+        """The grid of a pair's factor: its rows are one group where groups do not divide them."""
+        return Grid(self.bits, self.group if columns % self.levels.size(columns) == 0 else ROW, self.grid)
+
+    def encodings(self, rank: int, inputs: int) -> tuple[str, str]:
+        """How the factors A and B of a pair are held."""
+        a, b = (f"int{self.bits}/{self.grid}/{self.of_factor(n).group}/{EVERYWHERE}" for n in (inputs, rank))
+        return a, b
+
     def apply(self, subject: Subject, *, data: str = "embedded", work: Path | None = None) -> tuple[Subject, dict]:
         """A copy of the subject with its projections as `QuantisedLinear`, and a report of bytes and errors.
 
@@ -160,7 +176,8 @@ class Rtn(Stage):
         """
         check_all_fit(self.linears, subject.depth)
         self._check_subject(subject)
-        result = subject.copy()
+        result = subject.copy(unpack=False)
+        unpack_all(result.model, but=(LowRank,))
         linears, report = self._quantise(result, data)
         for (block, name), linear in linears.items():
             module = result.linears(block)[name]
@@ -172,7 +189,7 @@ class Rtn(Stage):
             _quantise_embedding(result, self)
         distinct = {id(linear): linear for linear in linears.values()}.values()
         size = sum(t.numel() * t.element_size() for linear in distinct for t in linear.stored.values())
-        weights = sum(linear.in_features * linear.out_features for linear in distinct)
+        weights = sum(linear.numel for linear in distinct)
         sizes = {"linears": len(distinct), "bytes": size, "bits_per_weight": round(8 * size / max(weights, 1), 3)}
         return result, sizes | report
 
@@ -180,7 +197,8 @@ class Rtn(Stage):
         """Raises BadInput for a subject that cannot be quantised, see `apply`."""
         embedding = subject.model.get_input_embeddings()
         for (i, name), module in selected(subject, self.takes).items():
-            if is_quantised(module):
+            base = base_of(module)
+            if is_quantised(module) or (isinstance(base, LowRank) and base.is_quantised):
                 raise BadInput(
                     f"block {i}'s {name} is quantised already ({base_of(module).encoding}): start from the subject "
                     "before that"
@@ -194,17 +212,28 @@ class Rtn(Stage):
         if self.embedding_bits and is_quantised(embedding):
             raise BadInput("the embedding is quantised already: start from the subject before that")
 
-    def rounded(self, weight: torch.Tensor) -> Quantised:
-        """A (rows, columns) float32 weight on the grid."""
-        return round_to_nearest(weight, self.levels, self.clip)
+    def rounded(self, weight: torch.Tensor, grid: Grid | None = None) -> Quantised:
+        """A (rows, columns) float32 weight on the stage's grid, or another one."""
+        return round_to_nearest(weight, grid or self.levels, self.clip)
 
-    def _quantise(self, subject: Subject, data: str) -> tuple[dict[LinearKey, QuantisedLinear], dict]:
+    def _pair(self, pair: LowRank) -> LowRank:
+        """A pair with both factors on the grid."""
+        factors = (pair.factor(name).detach().float() for name in FACTORS)
+        rounded = (self.rounded(factor, self.of_factor(factor.shape[1])) for factor in factors)
+        return LowRank(*(QuantisedLinear.of(q, dtype=pair.like.dtype) for q in rounded), pair.bias)
+
+    def _quantise(self, subject: Subject, data: str) -> tuple[dict[LinearKey, Held], dict]:
         """The quantised projections of a subject, and its part of the report."""
         taken = selected(subject, self.takes)
-        quantised: dict[int, QuantisedLinear] = {}  # by module, since repeated blocks share their projections
+        quantised: dict[int, Held] = {}  # by module, since repeated blocks share their projections
         for module in tqdm(taken.values(), desc=self.label, unit="linear", disable=None, leave=False):
             if id(module) not in quantised:
-                quantised[id(module)] = _linear(module, self.rounded(module.weight.detach().float()))
+                base = base_of(module)
+                quantised[id(module)] = (
+                    self._pair(base)
+                    if isinstance(base, LowRank)
+                    else _linear(module, self.rounded(module.weight.detach().float()))
+                )
         return {key: quantised[id(module)] for key, module in taken.items()}, {}
 
 
@@ -266,7 +295,7 @@ class Gptq(Weighted, Rtn):
         stream(blocks, windows, visitor, weighting=self.weighting, title=self.label)
         return visitor.report()
 
-    def _quantise(self, subject: Subject, data: str) -> tuple[dict[LinearKey, QuantisedLinear], dict]:
+    def _quantise(self, subject: Subject, data: str) -> tuple[dict[LinearKey, Held], dict]:
         ids = self.ids(subject.tokenizer, data)
         visitor = Quantise(self)
         stream(subject, ids, visitor, weighting=self.weighting, title=self.label)
@@ -291,7 +320,7 @@ class Quantise(Visitor):
     def __init__(self, config: Gptq, keep: bool = True):
         self.config, self.keep = config, keep
         self.groups = TRUE_SEQUENTIAL if config.sequential else ALL_AT_ONCE
-        self.linears: dict[LinearKey, QuantisedLinear] = {}
+        self.linears: dict[LinearKey, Held] = {}
         self.errors: dict[str, float] = {}
         self.raised: dict[str, float] = {}
 
@@ -302,6 +331,10 @@ class Quantise(Visitor):
     def change(self, block: int, linears: Mapping[str, Projection], statistics: Mapping[str, Statistics]) -> None:
         """See `Visitor`. Projections with the same inputs are rounded together, since rows are independent."""
         c = self.config
+        for name, linear in linears.items():
+            if isinstance(pair := base_of(linear), LowRank):
+                self._change_pair(block, name, pair, statistics[name].moment)
+        linears = {name: linear for name, linear in linears.items() if not is_lowrank(linear)}
         for key in dict.fromkeys(INPUTS[name] for name in linears):
             together = {name: linear for name, linear in linears.items() if INPUTS[name] == key}
             where = f"block {block}'s {', '.join(together)}"
@@ -321,6 +354,26 @@ class Quantise(Visitor):
                 if self.keep:
                     self.linears[block, name] = _linear(linear, mine)
                 linear.weight.data.copy_(after)
+
+    def _change_pair(self, block: int, name: str, pair: LowRank, moment: torch.Tensor) -> None:
+        """Round A on the inputs' moment, then B on that of what the rounded A gives it."""
+        c, before, factors = self.config, pair.weight.float(), []
+        inner = moment
+        for factor in FACTORS:
+            weight, where = pair.factor(factor).detach().float(), f"block {block}'s {name}, factor {factor}"
+            order = c.act_order if factor == "A" or c.of_factor(weight.shape[1]).group != ROW else "none"
+            quantised, damping = gptq(
+                weight, inner, c.of_factor(weight.shape[1]), act_order=order, damping=c.damping, clip=c.clip,
+                where=where,
+            )  # fmt: skip
+            if damping != c.damping:
+                self.raised[where] = damping
+            factors.append(QuantisedLinear.of(quantised, dtype=pair.like.dtype))
+            inner = quantised.weight @ inner @ quantised.weight.T
+        pair.hold(*factors)
+        self.errors[f"blocks.{block}.{name}"] = relative_error(before - pair.weight.float(), before, moment)
+        if self.keep:
+            self.linears[block, name] = pair
 
     def report(self) -> dict:
         """The relative output error of each projection on the calibration text, and damping that was raised."""

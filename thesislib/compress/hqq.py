@@ -8,7 +8,7 @@ import torch
 from thesislib.compress.gptq import Rtn
 from thesislib.compress.stage import stage
 from thesislib.errors import BadInput, unknown
-from thesislib.model.grid import Quantised, round_to_nearest
+from thesislib.model.grid import Grid, Quantised, round_to_nearest
 
 
 @stage("hqq")
@@ -52,13 +52,14 @@ class Hqq(Rtn):
                 "one in [1, 10), e.g. 10 and 1.01"
             )
 
-    def rounded(self, weight: torch.Tensor) -> Quantised:
+    def rounded(self, weight: torch.Tensor, grid: Grid | None = None) -> Quantised:
         """See `Rtn`."""
-        start = round_to_nearest(weight, self.levels)
+        levels = grid or self.levels
+        start = round_to_nearest(weight, levels)
         scale, (rows, groups) = start.scale[..., None], start.scale.shape
         offset = fit_offset(weight.view(rows, groups, -1), scale, start.offset[..., None], self)
-        codes = self.levels.codes(weight.view(rows, groups, -1), scale, offset)
-        return Quantised(self.levels, codes.to(torch.uint8).view_as(weight), start.scale, offset[..., 0])
+        codes = levels.codes(weight.view(rows, groups, -1), scale, offset)
+        return Quantised(levels, codes.to(torch.uint8).view_as(weight), start.scale, offset[..., 0])
 
 
 def fit_offset(w: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor, config: Hqq) -> torch.Tensor:

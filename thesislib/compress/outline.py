@@ -13,6 +13,7 @@ from thesislib.model import packing
 from thesislib.model.blocks import ATTRIBUTES
 from thesislib.model.grid import Grid
 from thesislib.model.layers import LINEARS, Adapted, ComputedLinear, Projection, base_of, replace
+from thesislib.model.lowrank import DENSE, factor_shapes
 from thesislib.model.packing import PRUNED
 from thesislib.model.quantised import EVERYWHERE, stored_shapes
 from thesislib.model.subject import Subject
@@ -110,6 +111,44 @@ class Outlined(ComputedLinear):
     def stored(self) -> dict[str, torch.Tensor]:
         """Tensors of the shapes that an artifact would store."""
         return self.tensors
+
+    @property
+    def rounded(self) -> bool:
+        """Whether numbers are on a grid, so that some may have become zero."""
+        return self.grid is not None
+
+
+class OutlinedPair(Outlined):
+    """Replaces a projection in an outline by a pair of low rank.
+
+    Args:
+        like: the projection.
+        rank: of the pair.
+        encodings: of its factors A and B, see `thesislib.model.lowrank.LowRank`.
+        dtype: of a dense factor.
+    """
+
+    def __init__(self, like: Projection, rank: int, encodings: tuple[str, str], dtype: torch.dtype):
+        super().__init__(base_of(like), dtype, Zeros())
+        shape = like.out_features, like.in_features
+        self.rank, self.encodings = rank, encodings
+        self.tensors = empty(factor_shapes(rank, shape, encodings, dtype))
+        self.encoding = f"lowrank:{rank}:{encodings[0]}:{encodings[1]}"
+
+    @property
+    def numel(self) -> int:
+        """rank (inputs + outputs)."""
+        return self.rank * (self.in_features + self.out_features)
+
+    @property
+    def macs(self) -> int:
+        """As many as parameters."""
+        return self.numel
+
+    @property
+    def rounded(self) -> bool:
+        """See `Outlined`."""
+        return self.encodings != (DENSE, DENSE)
 
 
 def empty(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, torch.Tensor]:

@@ -28,6 +28,7 @@ from thesislib.errors import BadInput
 from thesislib.model import packing
 from thesislib.model.blocks import apply_plan, shell, with_bias, with_projections
 from thesislib.model.layers import Adapted, Projection, unpack
+from thesislib.model.lowrank import is_lowrank
 from thesislib.model.quantised import is_quantised
 from thesislib.model.subject import Subject
 
@@ -59,6 +60,10 @@ def check(subject: Subject, removed: Collection[int], how: str) -> None:
     for run in gaps(removed):
         if how == "scalar":
             later = [subject.linears(b) for b in range(run[-1] + 1, subject.depth)]
+            if any(is_lowrank(linears[n]) for linears in later for n in WRITERS if n in linears):
+                raise BadInput(
+                    f"replace 'scalar' scales the weights after block {run[-1]}, and some are pairs: use bias"
+                )
             if any(is_quantised(linears[n]) for linears in later for n in WRITERS if n in linears):
                 raise BadInput(
                     f"replace 'scalar' scales the weights after block {run[-1]}, and they are quantised: quantise "
@@ -71,6 +76,8 @@ def check(subject: Subject, removed: Collection[int], how: str) -> None:
         where = f"replace '{how}' of block {run[0]} goes into the down_proj of block {run[0] - 1}, which"
         if neighbour is None:
             raise BadInput(f"{where} was removed with its MLP: use scalar")
+        if how == "linear" and is_lowrank(neighbour):
+            raise BadInput(f"{where} is a pair of low rank: use bias")
         if how == "linear" and is_quantised(neighbour):
             raise BadInput(f"{where} is quantised: quantise after the depth stage, or use bias")
         if how == "linear" and packing.smallest(neighbour.weight) != "dense":

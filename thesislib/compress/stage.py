@@ -22,7 +22,7 @@ from thesislib.errors import BadInput
 from thesislib.model.subject import Subject
 from thesislib.sources.corpus import calibration_windows
 
-FAMILIES = ("pruned", "trained", "quantised", "compensated")
+FAMILIES = ("pruned", "factorised", "trained", "quantised", "compensated")
 STAGES: dict[str, type["Stage"]] = {}  # by word; `thesislib.pipeline.recipe` imports them all
 StageClass = TypeVar("StageClass", bound="type[Stage]")
 
@@ -50,6 +50,7 @@ class Stage:
         pattern: a regular expression that all of its labels match, and no other stage's.
         correctable: whether EoRA may follow: it changes weights and keeps their shapes.
         needs_original: whether `apply` also takes `original`, the subject before the previous stage.
+        factorises: whether it leaves linears as pairs of low rank.
         amplifies: whether rounding errors grow over its steps, so that sums in another order end at other weights.
         later: settings that came after the first records. At its default such a setting is left out of entries, so that
             these records keep their identity.
@@ -60,6 +61,7 @@ class Stage:
     pattern: ClassVar[str] = ""
     correctable: ClassVar[bool] = False
     needs_original: ClassVar[bool] = False
+    factorises: ClassVar[bool] = False
     amplifies: ClassVar[bool] = False
     later: ClassVar[tuple[str, ...]] = ()
 

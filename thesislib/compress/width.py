@@ -11,10 +11,11 @@ import torch
 
 from thesislib.compress.calibration import ALL_AT_ONCE, Blocks, Statistics, Visitor, stream
 from thesislib.compress.outline import Outline, Outlined
-from thesislib.compress.selection import check_all_fit, fits, patterns, whole_number
+from thesislib.compress.selection import MOST_BLOCKS, check_all_fit, fits, patterns, selected, whole_number
 from thesislib.compress.stage import Shape, Stage, Weighted, stage
 from thesislib.errors import BadInput, unknown
-from thesislib.model.layers import Projection, base_of
+from thesislib.model.layers import LINEARS, Projection, base_of, unpack_all
+from thesislib.model.lowrank import LowRank, is_lowrank
 from thesislib.model.subject import Subject
 
 METRICS = ("wanda", "magnitude")
@@ -92,7 +93,16 @@ class Width(Weighted):
         return self.metric == "wanda"
 
     def after(self, previous: Sequence[Stage], shape: Shape | None = None) -> Shape | None:
-        """See `Stage`."""
+        """See `Stage`: zeros in a pair's product are none in its factors."""
+        blocks = range(MOST_BLOCKS if shape is None else shape.depth)
+        for earlier in previous:
+            theirs = getattr(earlier, "linears", ()) if earlier.factorises else ()
+            both = [n for n in LINEARS if any(self.share(b, n) and any(fits(p, b, n) for p in theirs) for b in blocks)]
+            if both:
+                raise BadInput(
+                    f"{self.label} after {earlier.label} would multiply the pairs of {', '.join(both)} out: expected "
+                    "width before low rank, or other linears"
+                )
         if shape is not None:
             self.check(shape.inputs, shape.depth)
         return super().after(previous, shape)
@@ -142,9 +152,16 @@ class Width(Weighted):
             BadInput: rows that the pattern does not divide, text too short, inputs that are not finite.
         """
         check_all_fit(self.linears, subject.depth)
+        for (b, name), module in selected(subject, lambda b, n: self.share(b, n) is not None).items():
+            if is_lowrank(module):
+                raise BadInput(
+                    f"blocks.{b}.{name} is a pair of low rank, and zeros in its product are none in its factors: "
+                    "expected linears without it"
+                )
         inputs = {name: m.weight.shape[1] for b in range(subject.depth) for name, m in subject.linears(b).items()}
         self.check(inputs, subject.depth)
-        pruned = subject.copy()
+        pruned = subject.copy(unpack=False)
+        unpack_all(pruned.model, but=(LowRank,))
         visitor = Prune(self)
         if self.metric == "magnitude":
             for b in range(pruned.depth):

@@ -329,7 +329,7 @@ def _fill(subject: Subject, tensors: _Tensors, encodings: Mapping[str, str]) -> 
 def _check_numbers(key: str, tensor: torch.Tensor, dtype: str, folder: Path) -> None:
     """Raises BadInput for a tensor that is not finite or not of the artifact's dtype; a correction may have its own."""
     allowed = DTYPES.values() if ".lora_" in key else (getattr(torch, dtype),)
-    if tensor.dtype == torch.int16 and key.endswith((".scales", ".minima")):
+    if tensor.dtype == torch.int16 and key.endswith(("scales", "minima")):
         tensor = tensor.view(torch.float16)  # stored as its bits, see `thesislib.model.quantised`
     elif tensor.is_floating_point() and tensor.dtype not in allowed:
         raise BadInput(

@@ -355,9 +355,15 @@ def unpack(module: Projection) -> nn.Linear | Adapted:
     return Adapted(dense, module.lora_A, module.lora_B) if isinstance(module, Adapted) else dense
 
 
-def unpack_all(model: M, cls: type[ComputedLinear] = ComputedLinear) -> M:
-    """Unpack every linear of a class in a model in place; blocks that shared a linear share the unpacked one."""
-    return _change_all(model, lambda module: unpack(module) if isinstance(base_of(module), cls) else module)
+def unpack_all(model: M, cls: type[ComputedLinear] = ComputedLinear, but: tuple[type[ComputedLinear], ...] = ()) -> M:
+    """Unpack every linear of a class in a model in place, but those of some classes; blocks that shared a linear share
+    the unpacked one."""
+
+    def change(module: ComputedLinear | Adapted) -> Projection:
+        base = base_of(module)
+        return unpack(module) if isinstance(base, cls) and not isinstance(base, but) else module
+
+    return _change_all(model, change)
 
 
 def _change_all(model: M, change: Callable[[ComputedLinear | Adapted], Projection]) -> M:

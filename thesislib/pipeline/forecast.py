@@ -93,7 +93,7 @@ def sizes(outline: Outline) -> tuple[int, int | None, int | None]:
     linears = (module for i in range(subject.depth) for module in subject.linears(i).values())
     bases: list[Any] = [base_of(module) for module in linears]  # all are `Outlined`
     sure, parameters = all(base.zeros is not None for base in bases), subject.parameters
-    rounded = bool(quantised_embeddings(subject.model)) or any(base.grid for base in bases)
+    rounded = bool(quantised_embeddings(subject.model)) or any(base.rounded for base in bases)
     nonzero = parameters - sum(base.pruned for base in bases) if sure and not (rounded or outline.biased) else None
     return parameters, nonzero, predicted_disk_bytes(subject) if sure else None
 

@@ -1,0 +1,559 @@
+"""Low rank: a projection's weight as a pair, W ~ B A, in the metric of its inputs that a method chooses."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from thesislib.compress.calibration import ALL_AT_ONCE, FEEDS, INPUTS, Statistics, Visitor, stream
+from thesislib.compress.factor import Metric, Pair, best, diagonal, effective_rank, plain, spectrum, whitening
+from thesislib.compress.layerwise import effective_weight
+from thesislib.compress.outline import Outline, OutlinedPair, SizeUnknown
+from thesislib.compress.scope import blocks_of, check_scope
+from thesislib.compress.selection import LinearKey, fits, patterns, selected
+from thesislib.compress.stage import Shape, Stage, Weighted, stage
+from thesislib.errors import BadInput, unknown
+from thesislib.model.grid import ROW, Grid, round_to_nearest
+from thesislib.model.layers import Projection, base_of, replace, size_of
+from thesislib.model.lowrank import DENSE, LowRank, factor_shapes, is_lowrank
+from thesislib.model.quantised import EVERYWHERE, QuantisedLinear
+from thesislib.model.subject import Subject
+
+METHODS = ("svd", "fwsvd", "asvd", "svd_llm", "saes", "nsvd")
+ALLOCATIONS = ("uniform", "effective", "loss")
+BITS = (16, 8, 4)
+GROUP = 64  # entries of a quantised factor that share a scale, where that divides a row
+
+
+@stage("lowrank")
+@dataclass(frozen=True)
+class LowRankStage(Weighted):
+    """Replace projections by pairs B A of a rank below break-even (`thesislib.model.lowrank.LowRank`).
+
+    The pair of a rank minimises ``|(W - B A) S|``. Methods differ in the metric S. They are exact: no random SVD, and a
+    floor under the eigenvalues instead of a multiple of the identity. A projection with a correction is factorised as
+    it computes, correction included.
+
+    Attributes:
+        keep: the share of the parameters of the linears in scope that is kept; .8 if neither rank nor bytes is given.
+            A weight m x n gets rank int(keep m n / (m + n)), SVD-LLM's formula; other conventions are in chapter 9.
+        rank: instead, of every pair; at most the smaller side.
+        bytes: instead, of all pairs together, as a file holds them.
+        method: svd: S = I. fwsvd: rows weighted by the root of their squared gradients' sum (Hsu et al. 2022).
+            asvd: S = diag(mean abs(x)^alpha) (Yuan et al. 2023). svd_llm: S S^T = X X^T (Wang et al. 2024; ROM and the
+            eigenspace of EoRA are the same pair). nsvd: `whitened` of the rank so, the rest by svd of what is left (Lu
+            et al. 2025). saes: as svd_llm, for a target pulled towards the outputs in the dense model (2602.03051).
+        scope: all; or so many `blocks`: last, quiet (whose MLPs change the direction of their input least), or
+            relevance (whose removal costs the right endings' log-probability least, chapter 8).
+        blocks: how many; for scope all nothing.
+        linears: names or patterns of projections; all seven by default.
+        allocation: of the budget over linears. uniform. effective: rank ~ sqrt(effective rank / (m + n)) (D-Rank).
+            loss: more where log(truncation error) is larger, within each kind of linear (SVD-LLM v2).
+        feed: the inputs that X is: those in the original model, in the compressed one so far, or both; with both,
+            the compressed model's inputs are mapped to the original one's outputs (saes needs both).
+        alpha: of asvd.
+        whitened: of nsvd, the share of the rank.
+        pull: of saes, from 0 (svd_llm on compressed inputs) to 1 (the original model's outputs). The paper chooses it
+            for each layer.
+        bits: of the factors: 16 (the model's dtype), 8 or 4; or [A, B]. Rounded to the grid of least squared error.
+        task: whose items scope relevance asks.
+        items: of it.
+        force: whether a pair may take as many bytes as what it replaces, or more.
+    """
+
+    keep: float | None = None
+    rank: int | None = None
+    bytes: int | None = None
+    method: str = "svd_llm"
+    scope: str = "all"
+    blocks: int | None = None
+    linears: str | list | tuple = "*"
+    allocation: str = "uniform"
+    feed: str = "original"
+    alpha: float = 0.5
+    whitened: float = 0.95
+    pull: float = 0.5
+    bits: int | list | tuple = 16
+    task: str = "arc_easy"
+    items: int = 190
+    force: bool = False
+
+    family: ClassVar[str] = "factorised"
+    pattern: ClassVar[str] = r"L(?:(\d+(?:\.\d+)?)%|r(\d+)|~)(?:-(svd|fwsvd|asvd|saes|nsvd))?"
+    correctable: ClassVar[bool] = True
+    factorises: ClassVar[bool] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        given = [n for n in ("keep", "rank", "bytes") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise BadInput(f"lowrank takes one of keep, rank and bytes: not {' and '.join(given)}")
+        if not given:
+            self._normalise(keep=0.8)
+        if self.keep is not None and not 0 < self.keep <= 1:
+            raise BadInput(f"keep is {self.keep}: expected a share in (0, 1], e.g. 0.8")
+        for name in ("rank", "bytes", "blocks"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise BadInput(f"{name} is {getattr(self, name)}: expected a whole number of at least 1")
+        for name, options in (("method", METHODS), ("allocation", ALLOCATIONS), ("feed", FEEDS)):
+            if getattr(self, name) not in options:
+                raise unknown(name, getattr(self, name), options)
+        check_scope(self)
+        if self.method == "saes" and self.feed != "both":
+            raise BadInput("method saes compares the original model's inputs with the compressed one's: feed: both")
+        if self.feed == "both" and self.method not in ("svd_llm", "saes"):
+            raise BadInput(f"feed both is not defined for method {self.method}: use svd_llm or saes, or another feed")
+        if self.allocation != "uniform" and self.rank is not None:
+            raise BadInput(f"allocation {self.allocation} shares out a budget, and rank gives every pair its own")
+        for name in ("alpha", "whitened", "pull"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise BadInput(f"{name} is {getattr(self, name)}: expected a number in [0, 1]")
+        bits = tuple(self.bits) if isinstance(self.bits, (list, tuple)) else (self.bits, self.bits)
+        if len(bits) != 2 or any(b not in BITS for b in bits):
+            raise BadInput(f"bits is {self.bits}: expected 16, 8 or 4, or two of them for A and B, e.g. [4, 8]")
+        self._normalise(linears=patterns(self.linears), bits=bits)
+
+    @property
+    def label(self) -> str:
+        """L80% for the share that is kept, Lr64 for a rank, L~ for bytes; with the method, if it is not svd_llm."""
+        size = f"{100 * self.keep:g}%" if self.keep else f"r{self.rank}" if self.rank else "~"
+        return f"L{size}" + ("" if self.method == "svd_llm" else f"-{self.method}")
+
+    @property
+    def in_words(self) -> str:
+        """See `Stage`."""
+        size = f"{100 * self.keep:g} % of the parameters" if self.keep else f"rank {self.rank}"
+        return f"weights as pairs of low rank by {self.method}" + (f", {size}" if self.bytes is None else "")
+
+    @classmethod
+    def from_label(cls, part: str) -> "LowRankStage | None":
+        """See `Stage`; L~ does not give the bytes."""
+        match = re.fullmatch(cls.pattern, part, re.ASCII)
+        if not match or not (match[1] or match[2]):
+            return None
+        method = match[3] or "svd_llm"
+        size: dict[str, Any] = {"keep": float(match[1]) / 100} if match[1] else {"rank": int(match[2])}
+        return cls(**size, method=method, feed="both" if method == "saes" else "original")
+
+    def takes(self, block: int, name: str) -> bool:
+        """Whether a projection may be factorised, as far as its name tells."""
+        return any(fits(pattern, block, name) for pattern in self.linears)
+
+    def after(self, previous: Sequence[Stage], shape: Shape | None = None) -> Shape | None:
+        """See `Stage`: no projection becomes a pair twice, and gradients need weights."""
+        for earlier in previous:
+            if isinstance(earlier, LowRankStage) and self._overlaps(earlier, shape):
+                raise BadInput(
+                    f"{self.label} after {earlier.label} would make pairs of pairs: expected other linears or blocks"
+                )
+            if self.method == "fwsvd" and (earlier.family == "quantised" or earlier.factorises):
+                raise BadInput(
+                    f"method fwsvd needs the gradients of weights, which {earlier.label} replaced: put lowrank "
+                    f"before it, or use svd_llm"
+                )
+        if shape is not None and self.blocks is not None and self.blocks > shape.depth:
+            raise BadInput(f"blocks is {self.blocks}: the model has {shape.depth}")
+        return super().after(previous, shape)
+
+    def _overlaps(self, other: "LowRankStage", shape: Shape | None) -> bool:
+        """Whether it is sure that two stages take a projection both."""
+        if shape is None:
+            return self.linears == other.linears and self.scope == other.scope == "all"
+        mine, theirs = (
+            range(shape.depth - (s.blocks or shape.depth), shape.depth) if s.scope in ("all", "last") else ()
+            for s in (self, other)
+        )
+        names = shape.inputs
+        return any(self.takes(b, n) and other.takes(b, n) for b in mine if b in theirs for n in names)
+
+    def encodings(self, shape: tuple[int, int]) -> tuple[str, str]:
+        """How the factors of a weight are held; groups of a row's entries share a scale where they divide it.
+
+        B's rows have as many entries as the rank, which is not known here: they share one scale.
+        """
+        a, b = cast("tuple[int, int]", self.bits)
+        group: int | str = GROUP if shape[1] % GROUP == 0 else ROW
+        return (
+            DENSE if a == 16 else f"int{a}/symmetric/{group}/{EVERYWHERE}",
+            DENSE if b == 16 else f"int{b}/symmetric/{ROW}/{EVERYWHERE}",
+        )
+
+    def ranks(self, linears: Mapping[LinearKey, Projection], dtype: torch.dtype) -> dict[LinearKey, int]:
+        """The rank of each projection by the uniform allocation.
+
+        Raises:
+            BadInput: a budget of bytes that leaves a projection no rank.
+        """
+        shapes = {key: (m.out_features, m.in_features) for key, m in linears.items()}
+        if self.rank is not None:
+            return {key: min(self.rank, *shape) for key, shape in shapes.items()}
+        keep = self.keep
+        if keep is None:
+            # bytes of a pair are linear in its rank, but for B's scales, which each row has whatever the rank is
+            fixed = sum(_bytes(self, 0, shape, dtype) for shape in shapes.values())
+            whole = sum(_bytes(self, 1000, shape, dtype) - _bytes(self, 0, shape, dtype) for shape in shapes.values())
+            per_parameter = whole / sum(1000 * (m + n) for m, n in shapes.values())
+            keep = (self.bytes - fixed) / per_parameter / sum(m * n for m, n in shapes.values())
+        ranks = {key: int(keep * m * n / (m + n)) for key, (m, n) in shapes.items()}
+        if min(ranks.values()) < 1:
+            what = f"keep {self.keep}" if self.keep else f"a budget of {self.bytes} bytes"
+            raise BadInput(f"{what} leaves {_named(min(ranks, key=ranks.get))} no rank: expected more")
+        return {key: min(rank, *shapes[key]) for key, rank in ranks.items()}
+
+    def outline(self, outline: Outline) -> None:
+        """See `Stage`."""
+        if self.scope in ("quiet", "relevance") or self.allocation != "uniform":
+            raise SizeUnknown
+        chosen = set(blocks_of(self, outline.subject.depth))
+        outline.check_alike(lambda b, n: b in chosen and self.takes(b, n))
+        taken = selected(outline.subject, lambda b, n: b in chosen and self.takes(b, n))
+        if outline.budgeted & set(taken) and outline.budgeted - set(taken):
+            raise SizeUnknown  # which of the corrections go that share a budget
+        outline.budgeted -= set(taken)
+        _check_taken(self, taken)
+        ranks = self.ranks(taken, outline.dtype)
+        for (b, name), module in taken.items():
+            check_smaller(self, (b, name), module, ranks[b, name], outline.dtype)
+            encodings = self.encodings((module.out_features, module.in_features))
+            replace(outline.subject.blocks[b], name, OutlinedPair(module, ranks[b, name], encodings, outline.dtype))
+        outline.changed = set(taken)
+
+    def apply(self, subject: Subject, *, data: str = "embedded", work: Path | None = None) -> tuple[Subject, dict]:
+        """A copy of the subject with pairs, and a report: blocks, ranks, bytes, and each pair's relative error.
+
+        Raises:
+            BadInput: no projection in scope; a pair already there; a pair that would take as many bytes as the weight,
+                unless forced; moments that are not finite or zero; too little text.
+        """
+        chosen = set(blocks_of(self, subject.depth, subject, data))
+        taken = selected(subject, lambda b, n: b in chosen and self.takes(b, n))
+        _check_taken(self, taken)
+        result = subject.copy(unpack=False)
+        fisher = fisher_rows(subject, taken, self.ids(subject.tokenizer, data)) if self.method == "fwsvd" else {}
+        ranks = self.ranks(taken, subject.dtype)
+        if self.allocation != "uniform":
+            ranks = self._allocated(subject, taken, ranks, fisher, data)
+        for key, rank in ranks.items():
+            check_smaller(self, key, taken[key], rank, subject.dtype)
+        visitor = Factorise(self, result, ranks, fisher)
+        self._through(result, visitor, data)
+        pairs = {key: size_of(visitor.linears[key]) for key in taken}
+        report = {
+            "blocks": sorted({b for b, _ in taken}),
+            "linears": len(taken),
+            "bytes": sum(size.nbytes for size in pairs.values()),
+            "parameters": sum(size.numel for size in pairs.values()),
+            "of_parameters": sum(m.out_features * m.in_features for m in taken.values()),
+            "ranks": {_named(key): rank for key, rank in ranks.items()},
+            "relative_errors": {_named(key): round(e, 6) for key, e in visitor.errors.items()},
+        }
+        return result, report
+
+    def _through(self, subject: Subject, visitor: "Factorise | Spectra", data: str) -> None:
+        """Take a visitor through the blocks, on calibration text if the method needs any."""
+        if self.method in ("svd", "fwsvd") and self.feed == "original":
+            for b in tqdm(range(subject.depth), desc=self.label, unit="block", disable=None, leave=False):
+                linears = {n: m for n, m in subject.linears(b).items() if visitor.wants(b, n)}
+                visitor.change(b, linears, {})
+            return
+        ids = self.ids(subject.tokenizer, data)
+        stream(subject, ids, visitor, weighting=self.weighting, feed=visitor.feed, title=self.label)
+
+    def _allocated(self, subject: Subject, taken: Mapping, uniform: Mapping, fisher: Mapping, data: str) -> dict:
+        """The ranks by another allocation, with as many parameters as the uniform one at most."""
+        visitor = Spectra(self, subject, uniform, fisher)
+        self._through(subject, visitor, data)
+        shapes = {key: (m.out_features, m.in_features) for key, m in taken.items()}
+        share = by_effective_rank if self.allocation == "effective" else by_loss
+        return share(visitor.spectra, shapes, dict(uniform))
+
+
+# ---------------------------------------------------------------- the pass
+
+
+class Spectra(Visitor):
+    """The singular values of each projection in the method's metric, in the original model; changes nothing."""
+
+    groups = ALL_AT_ONCE
+    feed = "original"
+
+    def __init__(self, config: LowRankStage, subject: Subject, ranks: Mapping[LinearKey, int], fisher: Mapping):
+        self.config, self.subject, self.ranks, self.fisher = config, subject, ranks, fisher
+        self.spectra: dict[LinearKey, torch.Tensor] = {}
+        self.moments = config.method in ("svd_llm", "saes", "nsvd")
+        self.sizes = config.method == "asvd"
+
+    def wants(self, block: int, name: str) -> bool:
+        """See `Visitor`."""
+        return (block, name) in self.ranks
+
+    def metrics(self, block: int, linears: Mapping[str, Projection], statistics: Mapping) -> dict[str, Metric]:
+        """The metric of each projection's inputs; those with the same inputs share one."""
+        found: dict[str, Metric] = {}
+        shared: dict[str, Metric] = {}
+        for name, linear in linears.items():
+            group = INPUTS[name] if statistics else f"{linear.in_features}"
+            if group not in shared:
+                shared[group] = metric_of(
+                    self.config, statistics.get(name), linear.in_features, f"block {block}'s {name}"
+                )
+            found[name] = shared[group]
+        return found
+
+    def change(self, block: int, linears: Mapping[str, Projection], statistics: Mapping[str, Statistics]) -> None:
+        """See `Visitor`."""
+        for name, metric in self.metrics(block, linears, statistics).items():
+            weight = effective_weight(linears[name])
+            if (block, name) in self.fisher:
+                weight = self.fisher[block, name][:, None] * weight
+            self.spectra[block, name] = spectrum(weight, metric)
+
+
+class Factorise(Spectra):
+    """Replaces each projection by its pair, in the subject that it is taken through."""
+
+    def __init__(self, config: LowRankStage, subject: Subject, ranks: Mapping[LinearKey, int], fisher: Mapping):
+        super().__init__(config, subject, ranks, fisher)
+        self.feed = config.feed
+        self.linears: dict[LinearKey, LowRank] = {}
+        self.errors: dict[LinearKey, float] = {}
+
+    def change(self, block: int, linears: Mapping[str, Projection], statistics: Mapping[str, Statistics]) -> None:
+        """See `Visitor`."""
+        metrics = self.metrics(block, linears, statistics)
+        for name, linear in linears.items():
+            key = block, name
+            pair = factorised(
+                self.config, effective_weight(linear), self.ranks[key], metrics[name], statistics.get(name),
+                self.fisher.get(key),
+            )  # fmt: skip
+            self.errors[key] = pair.error
+            self.linears[key] = as_linear(self.config, pair, linear, self.subject.dtype)
+            replace(self.subject.blocks[block], name, self.linears[key])
+
+
+def metric_of(config: LowRankStage, s: Statistics | None, inputs: int, where: str) -> Metric:
+    """The metric of a method, from the statistics of a projection's inputs.
+
+    Raises:
+        BadInput: inputs that are not finite, or all zero.
+    """
+    if config.method in ("svd", "fwsvd"):
+        return plain(inputs)
+    s = cast("Statistics", s)
+    if config.method == "asvd":
+        return diagonal((s.sizes / s.tokens) ** config.alpha, where)
+    return whitening(s.moment, where)
+
+
+def factorised(
+    config: LowRankStage, weight: torch.Tensor, rank: int, metric: Metric, s: Statistics | None = None,
+    rows: torch.Tensor | None = None,
+) -> Pair:  # fmt: skip
+    """The pair of a weight by a stage's method.
+
+    Args:
+        config: method and its settings.
+        weight: (outputs, inputs).
+        rank: of the pair.
+        metric: of the inputs, see `metric_of`.
+        s: the statistics of the inputs, for feed both.
+        rows: (outputs,) weights of the outputs, for fwsvd.
+    """
+    if config.method == "nsvd":
+        return nested(weight, rank, metric, config.whitened)
+    if config.feed == "both":
+        return best(
+            towards(weight, cast("Statistics", s), metric, config.pull if config.method == "saes" else 1.0),
+            rank,
+            metric,
+        )
+    return best(weight, rank, metric, rows)
+
+
+def nested(weight: torch.Tensor, rank: int, metric: Metric, whitened: float) -> Pair:
+    """NSVD's pair: the first part of the rank in the metric, the rest by the plain SVD of what that leaves."""
+    first = min(max(round(whitened * rank), 0), rank)
+    if first == rank:
+        return best(weight, rank, metric)
+    no_metric = plain(weight.shape[1])
+    if first == 0:
+        return best(weight, rank, no_metric)
+    one = best(weight, first, metric)
+    two = best(weight.double() - one.B.double() @ one.A.double(), rank - first, no_metric)
+    A, B = torch.cat([one.A, two.A]), torch.cat([one.B, two.B], 1)
+    left = metric.rooted(weight - B @ A).square().sum()
+    return Pair(A, B, float(left), one.total)
+
+
+def towards(weight: torch.Tensor, s: Statistics, metric: Metric, pull: float) -> torch.Tensor:
+    """The weight that maps compressed inputs X nearest to a mixture of W X and W F, F being the original inputs.
+
+    ``argmin (1 - pull) |V X - W X|^2 + pull |V X - W F|^2 = W (H + pull (F - X) X^T) H^-1``, float64; H's inverse is
+    the metric's, whose eigenvalues have a floor.
+    """
+    scale = s.moment.diagonal().double().mean()  # of the metric, see `whitening`
+    drift = (s.cross.double() - s.moment.double()) / scale
+    return weight.double() + pull * weight.double() @ drift @ metric.inverse.T @ metric.inverse
+
+
+def as_linear(config: LowRankStage, pair: Pair, linear: Projection, dtype: torch.dtype) -> LowRank:
+    """The pair as the stage's bits hold it."""
+    encodings = config.encodings((linear.out_features, linear.in_features))
+    factors = [
+        factor.to(dtype) if encoding == DENSE else rounded(factor, encoding, dtype)
+        for factor, encoding in zip(pair[:2], encodings, strict=True)
+    ]
+    return LowRank(*factors, linear.bias)
+
+
+def rounded(factor: torch.Tensor, encoding: str, dtype: torch.dtype) -> QuantisedLinear:
+    """A factor rounded on the grid of an encoding."""
+    bits, kind, group, _ = encoding.removeprefix("int").split("/")
+    grid = Grid(int(bits), group if group == ROW else int(group), kind)
+    return QuantisedLinear.of(round_to_nearest(factor.float(), grid, "squared"), dtype=dtype)
+
+
+def fisher_rows(subject: Subject, taken: Mapping[LinearKey, Projection], ids: torch.Tensor) -> dict:
+    """FWSVD's weights of each projection's rows: the root of the sum over inputs of the squared gradients' mean.
+
+    Gradients are of a window's mean loss a token; their mean is over windows. They are divided by their root mean
+    square over rows, which changes no pair, and are at least the largest times float32's epsilon.
+
+    Args:
+        subject: is not changed.
+        taken: its projections, with ordinary weights.
+        ids: (N, T) windows.
+
+    Returns:
+        {(block, projection): (outputs,) float64}.
+
+    Raises:
+        BadInput: quantised or packed weights; gradients that are not finite.
+    """
+    weights: dict[LinearKey, Any] = {key: module.weight for key, module in taken.items()}
+    for key, w in weights.items():
+        if not isinstance(w, nn.Parameter) or not w.is_floating_point():
+            raise BadInput(
+                f"method fwsvd needs the gradients of {_named(key)}, whose weight is computed from packed or quantised "
+                "numbers: use svd_llm"
+            )
+    sums = {key: torch.zeros(len(w), dtype=torch.float64) for key, w in weights.items()}
+    try:
+        for w in weights.values():
+            w.requires_grad_(True)
+        for window in tqdm(ids, desc="fisher", unit="window", disable=None, leave=False):
+            some = window[None].to(subject.device)
+            states = subject.model.model(input_ids=some, use_cache=False).last_hidden_state
+            logits = subject.model.get_output_embeddings()(states[:, :-1]).float().flatten(0, 1)
+            nn.functional.cross_entropy(logits, some[:, 1:].flatten()).backward()
+            for key, w in weights.items():
+                sums[key] += w.grad.double().square().sum(1).cpu()
+                w.grad = None
+    finally:
+        for w in weights.values():
+            w.requires_grad_(False)
+            w.grad = None
+    found = {}
+    for key, total in sums.items():
+        if not torch.isfinite(total).all() or not total.any():
+            raise BadInput(f"the gradients of {_named(key)} are not finite, or all zero: the model is broken there")
+        root = (total / total.mean()).sqrt()
+        found[key] = root.clamp(min=float(root.max()) * torch.finfo(torch.float32).eps)
+    return found
+
+
+# ---------------------------------------------------------------- allocation
+
+Shapes = Mapping[LinearKey, tuple[int, int]]
+
+
+def by_effective_rank(spectra: Mapping[LinearKey, torch.Tensor], shapes: Shapes, uniform: dict) -> dict:
+    """D-Rank: ranks in proportion to sqrt(effective rank / (m + n)), with the parameters of the uniform ranks."""
+    weight = {key: math.sqrt(effective_rank(spectra[key]) / sum(shape)) for key, shape in shapes.items()}
+    return proportional(weight, shapes, uniform)
+
+
+def by_loss(spectra: Mapping[LinearKey, torch.Tensor], shapes: Shapes, uniform: dict) -> dict:
+    """SVD-LLM v2: within each kind of linear the share of parameters removed is proportional to 1 / log L, where L is
+    the truncation error at the uniform rank, relative to the kind's least and times e, so that its logarithm is at
+    least 1 whatever the scale of the moments. (The paper's logarithm is of the error itself.)"""
+    ranks = {}
+    for kind in dict.fromkeys(name for _, name in shapes):
+        keys = [key for key in shapes if key[1] == kind]
+        loss = {key: float(spectra[key][uniform[key] :].square().sum()) ** 0.5 for key in keys}
+        least = min((x for x in loss.values() if x > 0), default=1.0)
+        inverse = {key: 1 / math.log(max(x / least, 1.0) * math.e) for key, x in loss.items()}
+        mean = sum(inverse.values()) / len(inverse)
+        for key in keys:
+            m, n = shapes[key]
+            removed = 1 - uniform[key] * (m + n) / (m * n)
+            kept = 1 - removed * inverse[key] / mean
+            ranks[key] = min(max(int(kept * m * n / (m + n)), 1), _most(shapes[key]))
+    return ranks
+
+
+def proportional(weight: Mapping[LinearKey, float], shapes: Shapes, uniform: dict) -> dict[LinearKey, int]:
+    """Ranks in proportion to weights, with at most the parameters of the uniform ranks; no rank above break-even."""
+    budget = sum(uniform[key] * sum(shapes[key]) for key in shapes)
+    low, high = 0.0, max(_most(shape) for shape in shapes.values()) / min(weight.values())
+
+    def ranks(scale: float) -> dict[LinearKey, int]:
+        return {key: min(max(int(scale * w), 1), _most(shapes[key])) for key, w in weight.items()}
+
+    for _ in range(60):
+        middle = (low + high) / 2
+        fits_in = sum(rank * sum(shapes[key]) for key, rank in ranks(middle).items()) <= budget
+        low, high = (middle, high) if fits_in else (low, middle)
+    return ranks(low)
+
+
+def _most(shape: tuple[int, int]) -> int:
+    """The largest rank with fewer parameters than the weight."""
+    m, n = shape
+    return max((m * n - 1) // (m + n), 1)
+
+
+# ---------------------------------------------------------------- sizes
+
+
+def check_smaller(config: LowRankStage, key: LinearKey, module: Projection, rank: int, dtype: torch.dtype) -> None:
+    """Raises BadInput if a pair takes as many bytes as what it replaces, or more, unless that is forced."""
+    shape = module.out_features, module.in_features
+    new, old = _bytes(config, rank, shape, dtype), size_of(module).nbytes
+    if module.bias is not None:
+        new += module.bias.nbytes
+    if new >= old and not config.force:
+        m, n = shape
+        raise BadInput(
+            f"rank {rank} of {_named(key)} ({m} x {n}) takes {new:,} bytes, and what it replaces takes {old:,}: "
+            f"expected a rank below {max(int(rank * old / new), 1)} (break-even of a dense weight is "
+            f"m n / (m + n) = {m * n / (m + n):.0f}), or force: true"
+        )
+
+
+def _bytes(config: LowRankStage, rank: int, shape: tuple[int, int], dtype: torch.dtype) -> int:
+    """The bytes of a pair's tensors."""
+    shapes = factor_shapes(rank, shape, config.encodings(shape), dtype)
+    return sum(math.prod(size) * d.itemsize for size, d in shapes.values())
+
+
+def _check_taken(config: LowRankStage, taken: Mapping[LinearKey, Projection]) -> None:
+    """Raises BadInput for no projection in scope, or one that is a pair already."""
+    if not taken:
+        raise BadInput(f"no projection is in scope '{config.scope}' with linears {', '.join(config.linears)}")
+    for key, module in taken.items():
+        if is_lowrank(module) or isinstance(base_of(module), OutlinedPair):
+            raise BadInput(
+                f"{_named(key)} is a pair already ({base_of(module).encoding}): expected linears or a scope without it"
+            )
+
+
+def _named(key: LinearKey) -> str:
+    return f"blocks.{key[0]}.{key[1]}"
