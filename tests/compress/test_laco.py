@@ -201,7 +201,7 @@ def changed(tiny, how):
     ("how", "message"),
     [
         ("quantised", "q_proj of block 0 is quantised: merge blocks before quantising"),
-        ("pruned", "q_proj of block 0 has zeros that a merge would fill"),
+        ("pruned", "q_proj of block 0 has zeros that would be filled: merge blocks before pruning"),
         ("packed", "q_proj of block 0 is no dense weight but 2:4"),
         ("corrected", "up_proj of block 2 has a low-rank correction"),
         ("part", "block 1 has lost its mlp"),

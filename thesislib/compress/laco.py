@@ -33,14 +33,12 @@ from torch import nn
 from tqdm import tqdm
 
 from thesislib.compress.outline import Outline, SizeUnknown
-from thesislib.compress.selection import whole_number
+from thesislib.compress.selection import check_dense, whole_number
 from thesislib.compress.stage import Calibrated, Shape, Stage, stage
 from thesislib.errors import BadInput, unknown
-from thesislib.model import packing
 from thesislib.model.blocks import ATTRIBUTES, apply_plan, plan_without, remove, removed_parts, shell, with_projections
 from thesislib.model.forward import attention_windows, final_states, window_mask
-from thesislib.model.layers import Adapted, Projection
-from thesislib.model.quantised import is_quantised
+from thesislib.model.layers import Projection
 from thesislib.model.subject import Subject
 from thesislib.model.tokenizers import check_windows
 
@@ -237,24 +235,13 @@ class _Search:
 # ---------------------------------------------------------------- the merge
 
 
-def check_mergeable(subject: Subject, blocks: Iterable[int]) -> None:
-    """Raises BadInput for a block whose weights cannot be merged: they are quantised, packed, pruned or computed in
-    another way, have a correction beside them, or went with an attention or MLP that was removed."""
+def check_mergeable(subject: Subject, blocks: Sequence[int]) -> None:
+    """Raises BadInput for a block that lost its attention or MLP, or has weights that are not dense, see
+    `thesislib.compress.selection.check_dense`."""
     lost = {b: part for part, several in removed_parts(subject).items() for b in several}
-    for b in blocks:
-        if b in lost:
-            raise BadInput(f"block {b} has lost its {lost[b]}: expected whole blocks, merge before removing parts")
-        for name, module in subject.linears(b).items():
-            where = f"{name} of block {b}"
-            if is_quantised(module):
-                raise BadInput(f"{where} is quantised: merge blocks before quantising")
-            if isinstance(module, Adapted):
-                raise BadInput(f"{where} has a low-rank correction: merge it into the weight, or blocks before it")
-            if not isinstance(module, nn.Linear):
-                what = getattr(module, "encoding", None) or type(module).__name__
-                raise BadInput(f"{where} is no dense weight but {what}: merge blocks before changing weights")
-            if packing.smallest(module.weight) != "dense":
-                raise BadInput(f"{where} has zeros that a merge would fill: merge blocks before pruning weights")
+    if gone := [b for b in blocks if b in lost]:
+        raise BadInput(f"block {gone[0]} has lost its {lost[gone[0]]}: expected whole blocks, merge before removing it")
+    check_dense(subject, blocks, "merge blocks")
 
 
 def merged(subject: Subject, first: int, size: int, form: str) -> Subject:
