@@ -8,8 +8,9 @@ are left out of every weight.
 What is ours:
 
 - One rotation for the whole model. The paper's, one for each attention and MLP, needs a matrix Q_l' Q_{l+1} of D' x D'
-  on every residual connection, which no ordinary checkpoint has, and whose parameters are more than slicing saves in a
-  small model. So Q has the eigenvectors of the moments of all inputs of norms together.
+  on every residual connection, which no ordinary checkpoint has. With 432 of SmolLM2-135M's 576 features these would
+  have 11.2 million parameters, of the 12.4 million that slicing saves. So Q has the eigenvectors of the moments of all
+  inputs of norms together.
 - Inputs count as a norm sees them, x / rms(x), as in the paper; its public code takes the moments of x itself, in which
   attention sinks with their long residuals weigh most. The code's damping of 1 % of the mean eigenvalue is left out: it
   raises all eigenvalues alike and changes no direction. Nor is a mean subtracted from the embedding's rows, as the
