@@ -3,9 +3,13 @@
 import fnmatch
 from collections.abc import Callable, Iterable
 
+from torch import nn
+
 from thesislib.bounds import MAX_SIZES
 from thesislib.errors import BadInput, unknown
-from thesislib.model.layers import LINEARS, Projection
+from thesislib.model import packing
+from thesislib.model.layers import LINEARS, Adapted, Projection
+from thesislib.model.quantised import is_quantised
 from thesislib.model.subject import Subject
 
 LinearKey = tuple[int, str]  # a projection by its block and its name
@@ -44,6 +48,29 @@ def selected(subject: Subject, takes: Callable[[int, str], bool]) -> dict[Linear
     """The projections of a subject that a stage takes."""
     every = ((i, name, module) for i in range(subject.depth) for name, module in subject.linears(i).items())
     return {(i, name): module for i, name, module in every if takes(i, name)}
+
+
+def check_dense(subject: Subject, blocks: Iterable[int], step: str) -> None:
+    """Raises BadInput for a block with a weight that is quantised, packed, pruned or computed in another way, or has a
+    correction beside it.
+
+    Args:
+        subject: the model.
+        blocks: whose projections a step changes as wholes.
+        step: in words, such as "merge blocks", for messages.
+    """
+    for b in blocks:
+        for name, module in subject.linears(b).items():
+            where = f"{name} of block {b}"
+            if is_quantised(module):
+                raise BadInput(f"{where} is quantised: {step} before quantising")
+            if isinstance(module, Adapted):
+                raise BadInput(f"{where} has a low-rank correction: merge it into the weight, or {step} before it")
+            if not isinstance(module, nn.Linear):
+                what = getattr(module, "encoding", None) or type(module).__name__
+                raise BadInput(f"{where} is no dense weight but {what}: {step} before changing weights")
+            if packing.smallest(module.weight) != "dense":
+                raise BadInput(f"{where} has zeros that would be filled: {step} before pruning weights")
 
 
 def whole_number(text: str) -> int:
