@@ -24,7 +24,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
-from thesislib.compress.lora.sequences import NOTHING, TEXTS, Sequences, Split
+from thesislib.compress.lora.sequences import NOTHING, TEXTS, Sequences, Split, sequences
+from thesislib.compress.outline import Outlined
 from thesislib.compress.stage import Stage
 from thesislib.errors import BadInput, unknown
 from thesislib.files import clear_leftovers, write_whole
@@ -95,6 +96,42 @@ class Trained(Stage):
         for name in ("learning_rate", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise BadInput(f"{name} {getattr(self, name)}: expected a positive number")
+
+    def train(
+        self,
+        subject: Subject,
+        student: Subject,
+        parameters: Mapping[str, nn.Parameter],
+        data: str,
+        work: Path | str | None,
+        loss: Callable[[bool], "Loss | None"] = lambda autocast: None,
+        **facts: object,
+    ) -> tuple[dict[str, torch.Tensor], dict]:
+        """Train on the stage's text.
+
+        Args:
+            subject: that the stage was given.
+            student: what becomes of it: a copy, which is changed.
+            parameters: of the student, see `Training`.
+            data: a data spec.
+            work: a folder for checkpoints.
+            loss: makes the loss, given whether it is computed in bfloat16.
+            facts: what else the training depends on, as JSON data.
+
+        Returns:
+            The best parameters, float32, and a report of the text and the training.
+
+        Raises:
+            BadInput: see `thesislib.compress.lora.sequences.sequences` and `Training.run`.
+        """
+        split = sequences(self.text, subject, data, length=self.length, validation=self.validation, seed=self.seed)
+        autocast = bfloat16_is_fast(subject.device) if self.autocast is None else self.autocast
+        file = self.checkpoint(work, subject, split, autocast, **facts)
+        with torch.random.fork_rng(devices=[subject.device] if subject.device.type == "cuda" else []):
+            torch.manual_seed(self.seed)
+            best, report = Training(self, student, parameters, autocast, loss(autocast)).run(split, file)
+        text = {"text": self.text, **split.facts, "sequences": len(split.train), "filled": split.train.filled}
+        return best, {**text, "autocast": autocast, **report}
 
     def checkpoint(
         self, work: Path | str | None, subject: Subject, split: Split, autocast: bool, *beside: str, **facts: object
@@ -205,7 +242,7 @@ class Training:
         config: the settings.
         subject: a copy for the training, which is changed: weights become float32, and only `parameters` require a
             gradient.
-        parameters: those to train, by any names; they may be whole weights. Each must take part in the loss.
+        parameters: those to train, by any names; they may be whole weights.
         autocast: whether to compute in bfloat16. The blocks' linears that are not trained are then cast to it, since
             autocast would round them at every use; parameters, norms and the residual stream stay in float32.
         loss: gives for a subject and sequences the loss summed over these, and of how many things: it is called with
@@ -293,7 +330,8 @@ class Training:
         if self.loss is not None:  # another loss has said only now of how many things it is
             loss /= counted
             for p in self.parameters.values():
-                p.grad /= counted
+                if p.grad is not None:
+                    p.grad /= counted
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), c.clip).item()
         for name, value in {"loss": loss, "gradient": norm}.items():
             if not math.isfinite(value):
@@ -373,12 +411,14 @@ class Training:
         tensors = {f"adapter.{key}": p.detach() for key, p in self.parameters.items()}
         tensors |= {f"best.{key}": t for key, t in self.best.items()}
         for key, p in self.parameters.items():
-            tensors |= {f"{moment}.{key}": self.optimiser.state[p][moment] for moment in MOMENTS}
+            # none, if the loss does not reach it: a norm before an attention that was removed
+            state = self.optimiser.state[p]
+            tensors |= {f"{moment}.{key}": state.get(moment, torch.zeros_like(p)).detach() for moment in MOMENTS}
         tensors |= dict(_random_state(self.subject.device))
-        tensors, state = {key: t.contiguous() for key, t in tensors.items()}, json.dumps(self.state)
+        tensors, text = {key: t.contiguous() for key, t in tensors.items()}, json.dumps(self.state)
         try:
             # the learning rate and the position in the data follow from the step
-            write_whole(file, safetensors.torch.save(tensors, {"state": state, "sha256": _checksum(state, tensors)}))
+            write_whole(file, safetensors.torch.save(tensors, {"state": text, "sha256": _checksum(text, tensors)}))
         except BadInput as error:
             step = self.state["step"]
             raise BadInput(f"{error}; the training is at step {step}: {_last_checkpoint(file)}") from error
@@ -474,7 +514,8 @@ def to_bfloat16(blocks: Iterable[nn.Module], but: Iterable[nn.Parameter] = ()) -
 def check_trainable(stage: Stage, subject: Subject, blocks: Iterable[int]) -> None:
     """Raises BadInput for blocks whose whole weights cannot be trained.
 
-    These are blocks with packed, quantised or corrected projections, and blocks that share a weight with another.
+    These are blocks with packed, quantised or corrected projections, and blocks that share a weight with another. In an
+    outline a projection that is not quantised will be dense.
     """
     places: dict[int, set[int]] = {}
     for b, block in enumerate(subject.blocks):
@@ -482,7 +523,8 @@ def check_trainable(stage: Stage, subject: Subject, blocks: Iterable[int]) -> No
             places.setdefault(id(p), set()).add(b)
     for b in blocks:
         for name, module in subject.linears(b).items():
-            if not isinstance(module, nn.Linear):
+            dense = module.grid is None if isinstance(module, Outlined) else isinstance(module, nn.Linear)
+            if not dense:
                 how = "corrected" if isinstance(module, Adapted) else "packed or quantised"
                 instead = "merge the correction first" if isinstance(module, Adapted) else "do that after it"
                 raise BadInput(f"{stage.word} trains whole weights, and {name} of block {b} is {how}: {instead}")
