@@ -26,9 +26,10 @@ class Tune(Trained):
     """Train all weights of the last `blocks` blocks, and of the head if asked.
 
     Lu et al. (Reassessing Layer Pruning in LLMs, arXiv 2411.15558) heal a model that lost its last blocks by its head
-    and its last three blocks, and find that better than LoRA: for Llama-3.1-8B-Instruct a mean accuracy of .5807 against
-    .5268. Their learning rate is 1e-5; the default here is a guess for models of some hundred million parameters. The
-    final norm is not trained. Weights that pruning has set to zero are trained like others: prune after this stage.
+    and its last three blocks, and find that better than LoRA: for Llama-3.1-8B-Instruct a mean accuracy of .5807
+    against .5268. Their learning rate is 1e-5; the default here is a guess for models of some hundred million
+    parameters. The final norm is not trained. Weights that pruning has set to zero are trained like others: prune after
+    this stage.
 
     Attributes:
         blocks: how many of the last blocks; 0 for the head alone.
