@@ -1,9 +1,9 @@
-"""CALR (arXiv 2508.16680): a linear path of low rank beside MLPs that became pairs, trained, or in closed form.
+"""CALR (arXiv 2508.16680): a linear path of low rank beside MLPs that became pairs, trained or in closed form.
 
-The paper has no public code. With F the MLP that was, F_pairs what became of it, and R = F(X) - F_pairs(X) on its inputs
-X, the path A, B should minimise E|R - (X A) B|^2. The paper trains it, B = 0 at first, with the pairs, by the next-token
-loss. The best path has a closed form: with the least-squares map M = (R X^T) (X X^T)^-1 its rank-r part in the metric of
-X, which is that of the top eigenvectors of M H M^T.
+The paper has no public code. Let F be the MLP that was, F_pairs what became of it, and R = F(X) - F_pairs(X) on its
+inputs X. The path A, B should minimise E|R - (X A) B|^2. The paper trains it, B = 0 at first, with the pairs, by the
+next-token loss. The best path has a closed form: of the least-squares map M = (R X^T) (X X^T)^-1 it is the part of rank
+r in the metric of X, which is that of the top eigenvectors of M H M^T.
 """
 
 import re
@@ -25,7 +25,8 @@ from thesislib.compress.stage import Shape, Stage, stage
 from thesislib.compress.training import Loss, Trained, residual, to_bfloat16, with_windows
 from thesislib.config import positive
 from thesislib.errors import BadInput, unknown
-from thesislib.model.beside import FACTORS, CorrectedMLP, Path as Beside, ranks_beside, with_paths
+from thesislib.model.beside import FACTORS, ranks_beside, with_paths
+from thesislib.model.beside import Path as Beside
 from thesislib.model.blocks import apply_plan
 from thesislib.model.forward import attention_windows, window_mask
 from thesislib.model.layers import replace, unpack_all
@@ -164,7 +165,9 @@ class Calr(Trained):
             for name in MLP if self.pairs else ():
                 pair = student.linears(b)[name]
                 if not isinstance(pair, LowRank) or pair.is_quantised:
-                    raise BadInput(f"blocks.{b}.{name} is {pair.encoding}: calr trains dense factors without correction")
+                    raise BadInput(
+                        f"blocks.{b}.{name} is {pair.encoding}: calr trains dense factors without correction"
+                    )
                 trainable = TrainedPair(pair)
                 replace(student.blocks[b], name, trainable)
                 parameters |= {f"{b}.{name}.A": trainable.A, f"{b}.{name}.B": trainable.B}
@@ -300,15 +303,15 @@ def with_closed_form(
     for b in tqdm(range(result.depth), desc="calr", unit="block", disable=None, leave=False):
         mask = window_mask(windows[b], positions)
 
-        def run(b: int = b, mask: torch.Tensor | None = mask):
+        def run(block: nn.Module, mask: torch.Tensor | None = mask):
             for i in starts:
-                yield i, result.blocks[b](x[i : i + batch], attention_mask=mask, position_embeddings=rotary)
+                yield i, block(x[i : i + batch], attention_mask=mask, position_embeddings=rotary)
 
         if b in blocks:
             sums = Residual(result.blocks[b].mlp, original.blocks[b].mlp)
             hook = result.blocks[b].mlp.register_forward_pre_hook(lambda _m, args, sums=sums: sums.add(args[0]))
             try:
-                for _ in run():
+                for _ in run(result.blocks[b]):
                     pass
             finally:
                 hook.remove()
@@ -319,7 +322,7 @@ def with_closed_form(
                 path = (A.to(subject.dtype), B.to(subject.dtype))
                 result = with_paths(result, {b: path})
             errors[str(b)] = [round(e, 6) for e in (before, after) if e is not None]
-        for i, y in run():
+        for i, y in run(result.blocks[b]):
             x[i : i + batch] = y
     return Subject(result.model, result.tokenizer, result.name, subject.plan), errors
 
