@@ -170,9 +170,8 @@ def methods(p: LowRankChapter, keeps: Iterable[float] | None = None) -> list[Con
     every: dict[str, tuple[Stage, ...]] = {}
     for keep in keeps or (p.keep,):
         pairs = {name: p.pairs(keep=keep, method=method) for name, method in METHODS.items()}
-        pairs |= {
-            f"svd_llm, tokens by {w}": p.pairs(keep=keep, weighting=w) for w in ("unit_norm", "skip_1", "first_16")
-        }
+        weightings = ("unit_norm", "skip_1", "first_16")
+        pairs |= {f"svd_llm, tokens by {w}": p.pairs(keep=keep, weighting=w) for w in weightings}
         pairs |= {"svd_llm, compressed inputs": p.pairs(keep=keep, feed="compressed")}
         pairs |= {"saes, both inputs": p.pairs(keep=keep, method="saes", feed="both")}
         pairs |= {"svd_llm, Wikipedia": p.pairs(keep=keep, text="wikipedia")}
@@ -317,7 +316,8 @@ class Maker:
         kind = "asvd" if stage.method == "asvd" else "moments"
         alike = kind, stage.text, stage.windows, stage.length, stage.seed, stage.weighting, stage.alpha
         if alike not in self.metrics:
-            self.metrics.clear()  # a pass takes 1.6 GB of this study's subject
+            if kind == "moments":  # these take 1.6 GB of this study's subject
+                self.metrics = {others: found for others, found in self.metrics.items() if others[0] != kind}
             self.metrics[alike] = metrics_of(stage, self.subject, self.p.data)
         return self.metrics[alike]
 
