@@ -90,8 +90,9 @@ class LowRankChapter(Parameters):
 
     def training(self, seed: int = 0) -> dict[str, Any]:
         """What all trainings of the chapter share; chapter 4's, but for the rate."""
-        return {"steps": self.steps, "batch": 2, "accumulate": 1, "length": self.length, "validation": 8,
-                "every": max(1, self.steps // 6), "checkpoint_every": max(1, self.steps // 6), "seed": seed}  # fmt: skip
+        every = max(1, self.steps // 6)
+        shared = {"steps": self.steps, "batch": 2, "accumulate": 1, "length": self.length, "validation": 8}
+        return {**shared, "every": every, "checkpoint_every": every, "seed": seed}
 
     def calr(self, rank: int | None = None, seed: int = 0, **settings: Any) -> Calr:
         """CALR's paths."""
