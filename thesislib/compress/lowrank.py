@@ -16,7 +16,7 @@ from thesislib.compress.factor import Metric, Pair, best, diagonal, effective_ra
 from thesislib.compress.layerwise import effective_weight
 from thesislib.compress.outline import Outline, OutlinedPair, SizeUnknown
 from thesislib.compress.scope import blocks_of, check_scope
-from thesislib.compress.selection import LinearKey, fits, patterns, selected
+from thesislib.compress.selection import LinearKey, fits, patterns, selected, whole_number
 from thesislib.compress.stage import Shape, Stage, Weighted, stage
 from thesislib.errors import BadInput, unknown
 from thesislib.model.grid import ROW, Grid, round_to_nearest
@@ -138,7 +138,7 @@ class LowRankStage(Weighted):
         if not match or not (match[1] or match[2]):
             return None
         method = match[3] or "svd_llm"
-        size: dict[str, Any] = {"keep": float(match[1]) / 100} if match[1] else {"rank": int(match[2])}
+        size: dict[str, Any] = {"keep": float(match[1]) / 100} if match[1] else {"rank": whole_number(match[2])}
         return cls(**size, method=method, feed="both" if method == "saes" else "original")
 
     def takes(self, block: int, name: str) -> bool:
@@ -257,7 +257,7 @@ class LowRankStage(Weighted):
 
     def _through(self, subject: Subject, visitor: "Factorise | Spectra", data: str) -> None:
         """Take a visitor through the blocks, on calibration text if the method needs any."""
-        if self.method in ("svd", "fwsvd") and self.feed == "original":
+        if self.method in ("svd", "fwsvd"):
             for b in tqdm(range(subject.depth), desc=self.label, unit="block", disable=None, leave=False):
                 linears = {n: m for n, m in subject.linears(b).items() if visitor.wants(b, n)}
                 visitor.change(b, linears, {})
@@ -533,7 +533,7 @@ def check_smaller(config: LowRankStage, key: LinearKey, module: Projection, rank
         m, n = shape
         raise BadInput(
             f"rank {rank} of {_named(key)} ({m} x {n}) takes {new:,} bytes, and what it replaces takes {old:,}: "
-            f"expected a rank below {max(int(rank * old / new), 1)} (break-even of a dense weight is "
+            f"expected a rank below {-(-rank * old // new)} (break-even of a dense weight is "
             f"m n / (m + n) = {m * n / (m + n):.0f}), or force: true"
         )
 
