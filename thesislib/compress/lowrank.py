@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -16,11 +16,12 @@ from thesislib.compress.factor import Metric, Pair, best, diagonal, effective_ra
 from thesislib.compress.layerwise import effective_weight
 from thesislib.compress.outline import Outline, OutlinedPair, SizeUnknown
 from thesislib.compress.scope import blocks_of, check_scope
-from thesislib.compress.selection import LinearKey, fits, patterns, selected, whole_number
+from thesislib.compress.selection import MOST_BLOCKS, LinearKey, fits, patterns, selected, whole_number
 from thesislib.compress.stage import Shape, Stage, Weighted, stage
 from thesislib.errors import BadInput, unknown
+from thesislib.model import packing
 from thesislib.model.grid import ROW, Grid, round_to_nearest
-from thesislib.model.layers import Projection, base_of, replace, size_of
+from thesislib.model.layers import LINEARS, ComputedLinear, Projection, base_of, projections, replace, size_of
 from thesislib.model.lowrank import DENSE, LowRank, factor_shapes, is_lowrank
 from thesislib.model.quantised import EVERYWHERE, QuantisedLinear
 from thesislib.model.subject import Subject
@@ -120,6 +121,11 @@ class LowRankStage(Weighted):
         self._normalise(linears=patterns(self.linears), bits=bits)
 
     @property
+    def rounds_pairs(self) -> bool:
+        """See `Stage`."""
+        return self.bits != (16, 16)
+
+    @property
     def label(self) -> str:
         """L80% for the share that is kept, Lr64 for a rank, L~ for bytes; with the method, if it is not svd_llm."""
         size = f"{100 * self.keep:g}%" if self.keep else f"r{self.rank}" if self.rank else "~"
@@ -147,8 +153,13 @@ class LowRankStage(Weighted):
 
     def after(self, previous: Sequence[Stage], shape: Shape | None = None) -> Shape | None:
         """See `Stage`: no projection becomes a pair twice, and gradients need weights."""
+        depth = shape.depth if shape else None
         for earlier in previous:
-            if isinstance(earlier, LowRankStage) and self._overlaps(earlier, shape):
+            if any(
+                earlier.makes_pair(b, n, depth) and self.makes_pair(b, n, depth)
+                for b in range(depth or MOST_BLOCKS)
+                for n in (shape.inputs if shape else LINEARS)
+            ):
                 raise BadInput(
                     f"{self.label} after {earlier.label} would make pairs of pairs: expected other linears or blocks"
                 )
@@ -161,16 +172,10 @@ class LowRankStage(Weighted):
             raise BadInput(f"blocks is {self.blocks}: the model has {shape.depth}")
         return super().after(previous, shape)
 
-    def _overlaps(self, other: "LowRankStage", shape: Shape | None) -> bool:
-        """Whether it is sure that two stages take a projection both."""
-        if shape is None:
-            return self.linears == other.linears and self.scope == other.scope == "all"
-        mine, theirs = (
-            range(shape.depth - (s.blocks or shape.depth), shape.depth) if s.scope in ("all", "last") else ()
-            for s in (self, other)
-        )
-        names = shape.inputs
-        return any(self.takes(b, n) and other.takes(b, n) for b in mine if b in theirs for n in names)
+    def makes_pair(self, block: int, name: str, depth: int | None) -> bool:
+        """See `Stage`; only the run can tell which blocks are quiet or irrelevant."""
+        last = self.scope == "last" and depth is not None and block >= depth - cast("int", self.blocks)
+        return (self.scope == "all" or last) and self.takes(block, name)
 
     def encodings(self, shape: tuple[int, int]) -> tuple[str, str]:
         """How the factors of a weight are held; groups of a row's entries share a scale where they divide it.
@@ -232,7 +237,7 @@ class LowRankStage(Weighted):
                 unless forced; moments that are not finite or zero; too little text.
         """
         chosen = set(blocks_of(self, subject.depth, subject, data))
-        taken = selected(subject, lambda b, n: b in chosen and self.takes(b, n))
+        taken = _once(selected(subject, lambda b, n: b in chosen and self.takes(b, n)))
         _check_taken(self, taken)
         result = subject.copy(unpack=False)
         fisher = fisher_rows(subject, taken, self.ids(subject.tokenizer, data)) if self.method == "fwsvd" else {}
@@ -243,14 +248,14 @@ class LowRankStage(Weighted):
             check_smaller(self, key, taken[key], rank, subject.dtype)
         visitor = Factorise(self, result, ranks, fisher)
         self._through(result, visitor, data)
-        pairs = {key: size_of(visitor.linears[key]) for key in taken}
+        pairs = {key: size_of(linear) for key, linear in visitor.linears.items()}
         report = {
             "blocks": sorted({b for b, _ in taken}),
-            "linears": len(taken),
+            "linears": len(pairs),
             "bytes": sum(size.nbytes for size in pairs.values()),
             "parameters": sum(size.numel for size in pairs.values()),
-            "of_parameters": sum(m.out_features * m.in_features for m in taken.values()),
-            "ranks": {_named(key): rank for key, rank in ranks.items()},
+            "of_parameters": sum(taken[key].out_features * taken[key].in_features for key in pairs),
+            "ranks": {_named(key): ranks[key] for key in pairs},
             "relative_errors": {_named(key): round(e, 6) for key, e in visitor.errors.items()},
         }
         return result, report
@@ -335,7 +340,9 @@ class Factorise(Spectra):
             )  # fmt: skip
             self.errors[key] = pair.error
             self.linears[key] = as_linear(self.config, pair, linear, self.subject.dtype)
-            replace(self.subject.blocks[block], name, self.linears[key])
+            for block_of in self.subject.blocks:
+                if projections(block_of).get(name) is linear:  # blocks that a plan repeats share it
+                    replace(block_of, name, self.linears[key])
 
 
 def metric_of(config: LowRankStage, s: Statistics | None, inputs: int, where: str) -> Metric:
@@ -490,24 +497,40 @@ def by_loss(spectra: Mapping[LinearKey, torch.Tensor], shapes: Shapes, uniform: 
         loss = {key: float(spectra[key][uniform[key] :].square().sum()) ** 0.5 for key in keys}
         least = min((x for x in loss.values() if x > 0), default=1.0)
         inverse = {key: 1 / math.log(max(x / least, 1.0) * math.e) for key, x in loss.items()}
-        mean = sum(inverse.values()) / len(inverse)
-        for key in keys:
-            m, n = shapes[key]
-            removed = 1 - uniform[key] * (m + n) / (m * n)
-            kept = 1 - removed * inverse[key] / mean
-            ranks[key] = min(max(int(kept * m * n / (m + n)), 1), _most(shapes[key]))
+        # the proportion is found by trial, since a rank is at least 1 and at most break-even
+        whole = {key: math.prod(shapes[key]) / sum(shapes[key]) for key in keys}
+        ranks |= largest(
+            lambda scale, whole=whole, inverse=inverse: {k: whole[k] * (1 - inverse[k] / scale) for k in whole},
+            shapes, {key: uniform[key] for key in keys}, least=1e-3, most=1e6,
+        )  # fmt: skip
     return ranks
 
 
 def proportional(weight: Mapping[LinearKey, float], shapes: Shapes, uniform: dict) -> dict[LinearKey, int]:
     """Ranks in proportion to weights, with at most the parameters of the uniform ranks; no rank above break-even."""
-    budget = sum(uniform[key] * sum(shapes[key]) for key in shapes)
-    low, high = 0.0, max(_most(shape) for shape in shapes.values()) / min(weight.values())
+    most = max(_most(shape) for shape in shapes.values()) / min(weight.values())
+    return largest(lambda scale: {key: scale * w for key, w in weight.items()}, shapes, uniform, 0.0, most)
+
+
+def largest(
+    at: Callable[[float], Mapping[LinearKey, float]], shapes: Shapes, uniform: Mapping, least: float, most: float
+) -> dict[LinearKey, int]:
+    """The largest ranks, of those that grow with a scale, with at most the parameters of the uniform ranks.
+
+    Args:
+        at: the ranks at a scale, not rounded; none is taken below 1, nor at break-even or above.
+        shapes: (outputs, inputs) of each projection.
+        uniform: the ranks that set the budget.
+        least: the smallest scale.
+        most: the largest.
+    """
+    budget = sum(rank * sum(shapes[key]) for key, rank in uniform.items())
 
     def ranks(scale: float) -> dict[LinearKey, int]:
-        return {key: min(max(int(scale * w), 1), _most(shapes[key])) for key, w in weight.items()}
+        return {key: min(max(int(r), 1), _most(shapes[key])) for key, r in at(scale).items()}
 
-    for _ in range(60):
+    low, high = least, most
+    for _ in range(100):
         middle = (low + high) / 2
         fits_in = sum(rank * sum(shapes[key]) for key, rank in ranks(middle).items()) <= budget
         low, high = (middle, high) if fits_in else (low, middle)
@@ -526,7 +549,7 @@ def _most(shape: tuple[int, int]) -> int:
 def check_smaller(config: LowRankStage, key: LinearKey, module: Projection, rank: int, dtype: torch.dtype) -> None:
     """Raises BadInput if a pair takes as many bytes as what it replaces, or more, unless that is forced."""
     shape = module.out_features, module.in_features
-    new, old = _bytes(config, rank, shape, dtype), size_of(module).nbytes
+    new, old = _bytes(config, rank, shape, dtype), _stored(module)
     if module.bias is not None:
         new += module.bias.nbytes
     if new >= old and not config.force:
@@ -536,6 +559,17 @@ def check_smaller(config: LowRankStage, key: LinearKey, module: Projection, rank
             f"expected a rank below {-(-rank * old // new)} (break-even of a dense weight is "
             f"m n / (m + n) = {m * n / (m + n):.0f}), or force: true"
         )
+
+
+def _stored(module: Projection) -> int:
+    """The bytes of a projection in an artifact, which packs a pruned weight."""
+    base, nbytes = base_of(module), size_of(module).nbytes
+    if isinstance(base, ComputedLinear):
+        return nbytes
+    weight = base.weight
+    encoding, nonzero = packing.smallest(weight), int(packing.nonzero_bits(weight).sum())
+    shape = cast("tuple[int, int]", tuple(weight.shape))
+    return nbytes - weight.nbytes + packing.predicted_bytes(shape, weight.dtype, encoding, nonzero)
 
 
 def _bytes(config: LowRankStage, rank: int, shape: tuple[int, int], dtype: torch.dtype) -> int:
@@ -553,6 +587,12 @@ def _check_taken(config: LowRankStage, taken: Mapping[LinearKey, Projection]) ->
             raise BadInput(
                 f"{_named(key)} is a pair already ({base_of(module).encoding}): expected linears or a scope without it"
             )
+
+
+def _once(linears: Mapping[LinearKey, Projection]) -> dict[LinearKey, Projection]:
+    """Each projection under one key; blocks that a plan repeats share theirs."""
+    first = {id(module): key for key, module in reversed(linears.items())}
+    return {key: module for key, module in linears.items() if first[id(module)] == key}
 
 
 def _named(key: LinearKey) -> str:
