@@ -1,4 +1,4 @@
-"""The best pair of a weight in a metric: against torch's SVD and Cholesky in float64, and what the error is said to be."""
+"""The best pair of a weight in a metric: against torch's SVD and Cholesky in float64."""
 
 import math
 

@@ -198,18 +198,20 @@ class LowRankStage(Weighted):
         shapes = {key: (m.out_features, m.in_features) for key, m in linears.items()}
         if self.rank is not None:
             return {key: min(self.rank, *shape) for key, shape in shapes.items()}
-        keep = self.keep
-        if keep is None:
-            # bytes of a pair are linear in its rank, but for B's scales, which each row has whatever the rank is
-            fixed = sum(_bytes(self, 0, shape, dtype) for shape in shapes.values())
-            whole = sum(_bytes(self, 1000, shape, dtype) - _bytes(self, 0, shape, dtype) for shape in shapes.values())
-            per_parameter = whole / sum(1000 * (m + n) for m, n in shapes.values())
-            keep = (self.bytes - fixed) / per_parameter / sum(m * n for m, n in shapes.values())
-        ranks = {key: int(keep * m * n / (m + n)) for key, (m, n) in shapes.items()}
+
+        def at(keep: float) -> dict[LinearKey, int]:
+            return {key: min(int(keep * m * n / (m + n)), m, n) for key, (m, n) in shapes.items()}
+
+        keep, more = self.keep or 0.0, max((sum(shape) / min(shape) for shape in shapes.values()), default=1.0)
+        for _ in range(0 if self.keep else 60):
+            middle = (keep + more) / 2
+            held = sum(_bytes(self, max(rank, 1), shapes[key], dtype) for key, rank in at(middle).items())
+            keep, more = (middle, more) if held <= cast("int", self.bytes) else (keep, middle)
+        ranks = at(keep)
         if min(ranks.values()) < 1:
             what = f"keep {self.keep}" if self.keep else f"a budget of {self.bytes} bytes"
             raise BadInput(f"{what} leaves {_named(min(ranks, key=ranks.get))} no rank: expected more")
-        return {key: min(rank, *shapes[key]) for key, rank in ranks.items()}
+        return ranks
 
     def outline(self, outline: Outline) -> None:
         """See `Stage`."""
@@ -271,12 +273,16 @@ class LowRankStage(Weighted):
         stream(subject, ids, visitor, weighting=self.weighting, feed=visitor.feed, title=self.label)
 
     def _allocated(self, subject: Subject, taken: Mapping, uniform: Mapping, fisher: Mapping, data: str) -> dict:
-        """The ranks by another allocation, with as many parameters as the uniform one at most."""
+        """The ranks by another allocation, with as many parameters, or bytes, as the uniform one at most."""
         visitor = Spectra(self, subject, uniform, fisher)
         self._through(subject, visitor, data)
         shapes = {key: (m.out_features, m.in_features) for key, m in taken.items()}
         share = by_effective_rank if self.allocation == "effective" else by_loss
-        return share(visitor.spectra, shapes, dict(uniform))
+
+        def bytes_of(rank: int, shape: tuple[int, int]) -> int:
+            return _bytes(self, rank, shape, subject.dtype)
+
+        return share(visitor.spectra, shapes, uniform, parameters if self.bytes is None else bytes_of)
 
 
 # ---------------------------------------------------------------- the pass
@@ -479,15 +485,27 @@ def fisher_rows(subject: Subject, taken: Mapping[LinearKey, Projection], ids: to
 # ---------------------------------------------------------------- allocation
 
 Shapes = Mapping[LinearKey, tuple[int, int]]
+Ranks = Mapping[LinearKey, int]
+Cost = Callable[[int, tuple[int, int]], int]  # of a rank for a shape
 
 
-def by_effective_rank(spectra: Mapping[LinearKey, torch.Tensor], shapes: Shapes, uniform: dict) -> dict:
-    """D-Rank: ranks in proportion to sqrt(effective rank / (m + n)), with the parameters of the uniform ranks."""
+def parameters(rank: int, shape: tuple[int, int]) -> int:
+    """Those of a pair."""
+    return rank * sum(shape)
+
+
+def by_effective_rank(
+    spectra: Mapping[LinearKey, torch.Tensor], shapes: Shapes, uniform: Ranks, cost: Cost = parameters
+) -> dict[LinearKey, int]:
+    """D-Rank: ranks in proportion to sqrt(effective rank / (m + n)), at the cost of the uniform ranks at most."""
     weight = {key: math.sqrt(effective_rank(spectra[key]) / sum(shape)) for key, shape in shapes.items()}
-    return proportional(weight, shapes, uniform)
+    most = max(_most(shape) for shape in shapes.values()) / min(weight.values())
+    return largest(lambda scale: {key: scale * w for key, w in weight.items()}, shapes, uniform, cost, (0.0, most))
 
 
-def by_loss(spectra: Mapping[LinearKey, torch.Tensor], shapes: Shapes, uniform: dict) -> dict:
+def by_loss(
+    spectra: Mapping[LinearKey, torch.Tensor], shapes: Shapes, uniform: Ranks, cost: Cost = parameters
+) -> dict[LinearKey, int]:
     """SVD-LLM v2: within each kind of linear the share of parameters removed is proportional to 1 / log L, where L is
     the truncation error at the uniform rank, relative to the kind's least and times e, so that its logarithm is at
     least 1 whatever the scale of the moments. (The paper's logarithm is of the error itself.)"""
@@ -501,38 +519,36 @@ def by_loss(spectra: Mapping[LinearKey, torch.Tensor], shapes: Shapes, uniform: 
         whole = {key: math.prod(shapes[key]) / sum(shapes[key]) for key in keys}
         ranks |= largest(
             lambda scale, whole=whole, inverse=inverse: {k: whole[k] * (1 - inverse[k] / scale) for k in whole},
-            shapes, {key: uniform[key] for key in keys}, least=1e-3, most=1e6,
+            shapes, {key: uniform[key] for key in keys}, cost, (1e-3, 1e6),
         )  # fmt: skip
     return ranks
 
 
-def proportional(weight: Mapping[LinearKey, float], shapes: Shapes, uniform: dict) -> dict[LinearKey, int]:
-    """Ranks in proportion to weights, with at most the parameters of the uniform ranks; no rank above break-even."""
-    most = max(_most(shape) for shape in shapes.values()) / min(weight.values())
-    return largest(lambda scale: {key: scale * w for key, w in weight.items()}, shapes, uniform, 0.0, most)
-
-
 def largest(
-    at: Callable[[float], Mapping[LinearKey, float]], shapes: Shapes, uniform: Mapping, least: float, most: float
+    at: Callable[[float], Mapping[LinearKey, float]],
+    shapes: Shapes,
+    uniform: Ranks,
+    cost: Cost,
+    scales: tuple[float, float],
 ) -> dict[LinearKey, int]:
-    """The largest ranks, of those that grow with a scale, with at most the parameters of the uniform ranks.
+    """The largest ranks, of those that grow with a scale, that cost no more than the uniform ranks.
 
     Args:
         at: the ranks at a scale, not rounded; none is taken below 1, nor at break-even or above.
         shapes: (outputs, inputs) of each projection.
         uniform: the ranks that set the budget.
-        least: the smallest scale.
-        most: the largest.
+        cost: of a rank, e.g. parameters.
+        scales: the smallest and the largest.
     """
-    budget = sum(rank * sum(shapes[key]) for key, rank in uniform.items())
+    budget = sum(cost(rank, shapes[key]) for key, rank in uniform.items())
 
     def ranks(scale: float) -> dict[LinearKey, int]:
         return {key: min(max(int(r), 1), _most(shapes[key])) for key, r in at(scale).items()}
 
-    low, high = least, most
+    low, high = scales
     for _ in range(100):
         middle = (low + high) / 2
-        fits_in = sum(rank * sum(shapes[key]) for key, rank in ranks(middle).items()) <= budget
+        fits_in = sum(cost(rank, shapes[key]) for key, rank in ranks(middle).items()) <= budget
         low, high = (middle, high) if fits_in else (low, middle)
     return ranks(low)
 

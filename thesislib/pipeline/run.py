@@ -199,7 +199,7 @@ class Job:
             "data": _identity(self.data),
         }
         # a pair of low rank and its product have one fingerprint, and stages tell them apart
-        encodings = self.artifact["encodings"] if self.artifact else {}
+        encodings = (self.artifact or {}).get("encodings", {})
         if pairs := {name: encoding for name, encoding in encodings.items() if encoding.startswith("lowrank:")}:
             facts["pairs"] = pairs
         hashes = [sources_of(type(stage)) for stage in self.recipe.stages]
