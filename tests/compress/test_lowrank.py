@@ -22,11 +22,13 @@ from thesislib.compress.lowrank import (
     LowRankStage,
     by_effective_rank,
     by_loss,
+    factorised,
     fisher_rows,
     metric_of,
+    metrics_of,
     nested,
     towards,
-)  # fmt: skip
+)
 from thesislib.compress.scope import blocks_of, mlp_turns
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
@@ -256,8 +258,6 @@ def test_the_mapped_pair_has_the_least_error_against_the_original_outputs():
 
 
 def factorised_of(config, w, s, metric):
-    from thesislib.compress.lowrank import factorised
-
     pair = factorised(config, w, config.rank, metric, s)
     return pair.B.double() @ pair.A.double()
 
@@ -842,3 +842,14 @@ def test_labels():
 def test_a_budget_of_bytes_is_held_by_every_allocation(tiny, allocation, bits):
     _, report = low(bytes=9000, allocation=allocation, bits=bits).apply(tiny(layers=2))
     assert 9000 - 14 * 4 * 96 < report["bytes"] <= 9000 and len(set(report["ranks"].values())) > 1
+
+
+@pytest.mark.parametrize("settings", [{"rank": 5}, {"keep": 0.6, "allocation": "loss"}, {"bytes": 9000, "bits": 8}])
+@pytest.mark.parametrize("method", ["svd_llm", "asvd", "nsvd"])
+def test_metrics_of_one_pass_serve_several_stages(tiny, method, settings):
+    subject, stage = tiny(layers=2), low(method, **settings)
+    shared = metrics_of(low(method), subject)
+    one, other = stage.apply(subject), stage.apply(subject, metrics=shared)
+    assert one[0].fingerprint == other[0].fingerprint and one[1] == other[1]
+    with pytest.raises(BadInput, match="metrics are those of the original model's inputs, and feed is compressed"):
+        low(method, feed="compressed").apply(subject, metrics=shared)

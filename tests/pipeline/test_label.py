@@ -12,6 +12,8 @@ from thesislib.compress.hqq import Hqq
 from thesislib.compress.lora.sequences import TEXTS
 from thesislib.compress.lora.stage import MERGES, Lora
 from thesislib.compress.stage import FAMILIES, STAGES
+from thesislib.compress.streamline import Streamline
+from thesislib.compress.tune import Tune
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.model.grid import BITS
@@ -24,6 +26,8 @@ WRITTEN = [
     *(Width(n, m) for n, m in ((1, 8), (12, 16))),
     *(Width(ratio=r) for r in (0.5, 0.25, 0.125, 1 / 3, 1e-6)),
     Width(ratios={"q_proj": 0.5}),
+    *(Streamline(remove=n) for n in (1, 24)),
+    *(Tune(blocks=n, head=head) for n, head in ((3, False), (16, True), (0, True))),
     *(Lora(text=text, merge=merge) for text in TEXTS for merge in MERGES),
     *(kind(bits=b) for kind in (Rtn, Gptq, Hqq) for b in BITS),
     Eora(),

@@ -23,6 +23,7 @@ from thesislib.compress.eora import Eora
 from thesislib.compress.gptq import Gptq, Rtn
 from thesislib.compress.lora.stage import Lora
 from thesislib.compress.stage import STAGES, Stage
+from thesislib.compress.streamline import Streamline
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.files import cache_dir
@@ -173,7 +174,8 @@ def test_a_key_depends_on_all_that_a_result_depends_on_and_on_nothing_else(folde
 @pytest.mark.parametrize(
     ("kind", "changed"),
     [
-        (Lora, ("compress/lora/train.py", "compress/lora/sequences.py", "sources/corpus.py", "model/layers.py")),
+        (Lora, ("compress/lora/train.py", "compress/training.py", "compress/lora/sequences.py", "model/layers.py")),
+        (Streamline, ("compress/training.py", "compress/depth.py", "sources/corpus.py")),
         (
             Gptq,
             (

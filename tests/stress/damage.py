@@ -712,7 +712,7 @@ def _members(here: Place, index: Path) -> int:
 
 def _halfway(here: Place) -> None:
     """A training that ends, as if killed, when its fourth checkpoint is written."""
-    from thesislib.compress.lora import train
+    from thesislib.compress import training as train
 
     written, calls = train.write_whole, []
 

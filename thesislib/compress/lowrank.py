@@ -231,13 +231,24 @@ class LowRankStage(Weighted):
             replace(outline.subject.blocks[b], name, OutlinedPair(module, ranks[b, name], encodings, outline.dtype))
         outline.changed = set(taken)
 
-    def apply(self, subject: Subject, *, data: str = "embedded", work: Path | None = None) -> tuple[Subject, dict]:
+    def apply(
+        self, subject: Subject, *, data: str = "embedded", work: Path | None = None, metrics: "Metrics | None" = None
+    ) -> tuple[Subject, dict]:
         """A copy of the subject with pairs, and a report: blocks, ranks, bytes, and each pair's relative error.
+
+        Args:
+            subject: is not changed.
+            data: a data spec for calibration.
+            work: unused.
+            metrics: those of a pass through the same subject by the same method and calibration, see `metrics_of`; for
+                feed original, where they do not depend on the ranks.
 
         Raises:
             BadInput: no projection in scope; a pair already there; a pair that would take as many bytes as the weight,
-                unless forced; moments that are not finite or zero; too little text.
+                unless forced; moments that are not finite or zero; too little text; metrics for another feed.
         """
+        if metrics is not None and self.feed != "original":
+            raise BadInput(f"metrics are those of the original model's inputs, and feed is {self.feed}: leave them out")
         chosen = set(blocks_of(self, subject.depth, subject, data))
         taken = _once(selected(subject, lambda b, n: b in chosen and self.takes(b, n)))
         _check_taken(self, taken)
@@ -245,10 +256,10 @@ class LowRankStage(Weighted):
         fisher = fisher_rows(subject, taken, self.ids(subject.tokenizer, data)) if self.method == "fwsvd" else {}
         ranks = self.ranks(taken, subject.dtype)
         if self.allocation != "uniform":
-            ranks = self._allocated(subject, taken, ranks, fisher, data)
+            ranks = self._allocated(subject, taken, ranks, fisher, data, metrics)
         for key, rank in ranks.items():
             check_smaller(self, key, taken[key], rank, subject.dtype)
-        visitor = Factorise(self, result, ranks, fisher)
+        visitor = Factorise(self, result, ranks, fisher, metrics)
         self._through(result, visitor, data)
         pairs = {key: size_of(linear) for key, linear in visitor.linears.items()}
         report = {
@@ -264,7 +275,7 @@ class LowRankStage(Weighted):
 
     def _through(self, subject: Subject, visitor: "Factorise | Spectra", data: str) -> None:
         """Take a visitor through the blocks, on calibration text if the method needs any."""
-        if self.method in ("svd", "fwsvd"):
+        if visitor.known is not None or self.method in ("svd", "fwsvd"):
             for b in tqdm(range(subject.depth), desc=self.label, unit="block", disable=None, leave=False):
                 linears = {n: m for n, m in subject.linears(b).items() if visitor.wants(b, n)}
                 visitor.change(b, linears, {})
@@ -272,9 +283,11 @@ class LowRankStage(Weighted):
         ids = self.ids(subject.tokenizer, data)
         stream(subject, ids, visitor, weighting=self.weighting, feed=visitor.feed, title=self.label)
 
-    def _allocated(self, subject: Subject, taken: Mapping, uniform: Mapping, fisher: Mapping, data: str) -> dict:
+    def _allocated(
+        self, subject: Subject, taken: Mapping, uniform: Mapping, fisher: Mapping, data: str, metrics: "Metrics | None"
+    ) -> dict:
         """The ranks by another allocation, with as many parameters, or bytes, as the uniform one at most."""
-        visitor = Spectra(self, subject, uniform, fisher)
+        visitor = Spectra(self, subject, uniform, fisher, metrics)
         self._through(subject, visitor, data)
         shapes = {key: (m.out_features, m.in_features) for key, m in taken.items()}
         share = by_effective_rank if self.allocation == "effective" else by_loss
@@ -294,8 +307,15 @@ class Spectra(Visitor):
     groups = ALL_AT_ONCE
     feed = "original"
 
-    def __init__(self, config: LowRankStage, subject: Subject, ranks: Mapping[LinearKey, int], fisher: Mapping):
-        self.config, self.subject, self.ranks, self.fisher = config, subject, ranks, fisher
+    def __init__(
+        self,
+        config: LowRankStage,
+        subject: Subject,
+        ranks: Mapping[LinearKey, int],
+        fisher: Mapping,
+        known: "Metrics | None" = None,
+    ):
+        self.config, self.subject, self.ranks, self.fisher, self.known = config, subject, ranks, fisher, known
         self.spectra: dict[LinearKey, torch.Tensor] = {}
         self.moments = config.method in ("svd_llm", "saes", "nsvd")
         self.sizes = config.method == "asvd"
@@ -306,6 +326,8 @@ class Spectra(Visitor):
 
     def metrics(self, block: int, linears: Mapping[str, Projection], statistics: Mapping) -> dict[str, Metric]:
         """The metric of each projection's inputs; those with the same inputs share one."""
+        if self.known is not None:
+            return {name: self.known[block, INPUTS[name]] for name in linears}
         found: dict[str, Metric] = {}
         shared: dict[str, Metric] = {}
         for name, linear in linears.items():
@@ -329,8 +351,15 @@ class Spectra(Visitor):
 class Factorise(Spectra):
     """Replaces each projection by its pair, in the subject that it is taken through."""
 
-    def __init__(self, config: LowRankStage, subject: Subject, ranks: Mapping[LinearKey, int], fisher: Mapping):
-        super().__init__(config, subject, ranks, fisher)
+    def __init__(
+        self,
+        config: LowRankStage,
+        subject: Subject,
+        ranks: Mapping[LinearKey, int],
+        fisher: Mapping,
+        known: "Metrics | None" = None,
+    ):
+        super().__init__(config, subject, ranks, fisher, known)
         self.feed = config.feed
         self.linears: dict[LinearKey, LowRank] = {}
         self.errors: dict[LinearKey, float] = {}
@@ -349,6 +378,38 @@ class Factorise(Spectra):
             for block_of in self.subject.blocks:
                 if projections(block_of).get(name) is linear:  # blocks that a plan repeats share it
                     replace(block_of, name, self.linears[key])
+
+
+Metrics = Mapping[tuple[int, str], Metric]  # by block and kind of input, see `thesislib.compress.calibration.INPUTS`
+
+
+def metrics_of(config: LowRankStage, subject: Subject, data: str = "embedded") -> Metrics:
+    """The metrics of all projections' inputs in a subject, for several stages that differ in ranks, bits or linears.
+
+    Args:
+        config: its method and calibration count.
+        subject: the original.
+        data: a data spec.
+
+    Raises:
+        BadInput: see `metric_of`.
+    """
+    every = selected(subject, lambda *_: True)
+    visitor = Collect(config, subject, dict.fromkeys(every, 1), {})
+    config._through(subject, visitor, data)
+    return visitor.found
+
+
+class Collect(Spectra):
+    """Keeps the metrics."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.found: dict[tuple[int, str], Metric] = {}
+
+    def change(self, block: int, linears: Mapping[str, Projection], statistics: Mapping[str, Statistics]) -> None:
+        """See `Visitor`; it changes nothing."""
+        self.found |= {(block, INPUTS[n]): metric for n, metric in self.metrics(block, linears, statistics).items()}
 
 
 def metric_of(config: LowRankStage, s: Statistics | None, inputs: int, where: str) -> Metric:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from thesislib.errors import BadInput
+from thesislib.model.beside import CorrectedMLP
 from thesislib.model.layers import LINEARS, Adapted, ComputedLinear, Size, size_of
 from thesislib.model.packing import Pattern
 from thesislib.model.subject import Subject
@@ -231,6 +232,10 @@ def stored(subject: Subject | Sketch) -> list[Stored]:
             seen |= set(linear.modules())
         for path, module in block.named_modules():
             if module not in seen and (own := _own(module)):
+                if isinstance(module, CorrectedMLP):
+                    count = sum(t.numel() for t in own)
+                    add(f"blocks.{b}.{path}.beside", *own, size=Size(count, count, sum(t.nbytes for t in own)))
+                    continue
                 if path.rpartition(".")[2] not in NORMS:
                     raise BadInput(
                         f"block {b} has an operation that the cost model does not know, '{path}' "

@@ -44,6 +44,7 @@ from thesislib.formats.tensors import (
     repeated_blocks,
     write_tensors,
 )
+from thesislib.model.beside import ranks_beside, with_paths
 from thesislib.model.blocks import ATTRIBUTES, removed_parts, without_parts
 from thesislib.model.layers import Adapted, Projection, StoredLinear, base_of, reader, replace, unpack_all
 from thesislib.model.quantised import EMBEDDINGS, QuantisedLinear, set_embedding
@@ -84,8 +85,13 @@ def save_artifact(
     """
     folder = replaceable_folder(folder, replaces=RECORD)
     tensors, encodings = packed_tensors(subject) if packed else ({}, {})
-    repeats, without = repeated_blocks(subject), removed_parts(subject)
-    if not (packed and (repeats or without)) and all(encoding == "dense" for encoding in encodings.values()):
+    repeats, without, beside = repeated_blocks(subject), removed_parts(subject), ranks_beside(subject)
+    if beside and not packed:
+        raise BadInput(
+            f"block {min(beside)} of {subject.name} has a linear path beside its MLP, which a plain checkpoint cannot "
+            "hold: expected a packed artifact"
+        )
+    if not (packed and (repeats or without or beside)) and all(e == "dense" for e in encodings.values()):
         tensors, encodings, repeats = plain_tensors(subject), {}, {}
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32)):
@@ -115,6 +121,7 @@ def save_artifact(
             encodings=encodings,
             repeats=repeats,
             without=without,
+            **({"beside": {str(b): rank for b, rank in beside.items()}} if beside else {}),
         )
         check_same(subject, load_artifact(temporary), folder)
     return folder
@@ -186,6 +193,13 @@ def load_artifact(folder: str | Path, dtype: str | None = None, device: str = "c
         subject = without_parts(subject, dict.fromkeys(blocks, part))
         removed = tuple(f"{BLOCKS}{block}.{ATTRIBUTES[part]}." for block in blocks)  # zeros in a plain checkpoint
         tensors = {key: t for key, t in tensors.items() if not key.startswith(removed) or t.any()}
+    ranks, width, meta = record.get("beside", {}), config.hidden_size, torch.device("meta")
+    if ranks:
+        empty = {
+            int(b): (torch.empty(rank, width, device=meta), torch.empty(width, rank, device=meta))
+            for b, rank in ranks.items()
+        }
+        subject = with_paths(subject, empty)
     fill(subject, tensors, record["encodings"], {int(i): j for i, j in record["repeats"].items()}, folder)
     if not packed:
         unpack_all(subject.model)
@@ -328,7 +342,7 @@ def _fill(subject: Subject, tensors: _Tensors, encodings: Mapping[str, str]) -> 
 
 def _check_numbers(key: str, tensor: torch.Tensor, dtype: str, folder: Path) -> None:
     """Raises BadInput for a tensor that is not finite or not of the artifact's dtype; a correction may have its own."""
-    allowed = DTYPES.values() if ".lora_" in key else (getattr(torch, dtype),)
+    allowed = DTYPES.values() if ".lora_" in key or ".beside_" in key else (getattr(torch, dtype),)
     if tensor.dtype == torch.int16 and key.endswith(("scales", "minima")):
         tensor = tensor.view(torch.float16)  # stored as its bits, see `thesislib.model.quantised`
     elif tensor.is_floating_point() and tensor.dtype not in allowed:

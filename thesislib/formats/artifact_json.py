@@ -89,6 +89,7 @@ FIELDS = {  # of artifact.json, see `thesislib.shapes`
     "encodings": {str: _encoding},
     "repeats": {str: _number},
     "without": {"attention?": [_number], "mlp?": [_number]},
+    "beside?": {str: natural},
     "versions": {str: str},
     "files": {str: SHA256},
 }
@@ -150,6 +151,9 @@ def _contradiction(record: dict[str, Any], folder: Path) -> str | None:
     for part, removed in record["without"].items():
         if part not in ("attention", "mlp") or any(i >= blocks for i in removed) or len(set(removed)) < len(removed):
             return f"without has {part!r:.60}: {removed!r:.60}: expected attention or mlp, and some of {blocks} blocks"
+    for block, rank in record.get("beside", {}).items():
+        if not (block.isascii() and block.isdecimal() and int(block) < blocks and rank > 0):
+            return f"beside has {block!r:.60}: {rank}: expected a rank above 0, and one of {blocks} blocks"
     return None
 
 

@@ -24,6 +24,7 @@ from thesislib.formats.checkpoint import (
     read_tokenizer,
 )
 from thesislib.formats.tensors import plain_tensors, projection_paths, write_tensors
+from thesislib.model.beside import ranks_beside
 from thesislib.model.grid import ROW, Grid, Quantised
 from thesislib.model.layers import base_of
 from thesislib.model.lowrank import LowRank
@@ -217,6 +218,8 @@ def _settings(subject: Subject, linears: dict[str, Any]) -> dict[str, Any]:
             f"{dense[0]} is not quantised ({len(dense)} of {len(linears)} are not): a GPTQ checkpoint holds "
             "models with all projections quantised"
         )
+    if beside := ranks_beside(subject):
+        raise BadInput(f"block {min(beside)} has a linear path beside its MLP, which a GPTQ checkpoint cannot hold")
     if not all(list(subject.linears(i)) == list(subject.linears(0)) for i in range(subject.depth)):
         raise BadInput(
             "a GPTQ checkpoint holds whole blocks, and some here lost attention or MLP: remove whole blocks instead"

@@ -1,8 +1,6 @@
 """LoRA recovery (Hu et al. 2021): low-rank corrections of projections, trained on text after compression."""
 
-import dataclasses
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +10,12 @@ from typing import ClassVar, cast
 import torch
 from torch import nn
 
-from thesislib.compress.lora.sequences import TEXTS, Split, sequences
-from thesislib.compress.lora.train import Factors, Settings, Training, bfloat16_is_fast
+from thesislib.compress.lora.sequences import TEXTS, sequences
+from thesislib.compress.lora.train import Factors, Training, bfloat16_is_fast
 from thesislib.compress.outline import Outline, Outlined, SizeUnknown, Zeros, corrected
 from thesislib.compress.selection import LinearKey, fits, patterns, selected
 from thesislib.compress.stage import Shape, Stage, stage
+from thesislib.compress.training import Trained
 from thesislib.errors import BadInput, unknown
 from thesislib.model.layers import LINEARS, Adapted, Projection, adapt, base_of, merged, replace
 from thesislib.model.subject import Subject
@@ -32,78 +31,47 @@ THESIS_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 @stage("lora")
 @dataclass(frozen=True)
-class Lora(Stage):
+class Lora(Trained):
     """Train low-rank corrections y + (alpha / rank) x Aᵀ Bᵀ of `linears`; the model's own weights stay fixed.
 
+    The default learning rate lies between 2e-4, usual for models of 7 billion parameters, and 4e-3, the best in chapter
+    4 for 135 million (held-out loss, 48 steps).
+
     Attributes:
-        text: wikitext: next-token loss on running text. trivia: loss on the answers of questions. See
-            `thesislib.compress.lora.sequences`.
         linears: names or patterns of projections, e.g. 'q_proj', '*_proj', 'blocks.3.*'; the thesis's four by default.
         rank: of the corrections; the thesis's by default.
         alpha: the corrections' scale is alpha / rank.
         dropout: of the corrections' inputs during training.
         init: initial factors. default: A uniform, B zero. gaussian, orthogonal: as in PEFT. eora: those of the
             subject's own corrections, from an EoRA stage of the same rank, which are trained instead of new ones.
-        learning_rate: of AdamW. The default lies between 2e-4, usual for models of 7 billion parameters, and 4e-3, the
-            best in chapter 4 for 135 million (held-out loss, 48 steps).
-        steps: of the optimiser.
-        batch: sequences at a time.
-        accumulate: batches a step.
-        length: tokens of a sequence.
-        warmup: the share of the steps in which the learning rate rises; after it the rate falls along a cosine.
-        clip: the largest norm of the gradient.
-        weight_decay: of AdamW.
-        every: steps between validations. The adapter with the lowest loss is kept, the untrained one included.
-        validation: held-out sequences.
-        checkpoint_every: steps between checkpoints.
         merge: beside, masked or dense, see `MERGES`.
-        autocast: compute in bfloat16; None: if the processor has instructions for it.
-        seed: of everything random.
     """
 
-    text: str = "wikitext"
     linears: str | list | tuple = THESIS_LINEARS
     rank: int = 8
     alpha: float = 16
     dropout: float = 0.1
     init: str = "default"
-    learning_rate: float = 5e-4
-    steps: int = 100
-    batch: int = 4
-    accumulate: int = 2
-    length: int = 512
-    warmup: float = 0.1
-    clip: float = 1.0
-    weight_decay: float = 0.0
-    every: int = 20
-    validation: int = 16
-    checkpoint_every: int = 20
     merge: str = "beside"
-    autocast: bool | None = None
-    seed: int = 0
 
     family: ClassVar[str] = "trained"
-    amplifies: ClassVar[bool] = True
+    title: ClassVar[str] = "LoRA"
     pattern: ClassVar[str] = r"[WT](-masked|-dense)?"
 
     def __post_init__(self):
-        for name, options in {"text": TEXTS, "init": INITS, "merge": MERGES}.items():
+        super().__post_init__()
+        for name, options in {"init": INITS, "merge": MERGES}.items():
             if getattr(self, name) not in options:
                 raise unknown(f"{name} of LoRA", getattr(self, name), options)
         self._normalise(linears=patterns(self.linears))
-        for name in ("rank", "steps", "batch", "accumulate", "every", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise BadInput(f"{name} {getattr(self, name)} is too small: expected at least 1")
-        if self.length < 2 or self.validation < 0 or not self.linears:
-            raise BadInput(
-                "LoRA needs sequences of a length of at least 2, a validation of at least 0 of them, and some linears"
-            )
-        for name, low, high in (("dropout", 0, 1), ("warmup", 0, 1), ("weight_decay", 0, math.inf)):
-            if not low <= getattr(self, name) < high:
-                raise BadInput(f"{name} {getattr(self, name)}: expected a number in [{low}, {high})")
-        for name in ("alpha", "learning_rate", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise BadInput(f"{name} {getattr(self, name)}: expected a positive number")
+        if self.rank < 1:
+            raise BadInput(f"rank {self.rank} is too small: expected at least 1")
+        if not self.linears:
+            raise BadInput("linears is empty: LoRA needs some linears, such as q_proj")
+        if not 0 <= self.dropout < 1:
+            raise BadInput(f"dropout {self.dropout}: expected a number in [0, 1)")
+        if not 0 < self.alpha < math.inf:
+            raise BadInput(f"alpha {self.alpha}: expected a positive number")
         if self.init == "orthogonal" and self.rank % 2:
             raise BadInput(f"rank {self.rank} is odd: init 'orthogonal' pairs rows and needs an even one")
 
@@ -225,15 +193,17 @@ class Lora(Stage):
         shared = self.shared_keys(subject)
         split = sequences(self.text, subject, data, length=self.length, validation=self.validation, seed=self.seed)
         autocast = bfloat16_is_fast(subject.device) if self.autocast is None else self.autocast
-        file = None if work is None else self._checkpoint(Path(work), subject, split, autocast, initial)
+        # stages that differ only in their merge share a checkpoint
+        file = self.checkpoint(work, subject, split, autocast, "merge", initial=_hashes(initial))
         # packed weights stay packed if the adapter is kept beside them
         result = subject.copy(unpack=False)
         if self.init == "eora":
             initial = self._initial(result, shared, initial)
         with torch.random.fork_rng(devices=[subject.device] if subject.device.type == "cuda" else []):
             torch.manual_seed(self.seed)
-            settings = cast("Settings", self)  # mypy: the protocol's fields are writable, a frozen stage's are not
-            factors, trained = Training(settings, result, shared, autocast, initial).run(split, file)
+            training = Training(self, result, shared, autocast, initial)
+            best, trained = training.run(split, file)
+            factors = training.factors(best)
         before, after = [], []
         for keys in shared:
             block, name = keys[0]
@@ -257,21 +227,6 @@ class Lora(Stage):
             "zeros_after": sum(after) / len(after),
         }
         return result, report | trained
-
-    def _checkpoint(self, work: Path, subject: Subject, split: Split, autocast: bool, initial: Factors | None) -> Path:
-        """The checkpoint's file, named by a hash over all that the training depends on.
-
-        The merge is not in it, so stages that differ only in their merge share a checkpoint.
-        """
-        config = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("merge", "checkpoint_every")}
-        facts = {
-            "autocast": autocast,
-            "subject": subject.fingerprint,
-            "text": split.train.sha256,
-            "initial": _hashes(initial),
-            "config": config,
-        }
-        return work / f"lora-{_hash(json.dumps(facts, sort_keys=True).encode())[:16]}.safetensors"
 
     def _initial(self, subject: Subject, shared: list[list[LinearKey]], given: Factors | None) -> Factors:
         """The initial factors: those given, or those of the subject's corrections, which are removed from it."""
