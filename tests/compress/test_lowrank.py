@@ -236,11 +236,33 @@ def both(seed=0, tokens=400, drift=0.3):
 
 
 @pytest.mark.parametrize("pull", [0.0, 0.5, 1.0])
-def test_the_target_solves_the_normal_equations(pull):
+@pytest.mark.parametrize("ridge", [0.0, 0.1, 3.0])
+def test_the_target_solves_the_normal_equations(pull, ridge):
+    """With a ridge as further rows: as many tokens as inputs, each of one input, whose outputs stay W's."""
     w, x, f, s = both()
     goal = (1 - pull) * x + pull * f
-    expected = torch.linalg.lstsq(x, goal @ w.T).solution.T
-    assert close(towards(w, s, whitening(s.moment), pull), expected, 1e-3)
+    more = (ridge * x.square().sum(0).mean()).sqrt() * torch.eye(40)
+    expected = torch.linalg.lstsq(torch.cat([x, more]), torch.cat([goal, more]) @ w.T).solution.T
+    assert close(towards(w, s, whitening(s.moment), pull, ridge), expected, 1e-3)
+
+
+def test_a_large_ridge_is_no_target():
+    w, _, _, s = both()
+    assert close(towards(w, s, whitening(s.moment), 1.0, 1e6), w) and not close(
+        towards(w, s, whitening(s.moment), 1.0), w
+    )
+
+
+def test_few_tokens_overfit_the_drift_and_a_ridge_holds_it():
+    """On the tokens that it was fitted to a target has the least error; on others a ridge may have less."""
+    w, x, f, _ = both(tokens=4000, drift=1.0)
+    errors = {}
+    for ridge in (0.0, 0.1, 1.0):
+        s = Statistics(x[:60].square().sum(0), (x[:60].T @ x[:60]).float(), 60.0, None, (f[:60].T @ x[:60]).float())
+        target = towards(w, s, whitening(s.moment), 1.0, ridge)
+        errors[ridge] = [float((f[part] @ w.T - x[part] @ target.T).norm()) for part in (slice(60), slice(60, None))]
+    assert errors[0.0][0] < errors[0.1][0] < errors[1.0][0]
+    assert errors[0.0][1] > errors[0.1][1] > errors[1.0][1]
 
 
 def test_the_mapped_pair_has_the_least_error_against_the_original_outputs():
@@ -731,6 +753,7 @@ def test_other_blocks_may_follow(tiny, tmp_path):
         ({"alpha": 2}, r"alpha is 2: expected a number in \[0, 1\]"),
         ({"whitened": -0.1}, "whitened is -0.1"),
         ({"method": "saes", "feed": "both", "pull": 1.1}, "pull is 1.1"),
+        ({"ridge": -1.0}, "ridge is -1.0: expected a number of at least 0, e.g. 0.1"),
         ({"bits": 3}, "bits is 3: expected 16, 8 or 4"),
         ({"bits": [4, 8, 8]}, r"bits is \[4, 8, 8\]"),
         ({"linears": "q_prj"}, "q_proj"),

@@ -66,6 +66,9 @@ class LowRankStage(Weighted):
         task: whose items scope relevance asks.
         items: of it.
         force: whether a pair may take as many bytes as what it replaces, or more.
+        ridge: of feed both, how much the target is held to the weight: ridge |V - W|^2 beside the errors of outputs, in
+            units of the inputs' mean square. At 0, as in the paper, the target follows the calibration text's drift
+            where few tokens were, and other texts pay for it.
     """
 
     keep: float | None = None
@@ -84,11 +87,13 @@ class LowRankStage(Weighted):
     task: str = "arc_easy"
     items: int = 190
     force: bool = False
+    ridge: float = 0.0
 
     family: ClassVar[str] = "factorised"
     pattern: ClassVar[str] = r"L(?:(\d+(?:\.\d+)?)%|r(\d+)|~)(?:-(svd|fwsvd|asvd|saes|nsvd))?"
     correctable: ClassVar[bool] = True
     factorises: ClassVar[bool] = True
+    later: ClassVar[tuple[str, ...]] = ("ridge",)
 
     def __post_init__(self):
         super().__post_init__()
@@ -115,6 +120,8 @@ class LowRankStage(Weighted):
         for name in ("alpha", "whitened", "pull"):
             if not 0 <= getattr(self, name) <= 1:
                 raise BadInput(f"{name} is {getattr(self, name)}: expected a number in [0, 1]")
+        if not 0 <= self.ridge < math.inf:
+            raise BadInput(f"ridge is {self.ridge}: expected a number of at least 0, e.g. 0.1")
         bits = tuple(self.bits) if isinstance(self.bits, (list, tuple)) else (self.bits, self.bits)
         if len(bits) != 2 or any(b not in BITS for b in bits):
             raise BadInput(f"bits is {self.bits}: expected 16, 8 or 4, or two of them for A and B, e.g. [4, 8]")
@@ -444,7 +451,9 @@ def factorised(
         return nested(weight, rank, metric, config.whitened)
     if config.feed == "both":
         return best(
-            towards(weight, cast("Statistics", s), metric, config.pull if config.method == "saes" else 1.0),
+            towards(
+                weight, cast("Statistics", s), metric, config.pull if config.method == "saes" else 1.0, config.ridge
+            ),
             rank,
             metric,
         )
@@ -466,15 +475,17 @@ def nested(weight: torch.Tensor, rank: int, metric: Metric, whitened: float) -> 
     return Pair(A, B, float(left), one.total)
 
 
-def towards(weight: torch.Tensor, s: Statistics, metric: Metric, pull: float) -> torch.Tensor:
+def towards(weight: torch.Tensor, s: Statistics, metric: Metric, pull: float, ridge: float = 0.0) -> torch.Tensor:
     """The weight that maps compressed inputs X nearest to a mixture of W X and W F, F being the original inputs.
 
-    ``argmin (1 - pull) |V X - W X|^2 + pull |V X - W F|^2 = W (H + pull (F - X) X^T) H^-1``, float64; H's inverse is
-    the metric's, whose eigenvalues have a floor.
+    ``argmin (1 - pull) |V X - W X|^2 + pull |V X - W F|^2 + ridge |V - W|^2 = W + pull W (F - X) X^T (H + ridge I)^-1``
+    in float64, where H is divided by its mean diagonal; its eigenvalues are the metric's, which have a floor.
     """
     scale = s.moment.diagonal().double().mean()  # of the metric, see `whitening`
     drift = (s.cross.double() - s.moment.double()) / scale
-    return weight.double() + pull * weight.double() @ drift @ metric.inverse.T @ metric.inverse
+    inverse = metric.inverse  # a row is an eigenvector divided by the root of its eigenvalue
+    inverse = inverse / (1 + ridge * inverse.square().sum(1, keepdim=True)).sqrt()
+    return weight.double() + pull * weight.double() @ drift @ inverse.T @ inverse
 
 
 def as_linear(config: LowRankStage, pair: Pair, linear: Projection, dtype: torch.dtype) -> LowRank:
