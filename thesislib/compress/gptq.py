@@ -227,7 +227,8 @@ class Rtn(Stage):
         """A pair with both factors on the grid."""
         factors = (pair.factor(name).detach().float() for name in FACTORS)
         rounded = (self.rounded(factor, self.of_factor(factor.shape[1])) for factor in factors)
-        return LowRank(*(QuantisedLinear.of(q, dtype=pair.like.dtype) for q in rounded), pair.bias)
+        A, B = (QuantisedLinear.of(q, dtype=pair.like.dtype) for q in rounded)
+        return LowRank(A, B, pair.bias)
 
     def _quantise(self, subject: Subject, data: str) -> tuple[dict[LinearKey, Held], dict]:
         """The quantised projections of a subject, and its part of the report."""

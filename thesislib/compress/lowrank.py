@@ -351,7 +351,7 @@ class Spectra(Visitor):
         for name, metric in self.metrics(block, linears, statistics).items():
             weight = effective_weight(linears[name])
             if (block, name) in self.fisher:
-                weight = self.fisher[block, name][:, None] * weight
+                weight = self.fisher[block, name].to(weight.device)[:, None] * weight
             self.spectra[block, name] = spectrum(weight, metric)
 
 
@@ -491,11 +491,11 @@ def towards(weight: torch.Tensor, s: Statistics, metric: Metric, pull: float, ri
 def as_linear(config: LowRankStage, pair: Pair, linear: Projection, dtype: torch.dtype) -> LowRank:
     """The pair as the stage's bits hold it."""
     encodings = config.encodings((linear.out_features, linear.in_features))
-    factors = [
+    A, B = (
         factor.to(dtype) if encoding == DENSE else rounded(factor, encoding, dtype)
-        for factor, encoding in zip(pair[:2], encodings, strict=True)
-    ]
-    return LowRank(*factors, linear.bias)
+        for factor, encoding in zip((pair.A, pair.B), encodings, strict=True)
+    )
+    return LowRank(A, B, linear.bias)
 
 
 def rounded(factor: torch.Tensor, encoding: str, dtype: torch.dtype) -> QuantisedLinear:
@@ -589,11 +589,13 @@ def by_loss(
         inverse = {key: 1 / math.log(max(x / least, 1.0) * math.e) for key, x in loss.items()}
         # the proportion is found by trial, since a rank is at least 1 and at most break-even
         whole = {key: math.prod(shapes[key]) / sum(shapes[key]) for key in keys}
-        ranks |= largest(
-            lambda scale, whole=whole, inverse=inverse: {k: whole[k] * (1 - inverse[k] / scale) for k in whole},
-            shapes, {key: uniform[key] for key in keys}, cost, (1e-3, 1e6),
-        )  # fmt: skip
+        ranks |= largest(_left(whole, inverse), shapes, {key: uniform[key] for key in keys}, cost, (1e-3, 1e6))
     return ranks
+
+
+def _left(whole: Mapping[LinearKey, float], inverse: Mapping[LinearKey, float]) -> "Callable[[float], dict]":
+    """The ranks that are left of break-even at a scale, if the share that goes is inverse / scale."""
+    return lambda scale: {key: whole[key] * (1 - inverse[key] / scale) for key in whole}
 
 
 def largest(
@@ -679,8 +681,8 @@ def _check_taken(config: LowRankStage, taken: Mapping[LinearKey, Projection]) ->
 
 def _once(linears: Mapping[LinearKey, Projection]) -> dict[LinearKey, Projection]:
     """Each projection under one key; blocks that a plan repeats share theirs."""
-    first = {id(module): key for key, module in reversed(linears.items())}
-    return {key: module for key, module in linears.items() if first[id(module)] == key}
+    keys = {id(module): key for key, module in linears.items()}
+    return {key: module for key, module in linears.items() if keys[id(module)] == key}
 
 
 def _named(key: LinearKey) -> str:

@@ -31,6 +31,7 @@ class LowRank(ComputedLinear):
     """
 
     words = ("lowrank",)
+    like: torch.Tensor
 
     def __init__(self, A: torch.Tensor | QuantisedLinear, B: torch.Tensor | QuantisedLinear, bias: torch.Tensor | None):
         (rank, inputs), (outputs, columns) = (_shape(factor) for factor in (A, B))
