@@ -32,6 +32,7 @@ from thesislib.compress.lowrank import (
 from thesislib.compress.scope import blocks_of, mlp_turns
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
+from thesislib.experiment import Prepared
 from thesislib.formats.artifact import load_artifact, save_artifact
 from thesislib.formats.artifact_json import RECORD, checksum, read_artifact
 from thesislib.formats.gguf import export_gguf
@@ -876,3 +877,15 @@ def test_metrics_of_one_pass_serve_several_stages(tiny, method, settings):
     assert one[0].fingerprint == other[0].fingerprint and one[1] == other[1]
     with pytest.raises(BadInput, match="metrics are those of the original model's inputs, and feed is compressed"):
         low(method, feed="compressed").apply(subject, metrics=shared)
+
+
+def test_a_measured_model_keeps_its_pairs(tiny):
+    """Packed weights are unpacked once for a measurement, and pairs are what is measured."""
+    made, _ = low("svd", rank=5, linears="q_proj").apply(tiny(layers=2))
+    assert Prepared(made, {}).unpacked is made
+    rounded, _ = Rtn(bits=8, group=16).apply(made)
+    model = Prepared(rounded, {}).unpacked
+    assert (
+        all(type(model.linears(b)["q_proj"]) is LowRank for b in range(2)) and model.fingerprint == rounded.fingerprint
+    )
+    assert type(model.linears(0)["up_proj"]) is nn.Linear

@@ -76,7 +76,8 @@ class LowRank(ComputedLinear):
                 parts = {k.removeprefix(f"{name}_"): t for k, t in linear.tensors.items() if k.startswith(f"{name}_")}
                 stored = StoredLinear(encoding, shape, None, linear.dtype, parts, f"{linear.name}.{name}")
                 factors.append(QuantisedLinear.load(stored))
-        return cls(*factors, linear.bias)
+        A, B = factors
+        return cls(A, B, linear.bias)
 
     @classmethod
     def check_encoding(cls, encoding: str) -> None:
