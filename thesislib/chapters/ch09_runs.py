@@ -175,6 +175,8 @@ def methods(p: LowRankChapter, keeps: Iterable[float] | None = None) -> list[Con
         pairs |= {f"svd_llm, tokens by {w}": p.pairs(keep=keep, weighting=w) for w in weightings}
         pairs |= {"svd_llm, compressed inputs": p.pairs(keep=keep, feed="compressed")}
         pairs |= {"saes, both inputs": p.pairs(keep=keep, method="saes", feed="both")}
+        pairs |= {"svd_llm, both inputs": p.pairs(keep=keep, feed="both")}
+        pairs |= {"svd_llm, both inputs, ridge": p.pairs(keep=keep, feed="both", ridge=1.0)}
         pairs |= {"svd_llm, Wikipedia": p.pairs(keep=keep, text="wikipedia")}
         pairs |= {"asvd, Wikipedia": p.pairs(keep=keep, method="asvd", text="wikipedia")}
         pairs |= {f"svd_llm, {4 * p.windows} windows": p.pairs(keep=keep, windows=4 * p.windows)}
@@ -207,6 +209,7 @@ def orders(p: LowRankChapter) -> list[Configuration]:
         "low rank, rounded": (low, rounded),
         "low rank, GPTQ": (low, gptq(p)),
         "rounded": (rounded,),
+        "rounded, LoRC": (rounded, Eora(rank=32, inputs="none")),
         "GPTQ": (gptq(p),),
         "GPTQ, EoRA": (gptq(p), Eora(rank=32, windows=p.windows, length=p.length)),
         "GPTQ, 3 bits": (gptq(p, bits=3),),
@@ -222,7 +225,6 @@ def calr(p: LowRankChapter) -> list[Configuration]:
         "pairs": (pairs,),
         "plain pairs": (plain,),
         "wider pairs": (wider,),
-        "MLPs removed": (Depth(remove=p.quiet, part="mlp", windows=8),),
         "path in closed form": (pairs, p.calr(fit="closed")),
         "plain pairs, path in closed form": (plain, p.calr(fit="closed")),
     }

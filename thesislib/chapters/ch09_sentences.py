@@ -36,6 +36,8 @@ def front_sentence(record: Record) -> str:
 def whole_sentence(record: Record) -> str:
     """The same on the whole of WikiText-2."""
     table = tables.whole_text(record)
+    if not len(table):
+        return ""
     mine = table[table["low rank"]]
     if not len(mine):
         return ""
@@ -110,7 +112,9 @@ def calibration_sentence(record: Record) -> str:
         "svd_llm, Wikipedia": "calibrated on Wikipedia, the kind of text that is measured on",
         f"svd_llm, {4 * tables.recorded().windows} windows": "on four times the text",
         "svd_llm, compressed inputs": "on the inputs in the compressed model so far",
-        "saes, both inputs": "pulled towards the original model's outputs (saes)",
+        "svd_llm, both inputs": "for the original model's outputs",
+        "svd_llm, both inputs, ridge": "for these with a ridge towards the weight",
+        "saes, both inputs": "half-way towards them (saes)",
         "svd_llm, allocation by effective": "ranks shared out by effective rank (D-Rank)",
         "svd_llm, allocation by loss": "ranks shared out by loss (SVD-LLM v2)",
     }
@@ -154,15 +158,13 @@ def path_sentence(record: Record) -> str:
         return ""
     c = compare(rows["pairs"], rows["path in closed form"])
     r = tables.recorded()
-    gone = rows.get("MLPs removed")
-    without = f" Without those MLPs altogether it is {_x(record, gone)}." if gone else ""
     ranks = [n for n in rows if n.startswith("path of rank")]
     less = together(f"{n.split()[3]} {_x(record, rows[n])}" for n in ranks) if ranks else ""
     return (
         f"Pairs of rank {r.rank} in the MLPs of {r.quiet} quiet blocks: perplexity "
         f"{_x(record, rows['pairs'])} the dense "
         f"model's; with the path of rank {r.rank} in closed form {_x(record, rows['path in closed form'])} "
-        f"({ratio(c)}, {p_value(c.p)}), without training.{f' Of rank {less}.' if less else ''}{without}"
+        f"({ratio(c)}, {p_value(c.p)}), without training.{f' Of rank {less}.' if less else ''}"
     )
 
 

@@ -112,7 +112,9 @@ def budget_points(record: Record) -> pd.DataFrame:
 def whole_text(record: Record) -> pd.DataFrame:
     """Perplexity on the whole of WikiText-2 by MB: low rank, and what other chapters made without training."""
     rows = []
-    base = largest(record.pool, WIKITEXT, [DENSE])[DENSE]
+    base = largest(record.pool, WIKITEXT, [DENSE]).get(DENSE)
+    if base is None:
+        return pd.DataFrame()
     mine = {name: m for name, m in found(record, headline(recorded()), PPL).items() if "kept" in name}
     others = {label: m for label, m in largest(record.pool, WIKITEXT, UNTRAINED).items() if m.n == base.n}
     for name, m in {DENSE: base, **others, **mine}.items():
