@@ -181,10 +181,11 @@ def test_conventions_differ():
 
 @pytest.fixture
 def small(tiny, monkeypatch):
+    subject = tiny()
     ids = torch.randint(0, 250, (4, 24), generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr("thesislib.compress.stage.calibration_windows", lambda *a: ids)
     monkeypatch.setattr("thesislib.compress.calr.calibration_windows", lambda *a: ids)
-    monkeypatch.setattr("thesislib.chapters.ch09_runs.load_subject", lambda *a: tiny)
+    monkeypatch.setattr("thesislib.chapters.ch09_runs.load_subject", lambda *a: subject)
     return LowRankChapter(windows=4, length=24, held_out=3, quiet=1, rank=2, steps=1, linears=["*"], keep=0.8)
 
 
