@@ -8,6 +8,7 @@ from torch import nn
 from thesislib.bounds import MAX_SIZES
 from thesislib.errors import BadInput, unknown
 from thesislib.model import packing
+from thesislib.model.beside import ranks_beside
 from thesislib.model.layers import LINEARS, Adapted, Projection
 from thesislib.model.quantised import is_quantised
 from thesislib.model.subject import Subject
@@ -52,14 +53,17 @@ def selected(subject: Subject, takes: Callable[[int, str], bool]) -> dict[Linear
 
 def check_dense(subject: Subject, blocks: Iterable[int], step: str) -> None:
     """Raises BadInput for a block with a weight that is quantised, packed, pruned or computed in another way, or has a
-    correction beside it.
+    correction or a linear path beside it.
 
     Args:
         subject: the model.
         blocks: whose projections a step changes as wholes.
         step: in words, such as "merge blocks", for messages.
     """
+    beside = ranks_beside(subject)
     for b in blocks:
+        if b in beside:
+            raise BadInput(f"the MLP of block {b} has a linear path beside it, which would not fit then: {step} before calr")
         for name, module in subject.linears(b).items():
             where = f"{name} of block {b}"
             if is_quantised(module):

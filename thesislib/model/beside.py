@@ -86,3 +86,13 @@ def ranks_beside(subject: Subject) -> dict[int, int]:
     """The rank of the path beside each block's MLP that has one."""
     mlps = ((b, getattr(block, "mlp", None)) for b, block in enumerate(subject.blocks))
     return {b: mlp.rank for b, mlp in mlps if isinstance(mlp, CorrectedMLP)}
+
+
+def check_no_path(subject: Subject, what: str) -> None:
+    """Raises BadInput if an MLP has a path, which `what` has no place for."""
+    if ranks := ranks_beside(subject):
+        b = min(ranks)
+        raise BadInput(
+            f"block {b} has a linear path of rank {ranks[b]} beside its MLP, which {what} cannot hold: expected a "
+            "packed artifact"
+        )
