@@ -147,7 +147,7 @@ def test_formats_without_a_place_for_it_refuse_it(plain, subject, tmp_path):
         "a GGUF file": lambda: export_gguf(subject, tmp_path / "out.gguf"),
         "a GPTQ checkpoint": lambda: export_gptq(quantised, tmp_path / "out"),
     }.items():
-        with pytest.raises(BadInput, match=f"block 1 has a linear path of rank 3 beside its MLP, which {what.strip()} "):
+        with pytest.raises(BadInput, match=f"block 1 has a linear path of rank 3 beside .*, which {what.strip()} "):
             write()
         assert not list(tmp_path.glob("out*"))
     check_no_path(plain, "nothing")
@@ -163,9 +163,10 @@ def test_steps_that_change_whole_weights_refuse_it(subject, tiny_data):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("beside", {"9": 3}), ("beside", {"-1": 3}), ("beside", {"1": 0}), ("beside", {"1": -1}), ("beside", {"1": "3"}),
-        ("beside", {"one": 3}), ("beside", {"1": True}), ("beside", {"\u0661": 3}), ("beside", []), ("beside", {"1": 4}),
-        ("beside", {"9" * 5000: 3}), ("beside", {"1": 3}), ("beside", {"1": 3, "2": 4, "3": 5}), ("beside", None),
+        ("beside", {"9": 3}), ("beside", {"-1": 3}), ("beside", {"1": 0}), ("beside", {"1": -1}),
+        ("beside", {"1": "3"}), ("beside", {"one": 3}), ("beside", {"1": True}), ("beside", {"\u0661": 3}),
+        ("beside", []), ("beside", {"1": 4}), ("beside", {"9" * 5000: 3}), ("beside", {"1": 3}),
+        ("beside", {"1": 3, "2": 4, "3": 5}), ("beside", None),
         ("beside", {"1": 10**12, "3": 5}), ("without", {"mlp": [1]}),
     ],
 )  # fmt: skip

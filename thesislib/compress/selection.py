@@ -63,7 +63,7 @@ def check_dense(subject: Subject, blocks: Iterable[int], step: str) -> None:
     beside = ranks_beside(subject)
     for b in blocks:
         if b in beside:
-            raise BadInput(f"the MLP of block {b} has a linear path beside it, which would not fit then: {step} before calr")
+            raise BadInput(f"the MLP of block {b} has a linear path beside it: {step} before calr")
         for name, module in subject.linears(b).items():
             where = f"{name} of block {b}"
             if is_quantised(module):

@@ -82,7 +82,8 @@ def export_gguf(subject: Subject, file: str | Path, kind: str = "F16", *, merge_
     Raises:
         BadInput: another type, such as a K-quant; Q4_1, which has no exact zero, of pruned weights; an architecture,
             activation, position embedding or tokenizer that is not written here; rows that are no multiple of 32;
-            corrections without `merge_corrections`; a linear path beside an MLP; a file that exists; a file that reads back as another model.
+            corrections without `merge_corrections`; a linear path beside an MLP; a file that exists; a file that reads
+            back as another model.
     """
     file, config = Path(file), subject.model.config
     _check_writable(config, file, kind)

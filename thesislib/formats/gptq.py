@@ -53,8 +53,9 @@ def export_gptq(subject: Subject, folder: str | Path) -> Path:
         folder: a new or empty one.
 
     Raises:
-        BadInput: projections that are not quantised, or on different grids; a linear path beside an MLP; 5, 6 or 7 bits; a grid with a floating
-            minimum; groups or shapes that the layout cannot hold; a folder that holds something.
+        BadInput: projections that are not quantised, or on different grids; a linear path beside an MLP; 5, 6 or 7
+            bits; a grid with a floating minimum; groups or shapes that the layout cannot hold; a folder that holds
+            something.
     """
     folder = replaceable_folder(folder)
     check_no_path(subject, "a GPTQ checkpoint")
