@@ -96,9 +96,14 @@ class Calr(Trained):
         return cls(rank=whole_number(match[1]), fit=match[2] or "tokens") if match else None
 
     @property
+    def trained_on(self) -> str | None:
+        """See `Stage`."""
+        return self.text if self.fit in ("tokens", "hidden") else None
+
+    @property
     def trains_pairs(self) -> bool:
         """Whether it changes the pairs."""
-        return self.pairs and self.fit in ("tokens", "hidden")
+        return self.pairs and self.trained_on is not None
 
     def after(self, previous: Sequence[Stage], shape: Shape | None = None) -> Shape | None:
         """See `Stage`: right after the stage that made the pairs, since the MLPs before that are the target."""
@@ -122,8 +127,8 @@ class Calr(Trained):
             for name in MLP:
                 _check_trainable(b, name, subject.linears(b)[name])
         if self.rank:
-            shapes = {"A": ((self.rank, width), dtype), "B": ((width, self.rank), dtype)}
-            outline.subject = with_paths(subject, {b: tuple(empty(shapes).values()) for b in blocks})
+            made = {b: empty({"A": ((self.rank, width), dtype), "B": ((width, self.rank), dtype)}) for b in blocks}
+            outline.subject = with_paths(subject, {b: (path["A"], path["B"]) for b, path in made.items()})
         outline.changed = set()
 
     def apply(
@@ -151,7 +156,7 @@ class Calr(Trained):
         _check_once(subject, blocks)
         if present := ranks_beside(subject):
             raise BadInput(f"block {min(present)} has a path already: expected calr once")
-        if self.fit in ("closed", "none"):
+        if self.trained_on is None:
             ids = calibration_windows(subject.tokenizer, self.calibration, data, self.windows, self.length, self.seed)
             result, errors = with_closed_form(subject, original, blocks, self.rank if self.fit == "closed" else 0, ids)
             if self.fit == "none":
@@ -191,12 +196,12 @@ class Calr(Trained):
         dtype = subject.dtype
         result = shared.copy(unpack=False)
         for b in blocks:
-            if self.rank:
-                for name in FACTORS:
-                    result.blocks[b].mlp.get_parameter(name).data = best_found[f"{b}.{name}"].to(dtype)
+            corrected: Any = result.blocks[b].mlp
+            for name in FACTORS if self.rank else ():
+                corrected.get_parameter(name).data = best_found[f"{b}.{name}"].to(dtype)
             for name in MLP if self.pairs else ():
-                factors = (best_found[f"{b}.{name}.{f}"].to(dtype) for f in "AB")
-                replace(result.blocks[b], name, LowRank(*factors, result.linears(b)[name].bias))
+                A, B = (best_found[f"{b}.{name}.{f}"].to(dtype) for f in "AB")
+                replace(result.blocks[b], name, LowRank(A, B, result.linears(b)[name].bias))
         return result, {"blocks": blocks, **report}
 
 
@@ -269,14 +274,16 @@ def outputs_loss(original: Subject, blocks: Sequence[int], autocast: bool) -> Lo
     teachers.model.float()
     if autocast:
         to_bfloat16(teachers.blocks)
+    before: dict[int, Any] = {b: teachers.blocks[b].mlp for b in blocks}
 
     def loss(student: Subject, some: Sequences) -> tuple[torch.Tensor, int]:
         seen: dict[int, torch.Tensor] = {}
+        mlps: dict[int, Any] = {b: student.blocks[b].mlp for b in blocks}
 
         def note(b: int):
             return lambda _module, args: seen.__setitem__(b, args[0].detach())
 
-        hooks = [student.blocks[b].mlp.register_forward_pre_hook(note(b)) for b in blocks]
+        hooks = [mlps[b].register_forward_pre_hook(note(b)) for b in blocks]
         try:
             with torch.no_grad():
                 x, onward = residual(student, some, 0)
@@ -287,8 +294,8 @@ def outputs_loss(original: Subject, blocks: Sequence[int], autocast: bool) -> Lo
         total = torch.zeros((), device=student.device)
         for b in blocks:
             with torch.no_grad():
-                target = teachers.blocks[b].mlp(seen[b]).float()
-            error = (student.blocks[b].mlp(seen[b]).float() - target).square()
+                target = before[b](seen[b]).float()
+            error = (mlps[b](seen[b]).float() - target).square()
             target = target.square()
             if some.segments is not None:
                 counted = some.segments.to(error.device) >= 0
@@ -335,8 +342,9 @@ def with_closed_form(
                 yield i, block(x[i : i + batch], attention_mask=mask, position_embeddings=rotary)
 
         if b in blocks:
-            sums = Residual(result.blocks[b].mlp, original.blocks[b].mlp)
-            hook = result.blocks[b].mlp.register_forward_pre_hook(lambda _m, args, sums=sums: sums.add(args[0]))
+            mlp: Any = result.blocks[b].mlp
+            sums = Residual(mlp, original.blocks[b].mlp)
+            hook = mlp.register_forward_pre_hook(lambda _m, args, sums=sums: sums.add(args[0]))
             try:
                 for _ in run(result.blocks[b]):
                     pass
