@@ -92,7 +92,7 @@ def compare_models(
         a, b: one row a training; of an untrained model one row.
         apart: how far trainings lie apart. Without it trained models are not told apart: p is 1.
     """
-    c = compare(a[0], b[0]) if len(a) == len(b) == 1 else _means_compared(a, b)
+    c = compare(a[0], b[0]) if len(a) == len(b) == 1 else means_compared(a, b)
     runs = [len(ms) for label, ms in ((first, a), (second, b)) if training(label)]
     if not runs:
         return c
@@ -101,7 +101,7 @@ def compare_models(
     return with_spread(c, apart.deviation * math.sqrt(sum(1 / n for n in runs)), apart.df)
 
 
-def _means_compared(a: Sequence[Measurement], b: Sequence[Measurement]) -> Comparison:
+def means_compared(a: Sequence[Measurement], b: Sequence[Measurement]) -> Comparison:
     """Each item's mean over trainings, paired."""
     x, y = (_mean(ms) for ms in (a, b))
     if task_of(x).ratio:
