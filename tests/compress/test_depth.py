@@ -20,6 +20,7 @@ from thesislib.compress.depth import (
     window_losses,
 )
 from thesislib.compress.gptq import Rtn
+from thesislib.compress.lowrank import LowRankStage
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.formats.load import load_subject, save_checkpoint
@@ -278,11 +279,12 @@ def test_labels():
 def test_taylor_on_weights_without_gradients(tiny):
     pruned, _ = Width(2, 4, metric="magnitude").apply(tiny(layers=2))
     quantised, _ = Rtn(group=16).apply(tiny(layers=2))
-    for subject in (pack_all(pruned), quantised):
+    pairs, _ = LowRankStage(method="svd").apply(tiny(layers=2))
+    for subject in (pack_all(pruned), quantised, pairs):
         with pytest.raises(
             BadInput,
-            match="metric 'taylor' needs gradients, which packed or quantised weights do not carry: use perplexity, "
-            "influence or magnitude",
+            match="metric 'taylor' needs gradients, which packed or quantised weights and pairs of low rank do not "
+            "carry: use perplexity, influence or magnitude",
         ):
             importance(subject, IDS, "taylor")
         assert set(importance(subject, IDS, "magnitude")) == {0, 1}

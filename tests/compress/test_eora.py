@@ -9,6 +9,7 @@ import torch
 from thesislib.compress.eora import Eora, correction, share_out, square_root, start
 from thesislib.compress.gptq import Gptq, Rtn
 from thesislib.compress.layerwise import effective_weight, layer_errors, relative_error
+from thesislib.compress.stage import as_entry
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.formats.load import save_checkpoint
@@ -295,7 +296,56 @@ def test_it_is_a_peft_adapter_with_alpha_equal_to_rank(tiny, tmp_path):
         assert torch.allclose(adapted(IDS).logits, expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("inputs", ["original", "compressed"])
+def test_without_inputs_it_is_the_plain_svd_and_reads_no_text(tiny, monkeypatch):
+    subject, kinds = compressed_in_every_way(tiny)
+
+    def unread(*_args, **_kwargs):
+        raise AssertionError("a text was read")
+
+    monkeypatch.setattr("thesislib.compress.stage.calibration_windows", unread)
+    monkeypatch.setattr("thesislib.compress.eora.stream", unread)
+    for compressed in kinds.values():
+        made, report = Eora(rank=5, inputs="none").apply(compressed, original=subject)
+        for i in range(2):
+            for name, module in made.linears(i).items():
+                old = subject.linears(i)[name].weight.double()
+                missing = old - compressed.linears(i)[name].weight.double()
+                u, s, v = torch.linalg.svd(missing, full_matrices=False)
+                torch.testing.assert_close(
+                    (module.lora_B @ module.lora_A).double(), (u[:, :5] * s[:5]) @ v[:5], rtol=0, atol=1e-5
+                )
+                errors = [float(s[r:].norm() / old.norm()) for r in (0, 5)]
+                assert report["relative_errors"][f"blocks.{i}.{name}"] == pytest.approx(errors, abs=1e-5)
+    with pytest.raises(AssertionError, match="a text was read"):
+        Eora(rank=5).apply(kinds["rounded"], original=subject)
+
+
+def test_without_inputs_a_budget_goes_by_the_weights_own_errors(tiny):
+    subject = tiny(layers=2)
+    compressed, _ = Rtn(bits=2, group=16, linears="blocks.1.*").apply(subject)
+    _, report = Eora(bytes=2000, inputs="none").apply(compressed, original=subject)
+    assert report["bytes"] <= 2000 and {n for n, rank in report["ranks"].items() if rank} <= {
+        f"blocks.1.{n}" for n in LINEARS
+    }
+    gains, costs = {}, {}
+    for name, module in subject.linears(1).items():
+        s = torch.linalg.svdvals(module.weight - compressed.linears(1)[name].weight)
+        gains[name] = (s.square() / module.weight.square().sum()).tolist()[:4]  # four times the even share
+        costs[name] = 2 * sum(module.weight.shape)
+    assert share_out(gains, costs, 2000) == {n: report["ranks"][f"blocks.1.{n}"] for n in LINEARS}
+
+
+def test_the_labels_and_identity_of_recorded_corrections_stay():
+    assert Eora(inputs="none").label == "E" and Eora(inputs="none").in_words == "a low-rank correction by plain SVD"
+    assert as_entry(Eora()) == {
+        "eora": {
+            "rank": 32, "ranks": None, "bytes": None, "inputs": "compressed", "linears": ("*",), "text": "c4",
+            "windows": 32, "length": 512, "seed": 0, "weighting": "equal",
+        }
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("inputs", ["original", "compressed", "none"])
 def test_the_start_of_a_trainable_adapter(tiny, inputs):
     subject = tiny(layers=3)
     compressed, _ = Rtn(bits=2, group=16, linears=["blocks.1.*", "blocks.2.*"]).apply(subject)
@@ -322,7 +372,8 @@ def test_the_start_of_a_trainable_adapter(tiny, inputs):
         ({"ranks": {"q_prj": 1}}, "unknown projection or pattern 'q_prj': did you mean 'q_proj'?"),
         ({"rank": 4, "bytes": 100}, "eora takes either rank and ranks, or bytes"),
         ({"bytes": 0}, "bytes is 0: expected a budget of at least 1 byte"),
-        ({"inputs": "both"}, "unknown inputs 'both': expected one of original, compressed"),
+        ({"inputs": "both"}, "unknown inputs 'both': expected one of original, compressed, none"),
+        ({"inputs": "none", "weighting": "unit_norm"}, "weighting unit_norm does nothing here: with inputs none"),
         ({"weighting": "unit"}, "token weighting 'unit' is not known"),
         ({"length": 1}, "eora needs at least 1 calibration window of at least 2 tokens"),
     ],

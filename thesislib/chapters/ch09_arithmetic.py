@@ -133,3 +133,13 @@ def break_even_sentence(m: int = 1536, n: int = 576) -> str:
         f"rank {2 * rank:.0f}, which is more than there are: then all the rank fits, and what is compared is 8 bits a "
         f"factor with 8 bits a weight, {math.ceil(8 * min(m, n) * (m + n) / (m * n))} bits a weight against 8."
     )
+
+
+def control_sentence(rank: int = 128) -> str:
+    """Exercise: the rank of pairs alone that takes as many parameters as pairs and a path."""
+    m = MODELS[0]
+    pairs, path = 3 * (m.width + m.hidden), 2 * m.width
+    return (
+        f"Pairs take 3 (D + H) r = {pairs:,} r, the path {path:,} r, so by {path / pairs:.0%}: pairs of rank "
+        f"{round(rank * (1 + path / pairs))} take what pairs and path of rank {rank} take."
+    )

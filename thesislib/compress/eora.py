@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from thesislib.compress.calibration import ALL_AT_ONCE, INPUTS, Statistics, Visitor, check_moment, stream
-from thesislib.compress.factor import truncated
+from thesislib.compress.factor import Metric, plain, truncated
 from thesislib.compress.layerwise import check_same_shapes, effective_weight, relative_error
 from thesislib.compress.outline import Outline, SizeUnknown, corrected
 from thesislib.compress.selection import LinearKey, check_all_fit, fits, patterns, selected
@@ -17,7 +17,7 @@ from thesislib.errors import BadInput, unknown
 from thesislib.model.layers import Adapted, Projection, adapt, replace
 from thesislib.model.subject import Subject
 
-INPUTS_OF = ("original", "compressed")
+INPUTS_OF = ("original", "compressed", "none")
 ENTRY = 2  # bytes of an entry of a saved factor: float16 or bfloat16
 GREED = 4  # with a byte budget, the largest rank is this times the rank of an even split
 
@@ -35,7 +35,8 @@ class Eora(Weighted):
         bytes: instead of ranks, a budget for all corrections at 2 bytes an entry. It is spent on the directions that
             reduce the squared relative errors of outputs most for their bytes.
         inputs: the subject whose activations the error is measured on: original, or compressed, whose activations the
-            corrected layer gets.
+            corrected layer gets. none: the weight's own error, without calibration, which is the plain SVD of
+            W - W_compressed (LoRC, arXiv 2303.08302, whose factors may be rounded to 8 bits too).
         linears: names or patterns of projections; all seven by default.
     """
 
@@ -63,6 +64,8 @@ class Eora(Weighted):
             raise BadInput(f"bytes is {self.bytes}: expected a budget of at least 1 byte, e.g. 10000000")
         if self.inputs not in INPUTS_OF:
             raise unknown("inputs", self.inputs, INPUTS_OF)
+        if self.inputs == "none" and self.weighting != "equal":
+            raise BadInput(f"weighting {self.weighting} does nothing here: with inputs none no token is read")
         self._normalise(linears=patterns(self.linears))
         patterns(self.ranks or ())
 
@@ -86,7 +89,7 @@ class Eora(Weighted):
     @property
     def in_words(self) -> str:
         """See `Stage`."""
-        return "EoRA's low-rank correction"
+        return "EoRA's low-rank correction" if self.inputs != "none" else "a low-rank correction by plain SVD"
 
     @classmethod
     def from_label(cls, part: str) -> "Eora | None":
@@ -148,7 +151,7 @@ class Eora(Weighted):
             )
         check_same_shapes(original, subject)
         check_all_fit(self.linears, subject.depth)
-        ids = self.ids(subject.tokenizer, data)
+        ids = None if self.inputs == "none" else self.ids(subject.tokenizer, data)
         visitor = _corrections(self, original, subject, ids, self.label)
         factors = visitor.factors()
         if not factors:
@@ -160,9 +163,14 @@ class Eora(Weighted):
         return result, visitor.report(factors)
 
 
-def _corrections(config: Eora, original: Subject, compressed: Subject, ids: torch.Tensor, title: str) -> "Correct":
-    """The corrections of all projections, computed in one calibration pass over windows (N, T)."""
+def _corrections(
+    config: Eora, original: Subject, compressed: Subject, ids: torch.Tensor | None, title: str
+) -> "Correct":
+    """The corrections of all projections, computed in one calibration pass over windows (N, T), if inputs count."""
     visitor = Correct(config, original, compressed)
+    if config.inputs == "none":
+        visitor.without_inputs()
+        return visitor
     source = original if config.inputs == "original" else compressed
     stream(source, ids, visitor, weighting=config.weighting, feed="original", title=title)
     return visitor
@@ -186,7 +194,7 @@ def start(
     Args:
         subject: after compression.
         original: the subject before compression.
-        ids: (N, T) calibration windows.
+        ids: (N, T) calibration windows; not read with inputs none.
         rank: of the factors.
         linears: see `Eora`, as for the other arguments.
         inputs: see `Eora`.
@@ -226,17 +234,42 @@ class Correct(Visitor):
         """See `Visitor`."""
         roots: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for name in linears:
-            before, after = (effective_weight(s.linears(block)[name]) for s in (self.original, self.compressed))
-            difference = before - after
+            before, difference = self._weights(block, name)
             if not difference.any():
                 continue
             moment, key = statistics[name].moment, INPUTS[name]
             if key not in roots:
                 roots[key] = square_root(moment, f"block {block}'s {name}")
-            rank = self.most if self.config.bytes is not None else self.config.rank_of(block, name)
-            total = float(((before @ moment) * before).sum(dtype=torch.float64)) or 1.0
-            self.corrections[block, name] = correction(difference, *roots[key], rank, total)
-            self.errors[block, name] = relative_error(difference, before, moment)
+            total = float(((before @ moment) * before).sum(dtype=torch.float64))
+            self._correct((block, name), difference, roots[key], total, relative_error(difference, before, moment))
+
+    def without_inputs(self) -> None:
+        """Every correction in the norm of its weight, in which all inputs count alike."""
+        for block, name in selected(self.compressed, self.config.takes):
+            before, difference = self._weights(block, name)
+            if difference.any():
+                total, missing = (float(w.double().square().sum()) for w in (before, difference))
+                error = (missing / total) ** 0.5 if total else 0.0
+                ones = plain(difference.shape[1]).root.to(difference.device)
+                self._correct((block, name), difference, (ones, ones), total, error)
+
+    def _weights(self, block: int, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A projection's original weight, and what the compressed one lacks of it."""
+        before, after = (effective_weight(s.linears(block)[name]) for s in (self.original, self.compressed))
+        return before, before - after
+
+    def _correct(
+        self,
+        key: LinearKey,
+        difference: torch.Tensor,
+        metric: tuple[torch.Tensor, torch.Tensor],
+        total: float,
+        error: float,
+    ) -> None:
+        """Note a projection's correction and its relative error before it, both in a metric of its inputs."""
+        rank = self.most if self.config.bytes is not None else self.config.rank_of(*key)
+        self.corrections[key] = correction(difference, *metric, rank, total or 1.0)
+        self.errors[key] = error
 
     def factors(self) -> Factors:
         """A and B of each projection, without those of rank 0."""
@@ -304,14 +337,16 @@ def correction(
 
     Args:
         difference: (outputs, inputs) W - W_compressed.
-        root: S (inputs, k) with S S^T = X^T X; any root gives the same product.
-        inverse: its pseudo-inverse (k, inputs).
+        root: S (inputs, k) with S S^T = X^T X, or (inputs,) if it is diagonal; any root gives the same product.
+        inverse: its pseudo-inverse (k, inputs), or (inputs,).
         rank: at most; the projection's smaller side restores it completely.
         total: squared norm of W X; gains are relative to it.
     """
-    m = difference.double() @ root
-    u, v, s = truncated(m, rank, left=0.5)
-    return Correction((v.T @ inverse).float(), u.float(), (s.square() / total).tolist(), ENTRY * sum(difference.shape))
+    metric = Metric(root, inverse)
+    u, v, s = truncated(metric.rooted(difference), rank, left=0.5)
+    return Correction(
+        metric.undone(v.T).float(), u.float(), (s.square() / total).tolist(), ENTRY * sum(difference.shape)
+    )
 
 
 def share_out(

@@ -42,11 +42,13 @@ class Metric(NamedTuple):
 
     def rooted(self, weight: torch.Tensor) -> torch.Tensor:
         """W S, float64."""
-        return weight.double() * self.root if self.root.ndim == 1 else weight.double() @ self.root
+        root = self.root.to(weight.device)
+        return weight.double() * root if root.ndim == 1 else weight.double() @ root
 
     def undone(self, right: torch.Tensor) -> torch.Tensor:
         """A row space in terms of S back in terms of the inputs: A S^-1."""
-        return right * self.inverse if self.inverse.ndim == 1 else right @ self.inverse
+        inverse = self.inverse.to(right.device)
+        return right * inverse if inverse.ndim == 1 else right @ inverse
 
 
 def plain(inputs: int) -> Metric:
@@ -128,10 +130,11 @@ def best(weight: torch.Tensor, rank: int, metric: Metric, rows: torch.Tensor | N
     """
     m = metric.rooted(weight)
     if rows is not None:
-        m = rows.double()[:, None] * m
+        rows = rows.to(m)
+        m = rows[:, None] * m
     u, v, s = truncated(m, rank)
     total = float(m.square().sum())
-    B = u if rows is None else u / rows.double()[:, None]
+    B = u if rows is None else u / rows[:, None]
     return Pair(metric.undone(v.T).float(), B.float(), max(total - float(s.square().sum()), 0.0), total)
 
 

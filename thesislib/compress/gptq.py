@@ -24,11 +24,11 @@ from thesislib.compress.calibration import (
 )
 from thesislib.compress.layerwise import relative_error
 from thesislib.compress.outline import Outline, Outlined, OutlinedPair, empty
-from thesislib.compress.selection import LinearKey, check_all_fit, fits, patterns, selected
+from thesislib.compress.selection import MOST_BLOCKS, LinearKey, check_all_fit, fits, patterns, selected
 from thesislib.compress.stage import Shape, Stage, Weighted, stage
 from thesislib.errors import BadInput, unknown
 from thesislib.model.grid import CLIPS, ROW, Grid, Quantised, round_to_nearest
-from thesislib.model.layers import Adapted, Projection, base_of, replace, unpack_all
+from thesislib.model.layers import LINEARS, Adapted, Projection, base_of, replace, unpack_all
 from thesislib.model.lowrank import FACTORS, LowRank, is_lowrank
 from thesislib.model.packing import PRUNED
 from thesislib.model.quantised import (
@@ -118,6 +118,13 @@ class Rtn(Stage):
             if earlier.family == "quantised":
                 raise BadInput(
                     f"{self.label} after {earlier.label} would quantise a quantised subject: keep one of the two"
+                )
+            depth = shape.depth if shape else None
+            every = ((b, n) for b in range(depth or MOST_BLOCKS) for n in LINEARS)
+            if earlier.rounds_pairs and any(earlier.makes_pair(b, n, depth) and self.takes(b, n) for b, n in every):
+                raise BadInput(
+                    f"{self.label} after {earlier.label} would quantise pairs whose factors are quantised: expected "
+                    "bits: 16 there, or other linears"
                 )
             if earlier.factorises and self.indexed:
                 raise BadInput(f"{self.label} after {earlier.label}: a pair's factors keep no index of their inputs")
@@ -220,7 +227,8 @@ class Rtn(Stage):
         """A pair with both factors on the grid."""
         factors = (pair.factor(name).detach().float() for name in FACTORS)
         rounded = (self.rounded(factor, self.of_factor(factor.shape[1])) for factor in factors)
-        return LowRank(*(QuantisedLinear.of(q, dtype=pair.like.dtype) for q in rounded), pair.bias)
+        A, B = (QuantisedLinear.of(q, dtype=pair.like.dtype) for q in rounded)
+        return LowRank(A, B, pair.bias)
 
     def _quantise(self, subject: Subject, data: str) -> tuple[dict[LinearKey, Held], dict]:
         """The quantised projections of a subject, and its part of the report."""

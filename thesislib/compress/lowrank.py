@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -16,11 +16,12 @@ from thesislib.compress.factor import Metric, Pair, best, diagonal, effective_ra
 from thesislib.compress.layerwise import effective_weight
 from thesislib.compress.outline import Outline, OutlinedPair, SizeUnknown
 from thesislib.compress.scope import blocks_of, check_scope
-from thesislib.compress.selection import LinearKey, fits, patterns, selected
+from thesislib.compress.selection import MOST_BLOCKS, LinearKey, fits, patterns, selected, whole_number
 from thesislib.compress.stage import Shape, Stage, Weighted, stage
 from thesislib.errors import BadInput, unknown
+from thesislib.model import packing
 from thesislib.model.grid import ROW, Grid, round_to_nearest
-from thesislib.model.layers import Projection, base_of, replace, size_of
+from thesislib.model.layers import LINEARS, ComputedLinear, Projection, base_of, projections, replace, size_of
 from thesislib.model.lowrank import DENSE, LowRank, factor_shapes, is_lowrank
 from thesislib.model.quantised import EVERYWHERE, QuantisedLinear
 from thesislib.model.subject import Subject
@@ -65,6 +66,9 @@ class LowRankStage(Weighted):
         task: whose items scope relevance asks.
         items: of it.
         force: whether a pair may take as many bytes as what it replaces, or more.
+        ridge: of feed both, how much the target is held to the weight: ridge |V - W|^2 beside the errors of outputs, in
+            units of the inputs' mean square. At 0, as in the paper, the target follows the calibration text's drift
+            where few tokens were, and other texts pay for it.
     """
 
     keep: float | None = None
@@ -83,11 +87,13 @@ class LowRankStage(Weighted):
     task: str = "arc_easy"
     items: int = 190
     force: bool = False
+    ridge: float = 0.0
 
     family: ClassVar[str] = "factorised"
     pattern: ClassVar[str] = r"L(?:(\d+(?:\.\d+)?)%|r(\d+)|~)(?:-(svd|fwsvd|asvd|saes|nsvd))?"
     correctable: ClassVar[bool] = True
     factorises: ClassVar[bool] = True
+    later: ClassVar[tuple[str, ...]] = ("ridge",)
 
     def __post_init__(self):
         super().__post_init__()
@@ -114,10 +120,17 @@ class LowRankStage(Weighted):
         for name in ("alpha", "whitened", "pull"):
             if not 0 <= getattr(self, name) <= 1:
                 raise BadInput(f"{name} is {getattr(self, name)}: expected a number in [0, 1]")
+        if not 0 <= self.ridge < math.inf:
+            raise BadInput(f"ridge is {self.ridge}: expected a number of at least 0, e.g. 0.1")
         bits = tuple(self.bits) if isinstance(self.bits, (list, tuple)) else (self.bits, self.bits)
         if len(bits) != 2 or any(b not in BITS for b in bits):
             raise BadInput(f"bits is {self.bits}: expected 16, 8 or 4, or two of them for A and B, e.g. [4, 8]")
         self._normalise(linears=patterns(self.linears), bits=bits)
+
+    @property
+    def rounds_pairs(self) -> bool:
+        """See `Stage`."""
+        return self.bits != (16, 16)
 
     @property
     def label(self) -> str:
@@ -138,7 +151,7 @@ class LowRankStage(Weighted):
         if not match or not (match[1] or match[2]):
             return None
         method = match[3] or "svd_llm"
-        size: dict[str, Any] = {"keep": float(match[1]) / 100} if match[1] else {"rank": int(match[2])}
+        size: dict[str, Any] = {"keep": float(match[1]) / 100} if match[1] else {"rank": whole_number(match[2])}
         return cls(**size, method=method, feed="both" if method == "saes" else "original")
 
     def takes(self, block: int, name: str) -> bool:
@@ -147,8 +160,13 @@ class LowRankStage(Weighted):
 
     def after(self, previous: Sequence[Stage], shape: Shape | None = None) -> Shape | None:
         """See `Stage`: no projection becomes a pair twice, and gradients need weights."""
+        depth = shape.depth if shape else None
         for earlier in previous:
-            if isinstance(earlier, LowRankStage) and self._overlaps(earlier, shape):
+            if any(
+                earlier.makes_pair(b, n, depth) and self.makes_pair(b, n, depth)
+                for b in range(depth or MOST_BLOCKS)
+                for n in (shape.inputs if shape else LINEARS)
+            ):
                 raise BadInput(
                     f"{self.label} after {earlier.label} would make pairs of pairs: expected other linears or blocks"
                 )
@@ -161,16 +179,10 @@ class LowRankStage(Weighted):
             raise BadInput(f"blocks is {self.blocks}: the model has {shape.depth}")
         return super().after(previous, shape)
 
-    def _overlaps(self, other: "LowRankStage", shape: Shape | None) -> bool:
-        """Whether it is sure that two stages take a projection both."""
-        if shape is None:
-            return self.linears == other.linears and self.scope == other.scope == "all"
-        mine, theirs = (
-            range(shape.depth - (s.blocks or shape.depth), shape.depth) if s.scope in ("all", "last") else ()
-            for s in (self, other)
-        )
-        names = shape.inputs
-        return any(self.takes(b, n) and other.takes(b, n) for b in mine if b in theirs for n in names)
+    def makes_pair(self, block: int, name: str, depth: int | None) -> bool:
+        """See `Stage`; only the run can tell which blocks are quiet or irrelevant."""
+        last = self.scope == "last" and depth is not None and block >= depth - cast("int", self.blocks)
+        return (self.scope == "all" or last) and self.takes(block, name)
 
     def encodings(self, shape: tuple[int, int]) -> tuple[str, str]:
         """How the factors of a weight are held; groups of a row's entries share a scale where they divide it.
@@ -193,18 +205,20 @@ class LowRankStage(Weighted):
         shapes = {key: (m.out_features, m.in_features) for key, m in linears.items()}
         if self.rank is not None:
             return {key: min(self.rank, *shape) for key, shape in shapes.items()}
-        keep = self.keep
-        if keep is None:
-            # bytes of a pair are linear in its rank, but for B's scales, which each row has whatever the rank is
-            fixed = sum(_bytes(self, 0, shape, dtype) for shape in shapes.values())
-            whole = sum(_bytes(self, 1000, shape, dtype) - _bytes(self, 0, shape, dtype) for shape in shapes.values())
-            per_parameter = whole / sum(1000 * (m + n) for m, n in shapes.values())
-            keep = (self.bytes - fixed) / per_parameter / sum(m * n for m, n in shapes.values())
-        ranks = {key: int(keep * m * n / (m + n)) for key, (m, n) in shapes.items()}
+
+        def at(keep: float) -> dict[LinearKey, int]:
+            return {key: min(int(keep * m * n / (m + n)), m, n) for key, (m, n) in shapes.items()}
+
+        keep, more = self.keep or 0.0, max((sum(shape) / min(shape) for shape in shapes.values()), default=1.0)
+        for _ in range(0 if self.keep else 60):
+            middle = (keep + more) / 2
+            held = sum(_bytes(self, max(rank, 1), shapes[key], dtype) for key, rank in at(middle).items())
+            keep, more = (middle, more) if held <= cast("int", self.bytes) else (keep, middle)
+        ranks = at(keep)
         if min(ranks.values()) < 1:
             what = f"keep {self.keep}" if self.keep else f"a budget of {self.bytes} bytes"
             raise BadInput(f"{what} leaves {_named(min(ranks, key=ranks.get))} no rank: expected more")
-        return {key: min(rank, *shapes[key]) for key, rank in ranks.items()}
+        return ranks
 
     def outline(self, outline: Outline) -> None:
         """See `Stage`."""
@@ -238,10 +252,12 @@ class LowRankStage(Weighted):
 
         Raises:
             BadInput: no projection in scope; a pair already there; a pair that would take as many bytes as the weight,
-                unless forced; moments that are not finite or zero; too little text.
+                unless forced; moments that are not finite or zero; too little text; metrics for another feed.
         """
+        if metrics is not None and self.feed != "original":
+            raise BadInput(f"metrics are those of the original model's inputs, and feed is {self.feed}: leave them out")
         chosen = set(blocks_of(self, subject.depth, subject, data))
-        taken = selected(subject, lambda b, n: b in chosen and self.takes(b, n))
+        taken = _once(selected(subject, lambda b, n: b in chosen and self.takes(b, n)))
         _check_taken(self, taken)
         result = subject.copy(unpack=False)
         fisher = fisher_rows(subject, taken, self.ids(subject.tokenizer, data)) if self.method == "fwsvd" else {}
@@ -252,21 +268,21 @@ class LowRankStage(Weighted):
             check_smaller(self, key, taken[key], rank, subject.dtype)
         visitor = Factorise(self, result, ranks, fisher, metrics)
         self._through(result, visitor, data)
-        pairs = {key: size_of(visitor.linears[key]) for key in taken}
+        pairs = {key: size_of(linear) for key, linear in visitor.linears.items()}
         report = {
             "blocks": sorted({b for b, _ in taken}),
-            "linears": len(taken),
+            "linears": len(pairs),
             "bytes": sum(size.nbytes for size in pairs.values()),
             "parameters": sum(size.numel for size in pairs.values()),
-            "of_parameters": sum(m.out_features * m.in_features for m in taken.values()),
-            "ranks": {_named(key): rank for key, rank in ranks.items()},
+            "of_parameters": sum(taken[key].out_features * taken[key].in_features for key in pairs),
+            "ranks": {_named(key): ranks[key] for key in pairs},
             "relative_errors": {_named(key): round(e, 6) for key, e in visitor.errors.items()},
         }
         return result, report
 
     def _through(self, subject: Subject, visitor: "Factorise | Spectra", data: str) -> None:
         """Take a visitor through the blocks, on calibration text if the method needs any."""
-        if visitor.feed == "original" and (visitor.known or self.method in ("svd", "fwsvd")):
+        if visitor.known is not None or self.method in ("svd", "fwsvd"):
             for b in tqdm(range(subject.depth), desc=self.label, unit="block", disable=None, leave=False):
                 linears = {n: m for n, m in subject.linears(b).items() if visitor.wants(b, n)}
                 visitor.change(b, linears, {})
@@ -277,12 +293,16 @@ class LowRankStage(Weighted):
     def _allocated(
         self, subject: Subject, taken: Mapping, uniform: Mapping, fisher: Mapping, data: str, metrics: "Metrics | None"
     ) -> dict:
-        """The ranks by another allocation, with as many parameters as the uniform one at most."""
+        """The ranks by another allocation, with as many parameters, or bytes, as the uniform one at most."""
         visitor = Spectra(self, subject, uniform, fisher, metrics)
         self._through(subject, visitor, data)
         shapes = {key: (m.out_features, m.in_features) for key, m in taken.items()}
         share = by_effective_rank if self.allocation == "effective" else by_loss
-        return share(visitor.spectra, shapes, dict(uniform))
+
+        def bytes_of(rank: int, shape: tuple[int, int]) -> int:
+            return _bytes(self, rank, shape, subject.dtype)
+
+        return share(visitor.spectra, shapes, uniform, parameters if self.bytes is None else bytes_of)
 
 
 # ---------------------------------------------------------------- the pass
@@ -331,7 +351,7 @@ class Spectra(Visitor):
         for name, metric in self.metrics(block, linears, statistics).items():
             weight = effective_weight(linears[name])
             if (block, name) in self.fisher:
-                weight = self.fisher[block, name][:, None] * weight
+                weight = self.fisher[block, name].to(weight.device)[:, None] * weight
             self.spectra[block, name] = spectrum(weight, metric)
 
 
@@ -362,7 +382,9 @@ class Factorise(Spectra):
             )  # fmt: skip
             self.errors[key] = pair.error
             self.linears[key] = as_linear(self.config, pair, linear, self.subject.dtype)
-            replace(self.subject.blocks[block], name, self.linears[key])
+            for block_of in self.subject.blocks:
+                if projections(block_of).get(name) is linear:  # blocks that a plan repeats share it
+                    replace(block_of, name, self.linears[key])
 
 
 Metrics = Mapping[tuple[int, str], Metric]  # by block and kind of input, see `thesislib.compress.calibration.INPUTS`
@@ -429,7 +451,9 @@ def factorised(
         return nested(weight, rank, metric, config.whitened)
     if config.feed == "both":
         return best(
-            towards(weight, cast("Statistics", s), metric, config.pull if config.method == "saes" else 1.0),
+            towards(
+                weight, cast("Statistics", s), metric, config.pull if config.method == "saes" else 1.0, config.ridge
+            ),
             rank,
             metric,
         )
@@ -451,25 +475,27 @@ def nested(weight: torch.Tensor, rank: int, metric: Metric, whitened: float) -> 
     return Pair(A, B, float(left), one.total)
 
 
-def towards(weight: torch.Tensor, s: Statistics, metric: Metric, pull: float) -> torch.Tensor:
+def towards(weight: torch.Tensor, s: Statistics, metric: Metric, pull: float, ridge: float = 0.0) -> torch.Tensor:
     """The weight that maps compressed inputs X nearest to a mixture of W X and W F, F being the original inputs.
 
-    ``argmin (1 - pull) |V X - W X|^2 + pull |V X - W F|^2 = W (H + pull (F - X) X^T) H^-1``, float64; H's inverse is
-    the metric's, whose eigenvalues have a floor.
+    ``argmin (1 - pull) |V X - W X|^2 + pull |V X - W F|^2 + ridge |V - W|^2 = W + pull W (F - X) X^T (H + ridge I)^-1``
+    in float64, where H is divided by its mean diagonal; its eigenvalues are the metric's, which have a floor.
     """
     scale = s.moment.diagonal().double().mean()  # of the metric, see `whitening`
     drift = (s.cross.double() - s.moment.double()) / scale
-    return weight.double() + pull * weight.double() @ drift @ metric.inverse.T @ metric.inverse
+    inverse = metric.inverse  # a row is an eigenvector divided by the root of its eigenvalue
+    inverse = inverse / (1 + ridge * inverse.square().sum(1, keepdim=True)).sqrt()
+    return weight.double() + pull * weight.double() @ drift @ inverse.T @ inverse
 
 
 def as_linear(config: LowRankStage, pair: Pair, linear: Projection, dtype: torch.dtype) -> LowRank:
     """The pair as the stage's bits hold it."""
     encodings = config.encodings((linear.out_features, linear.in_features))
-    factors = [
+    A, B = (
         factor.to(dtype) if encoding == DENSE else rounded(factor, encoding, dtype)
-        for factor, encoding in zip(pair[:2], encodings, strict=True)
-    ]
-    return LowRank(*factors, linear.bias)
+        for factor, encoding in zip((pair.A, pair.B), encodings, strict=True)
+    )
+    return LowRank(A, B, linear.bias)
 
 
 def rounded(factor: torch.Tensor, encoding: str, dtype: torch.dtype) -> QuantisedLinear:
@@ -531,15 +557,27 @@ def fisher_rows(subject: Subject, taken: Mapping[LinearKey, Projection], ids: to
 # ---------------------------------------------------------------- allocation
 
 Shapes = Mapping[LinearKey, tuple[int, int]]
+Ranks = Mapping[LinearKey, int]
+Cost = Callable[[int, tuple[int, int]], int]  # of a rank for a shape
 
 
-def by_effective_rank(spectra: Mapping[LinearKey, torch.Tensor], shapes: Shapes, uniform: dict) -> dict:
-    """D-Rank: ranks in proportion to sqrt(effective rank / (m + n)), with the parameters of the uniform ranks."""
+def parameters(rank: int, shape: tuple[int, int]) -> int:
+    """Those of a pair."""
+    return rank * sum(shape)
+
+
+def by_effective_rank(
+    spectra: Mapping[LinearKey, torch.Tensor], shapes: Shapes, uniform: Ranks, cost: Cost = parameters
+) -> dict[LinearKey, int]:
+    """D-Rank: ranks in proportion to sqrt(effective rank / (m + n)), at the cost of the uniform ranks at most."""
     weight = {key: math.sqrt(effective_rank(spectra[key]) / sum(shape)) for key, shape in shapes.items()}
-    return proportional(weight, shapes, uniform)
+    most = max(_most(shape) for shape in shapes.values()) / min(weight.values())
+    return largest(lambda scale: {key: scale * w for key, w in weight.items()}, shapes, uniform, cost, (0.0, most))
 
 
-def by_loss(spectra: Mapping[LinearKey, torch.Tensor], shapes: Shapes, uniform: dict) -> dict:
+def by_loss(
+    spectra: Mapping[LinearKey, torch.Tensor], shapes: Shapes, uniform: Ranks, cost: Cost = parameters
+) -> dict[LinearKey, int]:
     """SVD-LLM v2: within each kind of linear the share of parameters removed is proportional to 1 / log L, where L is
     the truncation error at the uniform rank, relative to the kind's least and times e, so that its logarithm is at
     least 1 whatever the scale of the moments. (The paper's logarithm is of the error itself.)"""
@@ -549,26 +587,42 @@ def by_loss(spectra: Mapping[LinearKey, torch.Tensor], shapes: Shapes, uniform: 
         loss = {key: float(spectra[key][uniform[key] :].square().sum()) ** 0.5 for key in keys}
         least = min((x for x in loss.values() if x > 0), default=1.0)
         inverse = {key: 1 / math.log(max(x / least, 1.0) * math.e) for key, x in loss.items()}
-        mean = sum(inverse.values()) / len(inverse)
-        for key in keys:
-            m, n = shapes[key]
-            removed = 1 - uniform[key] * (m + n) / (m * n)
-            kept = 1 - removed * inverse[key] / mean
-            ranks[key] = min(max(int(kept * m * n / (m + n)), 1), _most(shapes[key]))
+        # the proportion is found by trial, since a rank is at least 1 and at most break-even
+        whole = {key: math.prod(shapes[key]) / sum(shapes[key]) for key in keys}
+        ranks |= largest(_left(whole, inverse), shapes, {key: uniform[key] for key in keys}, cost, (1e-3, 1e6))
     return ranks
 
 
-def proportional(weight: Mapping[LinearKey, float], shapes: Shapes, uniform: dict) -> dict[LinearKey, int]:
-    """Ranks in proportion to weights, with at most the parameters of the uniform ranks; no rank above break-even."""
-    budget = sum(uniform[key] * sum(shapes[key]) for key in shapes)
-    low, high = 0.0, max(_most(shape) for shape in shapes.values()) / min(weight.values())
+def _left(whole: Mapping[LinearKey, float], inverse: Mapping[LinearKey, float]) -> "Callable[[float], dict]":
+    """The ranks that are left of break-even at a scale, if the share that goes is inverse / scale."""
+    return lambda scale: {key: whole[key] * (1 - inverse[key] / scale) for key in whole}
+
+
+def largest(
+    at: Callable[[float], Mapping[LinearKey, float]],
+    shapes: Shapes,
+    uniform: Ranks,
+    cost: Cost,
+    scales: tuple[float, float],
+) -> dict[LinearKey, int]:
+    """The largest ranks, of those that grow with a scale, that cost no more than the uniform ranks.
+
+    Args:
+        at: the ranks at a scale, not rounded; none is taken below 1, nor at break-even or above.
+        shapes: (outputs, inputs) of each projection.
+        uniform: the ranks that set the budget.
+        cost: of a rank, e.g. parameters.
+        scales: the smallest and the largest.
+    """
+    budget = sum(cost(rank, shapes[key]) for key, rank in uniform.items())
 
     def ranks(scale: float) -> dict[LinearKey, int]:
-        return {key: min(max(int(scale * w), 1), _most(shapes[key])) for key, w in weight.items()}
+        return {key: min(max(int(r), 1), _most(shapes[key])) for key, r in at(scale).items()}
 
-    for _ in range(60):
+    low, high = scales
+    for _ in range(100):
         middle = (low + high) / 2
-        fits_in = sum(rank * sum(shapes[key]) for key, rank in ranks(middle).items()) <= budget
+        fits_in = sum(cost(rank, shapes[key]) for key, rank in ranks(middle).items()) <= budget
         low, high = (middle, high) if fits_in else (low, middle)
     return ranks(low)
 
@@ -585,16 +639,27 @@ def _most(shape: tuple[int, int]) -> int:
 def check_smaller(config: LowRankStage, key: LinearKey, module: Projection, rank: int, dtype: torch.dtype) -> None:
     """Raises BadInput if a pair takes as many bytes as what it replaces, or more, unless that is forced."""
     shape = module.out_features, module.in_features
-    new, old = _bytes(config, rank, shape, dtype), size_of(module).nbytes
+    new, old = _bytes(config, rank, shape, dtype), _stored(module)
     if module.bias is not None:
         new += module.bias.nbytes
     if new >= old and not config.force:
         m, n = shape
         raise BadInput(
             f"rank {rank} of {_named(key)} ({m} x {n}) takes {new:,} bytes, and what it replaces takes {old:,}: "
-            f"expected a rank below {max(int(rank * old / new), 1)} (break-even of a dense weight is "
+            f"expected a rank below {-(-rank * old // new)} (break-even of a dense weight is "
             f"m n / (m + n) = {m * n / (m + n):.0f}), or force: true"
         )
+
+
+def _stored(module: Projection) -> int:
+    """The bytes of a projection in an artifact, which packs a pruned weight."""
+    base, nbytes = base_of(module), size_of(module).nbytes
+    if isinstance(base, ComputedLinear):
+        return nbytes
+    weight = base.weight
+    encoding, nonzero = packing.smallest(weight), int(packing.nonzero_bits(weight).sum())
+    shape = cast("tuple[int, int]", tuple(weight.shape))
+    return nbytes - weight.nbytes + packing.predicted_bytes(shape, weight.dtype, encoding, nonzero)
 
 
 def _bytes(config: LowRankStage, rank: int, shape: tuple[int, int], dtype: torch.dtype) -> int:
@@ -612,6 +677,12 @@ def _check_taken(config: LowRankStage, taken: Mapping[LinearKey, Projection]) ->
             raise BadInput(
                 f"{_named(key)} is a pair already ({base_of(module).encoding}): expected linears or a scope without it"
             )
+
+
+def _once(linears: Mapping[LinearKey, Projection]) -> dict[LinearKey, Projection]:
+    """Each projection under one key; blocks that a plan repeats share theirs."""
+    keys = {id(module): key for key, module in linears.items()}
+    return {key: module for key, module in linears.items() if keys[id(module)] == key}
 
 
 def _named(key: LinearKey) -> str:

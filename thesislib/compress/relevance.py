@@ -183,17 +183,48 @@ def outcomes(
     Raises:
         BadInput: items that the model cannot read.
     """
+    return _outcomes(subject, items, 1 + len(blocks), lambda s: _variants(subject, blocks, part, s), kl, batch)
+
+
+def outcomes_of(subject: Subject, items: Items, plans: Sequence[Plan], *, batch: int | None = None) -> Outcomes:
+    """The outcomes of items for each of some orders of blocks, a row each; what plans begin with alike runs once.
+
+    Args:
+        subject: has the blocks.
+        items: of one task.
+        plans: orders of its blocks.
+        batch: see `outcomes`.
+
+    Raises:
+        BadInput: items that the model cannot read.
+    """
+    return _outcomes(subject, items, len(plans), lambda states: states(subject, plans), False, batch)
+
+
+# (subject, plans) -> (index of the plan, states), in the order of the tree
+_States = Callable[[Subject, Sequence[Plan] | None], Iterator[tuple[int, torch.Tensor]]]
+
+
+def _outcomes(
+    subject: Subject,
+    items: Items,
+    rows: int,
+    variants: Callable[[_States], Iterator[tuple[int, torch.Tensor]]],
+    kl: bool,
+    batch: int | None,
+) -> Outcomes:
+    """The outcomes of items for some variants of a subject, whose states `variants` gives batch by batch."""
     n, endings = len(items.asked), 1
     if not isinstance(items.asked, torch.Tensor):
         endings = max(len(item.endings) for item in items.asked)
-    nats, hits, far, count = (np.zeros((1 + len(blocks), n, endings)) for _ in range(4))
+    nats, hits, far, count = (np.zeros((rows, n, endings)) for _ in range(4))
     with torch.inference_mode():
         head = subject.model.get_output_embeddings().weight  # (V, D)
         if kl:  # a logit that is rounded to 16 bits diverges by itself
             head = head.float()
         for some in _batches(subject, items, batch):
             top = None
-            for k, states in _variants(subject, blocks, part, some.states):  # the whole model is the first
+            for k, states in variants(some.states):  # for kl the whole model is the first
                 of_tokens, top = _of_tokens((states.to(head.dtype) @ head.T).float(), some.target, top, kl)
                 for into, values in zip((nats, hits, far), of_tokens, strict=True):
                     np.add.at(into[k], some.where, values.double().cpu().numpy())
@@ -216,7 +247,7 @@ class _Tokens(NamedTuple):
 
     where: tuple[np.ndarray, np.ndarray]
     target: torch.Tensor
-    states: Callable[[Subject, Sequence[Plan] | None], Iterator[tuple[int, torch.Tensor]]]
+    states: _States
 
 
 def _batches(subject: Subject, items: Items, batch: int | None) -> Iterator[_Tokens]:
@@ -237,7 +268,7 @@ def _batches(subject: Subject, items: Items, batch: int | None) -> Iterator[_Tok
 
 
 def _variants(
-    subject: Subject, blocks: Sequence[int], part: str, states: Callable
+    subject: Subject, blocks: Sequence[int], part: str, states: _States
 ) -> Iterator[tuple[int, torch.Tensor]]:
     """(0, states of the whole model), then (k + 1, states without the k-th of `blocks`) for each k."""
     if part == "block":

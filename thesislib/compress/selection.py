@@ -1,7 +1,7 @@
 """The patterns that select a stage's projections, such as 'q_proj', '*_proj', 'blocks.3.*' and '*' for all."""
 
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
@@ -52,8 +52,8 @@ def selected(subject: Subject, takes: Callable[[int, str], bool]) -> dict[Linear
 
 
 def check_dense(subject: Subject, blocks: Iterable[int], step: str) -> None:
-    """Raises BadInput for a block with a weight that is quantised, packed, pruned or computed in another way, or has a
-    correction or a linear path beside it.
+    """Raises BadInput for a block with a weight that is not dense, see `check_all_dense`, or a linear path beside its
+    MLP.
 
     Args:
         subject: the model.
@@ -64,17 +64,28 @@ def check_dense(subject: Subject, blocks: Iterable[int], step: str) -> None:
     for b in blocks:
         if b in beside:
             raise BadInput(f"the MLP of block {b} has a linear path beside it: {step} before calr")
-        for name, module in subject.linears(b).items():
-            where = f"{name} of block {b}"
-            if is_quantised(module):
-                raise BadInput(f"{where} is quantised: {step} before quantising")
-            if isinstance(module, Adapted):
-                raise BadInput(f"{where} has a low-rank correction: merge it into the weight, or {step} before it")
-            if not isinstance(module, nn.Linear):
-                what = getattr(module, "encoding", None) or type(module).__name__
-                raise BadInput(f"{where} is no dense weight but {what}: {step} before changing weights")
-            if packing.smallest(module.weight) != "dense":
-                raise BadInput(f"{where} has zeros that would be filled: {step} before pruning weights")
+        check_all_dense({(b, name): module for name, module in subject.linears(b).items()}, step)
+
+
+def check_all_dense(linears: Mapping[LinearKey, Projection], step: str) -> None:
+    """Raises BadInput for a weight that is quantised, packed, pruned or computed in another way, or has a correction
+    beside it.
+
+    Args:
+        linears: which a step changes as wholes.
+        step: in words, such as "merge blocks", for messages.
+    """
+    for (b, name), module in linears.items():
+        where = f"{name} of block {b}"
+        if is_quantised(module):
+            raise BadInput(f"{where} is quantised: {step} before quantising")
+        if isinstance(module, Adapted):
+            raise BadInput(f"{where} has a low-rank correction: merge it into the weight, or {step} before it")
+        if not isinstance(module, nn.Linear):
+            what = getattr(module, "encoding", None) or type(module).__name__
+            raise BadInput(f"{where} is no dense weight but {what}: {step} before changing weights")
+        if packing.smallest(module.weight) != "dense":
+            raise BadInput(f"{where} has zeros that would be filled: {step} before pruning weights")
 
 
 def whole_number(text: str) -> int:

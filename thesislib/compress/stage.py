@@ -81,6 +81,21 @@ class Stage:
         return self.family == "compensated"
 
     @property
+    def rounds_pairs(self) -> bool:
+        """Whether it leaves factors of pairs quantised."""
+        return False
+
+    def makes_pair(self, block: int, name: str, depth: int | None) -> bool:
+        """Whether it is sure before the run that a projection becomes a pair of low rank.
+
+        Args:
+            block: its number.
+            name: its name.
+            depth: blocks of the subject, None if they are not known.
+        """
+        return False
+
+    @property
     def label(self) -> str:
         """Its part of a configuration's label, as in the thesis."""
         raise NotImplementedError

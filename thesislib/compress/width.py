@@ -96,8 +96,8 @@ class Width(Weighted):
         """See `Stage`: zeros in a pair's product are none in its factors."""
         blocks = range(MOST_BLOCKS if shape is None else shape.depth)
         for earlier in previous:
-            theirs = getattr(earlier, "linears", ()) if earlier.factorises else ()
-            both = [n for n in LINEARS if any(self.share(b, n) and any(fits(p, b, n) for p in theirs) for b in blocks)]
+            depth = shape.depth if shape else None
+            both = [n for n in LINEARS if any(earlier.makes_pair(b, n, depth) and self.share(b, n) for b in blocks)]
             if both:
                 raise BadInput(
                     f"{self.label} after {earlier.label} would multiply the pairs of {', '.join(both)} out: expected "

@@ -58,7 +58,7 @@ def write_record(folder: Path, *, sizes: Mapping[str, int], **facts: Any) -> Non
 
 
 def _encoding(value: Any) -> bool:
-    """dense, bitmap, a pattern such as 2:4, or the words of a grid"""
+    """dense, bitmap, a pattern such as 2:4, the words of a grid, or of a pair such as lowrank:64:dense:dense"""
     try:
         return isinstance(value, str) and (value == "dense" or bool(reader(value)))
     except (BadInput, ValueError):

@@ -27,6 +27,7 @@ from thesislib.formats.tensors import plain_tensors, projection_paths, write_ten
 from thesislib.model.beside import check_no_path
 from thesislib.model.grid import ROW, Grid, Quantised
 from thesislib.model.layers import base_of
+from thesislib.model.lowrank import LowRank
 from thesislib.model.quantised import QuantisedLinear
 from thesislib.model.subject import Subject
 from thesislib.model.tokenizers import prepared, rows_of
@@ -208,6 +209,12 @@ def words(codes: torch.Tensor, bits: int) -> torch.Tensor:
 def _settings(subject: Subject, linears: dict[str, Any]) -> dict[str, Any]:
     """The quantization_config of a subject; BadInput if the layout cannot hold it."""
     dense = [path for path, linear in linears.items() if not isinstance(linear, QuantisedLinear)]
+    pairs = [path for path, linear in linears.items() if isinstance(linear, LowRank)]
+    if pairs:
+        raise BadInput(
+            f"{pairs[0]} is a pair of low rank ({len(pairs)} of {len(linears)} are): a GPTQ checkpoint holds whole "
+            "weights; an artifact holds pairs, a GGUF file their product"
+        )
     if dense:
         raise BadInput(
             f"{dense[0]} is not quantised ({len(dense)} of {len(linears)} are not): a GPTQ checkpoint holds "

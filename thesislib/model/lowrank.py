@@ -31,6 +31,7 @@ class LowRank(ComputedLinear):
     """
 
     words = ("lowrank",)
+    like: torch.Tensor
 
     def __init__(self, A: torch.Tensor | QuantisedLinear, B: torch.Tensor | QuantisedLinear, bias: torch.Tensor | None):
         (rank, inputs), (outputs, columns) = (_shape(factor) for factor in (A, B))
@@ -57,24 +58,26 @@ class LowRank(ComputedLinear):
     def load(cls, linear: StoredLinear) -> "LowRank":
         """See `ComputedLinear.load`."""
         rank, encodings = parse_lowrank(linear.encoding)
+        for part, (size, dtype) in factor_shapes(rank, linear.shape, encodings, linear.dtype).items():
+            if part not in linear.tensors:
+                raise BadInput(f"it lacks the weight '{linear.name}.{part}'")
+            tensor = linear.tensors[part]
+            if tensor.shape != torch.Size(size) or tensor.dtype != dtype:
+                raise BadInput(
+                    f"'{linear.name}.{part}' is {tensor.dtype} of shape {tuple(tensor.shape)}, expected "
+                    f"{dtype} of shape {size}"
+                )
         shapes = ((rank, linear.shape[1]), (linear.shape[0], rank))
         factors: list[torch.Tensor | QuantisedLinear] = []
         for name, encoding, shape in zip(FACTORS, encodings, shapes, strict=True):
             if encoding == DENSE:
-                if name not in linear.tensors:
-                    raise BadInput(f"it lacks the weight '{linear.name}.{name}'")
-                tensor = linear.tensors[name]
-                if tensor.shape != torch.Size(shape) or tensor.dtype != linear.dtype:
-                    raise BadInput(
-                        f"'{linear.name}.{name}' is {tensor.dtype} of shape {tuple(tensor.shape)}, expected "
-                        f"{linear.dtype} of shape {shape}"
-                    )
-                factors.append(tensor)
+                factors.append(linear.tensors[name])
             else:
                 parts = {k.removeprefix(f"{name}_"): t for k, t in linear.tensors.items() if k.startswith(f"{name}_")}
                 stored = StoredLinear(encoding, shape, None, linear.dtype, parts, f"{linear.name}.{name}")
                 factors.append(QuantisedLinear.load(stored))
-        return cls(*factors, linear.bias)
+        A, B = factors
+        return cls(A, B, linear.bias)
 
     @classmethod
     def check_encoding(cls, encoding: str) -> None:
@@ -141,12 +144,20 @@ def parse_lowrank(encoding: str) -> tuple[int, tuple[str, str]]:
         BadInput: an encoding of another form.
     """
     found = re.fullmatch(r"lowrank:([1-9]\d{0,8}):([^:]+):([^:]+)", encoding, re.ASCII)
-    if not found or any(e != DENSE and parse_encoding(e)[1] != EVERYWHERE for e in found.groups()[1:]):
+    if not found or not all(_holds_factor(e) for e in found.groups()[1:]):
         raise BadInput(
             f"encoding '{encoding}' is not understood: expected lowrank:{{rank}}:{{A}}:{{B}}, each factor dense or "
             "as int8/symmetric/64/all"
         )
     return int(found[1]), (found[2], found[3])
+
+
+def _holds_factor(encoding: str) -> bool:
+    """Whether a factor may have this encoding."""
+    try:
+        return encoding == DENSE or parse_encoding(encoding)[1] == EVERYWHERE
+    except BadInput:
+        return False
 
 
 def factor_shapes(rank: int, shape: tuple[int, int], encodings: tuple[str, str], dtype: torch.dtype) -> Shapes:

@@ -42,6 +42,7 @@ from thesislib.formats.load import checkpoint_folder, load_subject
 from thesislib.formats.options import check_dtype, own_dtype
 from thesislib.imports import PACKAGE, digest_of, imported, sources
 from thesislib.model.layers import PackedLinear, unpack_all
+from thesislib.model.lowrank import LowRank
 from thesislib.model.subject import Subject
 from thesislib.pipeline.forecast import Forecast, forecast, shape_of, stand_in
 from thesislib.pipeline.recipe import Recipe, read_recipe
@@ -144,7 +145,8 @@ class Job:
         Raises:
             BadInput: its fingerprint is not the one in the cache, although size and time of its files are the same.
         """
-        subject = dataclasses.replace(load_subject(self.source, self.dtype, self.device, packed=False), name=self.name)
+        subject = dataclasses.replace(load_subject(self.source, self.dtype, self.device), name=self.name)
+        unpack_all(subject.model, but=(LowRank,))  # pairs of low rank stay such
         if "base" in self.__dict__ and self.base["fingerprint"] != subject.fingerprint:
             self.fingerprint_file.unlink(missing_ok=True)
             raise BadInput(
@@ -196,6 +198,10 @@ class Job:
             "dtype": self.dtype,
             "data": _identity(self.data),
         }
+        # a pair of low rank and its product have one fingerprint, and stages tell them apart
+        encodings = (self.artifact or {}).get("encodings", {})
+        if pairs := {name: encoding for name, encoding in encodings.items() if encoding.startswith("lowrank:")}:
+            facts["pairs"] = pairs
         hashes = [sources_of(type(stage)) for stage in self.recipe.stages]
         stages = list(zip(self.recipe.entries(), hashes, strict=True))
         return [_hash({**facts, "stages": stages[:n]}) for n in range(1, len(stages) + 1)]
