@@ -20,8 +20,8 @@ SHOWN = {
 FAMILIES = tuple(SHOWN.values())
 QUANTISED = FAMILIES[-2:]  # whose weights take few bits
 # those that the book explains
-PARTS = (DENSE, "D2", "DA2", "DM2", "D2L", "M4", "S4", "N75%", "W1:8", "W2:4", "W50%", "L80%", "CALR32")
-PARTS += ("W", "T", "FT3", "R", "Q", "Q3", "H", "E", "D2+W1:8+W+Q+E")
+PARTS: tuple[str, ...] = (DENSE, "D2", "DA2", "DM2", "D2L", "M4", "S4", "N75%", "W1:8", "W2:4", "W50%", "L80%")
+PARTS += ("CALR32", "Z27-down-1%", "W", "T", "FT3", "R", "Q", "Q3", "H", "E", "D2+W1:8+W+Q+E")
 
 
 @cache
