@@ -74,6 +74,7 @@ def test_the_thesis_stands_beside():
     assert labels.thesis_of("D2+W+Q").perplexity == evaluation.thesis_row("D2", "W", "Q").perplexity
     assert labels.thesis_of("D2+W+Q+E") == evaluation.thesis_row("D2", "W", "E")
     assert labels.thesis_of("Q3") is labels.thesis_of("Q2+E") is None
+    assert not any(map(labels.thesis_of, ("L80%", "L80%+W", "M4", "S4", "N75%", "FT3", "Z27-down-1%", "D2+FT3")))
     assert (
         labels.thesis_of("D2+W+W1:8") == evaluation.thesis_row("D2+W1:8", "W", "order") != labels.thesis_of("D2+W1:8+W")
     )

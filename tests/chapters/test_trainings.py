@@ -14,10 +14,10 @@ from thesislib.evaluate.stats import Comparison, paired_means, with_spread
 from thesislib.records.measurement import Measurement
 
 
-def ppl(per_token, seed, training=0, card=None):
+def ppl(per_token, seed, training=0, card=None, word="lora"):
     m = perplexity(per_token, seed, texts=0, spread=0.02)
     hardware = {"accelerator": card}
-    return m.with_provenance(made={"stages": [{"lora": {"seed": training}}]}, hardware=hardware)
+    return m.with_provenance(made={"stages": [{word: {"seed": training}}]}, hardware=hardware)
 
 
 def test_the_spread_is_the_pooled_deviation_of_logarithms():
@@ -38,6 +38,9 @@ def test_a_training_is_a_seed_on_a_kind_of_processor():
     rows = [ppl(3, 0, 0), ppl(3, 1, 0), ppl(3, 2, 1), ppl(3, 3, 0, "a card")]
     assert collect(("W", "text", m) for m in rows)["W", "text"] == {rows[0].n: [rows[0], rows[2], rows[3]]}
     assert collect(("D2", "text", m) for m in rows)["D2", "text"] == {rows[0].n: [rows[0]]}
+    for word, kept in (("calr", 2), ("tune", 2), ("width", 1)):  # only a trained stage's seed makes a training
+        two = [ppl(3, i, i, word=word) for i in range(2)]
+        assert len(collect(("Lr8+CALR4", "text", m) for m in two)["Lr8+CALR4", "text"][two[0].n]) == kept
 
 
 def test_untrained_models_are_compared_over_documents_alone():

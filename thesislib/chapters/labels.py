@@ -20,7 +20,8 @@ SHOWN = {
 FAMILIES = tuple(SHOWN.values())
 QUANTISED = FAMILIES[-2:]  # whose weights take few bits
 # those that the book explains
-PARTS = (DENSE, "D2", "DA2", "DM2", "D2L", "W1:8", "W2:4", "W50%", "W", "T", "R", "Q", "Q3", "H", "E", "D2+W1:8+W+Q+E")
+PARTS: tuple[str, ...] = (DENSE, "D2", "DA2", "DM2", "D2L", "M4", "S4", "N75%", "W1:8", "W2:4", "W50%", "L80%")
+PARTS += ("CALR32", "Z27-down-1%", "W", "T", "FT3", "R", "Q", "Q3", "H", "E", "D2+W1:8+W+Q+E")
 
 
 @cache
@@ -109,6 +110,7 @@ def thesis_of(label: str) -> ThesisRow | None:
         or model.bits not in (None, 4)
         or (model.corrected and model.bits is None)
         or set(model.of_family("trained")) - {"W", "T"}
+        or model.of_family("factorised")
     ):
         return None
     families, words = [kind.family for kind in model.classes], [kind.word for kind in model.classes]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from thesislib.chapters.labels import training
+from thesislib.compress.stage import STAGES
 from thesislib.evaluate.compare import compare
 from thesislib.evaluate.setup import task_of
 from thesislib.evaluate.stats import Comparison, paired_means, with_spread
@@ -51,7 +52,8 @@ def collect(rows: Iterable[tuple[str, str, Measurement]]) -> dict[tuple[str, str
 
 def _made(m: Measurement) -> tuple:
     """What tells a training from another one of the same model."""
-    seeds = [settings.get("seed") for stage in m.stages for word, settings in stage.items() if word == "lora"]
+    stages = ((STAGES.get(word), settings) for stage in m.stages for word, settings in stage.items())
+    seeds = [settings.get("seed") for cls, settings in stages if cls and cls.family == "trained"]
     return *seeds, m.provenance.get("hardware", {}).get("accelerator")
 
 

@@ -29,8 +29,8 @@ from thesislib.model.beside import FACTORS, ranks_beside, with_paths
 from thesislib.model.beside import Path as Beside
 from thesislib.model.blocks import apply_plan
 from thesislib.model.forward import attention_windows, window_mask
-from thesislib.model.layers import replace, unpack_all
-from thesislib.model.lowrank import LowRank, is_lowrank
+from thesislib.model.layers import Projection, base_of, replace, unpack_all
+from thesislib.model.lowrank import DENSE, LowRank, is_lowrank
 from thesislib.model.subject import Subject
 from thesislib.sources.corpus import calibration_windows
 
@@ -95,6 +95,16 @@ class Calr(Trained):
         match = re.fullmatch(cls.pattern, part, re.ASCII)
         return cls(rank=whole_number(match[1]), fit=match[2] or "tokens") if match else None
 
+    @property
+    def trained_on(self) -> str | None:
+        """See `Stage`."""
+        return self.text if self.fit in ("tokens", "hidden") else None
+
+    @property
+    def trains_pairs(self) -> bool:
+        """Whether it changes the pairs."""
+        return self.pairs and self.trained_on is not None
+
     def after(self, previous: Sequence[Stage], shape: Shape | None = None) -> Shape | None:
         """See `Stage`: right after the stage that made the pairs, since the MLPs before that are the target."""
         if not previous or not previous[-1].factorises:
@@ -113,9 +123,12 @@ class Calr(Trained):
         ]
         _check_blocks(blocks)
         _check_rank(self.rank, width)
+        for b in blocks if self.trains_pairs else ():
+            for name in MLP:
+                _check_trainable(b, name, subject.linears(b)[name])
         if self.rank:
-            shapes = {"A": ((self.rank, width), dtype), "B": ((width, self.rank), dtype)}
-            outline.subject = with_paths(subject, {b: tuple(empty(shapes).values()) for b in blocks})
+            made = {b: empty({"A": ((self.rank, width), dtype), "B": ((width, self.rank), dtype)}) for b in blocks}
+            outline.subject = with_paths(subject, {b: (path["A"], path["B"]) for b, path in made.items()})
         outline.changed = set()
 
     def apply(
@@ -131,17 +144,19 @@ class Calr(Trained):
             original: the subject before lowrank.
 
         Raises:
-            BadInput: no original, or one of another depth; no MLP of pairs; paths already there; quantised factors, if
-                they are to be trained; a rank above the model's width; a loss that is not finite.
+            BadInput: no original, or one of another depth; no MLP of pairs, or one that the plan repeats; paths already
+                there; quantised factors, if they are to be trained; a rank above the model's width; a loss that is not
+                finite.
         """
         if original is None or original.depth != subject.depth:
             raise BadInput("calr needs the subject before lowrank at hand: apply(..., original=...), of as many blocks")
         blocks = [b for b in range(subject.depth) if all(_is_pair(subject, b, name) for name in MLP)]
         _check_blocks(blocks)
         _check_rank(self.rank, subject.model.config.hidden_size)
+        _check_once(subject, blocks)
         if present := ranks_beside(subject):
             raise BadInput(f"block {min(present)} has a path already: expected calr once")
-        if self.fit in ("closed", "none"):
+        if self.trained_on is None:
             ids = calibration_windows(subject.tokenizer, self.calibration, data, self.windows, self.length, self.seed)
             result, errors = with_closed_form(subject, original, blocks, self.rank if self.fit == "closed" else 0, ids)
             if self.fit == "none":
@@ -163,11 +178,8 @@ class Calr(Trained):
             if self.rank:
                 parameters |= {f"{b}.{name}": mlp.get_parameter(name) for name in FACTORS}
             for name in MLP if self.pairs else ():
-                pair = student.linears(b)[name]
-                if not isinstance(pair, LowRank) or pair.is_quantised:
-                    raise BadInput(
-                        f"blocks.{b}.{name} is {pair.encoding}: calr trains dense factors without correction"
-                    )
+                pair: Any = student.linears(b)[name]
+                _check_trainable(b, name, pair)
                 trainable = TrainedPair(pair)
                 replace(student.blocks[b], name, trainable)
                 parameters |= {f"{b}.{name}.A": trainable.A, f"{b}.{name}.B": trainable.B}
@@ -184,12 +196,12 @@ class Calr(Trained):
         dtype = subject.dtype
         result = shared.copy(unpack=False)
         for b in blocks:
-            if self.rank:
-                for name in FACTORS:
-                    result.blocks[b].mlp.get_parameter(name).data = best_found[f"{b}.{name}"].to(dtype)
+            corrected: Any = result.blocks[b].mlp
+            for name in FACTORS if self.rank else ():
+                corrected.get_parameter(name).data = best_found[f"{b}.{name}"].to(dtype)
             for name in MLP if self.pairs else ():
-                factors = (best_found[f"{b}.{name}.{f}"].to(dtype) for f in "AB")
-                replace(result.blocks[b], name, LowRank(*factors, result.linears(b)[name].bias))
+                A, B = (best_found[f"{b}.{name}.{f}"].to(dtype) for f in "AB")
+                replace(result.blocks[b], name, LowRank(A, B, result.linears(b)[name].bias))
         return result, {"blocks": blocks, **report}
 
 
@@ -202,6 +214,26 @@ def _check_blocks(blocks: Sequence[int]) -> None:
     if not blocks:
         raise BadInput("calr corrects MLPs whose gate_proj, up_proj and down_proj are pairs, and none is: expected "
                        "lowrank with linears [gate_proj, up_proj, down_proj] before it")  # fmt: skip
+
+
+def _check_once(subject: Subject, blocks: Sequence[int]) -> None:
+    first: dict[int, int] = {}
+    for b in blocks:
+        if (same := first.setdefault(id(subject.linears(b)[MLP[0]]), b)) != b:
+            raise BadInput(
+                f"calr corrects block {same}, whose pairs block {b} has too, since the plan repeats it: expected a "
+                "block that runs once"
+            )
+
+
+def _check_trainable(block: int, name: str, pair: Projection) -> None:
+    base: Any = base_of(pair)
+    if base is not pair or base.encodings != (DENSE, DENSE):
+        what = "has a correction" if base is not pair else f"is {base.encoding}"
+        raise BadInput(
+            f"blocks.{block}.{name} {what}: calr trains dense factors without correction; expected bits 16 before it, "
+            "or pairs: false"
+        )
 
 
 def _check_rank(rank: int, width: int) -> None:
@@ -242,14 +274,16 @@ def outputs_loss(original: Subject, blocks: Sequence[int], autocast: bool) -> Lo
     teachers.model.float()
     if autocast:
         to_bfloat16(teachers.blocks)
+    before: dict[int, Any] = {b: teachers.blocks[b].mlp for b in blocks}
 
     def loss(student: Subject, some: Sequences) -> tuple[torch.Tensor, int]:
         seen: dict[int, torch.Tensor] = {}
+        mlps: dict[int, Any] = {b: student.blocks[b].mlp for b in blocks}
 
         def note(b: int):
             return lambda _module, args: seen.__setitem__(b, args[0].detach())
 
-        hooks = [student.blocks[b].mlp.register_forward_pre_hook(note(b)) for b in blocks]
+        hooks = [mlps[b].register_forward_pre_hook(note(b)) for b in blocks]
         try:
             with torch.no_grad():
                 x, onward = residual(student, some, 0)
@@ -260,8 +294,8 @@ def outputs_loss(original: Subject, blocks: Sequence[int], autocast: bool) -> Lo
         total = torch.zeros((), device=student.device)
         for b in blocks:
             with torch.no_grad():
-                target = teachers.blocks[b].mlp(seen[b]).float()
-            error = (student.blocks[b].mlp(seen[b]).float() - target).square()
+                target = before[b](seen[b]).float()
+            error = (mlps[b](seen[b]).float() - target).square()
             target = target.square()
             if some.segments is not None:
                 counted = some.segments.to(error.device) >= 0
@@ -308,8 +342,9 @@ def with_closed_form(
                 yield i, block(x[i : i + batch], attention_mask=mask, position_embeddings=rotary)
 
         if b in blocks:
-            sums = Residual(result.blocks[b].mlp, original.blocks[b].mlp)
-            hook = result.blocks[b].mlp.register_forward_pre_hook(lambda _m, args, sums=sums: sums.add(args[0]))
+            mlp: Any = result.blocks[b].mlp
+            sums = Residual(mlp, original.blocks[b].mlp)
+            hook = mlp.register_forward_pre_hook(lambda _m, args, sums=sums: sums.add(args[0]))
             try:
                 for _ in run(result.blocks[b]):
                     pass

@@ -8,6 +8,7 @@ from torch import nn
 from thesislib.bounds import MAX_SIZES
 from thesislib.errors import BadInput, unknown
 from thesislib.model import packing
+from thesislib.model.beside import ranks_beside
 from thesislib.model.layers import LINEARS, Adapted, Projection
 from thesislib.model.quantised import is_quantised
 from thesislib.model.subject import Subject
@@ -51,14 +52,18 @@ def selected(subject: Subject, takes: Callable[[int, str], bool]) -> dict[Linear
 
 
 def check_dense(subject: Subject, blocks: Iterable[int], step: str) -> None:
-    """Raises BadInput for a block with a weight that is not dense, see `check_all_dense`.
+    """Raises BadInput for a block with a weight that is not dense, see `check_all_dense`, or a linear path beside its
+    MLP.
 
     Args:
         subject: the model.
         blocks: whose projections a step changes as wholes.
         step: in words, such as "merge blocks", for messages.
     """
+    beside = ranks_beside(subject)
     for b in blocks:
+        if b in beside:
+            raise BadInput(f"the MLP of block {b} has a linear path beside it: {step} before calr")
         check_all_dense({(b, name): module for name, module in subject.linears(b).items()}, step)
 
 

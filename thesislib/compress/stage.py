@@ -71,6 +71,11 @@ class Stage:
         return False
 
     @property
+    def trained_on(self) -> str | None:
+        """The name of the text that it trains on; None if it does not train."""
+        return None
+
+    @property
     def leaves_corrections(self) -> bool:
         """Whether low-rank corrections are beside the weights after it."""
         return self.family == "compensated"

@@ -79,6 +79,11 @@ class Trained(Stage):
     title: ClassVar[str] = ""  # in messages and on the progress bar
     amplifies: ClassVar[bool] = True
 
+    @property
+    def trained_on(self) -> str | None:
+        """See `Stage`."""
+        return self.text
+
     def __post_init__(self):
         if self.text not in TEXTS:
             raise unknown(f"text of {self.title}", self.text, TEXTS)

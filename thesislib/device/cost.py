@@ -17,6 +17,7 @@ from thesislib.model.subject import Subject
 from thesislib.model.tokenizers import rows_of
 
 TABLES = ("embedding", "head")
+BESIDE = "beside"  # the last part of the name of a linear path beside an MLP
 NORMS = ("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "norm")
 
 
@@ -234,7 +235,7 @@ def stored(subject: Subject | Sketch) -> list[Stored]:
             if module not in seen and (own := _own(module)):
                 if isinstance(module, CorrectedMLP):
                     count = sum(t.numel() for t in own)
-                    add(f"blocks.{b}.{path}.beside", *own, size=Size(count, count, sum(t.nbytes for t in own)))
+                    add(f"blocks.{b}.{path}.{BESIDE}", *own, size=Size(count, count, sum(t.nbytes for t in own)))
                     continue
                 if path.rpartition(".")[2] not in NORMS:
                     raise BadInput(
@@ -335,7 +336,7 @@ def costs(subject: Subject | Sketch, tokens: int = 1, context: int = 128, cache_
             operations.append(Operation(w.name, "move", 0, tokens * row_bytes, numbers))
         elif w.name == "head":
             operations.append(Operation(w.name, "gemv", w.macs, w.bytes, w.params, precision=w.precision))
-        elif part in LINEARS:
+        elif part in (*LINEARS, BESIDE):
             operations.append(Operation(w.name, product, tokens * w.macs, w.bytes, w.params, precision=w.precision))
             if part == "v_proj":
                 macs, moved = 2 * pairs * model.heads * model.width, (context + 2 * tokens) * entry

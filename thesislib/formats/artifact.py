@@ -44,7 +44,7 @@ from thesislib.formats.tensors import (
     repeated_blocks,
     write_tensors,
 )
-from thesislib.model.beside import ranks_beside, with_paths
+from thesislib.model.beside import check_no_path, ranks_beside, with_paths
 from thesislib.model.blocks import ATTRIBUTES, removed_parts, without_parts
 from thesislib.model.layers import Adapted, Projection, StoredLinear, base_of, reader, replace, unpack_all
 from thesislib.model.quantised import EMBEDDINGS, QuantisedLinear, set_embedding
@@ -86,11 +86,8 @@ def save_artifact(
     folder = replaceable_folder(folder, replaces=RECORD)
     tensors, encodings = packed_tensors(subject) if packed else ({}, {})
     repeats, without, beside = repeated_blocks(subject), removed_parts(subject), ranks_beside(subject)
-    if beside and not packed:
-        raise BadInput(
-            f"block {min(beside)} of {subject.name} has a linear path beside its MLP, which a plain checkpoint cannot "
-            "hold: expected a packed artifact"
-        )
+    if not packed:
+        check_no_path(subject, "a plain checkpoint")
     if not (packed and (repeats or without or beside)) and all(e == "dense" for e in encodings.values()):
         tensors, encodings, repeats = plain_tensors(subject), {}, {}
     for name, tensor in tensors.items():
@@ -319,6 +316,7 @@ def _fill(subject: Subject, tensors: _Tensors, encodings: Mapping[str, str]) -> 
         key = tensors.key(path)
         if key not in filled:
             filled[key] = tensors.projection(key, empty, encodings.get(key, "dense"), model.dtype)
+        tensors.used.update(factor_names(path))  # an adapter has those of a repeated block once more
         replace(subject.blocks[block_of(path)], path.rpartition(".")[2], filled[key])
     quantised = [path for path in EMBEDDINGS if path in encodings]
     for path in quantised:

@@ -24,6 +24,7 @@ from thesislib.shapes import SHA256, natural, wrong
 SCHEMA = 1
 RECORD = "artifact.json"
 MOST_BLOCKS = 10_000
+KEY = re.compile(r"0|[1-9]\d{0,8}", re.ASCII)  # a block's number as a key
 READ = (".json", ".jinja", ".safetensors", ".txt", ".model", ".tiktoken", ".bin")  # suffixes of files that are read
 
 
@@ -146,13 +147,13 @@ def _contradiction(record: dict[str, Any], folder: Path) -> str | None:
     if record["plan"] is not None and len(record["plan"]) != blocks:
         return f"plan has {len(record['plan'])} blocks, config.json {blocks}"
     for later, first in record["repeats"].items():
-        if not (later.isascii() and later.isdecimal() and first < int(later) < blocks):
+        if not (KEY.fullmatch(later) and first < int(later) < blocks):
             return f"repeats has {later!r:.60}: {first}: expected two of {blocks} blocks, the first one behind"
     for part, removed in record["without"].items():
         if part not in ("attention", "mlp") or any(i >= blocks for i in removed) or len(set(removed)) < len(removed):
             return f"without has {part!r:.60}: {removed!r:.60}: expected attention or mlp, and some of {blocks} blocks"
     for block, rank in record.get("beside", {}).items():
-        if not (block.isascii() and block.isdecimal() and int(block) < blocks and rank > 0):
+        if not (KEY.fullmatch(block) and int(block) < blocks and rank > 0):
             return f"beside has {block!r:.60}: {rank}: expected a rank above 0, and one of {blocks} blocks"
     return None
 

@@ -24,6 +24,7 @@ from thesislib.formats.gguf_reader import (
     rotated_heads,
 )
 from thesislib.formats.tensors import plain_tensors
+from thesislib.model.beside import check_no_path
 from thesislib.model.forward import attention_windows
 from thesislib.model.layers import Adapted, merge_all
 from thesislib.model.packing import PRUNED
@@ -81,10 +82,12 @@ def export_gguf(subject: Subject, file: str | Path, kind: str = "F16", *, merge_
     Raises:
         BadInput: another type, such as a K-quant; Q4_1, which has no exact zero, of pruned weights; an architecture,
             activation, position embedding or tokenizer that is not written here; rows that are no multiple of 32;
-            corrections without `merge_corrections`; a file that exists; a file that reads back as another model.
+            corrections without `merge_corrections`; a linear path beside an MLP; a file that exists; a file that reads
+            back as another model.
     """
     file, config = Path(file), subject.model.config
     _check_writable(config, file, kind)
+    check_no_path(subject, "a GGUF file")
     file = writable_file(file, new=True)
     dense = _dense(subject, merge_corrections)
     tensors = plain_tensors(dense)

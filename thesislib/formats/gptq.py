@@ -24,7 +24,7 @@ from thesislib.formats.checkpoint import (
     read_tokenizer,
 )
 from thesislib.formats.tensors import plain_tensors, projection_paths, write_tensors
-from thesislib.model.beside import ranks_beside
+from thesislib.model.beside import check_no_path
 from thesislib.model.grid import ROW, Grid, Quantised
 from thesislib.model.layers import base_of
 from thesislib.model.lowrank import LowRank
@@ -54,10 +54,12 @@ def export_gptq(subject: Subject, folder: str | Path) -> Path:
         folder: a new or empty one.
 
     Raises:
-        BadInput: projections that are not quantised, or on different grids; 5, 6 or 7 bits; a grid with a floating
-            minimum; groups or shapes that the layout cannot hold; a folder that holds something.
+        BadInput: projections that are not quantised, or on different grids; a linear path beside an MLP; 5, 6 or 7
+            bits; a grid with a floating minimum; groups or shapes that the layout cannot hold; a folder that holds
+            something.
     """
     folder = replaceable_folder(folder)
+    check_no_path(subject, "a GPTQ checkpoint")
     linears: dict[str, Any] = {path: base_of(module) for path, module in projection_paths(subject)}
     settings = _settings(subject, linears)
     quantised = {path: linear.quantised for path, linear in linears.items()}
@@ -218,8 +220,6 @@ def _settings(subject: Subject, linears: dict[str, Any]) -> dict[str, Any]:
             f"{dense[0]} is not quantised ({len(dense)} of {len(linears)} are not): a GPTQ checkpoint holds "
             "models with all projections quantised"
         )
-    if beside := ranks_beside(subject):
-        raise BadInput(f"block {min(beside)} has a linear path beside its MLP, which a GPTQ checkpoint cannot hold")
     if not all(list(subject.linears(i)) == list(subject.linears(0)) for i in range(subject.depth)):
         raise BadInput(
             "a GPTQ checkpoint holds whole blocks, and some here lost attention or MLP: remove whole blocks instead"

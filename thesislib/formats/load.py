@@ -14,6 +14,7 @@ from thesislib.formats.checkpoint import is_gptq, quiet_transformers, read_confi
 from thesislib.formats.convert import safetensors_folder
 from thesislib.formats.gptq import load_gptq
 from thesislib.formats.tensors import plain_tensors
+from thesislib.model.beside import check_no_path
 from thesislib.model.layers import Adapted
 from thesislib.model.subject import DTYPES, Subject
 from thesislib.model.tokenizers import prepared, rows_of
@@ -88,7 +89,8 @@ def save_checkpoint(subject: Subject, folder: str | Path) -> Path:
     removed part as zeros: the loaded model computes the same and is larger.
 
     Raises:
-        BadInput: a folder that holds something else; low-rank corrections, which the format cannot hold.
+        BadInput: a folder that holds something else; low-rank corrections or linear paths beside MLPs, which the format
+            cannot hold.
     """
     folder = Path(folder)
     if is_folder(folder) and any(folder.iterdir()) and not (folder / "config.json").is_file():
@@ -98,6 +100,7 @@ def save_checkpoint(subject: Subject, folder: str | Path) -> Path:
             f"{subject.name} has low-rank corrections, which a plain checkpoint cannot hold: save an artifact, "
             "or merge them first"
         )
+    check_no_path(subject, "a plain checkpoint")
     tensors = plain_tensors(subject)
     with whole_folder(folder) as temporary, quiet_transformers():
         subject.model.save_pretrained(temporary, state_dict=tensors)

@@ -29,13 +29,18 @@ class CorrectedMLP(nn.Module):
         BadInput: an MLP of another kind, or factors that do not fit it.
     """
 
+    gate_proj: Any
+    up_proj: Any
+    down_proj: Any
+    act_fn: Any
+
     def __init__(self, mlp: nn.Module, A: torch.Tensor, B: torch.Tensor):
         super().__init__()
         for name in ("gate_proj", "up_proj", "down_proj", "act_fn"):
             if not hasattr(mlp, name):
                 raise BadInput(f"an MLP of class {type(mlp).__name__} has no {name}: expected a gated one")
             setattr(self, name, getattr(mlp, name))
-        width: Any = self.gate_proj.in_features
+        width = self.gate_proj.in_features
         if A.shape != (len(A), width) or B.shape != (width, len(A)) or not len(A):
             raise BadInput(
                 f"factors A {tuple(A.shape)} and B {tuple(B.shape)} do not fit an MLP of {width} inputs: expected "
@@ -86,3 +91,13 @@ def ranks_beside(subject: Subject) -> dict[int, int]:
     """The rank of the path beside each block's MLP that has one."""
     mlps = ((b, getattr(block, "mlp", None)) for b, block in enumerate(subject.blocks))
     return {b: mlp.rank for b, mlp in mlps if isinstance(mlp, CorrectedMLP)}
+
+
+def check_no_path(subject: Subject, what: str) -> None:
+    """Raises BadInput if an MLP has a path, which `what` has no place for."""
+    if ranks := ranks_beside(subject):
+        b = min(ranks)
+        raise BadInput(
+            f"block {b} has a linear path of rank {ranks[b]} beside its MLP, which {what} cannot hold: expected a "
+            "packed artifact"
+        )

@@ -9,6 +9,8 @@ from thesislib.imports import members
 
 members("thesislib.compress")  # each stage registers itself
 DENSE = "dense"
+LETTERS = {"wikitext": "W", "trivia": "T"}  # of training texts
+SHORTER = ("depth", "laco", "streamline")  # stages that leave fewer blocks
 
 
 def stage_class(part: str) -> type[Stage]:
@@ -84,8 +86,8 @@ class Label:
 
     @property
     def depth(self) -> int:
-        """The number of whole blocks that were removed."""
-        return sum(int(m[1]) for part in self.of("depth") if (m := re.match(r"D(\d+)", part)))
+        """The number of whole blocks that were removed, or merged into others; M~ does not tell it and counts none."""
+        return sum(int(m[1]) for word in SHORTER for part in self.of(word) if (m := re.match(r"[DMS](\d+)", part)))
 
     @property
     def width(self) -> tuple[str, ...]:
@@ -99,8 +101,10 @@ class Label:
 
     @property
     def training(self) -> tuple[str, ...]:
-        """The texts that it was trained on, in order: W for WikiText, T for TriviaQA."""
-        return tuple(part[0] for part in self.of_family("trained"))
+        """The texts that it was trained on, in order: W for WikiText, T for TriviaQA. Where a part does not say it, as
+        FT3 does not, that is the stage's default."""
+        stages = [cls.from_label(part) for part, cls in zip(self.parts, self.classes, strict=True)]
+        return tuple(LETTERS[stage.trained_on] for stage in stages if stage and stage.trained_on)
 
     @property
     def bits(self) -> int | None:
