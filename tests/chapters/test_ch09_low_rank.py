@@ -37,7 +37,7 @@ def row(c, what, ratio, size, noise, seed):
         "recipe": c.key,
         "stages": recipe_of(c.stages).entries(),
         "bytes": {"bytes_on_disk": size, "parameters": size // 2},
-        "reports": [{"blocks": [1, 2]}],
+        "reports": [{"blocks": [1, 2], "relative_errors": {"blocks.0.q_proj": 0.1, "blocks.0.up_proj": 0.3}}],
     }
     facts = {"made": made, "chapter": {"cell": c.cell, "name": c.name, "what": what}, "protocol": {"on": "wikitext"}}
     value = math.exp(mean)
@@ -127,6 +127,11 @@ def test_claims_turn_with_the_record():
     assert ch09_claims.claims(as_said)[3].word == HOLDS
     other = known({f"{name}, asvd": 1.1 + 0.1 * i for i, name in enumerate(reversed(order))})
     assert ch09_claims.claims(other)[3].word == FAILS
+
+
+def test_energy_is_the_square_of_the_error():
+    said = sentences.energy_sentence(known({"80% kept, 16 bits": 5.0, "svd_llm": 5.0}))
+    assert "miss 9.0% of their energy and those of attention 1.0%" in said and "x 5.0" in said
 
 
 def test_neighbours_by_ranks():

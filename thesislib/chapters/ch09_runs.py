@@ -4,11 +4,12 @@ import dataclasses
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from thesislib.chapters import ch09_spectra
 from thesislib.chapters.chapter import Keep, Key, Parameters, Part, by_key, on_one_sample
 from thesislib.chapters.pool import Recorded, recorded_pool
+from thesislib.compress.calibration import INPUTS
 from thesislib.compress.calr import MLP, Calr
 from thesislib.compress.depth import Depth
 from thesislib.compress.eora import Eora
@@ -16,6 +17,7 @@ from thesislib.compress.gptq import Gptq, Rtn
 from thesislib.compress.laco import Laco
 from thesislib.compress.lora.stage import Lora
 from thesislib.compress.lowrank import LowRankStage, Metrics, metrics_of
+from thesislib.compress.selection import selected
 from thesislib.compress.slicing import Slice
 from thesislib.compress.stage import Stage
 from thesislib.compress.streamline import Streamline
@@ -225,6 +227,7 @@ def calr(p: LowRankChapter) -> list[Configuration]:
         "pairs": (pairs,),
         "plain pairs": (plain,),
         "wider pairs": (wider,),
+        "MLPs removed": (Depth(remove=p.quiet, part="mlp", windows=8),),
         "path in closed form": (pairs, p.calr(fit="closed")),
         "plain pairs, path in closed form": (plain, p.calr(fit="closed")),
     }
@@ -263,7 +266,11 @@ def headline(p: LowRankChapter) -> list[Configuration]:
     """What is measured on the whole text, and by questions."""
     pairs = [p.pairs(keep=keep) for keep in (0.9, 0.8, 0.7)]
     pairs += [p.pairs(keep=0.9, bits=8), p.pairs(keep=0.8, bits=8), p.pairs(keep=0.9, bits=4)]
-    found = [Configuration("headline", f"{s.keep:.0%} kept, {s.bits[0]} bits", (s,), (PPL,)) for s in pairs]
+    bits = [cast("tuple[int, int]", stage.bits)[0] for stage in pairs]
+    found = [
+        Configuration("headline", f"{stage.keep:.0%} kept, {b} bits", (stage,), (PPL,))
+        for stage, b in zip(pairs, bits, strict=True)
+    ]
     chosen = {"pairs", "path in closed form", "CALR, seed 0", "LoRA, seed 0", "wider pairs trained, seed 0"}
     arms = [c for c in [*calr(p), *neighbours(p)] if c.name in chosen or c.cell == "neighbours"]
     asked = [found[0], *arms, Configuration("headline", DENSE)]
@@ -313,15 +320,21 @@ class Maker:
         return self.made[stages]
 
     def _metrics(self, stage: LowRankStage) -> Metrics | None:
-        """Those of a pass through the whole model, which all stages of this method and calibration share."""
+        """Those of a pass through the whole model, which stages of this method and calibration share; None for a stage
+        that takes few blocks, which are faster by themselves, unless a pass has them."""
         if stage.feed != "original" or stage.method in ("svd", "fwsvd"):
             return None
         kind = "asvd" if stage.method == "asvd" else "moments"
         alike = kind, stage.text, stage.windows, stage.length, stage.seed, stage.weighting, stage.alpha
-        if alike not in self.metrics:
-            if kind == "moments":  # these take 1.6 GB of this study's subject
-                self.metrics = {others: found for others, found in self.metrics.items() if others[0] != kind}
-            self.metrics[alike] = metrics_of(stage, self.subject, self.p.data)
+        known = self.metrics.get(alike, {})
+        taken = selected(self.subject, stage.takes)
+        if all((block, INPUTS[name]) in known for block, name in taken):
+            return known
+        if stage.scope != "all":
+            return None
+        if kind == "moments":  # these take 1.6 GB of this study's subject
+            self.metrics = {others: found for others, found in self.metrics.items() if others[0] != kind}
+        self.metrics[alike] = metrics_of(stage, self.subject, self.p.data)
         return self.metrics[alike]
 
     def prepared(self, stages: tuple[Stage, ...]) -> Prepared:

@@ -141,10 +141,26 @@ def spectra_sentence(record: Record) -> str:
     for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
         plain, white = (float(np.median(s.of(way, name))) for way in ("plain", "whitened"))
         said.append(f"{name} {plain:.0f} and {white:.1f} of {s.break_even(name):.0f}")
+    unit = together(f"{np.median(s.of(WEIGHTED, n)):.0f} for {n}" for n in ("q_proj", "v_proj", "down_proj"))
     return (
-        f"Median effective rank over blocks, plain and whitened, beside the break-even rank: {together(said)}. "
-        "Whitened, the first direction holds most of the energy, which is the sink's: with tokens of unit norm it is "
-        f"{together(f'{np.median(s.of(WEIGHTED, n)):.0f} for {n}' for n in ('q_proj', 'gate_proj', 'down_proj'))}."
+        f"Median effective rank over blocks, plain and whitened, beside the break-even rank: {together(said)}. By "
+        "themselves MLPs need as many directions as a pair may have, or more; in the metric of their inputs the energy "
+        f"of the outputs lies in far fewer (tokens of unit norm: {unit})."
+    )
+
+
+def energy_sentence(record: Record) -> str:
+    """How little of the outputs is lost, and how much of the perplexity."""
+    m = next((m for name, m in tables.found(record, methods(tables.recorded())).items() if name == "svd_llm"), None)
+    if m is None:
+        return ""
+    errors = {name: float(e) for name, e in m.made["reports"][0]["relative_errors"].items()}
+    mlps = np.median([e for name, e in errors.items() if name.endswith(("gate_proj", "up_proj", "down_proj"))])
+    others = np.median([e for name, e in errors.items() if name.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))])
+    return (
+        f"Energy is not what counts: with {tables.recorded().keep:.0%} of the parameters kept the outputs of MLPs' "
+        f"projections miss {mlps**2:.1%} of their energy and those of attention {others**2:.1%} (medians, on the "
+        f"calibration text), and perplexity is {_x(record, m)} the dense model's."
     )
 
 
@@ -158,13 +174,15 @@ def path_sentence(record: Record) -> str:
         return ""
     c = compare(rows["pairs"], rows["path in closed form"])
     r = tables.recorded()
+    gone = rows.get("MLPs removed")
+    without = f" With {r.quiet} MLPs removed, those that cost least, it is {_x(record, gone)}." if gone else ""
     ranks = [n for n in rows if n.startswith("path of rank")]
     less = together(f"{n.split()[3]} {_x(record, rows[n])}" for n in ranks) if ranks else ""
     return (
         f"Pairs of rank {r.rank} in the MLPs of {r.quiet} quiet blocks: perplexity "
         f"{_x(record, rows['pairs'])} the dense "
         f"model's; with the path of rank {r.rank} in closed form {_x(record, rows['path in closed form'])} "
-        f"({ratio(c)}, {p_value(c.p)}), without training.{f' Of rank {less}.' if less else ''}"
+        f"({ratio(c)}, {p_value(c.p)}), without training.{f' Of rank {less}.' if less else ''}{without}"
     )
 
 
@@ -250,6 +268,7 @@ def every(record: Record) -> list[str]:
         front_sentence,
         whole_sentence,
         spectra_sentence,
+        energy_sentence,
         metric_sentence,
         kinds_sentence,
         sink_sentence,

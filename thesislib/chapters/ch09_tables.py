@@ -66,7 +66,8 @@ def beside_dense(record: Record, configs: Iterable[Configuration]) -> pd.DataFra
             {"model": name, "label": m.label, "MB": m.disk_bytes / MB, "x dense": value, "low": low, "high": high,
              "perplexity": m.value, "parameters": m.made["bytes"]["parameters"]}
         )  # fmt: skip
-    return pd.DataFrame(rows).set_index("model")
+    columns = ["model", "label", "MB", "x dense", "low", "high", "perplexity", "parameters"]
+    return pd.DataFrame(rows, columns=columns).set_index("model")
 
 
 def shown(table: pd.DataFrame, tests: dict[str, Comparison] | None = None, against: str = "") -> pd.DataFrame:
@@ -76,14 +77,14 @@ def shown(table: pd.DataFrame, tests: dict[str, Comparison] | None = None, again
         said = {
             "": name,
             "MB": f"{row['MB']:.1f}",
-            "x dense": interval(*(row[c] for c in ("x dense", "low", "high")), ".3g"),
+            "x dense": interval(row["x dense"], row["low"], row["high"], ".3g"),
             "perplexity": written(row["perplexity"], ".4g"),
         }
         if tests is not None:
             c = tests.get(str(name))
             said |= {f"against {against}": ratio(c) if c else "", "p (Holm)": p_number(c.p) if c else ""}
         rows.append(said)
-    return pd.DataFrame(rows).set_index("")
+    return pd.DataFrame(rows, columns=None if rows else ["", "MB", "x dense", "perplexity"]).set_index("")
 
 
 def against(record: Record, configs: Sequence[Configuration], base: str, what: str = HELD_OUT) -> dict:

@@ -391,17 +391,17 @@ Metrics = Mapping[tuple[int, str], Metric]  # by block and kind of input, see `t
 
 
 def metrics_of(config: LowRankStage, subject: Subject, data: str = "embedded") -> Metrics:
-    """The metrics of all projections' inputs in a subject, for several stages that differ in ranks, bits or linears.
+    """The metrics of projections' inputs in a subject, for several stages that differ in ranks, bits or scope.
 
     Args:
-        config: its method and calibration count.
+        config: its method, calibration and linears count.
         subject: the original.
         data: a data spec.
 
     Raises:
         BadInput: see `metric_of`.
     """
-    every = selected(subject, lambda *_: True)
+    every = selected(subject, config.takes)
     visitor = Collect(config, subject, dict.fromkeys(every, 1), {})
     config._through(subject, visitor, data)
     return visitor.found
