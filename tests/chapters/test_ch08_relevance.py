@@ -10,7 +10,7 @@ from scipy.stats import friedmanchisquare, kendalltau, spearmanr, ttest_rel, wil
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tests.fakes import choice_data
-from thesislib.chapters import ch08_agreement, ch08_claims, paper_claims
+from thesislib.chapters import ch08_agreement, ch08_claims, ch08_healing, paper_claims
 from thesislib.chapters import ch08_cost as cost
 from thesislib.chapters import ch08_relevance as ch08
 from thesislib.chapters import ch08_sets as sets
@@ -704,6 +704,55 @@ def test_what_a_run_measures(tiny, tmp_path, monkeypatch, task):
     for b in range(4):
         alone = outcomes(remove(subject, [b]), items, ())
         assert found.likelihood[1 + b] == pytest.approx(alone.likelihood[0], abs=1e-3)
+
+
+def trained(k, ranking, seed, curve, ratio):
+    """Rows of a set that was trained: its held-out losses by step, and perplexity `ratio` times e^3."""
+    made = {"label": f"D{k}+W", "reports": [{}, {"validation": [{"step": s, "loss": x} for s, x in curve.items()]}]}
+    facts = {"made": made, "chapter": {"ranking": ranking, "removed": [1, 2], "seed": seed}}
+    rng = np.random.default_rng(3)
+    items = [
+        {"id": i, "document": i, "nats": 10 * (3 + np.log(ratio) + rng.normal(0, 0.01)), "tokens": 10}
+        for i in range(30)
+    ]
+    m = Measurement(
+        task="text", metric="perplexity", value=np.exp(3) * ratio, low=1.0, high=99.0, n=30, unit="window",
+        items=items, provenance={**facts, "protocol": {"on": "wikitext"}},
+    )  # fmt: skip
+    return {key(m): m}
+
+
+def test_healing_says_how_far_rankings_lie_apart_before_and_after():
+    rows = {}
+    for i, ranking in enumerate(ch08_healing.HEALED):
+        rows |= trained(4, ranking, 0, {0: 3.5 + 0.2 * i, 8: 3.2 + 0.1 * i, 16: 3.3}, 1 + 0.05 * i)
+    assert ch08_healing.counts(rows) == [4] and next(iter(rows)) == ("D4+W", "perplexity", "", "cosine", 0)
+    first = ch08_healing.healed(rows)[0]
+    assert first.before == 3.5 and first.after == 3.2  # the best step is kept
+    said = ch08_healing.healing_sentence(rows, 4)
+    assert "lie 0.40 apart before and 0.10 after" in said and "likelihood: all x 1.050" in said and "1 seed)" in said
+    table = ch08_healing.healing_table(rows)
+    assert list(table["step 0"]) == ["3.500", "3.700", "3.900"] and "step 16" in table
+    del rows["D4+W", "perplexity", "", "cosine", 0]
+    assert ch08_healing.counts(rows) == []  # until every ranking's set was trained
+
+
+def test_healing_trains_each_rankings_own_set(tiny, monkeypatch):
+    made = []
+    monkeypatch.setattr(ch08_healing, "prepare", lambda subject, stages, **_: made.append(stages) or Ready())
+
+    class Ready:
+        def measure(self, setup, data, chapter):
+            return (setup.on, setup.part, chapter)
+
+    p = Relevance(healed=[2], seeds=2, steps=6, items=5)
+    parts = list(ch08_healing.parts(p, lambda ranking, k: (k, k + len(ranking)), TASKS, "report"))
+    assert [part.name.split()[-1] for part in parts] == ["0"] * 3 + ["1"] * 3  # every set once before any twice
+    kept = []
+    parts[4].make([*parts[4].rows], kept.append)
+    depth, lora = made[0]
+    assert depth.blocks == (2, 2 + len("likelihood: all")) and (lora.seed, lora.steps) == (1, 6)
+    assert {on for on, *_ in kept} == {"wikitext", *TASKS} and all(c["ranking"] == "likelihood: all" for *_, c in kept)
 
 
 def test_files_beside_the_record_are_made_by_their_own_modules(tmp_path, monkeypatch):

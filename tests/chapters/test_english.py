@@ -6,6 +6,7 @@ After a sentence or a record changed: `python -m tests.chapters.test_english` wr
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -25,18 +26,30 @@ from thesislib.chapters import ch06_runs as grid_runs
 from thesislib.chapters import ch07_device as device
 from thesislib.chapters import (
     ch08_cost,
+    ch08_healing,
     ch08_over_training,
     ch08_pairs,
     ch08_scale,
+    ch09_arithmetic,
+    ch09_claims,
+    ch09_sentences,
     chapters,
     pareto,
     record_file,
     recorded,
 )
 from thesislib.chapters import ch08_relevance as blocks
+from thesislib.chapters import ch09_low_rank as low
 from thesislib.chapters.chapter import DEPTH_WINDOWS
 from thesislib.records import measurement
 from thesislib.sources.choices.choice_set import PARTS
+
+
+class Bare(NamedTuple):
+    """A measurement of which only the value counts."""
+
+    value: float
+
 
 GOLDEN = Path(__file__).with_name("english.md")
 
@@ -44,7 +57,7 @@ GOLDEN = Path(__file__).with_name("english.md")
 def english() -> dict[str, str]:
     """{where: sentence} of all that the book says of its records."""
     record = {name: recorded(name) for name in chapters()}
-    r0, r1, r2, r3, r4, r5, r6, r7, r8 = record.values()
+    r0, r1, r2, r3, r4, r5, r6, r7, r8, r9 = record.values()
     p3, p4, p5, q5 = (
         width.recorded_parameters(),
         lora.recorded_parameters(),
@@ -187,6 +200,22 @@ def english() -> dict[str, str]:
                 ("training_sentences", ch08_over_training.sentences(blocks.training(r8))),
             )
         },
+        **{
+            f"08.healing_sentence, {k} blocks": ch08_healing.healing_sentence(r8.healed, k)
+            for k in ch08_healing.counts(r8.healed)
+        },
+        **{
+            f"09.{said.__name__}": said(r9) for name, said in vars(ch09_sentences).items() if name.endswith("_sentence")
+        },
+        **{f"09.{said.__name__}": said() for name, said in vars(ch09_arithmetic).items() if name.endswith("_sentence")},
+        "09.this_run_sentence": " / ".join(
+            low.this_run_sentence({n: Bare(x) for n, x in some.items()})
+            for some in (
+                {"svd": 9.0, "svd_llm": 2.0, "pairs of quiet MLPs": 3.0, "path in closed form": 2.5},
+                {"svd": 1.0, "svd_llm": 2.0, "pairs of quiet MLPs": 3.0, "path in closed form": 2.5},
+            )
+        ),
+        **{f"09.claim {i}": f"{c.says} {c.word}: {c.found}" for i, c in enumerate(ch09_claims.claims(r9))},
         "08.luck_sentence": blocks.luck_sentence(),
         "08.sharing_sentence": ch08_cost.sharing_sentence(),
         **{f"08.claim {i}": f"{c.says} {c.word}: {c.found}" for i, c in enumerate(blocks.claims(r8))},

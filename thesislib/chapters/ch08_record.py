@@ -1,6 +1,6 @@
 """Chapter 8's record: rows of answers, and what stands in files beside them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from thesislib.chapters import ch08_scores
@@ -29,7 +29,7 @@ class Record:
     outcomes: dict[tuple[str, str], Outcomes]
     scores: Scores
     folder: Path
-    healed: dict[tuple, Measurement]
+    healed: dict[tuple, Measurement] = field(default_factory=dict)
 
     @property
     def depth(self) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from thesislib.chapters import ch08_over_training, ch08_pairs, ch08_runs, ch08_scale, ch08_sets
+from thesislib.chapters import ch08_healing, ch08_over_training, ch08_pairs, ch08_runs, ch08_scale, ch08_sets
 from thesislib.chapters.ch08_agreement import (
     LEAST,
     REPORT,
@@ -219,6 +219,7 @@ def headline(record: Record) -> str:
         curse_sentence(record),
         *(sets_sentence(record, k) for k in ch08_sets.counts(record)),
         own_sentence(record),
+        *(ch08_healing.healing_sentence(record.healed, k) for k in ch08_healing.counts(record.healed)),
         *ch08_scale.sentences(scale(record)),
         *ch08_pairs.search_sentences(pairs(record)),
         *ch08_pairs.additivity_sentences(pairs(record)),

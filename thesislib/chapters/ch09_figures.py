@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 
 from thesislib.chapters.ch09_spectra import Spectra
@@ -95,7 +94,11 @@ def rows_chart(table: pd.DataFrame, looks: Mapping[str, tuple[str, str]] | None 
         intervals(axis, [i], ends, marker, colour, across=True, markersize=7)
     axis.set(yticks=range(len(table)), yticklabels=table.index, ylim=(len(table) - 0.5, -0.5))
     axis.set_xscale("log")
-    thousands(axis.xaxis, small=float(np.ptp(np.log10(table["x dense"]))) < 1.5)
+    low, high = axis.get_xlim()
+    ticks = [x * 10**n for n in range(6) for x in (1, 2, 3, 5)]
+    axis.set_xticks([x for x in ticks if low < x < high])
+    axis.minorticks_off()
+    thousands(axis.xaxis)
     axis.set_xlabel("held-out perplexity, times the dense model's (log)", fontsize=9)
     axis.grid(axis="y", visible=False)
     return figure

@@ -18,9 +18,9 @@ def pair() -> str:
     d.text(211, 20, "1536 × 335", faint=True)
     d.box(250, 30, 72, 42, "changed", "A")
     d.text(330, 54, "335 × 576", "start", faint=True)
-    d.text(400, 110, "0.8 of the parameters", "start", bold=True)
-    d.text(400, 132, "58 % of the directions", "start")
-    d.text(400, 154, "x → A x → B (A x): two small products", "start", faint=True)
+    d.text(385, 110, "0.8 of the parameters", "start", bold=True)
+    d.text(385, 132, "58 % of the directions", "start")
+    d.text(385, 154, "x → A x → B (A x): two small products", "start", faint=True)
     return d.svg()
 
 
