@@ -15,7 +15,16 @@ import pytest
 from typer.testing import CliRunner
 
 from thesislib import runner
-from thesislib.chapters import ch05_runs, ch09_runs, ch09_tables, chapter_of, chapters, parameters_of, reads, record_file
+from thesislib.chapters import (
+    ch05_runs,
+    ch09_runs,
+    ch09_tables,
+    chapter_of,
+    chapters,
+    parameters_of,
+    reads,
+    record_file,
+)
 from thesislib.chapters.chapter import Chapter, Part
 from thesislib.chapters.pool import recorded_pool
 from thesislib.chapters.record import parameters, record
