@@ -141,9 +141,9 @@ def healing_sentence(rows: Mapping[tuple, Measurement], k: int) -> str:
     apart = max(before.values()) - min(before.values()), max(after.values()) - min(after.values())
     beside = together(f"{name} {ratio(c)} ({p_value(c.p)})" for name, c in tests.items())
     return (
-        f"{k} blocks, then LoRA ({seeds} seed{'s' if seeds > 1 else ''}): held-out nats a token fall from {said}. The "
-        f"rankings lie {apart[0]:.2f} apart before and {apart[1]:.2f} after. Perplexity on {base.rows[PERPLEXITY].n} "
-        f"other windows against cosine's set: {beside}."
+        f"{k} blocks, then LoRA ({seeds} seed{'s' if seeds > 1 else ''}): held-out nats a token fall from {said}. "
+        f"The rankings lie {apart[0]:.2f} apart before and {apart[1]:.2f} after. Perplexity on "
+        f"{base.rows[PERPLEXITY].n} other windows against cosine's set: {beside}."
     )
 
 

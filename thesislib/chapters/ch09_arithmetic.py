@@ -88,10 +88,9 @@ def removable_sentence(rank: int = 32) -> str:
     one = MODELS[0]
     said = " and ".join(f"{m.name}, whose MLPs are {m.blocks * m.mlp / m.whole:.1%} of it" for m in wrong)
     return (
-        f"CALR's abstract reports up to {REMOVED:.2%} fewer parameters. Counted of the whole model with "
-        "pairs and paths "
-        f"of rank {rank}, {one.name} would need {one.needed(rank, one.whole):.1f} of its {one.blocks} MLPs; it cannot "
-        f"be for {said}. Counted without the embedding it is {one.needed(rank, one.body):.1f} of {one.blocks}."
+        f"CALR's abstract reports up to {REMOVED:.2%} fewer parameters. Counted of the whole model with pairs and "
+        f"paths of rank {rank}, {one.name} would need {one.needed(rank, one.whole):.1f} of its {one.blocks} MLPs; it "
+        f"cannot be for {said}. Counted without the embedding it is {one.needed(rank, one.body):.1f} of {one.blocks}."
     )
 
 
@@ -129,9 +128,9 @@ def break_even_sentence(m: int = 1536, n: int = 576) -> str:
     rank = break_even(m, n)
     return (
         f"{m} x {n} / ({m} + {n}) = {rank:.0f} of {min(m, n)} directions. A pair saves nothing until "
-        f"{1 - rank / min(m, n):.0%} of them are gone. With factors of 8 bits it breaks even with the 16-bit weight at "
-        f"rank {2 * rank:.0f}, which is more than there are: then all the rank fits, and what is compared is 8 bits a "
-        f"factor with 8 bits a weight, {math.ceil(8 * min(m, n) * (m + n) / (m * n))} bits a weight against 8."
+        f"{1 - rank / min(m, n):.0%} of them are gone. With factors of 8 bits it breaks even with the 16-bit weight "
+        f"at rank {2 * rank:.0f}, which is more than there are: then all the rank fits, and what is compared is 8 "
+        f"bits a factor with 8 bits a weight, {math.ceil(8 * min(m, n) * (m + n) / (m * n))} bits a weight against 8."
     )
 
 

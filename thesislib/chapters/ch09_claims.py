@@ -21,9 +21,8 @@ def _path(record: Record) -> PaperClaim:
     c = tables.arms_compared(record).get("wider pairs trained")
     return PaperClaim(
         CALR,
-        "the corrective path wins back what pairs lose (read here as: more than the same parameters in "
-        "wider pairs with "
-        "the same training, over seeds).",
+        "the corrective path wins back what pairs lose (read here as: more than the same parameters in wider pairs "
+        "with the same training, over seeds, at one learning rate).",
         "no such control is known to us",
         UNDECIDED if c is None else decided(c.told and c.difference > 0, c.told and c.difference < 0),
         "Not measured with several seeds yet."
@@ -37,9 +36,8 @@ def _removed() -> PaperClaim:
     impossible = any(m.needed(32, m.whole) > m.blocks for m in ch09_arithmetic.MODELS)
     return PaperClaim(
         CALR,
-        "MLPs of three models become smaller until 51.77 % of the parameters are gone (read here as: of "
-        "the whole model, "
-        "each of the three, pairs and paths of rank 32).",
+        "MLPs of three models become smaller until 51.77 % of the parameters are gone (read here as: of the whole "
+        "model, each of the three, pairs and paths of rank 32).",
         "26.93 % to 51.77 %",
         decided(not impossible, impossible),
         ch09_arithmetic.removable_sentence(),
@@ -74,9 +72,8 @@ def _kinds(record: Record) -> PaperClaim:
     holds = whole and set(order[:2]) == {"q_proj", "k_proj"} and set(order[-3:]) == mlps
     return PaperClaim(
         ASVD,
-        "queries and keys give most, MLPs least (read here as: with 20 % of one kind removed, the first "
-        "two and the last "
-        "three in order of lost perplexity).",
+        "queries and keys give most, MLPs least (read here as: with 20 % of one kind removed, the first two and the "
+        "last three in order of lost perplexity).",
         "",
         decided(holds, whole and not holds),
         f"In order: {together(order)}." if order else "Not measured yet.",

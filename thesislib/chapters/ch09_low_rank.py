@@ -101,9 +101,8 @@ def _answer(record: Record) -> str:
     rivals = tables.rivals(record)
     won = sum(r.c.told and r.c.difference > 0 for r in rivals)
     return (
-        f"Of {len(rivals)} models of pairs {won} beat another one that is no larger: at 135 million "
-        "parameters rank does "
-        "not pay against fewer bits. "
+        f"Of {len(rivals)} models of pairs {won} beat another one that is no larger: at 135 million parameters rank "
+        "does not pay against fewer bits. "
         f"{sentences.path_sentence(record).partition(' Of rank')[0].partition(' Without')[0]}"
         if rivals and not won
         else sentences.front_sentence(record)
@@ -119,10 +118,9 @@ def _short(record: Record) -> str:
 def _protocol(record: Record) -> str:
     dense, r = tables.whole_model(record), tables.recorded()
     return (
-        f"Methods are compared on {dense.n} windows of {r.length} tokens of Wikipedia (dense "
-        f"{number(dense)}), calibrated on "
-        f"{r.windows} windows of c4; headlines on the whole of WikiText-2. Bytes are those of the file, "
-        "embedding included."
+        f"Methods are compared on {dense.n} windows of {r.length} tokens of Wikipedia (dense {number(dense)}), "
+        f"calibrated on {r.windows} windows of c4; headlines on the whole of WikiText-2. Bytes are those of the "
+        "file, embedding included."
     )
 
 

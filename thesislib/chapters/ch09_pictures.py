@@ -8,8 +8,8 @@ def pair() -> str:
     d = Drawing(
         640,
         230,
-        "A tall matrix W of 1536 by 576 beside a tall thin matrix B of 1536 by 335 and a flat matrix A of 335 by 576. "
-        "At rank 335 the two have eight tenths of the parameters of W, though 335 of 576 directions are kept.",
+        "A tall matrix W of 1536 by 576 beside a tall thin matrix B of 1536 by 335 and a flat matrix A of 335 by "
+        "576. At rank 335 the two have eight tenths of the parameters of W, though 335 of 576 directions are kept.",
     )
     d.box(40, 30, 72, 192, "kept", "W")
     d.text(76, 20, "1536 × 576", faint=True)
@@ -53,8 +53,8 @@ def path() -> str:
     d = Drawing(
         640,
         210,
-        "An input x goes into gate and up, each two thin boxes, whose product goes into down, again two thin boxes. A "
-        "path of two thin boxes leads from x around all three to the sum at the output.",
+        "An input x goes into gate and up, each two thin boxes, whose product goes into down, again two thin boxes. "
+        "A path of two thin boxes leads from x around all three to the sum at the output.",
     )
     d.text(24, 100, "x")
     for y, name in ((40, "gate"), (120, "up")):

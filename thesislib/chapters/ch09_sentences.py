@@ -64,8 +64,8 @@ def metric_sentence(record: Record) -> str:
         if name in rows
     )
     return (
-        f"With {tables.recorded().keep:.0%} of the parameters kept, perplexity is {said} the dense model's. No method "
-        "without the whole moment of the inputs is usable."
+        f"With {tables.recorded().keep:.0%} of the parameters kept, perplexity is {said} the dense model's. No "
+        "method without the whole moment of the inputs is usable."
         if min(rows[n].value for n in ("svd", "asvd")) > 3 * rows["svd_llm"].value
         else f"With {tables.recorded().keep:.0%} of the parameters kept, perplexity is {said} the dense model's."
     )
@@ -99,9 +99,8 @@ def sink_sentence(record: Record) -> str:
         return ""
     said = together(f"{n.rpartition(' ')[2]} {_changed(tests, n)}" for n in names)
     return (
-        "The first token of a window is long, and fills the moment. Weighting tokens against it changes "
-        "whitened pairs' "
-        f"perplexity by {said}."
+        "A window's first token is an attention sink (chapter 5). Weighting tokens against it, or for it, changes "
+        f"whitened pairs' perplexity by {said}."
     )
 
 
@@ -144,8 +143,8 @@ def spectra_sentence(record: Record) -> str:
     unit = together(f"{np.median(s.of(WEIGHTED, n)):.0f} for {n}" for n in ("q_proj", "v_proj", "down_proj"))
     return (
         f"Median effective rank over blocks, plain and whitened, beside the break-even rank: {together(said)}. By "
-        "themselves MLPs need as many directions as a pair may have, or more; in the metric of their inputs the energy "
-        f"of the outputs lies in far fewer (tokens of unit norm: {unit})."
+        "themselves MLPs need as many directions as a pair may have, or more; in the metric of their inputs the "
+        f"energy of the outputs lies in far fewer (tokens of unit norm: {unit})."
     )
 
 
@@ -179,9 +178,8 @@ def path_sentence(record: Record) -> str:
     ranks = [n for n in rows if n.startswith("path of rank")]
     less = together(f"{n.split()[3]} {_x(record, rows[n])}" for n in ranks) if ranks else ""
     return (
-        f"Pairs of rank {r.rank} in the MLPs of {r.quiet} quiet blocks: perplexity "
-        f"{_x(record, rows['pairs'])} the dense "
-        f"model's; with the path of rank {r.rank} in closed form {_x(record, rows['path in closed form'])} "
+        f"Pairs of rank {r.rank} in the MLPs of {r.quiet} quiet blocks: perplexity {_x(record, rows['pairs'])} the "
+        f"dense model's; with the path of rank {r.rank} in closed form {_x(record, rows['path in closed form'])} "
         f"({ratio(c)}, {p_value(c.p)}), without training.{f' Of rank {less}.' if less else ''}{without}"
     )
 
@@ -206,9 +204,8 @@ def training_sentence(record: Record) -> str:
     )
     tokens = r.steps * 2 * r.length
     return (
-        f"After {tokens:,} tokens ({seeds} seed{'s' if seeds > 1 else ''}): {said}. Wider pairs have as "
-        "many parameters "
-        f"as pairs and path, and the same training.{told}"
+        f"After {tokens:,} tokens ({seeds} seed{'s' if seeds > 1 else ''}): {said}. Wider pairs have as many "
+        f"parameters as pairs and path, and the same training.{told}"
     )
 
 
