@@ -241,7 +241,9 @@ def test_parameters_that_no_run_can_have():
         Relevance(task="winogrande")
     with pytest.raises(BadInput, match=r"counts\[1\]"):
         Relevance(counts=(2, 0))
-    Relevance(counts=(2, 4)).check_shape(Shape(10, {}))
+    Relevance(counts=(2, 4), healed=(2,)).check_shape(Shape(10, {}))
     with pytest.raises(BadInput, match="cannot remove 4 of 9 blocks"):
-        Relevance(counts=(2, 4)).check_shape(Shape(9, {}))
+        Relevance(counts=(2, 4), healed=(2,)).check_shape(Shape(9, {}))
+    with pytest.raises(BadInput, match="cannot remove 8 of 10 blocks"):
+        Relevance(counts=(2,)).check_shape(Shape(10, {}))
     assert len(free(30)) == 30 - Depth.protect_first - Depth.protect_last
