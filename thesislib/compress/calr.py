@@ -394,7 +394,7 @@ class Residual:
         return pair.A, pair.B
 
     def error(self, path: Beside | None) -> float:
-        """|r - B A x| / |F(x)|."""
+        """The relative error ``|r - B A x| / |F(x)|``."""
         left = self.left
         if path is not None:
             P = path[1].double() @ path[0].double()

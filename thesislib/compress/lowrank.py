@@ -66,9 +66,9 @@ class LowRankStage(Weighted):
         task: whose items scope relevance asks.
         items: of it.
         force: whether a pair may take as many bytes as what it replaces, or more.
-        ridge: of feed both, how much the target is held to the weight: ridge |V - W|^2 beside the errors of outputs, in
-            units of the inputs' mean square. At 0, as in the paper, the target follows the calibration text's drift
-            where few tokens were, and other texts pay for it.
+        ridge: of feed both, how much the target V is held to the weight: ``ridge |V - W|^2`` beside the errors of
+            outputs, in units of the inputs' mean square. At 0, as in the paper, the target follows the calibration
+            text's drift where few tokens were, and other texts pay for it.
     """
 
     keep: float | None = None
