@@ -12,6 +12,7 @@ from thesislib.chapters.ch09_claims import claims
 from thesislib.chapters.ch09_runs import (
     HELD_OUT,
     NOTEBOOK,
+    PPL,
     RECORDED,
     Configuration,
     LowRankChapter,
@@ -22,7 +23,7 @@ from thesislib.chapters.ch09_runs import (
     recorded_parts,
 )
 from thesislib.chapters.chapter import Chapter, Opening
-from thesislib.chapters.phrases import number, times
+from thesislib.chapters.phrases import number, p_value, ratio, times
 from thesislib.evaluate.compare import compare
 from thesislib.records.measurement import Measurement, in_markdown
 
@@ -100,13 +101,16 @@ def shapes(record: Record) -> dict[str, tuple[int, int]]:
 def _answer(record: Record) -> str:
     rivals = tables.rivals(record)
     won = sum(r.c.told and r.c.difference > 0 for r in rivals)
-    return (
-        f"Of {len(rivals)} models of pairs {won} beat another one that is no larger: at 135 million parameters rank "
-        "does not pay against fewer bits. "
-        f"{sentences.path_sentence(record).partition(' Of rank')[0].partition(' Without')[0]}"
+    pays = (
+        f"Of {len(rivals)} models of pairs none surely beats another one that is no larger: rank does not pay here"
         if rivals and not won
-        else sentences.front_sentence(record)
+        else f"Of {len(rivals)} models of pairs {won} surely beat another one that is no larger"
     )
+    c = tables.arms_compared(record).get("wider pairs trained")
+    path = (
+        "" if c is None else f" Pairs as wide as CALR's pairs and path have, after the same training, {ratio(c)} its "
+    )
+    return f"{pays}.{path}perplexity ({p_value(c.p)})." if c else f"{pays}."
 
 
 def _short(record: Record) -> str:
@@ -117,10 +121,11 @@ def _short(record: Record) -> str:
 
 def _protocol(record: Record) -> str:
     dense, r = tables.whole_model(record), tables.recorded()
+    whole = sum(what == PPL for _, what in record)
+    rest = f"; {whole} models on the whole of WikiText-2" if whole else ""
     return (
-        f"Methods are compared on {dense.n} windows of {r.length} tokens of Wikipedia (dense {number(dense)}), "
-        f"calibrated on {r.windows} windows of c4; headlines on the whole of WikiText-2. Bytes are those of the "
-        "file, embedding included."
+        f"{dense.n} windows of {r.length} tokens of Wikipedia (dense {number(dense)}), calibrated on {r.windows} "
+        f"windows of c4{rest}. Bytes are those of the file, embedding included."
     )
 
 
