@@ -8,7 +8,8 @@ import torch
 from benchmarks.timing import in_turns
 from thesislib.compress.lora.sequences import sequences
 from thesislib.compress.lora.stage import Lora
-from thesislib.compress.lora.train import Training, bfloat16_is_fast, indices
+from thesislib.compress.lora.train import Training
+from thesislib.compress.training import bfloat16_is_fast, indices
 from thesislib.formats.load import load_subject
 
 

@@ -216,7 +216,7 @@ def test_it_starts_at_its_pairs(original, pairs, ids, tiny_data):
 def test_training_that_only_harms_leaves_the_pairs(original, pairs, ids, tiny_data, monkeypatch, fit, dtype):
     for model in (original.model, pairs.model):
         model.to(dtype)
-    monkeypatch.setattr(Training, "rate", lambda *_: -1e-2)
+    monkeypatch.setattr("thesislib.compress.training.rate", lambda *_: -1e-2)
     made, report = Calr(rank=3, fit=fit, **SMALL).apply(pairs, data=tiny_data, original=original)
     assert report["best_step"] == 0 and made.dtype == dtype and not made.blocks[2].mlp.path[1].any()
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 0.3}[dtype]  # the factors were shared out anew, and rounded

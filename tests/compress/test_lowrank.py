@@ -9,26 +9,17 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from thesislib.compress.allocation import by_effective_rank, by_loss
 from thesislib.compress.calibration import ALL_AT_ONCE, INPUTS, Statistics, Visitor, stream
 from thesislib.compress.depth import Depth
 from thesislib.compress.eora import Eora
-from thesislib.compress.factor import effective_rank, whitening
+from thesislib.compress.factor import effective_rank, nested, towards, whitening
 from thesislib.compress.gptq import Gptq, Rtn
+from thesislib.compress.gradients import fisher_rows
 from thesislib.compress.hqq import Hqq
 from thesislib.compress.laco import Laco
 from thesislib.compress.lora.stage import Lora
-from thesislib.compress.lowrank import (
-    METHODS,
-    LowRankStage,
-    by_effective_rank,
-    by_loss,
-    factorised,
-    fisher_rows,
-    metric_of,
-    metrics_of,
-    nested,
-    towards,
-)
+from thesislib.compress.lowrank import METHODS, LowRankStage, factorised, metric_of, metrics_of
 from thesislib.compress.scope import blocks_of, mlp_turns
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput

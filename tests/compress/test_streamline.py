@@ -102,7 +102,7 @@ def test_the_loss_falls_and_is_that_of_the_model_that_comes_out(subject, tiny_da
 @pytest.mark.parametrize("loss", ["hidden", "tokens"])
 def test_training_that_only_harms_leaves_the_pruned_model(subject, tiny_data, monkeypatch, loss, dtype):
     subject.model.to(dtype)
-    monkeypatch.setattr(Training, "rate", lambda *_: -1e-2)
+    monkeypatch.setattr("thesislib.compress.training.rate", lambda *_: -1e-2)
     made, report = Streamline(remove=2, first=1, loss=loss, **SMALL).apply(subject, data=tiny_data)
     assert report["best_step"] == 0 and same(made, remove(subject, [2, 3]))
 

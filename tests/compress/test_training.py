@@ -11,17 +11,8 @@ from torch.nn import functional as F
 from thesislib.compress.lora.sequences import sequences
 from thesislib.compress.lora.stage import Lora
 from thesislib.compress.stage import as_entry
-from thesislib.compress.training import (
-    HeadLoss,
-    Trained,
-    Training,
-    indices,
-    rate,
-    residual,
-    to_bfloat16,
-    with_weights,
-    with_windows,
-)
+from thesislib.compress.trainable import residual, to_bfloat16, with_weights, with_windows
+from thesislib.compress.training import HeadLoss, Trained, Training, indices, rate
 from thesislib.errors import BadInput
 from thesislib.model.blocks import apply_plan
 

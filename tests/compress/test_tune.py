@@ -96,7 +96,7 @@ def test_the_best_loss_is_that_of_the_model_that_comes_out(subject, tiny_data):
 @pytest.mark.parametrize("head", [False, True])
 def test_training_that_only_harms_leaves_the_subject(subject, tiny_data, monkeypatch, head, dtype):
     subject.model.to(dtype)
-    monkeypatch.setattr(Training, "rate", lambda *_: -1e-2)
+    monkeypatch.setattr("thesislib.compress.training.rate", lambda *_: -1e-2)
     made, report = Tune(blocks=1, head=head, **SMALL).apply(subject, data=tiny_data)
     found = weights(made)
     assert report["best_step"] == 0 and all(torch.equal(found[name], t) for name, t in weights(subject).items())

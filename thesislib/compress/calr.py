@@ -22,7 +22,8 @@ from thesislib.compress.lora.sequences import Sequences
 from thesislib.compress.outline import Outline, OutlinedPair, empty
 from thesislib.compress.selection import whole_number
 from thesislib.compress.stage import Shape, Stage, stage
-from thesislib.compress.training import Loss, Trained, residual, to_bfloat16, with_windows
+from thesislib.compress.trainable import residual, to_bfloat16, with_windows
+from thesislib.compress.training import Loss, Trained
 from thesislib.config import positive
 from thesislib.errors import BadInput, unknown
 from thesislib.model.beside import FACTORS, ranks_beside, with_paths

@@ -14,6 +14,7 @@ from torch import nn
 from tqdm import tqdm
 
 from thesislib.compress.calibration import Visitor, stream
+from thesislib.compress.gradients import differentiable, next_token_nats
 from thesislib.compress.outline import Outline, SizeUnknown
 from thesislib.compress.relevance import NEXT_TOKEN, SCORES, TASKS, ByAnswers, check_tasks, entropy_change
 from thesislib.compress.replace import REPLACEMENTS, check_biases, replaced, with_biases
@@ -323,7 +324,9 @@ def importance(
         scores = influence(subject, ids) if metric == "influence" else entropy_change(subject, ids)
         return {b: scores[b] for b in blocks}
     if metric == "magnitude":
-        return {b: sum(w.detach().float().abs().sum().item() for w in _weights(subject, b, part)) for b in blocks}
+        return {
+            b: sum(w.detach().float().abs().sum().item() for w in _weights(subject, b, part).values()) for b in blocks
+        }
     if metric == "taylor":
         return taylor(subject, ids, blocks, part)
     raise unknown("importance metric", metric, METRICS)
@@ -457,35 +460,22 @@ def taylor_of_parts(
     subject: Subject, ids: torch.Tensor, blocks: Sequence[int], parts: Sequence[str] = PARTS, batch: int = 2
 ) -> dict[str, dict[int, float]]:
     """`taylor` of several parts of the blocks, {part: {block: importance}}, from one gradient."""
-    weights = {(part, b): list(_weights(subject, b, part)) for part in parts for b in blocks}
-    every = [w for several in weights.values() for w in several]
-    if any(not isinstance(w, nn.Parameter) or not w.is_floating_point() for w in every):
-        raise BadInput(
-            "metric 'taylor' needs gradients, which packed or quantised weights and pairs of low rank do not carry: "
-            "use perplexity, influence or magnitude"
-        )
-    try:
-        for w in every:
-            w.requires_grad_(True)
+    weights = {(part, b): _weights(subject, b, part) for part in parts for b in blocks}
+    named = {f"blocks.{b}.{name}": w for (_, b), several in weights.items() for name, w in several.items()}
+    with differentiable(named, "metric 'taylor'", "use perplexity, influence or magnitude"):
         for start in tqdm(range(0, len(ids), batch), desc="taylor", unit="batch", disable=None, leave=False):
-            some = ids[start : start + batch].to(subject.device)
-            states = subject.model.model(input_ids=some, use_cache=False).last_hidden_state
-            logits = subject.model.get_output_embeddings()(states[:, :-1]).float().flatten(0, 1)
-            total = nn.functional.cross_entropy(logits, some[:, 1:].flatten(), reduction="sum")
-            (total / (len(ids) * (ids.shape[1] - 1))).backward()
+            (next_token_nats(subject, ids[start : start + batch]) / (len(ids) * (ids.shape[1] - 1))).backward()
         scores: dict[str, dict[int, float]] = {part: {} for part in parts}
         for (part, b), several in weights.items():
-            scores[part][b] = sum((w.detach().float() * w.grad.float()).abs().sum().item() for w in several)
+            scores[part][b] = sum((w.detach().float() * w.grad.float()).abs().sum().item() for w in several.values())
         return scores
-    finally:
-        for w in every:
-            w.requires_grad_(False)
-            w.grad = None
 
 
-def _weights(subject: Subject, block: int, part: str):
-    """The projections' weights in a block or a part of it; norms, a thousandth of a block, are left out."""
+def _weights(subject: Subject, block: int, part: str) -> dict[str, torch.Tensor]:
+    """The projections' weights in a block or a part of it, by name; norms, a thousandth of a block, are left out."""
     module = subject.blocks[block]
-    for name, linear in projections(module).items():
-        if part == "block" or hasattr(getattr(module, ATTRIBUTES[part]), name):
-            yield linear.weight
+    return {
+        name: linear.weight
+        for name, linear in projections(module).items()
+        if part == "block" or hasattr(getattr(module, ATTRIBUTES[part]), name)
+    }

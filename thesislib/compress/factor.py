@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from thesislib.compress.calibration import check_moment
+from thesislib.compress.calibration import Statistics, check_moment
 
 
 class Pair(NamedTuple):
@@ -136,6 +136,34 @@ def best(weight: torch.Tensor, rank: int, metric: Metric, rows: torch.Tensor | N
     total = float(m.square().sum())
     B = u if rows is None else u / rows[:, None]
     return Pair(metric.undone(v.T).float(), B.float(), max(total - float(s.square().sum()), 0.0), total)
+
+
+def nested(weight: torch.Tensor, rank: int, metric: Metric, whitened: float) -> Pair:
+    """NSVD's pair: the first part of the rank in the metric, the rest by the plain SVD of what that leaves."""
+    first = min(max(round(whitened * rank), 0), rank)
+    if first == rank:
+        return best(weight, rank, metric)
+    no_metric = plain(weight.shape[1])
+    if first == 0:
+        return best(weight, rank, no_metric)
+    one = best(weight, first, metric)
+    two = best(weight.double() - one.B.double() @ one.A.double(), rank - first, no_metric)
+    A, B = torch.cat([one.A, two.A]), torch.cat([one.B, two.B], 1)
+    left = metric.rooted(weight - B @ A).square().sum()
+    return Pair(A, B, float(left), one.total)
+
+
+def towards(weight: torch.Tensor, s: Statistics, metric: Metric, pull: float, ridge: float = 0.0) -> torch.Tensor:
+    """The weight that maps compressed inputs X nearest to a mixture of W X and W F, F being the original inputs.
+
+    ``argmin (1 - pull) |V X - W X|^2 + pull |V X - W F|^2 + ridge |V - W|^2 = W + pull W (F - X) X^T (H + ridge I)^-1``
+    in float64, where H is divided by its mean diagonal; its eigenvalues are the metric's, which have a floor.
+    """
+    scale = s.moment.diagonal().double().mean()  # of the metric, see `whitening`
+    drift = (s.cross.double() - s.moment.double()) / scale
+    inverse = metric.inverse  # a row is an eigenvector divided by the root of its eigenvalue
+    inverse = inverse / (1 + ridge * inverse.square().sum(1, keepdim=True)).sqrt()
+    return weight.double() + pull * weight.double() @ drift @ inverse.T @ inverse
 
 
 def spectrum(weight: torch.Tensor, metric: Metric) -> torch.Tensor:

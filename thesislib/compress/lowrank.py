@@ -2,17 +2,18 @@
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
+from thesislib.compress.allocation import by_effective_rank, by_loss, parameters
 from thesislib.compress.calibration import ALL_AT_ONCE, FEEDS, INPUTS, Statistics, Visitor, stream
-from thesislib.compress.factor import Metric, Pair, best, diagonal, effective_rank, plain, spectrum, whitening
+from thesislib.compress.factor import Metric, Pair, best, diagonal, nested, plain, spectrum, towards, whitening
+from thesislib.compress.gradients import fisher_rows
 from thesislib.compress.layerwise import effective_weight
 from thesislib.compress.outline import Outline, OutlinedPair, SizeUnknown
 from thesislib.compress.scope import blocks_of, check_scope
@@ -358,16 +359,9 @@ class Spectra(Visitor):
 class Factorise(Spectra):
     """Replaces each projection by its pair, in the subject that it is taken through."""
 
-    def __init__(
-        self,
-        config: LowRankStage,
-        subject: Subject,
-        ranks: Mapping[LinearKey, int],
-        fisher: Mapping,
-        known: "Metrics | None" = None,
-    ):
-        super().__init__(config, subject, ranks, fisher, known)
-        self.feed = config.feed
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.feed = self.config.feed
         self.linears: dict[LinearKey, LowRank] = {}
         self.errors: dict[LinearKey, float] = {}
 
@@ -460,34 +454,6 @@ def factorised(
     return best(weight, rank, metric, rows)
 
 
-def nested(weight: torch.Tensor, rank: int, metric: Metric, whitened: float) -> Pair:
-    """NSVD's pair: the first part of the rank in the metric, the rest by the plain SVD of what that leaves."""
-    first = min(max(round(whitened * rank), 0), rank)
-    if first == rank:
-        return best(weight, rank, metric)
-    no_metric = plain(weight.shape[1])
-    if first == 0:
-        return best(weight, rank, no_metric)
-    one = best(weight, first, metric)
-    two = best(weight.double() - one.B.double() @ one.A.double(), rank - first, no_metric)
-    A, B = torch.cat([one.A, two.A]), torch.cat([one.B, two.B], 1)
-    left = metric.rooted(weight - B @ A).square().sum()
-    return Pair(A, B, float(left), one.total)
-
-
-def towards(weight: torch.Tensor, s: Statistics, metric: Metric, pull: float, ridge: float = 0.0) -> torch.Tensor:
-    """The weight that maps compressed inputs X nearest to a mixture of W X and W F, F being the original inputs.
-
-    ``argmin (1 - pull) |V X - W X|^2 + pull |V X - W F|^2 + ridge |V - W|^2 = W + pull W (F - X) X^T (H + ridge I)^-1``
-    in float64, where H is divided by its mean diagonal; its eigenvalues are the metric's, which have a floor.
-    """
-    scale = s.moment.diagonal().double().mean()  # of the metric, see `whitening`
-    drift = (s.cross.double() - s.moment.double()) / scale
-    inverse = metric.inverse  # a row is an eigenvector divided by the root of its eigenvalue
-    inverse = inverse / (1 + ridge * inverse.square().sum(1, keepdim=True)).sqrt()
-    return weight.double() + pull * weight.double() @ drift @ inverse.T @ inverse
-
-
 def as_linear(config: LowRankStage, pair: Pair, linear: Projection, dtype: torch.dtype) -> LowRank:
     """The pair as the stage's bits hold it."""
     encodings = config.encodings((linear.out_features, linear.in_features))
@@ -503,134 +469,6 @@ def rounded(factor: torch.Tensor, encoding: str, dtype: torch.dtype) -> Quantise
     bits, kind, group, _ = encoding.removeprefix("int").split("/")
     grid = Grid(int(bits), group if group == ROW else int(group), kind)
     return QuantisedLinear.of(round_to_nearest(factor.float(), grid, "squared"), dtype=dtype)
-
-
-def fisher_rows(subject: Subject, taken: Mapping[LinearKey, Projection], ids: torch.Tensor) -> dict:
-    """FWSVD's weights of each projection's rows: the root of the sum over inputs of the squared gradients' mean.
-
-    Gradients are of a window's mean loss a token; their mean is over windows. They are divided by their root mean
-    square over rows, which changes no pair, and are at least the largest times float32's epsilon.
-
-    Args:
-        subject: is not changed.
-        taken: its projections, with ordinary weights.
-        ids: (N, T) windows.
-
-    Returns:
-        {(block, projection): (outputs,) float64}.
-
-    Raises:
-        BadInput: quantised or packed weights; gradients that are not finite.
-    """
-    weights: dict[LinearKey, Any] = {key: module.weight for key, module in taken.items()}
-    for key, w in weights.items():
-        if not isinstance(w, nn.Parameter) or not w.is_floating_point():
-            raise BadInput(
-                f"method fwsvd needs the gradients of {_named(key)}, whose weight is computed from packed or quantised "
-                "numbers: use svd_llm"
-            )
-    sums = {key: torch.zeros(len(w), dtype=torch.float64) for key, w in weights.items()}
-    try:
-        for w in weights.values():
-            w.requires_grad_(True)
-        for window in tqdm(ids, desc="fisher", unit="window", disable=None, leave=False):
-            some = window[None].to(subject.device)
-            states = subject.model.model(input_ids=some, use_cache=False).last_hidden_state
-            logits = subject.model.get_output_embeddings()(states[:, :-1]).float().flatten(0, 1)
-            nn.functional.cross_entropy(logits, some[:, 1:].flatten()).backward()
-            for key, w in weights.items():
-                sums[key] += w.grad.double().square().sum(1).cpu()
-                w.grad = None
-    finally:
-        for w in weights.values():
-            w.requires_grad_(False)
-            w.grad = None
-    found = {}
-    for key, total in sums.items():
-        if not torch.isfinite(total).all() or not total.any():
-            raise BadInput(f"the gradients of {_named(key)} are not finite, or all zero: the model is broken there")
-        root = (total / total.mean()).sqrt()
-        found[key] = root.clamp(min=float(root.max()) * torch.finfo(torch.float32).eps)
-    return found
-
-
-# ---------------------------------------------------------------- allocation
-
-Shapes = Mapping[LinearKey, tuple[int, int]]
-Ranks = Mapping[LinearKey, int]
-Cost = Callable[[int, tuple[int, int]], int]  # of a rank for a shape
-
-
-def parameters(rank: int, shape: tuple[int, int]) -> int:
-    """Those of a pair."""
-    return rank * sum(shape)
-
-
-def by_effective_rank(
-    spectra: Mapping[LinearKey, torch.Tensor], shapes: Shapes, uniform: Ranks, cost: Cost = parameters
-) -> dict[LinearKey, int]:
-    """D-Rank: ranks in proportion to sqrt(effective rank / (m + n)), at the cost of the uniform ranks at most."""
-    weight = {key: math.sqrt(effective_rank(spectra[key]) / sum(shape)) for key, shape in shapes.items()}
-    most = max(_most(shape) for shape in shapes.values()) / min(weight.values())
-    return largest(lambda scale: {key: scale * w for key, w in weight.items()}, shapes, uniform, cost, (0.0, most))
-
-
-def by_loss(
-    spectra: Mapping[LinearKey, torch.Tensor], shapes: Shapes, uniform: Ranks, cost: Cost = parameters
-) -> dict[LinearKey, int]:
-    """SVD-LLM v2: within each kind of linear the share of parameters removed is proportional to 1 / log L, where L is
-    the truncation error at the uniform rank, relative to the kind's least and times e, so that its logarithm is at
-    least 1 whatever the scale of the moments. (The paper's logarithm is of the error itself.)"""
-    ranks = {}
-    for kind in dict.fromkeys(name for _, name in shapes):
-        keys = [key for key in shapes if key[1] == kind]
-        loss = {key: float(spectra[key][uniform[key] :].square().sum()) ** 0.5 for key in keys}
-        least = min((x for x in loss.values() if x > 0), default=1.0)
-        inverse = {key: 1 / math.log(max(x / least, 1.0) * math.e) for key, x in loss.items()}
-        # the proportion is found by trial, since a rank is at least 1 and at most break-even
-        whole = {key: math.prod(shapes[key]) / sum(shapes[key]) for key in keys}
-        ranks |= largest(_left(whole, inverse), shapes, {key: uniform[key] for key in keys}, cost, (1e-3, 1e6))
-    return ranks
-
-
-def _left(whole: Mapping[LinearKey, float], inverse: Mapping[LinearKey, float]) -> "Callable[[float], dict]":
-    """The ranks that are left of break-even at a scale, if the share that goes is inverse / scale."""
-    return lambda scale: {key: whole[key] * (1 - inverse[key] / scale) for key in whole}
-
-
-def largest(
-    at: Callable[[float], Mapping[LinearKey, float]],
-    shapes: Shapes,
-    uniform: Ranks,
-    cost: Cost,
-    scales: tuple[float, float],
-) -> dict[LinearKey, int]:
-    """The largest ranks, of those that grow with a scale, that cost no more than the uniform ranks.
-
-    Args:
-        at: the ranks at a scale, not rounded; none is taken below 1, nor at break-even or above.
-        shapes: (outputs, inputs) of each projection.
-        uniform: the ranks that set the budget.
-        cost: of a rank, e.g. parameters.
-        scales: the smallest and the largest.
-    """
-    budget = sum(cost(rank, shapes[key]) for key, rank in uniform.items())
-
-    def ranks(scale: float) -> dict[LinearKey, int]:
-        return {key: min(max(int(r), 1), _most(shapes[key])) for key, r in at(scale).items()}
-
-    low, high = scales
-    for _ in range(100):
-        middle = (low + high) / 2
-        fits_in = sum(cost(rank, shapes[key]) for key, rank in ranks(middle).items()) <= budget
-        low, high = (middle, high) if fits_in else (low, middle)
-    return ranks(low)
-
-
-def _most(shape: tuple[int, int]) -> int:
-    """The largest rank with fewer parameters than the weight."""
-    m, n = shape
-    return max((m * n - 1) // (m + n), 1)
 
 
 # ---------------------------------------------------------------- sizes

@@ -13,7 +13,7 @@ from thesislib.model import packing
 from thesislib.model.blocks import ATTRIBUTES
 from thesislib.model.grid import Grid
 from thesislib.model.layers import LINEARS, Adapted, ComputedLinear, Projection, base_of, replace
-from thesislib.model.lowrank import DENSE, factor_shapes
+from thesislib.model.lowrank import Pair, factor_shapes
 from thesislib.model.packing import PRUNED
 from thesislib.model.quantised import EVERYWHERE, stored_shapes
 from thesislib.model.subject import Subject
@@ -118,7 +118,7 @@ class Outlined(ComputedLinear):
         return self.grid is not None
 
 
-class OutlinedPair(Outlined):
+class OutlinedPair(Pair, Outlined):
     """Replaces a projection in an outline by a pair of low rank.
 
     Args:
@@ -136,19 +136,9 @@ class OutlinedPair(Outlined):
         self.encoding = f"lowrank:{rank}:{encodings[0]}:{encodings[1]}"
 
     @property
-    def numel(self) -> int:
-        """rank (inputs + outputs)."""
-        return self.rank * (self.in_features + self.out_features)
-
-    @property
-    def macs(self) -> int:
-        """As many as parameters."""
-        return self.numel
-
-    @property
     def rounded(self) -> bool:
         """See `Outlined`."""
-        return self.encodings != (DENSE, DENSE)
+        return self.is_quantised
 
 
 def empty(shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, torch.Tensor]:

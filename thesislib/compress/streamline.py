@@ -13,9 +13,7 @@ from thesislib.compress.lora.sequences import Sequences
 from thesislib.compress.outline import Outline, Outlined, SizeUnknown, Zeros
 from thesislib.compress.selection import whole_number
 from thesislib.compress.stage import Shape, Stage, stage
-from thesislib.compress.training import (
-    Loss,
-    Trained,
+from thesislib.compress.trainable import (
     check_not_quantised,
     check_trainable,
     residual,
@@ -23,6 +21,7 @@ from thesislib.compress.training import (
     with_weights,
     with_windows,
 )
+from thesislib.compress.training import Loss, Trained
 from thesislib.config import positive
 from thesislib.errors import BadInput, unknown
 from thesislib.model.blocks import ATTRIBUTES, remove

@@ -3,7 +3,6 @@
 A stage that trains derives its settings from `Trained` and gives `Training` the parameters, in a copy of its subject.
 """
 
-import copy
 import dataclasses
 import hashlib
 import json
@@ -11,7 +10,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,13 +24,11 @@ from torch import nn
 from tqdm import tqdm
 
 from thesislib.compress.lora.sequences import NOTHING, TEXTS, Sequences, Split, sequences
-from thesislib.compress.outline import Outlined
 from thesislib.compress.stage import Stage
+from thesislib.compress.trainable import to_bfloat16
 from thesislib.errors import BadInput, unknown
 from thesislib.files import clear_leftovers, write_whole
-from thesislib.model.blocks import apply_plan
-from thesislib.model.forward import attention_windows, final_states, window_mask
-from thesislib.model.layers import Adapted
+from thesislib.model.forward import final_states
 from thesislib.model.subject import Subject, fingerprint
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter
@@ -281,15 +278,6 @@ class Training:
         self.state |= {"seconds": 0.0, "tokens": 0}
         self.best: dict[str, torch.Tensor] = {}
 
-    def rate(self, step: int) -> float:
-        """The learning rate of a step, counted from 1."""
-        return rate(step, self.config)
-
-    def bar(self, begun: int) -> tqdm:
-        """The progress bar of a training of which so many steps are done."""
-        c = self.config
-        return tqdm(total=c.steps, initial=begun, desc=f"{c.title} {c.label}", unit="step", disable=None)
-
     def nats(self, some: Sequences) -> torch.Tensor:
         """The summed loss of some sequences, in nats."""
         device = self.subject.device
@@ -342,7 +330,7 @@ class Training:
             if not math.isfinite(value):
                 raise _not_finite(name, value, number)
         for group in self.optimiser.param_groups:
-            group["lr"] = self.rate(number)
+            group["lr"] = rate(number, c)
         self.optimiser.step()
         return loss, some.ids.numel()
 
@@ -369,7 +357,8 @@ class Training:
         self.subject.model.train()
         if not begun:
             self._validate_and_keep_best(split.held_out)
-        with self.bar(begun) as bar:
+        title = f"{c.title} {c.label}"
+        with tqdm(total=c.steps, initial=begun, desc=title, unit="step", disable=None) as bar:
             for number in range(begun + 1, c.steps + 1):
                 start = time.perf_counter()
                 try:
@@ -377,7 +366,7 @@ class Training:
                     state["seconds"] += time.perf_counter() - start
                     state["tokens"] += tokens
                     state["step"] = number
-                    state["curve"].append({"step": number, "loss": loss, "learning_rate": self.rate(number)})
+                    state["curve"].append({"step": number, "loss": loss, "learning_rate": rate(number, c)})
                     if number % c.every == 0 or number == c.steps:
                         self._validate_and_keep_best(split.held_out)
                 except BadInput as error:
@@ -500,92 +489,3 @@ def _last_checkpoint(file: Path | None) -> str:
         if file is not None and file.exists():
             return f"the last good checkpoint, of step {read_checkpoint(file)[0]['step']}, is kept in {file}"
     return "no checkpoint had been written"
-
-
-# ---------------------------------------------------------------- what is trained
-
-
-def to_bfloat16(blocks: Iterable[nn.Module], but: Iterable[nn.Parameter] = ()) -> None:
-    """Cast the linears of blocks to bfloat16 in place, but for some parameters."""
-    kept = {id(p) for p in but}
-    for block in blocks:
-        for module in block.modules():
-            if isinstance(module, nn.Linear) and id(module.weight) not in kept:
-                for p in module.parameters(recurse=False):
-                    if id(p) not in kept:
-                        p.data = p.data.bfloat16()
-
-
-def check_trainable(stage: Stage, subject: Subject, blocks: Iterable[int]) -> None:
-    """Raises BadInput for blocks whose whole weights cannot be trained.
-
-    These are blocks with packed, quantised or corrected projections, and blocks that share a weight with another. In an
-    outline a projection that is not quantised will be dense.
-    """
-    places: dict[int, set[int]] = {}
-    for b, block in enumerate(subject.blocks):
-        for p in block.parameters():
-            places.setdefault(id(p), set()).add(b)
-    for b in blocks:
-        for name, module in subject.linears(b).items():
-            dense = module.grid is None if isinstance(module, Outlined) else isinstance(module, nn.Linear)
-            if not dense:
-                how = "corrected" if isinstance(module, Adapted) else "packed or quantised"
-                instead = "merge the correction first" if isinstance(module, Adapted) else "do that after it"
-                raise BadInput(f"{stage.word} trains whole weights, and {name} of block {b} is {how}: {instead}")
-        if others := sorted(set().union(*(places[id(p)] for p in subject.blocks[b].parameters())) - {b}):
-            raise BadInput(
-                f"{stage.word} trains block {b}, whose weights block {others[0]} has too, since the plan repeats it: "
-                "expected a block that runs once"
-            )
-
-
-def check_not_quantised(stage: Stage, previous: Sequence[Stage]) -> None:
-    """Raises BadInput if an earlier stage has quantised weights: `stage` would train them off their grid."""
-    if quantised := next((earlier.label for earlier in previous if earlier.family == "quantised"), None):
-        raise BadInput(f"{stage.label} after {quantised} would train quantised weights: quantise after it")
-
-
-def with_weights(subject: Subject, changed: Mapping[int, Mapping[str, torch.Tensor]]) -> Subject:
-    """The subject with other parameters in some blocks, {block: {name: tensor}}; it shares all remaining weights.
-
-    They are rounded to the subject's dtype.
-    """
-    out = apply_plan(subject, range(subject.depth))
-    for b, tensors in changed.items():
-        block = copy.deepcopy(out.blocks[b], {id(out.model.config): out.model.config})
-        with torch.no_grad():
-            for name, p in block.named_parameters():
-                p.copy_(tensors[name])
-        out.blocks[b] = block
-    return Subject(out.model, out.tokenizer, out.name, subject.plan)
-
-
-def residual(
-    subject: Subject, some: Sequences, stop: int
-) -> tuple[torch.Tensor, Callable[[torch.Tensor, Iterable[tuple[nn.Module, int | None]]], torch.Tensor]]:
-    """The residual stream (B, T, D) that enters block `stop`, and how to take it through further blocks.
-
-    At the end of the model it is what enters the final norm: transformers' last hidden state is what leaves it.
-
-    Returns:
-        The stream, and a function of a stream and (block, sliding window) pairs, which may be another model's.
-    """
-    decoder: Any = subject.model.model
-    ids, positions, mask = (None if t is None else t.to(subject.device) for t in (some.ids, some.positions, some.mask))
-    if positions is None:
-        positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    h = decoder.embed_tokens(ids)
-    rotary = decoder.rotary_emb(h, position_ids=positions)
-
-    def onward(h: torch.Tensor, blocks: Iterable[tuple[nn.Module, int | None]]) -> torch.Tensor:
-        for block, window in blocks:
-            h = block(h, attention_mask=window_mask(window, positions, mask), position_embeddings=rotary)
-        return h
-
-    return onward(h, list(with_windows(subject))[:stop]), onward
-
-
-def with_windows(subject: Subject) -> Iterator[tuple[nn.Module, int | None]]:
-    """The blocks of a subject, each with its sliding window, see `thesislib.model.forward.attention_windows`."""
-    return zip(subject.blocks, attention_windows(subject.model.config), strict=True)

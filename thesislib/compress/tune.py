@@ -11,7 +11,8 @@ from torch import nn
 from thesislib.compress.outline import Outline, Outlined, SizeUnknown, Zeros, empty
 from thesislib.compress.selection import whole_number
 from thesislib.compress.stage import Shape, Stage, stage
-from thesislib.compress.training import Trained, check_not_quantised, check_trainable, with_weights
+from thesislib.compress.trainable import check_not_quantised, check_trainable, with_weights
+from thesislib.compress.training import Trained
 from thesislib.errors import BadInput
 from thesislib.model.blocks import apply_plan, shell
 from thesislib.model.layers import replace

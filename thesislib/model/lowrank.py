@@ -14,7 +14,34 @@ FACTORS = ("A", "B")
 Shapes = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 
-class LowRank(ComputedLinear):
+class Pair(ComputedLinear):
+    """What a pair of factors counts as, with or without its numbers.
+
+    Attributes:
+        rank: of the pair.
+        encodings: of its factors A and B.
+    """
+
+    rank: int
+    encodings: tuple[str, str]
+
+    @property
+    def numel(self) -> int:
+        """rank (inputs + outputs)."""
+        return self.rank * (self.in_features + self.out_features)
+
+    @property
+    def macs(self) -> int:
+        """As many as parameters."""
+        return self.numel
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether a factor is on a grid, so that some of its entries may have become zero."""
+        return self.encodings != (DENSE, DENSE)
+
+
+class LowRank(Pair):
     """A linear as a pair: y = (x Aᵀ) Bᵀ + bias.
 
     Its tensors are `A` (rank, inputs) and `B` (outputs, rank), or of a factor that is quantised those of a
@@ -45,7 +72,7 @@ class LowRank(ComputedLinear):
 
     def hold(self, A: torch.Tensor | QuantisedLinear, B: torch.Tensor | QuantisedLinear) -> None:
         """Hold other factors of the same shapes instead."""
-        self.rank, self.encodings = _shape(A)[0], tuple(_encoding(factor) for factor in (A, B))
+        self.rank, self.encodings = _shape(A)[0], (_encoding(A), _encoding(B))
         self.encoding = ":".join(("lowrank", str(self.rank), *self.encodings))
         self._buffers = {}
         for name, tensor in (_tensors("A", A) | _tensors("B", B)).items():
@@ -105,24 +132,9 @@ class LowRank(ComputedLinear):
         return QuantisedLinear(self.encodings[FACTORS.index(name)], shape, None, self.like.dtype, **parts)
 
     @property
-    def is_quantised(self) -> bool:
-        """Whether a factor is."""
-        return self.encodings != (DENSE, DENSE)
-
-    @property
     def weight(self) -> torch.Tensor:
         """(outputs, inputs), the product, computed in float32 and rounded once to the model's dtype."""
         return (self.factor("B").float() @ self.factor("A").float()).to(self.like.dtype)
-
-    @property
-    def numel(self) -> int:
-        """rank (inputs + outputs)."""
-        return self.rank * (self.in_features + self.out_features)
-
-    @property
-    def macs(self) -> int:
-        """As many as parameters."""
-        return self.numel
 
     @property
     def nonzero(self) -> int:

@@ -22,8 +22,9 @@ from tests.fakes import processes
 from thesislib.compress.eora import Eora
 from thesislib.compress.lora.sequences import sequences
 from thesislib.compress.lora.stage import MERGES, Lora
-from thesislib.compress.lora.train import HeadLoss, Training, bfloat16_is_fast, indices, rate, read_checkpoint
+from thesislib.compress.lora.train import Training
 from thesislib.compress.stage import Shape
+from thesislib.compress.training import HeadLoss, bfloat16_is_fast, indices, rate, read_checkpoint
 from thesislib.compress.width import Width
 from thesislib.errors import BadInput
 from thesislib.formats.load import load_subject, save_checkpoint
@@ -212,7 +213,7 @@ def test_the_bar_shows_loss_and_tokens_per_second(subject, folder, monkeypatch, 
             super().__init__(**settings | {"disable": False, "file": open(os.devnull, "w")})  # noqa: SIM115
             bars.append(self)
 
-    monkeypatch.setattr("thesislib.compress.lora.train.tqdm", Bar)
+    monkeypatch.setattr("thesislib.compress.training.tqdm", Bar)
     for _ in range(2):
         Lora(**SMALL).apply(subject, data=folder, work=tmp_path)
     assert (bars[0].initial, bars[0].n, bars[0].total) == (0, 8, 8) and bars[1].initial == 8
@@ -264,7 +265,7 @@ def test_the_best_adapter_is_kept(subject, folder):
 
 
 def test_an_adapter_that_only_harms_is_not_kept(subject, folder, monkeypatch):
-    monkeypatch.setattr("thesislib.compress.lora.train.rate", lambda *_: -1e-2)  # uphill
+    monkeypatch.setattr("thesislib.compress.training.rate", lambda *_: -1e-2)  # uphill
     trained, report = Lora(**SMALL).apply(subject, data=folder)
     assert report["best_step"] == 0 and report["validation"][-1]["loss"] > report["best_loss"]
     assert torch.equal(logits(trained), logits(subject))

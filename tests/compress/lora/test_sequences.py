@@ -18,7 +18,7 @@ from thesislib.compress.lora.sequences import (
     training_questions,
     training_text,
 )
-from thesislib.compress.lora.train import HeadLoss
+from thesislib.compress.training import HeadLoss
 from thesislib.errors import BadInput
 from thesislib.evaluate import generate
 from thesislib.model.forward import final_states

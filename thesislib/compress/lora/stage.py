@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from thesislib.compress.lora.sequences import TEXTS, sequences
-from thesislib.compress.lora.train import Factors, Training, bfloat16_is_fast
+from thesislib.compress.lora.train import Factors, Training
 from thesislib.compress.outline import Outline, Outlined, SizeUnknown, Zeros, corrected
 from thesislib.compress.selection import LinearKey, fits, patterns, selected
 from thesislib.compress.stage import Shape, Stage, stage
-from thesislib.compress.training import Trained
+from thesislib.compress.training import Trained, bfloat16_is_fast
 from thesislib.errors import BadInput, unknown
 from thesislib.model.layers import LINEARS, Adapted, Projection, adapt, base_of, merged, replace
 from thesislib.model.subject import Subject

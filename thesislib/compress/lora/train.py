@@ -8,15 +8,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from tqdm import tqdm
 
 from thesislib.compress import training
 from thesislib.compress.selection import LinearKey
-from thesislib.compress.training import HeadLoss, Trained, bfloat16_is_fast, indices, rate, read_checkpoint
+from thesislib.compress.training import Trained
 from thesislib.model.layers import Adapted, replace
 from thesislib.model.subject import Subject
-
-__all__ = ["Factors", "HeadLoss", "Training", "bfloat16_is_fast", "indices", "rate", "read_checkpoint"]
 
 # A (rank, inputs) and B (outputs, rank); LoRA's scale is multiplied into B
 Factors = Mapping[LinearKey, tuple[torch.Tensor, torch.Tensor]]
@@ -60,14 +57,6 @@ class Training(training.Training):
             f"{b}.{name}.{ab}": m.weight for (b, name), layer in self.layers.items() for ab, m in _factors(layer)
         }
         super().__init__(config, subject, cast("dict[str, nn.Parameter]", factors), autocast)
-
-    def rate(self, step: int) -> float:
-        """See `thesislib.compress.training.Training`."""
-        return rate(step, self.config)
-
-    def bar(self, begun: int) -> tqdm:
-        """See `thesislib.compress.training.Training`."""
-        return tqdm(total=self.config.steps, initial=begun, desc=f"LoRA {self.config.label}", unit="step", disable=None)
 
     def factors(self, best: Mapping[str, torch.Tensor]) -> Factors:
         """What `run` gives as factors, with the scale in B, by the first (block, name) of each projection."""
