@@ -12,7 +12,18 @@ from thesislib.chapters import ch09_claims
 from thesislib.chapters import ch09_low_rank as ch09
 from thesislib.chapters import ch09_sentences as sentences
 from thesislib.chapters import ch09_tables as tables
-from thesislib.chapters.ch09_runs import HELD_OUT, PPL, TASKS, LowRankChapter, Maker, Record, every, key, measure
+from thesislib.chapters.ch09_runs import (
+    HELD_OUT,
+    PPL,
+    TASKS,
+    LowRankChapter,
+    Maker,
+    Record,
+    every,
+    key,
+    measure,
+    recorded_parameters,
+)
 from thesislib.chapters.ch09_spectra import Spectra, measured
 from thesislib.chapters.phrases import FAILS, HOLDS, UNDECIDED
 from thesislib.compress.lowrank import LowRankStage
@@ -51,7 +62,7 @@ def known(ratios=None, sizes=None, noise=0.01):
     """A record in which models have these ratios to the dense model; others have 2. Sizes are those of the names."""
     ratios, sizes = ratios or {}, sizes or {}
     rows = {}
-    for i, c in enumerate(every(tables.recorded())):
+    for i, c in enumerate(every(recorded_parameters())):
         for what in c.measured:
             if what in TASKS:
                 continue
@@ -66,7 +77,13 @@ def known(ratios=None, sizes=None, noise=0.01):
 
 
 def test_a_rival_is_the_best_model_that_is_no_larger():
-    sizes = {"90% kept, 16 bits": 240, "rounded to 8 bits": 241, "GPTQ, 4 bits": 110, "2 blocks removed": 239}
+    sizes = {
+        "90% kept, 16 bits": 240,
+        "rounded to 8 bits": 241,
+        "GPTQ, 4 bits": 110,
+        "GPTQ, 3 bits": 100,
+        "2 blocks removed": 239,
+    }
     record = known({"90% kept, 16 bits": 1.5, "rounded to 8 bits": 1.01, "GPTQ, 4 bits": 1.3, "2 blocks removed": 1.2},
                    sizes)  # fmt: skip
     found = {r.model: r for r in tables.rivals(record)}
@@ -80,18 +97,18 @@ def test_a_rival_is_the_best_model_that_is_no_larger():
 
 def test_ratios_are_paired_with_the_dense_model():
     record = known({"svd_llm, Wikipedia": 1.7})
-    table = tables.beside_dense(record, [c for c in every(tables.recorded()) if c.name == "svd_llm, Wikipedia"])
+    table = tables.beside_dense(record, [c for c in every(recorded_parameters()) if c.name == "svd_llm, Wikipedia"])
     assert table["x dense"].iloc[0] == pytest.approx(1.7, rel=0.02)
     assert table["low"].iloc[0] < 1.7 < table["high"].iloc[0] < 1.75  # windows' difficulty cancels
 
 
 def test_methods_are_tested_against_svd_llm_together():
     record = known({"svd": 9.0, "asvd": 5.0, "80% kept, 16 bits": 3.0, "svd_llm": 3.0, "svd_llm, Wikipedia": 3.0})
-    tests = tables.against(record, tables.methods(tables.recorded()), "svd_llm")
+    tests = tables.against(record, tables.methods(recorded_parameters()), "svd_llm")
     assert tests["svd"].told and tests["svd"].difference == pytest.approx(math.log(3), abs=0.05)
     assert not tests["svd_llm, Wikipedia"].told or abs(tests["svd_llm, Wikipedia"].difference) < 0.02
-    dense = [x["nats"] / LENGTH for x in tables.found(record, tables.methods(tables.recorded()))["svd_llm"].items]
-    svd = [x["nats"] / LENGTH for x in tables.found(record, tables.methods(tables.recorded()))["svd"].items]
+    dense = [x["nats"] / LENGTH for x in tables.found(record, tables.methods(recorded_parameters()))["svd_llm"].items]
+    svd = [x["nats"] / LENGTH for x in tables.found(record, tables.methods(recorded_parameters()))["svd"].items]
     assert tests["svd"].p >= ttest_rel(svd, dense).pvalue  # Holm's only makes it larger
 
 
@@ -117,6 +134,20 @@ def test_whether_it_is_the_path_rests_on_the_seeds():
     assert table["seeds"] == 3 and table["low"] == pytest.approx(1.5 * math.exp(-0.2), rel=0.01)
 
 
+def test_without_training_the_path_is_held_against_wider_pairs():
+    record = known({"wider pairs": 2.0, "path in closed form": 1.5, "CALR, seed 0": 1.4}, noise=0.001)
+    said = sentences.untrained_sentence(record)
+    assert "is x 0.750" in said and "p < 0.001" in said and said in sentences.training_sentence(record)
+
+
+def test_kinds_for_which_whitening_is_worse_are_named():
+    of = {"svd": (2, 3), "asvd": (1.2, 2), "svd_llm": (1.4, 1.1)}
+    ratios = {f"{name}, {m}": first for name in ("q_proj", "k_proj") for m, (first, _) in of.items()}
+    ratios |= {f"{name}, {m}": other for name in ("v_proj", "o_proj", *MLPS) for m, (_, other) in of.items()}
+    said = sentences.kinds_sentence(known(ratios))
+    assert "better than svd for 7 of 7 kinds and asvd for 5 of 7 kinds (surely worse for q_proj and k_proj)" in said
+
+
 def test_claims_turn_with_the_record():
     better = known({"svd": 50.0, "fwsvd": 40.0, "asvd": 20.0, "80% kept, 16 bits": 5.0, "svd_llm": 5.0})
     assert {c.paper: c.word for c in ch09_claims.claims(better)}[ch09_claims.SVD_LLM] == HOLDS
@@ -139,7 +170,7 @@ def test_neighbours_by_ranks():
     ranking, pairs = tables.neighbours_tests(record)
     assert max(ranking.mean_ranks, key=ranking.mean_ranks.get) == "LaCo, the paper's sum"
     assert min(ranking.mean_ranks, key=ranking.mean_ranks.get) == "LLM-Streamline"
-    rows = tables.found(record, [*tables.neighbours(tables.recorded()), *tables.calr(tables.recorded())])
+    rows = tables.found(record, [*tables.neighbours(recorded_parameters()), *tables.calr(recorded_parameters())])
     values = [[x["nats"] for x in rows[name].items] for name in ranking.mean_ranks]
     assert ranking.statistic == pytest.approx(friedmanchisquare(*values).statistic)
     assert pairs["ShortGPT", "LLM-Streamline"].told
@@ -147,7 +178,7 @@ def test_neighbours_by_ranks():
 
 def test_every_sentence_copes_with_a_record_that_is_not_complete():
     whole = known()
-    for c in every(tables.recorded()):
+    for c in every(recorded_parameters()):
         some = Record({k: m for k, m in whole.items() if k[0] != c.key or not c.stages}, {})
         some.spectra = whole.spectra
         assert all(isinstance(s, str) for s in sentences.every(some))

@@ -34,7 +34,7 @@ TASKS = ("arc_easy", "piqa", "hellaswag")  # on which this subject is surely abo
 LEFT_OUT = ("boolq", "arc_challenge", "winogrande")  # on which it may not be: the whole model alone
 ASKED = 1_000  # items of each of those, at most
 COUNTS = (2, 4, 6, 8)  # blocks that are removed together
-HEALED = (4, 8)
+TRAINED = (4, 8)  # of these, after which it trains
 BY_TEXT = ("cosine", "angular", "Taylor", "magnitude", "perplexity", "last")
 ALL = "all"  # tasks, mixed
 RANKINGS = (*BY_TEXT, *(f"{metric}: {task}" for metric in ("relevance", "likelihood") for task in (ALL, *TASKS)))
@@ -61,7 +61,7 @@ class Relevance(Parameters):
     windows: int = 8
     length: int = 512
     counts: tuple | list = COUNTS
-    healed: tuple | list = HEALED
+    healed: tuple | list = TRAINED
     steps: int = 48
     seeds: int = 3
 

@@ -2,7 +2,8 @@
 
 from thesislib.chapters import ch09_arithmetic
 from thesislib.chapters import ch09_tables as tables
-from thesislib.chapters.ch09_runs import NOTEBOOK, Record, methods
+from thesislib.chapters.ch09_runs import NOTEBOOK, Record, methods, recorded_parameters
+from thesislib.chapters.ch09_sentences import untrained_sentence
 from thesislib.chapters.paper_claims import PaperClaim
 from thesislib.chapters.phrases import UNDECIDED, decided, p_value, ratio, together
 from thesislib.evaluate.compare import compare
@@ -27,7 +28,7 @@ def _path(record: Record) -> PaperClaim:
         UNDECIDED if c is None else decided(c.told and c.difference > 0, c.told and c.difference < 0),
         "Not measured with several seeds yet."
         if c is None
-        else f"Wider pairs against CALR: perplexity {ratio(c)} ({p_value(c.p)}).",
+        else f"Wider pairs against CALR: perplexity {ratio(c)} ({p_value(c.p)}).{untrained_sentence(record)}",
         (NOTEBOOK, "calr-path-or-training"),
     )
 
@@ -46,7 +47,7 @@ def _removed() -> PaperClaim:
 
 
 def _whitened(record: Record) -> PaperClaim:
-    rows = tables.found(record, methods(tables.recorded()))
+    rows = tables.found(record, methods(recorded_parameters()))
     tests = {
         name: compare(rows["svd_llm"], rows[name]) for name in ("svd", "fwsvd", "asvd") if {name, "svd_llm"} <= {*rows}
     }

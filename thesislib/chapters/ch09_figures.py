@@ -7,15 +7,15 @@ import pandas as pd
 
 from thesislib.chapters.ch09_spectra import Spectra
 from thesislib.chapters.figures import BLUE, GREEN, GREY, ORANGE, covered, intervals, thousands, write_labels
+from thesislib.model.layers import LINEARS
 
 SERIES = {
     "low rank, 16 bits": ("o-", BLUE),
     "low rank, 8 bits": ("s-", GREEN),
     "low rank, 4 bits": ("^-", "#CC79A7"),
     "depth": ("D--", GREY),
-    "4 and 8 bits": ("P", ORANGE),
+    "fewer bits": ("P", ORANGE),
 }
-KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def budget_chart(table: pd.DataFrame) -> plt.Figure:
@@ -44,9 +44,9 @@ def budget_chart(table: pd.DataFrame) -> plt.Figure:
 
 def spectra_chart(spectra: Spectra) -> plt.Figure:
     """The effective rank of every linear over depth, by itself and whitened, with the break-even rank."""
-    figure, axes = plt.subplots(1, len(KINDS), figsize=(11, 2.9), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, len(LINEARS), figsize=(11, 2.9), sharey=True, layout="constrained")
     looks = dict(zip(spectra.ranks, (("o", BLUE), ("s", ORANGE), ("^", GREEN)), strict=False))
-    for axis, name in zip(axes, KINDS, strict=True):
+    for axis, name in zip(axes, LINEARS, strict=True):
         for way, (marker, colour) in looks.items():
             values = spectra.of(way, name)
             axis.plot(range(len(values)), values, marker, color=colour, markersize=3, label=way)
@@ -65,7 +65,7 @@ def kinds_chart(table: pd.DataFrame) -> plt.Figure:
         table: columns kind, method, x dense, low, high; see `thesislib.chapters.ch09_tables.kinds_points`.
     """
     figure, axis = plt.subplots(figsize=(8.5, 3.4), layout="constrained")
-    kinds = [k for k in KINDS if k in set(table["kind"])]
+    kinds = [k for k in LINEARS if k in set(table["kind"])]
     for i, (method, marker, colour) in enumerate((("svd", "o", GREY), ("asvd", "s", ORANGE), ("svd_llm", "^", BLUE))):
         rows = table[table["method"] == method].set_index("kind")
         at = [kinds.index(k) + 0.18 * (i - 1) for k in rows.index]

@@ -20,6 +20,7 @@ from thesislib.chapters.ch09_runs import (
     Record,
     key,
     read_recorded,
+    recorded_parameters,
     recorded_parts,
 )
 from thesislib.chapters.chapter import Chapter, Opening
@@ -107,10 +108,12 @@ def _answer(record: Record) -> str:
         else f"Of {len(rivals)} models of pairs {won} surely beat another one that is no larger"
     )
     c = tables.arms_compared(record).get("wider pairs trained")
-    path = (
-        "" if c is None else f" Pairs as wide as CALR's pairs and path have, after the same training, {ratio(c)} its "
+    if c is None:
+        return f"{pays}."
+    return (
+        f"{pays}. After the same training pairs as wide as CALR's pairs and path have {ratio(c)} CALR's perplexity "
+        f"({p_value(c.p)}).{sentences.untrained_sentence(record)}"
     )
-    return f"{pays}.{path}perplexity ({p_value(c.p)})." if c else f"{pays}."
 
 
 def _short(record: Record) -> str:
@@ -120,7 +123,7 @@ def _short(record: Record) -> str:
 
 
 def _protocol(record: Record) -> str:
-    dense, r = tables.whole_model(record), tables.recorded()
+    dense, r = tables.whole_model(record), recorded_parameters()
     whole = sum(what == PPL for _, what in record)
     rest = f"; {whole} models on the whole of WikiText-2" if whole else ""
     return (

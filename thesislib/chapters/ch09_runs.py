@@ -36,7 +36,7 @@ from thesislib.records.store import Store
 NOTEBOOK = "09_low_rank"
 PPL, HELD_OUT = "perplexity", "held-out perplexity"
 TASKS = ("arc_easy", "piqa", "hellaswag")
-METHODS = {"svd": "svd", "fwsvd": "fwsvd", "asvd": "asvd", "svd_llm": "svd_llm", "nsvd": "nsvd"}  # on original inputs
+METHODS = ("svd", "fwsvd", "asvd", "svd_llm", "nsvd")  # on the original model's inputs
 KEEPS = (0.9, 0.8, 0.7, 0.6, 0.5)
 MORE = 1.18  # times the rank: pairs alone, with the parameters of pairs of that rank and a path of it (7488 / 6336)
 
@@ -154,7 +154,7 @@ def budgets(p: LowRankChapter) -> list[Configuration]:
             found.append(Configuration("budgets", name, (p.pairs(keep=keep, bits=bits),)))
     others: dict[str, tuple[Stage, ...]] = {f"{k} blocks removed": (depth(k),) for k in (2, 4, 6)}
     others |= {f"rounded to {bits} bits": (Rtn(bits=bits, grid="asymmetric"),) for bits in (8, 4)}
-    others["GPTQ, 4 bits"] = (gptq(p),)
+    others |= {f"GPTQ, {bits} bits": (gptq(p, bits=bits),) for bits in (4, 3)}
     return found + [Configuration("others", name, stages) for name, stages in others.items()]
 
 
@@ -172,7 +172,7 @@ def methods(p: LowRankChapter, keeps: Iterable[float] | None = None) -> list[Con
     """Question 2: methods, what X is, which tokens count, how much text and which, and how the budget is shared out."""
     every: dict[str, tuple[Stage, ...]] = {}
     for keep in keeps or (p.keep,):
-        pairs = {name: p.pairs(keep=keep, method=method) for name, method in METHODS.items()}
+        pairs = {method: p.pairs(keep=keep, method=method) for method in METHODS}
         weightings = ("unit_norm", "skip_1", "first_16")
         pairs |= {f"svd_llm, tokens by {w}": p.pairs(keep=keep, weighting=w) for w in weightings}
         pairs |= {"svd_llm, compressed inputs": p.pairs(keep=keep, feed="compressed")}
@@ -375,6 +375,11 @@ RECORDED = {
     "steps": 48,
     "seeds": 3,
 }
+
+
+def recorded_parameters(**settings: Any) -> LowRankChapter:
+    """The parameters of the recorded run."""
+    return LowRankChapter(**{**RECORDED, **settings})
 
 
 def recorded_parts(p: LowRankChapter, file: Path) -> Iterator[Part]:

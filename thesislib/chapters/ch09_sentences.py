@@ -3,7 +3,7 @@
 import numpy as np
 
 from thesislib.chapters import ch09_tables as tables
-from thesislib.chapters.ch09_runs import Record, calr, methods, orders, scopes
+from thesislib.chapters.ch09_runs import Record, calr, methods, neighbours, orders, recorded_parameters, scopes
 from thesislib.chapters.phrases import factor, p_value, percent_more, ratio, times, together
 from thesislib.evaluate.compare import compare
 from thesislib.evaluate.stats import Comparison
@@ -54,7 +54,7 @@ def whole_sentence(record: Record) -> str:
 
 def metric_sentence(record: Record) -> str:
     """What the metric buys over the plain SVD."""
-    rows = tables.found(record, methods(tables.recorded()))
+    rows = tables.found(record, methods(recorded_parameters()))
     if not {"svd", "svd_llm", "asvd"} <= {*rows}:
         return ""
     dense = tables.whole_model(record).value
@@ -64,10 +64,10 @@ def metric_sentence(record: Record) -> str:
         if name in rows
     )
     return (
-        f"With {tables.recorded().keep:.0%} of the parameters kept, perplexity is {said} the dense model's. No "
+        f"With {recorded_parameters().keep:.0%} of the parameters kept, perplexity is {said} the dense model's. No "
         "method without the whole moment of the inputs is usable."
         if min(rows[n].value for n in ("svd", "asvd")) > 3 * rows["svd_llm"].value
-        else f"With {tables.recorded().keep:.0%} of the parameters kept, perplexity is {said} the dense model's."
+        else f"With {recorded_parameters().keep:.0%} of the parameters kept, perplexity is {said} the dense model's."
     )
 
 
@@ -77,12 +77,24 @@ def kinds_sentence(record: Record) -> str:
     if not tests:
         return ""
     best = points[points["method"] == "svd_llm"].sort_values("x dense")
-    told = [k for k, c in tests.items() if c.told and c.difference < 0]
-    worse = [k for k, c in tests.items() if c.told and c.difference > 0]
+    better, worse = (
+        {
+            base: [
+                k for k, c in tables.kinds_tests(record, base, "svd_llm").items() if c.told and sign * c.difference < 0
+            ]
+            for base in ("svd", "asvd")
+        }
+        for sign in (1, -1)
+    )
+    beside = " and ".join(
+        f"{base} for {len(better[base])} of {len(tests)} kinds"
+        + (f" (surely worse for {together(worse[base])})" if worse[base] else "")
+        for base in better
+    )
     said = together(f"{row['kind']} {times(row['x dense'])}" for _, row in best.iterrows())
     return (
-        f"One kind alone, {tables.recorded().keep:.0%} kept, whitened: {said}. Whitening helps {len(told)} of "
-        f"{len(tests)} kinds surely{f', and harms {together(worse)}' if worse else ''}."
+        f"One kind alone, {recorded_parameters().keep:.0%} kept, whitened: {said}. Whitening is surely better than "
+        f"{beside}."
     )
 
 
@@ -93,7 +105,7 @@ def _changed(tests: dict[str, Comparison], name: str) -> str:
 
 def sink_sentence(record: Record) -> str:
     """Whether the sink spoils whitening as it spoils GPTQ."""
-    tests = tables.against(record, methods(tables.recorded()), "svd_llm")
+    tests = tables.against(record, methods(recorded_parameters()), "svd_llm")
     names = [n for n in tests if n.startswith("svd_llm, tokens by")]
     if not names:
         return ""
@@ -106,10 +118,10 @@ def sink_sentence(record: Record) -> str:
 
 def calibration_sentence(record: Record) -> str:
     """Which text, how much, which inputs, which allocation."""
-    tests = tables.against(record, methods(tables.recorded()), "svd_llm")
+    tests = tables.against(record, methods(recorded_parameters()), "svd_llm")
     words = {
         "svd_llm, Wikipedia": "calibrated on Wikipedia, the kind of text that is measured on",
-        f"svd_llm, {4 * tables.recorded().windows} windows": "on four times the text",
+        f"svd_llm, {4 * recorded_parameters().windows} windows": "on four times the text",
         "svd_llm, compressed inputs": "on the inputs in the compressed model so far",
         "svd_llm, both inputs": "for the original model's outputs",
         "svd_llm, both inputs, ridge": "for these with a ridge towards the weight",
@@ -118,12 +130,12 @@ def calibration_sentence(record: Record) -> str:
         "svd_llm, allocation by loss": "ranks shared out by loss (SVD-LLM v2)",
     }
     said = [f"{word} {_changed(tests, name)}" for name, word in words.items() if name in tests]
-    return f"Against {tables.recorded().windows} windows of c4: {'; '.join(said)}." if said else ""
+    return f"Against {recorded_parameters().windows} windows of c4: {'; '.join(said)}." if said else ""
 
 
 def overfit_sentence(record: Record) -> str:
     """Whether the full metric gains more from text of the measured kind than the diagonal one."""
-    rows = tables.found(record, methods(tables.recorded()))
+    rows = tables.found(record, methods(recorded_parameters()))
     if not {"svd_llm, Wikipedia", "asvd, Wikipedia", "svd_llm", "asvd"} <= {*rows}:
         return ""
     full, diagonal = (compare(rows[m], rows[f"{m}, Wikipedia"]) for m in ("svd_llm", "asvd"))
@@ -150,14 +162,14 @@ def spectra_sentence(record: Record) -> str:
 
 def energy_sentence(record: Record) -> str:
     """How little of the outputs is lost, and how much of the perplexity."""
-    m = next((m for name, m in tables.found(record, methods(tables.recorded())).items() if name == "svd_llm"), None)
+    m = next((m for name, m in tables.found(record, methods(recorded_parameters())).items() if name == "svd_llm"), None)
     if m is None:
         return ""
     errors = {name: float(e) for name, e in m.made["reports"][0]["relative_errors"].items()}
     mlps = np.median([e for name, e in errors.items() if name.endswith(("gate_proj", "up_proj", "down_proj"))])
     others = np.median([e for name, e in errors.items() if name.endswith(("q_proj", "k_proj", "v_proj", "o_proj"))])
     return (
-        f"Energy is not what counts: with {tables.recorded().keep:.0%} of the parameters kept the outputs of MLPs' "
+        f"Energy is not what counts: with {recorded_parameters().keep:.0%} of the parameters kept the outputs of MLPs' "
         f"projections miss {mlps**2:.1%} of their energy and those of attention {others**2:.1%} (medians, on the "
         f"calibration text), and perplexity is {_x(record, m)} the dense model's."
     )
@@ -168,11 +180,11 @@ WEIGHTED = "whitened, tokens of unit norm"
 
 def path_sentence(record: Record) -> str:
     """What the closed form of the path wins back."""
-    rows = tables.found(record, calr(tables.recorded()))
+    rows = tables.found(record, calr(recorded_parameters()))
     if not {"pairs", "path in closed form"} <= {*rows}:
         return ""
     c = compare(rows["pairs"], rows["path in closed form"])
-    r = tables.recorded()
+    r = recorded_parameters()
     gone = rows.get("MLPs removed")
     without = f" With {r.quiet} MLPs removed, those that cost least, it is {_x(record, gone)}." if gone else ""
     ranks = [n for n in rows if n.startswith("path of rank")]
@@ -190,7 +202,7 @@ def training_sentence(record: Record) -> str:
     present = [name for name in tables.ARMS if name in points.index]
     if "CALR" not in present:
         return ""
-    r = tables.recorded()
+    r = recorded_parameters()
     said = together(f"{name} {times(points.loc[name, 'x dense'])}" for name in present)
     seeds = int(points.loc["CALR", "seeds"])
     verdicts = [
@@ -205,13 +217,21 @@ def training_sentence(record: Record) -> str:
     tokens = r.steps * 2 * r.length
     return (
         f"After {tokens:,} tokens ({seeds} seed{'s' if seeds > 1 else ''}): {said}. Wider pairs have as many "
-        f"parameters as pairs and path, and the same training.{told}"
+        f"parameters as pairs and path, and the same training.{told}{untrained_sentence(record)}"
     )
+
+
+def untrained_sentence(record: Record) -> str:
+    """The path against wider pairs where nothing is trained."""
+    c = tables.untrained_path(record)
+    if c is None:
+        return ""
+    return f" Without any training the path in closed form against wider pairs is {ratio(c)} ({p_value(c.p)})."
 
 
 def starts_sentence(record: Record) -> str:
     """Plain against whitened start, path's rank, and training on outputs."""
-    rows = tables.found(record, calr(tables.recorded()))
+    rows = tables.found(record, calr(recorded_parameters()))
     if "CALR, seed 0" not in rows:
         return ""
     base, said = rows["CALR, seed 0"], []
@@ -224,20 +244,21 @@ def starts_sentence(record: Record) -> str:
 
 def scopes_sentence(record: Record) -> str:
     """Which blocks' MLPs to take."""
-    rows = tables.found(record, scopes(tables.recorded()))
-    tests = tables.against(record, scopes(tables.recorded()), "quiet")
+    rows = tables.found(record, scopes(recorded_parameters()))
+    tests = tables.against(record, scopes(recorded_parameters()), "quiet")
     if not tests:
         return ""
     said = together(f"{name} {_x(record, m)}" for name, m in rows.items())
+    beside = together(f"{name} {_changed(tests, name)}" for name in tests)
     return (
-        f"Pairs in the MLPs of {tables.recorded().quiet} blocks: {said} the dense model's perplexity; against quiet "
-        + (together(f"{name} {_changed(tests, name)}" for name in tests) + ".")
+        f"Pairs in the MLPs of {recorded_parameters().quiet} blocks: {said} the dense model's perplexity; against "
+        f"quiet {beside}."
     )
 
 
 def orders_sentence(record: Record) -> str:
     """Low rank and few bits together."""
-    rows = tables.found(record, orders(tables.recorded()))
+    rows = tables.found(record, orders(recorded_parameters()))
     if not {"GPTQ", "low rank, GPTQ"} <= {*rows}:
         return ""
     said = together(f"{name} {m.disk_bytes / 1e6:.1f} MB and {_x(record, m)}" for name, m in rows.items())
@@ -252,10 +273,13 @@ def neighbours_sentence(record: Record) -> str:
     ranking, pairs = found
     order = sorted(ranking.mean_ranks, key=lambda n: ranking.mean_ranks[n])
     untold = [f"{a} and {b}" for (a, b), c in pairs.items() if not c.told]
+    rows = tables.found(record, [*neighbours(recorded_parameters()), *calr(recorded_parameters())])
+    sizes = [rows[n].disk_bytes / tables.MB for n in order]
+    told = f"{len(untold)} are not told apart: {'; '.join(untold)}." if untold else "all are told apart."
     return (
-        f"Friedman's test over {ranking.n} windows: {p_value(ranking.p)}, concordance {ranking.w:.2f}. By mean rank: "
-        f"{together(f'{n} {ranking.mean_ranks[n]:.1f}' for n in order)}. Of {len(pairs)} pairs (Wilcoxon, Holm) "
-        + (f"{len(untold)} are not told apart: {'; '.join(untold)}." if untold else "all are told apart.")
+        f"From {min(sizes):.0f} to {max(sizes):.0f} MB, so not quite at equal bytes. Friedman's test over {ranking.n} "
+        f"windows: {p_value(ranking.p)}, concordance {ranking.w:.2f}. By mean rank: "
+        f"{together(f'{n} {ranking.mean_ranks[n]:.1f}' for n in order)}. Of {len(pairs)} pairs (Wilcoxon, Holm) {told}"
     )
 
 

@@ -10,10 +10,8 @@ import pandas as pd
 from thesislib.chapters.ch09_runs import (
     HELD_OUT,
     PPL,
-    RECORDED,
     TASKS,
     Configuration,
-    LowRankChapter,
     Record,
     budgets,
     calr,
@@ -23,6 +21,7 @@ from thesislib.chapters.ch09_runs import (
     methods,
     neighbours,
     orders,
+    recorded_parameters,
     scopes,
 )
 from thesislib.chapters.chapter import WIKITEXT
@@ -35,14 +34,8 @@ from thesislib.experiment import DENSE
 from thesislib.records.measurement import Measurement
 
 MB = 1e6
-WHOLE = 595  # windows of WikiText-2's test split
 ARMS = ("CALR", "wider pairs trained", "LoRA")  # of the same tokens, several seeds each
 UNTRAINED = ("D2", "D4", "D6", "W1:8", "W1:16", "Q", "Q+E", "Q3", "Q3+E")  # other chapters' models, on the whole text
-
-
-def recorded(**settings) -> LowRankChapter:
-    """The parameters of the recorded run."""
-    return LowRankChapter(**{**RECORDED, **settings})
 
 
 def found(record: Record, configs: Iterable[Configuration], what: str = HELD_OUT) -> dict[str, Measurement]:
@@ -100,12 +93,10 @@ def against(record: Record, configs: Sequence[Configuration], base: str, what: s
 
 def budget_points(record: Record) -> pd.DataFrame:
     """Question 1 on held-out text: the models of `budgets` by series."""
-    table = beside_dense(record, budgets(recorded()))
+    table = beside_dense(record, budgets(recorded_parameters()))
 
     def series(name: str) -> str:
-        return (
-            f"low rank, {name.split()[-2]} bits" if "kept" in name else "depth" if "blocks" in name else "4 and 8 bits"
-        )
+        return f"low rank, {name.split()[-2]} bits" if "kept" in name else "depth" if "blocks" in name else "fewer bits"
 
     return table.assign(series=[series(str(name)) for name in table.index])
 
@@ -116,7 +107,7 @@ def whole_text(record: Record) -> pd.DataFrame:
     base = largest(record.pool, WIKITEXT, [DENSE]).get(DENSE)
     if base is None:
         return pd.DataFrame()
-    mine = {name: m for name, m in found(record, headline(recorded()), PPL).items() if "kept" in name}
+    mine = {name: m for name, m in found(record, headline(recorded_parameters()), PPL).items() if "kept" in name}
     others = {label: m for label, m in largest(record.pool, WIKITEXT, UNTRAINED).items() if m.n == base.n}
     for name, m in {DENSE: base, **others, **mine}.items():
         c = compare(base, m) if m is not base else None
@@ -144,7 +135,7 @@ class Rival(NamedTuple):
 
 def rivals(record: Record) -> list[Rival]:
     """For every low-rank model of the budgets the best other model that takes no more bytes, Holm-adjusted."""
-    configs = [c for c in budgets(recorded()) if (c.key, HELD_OUT) in record]
+    configs = [c for c in budgets(recorded_parameters()) if (c.key, HELD_OUT) in record]
     mine = {c.name: record[c.key, HELD_OUT] for c in configs if c.cell == "budgets"}
     others = {c.name: record[c.key, HELD_OUT] for c in configs if c.cell == "others"}
     pairs = {}
@@ -161,20 +152,20 @@ def rivals(record: Record) -> list[Rival]:
 
 def methods_table(record: Record) -> pd.DataFrame:
     """Methods, inputs, token weights, text and allocations at one budget, each against SVD-LLM's default."""
-    configs = methods(recorded())
+    configs = methods(recorded_parameters())
     return shown(beside_dense(record, configs), against(record, configs, "svd_llm"), "svd_llm")
 
 
 def kinds_points(record: Record) -> pd.DataFrame:
     """One kind of linear alone as pairs: (kind, method) by ratio to the dense model."""
-    table = beside_dense(record, kinds(recorded()))
+    table = beside_dense(record, kinds(recorded_parameters()))
     split = [str(name).split(", ") for name in table.index]
     return table.assign(kind=[kind for kind, _ in split], method=[method for _, method in split])
 
 
 def kinds_tests(record: Record, base: str, other: str) -> dict[str, Comparison]:
     """{kind: one method against another}, Holm-adjusted."""
-    rows = found(record, kinds(recorded()))
+    rows = found(record, kinds(recorded_parameters()))
     names = dict.fromkeys(name.split(", ")[0] for name in rows)
     pairs = {
         kind: compare(rows[f"{kind}, {base}"], rows[f"{kind}, {other}"])
@@ -186,7 +177,7 @@ def kinds_tests(record: Record, base: str, other: str) -> dict[str, Comparison]:
 
 def scopes_table(record: Record) -> pd.DataFrame:
     """Which blocks' MLPs become pairs."""
-    configs = scopes(recorded())
+    configs = scopes(recorded_parameters())
     table = shown(beside_dense(record, configs), against(record, configs, "quiet"), "quiet")
     blocks = {name: m.made["reports"][0]["blocks"] for name, m in found(record, configs).items()}
     return table.assign(blocks=[", ".join(map(str, blocks[str(name)])) for name in table.index])
@@ -194,7 +185,7 @@ def scopes_table(record: Record) -> pd.DataFrame:
 
 def orders_table(record: Record) -> pd.DataFrame:
     """Low rank and few bits in both orders."""
-    configs = orders(recorded())
+    configs = orders(recorded_parameters())
     return shown(beside_dense(record, configs), against(record, configs, "GPTQ"), "GPTQ")
 
 
@@ -203,7 +194,7 @@ def orders_table(record: Record) -> pd.DataFrame:
 
 def arm(record: Record, name: str) -> list[Measurement]:
     """The rows of one arm, a seed each."""
-    return [m for other, m in found(record, calr(recorded())).items() if other.startswith(f"{name}, seed ")]
+    return [m for other, m in found(record, calr(recorded_parameters())).items() if other.startswith(f"{name}, seed ")]
 
 
 def spread(record: Record) -> Spread | None:
@@ -232,7 +223,7 @@ def arms_compared(record: Record, base: str = ARMS[0]) -> dict[str, Comparison]:
 def arms_points(record: Record) -> pd.DataFrame:
     """Every arm of question 3 beside the dense model, arms of several seeds as one row each: the mean and the ends of
     the seeds."""
-    table = beside_dense(record, calr(recorded()))
+    table = beside_dense(record, calr(recorded_parameters()))
     rows = []
     names = dict.fromkeys(str(name).partition(", seed ")[0] for name in table.index)
     for name in names:
@@ -257,14 +248,26 @@ def arms_table(record: Record) -> pd.DataFrame:
     return said.assign(seeds=[str(n) for n in table["seeds"]])
 
 
+def untrained_path(record: Record) -> Comparison | None:
+    """The path in closed form against wider pairs, as many parameters and no training; None if one is not there."""
+    rows = found(record, calr(recorded_parameters()))
+    both = [rows.get(name) for name in ("wider pairs", "path in closed form")]
+    return compare(*both) if all(both) else None
+
+
 # ---------------------------------------------------------------- question 6
 
 
 def neighbours_tests(record: Record) -> tuple[Ranking, dict[tuple[str, str], Comparison]] | None:
     """Friedman's test over held-out windows of documents, then Wilcoxon's for each pair, Holm-adjusted, as CALR's paper
     tests; with the Hodges-Lehmann differences, in nats a token, that it lacks."""
-    rows = found(record, neighbours(recorded())) | found(record, calr(recorded()))
-    names = [*(c.name for c in neighbours(recorded())), "path in closed form", "CALR, seed 0", "LoRA, seed 0"]
+    rows = found(record, neighbours(recorded_parameters())) | found(record, calr(recorded_parameters()))
+    names = [
+        *(c.name for c in neighbours(recorded_parameters())),
+        "path in closed form",
+        "CALR, seed 0",
+        "LoRA, seed 0",
+    ]
     rows = {name: rows[name] for name in names if name in rows}
     if len(rows) < 3:
         return None
@@ -280,7 +283,7 @@ def neighbours_tests(record: Record) -> tuple[Ranking, dict[tuple[str, str], Com
 def neighbours_table(record: Record) -> pd.DataFrame:
     """The methods of question 6: bytes, perplexity, mean rank over windows, answers where they were asked."""
     tests = neighbours_tests(record)
-    configs = [*neighbours(recorded()), *(c for c in calr(recorded()) if c.name in
+    configs = [*neighbours(recorded_parameters()), *(c for c in calr(recorded_parameters()) if c.name in
                ("path in closed form", "CALR, seed 0", "LoRA, seed 0"))]  # fmt: skip
     table = beside_dense(record, configs)
     said = shown(table).assign(parameters=[f"{x / 1e6:.1f} M" for x in table["parameters"]])
